@@ -1,0 +1,67 @@
+"""Predict: a checkpoint, a cache method and LongBench datasets in, pred/<model>/<name>/<dataset>.jsonl out."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparsecache.cli import FlexibleCommand, option, report_usage_errors
+from sparsecache.settings import DTYPES, ENGINES, Settings
+
+_HELP = {
+    "model": "Name of a table in configs/models.toml, a checkpoint folder, or a hub id.",
+    "datasets": "Comma list of datasets, or: all, en, zh, a category.",
+    "method": "Cache method (a file of sparsecache/methods).",
+    "name": "Folder of the run below the model's; the method's name by default.",
+}
+
+
+@click.command(cls=FlexibleCommand)
+@click.option("--model", required=True, help=_HELP["model"])
+@option(Settings, "model_type", help="Refuse the checkpoint unless its config.json says this model_type.")
+@option(Settings, "datasets", help=_HELP["datasets"])
+@option(Settings, "method", help=_HELP["method"])
+@click.option("-o", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method; repeatable.")
+@option(Settings, "name", help=_HELP["name"])
+@click.option("--e", is_flag=True, help="LongBench-E: files are <dataset>_e.jsonl.")
+@option(Settings, "data", help="hub, sample, a folder of <dataset>.jsonl, or a zip of them.")
+@option(Settings, "data_revision", help="Branch, tag or commit of the hub's data.")
+@option(Settings, "sample_rows", type=click.IntRange(1), help="Rows per dataset of --data sample.")
+@option(Settings, "sample_tokens", type=click.IntRange(256, 32768), help="Prompt length of --data sample.")
+@option(Settings, "sample_seed", type=int, help="Seed of --data sample.")
+@click.option("--offline", is_flag=True, help="Never touch the network: caches and local files only.")
+@option(Settings, "max_samples", type=click.IntRange(1), help="Only the first rows of each dataset.")
+@option(Settings, "max_length", type=click.IntRange(2), help="Cut the middle of raw prompts longer than this.")
+@option(Settings, "window", type=click.IntRange(8), help="Tokens for prompt and answer, over the checkpoint's own.")
+@option(Settings, "batch_size", type=click.IntRange(1), help="Sequences decoded together.")
+@option(Settings, "dtype", type=click.Choice(DTYPES), help="auto: the checkpoint's on a GPU, float32 on a CPU.")
+@option(Settings, "device", help="auto, cpu, cuda or cuda:<number>.")
+@option(Settings, "engine", type=click.Choice(ENGINES), help="transformers: its own generate, vanilla only.")
+@option(Settings, "verify", type=click.IntRange(0), help="First compare this many prompts with transformers.")
+@click.option("--allow_pickle", is_flag=True, help="Load .bin weights (restricted unpickling, no code).")
+@click.option("--overwrite", is_flag=True, help="Delete the run of this name and start afresh.")
+@option(Settings, "pred_dir", type=click.Path(path_type=Path), help="Where runs are kept.")
+def main(options: tuple[str, ...], **values: Any) -> None:
+    """Decode LongBench prompts with a checkpoint and write one JSON line per row.
+
+    A run that was stopped goes on where it left off when the same command is given again.
+    """
+    with report_usage_errors():
+        settings = Settings(options=_parse_options(options), **values)
+        settings.check()
+        from sparsecache.run import run  # torch and transformers, only now
+
+        sys.exit(run(settings))
+
+
+def _parse_options(options: tuple[str, ...]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in options]
+    for (key, equals, _), text in zip(pairs, options, strict=True):
+        if not key or not equals:
+            raise click.UsageError(f"-o {text!r} is not of the form KEY=VALUE.")
+    return {key.replace("-", "_"): value for key, _, value in pairs}
+
+
+if __name__ == "__main__":
+    main()

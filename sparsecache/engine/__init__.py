@@ -1,0 +1,1 @@
+"""The generation half: tokens, weights and KV. Knows nothing about LongBench."""

@@ -1,0 +1,100 @@
+"""One forward pass: a prompt into a slot, or one token for each of several slots.
+
+Knows weights and tokens; what becomes of keys and values is the method's business, and there is no branch on
+which method it is.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from sparsecache.engine.families.base import Architecture
+from sparsecache.engine.loading import LayerWeights, Weights
+from sparsecache.engine.rope import Rope, rotate
+from sparsecache.kernels.attention import attention
+from sparsecache.methods.base import Method
+
+TakeLayer = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+class Decoder:
+    """A model: an architecture, its weights and its rotations, over a method's cache."""
+
+    def __init__(self, architecture: Architecture, weights: Weights, rope: Rope, method: Method):
+        self.shape = architecture.shape
+        self.device = weights.embedding.device
+        self.dtype = weights.embedding.dtype
+        self._eps = architecture.norm_eps
+        self._weights = weights
+        self._rope = rope
+        self._method = method
+
+    def prefill(self, token_ids: Tensor, slot: int, max_new_tokens: int) -> Tensor:
+        """Runs a prompt, token_ids: [L], into an empty slot; returns the last token's logits [V].
+
+        Attention over the prompt is dense and exact, and no L x L tensor is built.
+        """
+
+        def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+            self._method.prefill(layer, slot, q, k, v, max_new_tokens)
+
+        return self._head(self._prompt(token_ids, keep)[-1])
+
+    def calibrate(self, token_ids: Tensor) -> None:
+        """Runs a text, token_ids: [L], and shows the method each layer's queries; keeps nothing."""
+        self._prompt(token_ids, lambda layer, q, k, v: self._method.calibrate(layer, q))
+
+    def step(self, token_ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """Decodes one token in each slot: token_ids, positions and slots [B] on the device; logits [B, V]."""
+        x = self._weights.embedding[token_ids]  # [B, hidden]
+        cos, sin = self._rope.cos_sin(positions, positions + 1, self.dtype)
+        cos, sin = cos[:, None, None], sin[:, None, None]  # [B, 1, 1, D]
+        last = len(self._weights.layers) - 1
+        for index, layer in enumerate(self._weights.layers):
+            h = self._norm(x, layer.input_norm)
+            if self._method.speculates and index < last:
+                guessed, _, _ = self._qkv(h[:, None], self._weights.layers[index + 1])
+                self._method.anticipate(index + 1, rotate(guessed, cos, sin))
+            q, k, v = self._qkv(h[:, None], layer)  # [B, H or G, 1, D]
+            out = self._method.attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v, slots)
+            x = self._finish(x, out.flatten(1), layer)
+        return self._head(x)
+
+    def _prompt(self, token_ids: Tensor, take: TakeLayer) -> Tensor:
+        length = len(token_ids)
+        x = self._weights.embedding[token_ids]  # [L, hidden]
+        positions = torch.arange(length, device=self.device)
+        cos, sin = self._rope.cos_sin(positions, positions[-1:] + 1, self.dtype)  # [L, D]
+        for index, layer in enumerate(self._weights.layers):
+            q, k, v = self._qkv(self._norm(x, layer.input_norm)[None], layer)  # [1, H or G, L, D]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            take(index, q[0], k[0], v[0])
+            out = attention(q, k, v, causal=True)  # [1, H, L, D]
+            x = self._finish(x, out[0].transpose(0, 1).flatten(1), layer)
+        return x
+
+    def _qkv(self, h: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, hidden] to q [B, H, L, D] and k, v [B, G, L, D], not yet rotated."""
+        shape = self.shape
+        heads = linear(h, layer.qkv, layer.qkv_bias).view(*h.shape[:2], -1, shape.head_dim).transpose(1, 2)
+        q, k, v = heads.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+        return q, k, v
+
+    def _finish(self, x: Tensor, heads: Tensor, layer: LayerWeights) -> Tensor:
+        """The rest of a layer after attention. x: [N, hidden], heads: [N, H * D]."""
+        x = x + linear(heads, layer.output, layer.output_bias)
+        gate, up = linear(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        return x + linear(silu(gate) * up, layer.down, layer.down_bias)
+
+    def _head(self, x: Tensor) -> Tensor:
+        return linear(self._norm(x, self._weights.norm), self._weights.head)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm over the last dimension, in float32."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
+        return weight * wide.to(x.dtype)

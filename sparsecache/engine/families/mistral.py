@@ -1,0 +1,13 @@
+"""Mistral (https://arxiv.org/abs/2310.06825): Llama, where early checkpoints slide a window over all layers."""
+
+from typing import Any
+
+from sparsecache.engine.families import base
+
+
+class Family(base.Family):
+    """No biases; `sliding_window` applies to every layer, unless null."""
+
+    def sliding_window(self, config: Any) -> int | None:
+        window: int | None = config.sliding_window
+        return window

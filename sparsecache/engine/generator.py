@@ -1,0 +1,229 @@
+"""Greedy generation in slots: prompts are prefilled into free slots and decoded together."""
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from sparsecache.engine.decoder import Decoder
+from sparsecache.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be continued greedily.
+
+    Generation ends after a stop id (which is kept) or max_new_tokens; before min_new_tokens stop ids are
+    masked. `key` is the caller's own.
+    """
+
+    key: Any
+    token_ids: list[int]
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    min_new_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of a request.
+
+    token_ids: new tokens, the stop id included. finish_reason: "stop" or "length". prefill_s: start of the
+    prompt to first token; decode_s: first to last token, on the wall clock. report: what the method kept.
+    error: set instead of all these when the request failed.
+    """
+
+    key: Any
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    report: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass
+class Clock:
+    """The engine's own totals: seconds spent in prefill and in decode steps, never overlapping."""
+
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    peak_gpu_bytes: int | None = None
+
+
+class Engine(Protocol):
+    """Anything that continues prompts."""
+
+    clock: Clock
+
+    def generate(self, requests: Iterable[Request], tick: "Tick" = ...) -> Iterator[Completion]:
+        """Yields a completion for every request, in the order in which they end."""
+
+
+Tick = Callable[[int], None]
+
+
+def no_tick(tokens: int) -> None:
+    """Nobody watches."""
+
+
+@dataclass
+class _Sequence:
+    """A request in flight."""
+
+    request: Request
+    slot: int
+    new_ids: list[int]
+    prefill_s: float
+    first_token_at: float
+
+    @property
+    def position(self) -> int:
+        """Of the newest token, which the next step reads."""
+        return len(self.request.token_ids) + len(self.new_ids) - 1
+
+    @property
+    def finish_reason(self) -> str:
+        if self.new_ids[-1] in self.request.stop_ids and len(self.new_ids) > self.request.min_new_tokens:
+            return "stop"
+        return "length" if len(self.new_ids) >= self.request.max_new_tokens else ""
+
+
+class Generator:
+    """The engine over our own decoder.
+
+    `slots` sequences at most are in flight at once. A request that fails (out of memory, say) comes back as a
+    completion with an error, and the others go on.
+    """
+
+    def __init__(self, decoder: Decoder, method: Method, slots: int):
+        self.clock = Clock()
+        self._decoder = decoder
+        self._method = method
+        self._slots = slots
+        self._room = 0  # tokens that each slot can take
+
+    @torch.inference_mode()
+    def reserve(self, max_tokens: int) -> None:
+        """Makes room for sequences of max_tokens. Without it room is made for each longer request in turn."""
+        try:
+            self._allocate(max_tokens)
+        except torch.OutOfMemoryError:  # the request that is too long will say so itself
+            self._room = 0
+
+    def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
+        """Yields a completion for every request, in the order in which they end."""
+        waiting = iter(requests)
+        active: dict[int, _Sequence] = {}
+        upcoming = next(waiting, None)
+        while active or upcoming is not None:
+            while upcoming is not None and self._can_start(upcoming, active):
+                started = self._start(upcoming, active)
+                tick(1)
+                if started is not None:
+                    yield started
+                upcoming = next(waiting, None)
+            yield from self._step(active, tick)
+
+    def _can_start(self, request: Request, active: dict[int, _Sequence]) -> bool:
+        """A free slot with room; room is made anew only when nothing is in flight."""
+        return not active or (len(active) < self._slots and _needed(request) <= self._room)
+
+    @torch.inference_mode()
+    def _start(self, request: Request, active: dict[int, _Sequence]) -> Completion | None:
+        """Prefills a request; returns its completion if it ends at once or fails."""
+        slot = next(slot for slot in range(self._slots) if slot not in active)
+        began = time.perf_counter()
+        try:
+            if _needed(request) > self._room:
+                self._allocate(_needed(request))
+            token_ids = torch.tensor(request.token_ids, device=self._decoder.device)
+            logits = self._decoder.prefill(token_ids, slot, request.max_new_tokens)
+            first = self._choose([request], [0], logits[None])[0]
+        except Exception as error:
+            return self._fail(request, slot, error)
+        now = time.perf_counter()
+        self.clock.prefill_tokens += len(request.token_ids)
+        self.clock.prefill_s += now - began
+        sequence = _Sequence(request, slot, [first], now - began, now)
+        if sequence.finish_reason:
+            return self._finish(sequence)
+        active[slot] = sequence
+        return None
+
+    @torch.inference_mode()
+    def _step(self, active: dict[int, _Sequence], tick: Tick) -> list[Completion]:
+        """One token for every sequence in flight; returns the completions of those that end."""
+        if not active:
+            return []
+        began = time.perf_counter()
+        rows = list(active.values())
+        try:
+            chosen = self._decode(rows)
+        except Exception as error:
+            active.clear()
+            return [self._fail(row.request, row.slot, error) for row in rows]
+        self.clock.decode_s += time.perf_counter() - began
+        self.clock.decode_tokens += len(rows)
+        tick(len(rows))
+        ended = []
+        for row, token_id in zip(rows, chosen, strict=True):
+            row.new_ids.append(token_id)
+            if row.finish_reason:
+                ended.append(self._finish(active.pop(row.slot)))
+        return ended
+
+    def _decode(self, rows: list[_Sequence]) -> list[int]:
+        newest = [row.new_ids[-1] for row in rows]
+        inputs = torch.tensor(
+            [newest, [row.position for row in rows], [row.slot for row in rows]], device=self._decoder.device
+        )
+        logits = self._decoder.step(*inputs)
+        return self._choose([row.request for row in rows], [len(row.new_ids) for row in rows], logits)
+
+    def _choose(self, requests: list[Request], produced: list[int], logits: torch.Tensor) -> list[int]:
+        """Greedy choice from logits [B, V], stop ids masked where a row has not produced its minimum yet."""
+        for row, (request, count) in enumerate(zip(requests, produced, strict=True)):
+            if count < request.min_new_tokens:
+                logits[row, list(request.stop_ids)] = -torch.inf
+        chosen: list[int] = logits.argmax(dim=-1).tolist()
+        return chosen
+
+    def _finish(self, row: _Sequence) -> Completion:
+        report = self._method.report(row.slot)
+        self._method.release(row.slot)
+        if self._decoder.device.type == "cuda":
+            self.clock.peak_gpu_bytes = torch.cuda.max_memory_allocated(self._decoder.device)
+        decode_s = time.perf_counter() - row.first_token_at
+        return Completion(row.request.key, row.new_ids, row.finish_reason, row.prefill_s, decode_s, report)
+
+    def _fail(self, request: Request, slot: int, error: Exception) -> Completion:
+        if self._room:
+            self._method.release(slot)
+        return failure(request, error)
+
+    def _allocate(self, max_tokens: int) -> None:
+        self._room = 0
+        shape, device, dtype = self._decoder.shape, self._decoder.device, self._decoder.dtype
+        self._method.allocate(shape, self._slots, max_tokens, device, dtype)
+        self._room = max_tokens
+
+
+def failure(request: Request, error: Exception) -> Completion:
+    """The completion of a request that raised: its traceback goes to stderr, one line of it to the record."""
+    traceback.print_exception(error, file=sys.stderr)
+    error.__traceback__ = None  # it holds the frames, and the frames hold the tensors that did not fit
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    first_line = (str(error).splitlines() or [""])[0]
+    return Completion(request.key, error=f"{type(error).__name__}: {first_line}")
+
+
+def _needed(request: Request) -> int:
+    return len(request.token_ids) + request.max_new_tokens

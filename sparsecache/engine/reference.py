@@ -1,0 +1,93 @@
+"""The same job through transformers' own generate: any architecture, one prompt at a time, vanilla only."""
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from sparsecache.engine.generator import Clock, Completion, Request, Tick, failure, no_tick
+from sparsecache.errors import UsageError
+
+
+class TransformersEngine:
+    """Greedy generation by transformers, as the reference for ours."""
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False):
+        """Loads the checkpoint. Raises UsageError if transformers cannot, without running code from it."""
+        self.clock = Clock()
+        self._device = device
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=False, use_safetensors=None if allow_pickle else True
+            )
+        except (ValueError, OSError) as error:
+            raise UsageError(f"transformers cannot load {path}: {str(error).splitlines()[0]}") from error
+        self._model: Any = model.to(device).eval()
+        # A checkpoint's own sampling and penalties are not part of greedy decoding.
+        self._model.generation_config = GenerationConfig()
+
+    def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
+        """Yields a completion for every request, in order."""
+        for request in requests:
+            try:
+                yield self._generate(request, tick)
+            except Exception as error:
+                yield failure(request, error)
+
+    @torch.inference_mode()
+    def _generate(self, request: Request, tick: Tick) -> Completion:
+        self._forget_lengths()
+        stamp = _FirstToken(self._device)
+        prompt = torch.tensor([request.token_ids], device=self._device)
+        began = time.perf_counter()
+        output = self._model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=request.max_new_tokens,
+                min_new_tokens=request.min_new_tokens or None,
+                eos_token_id=list(request.stop_ids) or None,
+                pad_token_id=request.stop_ids[0] if request.stop_ids else 0,
+            ),
+            logits_processor=LogitsProcessorList([stamp]),
+        )
+        new_ids = output[0, prompt.shape[1] :].tolist()
+        ended = time.perf_counter()
+        tick(len(new_ids))
+        self._count(len(request.token_ids), stamp.at - began, len(new_ids) - 1, ended - stamp.at)
+        stopped = new_ids[-1] in request.stop_ids and len(new_ids) > request.min_new_tokens
+        return Completion(request.key, new_ids, "stop" if stopped else "length", stamp.at - began, ended - stamp.at)
+
+    def _forget_lengths(self) -> None:
+        """Lets every rotary module see position 0, on which those that grow with the length start over."""
+        start = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
+        for module in self._model.modules():
+            if hasattr(module, "max_seq_len_cached") and hasattr(module, "rope_type"):
+                module(torch.zeros(1, device=self._device), start)
+
+    def _count(self, prompt_tokens: int, prefill_s: float, decode_tokens: int, decode_s: float) -> None:
+        self.clock.prefill_tokens += prompt_tokens
+        self.clock.prefill_s += prefill_s
+        self.clock.decode_tokens += decode_tokens
+        self.clock.decode_s += decode_s
+        if self._device.type == "cuda":
+            self.clock.peak_gpu_bytes = torch.cuda.max_memory_allocated(self._device)
+
+
+class _FirstToken(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
+    """Notes when the first logits are there; changes nothing."""
+
+    def __init__(self, device: torch.device):
+        self.at = 0.0
+        self._device = device
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not self.at:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self.at = time.perf_counter()
+        return scores

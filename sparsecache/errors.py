@@ -1,0 +1,8 @@
+"""The one exception that is meant for users."""
+
+
+class UsageError(Exception):
+    """Something the user can put right: a full sentence with the value, what is allowed and the way out.
+
+    The command lines print it and exit with code 2; nothing else in the project is caught there.
+    """

@@ -1,0 +1,1 @@
+"""Kernels, each with its plain torch twin. A leaf: imports nothing of the project."""

@@ -1,0 +1,1 @@
+"""The benchmark half: rows, prompts, metrics and files. Knows nothing about caches or torch."""

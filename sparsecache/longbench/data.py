@@ -1,0 +1,224 @@
+"""Where rows come from: the Hugging Face hub, a folder of JSONL, a zip, or the bundled sample."""
+
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from datasets import Dataset, Features, List, Value
+
+from sparsecache.errors import UsageError
+from sparsecache.longbench.jsonl import dumps, read_objects
+from sparsecache.longbench.tasks import Task
+
+HUB_REPO = "THUDM/LongBench"
+HUB_FILE = "data.zip"
+
+_FEATURES = Features(
+    {
+        "input": Value("string"),
+        "context": Value("large_string"),
+        "answers": List(Value("string")),
+        "length": Value("int64"),
+        "dataset": Value("string"),
+        "language": Value("string"),
+        "all_classes": List(Value("string")),
+        "_id": Value("string"),
+    }
+)
+_TYPES: dict[str, type] = {"input": str, "context": str, "length": int, "dataset": str, "language": str, "_id": str}
+_ADVICE = "No row is skipped: fetch or write the file again, whole."
+
+
+class Source(Protocol):
+    """Anything that holds the rows of datasets as JSON Lines."""
+
+    def read(self, task: Task, e: bool) -> tuple[str, bytes]:
+        """The name (for messages) and the bytes of one dataset's lines. Raises UsageError if it is not there."""
+
+    def describe(self) -> dict[str, Any]:
+        """What is recorded of the source in run.json."""
+
+    @property
+    def published(self) -> bool:
+        """Whether row counts must be the published ones."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one dataset and the SHA-256 of the bytes they were read from."""
+
+    dataset: Dataset
+    sha256: str
+
+
+def load_rows(source: Source, task: Task, e: bool = False) -> Rows:
+    """Reads and checks every row of one dataset.
+
+    Raises UsageError, naming file and line, for invalid JSON, a half-written line, a missing key, a value of
+    the wrong type, a row of another dataset, a repeated `_id`, or a row count other than the published one.
+    """
+    name, content = source.read(task, e)
+    rows: list[dict[str, Any]] = []
+    seen: dict[str, int] = {}
+    for number, row in read_objects(io.BytesIO(content), name, _ADVICE):
+        problem = _problem(row, task.file_stem(e)) or _repeated(row["_id"], seen)
+        if problem:
+            raise UsageError(f"{name}, line {number}: {problem} {_ADVICE}")
+        seen[row["_id"]] = number
+        rows.append({key: row[key] for key in _FEATURES})
+    expected = task.published_rows(e)
+    if source.published and len(rows) != expected:
+        raise UsageError(f"{name} holds {len(rows)} rows; the benchmark publishes {expected}. {_ADVICE}")
+    if not rows:
+        raise UsageError(f"{name} holds no rows. {_ADVICE}")
+    return Rows(Dataset.from_list(rows, features=_FEATURES), hashlib.sha256(content).hexdigest())
+
+
+def open_source(
+    data: str, *, revision: str | None = None, offline: bool = False, sample: "SampleSource | None" = None
+) -> Source:
+    """The source that a `--data` value names: `hub`, `sample`, a folder of JSONL files or a `.zip`.
+
+    Raises UsageError for anything else. Only `hub` ever touches the network, and not with `offline`.
+    """
+    if revision is not None and data != "hub":
+        raise UsageError(f"--data_revision {revision} pins the hub's data; with --data {data} it has no meaning.")
+    if data == "hub":
+        return ZipSource(*_download(revision, offline))
+    if data == "sample":
+        return sample or SampleSource()
+    path = Path(data)
+    if path.is_dir():
+        return FolderSource(path)
+    if path.is_file() and zipfile.is_zipfile(path):
+        return ZipSource(path)
+    raise UsageError(
+        f"--data {data!r} is neither a folder nor a zip file. Allowed: hub, sample, a folder of <dataset>.jsonl "
+        f"files, or a zip of them."
+    )
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A folder of `<dataset>.jsonl` files."""
+
+    folder: Path
+    published: bool = False
+
+    def read(self, task: Task, e: bool) -> tuple[str, bytes]:
+        path = self.folder / f"{task.file_stem(e)}.jsonl"
+        if not path.is_file():
+            found = sorted(file.stem for file in self.folder.glob("*.jsonl"))
+            raise UsageError(f"{path} is not there. {self.folder} holds: {', '.join(found) or 'no .jsonl file'}.")
+        return str(path), path.read_bytes()
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": "folder", "path": str(self.folder)}
+
+
+@dataclass(frozen=True)
+class ZipSource:
+    """A zip with `<dataset>.jsonl` members in any folder; the hub's `data.zip` when `hub` says so."""
+
+    path: Path
+    hub: dict[str, Any] | None = None
+
+    @property
+    def published(self) -> bool:
+        return self.hub is not None
+
+    def read(self, task: Task, e: bool) -> tuple[str, bytes]:
+        wanted = f"{task.file_stem(e)}.jsonl"
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                members = [name for name in archive.namelist() if Path(name).name == wanted]
+                members = [name for name in members if not name.startswith("__MACOSX/")]
+                if len(members) != 1:
+                    raise UsageError(f"{self.path} holds {len(members)} members named {wanted}; one is needed.")
+                return f"{self.path}:{members[0]}", archive.read(members[0])
+        except zipfile.BadZipFile as error:
+            raise UsageError(f"{self.path} is not a readable zip ({error}). Delete it and fetch it again.") from error
+
+    def describe(self) -> dict[str, Any]:
+        with self.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"source": "hub" if self.hub else "zip", "path": str(self.path), "sha256": digest, **(self.hub or {})}
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """The bundled sample: rows made from a seed, of every dataset's kind (sparsecache/demo)."""
+
+    rows: int = 2
+    tokens: int = 2048
+    seed: int = 0
+    published: bool = field(default=False, init=False)
+
+    def read(self, task: Task, e: bool) -> tuple[str, bytes]:
+        from sparsecache.demo.sample import make_rows
+
+        if e:
+            raise UsageError("--data sample has no LongBench-E rows. Leave out --e, or name other --data.")
+        rows = make_rows(task.name, self.rows, self.tokens, self.seed)
+        return f"sample of {task.name}", "".join(dumps(row) + "\n" for row in rows).encode()
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": "sample", "rows": self.rows, "tokens": self.tokens, "seed": self.seed}
+
+
+def _download(revision: str | None, offline: bool) -> tuple[Path, dict[str, Any]]:
+    """The hub's data.zip in its cache, and the commit that the revision resolved to."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(
+            hf_hub_download(HUB_REPO, HUB_FILE, repo_type="dataset", revision=revision, local_files_only=offline)
+        )
+    except Exception as error:  # the client's many failures (network, status, cache) all mean: no data
+        way_out = (
+            "Run once without --offline, or name a folder or zip with --data."
+            if offline
+            else "Check the network and --data_revision, or name a folder or zip with --data."
+        )
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"{HUB_FILE} of {HUB_REPO} could not be had ({reason}). {way_out}") from error
+    commit = path.relative_to(path.parents[1]).parts[0]  # .../snapshots/<commit>/data.zip
+    return path, {"repo": HUB_REPO, "revision": revision, "commit": commit}
+
+
+def _problem(row: dict[str, Any], dataset: str) -> str | None:
+    missing = [key for key in _FEATURES if key not in row]
+    if missing:
+        return f"the row lacks {', '.join(missing)}."
+    for key, kind in _TYPES.items():
+        if not isinstance(row[key], kind) or isinstance(row[key], bool):
+            return f"{key} is {json.dumps(row[key])[:40]}, not of type {kind.__name__}."
+    if not _strings(row["answers"]) or not row["answers"]:
+        return "answers is not a list of at least one string."
+    if row["all_classes"] is not None and not _strings(row["all_classes"]):
+        return "all_classes is neither null nor a list of strings."
+    if not _encodable(row):
+        return "a string holds half of a surrogate pair, which is no character."
+    if row["dataset"] != dataset:
+        return f"the row belongs to dataset {row['dataset']!r}, not {dataset!r}."
+    return None
+
+
+def _repeated(row_id: str, seen: dict[str, int]) -> str | None:
+    return f"_id {row_id!r} stands in line {seen[row_id]} already." if row_id in seen else None
+
+
+def _encodable(row: dict[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

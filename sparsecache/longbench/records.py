@@ -1,0 +1,263 @@
+"""Prediction files and run.json on disk: appended row by row, repaired after a kill, never mixed up.
+
+Layout: `pred/<model>/<name>/<dataset>.jsonl`, one flushed line per row, and `run.json` beside them.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+
+from sparsecache.errors import UsageError
+from sparsecache.longbench.jsonl import dumps, read_objects
+
+RUN_FILE = "run.json"
+_ADVICE = "Repair or delete that line, or start the run afresh with --overwrite."
+
+
+class PredictionFile:
+    """One dataset's prediction rows, open for appending by one process.
+
+    Opening locks the dataset, cuts off a line that a kill left half written, and drops error rows, so that
+    what remains are the finished rows (`done`) and what is missing can be appended. Raises UsageError when
+    another process holds the dataset, or for a line that is broken otherwise or whose `_id` is repeated.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(_lock_path(path), wait=False)
+        if self._lock is None:
+            raise UsageError(
+                f"{path} is being written by another process. Wait for it, or choose other --datasets or --name."
+            )
+        try:
+            self.done = self._repair()
+            self._file = _Appender(path)
+        except BaseException:
+            self._lock()
+            raise
+        self._writer = jsonlines.Writer(self._file, dumps=dumps)  # type: ignore[arg-type]  # all it needs is write
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Writes one row, through to the system. Raises UsageError when the disk is full or a limit is met.
+
+        A row that could not be written whole is cut off again, so that every earlier row stays as it was.
+        """
+        try:
+            self._writer.write(record)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise UsageError(
+                f"{self.path} cannot grow: {error.strerror}. Its {len(self.done)} finished rows are safe; make "
+                f"room and run the same command again, it goes on from there."
+            ) from error
+        if "error" not in record:
+            self.done.add(record["_id"])
+
+    def close(self) -> None:
+        """Closes the file and lets other processes at the dataset."""
+        self._file.close()
+        if self._lock is not None:
+            self._lock()
+            self._lock = None
+
+    def __enter__(self) -> "PredictionFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _repair(self) -> set[str]:
+        if not self.path.exists():
+            return set()
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        rows = list(read_rows(self.path))
+        finished = [row for row in rows if "error" not in row]
+        if len(finished) < len(rows):
+            write_atomically(self.path, "".join(dumps(row) + "\n" for row in finished))
+        done: set[str] = set()
+        for number, row in enumerate(finished, 1):
+            if "_id" not in row or row["_id"] in done:
+                problem = "repeats an _id" if "_id" in row else "has no _id"
+                raise UsageError(f"{self.path}: row {number} {problem}, so the file is not this program's. {_ADVICE}")
+            done.add(row["_id"])
+        return done
+
+
+class _Appender:
+    """The end of a file: each line goes through to the system whole, or leaves no trace and raises OSError."""
+
+    def __init__(self, path: Path):
+        self._line = ""
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def write(self, text: str) -> None:
+        self._line += text
+        if not text.endswith("\n"):
+            return
+        left, self._line = memoryview(self._line.encode()), ""
+        end = os.fstat(self._descriptor).st_size
+        try:
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except OSError:
+            os.ftruncate(self._descriptor, end)
+            raise
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a prediction file. Raises UsageError, naming the line, for one that is not a JSON object."""
+    with path.open("rb") as lines:
+        for _, row in read_objects(lines, str(path), _ADVICE):
+            yield row
+
+
+class RunFolder:
+    """The folder of one run and its record, `run.json`, which several processes may fill together."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def predictions(self, stem: str) -> Path:
+        """Path of one dataset's prediction file."""
+        return self.path / f"{stem}.jsonl"
+
+    def read(self) -> dict[str, Any]:
+        """The record, or an empty one. Raises UsageError if run.json is not JSON."""
+        path = self.path / RUN_FILE
+        if not path.exists():
+            return {}
+        try:
+            record = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UsageError(f"{path} is not valid JSON ({error}). Start the run afresh with --overwrite.") from error
+        if not isinstance(record, dict):
+            raise UsageError(f"{path} is not a JSON object. Start the run afresh with --overwrite.")
+        return record
+
+    def update(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Applies `change` to the record and writes it, atomically and alone."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path / ".run.lock"):
+            record = self.read()
+            change(record)
+            text = json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1)
+            write_atomically(self.path / RUN_FILE, text + "\n")
+
+    def claim(self, identity: dict[str, Any]) -> None:
+        """Makes this folder the one of `identity`. Raises UsageError when it belongs to another.
+
+        Values that are tables (data and template hashes by dataset) are compared where both have the key, and
+        merged, so that one run may be filled dataset by dataset.
+        """
+
+        def change(record: dict[str, Any]) -> None:
+            known = record.get("identity", {})
+            differing = list(_differences(known, json.loads(json.dumps(identity))))
+            if differing:
+                raise UsageError(
+                    f"{self.path} holds a run with other settings: {'; '.join(differing)}. Choose another --name, "
+                    f"or start this one afresh with --overwrite."
+                )
+            record["identity"] = _merged(known, identity)
+
+        self.update(change)
+
+    def clear(self, stems: list[str]) -> None:
+        """Deletes the run's record, results and the prediction files named. Raises UsageError if one is in use."""
+        for stem in stems:
+            path = self.predictions(stem)
+            if path.exists():
+                with contextlib.closing(_Held(path)):
+                    path.unlink()
+        for name in (RUN_FILE, "result.json", "summary.json", "result_e.json", "summary_e.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+
+class _Held:
+    """A dataset held just long enough to delete its file."""
+
+    def __init__(self, path: Path):
+        self._release = lock(_lock_path(path), wait=False)
+        if self._release is None:
+            raise UsageError(f"{path} is being written by another process, so --overwrite cannot delete it.")
+
+    def close(self) -> None:
+        if self._release is not None:
+            self._release()
+
+
+def lock(path: Path, wait: bool) -> Callable[[], None] | None:
+    """Takes the lock file `path`; returns what releases it, or None if it is taken and `wait` is False.
+
+    The kernel drops the lock with the process, so a kill leaves nothing to clean up.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return lambda: os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock file `path`, waiting for it."""
+    release = lock(path, wait=True)
+    assert release is not None
+    try:
+        yield
+    finally:
+        release()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file so that a kill leaves the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.lock")
+
+
+def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+    for key in known.keys() & wanted.keys():
+        old, new = known[key], wanted[key]
+        if key in _BY_DATASET:
+            yield from (
+                f"{key} of {stem} was {old[stem]}, now {new[stem]}"
+                for stem in sorted(old.keys() & new.keys())
+                if old[stem] != new[stem]
+            )
+        elif old != new:
+            yield f"{key} was {json.dumps(old, ensure_ascii=False)}, now {json.dumps(new, ensure_ascii=False)}"
+
+
+_BY_DATASET = ("templates", "protocol", "data")
+
+
+def _merged(known: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    tables = {key: {**known.get(key, {}), **wanted[key]} for key in _BY_DATASET if key in wanted}
+    return {**known, **wanted, **tables}

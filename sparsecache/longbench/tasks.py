@@ -1,0 +1,87 @@
+"""The datasets of LongBench and LongBench-E as tasks, read from configs/datasets.toml."""
+
+import hashlib
+from dataclasses import dataclass
+
+from sparsecache.configs import read_tables
+from sparsecache.errors import UsageError
+
+CATEGORIES = ("single_doc_qa", "multi_doc_qa", "summarization", "few_shot", "synthetic", "code")
+LANGUAGES = ("en", "zh", "code")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dataset and the protocol's rules for it (configs/datasets.toml says what each field means)."""
+
+    name: str
+    template: str
+    max_new_tokens: int
+    metric: str
+    category: str
+    language: str
+    rows: int
+    rows_e: int | None = None
+    chat: bool = True
+    first_line: bool = False
+    newline_stop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.category not in CATEGORIES:
+            raise ValueError(f"{self.name}: category {self.category!r} is none of {', '.join(CATEGORIES)}.")
+        if self.language not in LANGUAGES:
+            raise ValueError(f"{self.name}: language {self.language!r} is none of {', '.join(LANGUAGES)}.")
+
+    @property
+    def template_sha256(self) -> str:
+        """SHA-256 of the template's UTF-8 bytes, as recorded in run.json."""
+        return hashlib.sha256(self.template.encode()).hexdigest()
+
+    @property
+    def short_answer(self) -> bool:
+        """Whether a prediction that ends by length is a sign of trouble (not so for summaries and code)."""
+        return self.category not in ("summarization", "code")
+
+    def file_stem(self, e: bool) -> str:
+        """Name of the data and prediction file without its ending: `qasper`, or `qasper_e` for LongBench-E."""
+        return f"{self.name}_e" if e else self.name
+
+    def published_rows(self, e: bool) -> int | None:
+        """How many rows the benchmark publishes for this dataset; None if LongBench-E lacks it."""
+        return self.rows_e if e else self.rows
+
+
+def load_tasks() -> dict[str, Task]:
+    """All tasks by dataset name, in the order of configs/datasets.toml."""
+    return {name: Task(name=name, **table) for name, table in read_tables("datasets.toml").items()}
+
+
+def select_tasks(names: str, e: bool = False) -> list[Task]:
+    """The tasks that a `--datasets` value names: a comma list of datasets, `all`, `en`, `zh` or a category.
+
+    `en` and `zh` are the sets of the published averages that are predicted in that language; code belongs to
+    `en`. With `e` groups mean their LongBench-E members. Raises UsageError for an unknown name, or for a
+    dataset that LongBench-E lacks.
+    """
+    tasks = load_tasks()
+    available = {name: task for name, task in tasks.items() if not e or task.rows_e is not None}
+    chosen: dict[str, Task] = {}
+    for name in (part.strip() for part in names.split(",")):
+        group = _group(name, available)
+        if name in available:
+            chosen[name] = available[name]
+        elif group:
+            chosen.update(group)
+        elif name in tasks:
+            raise UsageError(f"Dataset {name!r} is not part of LongBench-E. Its datasets: {', '.join(available)}.")
+        else:
+            raise UsageError(
+                f"There is no dataset {name!r}. Datasets: {', '.join(available)}. "
+                f"Groups: all, en, zh, {', '.join(CATEGORIES)}."
+            )
+    return [task for name, task in tasks.items() if name in chosen]
+
+
+def _group(name: str, tasks: dict[str, Task]) -> dict[str, Task]:
+    languages = {"all": LANGUAGES, "en": ("en", "code"), "zh": ("zh",)}.get(name, ())
+    return {key: task for key, task in tasks.items() if task.language in languages or task.category == name}

@@ -1,0 +1,73 @@
+"""The seam between the decoder and a cache method: what each promises the other.
+
+One instance of a method serves one engine and owns the keys and values of all its slots; a slot is one
+sequence in flight. The decoder knows weights and tokens, the method knows KV; neither looks into the other.
+A step is: for every layer in order, `anticipate` (if the method speculates), then `attend`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The attention shape of a model: L layers, H query heads sharing G key/value heads of D dimensions."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class Method(ABC):
+    """A way to keep, and attend to, the keys and values of past tokens.
+
+    A subclass lives in `methods/<name>.py`; its constructor's annotated arguments, all with defaults, are the
+    options of `-o key=value` (raise ValueError, in a full sentence, for a value out of range).
+
+    graphable: whether a decode step may be captured in a CUDA graph (no synchronisation, fixed addresses).
+    speculates: whether `anticipate` is to be called; only then does the decoder compute its query.
+    """
+
+    graphable = False
+    speculates = False
+
+    @abstractmethod
+    def allocate(self, shape: Shape, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Makes room for `slots` sequences of up to `max_tokens` tokens each, replacing any earlier room."""
+
+    def calibrate(self, layer: int, q: Tensor) -> None:  # noqa: B027 (a no-op unless a method asks for it)
+        """Is shown a layer's rotated queries over the calibration text, q: [H, L, D]."""
+
+    @abstractmethod
+    def prefill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
+        """Takes a prompt's rotated q [H, L, D], k and v [G, L, D] into an empty slot.
+
+        The attention over the prompt itself is dense and exact, and not the method's business.
+        """
+
+    def anticipate(self, layer: int, q: Tensor) -> None:  # noqa: B027 (a no-op unless the method speculates)
+        """Is told, before `layer` runs, what it would ask if the previous layer's attention input were its own.
+
+        q: [B, H, 1, D], rotated.
+        """
+
+    @abstractmethod
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        """Appends one token per row to the row's slot and returns the attention over what the slot keeps.
+
+        q: [B, H, 1, D]; k, v: [B, G, 1, D], rotated; slots: [B] int64 on the device, no slot twice. Returns
+        [B, H, 1, D]. A row may name a slot that is not in flight: what it writes there is never read.
+        """
+
+    @abstractmethod
+    def release(self, slot: int) -> None:
+        """Forgets a sequence completely; releasing an empty slot does nothing."""
+
+    def report(self, slot: int) -> dict[str, Any]:
+        """What was kept of the sequence in `slot`, for its record (JSON values)."""
+        return {}

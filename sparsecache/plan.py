@@ -1,0 +1,179 @@
+"""What a run is made of: settings brought together with a checkpoint, before any weights are read."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from sparsecache.engine.catalog import Model, checkpoint_folder, find_model
+from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.families import load_family
+from sparsecache.engine.generator import Engine, Generator
+from sparsecache.engine.loading import DTYPES, Checkpoint
+from sparsecache.engine.rope import Rope
+from sparsecache.errors import UsageError
+from sparsecache.longbench.prompts import Prompter
+from sparsecache.longbench.tasks import Task
+from sparsecache.methods import make_method, method_options
+from sparsecache.methods.base import Method
+from sparsecache.settings import Settings
+
+
+class Plan:
+    """One run's checkpoint, method, device, dtype and prompts.
+
+    Making one raises UsageError for whatever does not fit: the method's options, the device, the checkpoint's
+    family, its model_type, its attention.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.model: Model = find_model(settings.model)
+        self.method: Method = make_method(settings.method, settings.options)
+        self.device = _device(settings.device)
+        folder = checkpoint_folder(self.model, settings.offline, settings.allow_pickle)
+        self.checkpoint = Checkpoint(folder, settings.allow_pickle)
+        self.window = settings.window or self.checkpoint.window
+        self._check_model_type()
+        if settings.engine == "sparsecache":
+            self._check_family()
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype of weights and cache."""
+        if self.settings.dtype != "auto":
+            return self.settings.dtype
+        own = str(self.checkpoint.dtype).removeprefix("torch.")
+        return (self.model.dtype or own) if self.device.type == "cuda" else "float32"
+
+    @property
+    def chat(self) -> str:
+        """How prompts are wrapped (Prompter.chat): as the model's table says, else by the tokenizer's template."""
+        if self.model.chat is not None:
+            return self.model.chat
+        return "template" if self.checkpoint.tokenizer.chat_template else "none"
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        """Makes this run's prompts."""
+        return Prompter(
+            tokenizer=self.checkpoint.tokenizer,
+            window=self.window,
+            max_length=self.settings.max_length or self.model.max_length,
+            chat=self.chat,
+            chat_template_args=tuple(sorted(self.model.chat_template_args.items())),
+        )
+
+    def stop_ids(self, task: Task) -> tuple[int, ...]:
+        """What ends a prediction of this dataset."""
+        newline = self.checkpoint.tokenizer.encode("\n", add_special_tokens=False)[-1:] if task.newline_stop else []
+        return tuple(sorted({*self.checkpoint.stop_ids, *newline}))
+
+    def engine(self) -> Engine:
+        """The engine that the settings name, with its weights loaded."""
+        if self.settings.engine == "transformers":
+            return self.reference()
+        architecture = load_family(self.checkpoint.model_type).architecture(self.checkpoint.config)
+        weights = self.checkpoint.load(architecture, self.device, DTYPES[self.dtype_name])
+        decoder = Decoder(architecture, weights, Rope(self.checkpoint.config, self.device), self.method)
+        return Generator(decoder, self.method, self.settings.batch_size)
+
+    def reference(self) -> Engine:
+        """transformers' own generate, over the same checkpoint."""
+        from sparsecache.engine.reference import TransformersEngine
+
+        dtype = DTYPES[self.dtype_name]
+        return TransformersEngine(self.checkpoint.path, self.device, dtype, self.settings.allow_pickle)
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share, beside their data and tasks, for their rows to stand in one file."""
+        defaults = {key: option.default for key, option in method_options(type(self.method)).items()}
+        return {
+            "checkpoint": self.checkpoint.fingerprint,
+            "method": self.settings.method,
+            "options": {**defaults, **self.settings.options},
+            "engine": self.settings.engine,
+            "dtype": self.dtype_name,
+            "window": self.window,
+            "max_length": self.prompter.max_length,
+            "chat": self.chat,
+            "chat_template_args": dict(self.prompter.chat_template_args),
+            "stop_ids": self.checkpoint.stop_ids,
+        }
+
+    def model_record(self) -> dict[str, Any]:
+        """The checkpoint as run.json records it."""
+        model = self.model
+        return {
+            "name": model.name,
+            "path": str(self.checkpoint.path),
+            "hub": model.hub,
+            "table": model.table,
+            "model_type": self.checkpoint.model_type,
+            "stop_tokens": self._stop_tokens(),
+            "note": model.note,
+        }
+
+    def describe(self) -> Iterator[str]:
+        """What a user should see before the first row."""
+        table = f"settings of [{self.model.table}]" if self.model.table else "no table in configs/models.toml"
+        chat = {"template": "the tokenizer's template", "none": "none"}.get(self.chat, repr(self.chat))
+        stops = ", ".join(map(" ".join, zip(map(str, self.checkpoint.stop_ids), self._stop_tokens(), strict=True)))
+        options = ", ".join(f"{key}={value}" for key, value in self.settings.options.items())
+        yield f"checkpoint  {self.checkpoint.path} ({self.checkpoint.model_type}, {table})"
+        yield f"decoding    {self.settings.method} ({options or 'no options'}), {self.dtype_name} on {self.device}"
+        yield f"prompts     window {self.window}, max_length {self.prompter.max_length or 'what the window leaves'}"
+        yield f"chat        {chat}; stops at {stops}"
+
+    def warnings(self) -> Iterator[str]:
+        """What a user should doubt before the first row."""
+        looks_instructed = any(mark in self.model.name.lower() for mark in ("chat", "instruct", "-it"))
+        if self.chat == "none" and looks_instructed:
+            yield (
+                f"{self.model.name} looks instruction-tuned but has no chat template, so prompts are not wrapped; "
+                f"give it a table with `chat` in configs/models.toml."
+            )
+        if not self.checkpoint.stop_ids:
+            yield "the checkpoint names no end-of-text token, so every prediction ends by length."
+        if self.window > self.checkpoint.window:
+            yield f"--window {self.window} is beyond the {self.checkpoint.window} tokens the checkpoint is made for."
+
+    def _stop_tokens(self) -> list[str]:
+        tokens: list[str] = self.checkpoint.tokenizer.convert_ids_to_tokens(self.checkpoint.stop_ids)
+        return tokens
+
+    def _check_model_type(self) -> None:
+        wanted, found = self.settings.model_type or self.model.model_type, self.checkpoint.model_type
+        if wanted is not None and wanted != found:
+            raise UsageError(
+                f"{self.checkpoint.path / 'config.json'} says model_type {found!r}, not {wanted!r}. "
+                f"Pass --model_type {found}, leave it out, or correct configs/models.toml."
+            )
+
+    def _check_family(self) -> None:
+        family = load_family(self.checkpoint.model_type)
+        family.architecture(self.checkpoint.config)
+        Rope(self.checkpoint.config, torch.device("cpu"))
+        sliding = family.sliding_window(self.checkpoint.config)
+        if sliding is not None and sliding < self.window:
+            raise UsageError(
+                f"{self.checkpoint.path} has layers with sliding-window attention over {sliding} tokens, which are "
+                f"not decoded here beyond that window. Keep within it with --window {sliding}, or use "
+                f"--engine transformers."
+            )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r} is no device to decode on. Allowed: auto, cpu, cuda, cuda:<number>.")
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise UsageError(f"--device {name} is not there: torch sees {found} GPUs. Use --device cpu.")
+    return device

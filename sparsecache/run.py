@@ -1,0 +1,230 @@
+"""One run: tasks -> prompts -> completions -> records. Joins the benchmark half and the generation half."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from sparsecache.engine.generator import Completion, Engine, Generator, Request
+from sparsecache.errors import UsageError
+from sparsecache.longbench.data import Rows, SampleSource, Source, load_rows, open_source
+from sparsecache.longbench.prompts import Prompt
+from sparsecache.longbench.records import PredictionFile, RunFolder, read_rows
+from sparsecache.longbench.report import decode_speed, health_table
+from sparsecache.longbench.tasks import Task, load_tasks, select_tasks
+from sparsecache.plan import Plan
+from sparsecache.provenance import new_session, now
+from sparsecache.settings import Settings
+from sparsecache.versions import check_versions
+
+
+def run(settings: Settings) -> int:
+    """Runs what the settings ask for, from where an earlier run of the same name left off.
+
+    Returns the exit code: 0, or 1 when a row failed. Raises UsageError for anything the user can put right,
+    before any weights are read where that is possible.
+    """
+    settings.check()
+    check_versions()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    return _Run(settings).execute()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One dataset of a run: its rows, its open prediction file, and how many rows are wanted of it."""
+
+    task: Task
+    stem: str
+    rows: Rows
+    file: PredictionFile
+    wanted: int
+
+    def pending(self) -> Iterator[dict[str, Any]]:
+        """The wanted rows that are not finished, in the benchmark's order."""
+        ids = self.rows.dataset["_id"][: self.wanted]
+        return (self.rows.dataset[at] for at, row_id in enumerate(ids) if row_id not in self.file.done)
+
+    @property
+    def missing(self) -> int:
+        """How many those are."""
+        return sum(row_id not in self.file.done for row_id in self.rows.dataset["_id"][: self.wanted])
+
+
+class _Run:
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.plan = Plan(settings)
+        self.folder = RunFolder(settings.pred_dir / self.plan.model.name / settings.run_name)
+        self.source = _source(settings)
+        self.failed = 0
+
+    def execute(self) -> int:
+        """Claims the folder, does what is missing, and prints the health of what is there."""
+        e = self.settings.e
+        loaded = [(task, load_rows(self.source, task, e)) for task in select_tasks(self.settings.datasets, e)]
+        if self.settings.overwrite:
+            self.folder.clear([task.file_stem(flag) for task in load_tasks().values() for flag in (False, True)])
+        with ExitStack() as stack:
+            self.folder.claim({**self.plan.identity(), **_tasks_identity(loaded, e)})
+            works = [self._open(stack, task, rows) for task, rows in loaded]
+            self._announce(works)
+            if any(work.missing for work in works):
+                self._predict(works)
+            print(self._health(works))
+        return 1 if self.failed else 0
+
+    def _open(self, stack: ExitStack, task: Task, rows: Rows) -> _Work:
+        stem = task.file_stem(self.settings.e)
+        file = stack.enter_context(PredictionFile(self.folder.predictions(stem)))
+        available = len(rows.dataset)
+        return _Work(task, stem, rows, file, min(self.settings.max_samples or available, available))
+
+    def _announce(self, works: list[_Work]) -> None:
+        missing, wanted = sum(work.missing for work in works), sum(work.wanted for work in works)
+        for line in self.plan.describe():
+            print(line)
+        print(f"rows        {missing} of {wanted} to do, into {self.folder.path}")
+        for warning in self.plan.warnings():
+            print(f"Warning: {warning}", file=sys.stderr)
+
+    def _predict(self, works: list[_Work]) -> None:
+        session = new_session(self.settings, self.plan.device, self.source.describe())
+        self._save(session, works)
+        engine = self.plan.engine()
+        if self.settings.verify:
+            session["verify"] = self._verify(engine, works)
+        for work in works:
+            self._predict_dataset(engine, work)
+            session["clock"] = asdict(engine.clock)
+            self._save(session, works)
+        session["ended"] = now()
+        self._save(session, works)
+
+    def _predict_dataset(self, engine: Engine, work: _Work) -> None:
+        requests = self._requests(work)
+        if isinstance(engine, Generator) and self.settings.batch_size > 1:
+            requests = iter(known := list(requests))
+            engine.reserve(max((len(r.token_ids) + r.max_new_tokens for r in known), default=0))
+        new_tokens = 0
+
+        def tick(tokens: int) -> None:
+            nonlocal new_tokens
+            new_tokens += tokens
+            bar.set_postfix_str(f"{new_tokens} new tokens", refresh=False)
+            bar.update(0)
+
+        with tqdm(total=work.wanted, initial=work.wanted - work.missing, desc=work.stem, unit="row") as bar:
+            for completion in engine.generate(requests, tick):
+                row, prompt = completion.key
+                work.file.append(self._record(row, prompt, completion))
+                self.failed += completion.error is not None
+                bar.update()
+
+    def _requests(self, work: _Work) -> Iterator[Request]:
+        stop_ids = self.plan.stop_ids(work.task)
+        for row in work.pending():
+            try:
+                prompt = self.plan.prompter.build(work.task, row)
+            except UsageError:
+                raise
+            except Exception as error:  # a row that the tokenizer chokes on must not end the run
+                work.file.append({**_from_row(row), "error": f"{type(error).__name__}: {error}"})
+                self.failed += 1
+                continue
+            yield Request(
+                key=(row, prompt),
+                token_ids=prompt.token_ids,
+                max_new_tokens=work.task.max_new_tokens,
+                stop_ids=stop_ids,
+                min_new_tokens=1 if work.task.newline_stop else 0,
+            )
+
+    def _record(self, row: dict[str, Any], prompt: Prompt, completion: Completion) -> dict[str, Any]:
+        record = {
+            **_from_row(row),
+            "prompt_tokens": len(prompt.token_ids),
+            "original_tokens": prompt.original_tokens,
+            "truncated": prompt.truncated,
+            "recut_tokens": prompt.recut_tokens,
+            "prompt_sha256": prompt.sha256,
+        }
+        if completion.error is not None:
+            return {**record, "error": completion.error}
+        record["pred"] = self.plan.checkpoint.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        return {
+            **record,
+            "new_tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "prefill_s": round(completion.prefill_s, 6),
+            "decode_s": round(completion.decode_s, 6),
+            **completion.report,
+        }
+
+    def _verify(self, engine: Engine, works: list[_Work]) -> dict[str, Any]:
+        """Runs the first prompts through transformers too; prints and returns where the texts part."""
+        requests = list(islice((request for work in works for request in self._requests(work)), self.settings.verify))
+        theirs = {done.key[0]["_id"]: done for done in self.plan.reference().generate(requests)}
+        differing = []
+        for mine in engine.generate(requests):
+            row, other = mine.key[0], theirs[mine.key[0]["_id"]]
+            if mine.error or other.error or mine.token_ids != other.token_ids:
+                at = _first_difference(mine.token_ids, other.token_ids)
+                differing.append({"_id": row["_id"], "dataset": row["dataset"], "first_differing_token": at})
+                print(f"verify: {row['dataset']} {row['_id']}: texts part at new token {at}.")
+        print(f"verify: {len(requests) - len(differing)} of {len(requests)} prompts give the text of transformers.")
+        return {"prompts": len(requests), "differing": differing}
+
+    def _save(self, session: dict[str, Any], works: list[_Work]) -> None:
+        def change(record: dict[str, Any]) -> None:
+            record["model"] = self.plan.model_record()
+            datasets = record.setdefault("datasets", {})
+            for work in works:
+                before = datasets.get(work.stem, {}).get("expected_rows", 0)
+                datasets[work.stem] = {"expected_rows": max(before, work.wanted)}
+            others = [other for other in record.get("sessions", []) if other["id"] != session["id"]]
+            record["sessions"] = [*others, session]
+
+        self.folder.update(change)
+
+    def _health(self, works: list[_Work]) -> str:
+        rows = [(work.task, work.stem, work.wanted, list(read_rows(work.file.path))) for work in works]
+        lines = [health_table(rows)]
+        speed = decode_speed(self.folder.read())
+        if speed:
+            peak = speed["peak_gpu_bytes"]
+            memory = f", peak GPU memory {peak / 2**30:.1f} GiB" if peak else ""
+            lines.append(f"Decode: {speed['tokens_per_s']} tokens/s over {speed['tokens']} tokens{memory}.")
+        return "\n".join(lines)
+
+
+def _source(settings: Settings) -> Source:
+    sample = SampleSource(settings.sample_rows, settings.sample_tokens, settings.sample_seed)
+    return open_source(settings.data, revision=settings.data_revision, offline=settings.offline, sample=sample)
+
+
+def _tasks_identity(loaded: list[tuple[Task, Rows]], e: bool) -> dict[str, dict[str, str]]:
+    """The part of a run's identity that is compared dataset by dataset."""
+    return {
+        "templates": {task.file_stem(e): task.template_sha256 for task, _ in loaded},
+        "protocol": {
+            task.file_stem(e): f"max_new_tokens={task.max_new_tokens} chat={task.chat} newline_stop={task.newline_stop}"
+            for task, _ in loaded
+        },
+        "data": {task.file_stem(e): rows.sha256 for task, rows in loaded},
+    }
+
+
+def _from_row(row: dict[str, Any]) -> dict[str, Any]:
+    return {"pred": "", **{key: row[key] for key in ("answers", "all_classes", "length", "_id")}}
+
+
+def _first_difference(first: list[int], second: list[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

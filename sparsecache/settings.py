@@ -1,0 +1,64 @@
+"""What a run is asked to do, and the checks that need no heavy import. Knows nothing of how it is done."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparsecache.engine.catalog import find_model
+from sparsecache.errors import UsageError
+from sparsecache.longbench.tasks import select_tasks
+from sparsecache.methods import check_method_name
+
+ENGINES = ("sparsecache", "transformers")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run; the command line's options are these fields, and these are their defaults."""
+
+    model: str
+    datasets: str = "all"
+    method: str = "vanilla"
+    options: dict[str, str] = field(default_factory=dict)
+    name: str | None = None
+    e: bool = False
+    data: str = "hub"
+    data_revision: str | None = None
+    sample_rows: int = 2
+    sample_tokens: int = 2048
+    sample_seed: int = 0
+    offline: bool = False
+    max_samples: int | None = None
+    max_length: int | None = None
+    window: int | None = None
+    batch_size: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    engine: str = "sparsecache"
+    model_type: str | None = None
+    allow_pickle: bool = False
+    verify: int = 0
+    overwrite: bool = False
+    pred_dir: Path = Path("pred")
+
+    @property
+    def run_name(self) -> str:
+        """The folder of the run below the model's: `name`, or the method's name."""
+        return self.name or self.method
+
+    def check(self) -> None:
+        """Raises UsageError for a name that does not exist or values that exclude each other.
+
+        Reads configs/ and file names only: nothing heavy is imported and no checkpoint is opened.
+        """
+        select_tasks(self.datasets, self.e)
+        check_method_name(self.method)
+        find_model(self.model)
+        if self.run_name in (".", "..") or "/" in self.run_name or "\0" in self.run_name:
+            raise UsageError(f"--name {self.run_name!r} must be the name of one folder, without a slash.")
+        if self.engine == "transformers" and self.method != "vanilla":
+            raise UsageError(f"--engine transformers decodes vanilla only, not --method {self.method}.")
+        if self.engine == "transformers" and self.verify:
+            raise UsageError("--verify compares with transformers, so --engine transformers has nothing to verify.")
+        if self.engine == "transformers" and self.batch_size != 1:
+            raise UsageError(f"--engine transformers decodes one prompt at a time, not --batch_size {self.batch_size}.")
