@@ -20,7 +20,7 @@ def read_objects(lines: Iterable[bytes], name: str, advice: str) -> Iterator[tup
 
     def counted() -> Iterator[bytes]:
         nonlocal number
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines, 1):  # noqa: B007 (read by whoever reports an error)
             yield line
 
     reader = jsonlines.Reader(counted())
