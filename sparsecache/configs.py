@@ -1,5 +1,6 @@
 """Where configs/ lies, and how its tables are read. Knows nothing of what stands in them."""
 
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -9,14 +10,14 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def configs_dir() -> Path:
-    """The folder of `datasets.toml` and `models.toml`: inside an installed package, else beside it in a clone."""
-    installed = _PACKAGE / "configs"
-    return installed if installed.is_dir() else _PACKAGE.parent / "configs"
+    """The folder of `datasets.toml` and `models.toml`: beside the package in a clone, else where they are installed."""
+    cloned = _PACKAGE.parent / "configs"
+    return cloned if cloned.is_dir() else Path(sys.prefix) / "share" / "sparsecache" / "configs"
 
 
 def project_dir() -> Path:
-    """The folder that relative paths in configs/ are relative to."""
-    return configs_dir().parent
+    """The folder that relative paths in configs/ are relative to: the one that holds the package."""
+    return _PACKAGE.parent
 
 
 @cache

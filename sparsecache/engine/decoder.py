@@ -79,7 +79,7 @@ class Decoder:
         """[B, L, hidden] to q [B, H, L, D] and k, v [B, G, L, D], not yet rotated."""
         shape = self.shape
         heads = linear(h, layer.qkv, layer.qkv_bias).view(*h.shape[:2], -1, shape.head_dim).transpose(1, 2)
-        q, k, v = torch.split(heads, (shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
+        q, k, v = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
         return q, k, v

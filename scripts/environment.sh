@@ -1,0 +1,32 @@
+# Sourced by the other scripts: makes .venv in the project's folder once, and installs the project into it.
+# PYTHON picks the interpreter (3.11 or 3.12); VENV another place for the environment.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV="${VENV:-.venv}"
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3.12 python3 python}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "No Python 3.11 or 3.12 was found (tried: ${PYTHON:-python3.11 python3.12 python3 python}). Install one, or name one with PYTHON=..." >&2
+    return 1
+}
+
+# The environment is reused until setup.cfg, pyproject.toml, constraints.txt or the interpreter changes.
+install_environment() {
+    local python stamp
+    python="$(find_python)"
+    stamp="$({ cat setup.cfg pyproject.toml constraints.txt; "$python" --version; } | cksum)"
+    if [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/.installed" 2>/dev/null)" = "$stamp" ]; then
+        return
+    fi
+    echo "Installing into $VENV ..."
+    rm -rf "$VENV"
+    "$python" -m venv "$VENV"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+    echo "$stamp" >"$VENV/.installed"
+}
