@@ -1,0 +1,78 @@
+"""A made-up sample of LongBench: rows in the benchmark's own format for each of its 21 datasets.
+
+Every row is drawn from inventories that are far too large to know by heart, in templated prose of our own; no
+text of the benchmark is in it. It does not know how rows are predicted or scored.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from sparsecache.demo import chinese, english, fewshot, passages, programs, summaries
+from sparsecache.demo.build import Draft, Rng, estimate_tokens
+from sparsecache.errors import UsageError
+from sparsecache.longbench.tasks import load_tasks
+
+FEWEST_TOKENS = 256
+MOST_TOKENS = 32768
+
+_MAKERS: dict[str, Callable[[Rng, float], Draft]] = {
+    "narrativeqa": english.narrativeqa,
+    "qasper": english.qasper,
+    "multifieldqa_en": english.multifieldqa_en,
+    "multifieldqa_zh": chinese.multifieldqa_zh,
+    "hotpotqa": english.hotpotqa,
+    "2wikimqa": english.two_wiki,
+    "musique": english.musique,
+    "dureader": chinese.dureader,
+    "gov_report": summaries.gov_report,
+    "qmsum": summaries.qmsum,
+    "multi_news": summaries.multi_news,
+    "vcsum": chinese.vcsum,
+    "trec": fewshot.trec,
+    "triviaqa": fewshot.triviaqa,
+    "samsum": fewshot.samsum,
+    "lsht": chinese.lsht,
+    "passage_count": passages.passage_count,
+    "passage_retrieval_en": passages.passage_retrieval_en,
+    "passage_retrieval_zh": chinese.passage_retrieval_zh,
+    "lcc": programs.lcc,
+    "repobench-p": programs.repobench,
+}
+
+
+def make_rows(dataset: str, rows: int, tokens: int, seed: int) -> list[dict[str, Any]]:
+    """`rows` rows of the sample's version of `dataset`, with LongBench's keys in LongBench's order.
+
+    `tokens` (256 to 32768) is the wanted length of the filled prompt by `estimate_tokens`, one token per 4
+    ASCII characters and one per 1.5 others; the prompt comes within 15 % of it. Tokenizers differ: a small
+    vocabulary needs more tokens. `length` counts context, input and first answer: words, or characters where
+    the language is "zh". The same arguments give the same rows in every process and Python version, and row i
+    is the same however many rows are asked for. Raises UsageError for an unknown dataset or a number out of
+    range.
+    """
+    if dataset not in _MAKERS:
+        raise UsageError(f"There is no sample of a dataset {dataset!r}. Datasets: {', '.join(_MAKERS)}.")
+    if not FEWEST_TOKENS <= tokens <= MOST_TOKENS:
+        raise UsageError(f"A sample prompt has {FEWEST_TOKENS} to {MOST_TOKENS} tokens, not {tokens}.")
+    if rows < 0:
+        raise UsageError(f"The number of sample rows is {rows}; it must be 0 or more.")
+    task = load_tasks()[dataset]
+    room = tokens - estimate_tokens(task.template.format(context="", input=""))
+    language = "python" if task.language == "code" else task.language
+    return [_make_row(dataset, language, room, f"{dataset}/{seed}/{tokens}/{index}") for index in range(rows)]
+
+
+def _make_row(dataset: str, language: str, room: float, key: str) -> dict[str, Any]:
+    draft = _MAKERS[dataset](Rng(key), room)
+    texts = (draft.context, draft.input, draft.answers[0])
+    return {
+        "input": draft.input,
+        "context": draft.context,
+        "answers": draft.answers,
+        "length": sum(len(text) if language == "zh" else len(text.split()) for text in texts),
+        "dataset": dataset,
+        "language": language,
+        "all_classes": draft.all_classes,
+        "_id": hashlib.sha256(key.encode()).hexdigest()[:48],
+    }

@@ -1,0 +1,221 @@
+"""The sample's rows: the format, the promised sizes, and that each question can be answered from its text."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from sparsecache.demo import chinese, english, passages
+from sparsecache.demo.build import estimate_tokens
+from sparsecache.demo.facts import Relation, World
+from sparsecache.demo.sample import make_rows
+from sparsecache.errors import UsageError
+from sparsecache.longbench.tasks import load_tasks
+
+KEYS = ["input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"]
+DATASETS = list(load_tasks())
+STATED = {
+    "narrativeqa": english.STORY,
+    "multifieldqa_en": english.PEOPLE,
+    "multifieldqa_zh": chinese.PEOPLE,
+    "hotpotqa": english.PEOPLE,
+    "2wikimqa": english.WORKS,
+    "musique": english.PEOPLE,
+    "dureader": chinese.PEOPLE,
+}
+CLASSIFIED = ["trec", "lsht"]
+RETRIEVED = {"passage_retrieval_en": passages.PLACES, "passage_retrieval_zh": chinese.PLACES}
+MARKS = {
+    "gov_report": r"Key finding: ([^.]+\.)",
+    "multi_news": r"In short: ([^.]+\.)",
+    "vcsum": r"结论：([^。]+。)",
+}
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_rows_have_the_benchmarks_format(dataset: str) -> None:
+    for row in make_rows(dataset, 3, 512, 0):
+        assert list(row) == KEYS
+        assert row["dataset"] == dataset
+        assert row["language"] == {"code": "python"}.get(load_tasks()[dataset].language, row["language"])
+        assert row["answers"] and all(isinstance(answer, str) and answer for answer in row["answers"])
+        assert row["length"] == _count(row)
+        assert (row["all_classes"] is not None) == (dataset in CLASSIFIED)
+        assert re.fullmatch("[0-9a-f]{48}", row["_id"])
+
+
+def _count(row: dict[str, Any]) -> int:
+    texts = [row["context"], row["input"], row["answers"][0]]
+    return sum(len(text) if row["language"] == "zh" else len(text.split()) for text in texts)
+
+
+@pytest.mark.parametrize("tokens", [256, 400, 1024, 4096, 32768])
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_prompts_have_the_wanted_length(dataset: str, tokens: int) -> None:
+    template = load_tasks()[dataset].template
+    for row in make_rows(dataset, 8 if tokens <= 1024 else 1, tokens, 7):
+        assert estimate_tokens(template.format(**row)) == pytest.approx(tokens, rel=0.15)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_a_row_does_not_depend_on_how_many_are_asked_for(dataset: str) -> None:
+    assert make_rows(dataset, 2, 300, 1) == make_rows(dataset, 10, 300, 1)[:2]
+
+
+def test_rows_are_the_same_in_another_process() -> None:
+    code = (
+        "import json; from sparsecache.demo.sample import make_rows; "
+        f"print(json.dumps([make_rows(name, 2, 600, 3) for name in {DATASETS!r}]))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert json.loads(printed) == [make_rows(name, 2, 600, 3) for name in DATASETS]
+
+
+def test_ids_are_unique_over_datasets_seeds_sizes_and_rows() -> None:
+    rows = [
+        row for name in DATASETS for seed in (0, 1) for tokens in (256, 300) for row in make_rows(name, 3, tokens, seed)
+    ]
+    assert len({row["_id"] for row in rows}) == len(rows)
+    assert len({row["context"] + row["input"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("dataset", STATED)
+def test_the_answer_is_stated_once_among_others_of_its_kind(dataset: str) -> None:
+    for row in make_rows(dataset, 20, 512, 0):
+        told = _statements(row["context"], _asked(row["input"], STATED[dataset]))
+        assert [value for _, value in told].count(row["answers"][0]) == 1
+        assert len(told) >= 2
+        assert len({entity for entity, _ in told}) == len(told)
+
+
+def _asked(question: str, world: World) -> Relation:
+    """The relation that a question is about."""
+    asks = {relation: re.escape(relation.asks).replace(r"\{e\}", ".+") for relation in world.relations}
+    return next(relation for relation, pattern in asks.items() if re.fullmatch(pattern, question))
+
+
+def _statements(text: str, relation: Relation) -> list[tuple[str, str]]:
+    """Entity and value of every sentence of the text that states the relation."""
+    escaped = [re.escape(says) for says in relation.says]
+    patterns = [says.replace(r"\{e\}", "(?P<e>.+?)").replace(r"\{v\}", "(?P<v>.+?)") for says in escaped]
+    told = []
+    for sentence in re.split(r"(?<=[.。])\s*|\n", text):
+        readings = [match for pattern in patterns if (match := re.fullmatch(pattern, sentence))]
+        if readings:  # "In the evenings X plays Y." is also read as a sentence about "In the evenings X".
+            best = min(readings, key=lambda match: len(match["e"]))
+            told.append((best["e"], best["v"]))
+    return told
+
+
+def test_the_evidence_lies_anywhere_in_the_text() -> None:
+    rows = make_rows("multifieldqa_en", 200, 1024, 0)
+    places = [row["context"].index(row["answers"][0]) / len(row["context"]) for row in rows]
+    assert 0.42 < mean(places) < 0.58
+    assert min(places) < 0.1 and max(places) > 0.9
+
+
+def test_hops_need_each_of_their_passages() -> None:
+    for row in make_rows("musique", 10, 1024, 0):
+        passages = re.split(r"Passage \d+:\n", row["context"])[1:]
+        titles = [passage.split("\n")[0] for passage in passages]
+        start = next(title for title in titles if title in row["input"])
+        reached = [passage for passage in passages if row["answers"][0] in passage]
+        assert len(reached) == 1 and start not in reached[0]
+        assert len(titles) == len(set(titles)) and len(titles) > 3
+
+
+def test_qasper_has_every_kind_of_answer() -> None:
+    rows = make_rows("qasper", 60, 400, 0)
+    answers = {row["answers"][0] for row in rows}
+    assert {"yes", "no", "unanswerable"} < answers
+    for row in rows:
+        if row["answers"][0] not in ("yes", "no", "unanswerable"):
+            assert row["answers"][0].lower() in row["context"].lower()
+
+
+@pytest.mark.parametrize("dataset", MARKS)
+def test_summaries_are_the_marked_sentences(dataset: str) -> None:
+    for row in make_rows(dataset, 10, 1024, 0):
+        found = re.findall(MARKS[dataset], row["context"])
+        assert len(found) >= 2
+        assert row["answers"] == [("" if row["language"] == "zh" else " ").join(found)]
+
+
+def test_qmsum_answers_with_the_decisions_on_its_topic() -> None:
+    for row in make_rows("qmsum", 10, 2048, 0):
+        topic = row["input"].removeprefix("What was decided about the ").removesuffix("?")
+        decisions = re.findall(r"Decision on the ([^:]+): (.+)", row["context"])
+        assert row["answers"] == [" ".join(text for about, text in decisions if about == topic)]
+        assert any(about != topic for about, _ in decisions)
+
+
+@pytest.mark.parametrize("dataset", CLASSIFIED)
+def test_classes_are_shown_by_example(dataset: str) -> None:
+    for row in make_rows(dataset, 10, 512, 0):
+        assert row["answers"][0] in row["all_classes"]
+        assert row["answers"][0] in re.findall(r"(?:Type: |类别：)(.+)", row["context"])
+        nested = [(a, b) for a in row["all_classes"] for b in row["all_classes"] if a != b and a in b]
+        assert not nested
+
+
+@pytest.mark.parametrize(("dataset", "end"), [("triviaqa", "Answer:\n"), ("samsum", "Summary: ")])
+def test_few_shot_inputs_stop_where_the_answer_begins(dataset: str, end: str) -> None:
+    for row in make_rows(dataset, 10, 1024, 0):
+        assert row["input"].endswith(end) and row["input"].count(end) == 1
+        assert row["context"].count(end) >= 2
+        assert dataset != "triviaqa" or row["answers"][0] in row["input"]
+
+
+def test_the_count_is_that_of_different_paragraphs() -> None:
+    for row in make_rows("passage_count", 20, 1024, 0):
+        texts = [text.split(": ", 1)[1] for text in row["context"].split("\n\n")]
+        assert row["answers"] == [str(len(set(texts)))]
+        assert len(set(texts)) < len(texts)
+
+
+@pytest.mark.parametrize("dataset", RETRIEVED)
+@pytest.mark.parametrize("tokens", [256, 2048])
+def test_the_abstract_is_of_the_named_paragraph(dataset: str, tokens: int) -> None:
+    for row in make_rows(dataset, 10, tokens, 0):
+        values = _abstract_values(row["input"], RETRIEVED[dataset])
+        assert len(values) == 2
+        paragraphs = dict(re.split("[:：]", text, maxsplit=1) for text in row["context"].split("\n\n"))
+        named = [name for name, text in paragraphs.items() if all(value in text for value in values)]
+        assert row["answers"] == named
+
+
+def _abstract_values(abstract: str, world: World) -> list[str]:
+    """The values of the facts that an abstract repeats in other words."""
+    clauses = [re.escape(relation.clause).replace(r"\{v\}", "(.+?)") for relation in world.relations]
+    found = [re.search(clause + r"(?= and |\.$|，而且|。$)", abstract) for clause in clauses]
+    return [match[1] for match in found if match]
+
+
+@pytest.mark.parametrize("dataset", ["lcc", "repobench-p"])
+def test_the_next_line_follows_from_a_definition(dataset: str) -> None:
+    for row in make_rows(dataset, 10, 1024, 0):
+        name, arguments = re.fullmatch(r" {4}result = (\w+)\((.+)\)", row["answers"][0]).groups()  # type: ignore[union-attr]
+        code = row["context"] + row["input"]
+        assert row["context"].count(f"def {name}({arguments}):") == 1
+        assert code.endswith(f"    # {name.replace('_', ' ')}\n")
+        assert row["answers"][0] not in code
+        assert len(re.findall(r"def \w+_\w+\(", row["context"])) >= 3
+        if dataset == "lcc":
+            compile(code, "sample.py", "exec")
+
+
+def test_wrong_requests_are_refused_with_a_sentence() -> None:
+    with pytest.raises(UsageError, match="no sample of a dataset 'triva'.*triviaqa"):
+        make_rows("triva", 1, 512, 0)
+    with pytest.raises(UsageError, match="256 to 32768"):
+        make_rows("lcc", 1, 255, 0)
+    with pytest.raises(UsageError, match="-1"):
+        make_rows("lcc", -1, 512, 0)
