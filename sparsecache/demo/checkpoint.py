@@ -3,6 +3,7 @@
 It behaves as any checkpoint of its family does, but what it writes means nothing.
 """
 
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,19 @@ _SPECIAL = (BOS, EOS, PAD)  # ids 0, 1, 2
 _TRAINED_ON = ("narrativeqa", "hotpotqa", "samsum", "multifieldqa_zh", "lsht", "passage_retrieval_zh", "lcc")
 
 
-def make_random_checkpoint(folder: Path, *, seed: int = 0, model_type: str = "llama", **overrides: Any) -> Path:
-    """Write a checkpoint of one of MODEL_TYPES, its float32 weights random, to `folder`, and return that.
+def make_random_checkpoint(
+    folder: Path,
+    *,
+    seed: int = 0,
+    model_type: str = "llama",
+    dtype: str = "float32",
+    device: str = "cpu",
+    **overrides: Any,
+) -> Path:
+    """Write a checkpoint of one of MODEL_TYPES with random weights to `folder`, and return that.
 
-    `overrides` are fields of the family's config. The tokenizer is the same every time: a byte-level BPE of
+    `overrides` are fields of the family's config; weights are drawn on `device`, which makes the shape of a
+    real model quick to try. The tokenizer is the same every time: a byte-level BPE of
     1,024 entries that puts one `<s>` before a text and has no chat template. The folder appears whole or not
     at all; one that exists is returned unchanged. Raises UsageError for another model type.
     """
@@ -36,7 +46,7 @@ def make_random_checkpoint(folder: Path, *, seed: int = 0, model_type: str = "ll
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         unfinished = Path(temporary) / folder.name
-        _save_checkpoint(unfinished, _make_config(model_type, overrides), seed)
+        _save_checkpoint(unfinished, _make_config(model_type, overrides), seed, dtype, device)
         _move(unfinished, folder)
     return folder
 
@@ -74,13 +84,13 @@ def _make_config(model_type: str, overrides: dict[str, Any]) -> "PretrainedConfi
     return AutoConfig.for_model(model_type, **settings | overrides)
 
 
-def _save_checkpoint(folder: Path, config: "PretrainedConfig", seed: int) -> None:
+def _save_checkpoint(folder: Path, config: "PretrainedConfig", seed: int, dtype: str, device: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
@@ -123,16 +133,20 @@ def train_tokenizer(model_max_length: int) -> "PreTrainedTokenizerFast":
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--model_type", type=click.Choice(MODEL_TYPES), default="llama", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights.")
-def main(folder: Path, model_type: str, seed: int) -> None:
-    """Write a tiny checkpoint with random weights to FOLDER."""
+@click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Where the weights are drawn.")
+@click.option("-c", "fields", multiple=True, metavar="KEY=VALUE", help="A field of config.json; repeatable.")
+def main(folder: Path, model_type: str, seed: int, dtype: str, device: str, fields: tuple[str, ...]) -> None:
+    """Write a checkpoint with random weights to FOLDER: a tiny one, or one of the shape that -c asks for."""
     if folder.exists():
         click.echo(f"{folder} exists already and is left as it is.")
         return
+    overrides = {key: json.loads(value) for key, _, value in (field.partition("=") for field in fields)}
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    make_random_checkpoint(folder, seed=seed, model_type=model_type)
-    click.echo(f"{folder} holds a tiny {model_type} checkpoint. Its weights are random, so scores mean nothing.")
+    make_random_checkpoint(folder, seed=seed, model_type=model_type, dtype=dtype, device=device, **overrides)
+    click.echo(f"{folder} holds a {model_type} checkpoint. Its weights are random, so scores mean nothing.")
 
 
 if __name__ == "__main__":
