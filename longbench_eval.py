@@ -51,8 +51,8 @@ def main(
         complete = True
         for folder in folders:
             result = score_run(folder, e, options)
-            paths = write_results(result, options)
             print(score_table(result))
+            paths = write_results(result, options)
             print(f"Written: {', '.join(str(path) for path in paths)}\n")
             complete &= result.complete
         sys.exit(0 if complete or allow_partial else 1)

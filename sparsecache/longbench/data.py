@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,7 +93,7 @@ def open_source(
     if data == "sample":
         return sample or SampleSource()
     path = Path(data)
-    if path.is_dir():
+    if data and path.is_dir():
         return FolderSource(path)
     if path.is_file() and zipfile.is_zipfile(path):
         return ZipSource(path)
@@ -140,7 +141,7 @@ class ZipSource:
                 if len(members) != 1:
                     raise UsageError(f"{self.path} holds {len(members)} members named {wanted}; one is needed.")
                 return f"{self.path}:{members[0]}", archive.read(members[0])
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted, or unknown
             raise UsageError(f"{self.path} is not a readable zip ({error}). Delete it and fetch it again.") from error
 
     def describe(self) -> dict[str, Any]:
@@ -172,22 +173,35 @@ class SampleSource:
 
 def _download(revision: str | None, offline: bool) -> tuple[Path, dict[str, Any]]:
     """The hub's data.zip in its cache, and the commit that the revision resolved to."""
+    path = _cached(revision) if offline else _fetched(revision)
+    commit = path.parent.name  # .../snapshots/<commit>/data.zip
+    return path, {"repo": HUB_REPO, "revision": revision, "commit": commit}
+
+
+def _cached(revision: str | None) -> Path:
+    # Not hf_hub_download with local_files_only, which may still ask the hub how to name itself to it.
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(HUB_REPO, HUB_FILE, repo_type="dataset", revision=revision)
+    if not isinstance(found, str):
+        raise UsageError(
+            f"{HUB_FILE} of {HUB_REPO} at revision {revision or 'main'} is not in the hub's cache, and --offline "
+            f"forbids fetching it. Run once without --offline, or name a folder or zip with --data."
+        )
+    return Path(found)
+
+
+def _fetched(revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        path = Path(
-            hf_hub_download(HUB_REPO, HUB_FILE, repo_type="dataset", revision=revision, local_files_only=offline)
-        )
+        return Path(hf_hub_download(HUB_REPO, HUB_FILE, repo_type="dataset", revision=revision))
     except Exception as error:  # the client's many failures (network, status, cache) all mean: no data
-        way_out = (
-            "Run once without --offline, or name a folder or zip with --data."
-            if offline
-            else "Check the network and --data_revision, or name a folder or zip with --data."
-        )
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"{HUB_FILE} of {HUB_REPO} could not be had ({reason}). {way_out}") from error
-    commit = path.relative_to(path.parents[1]).parts[0]  # .../snapshots/<commit>/data.zip
-    return path, {"repo": HUB_REPO, "revision": revision, "commit": commit}
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"{HUB_FILE} of {HUB_REPO} could not be had ({reason}). Check the network and --data_revision, or name a "
+            f"folder or zip with --data."
+        ) from error
 
 
 def _problem(row: dict[str, Any], dataset: str) -> str | None:
@@ -197,6 +211,8 @@ def _problem(row: dict[str, Any], dataset: str) -> str | None:
     for key, kind in _TYPES.items():
         if not isinstance(row[key], kind) or isinstance(row[key], bool):
             return f"{key} is {json.dumps(row[key])[:40]}, not of type {kind.__name__}."
+    if row["length"].bit_length() > 63:
+        return "length is too large to be one."
     if not _strings(row["answers"]) or not row["answers"]:
         return "answers is not a list of at least one string."
     if row["all_classes"] is not None and not _strings(row["all_classes"]):

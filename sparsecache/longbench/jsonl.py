@@ -23,7 +23,7 @@ def read_objects(lines: Iterable[bytes], name: str, advice: str) -> Iterator[tup
         for number, line in enumerate(lines, 1):  # noqa: B007 (read by whoever reports an error)
             yield line
 
-    reader = jsonlines.Reader(counted())
+    reader = jsonlines.Reader(counted(), loads=json.loads)  # its default is whichever JSON package is installed
     while True:
         try:
             record = reader.read(type=dict, skip_empty=True)

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from types import FrameType
 from typing import Any
 
 from sparsecache.longbench.text import chinese_words, jieba_cut, normalized_words
 
 EDIT_BACKENDS = ("difflib", "fuzzywuzzy")
+_OFFICIAL_FRAMES = 999  # what fits under Python's usual recursion limit, which the reference scorer runs with
 
 
 @dataclass
@@ -137,15 +137,16 @@ def _rouge_l(prediction: str, answer: str, context: Context, official_frames: in
     The reference scorer runs it `official_frames` deep under Python's usual limit of 1000, and takes the
     RecursionError for 0.0. Here that limit is set relative to where we stand, then lifted.
     """
-    depth = _stack_depth()
+    wanted = _OFFICIAL_FRAMES - official_frames + 1  # one more, for _package_rouge_l
+    limit = sys.getrecursionlimit() - _spare_frames() + wanted
     try:
-        with _recursion_limit(depth + 1 - official_frames + 1000):
+        with _recursion_limit(limit):
             return _package_rouge_l(prediction, answer)
     except RecursionError:
         context.too_deep = True
         if context.official_recursion:
             return 0.0
-    with _recursion_limit(depth + 1000 + len(prediction) + len(answer)):
+    with _recursion_limit(limit + len(prediction) + len(answer)):
         return _package_rouge_l(prediction, answer)
 
 
@@ -161,13 +162,15 @@ def _package_rouge_l(prediction: str, answer: str) -> float:
     return score
 
 
-def _stack_depth() -> int:
-    """Frames from the bottom of this thread's stack up to the caller's, both counted."""
-    frame: FrameType | None = sys._getframe(1)
-    depth = 0
-    while frame is not None:
-        frame, depth = frame.f_back, depth + 1
-    return depth
+def _spare_frames() -> int:
+    """How many Python frames still fit below the caller's.
+
+    Tried out, since the interpreter's count is no number of frames: Python 3.11 counts calls out of C as well.
+    """
+    try:
+        return 1 + _spare_frames()
+    except RecursionError:
+        return 0
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class PredictionFile:
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         self._lock = lock(_lock_path(path), wait=False)
         if self._lock is None:
             raise UsageError(
@@ -153,7 +153,7 @@ class RunFolder:
 
     def update(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Applies `change` to the record and writes it, atomically and alone."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        _make_folder(self.path)
         with locked(self.path / ".run.lock"):
             record = self.read()
             change(record)
@@ -161,7 +161,7 @@ class RunFolder:
             write_atomically(self.path / RUN_FILE, text + "\n")
 
     def claim(self, identity: dict[str, Any]) -> None:
-        """Makes this folder the one of `identity`. Raises UsageError when it belongs to another.
+        """Makes this folder the one of `identity`. Raises UsageError when it belongs to another, or may do.
 
         Values that are tables (data and template hashes by dataset) are compared where both have the key, and
         merged, so that one run may be filled dataset by dataset.
@@ -169,6 +169,12 @@ class RunFolder:
 
         def change(record: dict[str, Any]) -> None:
             known = record.get("identity", {})
+            unknown = [stem for stem in identity.get("data", ()) if not known and self.predictions(stem).exists()]
+            if unknown:
+                raise UsageError(
+                    f"{self.path} holds predictions of {', '.join(unknown)} but no {RUN_FILE} that says how they were "
+                    f"made. Choose another --name, or start this one afresh with --overwrite."
+                )
             differing = list(_differences(known, json.loads(json.dumps(identity))))
             if differing:
                 raise UsageError(
@@ -180,18 +186,22 @@ class RunFolder:
         self.update(change)
 
     def clear(self, stems: list[str]) -> None:
-        """Deletes the run's record, results and the prediction files named. Raises UsageError if one is in use."""
-        for stem in stems:
-            path = self.predictions(stem)
-            if path.exists():
-                with contextlib.closing(_Held(path)):
-                    path.unlink()
+        """Deletes the run's record, results and the prediction files named.
+
+        Raises UsageError, and deletes nothing, if another process holds one of them.
+        """
+        with contextlib.ExitStack() as held:
+            paths = [path for path in map(self.predictions, stems) if path.exists() or _lock_path(path).exists()]
+            for path in paths:
+                held.enter_context(contextlib.closing(_Held(path)))
+            for path in paths:
+                path.unlink(missing_ok=True)
         for name in (RUN_FILE, "result.json", "summary.json", "result_e.json", "summary_e.json"):
             (self.path / name).unlink(missing_ok=True)
 
 
 class _Held:
-    """A dataset held just long enough to delete its file."""
+    """A dataset held just long enough to delete files."""
 
     def __init__(self, path: Path):
         self._release = lock(_lock_path(path), wait=False)
@@ -229,13 +239,30 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file so that a kill leaves the old one or the new one, never a part."""
+    """Replaces a file so that a kill leaves the old one or the new one, never a part.
+
+    Raises UsageError where the system does not let it, with the old file in place.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", newline="\n")
         os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}. Nothing in its place is changed; make room or give access, "
+            f"and run the same command again."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"The folder {path} cannot be made: {error.strerror}. Choose another --pred_dir or --name."
+        ) from error
 
 
 def _lock_path(path: Path) -> Path:
@@ -243,7 +270,7 @@ def _lock_path(path: Path) -> Path:
 
 
 def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    for key in known.keys() & wanted.keys():
+    for key in (key for key in wanted if key in known):
         old, new = known[key], wanted[key]
         if key in _BY_DATASET:
             yield from (

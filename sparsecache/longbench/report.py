@@ -165,9 +165,9 @@ def _number(value: float | None, digits: int) -> str:
 def _remarks(result: RunScore) -> Iterable[str]:
     stems = {id(dataset): dataset.task.file_stem(result.e) for dataset in result.datasets}
     partial = [
-        f"{stems[id(dataset)]} {len(dataset.rows)} of {dataset.expected} rows"
+        f"{stems[id(dataset)]} {dataset.finished} of {dataset.expected} rows"
         for dataset in result.datasets
-        if not dataset.complete
+        if dataset.expected is None or dataset.finished < dataset.expected
     ]
     if partial:
         yield f"INCOMPLETE: {', '.join(partial)}."

@@ -37,7 +37,7 @@ class RowScore:
     """One row's score in 0 to 1, its length (None if the file lacks it), and what was odd about it."""
 
     score: float
-    length: int | None
+    length: float | None
     empty: bool
     metric_error: bool
     error_row: bool
@@ -76,12 +76,17 @@ class DatasetScore:
         for row in self.rows:
             if row.length is not None:
                 members[bucket(row.length)].append(row.score)
-        return {name: _summary(scores, _numpy_mean_of_hundreds) for name, scores in members.items()}
+        return {name: _summary(scores, _numpy_mean_in_percent) for name, scores in members.items()}
+
+    @property
+    def finished(self) -> int:
+        """How many rows are there that are no error rows."""
+        return len(self.rows) - self.count("error_row")
 
     @property
     def complete(self) -> bool:
         """Whether every row that was asked for is there and none is an error row."""
-        return len(self.rows) == self.expected and not self.count("error_row")
+        return len(self.rows) == self.expected == self.finished
 
     def count(self, remark: str) -> int:
         """How many rows carry a remark: empty, metric_error, error_row or too_deep."""
@@ -149,7 +154,7 @@ class RunScore:
         return _average([mean for mean in means if mean.score is not None], sum(mean.of for mean in means))
 
 
-def bucket(length: int) -> str:
+def bucket(length: float) -> str:
     """The LongBench-E bucket of a row of `length` words."""
     return BUCKETS[0] if length < 4000 else BUCKETS[1] if length < 8000 else BUCKETS[2]
 
@@ -197,7 +202,12 @@ def score_file(path: Path, task: Task, e: bool, expected: int | None, options: O
 
 
 def _files(folder: Path, e: bool) -> list[tuple[Task, Path]]:
-    tasks = {task.file_stem(flag): (task, flag) for task in load_tasks().values() for flag in (False, True)}
+    tasks = {
+        task.file_stem(flag): (task, flag)
+        for task in load_tasks().values()
+        for flag in (False, True)
+        if task.published_rows(flag) is not None
+    }
     paths = sorted(folder.glob("*.jsonl"))
     unknown = [path.name for path in paths if path.stem not in tasks]
     if unknown:
@@ -222,9 +232,14 @@ def _oddities(path: Path, rows: list[dict[str, Any]], e: bool, expected: int | N
     """What is odd about a file, for the reader. Raises UsageError for what cannot be scored."""
     warnings = []
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("pred"), str) or not isinstance(row.get("answers"), list):
-            raise UsageError(f"{path}, row {number}: a row needs `pred` (text) and `answers` (a list of texts).")
-    ids = [row["_id"] for row in rows if "_id" in row]
+        answers = row.get("answers")
+        listed = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
+        if not isinstance(row.get("pred"), str) or not listed:
+            raise UsageError(
+                f"{path}, row {number}: a row needs `pred` (text) and `answers` (a list of texts). "
+                f"Correct or delete it, or predict it again."
+            )
+    ids = [str(row["_id"]) for row in rows if row.get("_id") is not None]
     repeated = len(ids) - len(set(ids))
     if repeated and not allow:
         raise UsageError(
@@ -235,7 +250,7 @@ def _oddities(path: Path, rows: list[dict[str, Any]], e: bool, expected: int | N
         warnings.append(f"{repeated} rows repeat an _id and count again")
     if len(ids) < len(rows):
         warnings.append(f"{len(rows) - len(ids)} rows have no _id, so repeats cannot be seen")
-    if any(not isinstance(row.get("length"), int) for row in rows):
+    if any(_length(row) is None for row in rows):
         warnings.append("rows have no length" + (" and are in no bucket" if e else ""))
     if expected is None:
         warnings.append("no run.json, so the published row count is expected")
@@ -266,16 +281,21 @@ def _score_row(row: dict[str, Any], task: Task, e: bool, all_classes: Any, optio
             score = max(score, metric(prediction, answer, context))
         except (ValueError, IndexError, TypeError, ZeroDivisionError):
             failed = True  # worth 0.0 to the reference; counted and shown here
-    length = row.get("length")
-    empty = not row["pred"].strip()
+    error_row = "error" in row
+    empty = not row["pred"].strip() and not error_row
     return RowScore(
         score=score,
-        length=length if isinstance(length, int) else None,
+        length=_length(row),
         empty=empty,
-        metric_error=failed and not empty,
-        error_row="error" in row,
+        metric_error=failed and not empty and not error_row,
+        error_row=error_row,
         too_deep=context.too_deep,
     )
+
+
+def _length(row: dict[str, Any]) -> float | None:
+    length = row.get("length")
+    return length if isinstance(length, int | float) else None
 
 
 def _scored_text(prediction: str, task: Task) -> str:
@@ -289,7 +309,7 @@ def _rouge_score(rows: list[dict[str, Any]], task: Task) -> dict[str, float]:
     names = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(names, tokenizer=_JiebaTokenizer() if task.language == "zh" else None)
     totals = dict.fromkeys(names, 0.0)
-    for row in rows:
+    for row in (row for row in rows if row["answers"]):
         result = scorer.score_multi(row["answers"], _scored_text(row["pred"], task))
         for name in names:
             totals[name] += result[name].fmeasure
@@ -303,20 +323,20 @@ class _JiebaTokenizer:
         return chinese_words(text)
 
 
-def _plain_mean_of_hundreds(scores: Sequence[float]) -> float:
+def _mean_in_percent(scores: Sequence[float]) -> float:
     """One addition after the other, as the reference adds (`sum` compensates rounding since Python 3.12)."""
-    return 100 * functools.reduce(operator.add, scores, 0.0) / len(scores)
+    return round(100 * functools.reduce(operator.add, scores, 0.0) / len(scores), 2)
 
 
-def _numpy_mean_of_hundreds(scores: Sequence[float]) -> float:
-    """As the reference averages LongBench-E's buckets."""
-    return float(100 * numpy.mean(list(scores)))
+def _numpy_mean_in_percent(scores: Sequence[float]) -> float:
+    """As the reference averages LongBench-E's buckets: numpy rounds 0.325 to 0.32, Python to 0.33."""
+    return float(numpy.round(100 * numpy.mean(list(scores)), 2))
 
 
-def _summary(scores: Sequence[float], mean: Callable[[Sequence[float]], float] = _plain_mean_of_hundreds) -> Summary:
+def _summary(scores: Sequence[float], mean: Callable[[Sequence[float]], float] = _mean_in_percent) -> Summary:
     if not scores:
         return Summary(None, None, 0)
-    score = round(mean(scores), 2)
+    score = mean(scores)
     stderr = float(100 * numpy.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None
     return Summary(score, stderr, len(scores))
 

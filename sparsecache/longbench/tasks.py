@@ -72,8 +72,8 @@ def select_tasks(names: str, e: bool = False) -> list[Task]:
             chosen[name] = available[name]
         elif group:
             chosen.update(group)
-        elif name in tasks:
-            raise UsageError(f"Dataset {name!r} is not part of LongBench-E. Its datasets: {', '.join(available)}.")
+        elif name in tasks or _group(name, tasks):
+            raise UsageError(f"{name!r} is not part of LongBench-E. Its datasets: {', '.join(available)}.")
         else:
             raise UsageError(
                 f"There is no dataset {name!r}. Datasets: {', '.join(available)}. "

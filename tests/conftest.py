@@ -1,0 +1,54 @@
+"""What tests of several folders share: the repository, real data where there is some, fresh interpreters."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+# A shared machine has slow moments, which say nothing of the code.
+settings.register_profile("sparsecache", deadline=None)
+settings.load_profile("sparsecache")
+
+_REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of this repository."""
+    return _REPO
+
+
+@pytest.fixture(scope="session")
+def fixtures_dir() -> Path:
+    """Real LongBench rows and predictions, which never lie in the repository."""
+    folder = Path(os.environ.get("SPARSECACHE_FIXTURES", _REPO.parent / "shared" / "longbench"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; SPARSECACHE_FIXTURES names its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python *arguments` with the repository importable, `path` before it and `env` on top."""
+
+    def run(
+        *arguments: str | Path, path: tuple[Path, ...] = (), env: dict[str, str] | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        search = os.pathsep.join(map(str, (*path, _REPO)))
+        environment = {**os.environ, "PYTHONPATH": search, "COLUMNS": "200", **(env or {})}
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=120,
+            **options,
+        )
+
+    return run

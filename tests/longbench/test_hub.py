@@ -1,0 +1,185 @@
+"""The hub's data, fetched by the real client from a small server on loopback that answers as the hub does."""
+
+import hashlib
+import io
+import json
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+from sparsecache.longbench.tasks import load_tasks
+
+MAIN, OLD = "1" * 40, "2" * 40
+COMMITS = {"main": MAIN, MAIN: MAIN, "v0": OLD, OLD: OLD}
+ZIP = "/datasets/THUDM/LongBench/resolve/main/data.zip"
+TASK = load_tasks()["multifieldqa_en"]
+
+# Loads the dataset from the hub's zip and prints what became of it.
+SCRIPT = """
+import json, sys
+from sparsecache.errors import UsageError
+from sparsecache.longbench.data import load_rows, open_source
+from sparsecache.longbench.tasks import load_tasks
+asked = json.loads(sys.argv[1])
+try:
+    source = open_source("hub", **asked)
+    rows = load_rows(source, load_tasks()["multifieldqa_en"])
+    print(json.dumps({"first": rows.dataset[0]["context"], "n": len(rows.dataset), **source.describe()}))
+except UsageError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+
+
+def data_zip(rows: int, context: str) -> bytes:
+    made = [
+        {
+            "input": "Who?",
+            "context": context,
+            "answers": ["Nobody"],
+            "length": 2,
+            "dataset": TASK.name,
+            "language": "en",
+            "all_classes": None,
+            "_id": str(number),
+        }
+        for number in range(rows)
+    ]
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr(f"data/{TASK.name}.jsonl", "".join(json.dumps(row) + "\n" for row in made))
+    return content.getvalue()
+
+
+@dataclass
+class Hub:
+    """A server of THUDM/LongBench: the zip of each commit, and the requests it got."""
+
+    zips: dict[str, bytes] = field(default_factory=dict)
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    url: str = ""
+
+    def take(self) -> list[tuple[str, str]]:
+        """The requests about the data since the last call (the client has questions of its own)."""
+        taken, self.requests = self.requests, []
+        return [(method, path) for method, path in taken if not path.startswith("/api/agent-")]
+
+    def asked_anything(self) -> bool:
+        """Whether any request at all came since the last `take`."""
+        return bool(self.requests)
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        self.hub.requests.append((self.command, self.path))
+        parts = self.path.split("/")  # /datasets/THUDM/LongBench/resolve/<revision>/data.zip
+        commit = COMMITS.get(parts[5]) if parts[1:5] == ["datasets", "THUDM", "LongBench", "resolve"] else None
+        content = self.hub.zips.get(commit or "", b"")
+        if not content or parts[6:] != ["data.zip"]:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RevisionNotFound" if len(parts) == 7 else "RepoNotFound")
+            self.send_header("X-Error-Message", "Invalid rev id")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", str(commit))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    made = Hub({MAIN: data_zip(150, "new"), OLD: data_zip(150, "old")})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": made}))
+    made.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield made
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+Load = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def load(hub: Hub, tmp_path: Path, run_python: Callable[..., CompletedProcess[str]]) -> Load:
+    """Loads the dataset in a fresh interpreter whose client knows the server only, and has its own cache."""
+
+    def run(**asked: Any) -> dict[str, Any]:
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "", "NO_PROXY": "127.0.0.1"}
+        env |= {name: str(tmp_path / "hf" / name) for name in ("HF_HUB_CACHE", "HF_XET_CACHE", "HF_DATASETS_CACHE")}
+        done = run_python("-c", SCRIPT, json.dumps(asked), env=env)
+        assert done.returncode == 0, done.stderr
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
+    return run
+
+
+def test_data_is_fetched_once_recorded_and_then_kept(hub: Hub, load: Load) -> None:
+    first = load()
+    assert hub.take() == [("HEAD", ZIP), ("GET", ZIP)]
+    assert (first["first"], first["n"]) == ("new", 150)
+    assert (first["source"], first["repo"], first["commit"], first["revision"]) == (
+        "hub",
+        "THUDM/LongBench",
+        MAIN,
+        None,
+    )
+    assert first["sha256"] == hashlib.sha256(hub.zips[MAIN]).hexdigest()
+    assert load() == first
+    assert hub.take() == [("HEAD", ZIP)]
+    assert load(offline=True) == first
+    assert hub.asked_anything() is False
+
+
+@pytest.mark.parametrize("revision", ["v0", OLD])
+def test_a_revision_pins_the_commit(hub: Hub, load: Load, revision: str) -> None:
+    pinned = load(revision=revision)
+    assert (pinned["first"], pinned["commit"], pinned["revision"]) == ("old", OLD, revision)
+    assert hub.take() == [(method, ZIP.replace("main", revision)) for method in ("HEAD", "GET")]
+    assert load(revision=revision, offline=True) == pinned
+    assert hub.asked_anything() is False
+
+
+def test_offline_with_an_empty_cache_is_an_error_and_asks_nobody(hub: Hub, load: Load) -> None:
+    error = load(offline=True)["error"]
+    assert error.startswith("data.zip of THUDM/LongBench at revision main is not in the hub's cache")
+    assert error.endswith("Run once without --offline, or name a folder or zip with --data.")
+    assert hub.asked_anything() is False
+
+
+def test_an_unknown_revision_is_an_error(hub: Hub, load: Load) -> None:
+    error = load(revision="nowhere")["error"]
+    assert "could not be had (404" in error
+    assert error.endswith("Check the network and --data_revision, or name a folder or zip with --data.")
+    assert hub.asked_anything()
+
+
+def test_a_wrong_row_count_is_refused(hub: Hub, load: Load) -> None:
+    hub.zips[MAIN] = data_zip(149, "short")
+    error = load()["error"]
+    assert "data.zip:data/multifieldqa_en.jsonl holds 149 rows; the benchmark publishes 150." in error

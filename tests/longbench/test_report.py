@@ -1,0 +1,237 @@
+"""What is printed and written: tables that line up, JSON that is JSON, and every number with its n."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsecache.errors import UsageError
+from sparsecache.longbench.report import decode_speed, health_table, score_table, table, write_results
+from sparsecache.longbench.scores import Options, RunScore, score_run
+from sparsecache.longbench.tasks import load_tasks
+
+Save = Callable[..., Path]
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+
+
+def row(number: int, pred: str = "yes", **more: Any) -> dict[str, Any]:
+    return {"pred": pred, "answers": ["yes"], "all_classes": ["yes"], "length": 100, "_id": str(number), **more}
+
+
+def save(folder: Path, **datasets: list[dict[str, Any]]) -> None:
+    for stem, rows in datasets.items():
+        (folder / f"{stem}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
+    expected = {stem: {"expected_rows": len(rows)} for stem, rows in datasets.items()}
+    (folder / "run.json").write_text(json.dumps({"datasets": expected}))
+
+
+def written(result: RunScore, options: Options = Options()) -> list[Any]:
+    return [read_json(path) for path in write_results(result, options)]
+
+
+def test_tables_line_up() -> None:
+    text = table(["name", "n", "score"], [["a", "1", "10.00"], [], ["longer", "100", "9.5"]])
+    assert text.split("\n") == [
+        "name      n  score",
+        "------  ---  -----",
+        "a         1  10.00",
+        "------  ---  -----",
+        "longer  100    9.5",
+    ]
+
+
+def test_every_line_of_a_score_table_has_its_columns_in_place(tmp_path: Path) -> None:
+    save(tmp_path, qasper=[row(0), row(1, "no")], trec=[row(0)], lcc=[row(0)])
+    lines = score_table(score_run(tmp_path)).split("\n")
+    assert lines[0] == str(tmp_path)
+    assert [line.split() for line in lines[1:6]] == [
+        ["dataset", "score", "±", "n", "of"],
+        ["-" * len("mean of datasets (3 of 21 datasets)"), "-" * 6, "-" * 4, "-", "--"],
+        ["qasper", "50.00", "50.0", "2", "2"],
+        ["trec", "100.00", "-", "1", "1"],
+        ["lcc", "100.00", "-", "1", "1"],
+    ]
+    ends = {line.index(score) + len(score) for line in lines[3:6] for score in [line.split()[1]]}
+    assert ends == {lines[1].index("score") + len("score")}
+    assert lines[7].split() == "single_doc_qa (1 of 4 datasets) 50.00 50.0 2".split()
+    assert "Avg, Chinese (1 of 7 datasets)" in "\n".join(lines)
+    assert not any("INCOMPLETE" in line or "Warning" in line for line in lines)
+
+
+def test_what_qualifies_the_scores_stands_below_them(tmp_path: Path) -> None:
+    save(tmp_path, qasper=[row(0), row(1, "", error="OutOfMemoryError")], trec=[row(0, "")])
+    (tmp_path / "lcc.jsonl").write_text("")
+    text = score_table(score_run(tmp_path))
+    assert "INCOMPLETE: qasper 1 of 2 rows, lcc 0 of 500 rows.\n" in text
+    assert "Warning: qasper: 1 error rows count 0.0; run the prediction again to retry them.\n" in text
+    assert "Warning: trec: 1 of 1 predictions are empty." in text
+    assert "lcc" in text and " 0  500" in text
+
+
+def test_a_warning_of_every_dataset_is_said_once(tmp_path: Path) -> None:
+    save(tmp_path, qasper=[row(0)], trec=[row(0)])
+    (tmp_path / "run.json").unlink()
+    text = score_table(score_run(tmp_path))
+    assert text.count("Warning: every dataset: no run.json") == text.count("Warning") == 1
+
+
+def test_results_have_the_official_shape(tmp_path: Path) -> None:
+    save(tmp_path, qasper=[row(0), row(1, "no")], trec=[])
+    result, _ = written(score_run(tmp_path))
+    assert result == {"qasper": 50.0, "trec": None}
+    save(tmp_path, qasper_e=[row(0), row(1, length=9000)])
+    result, summary = written(score_run(tmp_path, e=True))
+    assert result == {"qasper": {"0-4k": 100.0, "4-8k": None, "8k+": 100.0}}
+    assert summary["longbench_e"] is True
+    assert summary["datasets"]["qasper"]["buckets"] == {
+        "0-4k": {"score": 100.0, "stderr": None, "n": 1},
+        "4-8k": {"score": None, "stderr": None, "n": 0},
+        "8k+": {"score": 100.0, "stderr": None, "n": 1},
+    }
+    names = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert names == ["result.json", "result_e.json", "run.json", "summary.json", "summary_e.json"]
+
+
+def test_the_summary_has_each_number_with_its_n(tmp_path: Path) -> None:
+    save(tmp_path, qasper=[row(0), row(1, "no"), row(2, ""), row(3, "", error="x")], hotpotqa=[row(0)])
+    _, summary = written(score_run(tmp_path), Options(edit_backend="fuzzywuzzy", official_recursion=True))
+    assert summary["datasets"]["qasper"] == {
+        "score": 25.0,
+        "stderr": 25.0,
+        "n": 4,
+        "expected_n": 4,
+        "complete": False,
+        "metric": "token_f1",
+        "empty": 1,
+        "metric_errors": 0,
+        "error_rows": 1,
+        "beyond_official_recursion": 0,
+        "warnings": [
+            "1 of 4 predictions are empty",
+            "1 error rows count 0.0; run the prediction again to retry them",
+        ],
+    }
+    assert (summary["folder"], summary["longbench_e"], summary["complete"]) == (tmp_path.name, False, False)
+    assert summary["backends"] == {
+        "rouge_l": "rouge 1.0.1",
+        "edit_similarity": "fuzzywuzzy",
+        "official_recursion": True,
+    }
+    multi = {"score": 100.0, "stderr": None, "datasets": 1, "of_datasets": 4, "n": 1, "partial": True}
+    assert summary["categories"]["multi_doc_qa"] == multi
+    none = {"score": None, "stderr": None, "datasets": 0, "of_datasets": 2, "n": 0, "partial": True}
+    assert summary["categories"]["code"] == none
+    assert summary["averages"]["avg_en"] == {**multi, "score": 62.5, "datasets": 2, "of_datasets": 16, "n": 5}
+    assert list(summary["averages"]) == ["avg_en", "avg_zh", "avg_all", "flat_mean"]
+    assert summary["decode"] is None
+
+
+def test_the_recorded_version_of_rouge_is_the_installed_one(tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    save(tmp_path, qasper=[row(0)])
+    _, summary = written(score_run(tmp_path))
+    assert summary["backends"]["rouge_l"] == f"rouge {version('rouge')}"
+
+
+def test_rouge_score_stands_beside_the_official_value(tmp_path: Path) -> None:
+    save(tmp_path, gov_report=[row(0, "a cat sat", answers=["a cat ran"])], vcsum=[row(0, "会议", answers=["会议"])])
+    options = Options(rouge_score=True)
+    result = score_run(tmp_path, options=options)
+    _, summary = written(result, options)
+    assert summary["datasets"]["gov_report"]["rouge_score"] == {"rouge1": 66.67, "rouge2": 50.0, "rougeL": 66.67}
+    assert summary["datasets"]["vcsum"]["rouge_score"]["rougeL"] == 100.0
+    assert "rouge-score: gov_report: rouge1 66.67, rouge2 50.00, rougeL 66.67" in score_table(result)
+    assert "rouge_score" not in written(score_run(tmp_path))[1]["datasets"]["gov_report"]
+
+
+def test_the_note_of_the_model_and_its_speed_are_shown(tmp_path: Path) -> None:
+    save(tmp_path, qasper=[row(0)])
+    record = json.loads((tmp_path / "run.json").read_text())
+    clocks = [
+        {"decode_s": 2.0, "decode_tokens": 30, "peak_gpu_bytes": None},
+        None,
+        {"decode_s": 1.0, "decode_tokens": 60, "peak_gpu_bytes": 7},
+    ]
+    record |= {"model": {"note": "Random weights."}, "sessions": [{"clock": clock} for clock in clocks]}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    result = score_run(tmp_path)
+    assert written(result)[1]["decode"] == {"tokens": 90, "seconds": 3.0, "tokens_per_s": 30.0, "peak_gpu_bytes": 7}
+    lines = score_table(result).split("\n")
+    assert lines[1] == "Note: Random weights."
+    assert lines[-1] == "Decode: 30.0 tokens/s over 90 tokens."
+
+
+def test_no_decoded_second_is_no_speed() -> None:
+    assert decode_speed({}) is None
+    idle = {"decode_s": 0.0, "decode_tokens": 0, "peak_gpu_bytes": None}
+    assert decode_speed({"sessions": [{"clock": idle}]}) is None
+
+
+def test_a_result_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    save(tmp_path, qasper=[row(0)])
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(UsageError, match=r"result\.json cannot be written: Is a directory"):
+        write_results(score_run(tmp_path), Options())
+
+
+def finished(pred: str = "Paris.", *, truncated: bool = False, finish_reason: str = "stop") -> dict[str, Any]:
+    return {"pred": pred, "truncated": truncated, "finish_reason": finish_reason}
+
+
+ERROR = {"pred": "", "error": "OutOfMemoryError"}
+GARBLED = "the " * 40
+
+
+def health(name: str, rows: list[dict[str, Any]], expected: int | None = None) -> list[str]:
+    return health_table([(load_tasks()[name], name, expected or len(rows), rows)]).split("\n")
+
+
+def test_health_counts_what_a_run_must_be_watched_for() -> None:
+    rows = [finished(truncated=True), finished(" \n", finish_reason="length"), finished(GARBLED), ERROR]
+    lines = health("qasper", [*rows, *[finished()] * 16], expected=30)
+    assert lines[0].split("  ")[-1].strip() == "degenerate"
+    assert lines[2].split() == ["qasper", "20/30", "1", "1", "1", "1", "1"]
+    assert lines[3:] == ["Warning: rows failed, and the same command retries them: qasper 1/20."]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "warning"),
+    [
+        ("qasper", [finished()] * 9 + [finished("")], None),
+        ("qasper", [finished()] * 8 + [finished("")] * 2, "predictions are empty: qasper 2/10"),
+        (
+            "vcsum",
+            [finished()] * 8 + [finished(GARBLED)] * 2,
+            "mostly one repeated piece, symbols or digits: vcsum 2/10",
+        ),
+        ("qasper", [finished(finish_reason="length")] * 5 + [finished()] * 5, None),
+        ("qasper", [finished(finish_reason="length")] * 6 + [finished()] * 4, "ended by length .*: qasper 6/10"),
+        ("gov_report", [finished(finish_reason="length")] * 10, None),
+        ("lcc", [finished(finish_reason="length")] * 10, None),
+        ("qasper", [finished(truncated=True)] * 10, None),
+        ("qasper", [], None),
+    ],
+)
+def test_health_warns_where_they_are_many(name: str, rows: list[dict[str, Any]], warning: str | None) -> None:
+    lines = health(name, rows)[3:]
+    assert len(lines) == (warning is not None)
+    if warning:
+        import re
+
+        assert re.search(warning, lines[0])
+
+
+def test_one_warning_names_every_dataset_it_is_about() -> None:
+    tasks = load_tasks()
+    text = health_table([(tasks[name], name, 1, [finished("")]) for name in ("qasper", "trec")])
+    assert text.split("\n")[-1] == "Warning: predictions are empty: qasper 1/1, trec 1/1."
