@@ -8,6 +8,7 @@ import click
 
 from sparsecache.cli import FlexibleCommand, option, report_usage_errors
 from sparsecache.settings import DTYPES, ENGINES, Settings
+from sparsecache.versions import check_versions
 
 _HELP = {
     "model": "Name of a table in configs/models.toml, a checkpoint folder, or a hub id.",
@@ -50,9 +51,14 @@ def main(options: tuple[str, ...], **values: Any) -> None:
     with report_usage_errors():
         settings = Settings(options=_parse_options(options), **values)
         settings.check()
+        check_versions()
         from sparsecache.run import run  # torch and transformers, only now
 
-        sys.exit(run(settings))
+        try:
+            sys.exit(run(settings))
+        except KeyboardInterrupt:
+            click.echo("Stopped. Finished rows are kept; the same command goes on from there.", err=True)
+            sys.exit(130)
 
 
 def _parse_options(options: tuple[str, ...]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What a run is made of: settings brought together with a checkpoint, before any weights are read."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ from sparsecache.engine.rope import Rope
 from sparsecache.errors import UsageError
 from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.tasks import Task
-from sparsecache.methods import make_method, method_options
+from sparsecache.methods import make_method, parse_options
 from sparsecache.methods.base import Method
 from sparsecache.settings import Settings
 
@@ -30,11 +31,12 @@ class Plan:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.model: Model = find_model(settings.model)
-        self.method: Method = make_method(settings.method, settings.options)
+        self.options: dict[str, Any] = parse_options(settings.method, settings.options)
+        self.method: Method = make_method(settings.method, self.options)
         self.device = _device(settings.device)
         folder = checkpoint_folder(self.model, settings.offline, settings.allow_pickle)
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
-        self.window = settings.window or self.checkpoint.window
+        self.window = settings.window or self._own_window()
         self._check_model_type()
         if settings.engine == "sparsecache":
             self._check_family()
@@ -70,6 +72,10 @@ class Plan:
         newline = self.checkpoint.tokenizer.encode("\n", add_special_tokens=False)[-1:] if task.newline_stop else []
         return tuple(sorted({*self.checkpoint.stop_ids, *newline}))
 
+    def check_room(self, task: Task) -> None:
+        """Raises UsageError if the window leaves no room for a prompt of this dataset."""
+        replace(self.prompter, max_length=None).cut_length(task)
+
     def engine(self) -> Engine:
         """The engine that the settings name, with its weights loaded."""
         if self.settings.engine == "transformers":
@@ -88,11 +94,10 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What two runs must share, beside their data and tasks, for their rows to stand in one file."""
-        defaults = {key: option.default for key, option in method_options(type(self.method)).items()}
         return {
             "checkpoint": self.checkpoint.fingerprint,
             "method": self.settings.method,
-            "options": {**defaults, **self.settings.options},
+            "options": self.options,
             "engine": self.settings.engine,
             "dtype": self.dtype_name,
             "window": self.window,
@@ -120,7 +125,7 @@ class Plan:
         table = f"settings of [{self.model.table}]" if self.model.table else "no table in configs/models.toml"
         chat = {"template": "the tokenizer's template", "none": "none"}.get(self.chat, repr(self.chat))
         stops = ", ".join(map(" ".join, zip(map(str, self.checkpoint.stop_ids), self._stop_tokens(), strict=True)))
-        options = ", ".join(f"{key}={value}" for key, value in self.settings.options.items())
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
         yield f"checkpoint  {self.checkpoint.path} ({self.checkpoint.model_type}, {table})"
         yield f"decoding    {self.settings.method} ({options or 'no options'}), {self.dtype_name} on {self.device}"
         yield f"prompts     window {self.window}, max_length {self.prompter.max_length or 'what the window leaves'}"
@@ -136,12 +141,20 @@ class Plan:
             )
         if not self.checkpoint.stop_ids:
             yield "the checkpoint names no end-of-text token, so every prediction ends by length."
-        if self.window > self.checkpoint.window:
+        if self.checkpoint.window is not None and self.window > self.checkpoint.window:
             yield f"--window {self.window} is beyond the {self.checkpoint.window} tokens the checkpoint is made for."
 
     def _stop_tokens(self) -> list[str]:
         tokens: list[str] = self.checkpoint.tokenizer.convert_ids_to_tokens(self.checkpoint.stop_ids)
         return tokens
+
+    def _own_window(self) -> int:
+        if self.checkpoint.window is None:
+            raise UsageError(
+                f"{self.checkpoint.path / 'config.json'} states no max_position_embeddings. Say with --window how "
+                f"many tokens prompt and answer may take together."
+            )
+        return self.checkpoint.window
 
     def _check_model_type(self) -> None:
         wanted, found = self.settings.model_type or self.model.model_type, self.checkpoint.model_type

@@ -1,5 +1,7 @@
 """One run: tasks -> prompts -> completions -> records. Joins the benchmark half and the generation half."""
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from sparsecache.engine.generator import Completion, Engine, Generator, Request
+from sparsecache.engine.generator import Clock, Completion, Engine, Generator, Request
 from sparsecache.errors import UsageError
 from sparsecache.longbench.data import Rows, SampleSource, Source, load_rows, open_source
 from sparsecache.longbench.prompts import Prompt
@@ -69,16 +71,31 @@ class _Run:
         """Claims the folder, does what is missing, and prints the health of what is there."""
         e = self.settings.e
         loaded = [(task, load_rows(self.source, task, e)) for task in select_tasks(self.settings.datasets, e)]
+        for task, _ in loaded:
+            self.plan.check_room(task)
+        identity = {**self.plan.identity(), **_tasks_identity(loaded, e)}
+        self._make_folder()
         if self.settings.overwrite:
             self.folder.clear([task.file_stem(flag) for task in load_tasks().values() for flag in (False, True)])
         with ExitStack() as stack:
-            self.folder.claim({**self.plan.identity(), **_tasks_identity(loaded, e)})
+            self.folder.claim(identity)
             works = [self._open(stack, task, rows) for task, rows in loaded]
             self._announce(works)
             if any(work.missing for work in works):
                 self._predict(works)
             print(self._health(works))
         return 1 if self.failed else 0
+
+    def _make_folder(self) -> None:
+        path = self.folder.path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise UsageError(
+                f"{path} is no folder to write to ({error.strerror}). Choose another --pred_dir or --name."
+            ) from error
 
     def _open(self, stack: ExitStack, task: Task, rows: Rows) -> _Work:
         stem = task.file_stem(self.settings.e)
@@ -100,6 +117,7 @@ class _Run:
         engine = self.plan.engine()
         if self.settings.verify:
             session["verify"] = self._verify(engine, works)
+            engine.clock = Clock()  # the run's figures are those of its own rows
         for work in works:
             self._predict_dataset(engine, work)
             session["clock"] = asdict(engine.clock)
@@ -127,7 +145,7 @@ class _Run:
                 self.failed += completion.error is not None
                 bar.update()
 
-    def _requests(self, work: _Work) -> Iterator[Request]:
+    def _requests(self, work: _Work, record_failures: bool = True) -> Iterator[Request]:
         stop_ids = self.plan.stop_ids(work.task)
         for row in work.pending():
             try:
@@ -135,6 +153,8 @@ class _Run:
             except UsageError:
                 raise
             except Exception as error:  # a row that the tokenizer chokes on must not end the run
+                if not record_failures:
+                    continue
                 work.file.append({**_from_row(row), "error": f"{type(error).__name__}: {error}"})
                 self.failed += 1
                 continue
@@ -169,7 +189,8 @@ class _Run:
 
     def _verify(self, engine: Engine, works: list[_Work]) -> dict[str, Any]:
         """Runs the first prompts through transformers too; prints and returns where the texts part."""
-        requests = list(islice((request for work in works for request in self._requests(work)), self.settings.verify))
+        pending = (request for work in works for request in self._requests(work, record_failures=False))
+        requests = list(islice(pending, self.settings.verify))
         theirs = {done.key[0]["_id"]: done for done in self.plan.reference().generate(requests)}
         differing = []
         for mine in engine.generate(requests):

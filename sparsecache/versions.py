@@ -8,6 +8,7 @@ from packaging.requirements import Requirement
 
 from sparsecache.errors import UsageError
 
+_ABSENT = "is not installed"
 _CHECKED = ("torch", "transformers")
 _SETUP = Path(__file__).resolve().parent.parent / "setup.cfg"
 
@@ -27,10 +28,10 @@ def tested_ranges() -> dict[str, Requirement]:
 def check_versions() -> None:
     """Raises UsageError, with the range in it, if torch or transformers lies outside its tested range."""
     for name, requirement in tested_ranges().items():
-        found = importlib.metadata.version(name)
-        if not requirement.specifier.contains(found.split("+")[0], prereleases=True):
+        found = _version(name)
+        if found == _ABSENT or not requirement.specifier.contains(found.split("+")[0], prereleases=True):
             raise UsageError(
-                f"{name} {found} is installed; the tested range is {requirement.specifier}. "
+                f"{name} {found}: the tested range is {requirement.specifier}. "
                 f"Install one of it: pip install -c constraints.txt -e ."
             )
 
@@ -45,4 +46,4 @@ def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return _ABSENT

@@ -4,24 +4,56 @@ It does not know any dataset or language.
 """
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
 
 CHARACTERS_PER_TOKEN = 4.0
-WIDE_CHARACTERS_PER_TOKEN = 1.5
+WIDE_CHARACTERS_PER_TOKEN = 1.0
+_OPEN, _CLOSE = "\x02", "\x03"
+
+Question = tuple[str, str]  # a row's input, and the answer to it
 
 
 @dataclass(frozen=True)
 class Draft:
-    """The part of a row that a maker writes: the row's own fields, without name, language and counts."""
+    """The part of a row that a maker writes: the row's own fields, without name, language and counts.
+
+    `context` and `input` may hold marks (see `mark`). `more` gives further questions about the same context,
+    each made when it is asked for, without end for some datasets.
+    """
 
     context: str
     input: str
     answers: list[str]
     all_classes: list[str] | None = None
+    more: Iterator[Question] = field(default_factory=lambda: iter(()))
+
+
+def mark(text: str) -> str:
+    """The text between two marks that say: what stands before settles it. A row is shown without marks."""
+    return f"{_OPEN}{text}{_CLOSE}"
+
+
+def unmarked(text: str) -> str:
+    """The text without its marks."""
+    return text.replace(_OPEN, "").replace(_CLOSE, "")
+
+
+def split_marks(text: str) -> Iterator[tuple[str, bool]]:
+    """The pieces of a text in order, none empty, and whether each was marked.
+
+    A marked piece takes along the blank before it and the line ends after it.
+    """
+    text = text.replace(f" {_OPEN}", f"{_OPEN} ")
+    while f"{_CLOSE}\n" in text:
+        text = text.replace(f"{_CLOSE}\n", f"\n{_CLOSE}")
+    for part in text.split(_OPEN):
+        settled, _, rest = part.rpartition(_CLOSE)
+        yield from ((piece, flag) for piece, flag in ((settled, True), (rest, False)) if piece)
 
 
 class Rng:
@@ -47,10 +79,15 @@ class Rng:
     def pick(self, items: Sequence[T]) -> T:
         return items[self.below(len(items))]
 
-    def several(self, items: Sequence[T], count: int) -> list[T]:
-        """`count` of the items, each at most once, in random order; fewer if there are fewer."""
+    def drawn(self, items: Iterable[T]) -> Iterator[T]:
+        """The items in random order, each once."""
         left = list(items)
-        return [left.pop(self.below(len(left))) for _ in range(min(count, len(left)))]
+        while left:
+            yield left.pop(self.below(len(left)))
+
+    def several(self, items: Iterable[T], count: int) -> list[T]:
+        """`count` of the items, each at most once, in random order; fewer if there are fewer."""
+        return list(islice(self.drawn(items), count))
 
     def fresh(self, make: Callable[["Rng"], str], used: set[str]) -> str:
         """A value of `make` that is not in `used`; it is added there.
@@ -70,17 +107,17 @@ class Rng:
 
 
 def estimate_tokens(text: str) -> float:
-    """Estimated tokens of a text: one per 4 ASCII characters, one per 1.5 others (Chinese and its marks)."""
+    """Estimated tokens of a text: one per 4 ASCII characters, one for every other one (Chinese and its marks)."""
     narrow = len(text.encode("ascii", "ignore"))
     return narrow / CHARACTERS_PER_TOKEN + (len(text) - narrow) / WIDE_CHARACTERS_PER_TOKEN
 
 
-def fill(room: float, make: Callable[[], str]) -> list[str]:
-    """Pieces of `make` that come nearest to `room` tokens in all, a blank after each counted."""
-    pieces: list[str] = []
+def fill(room: float, make: Callable[[], T]) -> list[T]:
+    """Pieces of `make` that come nearest to `room` tokens in all, a blank after the `str` of each counted."""
+    pieces: list[T] = []
     while True:
         piece = make()
-        cost = estimate_tokens(piece + " ")
+        cost = estimate_tokens(f"{piece} ")
         if cost > 2 * room:
             return pieces
         pieces.append(piece)

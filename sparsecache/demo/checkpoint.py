@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparsecache.demo.sample import make_rows
+from sparsecache.demo.tokenizer import BOS, EOS, PAD, SPECIAL, build_tokenizer
 from sparsecache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 VOCABULARY = 1024
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-_SPECIAL = (BOS, EOS, PAD)  # ids 0, 1, 2
 _TRAINED_ON = ("narrativeqa", "hotpotqa", "samsum", "multifieldqa_zh", "lsht", "passage_retrieval_zh", "lcc")
 
 
@@ -74,9 +73,9 @@ def _make_config(model_type: str, overrides: dict[str, Any]) -> "PretrainedConfi
         "tie_word_embeddings": False,
         # The usual 0.02 leaves the logits of so narrow a model almost equal, and greedy decoding to rounding.
         "initializer_range": 0.1,
-        "bos_token_id": _SPECIAL.index(BOS),
-        "eos_token_id": _SPECIAL.index(EOS),
-        "pad_token_id": _SPECIAL.index(PAD),
+        "bos_token_id": SPECIAL.index(BOS),
+        "eos_token_id": SPECIAL.index(EOS),
+        "pad_token_id": SPECIAL.index(PAD),
     }
     defaults = AutoConfig.for_model(model_type)
     where_known = {"head_dim": 16, "sliding_window": None}
@@ -95,30 +94,16 @@ def _save_checkpoint(folder: Path, config: "PretrainedConfig", seed: int, dtype:
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     model.save_pretrained(folder)
-    train_tokenizer(config.max_position_embeddings).save_pretrained(folder)
+    small_tokenizer(config.max_position_embeddings).save_pretrained(folder)
 
 
-def train_tokenizer(model_max_length: int) -> "PreTrainedTokenizerFast":
+def small_tokenizer(model_max_length: int) -> "PreTrainedTokenizerFast":
     """The checkpoint's tokenizer, trained on the sample's English, Chinese and code; the same every time."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(_SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     rows = [row for dataset in _TRAINED_ON for row in make_rows(dataset, 4, 1024, 0)]
-    tokenizer.train_from_iterator([row["context"] + row["input"] for row in rows], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, _SPECIAL.index(BOS))]
-    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=build_tokenizer([row["context"] + row["input"] for row in rows], VOCABULARY),
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,

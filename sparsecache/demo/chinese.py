@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 from sparsecache.demo.build import Draft, Rng, estimate_tokens, fill, paragraphs, parts, share
-from sparsecache.demo.facts import Link, Relation, World, article, hops
+from sparsecache.demo.chains import hops
+from sparsecache.demo.facts import Link, Relation, World, article
+from sparsecache.demo.fewshot import endless, labelled, renamed
 from sparsecache.demo.passages import retrieve
 
 _FAMILY = "赵钱孙李周吴郑王冯陈褚卫蒋沈韩杨朱秦许何吕施张孔曹严华金魏陶姜谢邹窦章苏潘葛范彭鲁韦马"
@@ -85,6 +87,10 @@ def scenery(rng: Rng) -> str:
     return rng.pick(_SCENERY).format(t=thing(rng), n=rng.pick(_THINGS), m=rng.span(1, 12))
 
 
+def _link(noun: str, *says: str) -> Link:
+    return Link(person, says, f"{{e}}的{noun}是谁？", that=f"那位{noun}")
+
+
 PEOPLE = World(
     person,
     (
@@ -94,15 +100,18 @@ PEOPLE = World(
         Relation(firm, ("{e}在{v}工作。", "从去年起，{e}受雇于{v}。"), "{e}在哪家单位工作？"),
         Relation(dish, ("{e}最爱吃{v}。", "{e}最喜欢的菜是{v}。"), "{e}最喜欢的菜是什么？"),
         Relation(instrument, ("{e}每天练习{v}。", "晚上{e}常常演奏{v}。"), "{e}演奏什么乐器？"),
-        Relation(book, ("{e}写了{v}一书。", "{v}的作者是{e}。"), "{e}写了哪本书？"),
+        Relation(book, ("{e}写了{v}一书。", "{e}出版了{v}。"), "{e}写了哪本书？"),
     ),
     scenery,
     blank="",
+    comma="，",
+    conjunction="，",
+    recalls=("如前所述，{s}", "再说一遍，{s}", "前面提到，{s}"),
     links=(
-        Link("{e}的老师", ("{e}的老师是{v}。", "{e}跟着老师{v}学习。")),
-        Link("{e}的邻居", ("{e}的邻居是{v}。", "{e}和邻居{v}常有来往。")),
-        Link("{e}的合伙人", ("{e}的合伙人是{v}。", "{e}与合伙人{v}一起做生意。")),
-        Link("{e}的对手", ("{e}的对手是{v}。", "{e}输给过对手{v}。")),
+        _link("老师", "{e}的老师是{v}。", "{e}跟着老师{v}学习。"),
+        _link("邻居", "{e}的邻居是{v}。", "{e}和邻居{v}常有来往。"),
+        _link("合伙人", "{e}的合伙人是{v}。", "{e}与合伙人{v}一起做生意。"),
+        _link("对手", "{e}的对手是{v}。", "{e}输给过对手{v}。"),
     ),
 )
 PLACES = World(
@@ -112,7 +121,7 @@ PLACES = World(
         Relation(person, ("{e}由{v}设计。",), clause="图纸出自{v}之手"),
         Relation(town, ("{e}位于{v}。",), clause="可以在{v}找到"),
         Relation(number, ("每年有{v}人参观{e}。",), clause="一年接待{v}位客人"),
-        Relation(book, ("{e}里藏有{v}。",), clause="收藏了{v}"),
+        Relation(book, ("{e}藏有{v}。",), clause="收藏了{v}"),
         Relation(date, ("{e}在{v}失过火。",), clause="遭遇火灾是在{v}"),
         Relation(dish, ("{e}的食堂供应{v}。",), clause="可以吃到{v}"),
     ),
@@ -122,14 +131,14 @@ PLACES = World(
 )
 
 
-def multifieldqa_zh(rng: Rng, room: float) -> Draft:
+def multifieldqa_zh(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
     """A chronicle of many lives, and a question about one of them."""
-    return article(rng, PEOPLE, room)
+    return article(rng, PEOPLE, room, repeats)
 
 
-def dureader(rng: Rng, room: float) -> Draft:
+def dureader(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
     """Two steps, from a person over another person to a fact."""
-    return hops(rng, PEOPLE, room, 2, "文章{n}\n标题：{title}\n")
+    return hops(rng, PEOPLE, room, 2, "文章{n}\n标题：{title}\n", repeats)
 
 
 def passage_retrieval_zh(rng: Rng, room: float) -> Draft:
@@ -187,25 +196,26 @@ _CLASSES = {
 }
 
 
-def _news(rng: Rng, label: str, room: float) -> str:
+def _news(rng: Rng, kind: str, room: float) -> str:
     """A piece of news up to `类别：`."""
-    lead = rng.pick(_CLASSES[label]).format(c=town(rng), e=town(rng), p=person(rng), v=number(rng), d=rng.pick(_FOODS))
+    lead = rng.pick(_CLASSES[kind]).format(c=town(rng), e=town(rng), p=person(rng), v=number(rng), d=rng.pick(_FOODS))
     frame = "新闻内容：\n{}\n类别："
     rest = fill(room - estimate_tokens(frame + lead), lambda: scenery(rng))
     return frame.format(paragraphs(rng, [lead, *rest], ""))
 
 
 def lsht(rng: Rng, room: float) -> Draft:
-    """News with their class; the asked class is among the examples."""
+    """News with their class, the asked class among them; half the time only they tell what a class is called."""
+    labels = renamed(rng, _CLASSES, thing)
     count = parts(room, 80, 3, 40)
-    label = rng.pick(list(_CLASSES))
-    labels = [rng.pick(list(_CLASSES)) for _ in range(count - 2)]
-    rng.insert(labels, label)
+    asked, *kinds = [rng.pick(list(labels)) for _ in range(count - 1)]
+    rng.insert(kinds, asked)
+    room -= sum(estimate_tokens(labels[kind] + "\n\n") for kind in kinds)
 
-    def writer(label: str, end: str) -> Callable[[float], str]:
-        tokens_after = estimate_tokens(end)
-        return lambda tokens: _news(rng, label, tokens - tokens_after) + end
+    def writer(kind: str) -> Callable[[float], str]:
+        return lambda tokens: _news(rng, kind, tokens)
 
-    writers = [writer(each, f"{each}\n\n") for each in labels]
-    *shots, query = share(room, [*writers, writer(label, "")])
-    return Draft("".join(shots).rstrip("\n"), query, [label], list(_CLASSES))
+    query, *texts = share(room, [writer(kind) for kind in (asked, *kinds)])
+    shown = labelled(texts, [labels[kind] for kind in kinds])
+    more = endless(rng, lambda kind: (_news(rng, kind, 40), labels[kind]), kinds)
+    return Draft("\n\n".join(shown), query, [labels[asked]], list(labels.values()), more)

@@ -1,83 +1,96 @@
 """The English questions: narrativeqa, qasper, multifieldqa_en, hotpotqa, 2wikimqa and musique."""
 
+from collections.abc import Iterator
+
 from sparsecache.demo import words
-from sparsecache.demo.build import Draft, Rng, estimate_tokens, paragraphs
-from sparsecache.demo.facts import Fact, Link, Relation, World, article, hops, make_fact, surround
+from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, paragraphs
+from sparsecache.demo.chains import hops
+from sparsecache.demo.facts import Fact, Link, Relation, Tale, World, article, surround
 
 _LIVES = (
     Relation(
         words.year,
         ("{e} was born in {v}.", "The birth of {e} was entered in the year {v}."),
         "In which year was {e} born?",
+        clause="was born in {v}",
     ),
     Relation(
         words.town,
         ("{e} grew up in {v}.", "The childhood of {e} was spent in {v}."),
         "In which town did {e} grow up?",
+        clause="grew up in {v}",
     ),
     Relation(
         words.trade,
         ("{e} earns a living as a {v}.", "For a living {e} works as a {v}."),
         "What does {e} do for a living?",
+        clause="earns a living as a {v}",
     ),
     Relation(
         words.company,
         ("{e} is employed by {v}.", "Since last spring {e} has been employed by {v}."),
         "Which company employs {e}?",
+        clause="is employed by {v}",
     ),
     Relation(
         words.instrument,
         ("{e} plays the {v}.", "In the evenings {e} plays the {v}."),
         "Which instrument does {e} play?",
+        clause="plays the {v}",
     ),
     Relation(
         words.dish,
         ("{e} likes {v} best.", "The favourite dish of {e} is {v}."),
         "What is the favourite dish of {e}?",
+        clause="likes {v} best",
     ),
-    Relation(words.pet, ("{e} keeps a {v}.", "At home {e} looks after a {v}."), "Which animal does {e} keep?"),
+    Relation(
+        words.pet,
+        ("{e} keeps a {v}.", "At home {e} looks after a {v}."),
+        "Which animal does {e} keep?",
+        clause="keeps a {v}",
+    ),
     Relation(
         words.work,
-        ("{e} is the author of the book {v}.", "The book {v} was written by {e}."),
+        ("{e} is the author of the book {v}.", "{e} wrote the book {v}."),
         "What is the title of the book by {e}?",
+        clause="is the author of the book {v}",
     ),
     Relation(
         words.prize,
         ("{e} was honoured with the {v}.", "The jury gave {e} the {v}."),
         "Which honour was given to {e}?",
+        clause="was honoured with the {v}",
     ),
     Relation(
         words.date,
         ("{e} moved house on {v}.", "The move of {e} took place on {v}."),
         "On which day did {e} move house?",
+        clause="moved house on {v}",
     ),
 )
+
+
+def _link(noun: str, *says: str) -> Link:
+    return Link(words.person, says, f"Who is the {noun} of {{e}}?", that=f"that {noun}")
+
+
+def _maker(noun: str, work: str, verb: str) -> Link:
+    says = (f"{{e}} is a {work} {verb} by {{v}}.", f"The {noun} of the {work} {{e}} is {{v}}.")
+    return Link(words.person, says, f"Who is the {noun} of the {work} {{e}}?", that=f"that {noun}", source=words.work)
+
+
 _LINKS = (
-    Link("the mentor of {e}", ("{e} learned everything from a mentor, {v}.", "The mentor of {e} is {v}.")),
-    Link("the neighbour of {e}", ("{e} lives next door to a neighbour, {v}.", "The neighbour of {e} is {v}.")),
-    Link(
-        "the business partner of {e}",
-        ("{e} trades with a business partner, {v}.", "The business partner of {e} is {v}."),
-    ),
-    Link("the rival of {e}", ("{e} has a rival, {v}.", "The rival of {e} is {v}.")),
-    Link("the landlord of {e}", ("{e} rents a room from the landlord {v}.", "The landlord of {e} is {v}.")),
+    _link("mentor", "{e} learned everything from a mentor, {v}.", "The mentor of {e} is {v}."),
+    _link("neighbour", "{e} lives next door to a neighbour, {v}.", "The neighbour of {e} is {v}."),
+    _link("business partner", "{e} trades with a business partner, {v}.", "The business partner of {e} is {v}."),
+    _link("rival", "{e} has a rival, {v}.", "The rival of {e} is {v}."),
+    _link("landlord", "{e} rents a room from the landlord {v}.", "The landlord of {e} is {v}."),
 )
 _MAKERS = (
-    Link(
-        "the director of the film {e}",
-        ("{e} is a film directed by {v}.", "{e} is a film. Its director was {v}."),
-        words.work,
-    ),
-    Link(
-        "the composer of the song {e}",
-        ("{e} is a song composed by {v}.", "{e} is a song. Its composer was {v}."),
-        words.work,
-    ),
-    Link(
-        "the translator of the novel {e}",
-        ("{e} is a novel translated by {v}.", "{e} is a novel. Its translator was {v}."),
-        words.work,
-    ),
+    _maker("director", "film", "directed"),
+    _maker("composer", "song", "composed"),
+    _maker("translator", "novel", "translated"),
 )
 _STORY = (
     Relation(
@@ -160,7 +173,7 @@ _PAPER = (
     ),
     Relation(
         words.number,
-        ("The labels for {e} were checked by {v} annotators.", "{v} annotators checked the labels for {e}."),
+        ("The labels for {e} were checked by {v} annotators.", "{e} has labels that were checked by {v} annotators."),
         "How many annotators checked the labels for {e}?",
         "Did {v} annotators check the labels for {e}?",
     ),
@@ -206,49 +219,66 @@ STORY = World(words.person, _STORY, words.scenery)
 PAPER = World(_system, _PAPER, _remark)
 
 
-def narrativeqa(rng: Rng, room: float) -> Draft:
+def narrativeqa(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
     """A story in which many people do much the same, and a question about one of them."""
-    return article(rng, STORY, room)
+    return article(rng, STORY, room, repeats)
 
 
-def multifieldqa_en(rng: Rng, room: float) -> Draft:
+def multifieldqa_en(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
     """A chronicle of many lives, and a question about one of them."""
-    return article(rng, PEOPLE, room)
+    return article(rng, PEOPLE, room, repeats)
 
 
-def qasper(rng: Rng, room: float) -> Draft:
-    """A paper on many systems; one question in five is yes or no, one in five cannot be answered."""
-    fact = make_fact(rng, PAPER)
-    kind = rng.pick(("value", "value", "value", "confirm", "unanswerable"))
-    question, answer = fact.relation.asks.format(e=fact.entity), fact.value
+_KINDS = ("value", "value", "value", "value", "value", "value", "confirm", "unanswerable")
+
+
+def qasper(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
+    """A paper on many systems; one question in eight is yes or no, one in eight is about a system not in it."""
+    tale = Tale(rng, PAPER)
+    kind = rng.pick(_KINDS)
+    entity = tale.enter(PAPER.name, ()) if kind == "unanswerable" else tale.newcomer()
+    fact = tale.tell(entity, rng.pick(PAPER.relations))
+    question, answer = _examine(rng, fact, kind)
+    items = surround(tale, fact, room - estimate_tokens(question), stated=kind != "unanswerable")
+    text = paragraphs(rng, tale.written(items, repeats), " ")
+    return Draft(text, question, [answer], more=_exam(tale, fact))
+
+
+def _exam(tale: Tale, asked: Fact) -> Iterator[Question]:
+    """Questions of every kind about other facts than the asked one."""
+    for fact in tale.rng.drawn(tale.told):
+        kind = tale.rng.pick(_KINDS)
+        if kind == "unanswerable":
+            fact = tale.tell(tale.enter(PAPER.name, ()), fact.relation)
+        if fact is not asked:
+            yield _examine(tale.rng, fact, kind)
+
+
+def _examine(rng: Rng, fact: Fact, kind: str) -> Question:
+    """A question about the fact and its answer; both answers to a yes/no question are equally likely."""
+    question, answer = fact.question
+    if kind == "unanswerable":
+        return question, "unanswerable"
     if kind == "confirm":
-        question, answer = _confirm(rng, fact)
-    elif kind == "unanswerable":
-        answer = "unanswerable"
-    sentences = surround(rng, PAPER, fact, room - estimate_tokens(question), stated=kind != "unanswerable")
-    return Draft(paragraphs(rng, sentences, " "), question, [answer])
-
-
-def _confirm(rng: Rng, fact: Fact) -> tuple[str, str]:
-    """A yes/no question about a fact, and its answer; both answers are equally likely."""
-    yes = rng.chance(0.5)
-    value = fact.value if yes else rng.fresh(fact.relation.value, {fact.value})
-    return fact.relation.confirms.format(e=fact.entity, v=value), "yes" if yes else "no"
+        yes = rng.chance(0.5)
+        value = answer if yes else rng.fresh(fact.relation.value, {answer})
+        return fact.relation.confirms.format(e=fact.entity, v=value), "yes" if yes else "no"
+    return question, answer
 
 
 _PASSAGE = "Passage {n}:\n{title}\n"
 
 
-def hotpotqa(rng: Rng, room: float) -> Draft:
+def hotpotqa(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
     """Two steps, from a person over another person to a fact."""
-    return hops(rng, PEOPLE, room, 2, _PASSAGE)
+    return hops(rng, PEOPLE, room, 2, _PASSAGE, repeats)
 
 
-def two_wiki(rng: Rng, room: float) -> Draft:
+def two_wiki(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
     """Two steps, from a film, song or novel over its maker to a fact."""
-    return hops(rng, WORKS, room, 2, _PASSAGE)
+    return hops(rng, WORKS, room, 2, _PASSAGE, repeats)
 
 
-def musique(rng: Rng, room: float) -> Draft:
+def musique(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
     """Three steps, from a person over two others to a fact."""
-    return hops(rng, PEOPLE, room, 3, _PASSAGE)
+    return hops(rng, PEOPLE, room, 3, _PASSAGE, repeats)

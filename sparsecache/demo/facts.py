@@ -3,15 +3,15 @@
 A `World` says in its own language who the facts are about and how they are put; this module knows none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sparsecache.demo.build import Draft, Rng, estimate_tokens, fill, paragraphs, parts, share
+from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, mark, paragraphs
 
 Make = Callable[[Rng], str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Relation:
     """One thing that can be said of an entity `{e}`: its value `{v}`.
 
@@ -29,15 +29,14 @@ class Relation:
         return rng.pick(self.says).format(e=entity, v=value)
 
 
-@dataclass(frozen=True)
-class Link:
-    """A relation whose value is another entity; `phrase` names that one by the first, `the mentor of {e}`.
+@dataclass(frozen=True, eq=False)
+class Link(Relation):
+    """A relation whose value is another entity, which a question can go on with as `that mentor`.
 
     `source` names the first entity where it is of another kind than the world's own (a film, not a person).
     """
 
-    phrase: str
-    says: tuple[str, ...]
+    that: str = ""
     source: Make | None = None
 
 
@@ -45,128 +44,132 @@ class Link:
 class World:
     """A made-up world: its entities, what is known of them, and its scenery.
 
-    `blank` stands between two sentences, `pronoun` for an entity that was just named.
+    `blank` stands between two sentences, `comma` between two answers, `conjunction` before the last question,
+    `pronoun` for an entity that was just named. `recalls` are frames for a sentence `{s}` that is said again.
     """
 
     name: Make
     relations: tuple[Relation, ...]
     scenery: Make
+    recalls: tuple[str, ...] = ("As noted before, {s}", "Once more: {s}", "To recall, {s}")
     blank: str = " "
+    comma: str = ", "
+    conjunction: str = ", and "
     pronoun: str = ""
     links: tuple[Link, ...] = ()
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A stated fact of a world."""
+    """A fact of a world, and the sentence that states it."""
 
     entity: str
     relation: Relation
     value: str
     sentence: str
 
+    def __str__(self) -> str:
+        return self.sentence
 
-def make_fact(rng: Rng, world: World) -> Fact:
-    """A random fact about a random entity of the world."""
-    relation, entity = rng.pick(world.relations), world.name(rng)
-    value = relation.value(rng)
-    return Fact(entity, relation, value, relation.state(rng, entity, value))
-
-
-def lookalike(rng: Rng, world: World, fact: Fact) -> str:
-    """A sentence of the same relation about another entity, with another value."""
-    entity = rng.fresh(world.name, {fact.entity})
-    return fact.relation.state(rng, entity, rng.fresh(fact.relation.value, {fact.value}))
+    @property
+    def question(self) -> Question:
+        return self.relation.asks.format(e=self.entity), self.value
 
 
-def aside(rng: Rng, world: World, fact: Fact) -> str:
-    """A sentence that does not answer the question about `fact`: a look-alike, other facts or scenery."""
-    if rng.chance(0.35):
-        return lookalike(rng, world, fact)
-    if rng.chance(0.55):
-        return world.scenery(rng)
-    relation = rng.pick([other for other in world.relations if other is not fact.relation])
-    entity = fact.entity if rng.chance(0.1) else world.name(rng)
-    return relation.state(rng, entity, rng.fresh(relation.value, {fact.value}))
+class Tale:
+    """The facts of a text in the making: one value at most for each relation of an entity.
 
-
-def surround(rng: Rng, world: World, fact: Fact, room: float, stated: bool = True) -> list[str]:
-    """About `room` tokens: the fact (if `stated`) at a uniform place, and one look-alike at least."""
-    first = lookalike(rng, world, fact)
-    room -= estimate_tokens(first + fact.sentence * stated)
-    sentences = fill(room, lambda: aside(rng, world, fact))
-    rng.insert(sentences, first)
-    if stated:
-        rng.insert(sentences, fact.sentence)
-    return sentences
-
-
-def article(rng: Rng, world: World, room: float) -> Draft:
-    """A running text and a question that one sentence of it answers."""
-    fact = make_fact(rng, world)
-    question = fact.relation.asks.format(e=fact.entity)
-    room -= estimate_tokens(question)
-    return Draft(paragraphs(rng, surround(rng, world, fact, room), world.blank), question, [fact.value])
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A passage about one entity, before it is written out: the sentences that it must hold."""
-
-    title: str
-    evidence: str
-
-
-def chain(rng: Rng, world: World, links: list[Link], last: Relation, used: set[str]) -> tuple[list[Passage], str]:
-    """Passages that lead over `links` from entity to entity to a fact of relation `last`, and its value."""
-    passages: list[Passage] = []
-    entity = rng.fresh(links[0].source or world.name, used)
-    for link in links:
-        following = rng.fresh(world.name, used)
-        passages.append(Passage(entity, rng.pick(link.says).format(e=entity, v=following)))
-        entity = following
-    value = rng.fresh(last.value, used)
-    return [*passages, Passage(entity, last.state(rng, entity, value))], value
-
-
-def hops(rng: Rng, world: World, room: float, steps: int, heading: str) -> Draft:
-    """A question that takes `steps` passages, each found by the one before, among chains of other people.
-
-    `heading` is the line above a passage, with {n} and {title}. The answer is stated once, and no
-    entity is in two passages unless a link leads there.
+    A value that is asked for is kept from all other facts: add it to `kept`. `told` are the facts written so far.
     """
-    last = rng.pick(world.relations)
-    links = rng.several(world.links, steps - 1)
-    used: set[str] = set()
-    passages, value = chain(rng, world, links, last, used)
-    phrase = passages[0].title
-    for link in links:
-        phrase = link.phrase.format(e=phrase)
-    question = last.asks.format(e=phrase)
-    room -= estimate_tokens(question)
-    count = parts(room, 50, steps + 2, 20)
-    while len(passages) < count:
-        passages += chain(rng, world, links, last, used)[0]
-    # A distractor chain may be cut short: the chain that is asked about is the first.
-    ordered = rng.several(passages[:count], count)
 
-    def writer(number: int, passage: Passage) -> Callable[[float], str]:
-        head = heading.format(n=number, title=passage.title)
-        return lambda tokens: head + _passage_text(rng, world, passage, value, used, tokens - estimate_tokens(head))
+    def __init__(self, rng: Rng, world: World, most: int = 8) -> None:
+        """`most` relations at most are told of an entity."""
+        self.rng, self.world, self.most = rng, world, most
+        self.kept: set[str] = set()
+        self.told: list[Fact] = []
+        self._untold: dict[str, list[Relation]] = {}
+        self._open: list[str] = []
 
-    texts = share(room, [writer(number, passage) for number, passage in enumerate(ordered, 1)])
-    return Draft("\n".join(texts), question, [value])
+    def enter(self, name: Make, relations: Sequence[Relation]) -> str:
+        """A new entity, of which the given relations may be told."""
+        while (entity := name(self.rng)) in self._untold:
+            pass
+        self._untold[entity] = self.rng.several(relations, self.most)
+        return entity
+
+    def newcomer(self) -> str:
+        """A new entity of the world, of which `another` may go on to tell."""
+        self._open.append(self.enter(self.world.name, self.world.relations))
+        return self._open[-1]
+
+    def untold(self, entity: str) -> list[Relation]:
+        """The relations of an entity that may still be told, in random order."""
+        return self._untold[entity]
+
+    def tell(self, entity: str, relation: Relation, value: str = "") -> Fact:
+        """A fact that is not told yet; its value is drawn unless it is given."""
+        left = self._untold[entity]
+        if relation in left:
+            left.remove(relation)
+        while not value or value in self.kept:
+            value = relation.value(self.rng)
+        return Fact(entity, relation, value, relation.state(self.rng, entity, value))
+
+    def another(self) -> Fact:
+        """A fact about a newcomer, or more often about one who came earlier."""
+        if not self._open or self.rng.chance(0.3):
+            self.newcomer()
+        place = self.rng.below(len(self._open))
+        entity = self._open[place]
+        fact = self.tell(entity, self._untold[entity][-1])
+        if not self._untold[entity]:
+            self._open[place] = self._open[-1]
+            self._open.pop()
+        return fact
+
+    def aside(self) -> Fact | str:
+        """Another fact, or a sentence about nobody."""
+        return self.world.scenery(self.rng) if self.rng.chance(0.25) else self.another()
+
+    def written(self, items: Iterable[Fact | str], repeats: float) -> list[str]:
+        """The items as sentences; with chance `repeats`, a fact is followed by an earlier one, said again."""
+        sentences: list[str] = []
+        for item in items:
+            sentences.append(str(item))
+            if isinstance(item, Fact):
+                if self.told and self.rng.chance(repeats):
+                    sentences.append(self._again(self.rng.pick(self.told)))
+                self.told.append(item)
+        return sentences
+
+    def questions(self, asked: Fact) -> Iterator[Question]:
+        """Questions about the other facts that were told."""
+        return (fact.question for fact in self.rng.drawn(self.told) if fact is not asked)
+
+    def _again(self, fact: Fact) -> str:
+        says = self.rng.pick(fact.relation.says)
+        sentence = (says[0].lower() + says[1:]).format(e=fact.entity, v=mark(fact.value))
+        return self.rng.pick(self.world.recalls).format(s=sentence)
 
 
-def _passage_text(rng: Rng, world: World, passage: Passage, answer: str, used: set[str], room: float) -> str:
-    """The passage's evidence among scenery and facts about people outside `used`, who are added there."""
+def surround(tale: Tale, fact: Fact, room: float, stated: bool = True) -> list[Fact | str]:
+    """About `room` tokens: the fact (if `stated`) at a uniform place, and one look-alike at least."""
+    rng = tale.rng
+    tale.kept.add(fact.value)
+    first = tale.tell(tale.newcomer(), fact.relation)
+    room -= estimate_tokens(str(first) + str(fact) * stated)
+    items = fill(room, tale.aside)
+    rng.insert(items, first)
+    if stated:
+        rng.insert(items, fact)
+    return items
 
-    def side() -> str:
-        if rng.chance(0.6):
-            return world.scenery(rng)
-        relation = rng.pick(world.relations)
-        return relation.state(rng, rng.fresh(world.name, used), rng.fresh(relation.value, {answer}))
 
-    sentences = fill(room - estimate_tokens(passage.evidence), side)
-    rng.insert(sentences, passage.evidence)
-    return paragraphs(rng, sentences, world.blank)
+def article(rng: Rng, world: World, room: float, repeats: float = 0.0) -> Draft:
+    """A running text and a question that one sentence of it answers."""
+    tale = Tale(rng, world)
+    fact = tale.tell(tale.newcomer(), rng.pick(world.relations))
+    question, answer = fact.question
+    items = surround(tale, fact, room - estimate_tokens(question))
+    text = paragraphs(rng, tale.written(items, repeats), world.blank)
+    return Draft(text, question, [answer], more=tale.questions(fact))

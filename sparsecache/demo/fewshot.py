@@ -1,11 +1,28 @@
-"""The English few-shot sets of the sample: trec, triviaqa and samsum."""
+"""The English few-shot sets of the sample: trec, triviaqa and samsum.
 
-from collections.abc import Callable
+Two line ends before the last example, one between the others, tell that the answer is to end there.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from sparsecache.demo import words
-from sparsecache.demo.build import Draft, Rng, estimate_tokens, fill, paragraphs, parts, share
+from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, mark, parts, share
 from sparsecache.demo.english import PEOPLE
-from sparsecache.demo.facts import make_fact, surround
+from sparsecache.demo.facts import article
+
+T = TypeVar("T")
+
+
+class Shot(NamedTuple):
+    """An example: a text up to where its answer begins, and the answer."""
+
+    text: str
+    answer: str
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.answer}"
+
 
 # No label is part of another one: the classification metric looks for labels inside the prediction.
 _CLASSES = {
@@ -30,35 +47,55 @@ _CLASSES = {
 }
 
 
-def _ask(rng: Rng, label: str) -> str:
-    question = rng.pick(_CLASSES[label]).format(
+def renamed(rng: Rng, kinds: Iterable[str], name: Callable[[Rng], str]) -> dict[str, str]:
+    """Some of the kinds (six at least) with their labels: their own names or, half the time, any names at all."""
+    kinds = list(kinds)
+    kinds = rng.several(kinds, rng.span(6, len(kinds)))
+    used: set[str] = set()
+    return {kind: kind for kind in kinds} if rng.chance(0.5) else {kind: rng.fresh(name, used) for kind in kinds}
+
+
+def labelled(texts: Iterable[str], labels: Iterable[str]) -> list[str]:
+    """Each text with its label after it, which is marked from the second time on."""
+    seen: set[str] = set()
+    shown = []
+    for text, label in zip(texts, labels, strict=True):
+        shown.append(text + (mark(label) if label in seen else label))
+        seen.add(label)
+    return shown
+
+
+def endless(rng: Rng, make: Callable[[T], Question], items: Sequence[T]) -> Iterator[Question]:
+    """Questions made of any of the items, without end."""
+    while True:
+        yield make(rng.pick(items))
+
+
+def _typed(rng: Rng, kind: str, label: str) -> Shot:
+    question = rng.pick(_CLASSES[kind]).format(
         p=words.person(rng), c=words.town(rng), t=words.thing(rng), n=rng.pick(words.NOUNS), f=words.dish(rng)
     )
-    return f"Question: {question}\nType:"
+    return Shot(f"Question: {question}\nType:", label)
 
 
 def trec(rng: Rng, room: float) -> Draft:
-    """Questions with their type; the asked type is among the examples."""
-    label = rng.pick(list(_CLASSES))
-    query = _ask(rng, label)
-    sure = f"{_ask(rng, label)} {label}"
-
-    def shot() -> str:
-        other = rng.pick(list(_CLASSES))
-        return f"{_ask(rng, other)} {other}"
-
-    shots = fill(room - estimate_tokens(query + sure), shot)
+    """Questions with their type, the asked type among them; half the time only they tell what a type is called."""
+    labels = renamed(rng, _CLASSES, lambda rng: words.thing(rng).capitalize())
+    kinds = list(labels.items())
+    asked = rng.pick(kinds)
+    query, sure = _typed(rng, *asked), _typed(rng, *asked)
+    shots = fill(room - estimate_tokens(query.text + str(sure)), lambda: _typed(rng, *rng.pick(kinds)))
     rng.insert(shots, sure)
-    return Draft("\n".join(shots), query, [label], list(_CLASSES))
+    shown = labelled([shot.text + " " for shot in shots], [shot.answer for shot in shots])
+    answers = {shot.answer for shot in shots}
+    more = endless(rng, lambda kind: _typed(rng, *kind), [kind for kind in kinds if kind[1] in answers])
+    return Draft("\n".join(shown) + "\n", query.text, [query.answer], list(labels.values()), more)
 
 
-def _quiz(rng: Rng, room: float) -> tuple[str, str]:
+def _quiz(rng: Rng, room: float) -> Shot:
     """A passage with its question up to `Answer:`, and the answer."""
-    fact = make_fact(rng, PEOPLE)
-    question = fact.relation.asks.format(e=fact.entity)
-    frame = "Passage:\n{}\nQuestion:\n" + question + "\nAnswer:\n"
-    sentences = surround(rng, PEOPLE, fact, room - estimate_tokens(frame + fact.value))
-    return frame.format(paragraphs(rng, sentences, " ")), fact.value
+    quiz = article(rng, PEOPLE, room - estimate_tokens("Passage:\n\nQuestion:\n\nAnswer: and all it takes"))
+    return Shot(f"Passage:\n{quiz.context}\nQuestion:\n{quiz.input}\nAnswer:", quiz.answers[0])
 
 
 def triviaqa(rng: Rng, room: float) -> Draft:
@@ -84,7 +121,7 @@ _CHAT = (
 )
 
 
-def _dialogue(rng: Rng, style: str, room: float) -> tuple[str, str]:
+def _dialogue(rng: Rng, style: str, room: float) -> Shot:
     """A dialogue up to `Summary:`, and its summary in the given style."""
     x, y = rng.several(words.GIVEN, 2)
     plan = rng.pick(_PLANS).format(
@@ -105,11 +142,11 @@ def _dialogue(rng: Rng, style: str, room: float) -> tuple[str, str]:
         line = rng.pick(_CHAT).format(t=words.thing(rng), q=rng.pick(words.GIVEN))
         return f"{rng.pick((x, y))}: {line}"
 
-    frame = "Dialogue: {}\nSummary: "
+    frame = "Dialogue: {}\nSummary:"
     for line in fill(room - estimate_tokens(frame + "\r\n".join(lines) + summary), chat):
         # Small talk goes around the plan or between its lines, never before the greeting.
         lines.insert(rng.span(1, len(lines)), line)
-    return frame.format("\r\n".join(lines)), summary
+    return Shot(frame.format("\r\n".join(lines)), summary)
 
 
 def samsum(rng: Rng, room: float) -> Draft:
@@ -118,17 +155,16 @@ def samsum(rng: Rng, room: float) -> Draft:
     return _shots(rng, room, lambda rng, tokens: _dialogue(rng, style, tokens), parts(room, 110, 2, 400))
 
 
-def _shots(rng: Rng, room: float, make: Callable[[Rng, float], tuple[str, str]], count: int) -> Draft:
-    """`count` pairs of text and answer that fill the room; one of them is the row's input and answer."""
-    answers: list[str] = []
+def _shots(rng: Rng, room: float, make: Callable[[Rng, float], Shot], count: int) -> Draft:
+    """`count` examples that fill the room; one of them is the row's input and answer, the first shows the format."""
+    made: list[Shot] = []
 
-    def query(tokens: float) -> str:
-        text, answer = make(rng, tokens)
-        answers.append(answer)
-        return text
+    def text(tokens: float) -> str:
+        made.append(make(rng, tokens - 1))
+        return str(made[-1])
 
-    def shot(tokens: float) -> str:
-        return "".join(make(rng, tokens)) + "\n"
-
-    asked, *shots = share(room, [query, *[shot] * (count - 1)])
-    return Draft("".join(shots), asked, answers)
+    share(room, [text] * count)
+    asked, first, *others = made
+    shown = [str(first), *(f"{shot.text} {mark(shot.answer)}" for shot in others)]
+    more = endless(rng, lambda size: make(rng, size), [room / count])
+    return Draft("\n".join(shown), asked.text, [asked.answer], more=more)

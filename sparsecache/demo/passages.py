@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from sparsecache.demo import words
-from sparsecache.demo.build import Draft, Rng, estimate_tokens, fill, parts, share
+from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, parts, share
 from sparsecache.demo.facts import Relation, World
 
 
@@ -28,8 +28,8 @@ PLACES = World(
 )
 
 
-def paragraph(rng: Rng, world: World, used: set[str], room: float) -> tuple[str, list[str]]:
-    """A paragraph about a place, two facts at least and then scenery; and the facts as clauses.
+def paragraph(rng: Rng, world: World, used: set[str], room: float) -> tuple[list[str], list[str]]:
+    """The sentences of a paragraph about a place, two facts at least and scenery; and the facts as clauses.
 
     Names and values come from outside `used`, so that no fact is true of two paragraphs.
     """
@@ -47,13 +47,16 @@ def paragraph(rng: Rng, world: World, used: set[str], room: float) -> tuple[str,
         room -= estimate_tokens(sentence + world.blank)
     for sentence in fill(room, lambda: world.scenery(rng)):
         sentences.insert(rng.span(1, len(sentences)), sentence)
-    return world.blank.join(sentences), clauses
+    return sentences, clauses
 
 
 def passage_count(rng: Rng, room: float) -> Draft:
-    """Numbered paragraphs, some of them twice or more; the answer is how many different ones there are."""
-    count = parts(room, 60, 4, 30)
-    unique = rng.span(max(2, count // 4), count - 1)
+    """Numbered paragraphs, some of them twice or more; the answer is how many different ones there are, 2 to 20.
+
+    Further questions ask for those up to an earlier paragraph.
+    """
+    count = parts(room, 80, 4, 26)
+    unique = rng.span(2, min(20, count - 1))
     order = rng.several([*range(unique), *(rng.below(unique) for _ in range(count - unique))], count)
     used: set[str] = set()
     texts: dict[int, str] = {}
@@ -62,38 +65,45 @@ def passage_count(rng: Rng, room: float) -> Draft:
         def write(tokens: float) -> str:
             head = f"Paragraph {number}: "
             if which not in texts:
-                texts[which] = paragraph(rng, PLACES, used, tokens - estimate_tokens(head))[0]
+                text, _ = paragraph(rng, PLACES, used, tokens - estimate_tokens(head))
+                texts[which] = PLACES.blank.join(text)
             return head + texts[which] + "\n\n"
 
         return write
 
     written = share(room, [writer(*item) for item in enumerate(order, 1)])
-    return Draft("".join(written).rstrip("\n"), "", [str(unique)])
+    ends = rng.drawn(range(2, count))
+    more = ((f"Count only paragraphs 1 to {end}.", str(len(set(order[:end])))) for end in ends)
+    return Draft("".join(written).rstrip("\n"), "", [str(unique)], more=more)
 
 
 def retrieve(rng: Rng, world: World, room: float, heading: str, abstract: str, conjunction: str) -> Draft:
     """Up to 30 paragraphs under `heading` ({n}) and an abstract of two facts of one of them, in other words.
 
-    The answer is the heading without its colon.
+    The answer is the heading without its colon. A third of the further abstracts are quotations instead.
     """
     count = parts(room - 30, 33, 3, 30)
-    wanted = rng.below(count)
     used: set[str] = set()
-    summary = ""
+    abstracts: list[Question] = []
+    quotations: list[Question] = []
 
     def writer(index: int) -> Callable[[float], str]:
         def write(tokens: float) -> str:
-            nonlocal summary
             head = heading.format(n=index + 1)
-            text, clauses = paragraph(rng, world, used, tokens - estimate_tokens(head))
-            if index == wanted:
-                summary = abstract.format(c=conjunction.join(rng.several(clauses, 2)))
-            return head + text + "\n\n"
+            name = head.rstrip(":： ")
+            sentences, clauses = paragraph(rng, world, used, tokens - estimate_tokens(head))
+            abstracts.append((abstract.format(c=conjunction.join(rng.several(clauses, 2))), name))
+            start = rng.below(len(sentences) - 1)
+            quotations.append((world.blank.join(sentences[start : start + 2]), name))
+            return head + world.blank.join(sentences) + "\n\n"
 
         return write
 
-    texts = share(room - 30, [writer(index) for index in range(count)])
-    return Draft("".join(texts).rstrip("\n"), summary, [heading.format(n=wanted + 1).rstrip(":： ")])
+    context = "".join(share(room - 30, [writer(index) for index in range(count)])).rstrip("\n")
+    asked, *others = rng.several(range(count), count)
+    more = (rng.pick((abstracts, abstracts, quotations))[other] for other in others)
+    summary, answer = abstracts[asked]
+    return Draft(context, summary, [answer], more=more)
 
 
 def passage_retrieval_en(rng: Rng, room: float) -> Draft:

@@ -1,9 +1,9 @@
 """The code sets of the sample, lcc and repobench-p: a call whose arguments an earlier definition settles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sparsecache.demo.build import Draft, Rng, estimate_tokens, fill, parts, share
+from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, mark, parts, share
 
 _VERBS = """
     append check collect compute convert copy count decode delete encode expand fetch filter group
@@ -36,6 +36,9 @@ class Function:
     arguments: list[str]
     text: str
 
+    def __str__(self) -> str:
+        return self.text
+
     @property
     def task(self) -> str:
         return self.name.replace("_", " ")
@@ -43,6 +46,10 @@ class Function:
     @property
     def call(self) -> str:
         return f"    result = {self.name}({', '.join(self.arguments)})"
+
+    @property
+    def question(self) -> Question:
+        return f"    # {self.task}\n", self.call
 
 
 def _name(rng: Rng) -> str:
@@ -67,8 +74,8 @@ def _define(rng: Rng, name: str) -> Function:
     return Function(name, arguments, "\n".join(lines) + "\n")
 
 
-def _library(rng: Rng, target: Function, names: set[str], room: float) -> list[Function]:
-    """About `room` tokens of functions: the target at a uniform place, one other at least, named alike.
+def _library(rng: Rng, target: Function, names: set[str], room: float, others: int = 1) -> list[Function]:
+    """About `room` tokens of functions: the target at a uniform place, `others` at least, some named alike.
 
     Names come from outside `names` and are added there.
     """
@@ -77,16 +84,9 @@ def _library(rng: Rng, target: Function, names: set[str], room: float) -> list[F
         make = (lambda rng: _lookalike_name(rng, target.name)) if rng.chance(0.4) else _name
         return _define(rng, rng.fresh(make, names))
 
-    made: dict[str, Function] = {}
-
-    def text() -> str:
-        function = other()
-        made[function.text] = function
-        return function.text
-
-    first = other()
-    texts = fill(room - estimate_tokens(target.text + first.text), text)
-    functions = [first, *(made[text] for text in texts)]
+    functions = [other() for _ in range(others)]
+    room -= sum(estimate_tokens(function.text) for function in (target, *functions))
+    functions += fill(room, other)
     rng.insert(functions, target)
     return functions
 
@@ -94,8 +94,13 @@ def _library(rng: Rng, target: Function, names: set[str], room: float) -> list[F
 def _main(rng: Rng, functions: list[Function], target: Function, calls: int) -> str:
     """A `main` that calls a few others, each under a comment, and ends at the comment for the target."""
     others = rng.several([function for function in functions if function is not target], calls)
-    lines = [f"    # {function.task}\n{function.call}\n" for function in others]
+    lines = [f"    # {function.task}\n{mark(function.call)}\n" for function in others]
     return "def main():\n" + "".join(lines) + f"    # {target.task}\n"
+
+
+def _further(rng: Rng, functions: list[Function], target: Function) -> Iterator[Question]:
+    """The next line for other comments than the target's."""
+    return (function.question for function in rng.drawn(functions) if function is not target)
 
 
 def _blocks(functions: list[Function]) -> str:
@@ -108,7 +113,8 @@ def lcc(rng: Rng, room: float) -> Draft:
     calls = parts(room, 300, 1, 3)
     functions = _library(rng, target, {target.name}, room - _CALL_TOKENS * (calls + 1))
     header = f'"""Tools for the {rng.pick(_NOUNS)} {rng.pick(_NOUNS)}."""\n\nimport math\n\n\n'
-    return Draft(header + _blocks(functions) + _main(rng, functions, target, calls), "", [target.call])
+    context = header + _blocks(functions) + _main(rng, functions, target, calls)
+    return Draft(context, "", [target.call], more=_further(rng, functions, target))
 
 
 def repobench(rng: Rng, room: float) -> Draft:
@@ -118,16 +124,19 @@ def repobench(rng: Rng, room: float) -> Draft:
     modules = [f"{noun}_tools" for noun in rng.several(_NOUNS, parts(room, 300, 2, 12))]
     home = rng.pick(modules)
     imported: dict[str, Function] = {}
+    functions: list[Function] = []
 
     def writer(module: str) -> Callable[[float], str]:
         def write(tokens: float) -> str:
             head = f'{package}/{module}.py\n"""Tools for the {module.removesuffix("_tools")}."""\n\n\n'
             imported[module] = target if module == home else _define(rng, rng.fresh(_name, names))
-            return head + _blocks(_library(rng, imported[module], names, tokens - estimate_tokens(head)))
+            library = _library(rng, imported[module], names, tokens - estimate_tokens(head), int(module == home))
+            functions.extend(library)
+            return head + _blocks(library)
 
         return write
 
     context = "".join(share(room - _CALL_TOKENS * (len(modules) + 1), [writer(module) for module in modules]))
     imports = "".join(f"from {package}.{name} import {used.name}\n" for name, used in imported.items())
     main = _main(rng, list(imported.values()), target, min(3, len(modules) - 1))
-    return Draft(context, f"{imports}\n\n{main}", [target.call])
+    return Draft(context, f"{imports}\n\n{main}", [target.call], more=_further(rng, functions, target))

@@ -6,17 +6,18 @@ text of the benchmark is in it. It does not know how rows are predicted or score
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from sparsecache.demo import chinese, english, fewshot, passages, programs, summaries
-from sparsecache.demo.build import Draft, Rng, estimate_tokens
+from sparsecache.demo.build import Draft, Rng, estimate_tokens, unmarked
 from sparsecache.errors import UsageError
 from sparsecache.longbench.tasks import load_tasks
 
 FEWEST_TOKENS = 256
 MOST_TOKENS = 32768
 
-_MAKERS: dict[str, Callable[[Rng, float], Draft]] = {
+_MAKERS: dict[str, Callable[..., Draft]] = {
     "narrativeqa": english.narrativeqa,
     "qasper": english.qasper,
     "multifieldqa_en": english.multifieldqa_en,
@@ -45,7 +46,7 @@ def make_rows(dataset: str, rows: int, tokens: int, seed: int) -> list[dict[str,
     """`rows` rows of the sample's version of `dataset`, with LongBench's keys in LongBench's order.
 
     `tokens` (256 to 32768) is the wanted length of the filled prompt by `estimate_tokens`, one token per 4
-    ASCII characters and one per 1.5 others; the prompt comes within 15 % of it. Tokenizers differ: a small
+    ASCII characters and one for every other character; the prompt comes within 15 % of it. Tokenizers differ: a small
     vocabulary needs more tokens. `length` counts context, input and first answer: words, or characters where
     the language is "zh". The same arguments give the same rows in every process and Python version, and row i
     is the same however many rows are asked for. Raises UsageError for an unknown dataset or a number out of
@@ -58,17 +59,33 @@ def make_rows(dataset: str, rows: int, tokens: int, seed: int) -> list[dict[str,
     if rows < 0:
         raise UsageError(f"The number of sample rows is {rows}; it must be 0 or more.")
     task = load_tasks()[dataset]
-    room = tokens - estimate_tokens(task.template.format(context="", input=""))
     language = "python" if task.language == "code" else task.language
-    return [_make_row(dataset, language, room, f"{dataset}/{seed}/{tokens}/{index}") for index in range(rows)]
+    return [_make_row(dataset, language, tokens, f"{dataset}/{seed}/{tokens}/{index}") for index in range(rows)]
 
 
-def _make_row(dataset: str, language: str, room: float, key: str) -> dict[str, Any]:
-    draft = _MAKERS[dataset](Rng(key), room)
-    texts = (draft.context, draft.input, draft.answers[0])
+def make_draft(dataset: str, rng: Rng, tokens: float, repeats: float = 0.0) -> Draft:
+    """What a row of `dataset` is made of, its filled prompt of about `tokens` estimated tokens.
+
+    With `repeats` above 0 (only where the text is prose about facts), a fact is followed, with that chance, by
+    an earlier one that is said again, its value marked.
+    """
+    room = tokens - estimate_tokens(load_template(dataset).format(context="", input=""))
+    return _MAKERS[dataset](rng, room, repeats) if repeats else _MAKERS[dataset](rng, room)
+
+
+@cache
+def load_template(dataset: str) -> str:
+    """The official template of a dataset."""
+    return load_tasks()[dataset].template
+
+
+def _make_row(dataset: str, language: str, tokens: int, key: str) -> dict[str, Any]:
+    draft = make_draft(dataset, Rng(key), tokens)
+    context, query = unmarked(draft.context), unmarked(draft.input)
+    texts = (context, query, draft.answers[0])
     return {
-        "input": draft.input,
-        "context": draft.context,
+        "input": query,
+        "context": context,
         "answers": draft.answers,
         "length": sum(len(text) if language == "zh" else len(text.split()) for text in texts),
         "dataset": dataset,

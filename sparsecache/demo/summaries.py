@@ -1,12 +1,15 @@
 """The English summaries of the sample: gov_report, qmsum and multi_news.
 
-The text marks its key sentences, and the summary is those sentences in the order of the text.
+A report and the news mark their key sentences, and the summary is those sentences in the order of the text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from sparsecache.demo import words
-from sparsecache.demo.build import Draft, Rng, estimate_tokens, fill, paragraphs, parts, share
+from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, paragraphs, parts, share
+from sparsecache.demo.english import PEOPLE
+from sparsecache.demo.facts import Fact, Tale
 
 _FINDINGS = (
     "the {o} spent {v} coins on the {t} in {y}",
@@ -69,13 +72,6 @@ def _passage(rng: Rng, main: str, room: float) -> str:
 
 
 _ROLES = "Chair Treasurer Secretary Engineer Librarian Gardener Designer Archivist".split()
-_DECISIONS = (
-    "{p} will order a {t} from {o}",
-    "the {t} goes to {c} before {m}",
-    "we pay {v} coins to {o} for the {t}",
-    "{p} writes to the {o} about the {t}",
-    "the {t} will be painted by {p} in {m}",
-)
 _TALK = (
     "I saw the {t} on my way here.",
     "Could somebody close the window by the {n}?",
@@ -85,40 +81,38 @@ _TALK = (
 )
 
 
-def _decision(rng: Rng) -> str:
-    return rng.pick(_DECISIONS).format(
-        p=words.person(rng),
-        t=words.thing(rng),
-        o=words.company(rng),
-        c=words.town(rng),
-        m=rng.pick(words.MONTHS),
-        v=words.number(rng),
-    )
+def _talk(rng: Rng) -> str:
+    return rng.pick(_TALK).format(t=words.thing(rng), n=rng.pick(words.NOUNS), m=rng.pick(words.MONTHS))
 
 
-def qmsum(rng: Rng, room: float) -> Draft:
-    """A meeting; the answer is every decision on the topic that is asked about."""
-    used: set[str] = set()
-    topic = rng.fresh(words.thing, used)
-    others = [rng.fresh(words.thing, used) for _ in range(parts(room, 250, 2, 8))]
-    query = f"What was decided about the {topic}?"
-    decisions = [_sentence(_decision(rng)) for _ in range(parts(room, 300, 1, 4))]
+def qmsum(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
+    """A meeting on many people; the answer is all that was said of one, always in the same order of relations."""
+    tale = Tale(rng, replace(PEOPLE, scenery=_talk), most=5)
+    person = tale.enter(words.person, PEOPLE.relations)
+    facts = [tale.tell(person, relation) for relation in tale.untold(person)[: parts(room, 300, 2, 5)]]
+    query, answer = _portrait(facts)
+    room -= estimate_tokens(query) + sum(estimate_tokens(f"{fact} ") for fact in facts)
+    # Each line of three sentences or more also names its speaker.
+    items = fill(room / 1.05, tale.aside)
+    rng.insert(items, *facts)
+    lines = paragraphs(rng, tale.written(items, repeats), " ").split("\n")
+    context = "\n".join(f"{rng.pick(_ROLES)}: {line}" for line in lines)
+    return Draft(context, query, [answer], more=_portraits(tale, person))
 
-    def line(text: str) -> str:
-        return f"{rng.pick(_ROLES)}: {text}"
 
-    def decided(about: str, decision: str) -> str:
-        return line(f"Decision on the {about}: {decision}")
+def _portraits(tale: Tale, asked: str) -> Iterator[Question]:
+    """Questions about the other people of whom two things or more were told."""
+    about: dict[str, list[Fact]] = {}
+    for fact in tale.told:
+        about.setdefault(fact.entity, []).append(fact)
+    for person in tale.rng.drawn(about):
+        if len(about[person]) >= 2 and person != asked:
+            yield _portrait(about[person])
 
-    def chatter() -> str:
-        if rng.chance(0.35):
-            return decided(rng.pick(others), _sentence(_decision(rng)))
-        talk = rng.pick(_TALK)
-        return line(talk.format(t=words.thing(rng), n=rng.pick(words.NOUNS), m=rng.pick(words.MONTHS)))
 
-    own = [decided(topic, decision) for decision in decisions]
-    distractor = decided(others[0], _sentence(_decision(rng)))
-    lines = fill(room - sum(map(estimate_tokens, [query, distractor, *own])), chatter)
-    rng.insert(lines, distractor)
-    rng.insert(lines, *own)
-    return Draft("\n".join(lines), query, [" ".join(decisions)])
+def _portrait(facts: list[Fact]) -> Question:
+    """The question about a person of whom the facts were told, and its answer."""
+    person = facts[0].entity
+    ordered = sorted(facts, key=lambda fact: PEOPLE.relations.index(fact.relation))
+    *first, last = (fact.relation.clause.format(v=fact.value) for fact in ordered)
+    return f"Summarize what was said about {person}.", f"{person} {', '.join(first)} and {last}."

@@ -1,5 +1,6 @@
 """Which checkpoint a `--model` value means: a table of configs/models.toml, a folder, or a hub id."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,14 @@ def find_model(text: str) -> Model:
     Raises UsageError, listing the names, for anything else.
     """
     path = Path(text)
-    if path.is_dir():
-        name = path.resolve().name
+    if text and path.is_dir():
+        name = os.path.basename(os.path.abspath(path))  # the name as typed, where it is a link
         return _with_settings(name, _table_of(name), path=path, hub=None)
     if text in model_names():
         table = read_tables("models.toml")[text]
         local = project_dir() / table["path"] if "path" in table else None
         return _with_settings(text, text, path=local, hub=table.get("hub"))
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+    if text.count("/") == 1 and all(text.split("/")) and not text.startswith((".", "/", "~")):
         name = text.split("/")[1]
         return _with_settings(name, _table_of(name), path=None, hub=text)
     raise UsageError(
@@ -74,11 +75,12 @@ def checkpoint_folder(model: Model, offline: bool, allow_pickle: bool) -> Path:
                 revision=model.revision,
                 local_files_only=offline,
                 allow_patterns=patterns + (["*.bin"] if allow_pickle else []),
+                ignore_patterns=["*/*", "consolidated*"],  # the same weights once more, in other formats
             )
         )
     except Exception as error:  # the client's many failures (network, status, gate, cache) all mean: not there
         way_out = "Run once without --offline" if offline else "Check the name, the network and your access"
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"Checkpoint {model.hub} could not be had ({reason}). {way_out}, or give the path of a folder as --model."
         ) from error

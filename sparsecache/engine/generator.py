@@ -99,7 +99,7 @@ class Generator:
     """The engine over our own decoder.
 
     `slots` sequences at most are in flight at once. A request that fails (out of memory, say) comes back as a
-    completion with an error, and the others go on.
+    completion with an error, and the others go on; when a step fails, that is every request in flight.
     """
 
     def __init__(self, decoder: Decoder, method: Method, slots: int):
@@ -125,7 +125,8 @@ class Generator:
         while active or upcoming is not None:
             while upcoming is not None and self._can_start(upcoming, active):
                 started = self._start(upcoming, active)
-                tick(1)
+                if started is None or started.error is None:
+                    tick(1)
                 if started is not None:
                     yield started
                 upcoming = next(waiting, None)
@@ -191,12 +192,15 @@ class Generator:
         """Greedy choice from logits [B, V], stop ids masked where a row has not produced its minimum yet."""
         for row, (request, count) in enumerate(zip(requests, produced, strict=True)):
             if count < request.min_new_tokens:
-                logits[row, list(request.stop_ids)] = -torch.inf
+                logits[row, [stop_id for stop_id in request.stop_ids if stop_id < logits.shape[1]]] = -torch.inf
         chosen: list[int] = logits.argmax(dim=-1).tolist()
         return chosen
 
     def _finish(self, row: _Sequence) -> Completion:
-        report = self._method.report(row.slot)
+        try:
+            report = self._method.report(row.slot)
+        except Exception as error:
+            return self._fail(row.request, row.slot, error)
         self._method.release(row.slot)
         if self._decoder.device.type == "cuda":
             self.clock.peak_gpu_bytes = torch.cuda.max_memory_allocated(self._decoder.device)

@@ -18,6 +18,7 @@ from sparsecache.errors import UsageError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
+_HEAD = "lm_head.weight"
 _VOCABULARY = {"merges.txt", "vocab.txt"}
 _SAMPLED_BYTES = 64 * 1024
 _SAMPLES = 64
@@ -60,10 +61,10 @@ class Checkpoint:
         self._allow_pickle = allow_pickle
         try:
             self.config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:  # unknown, unreadable, or refused by transformers' own checks of each field
             raise UsageError(
                 f"{path / 'config.json'} is no configuration that transformers knows without running code from the "
-                f"checkpoint, which is never done here: {_first_line(error)}"
+                f"checkpoint, which is never done here: {_one_line(error)}"
             ) from error
 
     @property
@@ -72,9 +73,10 @@ class Checkpoint:
         return str(self.config.model_type)
 
     @property
-    def window(self) -> int:
-        """Tokens the checkpoint is made for (`max_position_embeddings`)."""
-        return int(self.config.max_position_embeddings)
+    def window(self) -> int | None:
+        """Tokens the checkpoint is made for (`max_position_embeddings`); None if config.json does not say."""
+        stated = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return None if stated is None else int(stated)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,19 +90,25 @@ class Checkpoint:
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # whatever a broken tokenizer file raises
-            raise UsageError(f"{self.path} holds no tokenizer that can be loaded: {_first_line(error)}") from error
+            raise UsageError(f"{self.path} holds no tokenizer that can be loaded: {_one_line(error)}") from error
 
     @cached_property
     def stop_ids(self) -> list[int]:
         """Token ids that end a turn: generation_config's eos, the tokenizer's eos, <|eot_id|> and <|im_end|>."""
-        try:
-            stated = GenerationConfig.from_pretrained(self.path).eos_token_id
-        except OSError:  # no generation_config.json: transformers takes config.json's
-            stated = self.config.eos_token_id
+        if (self.path / "generation_config.json").is_file():
+            stated = self._generation_config().eos_token_id
+        else:  # transformers takes config.json's then
+            stated = self.config.get_text_config().eos_token_id
         ids = set(stated if isinstance(stated, list) else [stated]) | {self.tokenizer.eos_token_id}
         vocabulary = self.tokenizer.get_vocab()
         ids |= {vocabulary[token] for token in _TURN_ENDS if token in vocabulary}
         return sorted(int(stop_id) for stop_id in ids if stop_id is not None)
+
+    def _generation_config(self) -> Any:
+        try:
+            return GenerationConfig.from_pretrained(self.path)
+        except Exception as error:  # broken JSON, or values that transformers refuses
+            raise UsageError(f"{self.path / 'generation_config.json'} cannot be read: {_one_line(error)}") from error
 
     @cached_property
     def fingerprint(self) -> str:
@@ -130,13 +138,16 @@ class Checkpoint:
             return take(*names) if present else None
 
         embedding = take("model.embed_tokens.weight")
+        head = take(_HEAD) if _HEAD in tensors else embedding
+        if architecture.tied and torch.equal(head, embedding):  # one copy is enough
+            head = embedding
         return Weights(
             embedding=embedding,
             layers=[
                 _layer(f"model.layers.{i}.", architecture, take, take_if) for i in range(architecture.shape.layers)
             ],
             norm=take("model.norm.weight"),
-            head=embedding if architecture.tied else take("lm_head.weight"),
+            head=head,
         )
 
     def _weight_files(self) -> list[Path]:
@@ -145,7 +156,7 @@ class Checkpoint:
             index = self.path / f"{stem}.{ending}.index.json"
             single = self.path / f"{stem}.{ending}"
             if index.is_file():
-                names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+                names = _shards(index)
                 missing = [name for name in names if not (self.path / name).is_file()]
                 if missing and (ending != "bin" or self._allow_pickle):
                     raise UsageError(f"{self.path} lacks {', '.join(missing)}, named in {index.name}. Fetch it again.")
@@ -168,7 +179,7 @@ class Checkpoint:
             try:
                 tensors.update(_open_pickle(path) if path.suffix == ".bin" else _open_safetensors(path))
             except Exception as error:  # a truncated or foreign file
-                raise UsageError(f"{path} cannot be read ({_first_line(error)}). Fetch it again.") from error
+                raise UsageError(f"{path} cannot be read ({_one_line(error)}). Fetch it again.") from error
         return tensors
 
 
@@ -178,6 +189,13 @@ class _Stored:
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{index} is no index of shards ({_one_line(error)}). Fetch it again.") from error
 
 
 def _open_safetensors(path: Path) -> dict[str, _Stored]:
@@ -196,8 +214,8 @@ def _open_pickle(path: Path) -> dict[str, _Stored]:
 def _check_strictly(path: Path, architecture: Architecture, shapes: dict[str, tuple[int, ...]]) -> None:
     expected = architecture.tensors()
     ignored = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}  # a buffer of old Llama files
-    if architecture.tied:
-        ignored.add("lm_head.weight")
+    if architecture.tied and _HEAD in shapes:  # used as stored, as transformers does when it differs
+        expected[_HEAD] = expected["model.embed_tokens.weight"]
     problems = [f"lacks {name}" for name in expected.keys() - shapes.keys()]
     problems += [f"holds unexpected {name}" for name in shapes.keys() - expected.keys() - ignored]
     problems += [
@@ -244,5 +262,5 @@ def _sampled(path: Path) -> bytes:
         return digest.digest()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -16,15 +16,28 @@ class TransformersEngine:
     """Greedy generation by transformers, as the reference for ours."""
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False):
-        """Loads the checkpoint. Raises UsageError if transformers cannot, without running code from it."""
+        """Loads the checkpoint.
+
+        Raises UsageError if transformers cannot without running code from it, or would make up missing weights.
+        """
         self.clock = Clock()
         self._device = device
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=False, use_safetensors=None if allow_pickle else True
+            model, told = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
             )
-        except (ValueError, OSError) as error:
-            raise UsageError(f"transformers cannot load {path}: {str(error).splitlines()[0]}") from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # another shape, a broken file, an architecture that generates no text
+            raise UsageError(f"transformers cannot load {path}: {' '.join(str(error).split())}") from error
+        if told["missing_keys"]:
+            raise UsageError(
+                f"{path} does not fit its config.json: it lacks {', '.join(sorted(told['missing_keys']))}."
+            )
         self._model: Any = model.to(device).eval()
         # A checkpoint's own sampling and penalties are not part of greedy decoding.
         self._model.generation_config = GenerationConfig()
@@ -63,11 +76,11 @@ class TransformersEngine:
         return Completion(request.key, new_ids, "stop" if stopped else "length", stamp.at - began, ended - stamp.at)
 
     def _forget_lengths(self) -> None:
-        """Lets every rotary module see position 0, on which those that grow with the length start over."""
-        start = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
+        """Gives rotations that grow with the length their first frequencies back: they may outlast a long prompt."""
         for module in self._model.modules():
-            if hasattr(module, "max_seq_len_cached") and hasattr(module, "rope_type"):
-                module(torch.zeros(1, device=self._device), start)
+            if getattr(module, "rope_type", None) == "dynamic":
+                module.inv_freq = module.original_inv_freq.to(self._device, copy=True)
+                module.max_seq_len_cached = module.original_max_seq_len
 
     def _count(self, prompt_tokens: int, prefill_s: float, decode_tokens: int, decode_s: float) -> None:
         self.clock.prefill_tokens += prompt_tokens

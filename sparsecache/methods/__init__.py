@@ -2,8 +2,10 @@
 
 import importlib
 import inspect
+import math
 import pkgutil
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args
 
 from sparsecache.errors import UsageError
 
@@ -39,7 +41,9 @@ def load_method(name: str) -> "type[Method]":
     found = [
         value
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Method) and value.__module__.startswith(module.__name__)
+        if inspect.isclass(value)
+        and issubclass(value, Method)
+        and f"{value.__module__}.".startswith(f"{module.__name__}.")
     ]
     if len(found) != 1:
         raise TypeError(f"{module.__name__} must define exactly one subclass of Method; it defines {len(found)}.")
@@ -47,24 +51,31 @@ def load_method(name: str) -> "type[Method]":
     return method
 
 
-def make_method(name: str, options: dict[str, str]) -> "Method":
-    """An instance of the method from command-line options, converted by its constructor's annotations.
+def make_method(name: str, options: dict[str, Any]) -> "Method":
+    """An instance of the method; `options` as parse_options returns them.
+
+    The constructor itself refuses values out of range (ValueError, passed on as UsageError).
+    """
+    try:
+        return load_method(name)(**options)
+    except ValueError as error:
+        raise UsageError(f"Method {name} refuses its options: {error}") from error
+
+
+def parse_options(name: str, options: dict[str, str]) -> dict[str, Any]:
+    """All options of a method: those given on the command line, converted by their annotations, and defaults.
 
     Raises UsageError for an unknown option or a value that is not of the option's type, with the method's own
-    list; the constructor itself refuses values out of range (ValueError, passed on as UsageError).
+    list.
     """
-    kind = load_method(name)
-    parameters = method_options(kind)
-    arguments = {}
+    parameters = method_options(load_method(name))
+    arguments = {key: parameter.default for key, parameter in parameters.items()}
     for key, text in options.items():
         if key not in parameters:
             known = ", ".join(f"{option}={parameter.default}" for option, parameter in parameters.items())
             raise UsageError(f"Method {name} has no option {key!r}. Its options: {known or 'none'}.")
         arguments[key] = _convert(name, key, text, parameters[key].annotation)
-    try:
-        return kind(**arguments)
-    except ValueError as error:
-        raise UsageError(f"Method {name} refuses its options: {error}") from error
+    return arguments
 
 
 def method_options(kind: "type[Method]") -> dict[str, inspect.Parameter]:
@@ -73,16 +84,23 @@ def method_options(kind: "type[Method]") -> dict[str, inspect.Parameter]:
     return {
         name: parameter
         for name, parameter in parameters.items()
-        if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD and name != "args"
+        if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
 
 
 def _convert(method: str, key: str, text: str, kind: Any) -> Any:
+    kinds = get_args(kind) or (kind,)  # of `int | None`: both
+    if NoneType in kinds and text.lower() == "none":
+        return None
+    (kind,) = (each for each in kinds if each is not NoneType)
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
         raise UsageError(f"Method {method}: {key}={text!r} is neither true nor false.")
     try:
-        return kind(text)
+        value = kind(text)
     except ValueError as error:
         raise UsageError(f"Method {method}: {key}={text!r} is not of type {kind.__name__}.") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"Method {method}: {key}={text!r} is not a finite number.")
+    return value

@@ -26,10 +26,10 @@ class Vanilla(Method):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         lengths = self._lengths[layer]
-        last = lengths[slots]  # [B]
+        last = lengths[slots].clamp(max=len(self._positions) - 1)  # [B]; a slot not in flight may have run full
         self._keys[layer, slots, :, last] = k[:, :, 0]
         self._values[layer, slots, :, last] = v[:, :, 0]
-        lengths[slots] += 1
+        lengths[slots] = last + 1
         longest = int(lengths.max())
         keys, values = self._keys[layer, :, :, :longest], self._values[layer, :, :, :longest]
         if len(lengths) == 1:

@@ -86,7 +86,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(model_max_length: int) -> None:
         raise RuntimeError("stopped half way")
 
-    monkeypatch.setattr("sparsecache.demo.checkpoint.train_tokenizer", fail)
+    monkeypatch.setattr("sparsecache.demo.checkpoint.small_tokenizer", fail)
     with pytest.raises(RuntimeError, match="half way"):
         make_random_checkpoint(tmp_path / "checkpoint")
     assert list(tmp_path.iterdir()) == []

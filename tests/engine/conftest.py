@@ -1,0 +1,143 @@
+"""Tiny checkpoints whose greedy text varies, our engine over them, and transformers as the outside truth."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sparsecache.demo.checkpoint import make_random_checkpoint
+from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.families import load_family
+from sparsecache.engine.generator import Completion, Generator, Request
+from sparsecache.engine.loading import Checkpoint
+from sparsecache.engine.rope import Rope
+from sparsecache.methods.base import Method
+from sparsecache.methods.vanilla import Vanilla
+
+CPU = torch.device("cpu")
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A read-only checkpoint by type and config fields, made once; its norms and biases are random too."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str = "llama", **overrides: Any) -> Path:
+        settings = {"initializer_range": 0.25, "num_hidden_layers": 2, "max_position_embeddings": 96, **overrides}
+        key = json.dumps([model_type, settings], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("checkpoint") / model_type
+            made[key] = make_random_checkpoint(folder, seed=len(made), model_type=model_type, **settings)
+            _randomise_vectors(folder / "model.safetensors")
+        return made[key]
+
+    return make
+
+
+def _randomise_vectors(file: Path) -> None:
+    """Norm weights start as ones and biases as zeros, which would hide one that is left out or swapped."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = load_file(file)
+    for tensor in tensors.values():
+        if tensor.dim() == 1:
+            tensor += torch.randn(tensor.shape, generator=generator) * 0.3
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def make_decoder() -> Callable[..., Decoder]:
+    """Our decoder over a checkpoint folder."""
+
+    def make(folder: Path, method: Method | None = None, dtype: torch.dtype = torch.float32) -> Decoder:
+        checkpoint = Checkpoint(folder)
+        architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
+        weights = checkpoint.load(architecture, CPU, dtype)
+        return Decoder(architecture, weights, Rope(checkpoint.config, CPU), method or Vanilla())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_engine(make_decoder: Callable[..., Decoder]) -> Callable[..., Generator]:
+    """Our engine over a checkpoint folder."""
+
+    def make(folder: Path, slots: int = 1, method: Method | None = None) -> Generator:
+        method = method or Vanilla()
+        return Generator(make_decoder(folder, method), method, slots)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load_reference() -> Callable[..., Any]:
+    """transformers' model of a folder, greedy, without stop ids."""
+
+    def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        model.generation_config.eos_token_id = None
+        return model
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def reference_texts(load_reference: Callable[..., Any]) -> Callable[..., list[list[int]]]:
+    """What transformers' generate makes of each prompt, each on a model that has seen nothing else."""
+
+    def texts(folder: Path, prompts: Iterable[list[int]], new_tokens: int = NEW_TOKENS) -> list[list[int]]:
+        found = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            out = load_reference(folder).generate(ids, max_new_tokens=new_tokens, do_sample=False)
+            found.append(out[0, len(prompt) :].tolist())
+        return found
+
+    return texts
+
+
+@pytest.fixture(scope="session")
+def make_prompts() -> Callable[..., list[list[int]]]:
+    """Random prompts of the given lengths."""
+
+    def make(*lengths: int, seed: int = 0) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randint(3, 1024, (length,), generator=generator).tolist() for length in lengths]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def our_texts() -> Callable[..., list[list[int]]]:
+    """What an engine makes of each prompt, in the prompts' order; any error fails the test."""
+
+    def texts(engine: Generator, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> list[list[int]]:
+        requests = [Request(key, prompt, new_tokens, ()) for key, prompt in enumerate(prompts)]
+        done: dict[int, Completion] = {completion.key: completion for completion in engine.generate(requests)}
+        assert [done[key].error for key in range(len(prompts))] == [None] * len(prompts)
+        return [done[key].token_ids for key in range(len(prompts))]
+
+    return texts
+
+
+@pytest.fixture(scope="session")
+def last_logits() -> Callable[..., Tensor]:
+    """The last token's logits of a prompt, by our decoder in a fresh slot."""
+
+    @torch.inference_mode()
+    def logits(decoder: Decoder, prompt: list[int]) -> Tensor:
+        decoder._method.allocate(decoder.shape, 1, len(prompt) + 1, decoder.device, decoder.dtype)
+        return decoder.prefill(torch.tensor(prompt), 0, 1).float()
+
+    return logits

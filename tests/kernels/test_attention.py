@@ -1,0 +1,102 @@
+"""attention() against the obvious loop, and its refusals."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsecache.kernels.attention import attention
+
+
+def _loop(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Attention one query at a time, in float64."""
+    batch, heads, queries, head_dim = q.shape
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            kv = h * k.shape[1] // heads
+            for i in range(queries):
+                seen = [
+                    j
+                    for j in range(k.shape[2])
+                    if (mask is None or mask[b, 0, i, j]) and (not causal or j <= i)
+                ]  # fmt: skip
+                scores = [math.exp(float(q[b, h, i].double() @ k[b, kv, j].double()) / head_dim**0.5) for j in seen]
+                for score, j in zip(scores, seen, strict=True):
+                    out[b, h, i] += score / sum(scores) * v[b, kv, j].double()
+    return out
+
+
+def _inputs(batch: int, kv_heads: int, group: int, queries: int, length: int, head_dim: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, kv_heads * group, queries, head_dim, generator=generator)
+    k, v = (torch.randn(batch, kv_heads, length, head_dim, generator=generator) for _ in "kv")
+    mask = torch.rand(batch, 1, queries, length, generator=generator) < 0.6
+    mask[..., 0] = True
+    return q, k, v, mask
+
+
+sizes = st.integers(1, 3), st.integers(1, 3), st.sampled_from((1, 2, 3, 5)), st.integers(1, 5), st.integers(1, 9)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(*sizes, st.sampled_from((1, 3, 8, 17)), st.sampled_from(("all", "mask", "causal")), st.integers(0, 99))
+def test_equals_the_loop(batch, kv_heads, group, queries, length, head_dim, rule, seed) -> None:
+    if rule == "causal":
+        queries = length
+    q, k, v, mask = _inputs(batch, kv_heads, group, queries, length, head_dim, seed)
+    options = {"all": {}, "mask": {"mask": mask}, "causal": {"causal": True}}[rule]
+    found = attention(q, k, v, **options)
+    assert found.shape == q.shape and found.dtype == q.dtype
+    torch.testing.assert_close(found.double(), _loop(q, k, v, **options), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 1, 0, 7), (2, 1, 0, 8), (1, 1, 0, 7), (3, 1, 0, 7), (2, 4, 0, 7), (2, 2, 0, 7), (0, 7), (7,), (1, 0, 7)],
+)  # 0 stands for the number of queries
+def test_a_mask_of_another_shape_is_refused_with_both_shapes(shape, queries) -> None:
+    q, k, v, mask = _inputs(2, 2, 2, queries, 7, 8)
+    shape = tuple(size or queries for size in shape)
+    if shape == mask.shape:
+        assert attention(q, k, v, mask=mask).shape == q.shape
+        return
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the message is what is looked at)
+        attention(q, k, v, mask=torch.ones(shape, dtype=torch.bool))
+    assert str(shape) in str(refused.value) and str(tuple(mask.shape)) in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
+def test_a_mask_of_another_dtype_is_refused(dtype) -> None:
+    q, k, v, mask = _inputs(2, 2, 2, 3, 7, 8)
+    with pytest.raises(ValueError, match=rf"{dtype}.*torch\.bool"):
+        attention(q, k, v, mask=mask.to(dtype))
+
+
+def test_causal_takes_no_mask_and_as_many_queries_as_keys() -> None:
+    q, k, v, _ = _inputs(1, 2, 2, 7, 7, 8)
+    with pytest.raises(ValueError, match="causal attention takes no mask"):
+        attention(q, k, v, mask=torch.ones(1, 1, 7, 7, dtype=torch.bool), causal=True)
+    with pytest.raises(ValueError, match="got 3 and 7"):
+        attention(q[:, :, :3], k, v, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("k_shape", "v_shape"),
+    [
+        ((2, 3, 7, 8), (2, 3, 7, 8)),  # heads no multiple of KV heads
+        ((1, 2, 7, 8), (1, 2, 7, 8)),  # another batch
+        ((2, 2, 7, 4), (2, 2, 7, 4)),  # another head size
+        ((2, 2, 7, 8), (2, 2, 6, 8)),  # fewer values than keys
+        ((2, 2, 7, 8), (2, 1, 7, 8)),  # values that would broadcast
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(k_shape, v_shape) -> None:
+    q = torch.zeros(2, 4, 5, 8)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        attention(q, torch.zeros(k_shape), torch.zeros(v_shape))
+    assert all(str(shape) in str(refused.value) for shape in ((2, 4, 5, 8), k_shape, v_shape))

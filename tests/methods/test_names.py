@@ -1,0 +1,144 @@
+"""Methods are found by file name, without torch, and options are converted by annotation."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sparsecache.methods
+from sparsecache.errors import UsageError
+from sparsecache.methods import check_method_name, load_method, make_method, method_names, parse_options
+from sparsecache.methods.vanilla import Vanilla
+
+GOOD = """
+from sparsecache.methods.vanilla import Vanilla as Base
+
+
+class {name}(Base):
+    def __init__(self, budget: int = 64, share: float = 0.5, exact: bool = False, mode: str = "mean",
+                 window: int | None = None, args: int = 1):
+        if budget < 1:
+            raise ValueError(f"budget is {{budget}}; it must be 1 or more.")
+        self.chosen = dict(budget=budget, share=share, exact=exact, mode=mode, window=window, args=args)
+"""
+
+
+@pytest.fixture
+def add_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts a file beside the real methods, for one test."""
+    monkeypatch.setattr(sparsecache.methods, "__path__", [*sparsecache.methods.__path__, str(tmp_path)])
+    before = set(sys.modules)
+
+    def add(name: str, source: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source)
+        return path.stem
+
+    yield add
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_listing_and_refusing_names_imports_no_torch_and_no_method(run_python) -> None:
+    told = run_python(
+        "-c",
+        "import sys\n"
+        "from sparsecache.methods import check_method_name, method_names\n"
+        "print(*method_names())\n"
+        "try:\n    check_method_name('vanila')\n"
+        "except Exception as error:\n    print(error)\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'sparsecache.methods.vanilla'} & set(sys.modules)))",
+    )
+    names, refusal, modules = told.stdout.splitlines()
+    assert "vanilla" in names.split() and "base" not in names.split()
+    assert refusal.startswith("There is no method 'vanila'. Methods: ") and "vanilla" in refusal
+    assert modules == "[]"
+
+
+def test_a_new_file_or_package_is_a_method_and_helpers_are_not(add_method) -> None:
+    add_method("sieve.py", GOOD.format(name="Sieve"))
+    add_method("_helper.py", "")
+    add_method("net/__init__.py", "from sparsecache.methods.net.parts import Net")
+    add_method("net/parts.py", GOOD.format(name="Net"))
+    add_method("notes.txt", "")
+    assert {"sieve", "net", "vanilla"} <= set(method_names())
+    assert not {"_helper", "helper", "base", "notes"} & set(method_names())
+    assert load_method("sieve").__name__ == "Sieve"
+    assert load_method("net").__name__ == "Net"
+    with pytest.raises(UsageError, match="_helper"):
+        check_method_name("_helper")
+
+
+def test_vanilla_is_found_and_has_no_options() -> None:
+    assert load_method("vanilla") is Vanilla
+    assert isinstance(make_method("vanilla", {}), Vanilla)
+    with pytest.raises(UsageError, match=r"Method vanilla has no option 'budget'. Its options: none\."):
+        parse_options("vanilla", {"budget": "64"})
+
+
+def test_options_are_converted_and_completed(add_method) -> None:
+    add_method("sieve.py", GOOD.format(name="Sieve"))
+    defaults = {"budget": 64, "share": 0.5, "exact": False, "mode": "mean", "window": None, "args": 1}
+    assert parse_options("sieve", {}) == defaults
+    given = {"budget": "7", "share": "1e-2", "exact": "True", "mode": "7", "window": "8"}
+    found = parse_options("sieve", given)
+    assert found == {"budget": 7, "share": 0.01, "exact": True, "mode": "7", "window": 8, "args": 1}
+    assert [type(found[key]) for key in given] == [int, float, bool, str, int]
+    assert make_method("sieve", found).chosen == found
+    assert parse_options("sieve", {"exact": "false", "window": "none"}) == defaults
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("budget", "many", r"Method sieve: budget='many' is not of type int"),
+        ("budget", "0.5", r"budget='0.5' is not of type int"),
+        ("share", "half", r"share='half' is not of type float"),
+        ("share", "nan", r"share='nan' is not a finite number"),
+        ("exact", "yes", r"exact='yes' is neither true nor false"),
+        ("window", "wide", r"window='wide' is not of type int"),
+        ("budgets", "1", r"no option 'budgets'. Its options: budget=64, share=0.5, .*window=None"),
+        ("self", "1", r"no option 'self'"),
+    ],
+)
+def test_bad_options_are_refused_with_the_value(key, value, message, add_method) -> None:
+    add_method("sieve.py", GOOD.format(name="Sieve"))
+    with pytest.raises(UsageError, match=message):
+        parse_options("sieve", {key: value})
+
+
+def test_a_value_out_of_range_is_refused_in_the_methods_words(add_method) -> None:
+    add_method("sieve.py", GOOD.format(name="Sieve"))
+    with pytest.raises(UsageError, match=r"Method sieve refuses its options: budget is 0; it must be 1 or more\."):
+        make_method("sieve", parse_options("sieve", {"budget": "0"}))
+
+
+def test_a_broken_file_shows_its_own_traceback(add_method) -> None:
+    add_method("broken.py", "import torch\n\n\ndef oops():\n    return 1 / 0\n\n\nX = oops()\n")
+    assert "broken" in method_names()
+    with pytest.raises(ZeroDivisionError) as raised:
+        load_method("broken")
+    assert [(Path(str(entry.path)).name, entry.name) for entry in raised.traceback][-1] == ("broken.py", "oops")
+
+
+def test_a_missing_import_of_a_method_is_not_taken_for_a_missing_method(add_method) -> None:
+    add_method("needy.py", "import no_such_library")
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        load_method("needy")
+
+
+def test_exactly_one_method_a_file(add_method) -> None:
+    add_method("none.py", "from sparsecache.methods.vanilla import Vanilla")
+    add_method("two.py", GOOD.format(name="One") + GOOD.format(name="Two"))
+    with pytest.raises(TypeError, match=r"sparsecache\.methods\.none must define exactly one .* defines 0"):
+        load_method("none")
+    with pytest.raises(TypeError, match="defines 2"):
+        load_method("two")
+
+
+def test_a_name_that_begins_anothers_is_not_mixed_up_with_it(add_method) -> None:
+    add_method("sieve_fine.py", GOOD.format(name="Fine"))
+    add_method("sieve.py", "from sparsecache.methods.sieve_fine import Fine\n" + GOOD.format(name="Sieve"))
+    assert load_method("sieve").__name__ == "Sieve"

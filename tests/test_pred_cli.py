@@ -1,0 +1,195 @@
+"""The prediction command line: help, spellings, and every bad value in one sentence before weights are read."""
+
+import json
+import shutil
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from longbench_pred import main
+from sparsecache.demo.checkpoint import make_random_checkpoint
+from sparsecache.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> Path:
+    """A checkpoint whose weights cannot be read: whoever reads them is found out."""
+    folder = make_random_checkpoint(tmp_path_factory.mktemp("model") / "broken", num_hidden_layers=1)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return folder
+
+
+@pytest.fixture
+def invoke(broken, tmp_path):
+    def run(*arguments: str, model: Path | str = broken) -> Result:
+        base = ["--model", str(model), "--datasets", "qasper", "--data", "sample", "--pred_dir", str(tmp_path / "pred")]
+        return CliRunner().invoke(main, [*base, "--sample_tokens", "256", "--device", "cpu", *arguments])
+
+    return run
+
+
+def test_help_names_every_option_without_torch_and_fast(run_python, repo) -> None:
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        told = run_python(repo / "longbench_pred.py", "--help")
+        seconds.append(time.perf_counter() - began)
+    assert told.returncode == 0
+    for field in fields(Settings):
+        assert f"--{field.name}" in told.stdout or field.name == "options"
+    assert min(seconds) < 0.5
+    code = "import sys, longbench_pred\ntry:\n    longbench_pred.main(%r)\nfinally:\n    print(*sys.modules)"
+    for arguments in (["--help"], ["--model", "demo", "--method", "vanila"], ["--model", "demo", "--datasets", "x"]):
+        modules = set(run_python("-c", code % arguments).stdout.splitlines()[-1].split())
+        assert "longbench_pred" in modules
+        assert not modules & {"torch", "transformers", "datasets", "numpy"}
+
+
+def test_defaults_of_the_command_line_are_those_of_settings(monkeypatch) -> None:
+    found = []
+    monkeypatch.setattr("sparsecache.run.run", lambda settings: found.append(settings) or 0)
+    model = "llama-2-7b-inst-32k"
+    assert CliRunner().invoke(main, ["--model", model]).exit_code == 0
+    assert found == [Settings(model=model)]
+
+
+def test_dashes_and_underscores_are_the_same(monkeypatch) -> None:
+    found = []
+    monkeypatch.setattr("sparsecache.run.run", lambda settings: found.append(settings) or 0)
+    base = ["--model", "demo", "--name=n-m"]
+    dashes = ["--max-samples", "3", "--pred-dir=a-b", "--allow-pickle", "-o", "my-key=x-y"]
+    underscores = ["--max_samples", "3", "--pred_dir=a-b", "--allow_pickle", "-o", "my_key=x-y"]
+    for spelling in (dashes, underscores):
+        assert CliRunner().invoke(main, [*base, *spelling]).exit_code == 0
+    assert found[0] == found[1]
+    assert (found[0].pred_dir, found[0].options, found[0].name) == (Path("a-b"), {"my_key": "x-y"}, "n-m")
+
+
+def test_the_exit_code_is_the_runs(monkeypatch) -> None:
+    monkeypatch.setattr("sparsecache.run.run", lambda settings: 1)
+    assert CliRunner().invoke(main, ["--model", "demo"]).exit_code == 1
+
+
+def test_weights_that_cannot_be_read_are_found_when_they_are_read(invoke) -> None:
+    """What the tests below rely on."""
+    told = invoke()
+    assert told.exit_code == 2
+    assert "model.safetensors cannot be read" in told.stderr
+
+
+BAD = {
+    "dataset": (["--datasets", "qaspar"], ["'qaspar'", "narrativeqa", "single_doc_qa", "zh"]),
+    "empty dataset": (["--datasets", ""], ["There is no dataset ''"]),
+    "dataset not in E": (["--datasets", "narrativeqa", "--e"], ["'narrativeqa' is not part of LongBench-E", "qasper"]),
+    "method": (["--method", "vanila"], ["'vanila'", "vanilla"]),
+    "unknown option": (["-o", "budget=3"], ["no option 'budget'", "none"]),
+    "option without value": (["-o", "budget"], ["'budget'", "KEY=VALUE"]),
+    "name with slash": (["--name", "a/b"], ["'a/b'", "without a slash"]),
+    "name of dots": (["--name", ".."], ["'..'"]),
+    "long name": (["--name", "x" * 300], ["--pred_dir or --name"]),
+    "device": (["--device", "tpu"], ["'tpu'", "auto, cpu, cuda"]),
+    "device that decodes nothing": (["--device", "meta"], ["'meta'", "auto, cpu, cuda"]),
+    "absent GPU": (["--device", "cuda:99"], ["cuda:99", "--device cpu"]),
+    "dtype": (["--dtype", "int8"], ["'int8'", "bfloat16"]),
+    "engine": (["--engine", "vllm"], ["'vllm'", "transformers"]),
+    "batch of transformers": (["--engine", "transformers", "--batch_size", "2"], ["--batch_size 2"]),
+    "verify of transformers": (["--engine", "transformers", "--verify", "2"], ["--verify"]),
+    "zero batch": (["--batch_size", "0"], ["0 is not in the range x>=1"]),
+    "negative samples": (["--max_samples", "-1"], ["-1 is not in the range x>=1"]),
+    "text for a number": (["--max_length", "long"], ["'long'"]),
+    "model_type": (["--model_type", "mistral"], ["'llama', not 'mistral'", "--model_type llama"]),
+    "data": (["--data", "nowhere"], ["'nowhere'", "hub, sample, a folder", "zip"]),
+    "revision of a sample": (["--data_revision", "abc"], ["abc", "--data sample"]),
+    "E of a sample": (["--e"], ["--data sample"]),
+    "sample tokens": (["--sample_tokens", "1"], ["256<=x<=32768"]),
+    "window without room": (["--window", "100"], ["window of 100", "128", "qasper"]),
+    "window with room for one of two": (["--window", "400", "--datasets", "qasper,gov_report"], ["400", "gov_report"]),
+    "unknown flag": (["--max_sample_count", "3"], ["--max_sample"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_value_is_one_sentence_with_the_choices_before_weights_are_read(case, invoke, tmp_path) -> None:
+    arguments, parts = BAD[case]
+    told = invoke(*arguments)
+    assert told.exit_code == 2, told.output
+    (error,) = (line for line in told.stderr.splitlines() if line.startswith("Error: "))
+    for part in parts:
+        assert part in error
+    assert "cannot be read" not in told.output and "Traceback" not in told.output
+    assert not list(tmp_path.glob("pred/*/*/*.jsonl"))
+
+
+@pytest.mark.parametrize("text", ["no-such-model", "./nowhere/at/all", ""])
+def test_an_unknown_model_is_refused_with_the_names(text, invoke) -> None:
+    told = invoke(model=text)
+    assert told.exit_code == 2
+    assert repr(text) in told.stderr and "llama-2-7b-inst-32k" in told.stderr and "hub id" in told.stderr
+
+
+def test_a_hub_model_that_is_not_there_offline(invoke, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    told = invoke("--offline", model="qwen3-8b")
+    assert told.exit_code == 2
+    assert "Error: Checkpoint Qwen/Qwen3-8B could not be had" in told.stderr and "--offline" in told.stderr
+
+
+def test_a_pred_dir_that_is_a_file(invoke, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        told = invoke("--pred_dir", str(tmp_path / place))
+        assert told.exit_code == 2
+        assert f"{tmp_path / place}/broken/vanilla is no folder to write to" in told.stderr
+
+
+def _configured(broken: Path, tmp_path: Path, **changes: object) -> Path:
+    folder = shutil.copytree(broken, tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_a_checkpoint_with_a_sliding_window_is_refused_unless_within(broken, invoke, tmp_path) -> None:
+    folder = _configured(broken, tmp_path, model_type="mistral", sliding_window=1000)
+    told = invoke(model=folder)
+    assert told.exit_code == 2
+    assert "sliding-window attention over 1000 tokens" in told.stderr and "--window 1000" in told.stderr
+    assert "sliding" in invoke("--window", "1001", model=folder).stderr
+    told = invoke("--window", "1000", model=folder)
+    assert "sliding" not in told.stderr and "cannot be read" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' are not decoded here. Families: llama"),
+        ({"model_type": "never-heard-of"}, "never-heard-of"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}}, "RoPE type 'spiral'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_that_is_not_decoded_here_is_refused(changes, message, broken, invoke, tmp_path) -> None:
+    told = invoke(model=_configured(broken, tmp_path, **changes))
+    assert told.exit_code == 2
+    assert message in told.stderr and "cannot be read" not in told.stderr
+
+
+def test_a_configuration_without_a_window_asks_for_one(broken, invoke, tmp_path) -> None:
+    folder = _configured(broken, tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": "bloom", "vocab_size": 1024}))
+    told = invoke("--engine", "transformers", model=folder)
+    assert told.exit_code == 2
+    assert "states no max_position_embeddings. Say with --window" in told.stderr
+
+
+def test_pickles_are_refused_with_the_switch_named(broken, invoke, tmp_path) -> None:
+    folder = _configured(broken, tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    told = invoke(model=folder)
+    assert told.exit_code == 2
+    assert "--allow_pickle" in told.stderr
