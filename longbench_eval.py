@@ -7,8 +7,7 @@ import click
 
 from sparsecache.cli import FlexibleCommand, report_usage_errors
 from sparsecache.errors import UsageError
-
-_BACKENDS = ("difflib", "fuzzywuzzy")
+from sparsecache.longbench.metrics import EDIT_BACKENDS
 
 
 @click.command(cls=FlexibleCommand)
@@ -19,7 +18,7 @@ _BACKENDS = ("difflib", "fuzzywuzzy")
 @click.option("--e", is_flag=True, help="Score LongBench-E files, by length bucket.")
 @click.option("--allow_partial", is_flag=True, help="Exit with 0 even if rows are missing or failed.")
 @click.option("--allow_duplicates", is_flag=True, help="Score repeated _ids as often as they stand there.")
-@click.option("--edit_backend", type=click.Choice(_BACKENDS), default=_BACKENDS[0], show_default=True)
+@click.option("--edit_backend", type=click.Choice(EDIT_BACKENDS), default=EDIT_BACKENDS[0], show_default=True)
 @click.option("--official_recursion", is_flag=True, help="Give 0.0 where the reference hits the recursion limit.")
 @click.option("--rouge_score", is_flag=True, help="Show rouge-score's ROUGE-1/2/L beside the official ROUGE-L.")
 def main(

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from sparsecache.cli import FlexibleCommand, option, report_usage_errors
-from sparsecache.settings import DTYPES, ENGINES, Settings
+from sparsecache.settings import DTYPE_CHOICES, ENGINES, Settings
 from sparsecache.versions import check_versions
 
 _HELP = {
@@ -36,7 +36,7 @@ _HELP = {
 @option(Settings, "max_length", type=click.IntRange(2), help="Cut the middle of raw prompts longer than this.")
 @option(Settings, "window", type=click.IntRange(8), help="Tokens for prompt and answer, over the checkpoint's own.")
 @option(Settings, "batch_size", type=click.IntRange(1), help="Sequences decoded together.")
-@option(Settings, "dtype", type=click.Choice(DTYPES), help="auto: the checkpoint's on a GPU, float32 on a CPU.")
+@option(Settings, "dtype", type=click.Choice(DTYPE_CHOICES), help="auto: the checkpoint's on a GPU, float32 on a CPU.")
 @option(Settings, "device", help="auto, cpu, cuda or cuda:<number>.")
 @option(Settings, "engine", type=click.Choice(ENGINES), help="transformers: its own generate, vanilla only.")
 @option(Settings, "verify", type=click.IntRange(0), help="First compare this many prompts with transformers.")

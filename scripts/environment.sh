@@ -16,13 +16,17 @@ find_python() {
     return 1
 }
 
-# The environment is reused until setup.cfg, pyproject.toml, constraints.txt or the interpreter changes.
+# The environment is reused until setup.cfg, pyproject.toml, constraints.txt, the interpreter or its place changes.
 install_environment() {
     local python stamp
     python="$(find_python)"
-    stamp="$({ cat setup.cfg pyproject.toml constraints.txt; "$python" --version; } | cksum)"
+    stamp="$({ cat setup.cfg pyproject.toml constraints.txt; "$python" --version; pwd; } | cksum)"
     if [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/.installed" 2>/dev/null)" = "$stamp" ]; then
         return
+    fi
+    if [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ]; then
+        echo "$VENV exists and is no virtual environment, so it is not replaced. Name another place with VENV=..." >&2
+        return 1
     fi
     echo "Installing into $VENV ..."
     rm -rf "$VENV"

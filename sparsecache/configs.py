@@ -12,7 +12,7 @@ _PACKAGE = Path(__file__).resolve().parent
 def configs_dir() -> Path:
     """The folder of `datasets.toml` and `models.toml`: beside the package in a clone, else where they are installed."""
     cloned = _PACKAGE.parent / "configs"
-    return cloned if cloned.is_dir() else Path(sys.prefix) / "share" / "sparsecache" / "configs"
+    return cloned if (cloned / "datasets.toml").is_file() else Path(sys.prefix) / "share" / "sparsecache" / "configs"
 
 
 def project_dir() -> Path:

@@ -6,3 +6,8 @@ class UsageError(Exception):
 
     The command lines print it and exit with code 2; nothing else in the project is caught there.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Another library's error as part of a sentence."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,7 +1,6 @@
 """What a run is made of: settings brought together with a checkpoint, before any weights are read."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +12,7 @@ from sparsecache.engine.families import load_family
 from sparsecache.engine.generator import Engine, Generator
 from sparsecache.engine.loading import DTYPES, Checkpoint
 from sparsecache.engine.rope import Rope
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.tasks import Task
 from sparsecache.methods import make_method, parse_options
@@ -34,10 +33,11 @@ class Plan:
         self.options: dict[str, Any] = parse_options(settings.method, settings.options)
         self.method: Method = make_method(settings.method, self.options)
         self.device = _device(settings.device)
-        folder = checkpoint_folder(self.model, settings.offline, settings.allow_pickle)
+        folder = checkpoint_folder(self.model, settings.offline)
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
-        self.window = settings.window or self._own_window()
+        self.window = settings.window or self.model.window or self._own_window()
         self._check_model_type()
+        self._check_chat()
         if settings.engine == "sparsecache":
             self._check_family()
 
@@ -72,25 +72,40 @@ class Plan:
         newline = self.checkpoint.tokenizer.encode("\n", add_special_tokens=False)[-1:] if task.newline_stop else []
         return tuple(sorted({*self.checkpoint.stop_ids, *newline}))
 
-    def check_room(self, task: Task) -> None:
-        """Raises UsageError if the window leaves no room for a prompt of this dataset."""
-        replace(self.prompter, max_length=None).cut_length(task)
+    def fetch_weights(self) -> None:
+        """Downloads the weights, if they are on the hub and not here yet. Raises UsageError if they cannot be had."""
+        checkpoint_folder(self.model, self.settings.offline, weights=True, allow_pickle=self.settings.allow_pickle)
 
     def engine(self) -> Engine:
         """The engine that the settings name, with its weights loaded."""
         if self.settings.engine == "transformers":
             return self.reference()
         architecture = load_family(self.checkpoint.model_type).architecture(self.checkpoint.config)
-        weights = self.checkpoint.load(architecture, self.device, DTYPES[self.dtype_name])
+        try:
+            weights = self.checkpoint.load(architecture, self.device, DTYPES[self.dtype_name])
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                f"The weights of {self.checkpoint.path} in {self.dtype_name} do not fit {self.device}: "
+                f"{one_line(error)} Choose another --device or a smaller --dtype."
+            ) from error
         decoder = Decoder(architecture, weights, Rope(self.checkpoint.config, self.device), self.method)
+        self._calibrate(decoder)
         return Generator(decoder, self.method, self.settings.batch_size)
+
+    def _calibrate(self, decoder: Decoder) -> None:
+        text = self.method.calibration_text()
+        if text is not None:
+            token_ids = self.checkpoint.tokenizer(text, verbose=False)["input_ids"]
+            with torch.inference_mode():
+                decoder.calibrate(torch.tensor(token_ids, device=self.device))
 
     def reference(self) -> Engine:
         """transformers' own generate, over the same checkpoint."""
         from sparsecache.engine.reference import TransformersEngine
 
         dtype = DTYPES[self.dtype_name]
-        return TransformersEngine(self.checkpoint.path, self.device, dtype, self.settings.allow_pickle)
+        path, config = self.checkpoint.path, self.checkpoint.config
+        return TransformersEngine(path, self.device, dtype, self.settings.allow_pickle, config)
 
     def identity(self) -> dict[str, Any]:
         """What two runs must share, beside their data and tasks, for their rows to stand in one file."""
@@ -141,8 +156,9 @@ class Plan:
             )
         if not self.checkpoint.stop_ids:
             yield "the checkpoint names no end-of-text token, so every prediction ends by length."
-        if self.checkpoint.window is not None and self.window > self.checkpoint.window:
-            yield f"--window {self.window} is beyond the {self.checkpoint.window} tokens the checkpoint is made for."
+        made_for = self.model.window or self.checkpoint.window
+        if made_for is not None and self.window > made_for:
+            yield f"--window {self.window} is beyond the {made_for} tokens the checkpoint is made for."
 
     def _stop_tokens(self) -> list[str]:
         tokens: list[str] = self.checkpoint.tokenizer.convert_ids_to_tokens(self.checkpoint.stop_ids)
@@ -155,6 +171,13 @@ class Plan:
                 f"many tokens prompt and answer may take together."
             )
         return self.checkpoint.window
+
+    def _check_chat(self) -> None:
+        if self.chat == "template" and not self.checkpoint.tokenizer.chat_template:
+            raise UsageError(
+                f"{self.checkpoint.path} has no chat template, which `chat` of [{self.model.table}] in "
+                f'configs/models.toml asks for. Say there how prompts are wrapped, or chat = "none".'
+            )
 
     def _check_model_type(self) -> None:
         wanted, found = self.settings.model_type or self.model.model_type, self.checkpoint.model_type

@@ -13,6 +13,8 @@ import torch
 from sparsecache.settings import Settings
 from sparsecache.versions import installed_versions
 
+_PROJECT = Path(__file__).resolve().parent.parent
+
 
 def new_session(settings: Settings, device: torch.device, source: dict[str, Any]) -> dict[str, Any]:
     """A process's entry in run.json; `ended` and `clock` are filled in as it goes."""
@@ -38,10 +40,16 @@ def now() -> str:
 
 
 def _commit() -> str | None:
-    """The commit this code was run from, with "+" if the tree has changes; None outside a clone."""
-    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
-    try:
-        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+    """The commit this code was run from, with "+" if the tree has changes or new files; None outside a clone."""
+    if not (_PROJECT / ".git").exists():
         return None
-    return told.stdout.strip() or None
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return f"{commit}+" if _git("status", "--porcelain") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    told = subprocess.run(["git", *arguments], cwd=_PROJECT, capture_output=True, text=True, timeout=10, check=True)
+    return told.stdout.strip()

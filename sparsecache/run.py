@@ -1,7 +1,6 @@
 """One run: tasks -> prompts -> completions -> records. Joins the benchmark half and the generation half."""
 
-import errno
-import os
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,30 +8,31 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from sparsecache.engine.generator import Clock, Completion, Engine, Generator, Request
-from sparsecache.errors import UsageError
-from sparsecache.longbench.data import Rows, SampleSource, Source, load_rows, open_source
+from sparsecache.demo.source import SampleSource
+from sparsecache.engine.generator import Completion, Engine, Request
+from sparsecache.errors import UsageError, one_line
+from sparsecache.longbench.data import Rows, Source, load_rows, open_source
+from sparsecache.longbench.jsonl import dumps
 from sparsecache.longbench.prompts import Prompt
 from sparsecache.longbench.records import PredictionFile, RunFolder, read_rows
-from sparsecache.longbench.report import decode_speed, health_table
+from sparsecache.longbench.report import health_table, speed_lines
 from sparsecache.longbench.tasks import Task, load_tasks, select_tasks
 from sparsecache.plan import Plan
 from sparsecache.provenance import new_session, now
 from sparsecache.settings import Settings
-from sparsecache.versions import check_versions
 
 
 def run(settings: Settings) -> int:
     """Runs what the settings ask for, from where an earlier run of the same name left off.
 
-    Returns the exit code: 0, or 1 when a row failed. Raises UsageError for anything the user can put right,
+    The settings must have passed their own check. Returns the exit code: 0, or 1 when a row failed. Raises
+    UsageError for anything the user can put right,
     before any weights are read where that is possible.
     """
-    settings.check()
-    check_versions()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     return _Run(settings).execute()
@@ -62,9 +62,9 @@ class _Work:
 class _Run:
     def __init__(self, settings: Settings):
         self.settings = settings
+        self.source = _source(settings)
         self.plan = Plan(settings)
         self.folder = RunFolder(settings.pred_dir / self.plan.model.name / settings.run_name)
-        self.source = _source(settings)
         self.failed = 0
 
     def execute(self) -> int:
@@ -72,30 +72,20 @@ class _Run:
         e = self.settings.e
         loaded = [(task, load_rows(self.source, task, e)) for task in select_tasks(self.settings.datasets, e)]
         for task, _ in loaded:
-            self.plan.check_room(task)
+            self.plan.prompter.room(task)
+        self.plan.fetch_weights()
         identity = {**self.plan.identity(), **_tasks_identity(loaded, e)}
-        self._make_folder()
+        self.folder.make()
         if self.settings.overwrite:
             self.folder.clear([task.file_stem(flag) for task in load_tasks().values() for flag in (False, True)])
         with ExitStack() as stack:
             self.folder.claim(identity)
             works = [self._open(stack, task, rows) for task, rows in loaded]
             self._announce(works)
-            if any(work.missing for work in works):
+            if self.settings.verify or any(work.missing for work in works):
                 self._predict(works)
             print(self._health(works))
         return 1 if self.failed else 0
-
-    def _make_folder(self) -> None:
-        path = self.folder.path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            if not os.access(path, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        except OSError as error:
-            raise UsageError(
-                f"{path} is no folder to write to ({error.strerror}). Choose another --pred_dir or --name."
-            ) from error
 
     def _open(self, stack: ExitStack, task: Task, rows: Rows) -> _Work:
         stem = task.file_stem(self.settings.e)
@@ -107,17 +97,18 @@ class _Run:
         missing, wanted = sum(work.missing for work in works), sum(work.wanted for work in works)
         for line in self.plan.describe():
             print(line)
-        print(f"rows        {missing} of {wanted} to do, into {self.folder.path}")
+        print(f"rows        {missing} of {wanted} to do, into {self.folder.path}", flush=True)
         for warning in self.plan.warnings():
             print(f"Warning: {warning}", file=sys.stderr)
 
     def _predict(self, works: list[_Work]) -> None:
         session = new_session(self.settings, self.plan.device, self.source.describe())
         self._save(session, works)
+        expected = self._reference_completions(works)  # before our own weights take the memory
         engine = self.plan.engine()
-        if self.settings.verify:
-            session["verify"] = self._verify(engine, works)
-            engine.clock = Clock()  # the run's figures are those of its own rows
+        if expected:
+            session["verify"] = _compare(engine, expected)
+            engine.reset_clock()  # the run's figures are those of its own rows
         for work in works:
             self._predict_dataset(engine, work)
             session["clock"] = asdict(engine.clock)
@@ -127,7 +118,7 @@ class _Run:
 
     def _predict_dataset(self, engine: Engine, work: _Work) -> None:
         requests = self._requests(work)
-        if isinstance(engine, Generator) and self.settings.batch_size > 1:
+        if self.settings.batch_size > 1:
             requests = iter(known := list(requests))
             engine.reserve(max((len(r.token_ids) + r.max_new_tokens for r in known), default=0))
         new_tokens = 0
@@ -141,30 +132,30 @@ class _Run:
         with tqdm(total=work.wanted, initial=work.wanted - work.missing, desc=work.stem, unit="row") as bar:
             for completion in engine.generate(requests, tick):
                 row, prompt = completion.key
-                work.file.append(self._record(row, prompt, completion))
-                self.failed += completion.error is not None
+                record = self._record(row, prompt, completion)
+                work.file.append(record)
+                self.failed += "error" in record
                 bar.update()
 
-    def _requests(self, work: _Work, record_failures: bool = True) -> Iterator[Request]:
-        stop_ids = self.plan.stop_ids(work.task)
+    def _requests(self, work: _Work) -> Iterator[Request]:
         for row in work.pending():
             try:
-                prompt = self.plan.prompter.build(work.task, row)
+                yield self._request(work.task, row)
             except UsageError:
                 raise
             except Exception as error:  # a row that the tokenizer chokes on must not end the run
-                if not record_failures:
-                    continue
-                work.file.append({**_from_row(row), "error": f"{type(error).__name__}: {error}"})
+                work.file.append({**_from_row(row), "error": _described(error)})
                 self.failed += 1
-                continue
-            yield Request(
-                key=(row, prompt),
-                token_ids=prompt.token_ids,
-                max_new_tokens=work.task.max_new_tokens,
-                stop_ids=stop_ids,
-                min_new_tokens=1 if work.task.newline_stop else 0,
-            )
+
+    def _request(self, task: Task, row: dict[str, Any]) -> Request:
+        prompt = self.plan.prompter.build(task, row)
+        return Request(
+            key=(row, prompt),
+            token_ids=prompt.token_ids,
+            max_new_tokens=task.max_new_tokens,
+            stop_ids=self.plan.stop_ids(task),
+            min_new_tokens=1 if task.newline_stop else 0,
+        )
 
     def _record(self, row: dict[str, Any], prompt: Prompt, completion: Completion) -> dict[str, Any]:
         record = {
@@ -177,30 +168,32 @@ class _Run:
         }
         if completion.error is not None:
             return {**record, "error": completion.error}
-        record["pred"] = self.plan.checkpoint.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        return {
-            **record,
+        finished = {
             "new_tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
             "prefill_s": round(completion.prefill_s, 6),
             "decode_s": round(completion.decode_s, 6),
-            **completion.report,
         }
+        try:
+            text = self.plan.checkpoint.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            whole = {**record, "pred": text, **finished}
+            whole |= {key: value for key, value in completion.report.items() if key not in whole}
+            dumps(whole)
+        except Exception as error:  # a text or a report that cannot be written down
+            return {**record, "error": _described(error)}
+        return whole
 
-    def _verify(self, engine: Engine, works: list[_Work]) -> dict[str, Any]:
-        """Runs the first prompts through transformers too; prints and returns where the texts part."""
-        pending = (request for work in works for request in self._requests(work, record_failures=False))
-        requests = list(islice(pending, self.settings.verify))
-        theirs = {done.key[0]["_id"]: done for done in self.plan.reference().generate(requests)}
-        differing = []
-        for mine in engine.generate(requests):
-            row, other = mine.key[0], theirs[mine.key[0]["_id"]]
-            if mine.error or other.error or mine.token_ids != other.token_ids:
-                at = _first_difference(mine.token_ids, other.token_ids)
-                differing.append({"_id": row["_id"], "dataset": row["dataset"], "first_differing_token": at})
-                print(f"verify: {row['dataset']} {row['_id']}: texts part at new token {at}.")
-        print(f"verify: {len(requests) - len(differing)} of {len(requests)} prompts give the text of transformers.")
-        return {"prompts": len(requests), "differing": differing}
+    def _reference_completions(self, works: list[_Work]) -> list[Completion]:
+        """What transformers makes of the first --verify prompts, its weights gone again afterwards."""
+        if not self.settings.verify:
+            return []
+        rows = ((work.task, row) for work in works for row in islice(work.rows.dataset, work.wanted))
+        requests = [self._request(task, row) for task, row in islice(rows, self.settings.verify)]
+        completions = list(self.plan.reference().generate(requests))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return completions
 
     def _save(self, session: dict[str, Any], works: list[_Work]) -> None:
         def change(record: dict[str, Any]) -> None:
@@ -216,13 +209,21 @@ class _Run:
 
     def _health(self, works: list[_Work]) -> str:
         rows = [(work.task, work.stem, work.wanted, list(read_rows(work.file.path))) for work in works]
-        lines = [health_table(rows)]
-        speed = decode_speed(self.folder.read())
-        if speed:
-            peak = speed["peak_gpu_bytes"]
-            memory = f", peak GPU memory {peak / 2**30:.1f} GiB" if peak else ""
-            lines.append(f"Decode: {speed['tokens_per_s']} tokens/s over {speed['tokens']} tokens{memory}.")
-        return "\n".join(lines)
+        return "\n".join([health_table(rows), *speed_lines(self.folder.read())])
+
+
+def _compare(engine: Engine, expected: list[Completion]) -> dict[str, Any]:
+    """Runs the same prompts through our engine; prints and returns where the texts part."""
+    theirs = {done.key[0]["_id"]: done for done in expected}
+    differing = []
+    for mine in engine.generate([done.request for done in expected]):
+        row, other = mine.key[0], theirs[mine.key[0]["_id"]]
+        if mine.error or other.error or mine.token_ids != other.token_ids:
+            at = _first_difference(mine.token_ids, other.token_ids)
+            differing.append({"_id": row["_id"], "dataset": row["dataset"], "first_differing_token": at})
+            print(f"verify: {row['dataset']} {row['_id']}: texts part at new token {at}.")
+    print(f"verify: {len(expected) - len(differing)} of {len(expected)} prompts give the text of transformers.")
+    return {"prompts": len(expected), "differing": differing}
 
 
 def _source(settings: Settings) -> Source:
@@ -244,6 +245,10 @@ def _tasks_identity(loaded: list[tuple[Task, Rows]], e: bool) -> dict[str, dict[
 
 def _from_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"pred": "", **{key: row[key] for key in ("answers", "all_classes", "length", "_id")}}
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _first_difference(first: list[int], second: list[int]) -> int:

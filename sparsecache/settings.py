@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparsecache.engine.catalog import find_model
+from sparsecache.engine.catalog import DTYPES, find_model
 from sparsecache.errors import UsageError
 from sparsecache.longbench.tasks import select_tasks
 from sparsecache.methods import check_method_name
 
 ENGINES = ("sparsecache", "transformers")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPE_CHOICES = ("auto", *DTYPES)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Which checkpoint a `--model` value means: a table of configs/models.toml, a folder, or a hub id."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from sparsecache.configs import project_dir, read_tables
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, one_line
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Model:
     hub: str | None = None
     revision: str | None = None
     model_type: str | None = None
+    window: int | None = None
     max_length: int | None = None
     chat: str | None = None
     chat_template_args: dict[str, Any] = field(default_factory=dict)
@@ -55,51 +58,67 @@ def find_model(text: str) -> Model:
     )
 
 
-def checkpoint_folder(model: Model, offline: bool, allow_pickle: bool) -> Path:
+_DESCRIPTION = ["*.json", "tokenizer.model", "*.txt", "*.jinja"]
+_WEIGHTS = ["*.safetensors"]
+_PICKLES = ["*.bin"]
+
+
+def checkpoint_folder(model: Model, offline: bool, *, weights: bool = False, allow_pickle: bool = False) -> Path:
     """The folder of a model's files, downloaded from the hub if need be (never with `offline`).
 
-    Raises UsageError if it is not there or cannot be had.
+    Without `weights` only what describes the checkpoint is fetched. Raises UsageError if it is not there or
+    cannot be had.
     """
     if model.path is not None:
         if (model.path / "config.json").is_file():
             return model.path
-        raise UsageError(f"{model.path} holds no config.json, so it is not a checkpoint folder ({model.name}).")
+        raise UsageError(
+            f"{model.path} holds no config.json, so it is not a checkpoint folder ({model.name}). The bundled one is "
+            f"made by scripts/quickstart.sh, or by python -m sparsecache.demo.checkpoint FOLDER."
+        )
     assert model.hub is not None
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+    patterns = [*_DESCRIPTION, *(_WEIGHTS if weights else []), *(_PICKLES if weights and allow_pickle else [])]
     try:
         return Path(
             snapshot_download(
                 model.hub,
                 revision=model.revision,
                 local_files_only=offline,
-                allow_patterns=patterns + (["*.bin"] if allow_pickle else []),
+                allow_patterns=patterns,
                 ignore_patterns=["*/*", "consolidated*"],  # the same weights once more, in other formats
             )
         )
     except Exception as error:  # the client's many failures (network, status, gate, cache) all mean: not there
         way_out = "Run once without --offline" if offline else "Check the name, the network and your access"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"Checkpoint {model.hub} could not be had ({reason}). {way_out}, or give the path of a folder as --model."
+            f"Checkpoint {model.hub} could not be had ({one_line(error)}). {way_out}, or give the path of a folder "
+            f"as --model."
         ) from error
 
 
 def _table_of(name: str) -> str | None:
+    """The table whose name or hub's last part is `name`; a table with a `path` describes that folder only."""
     tables = read_tables("models.toml")
     for key in model_names():
-        if name in (key, tables[key].get("hub", "").split("/")[-1]):
+        if "path" not in tables[key] and name in (key, tables[key].get("hub", "").split("/")[-1]):
             return key
     return None
 
 
 def _with_settings(name: str, key: str | None, *, path: Path | None, hub: str | None) -> Model:
     tables = read_tables("models.toml")
-    table = tables[key] if key else {}
-    arguments = {
-        **tables.get("default", {}).get("chat_template_args", {}),
-        **table.get("chat_template_args", {}),
-    }
-    settings = {field: table.get(field) for field in ("model_type", "max_length", "chat", "dtype", "note", "revision")}
-    return Model(name=name, path=path, hub=hub, chat_template_args=arguments, table=key, **settings)
+    table = dict(tables[key]) if key else {}
+    known = {field.name for field in fields(Model)} - {"name", "table"}
+    if unknown := table.keys() - known:
+        raise UsageError(
+            f"Table [{key}] of configs/models.toml has unknown fields: {', '.join(sorted(unknown))}. "
+            f"Fields: {', '.join(sorted(known))}."
+        )
+    if table.get("dtype") not in (None, *DTYPES):
+        raise UsageError(f"Table [{key}] of configs/models.toml: {table['dtype']!r} is none of {', '.join(DTYPES)}.")
+    if hub != table.get("hub"):  # the same name elsewhere: another repository has other revisions
+        table.pop("revision", None)
+    arguments = {**tables.get("default", {}).get("chat_template_args", {}), **table.get("chat_template_args", {})}
+    return Model(**{**table, "name": name, "table": key, "path": path, "hub": hub, "chat_template_args": arguments})

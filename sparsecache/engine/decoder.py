@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from sparsecache.engine.families.base import Architecture
-from sparsecache.engine.loading import LayerWeights, Weights
 from sparsecache.engine.rope import Rope, rotate
+from sparsecache.engine.weights import LayerWeights, Weights
 from sparsecache.kernels.attention import attention
 from sparsecache.methods.base import Method
 
+_PIECE = 8192  # tokens
 TakeLayer = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
@@ -72,7 +73,10 @@ class Decoder:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             take(index, q[0], k[0], v[0])
             out = attention(q, k, v, causal=True)  # [1, H, L, D]
-            x = self._finish(x, out[0].transpose(0, 1).flatten(1), layer)
+            heads = out[0].transpose(0, 1).flatten(1)
+            # In pieces, since the middle of a SwiGLU is several times as wide as everything else.
+            pieces = zip(torch.split(x, _PIECE), torch.split(heads, _PIECE), strict=True)
+            x = torch.cat([self._finish(x_piece, heads_piece, layer) for x_piece, heads_piece in pieces])
         return x
 
     def _qkv(self, h: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,13 +37,18 @@ class Completion:
     error: set instead of all these when the request failed.
     """
 
-    key: Any
+    request: Request
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     prefill_s: float = 0.0
     decode_s: float = 0.0
     report: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+
+    @property
+    def key(self) -> Any:
+        """The request's key."""
+        return self.request.key
 
 
 @dataclass
@@ -56,11 +61,22 @@ class Clock:
     decode_s: float = 0.0
     peak_gpu_bytes: int | None = None
 
+    def note_memory(self, device: torch.device) -> None:
+        """Takes down the peak of GPU memory so far."""
+        if device.type == "cuda":
+            self.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
+
 
 class Engine(Protocol):
     """Anything that continues prompts."""
 
     clock: Clock
+
+    def reserve(self, max_tokens: int) -> None:
+        """Makes room for sequences of max_tokens, where that helps."""
+
+    def reset_clock(self) -> None:
+        """Starts the totals and the peak of GPU memory anew."""
 
     def generate(self, requests: Iterable[Request], tick: "Tick" = ...) -> Iterator[Completion]:
         """Yields a completion for every request, in the order in which they end."""
@@ -103,7 +119,7 @@ class Generator:
     """
 
     def __init__(self, decoder: Decoder, method: Method, slots: int):
-        self.clock = Clock()
+        self.clock = fresh_clock(decoder.device)
         self._decoder = decoder
         self._method = method
         self._slots = slots
@@ -116,6 +132,10 @@ class Generator:
             self._allocate(max_tokens)
         except torch.OutOfMemoryError:  # the request that is too long will say so itself
             self._room = 0
+
+    def reset_clock(self) -> None:
+        """Starts the totals and the peak of GPU memory anew."""
+        self.clock = fresh_clock(self._decoder.device)
 
     def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
         """Yields a completion for every request, in the order in which they end."""
@@ -140,10 +160,10 @@ class Generator:
     def _start(self, request: Request, active: dict[int, _Sequence]) -> Completion | None:
         """Prefills a request; returns its completion if it ends at once or fails."""
         slot = next(slot for slot in range(self._slots) if slot not in active)
-        began = time.perf_counter()
         try:
             if _needed(request) > self._room:
                 self._allocate(_needed(request))
+            began = time.perf_counter()
             token_ids = torch.tensor(request.token_ids, device=self._decoder.device)
             logits = self._decoder.prefill(token_ids, slot, request.max_new_tokens)
             first = self._choose([request], [0], logits[None])[0]
@@ -154,7 +174,7 @@ class Generator:
         self.clock.prefill_s += now - began
         sequence = _Sequence(request, slot, [first], now - began, now)
         if sequence.finish_reason:
-            return self._finish(sequence)
+            return self._finish(sequence, now)
         active[slot] = sequence
         return None
 
@@ -170,14 +190,15 @@ class Generator:
         except Exception as error:
             active.clear()
             return [self._fail(row.request, row.slot, error) for row in rows]
-        self.clock.decode_s += time.perf_counter() - began
+        now = time.perf_counter()
+        self.clock.decode_s += now - began
         self.clock.decode_tokens += len(rows)
         tick(len(rows))
         ended = []
         for row, token_id in zip(rows, chosen, strict=True):
             row.new_ids.append(token_id)
             if row.finish_reason:
-                ended.append(self._finish(active.pop(row.slot)))
+                ended.append(self._finish(active.pop(row.slot), now))
         return ended
 
     def _decode(self, rows: list[_Sequence]) -> list[int]:
@@ -196,16 +217,15 @@ class Generator:
         chosen: list[int] = logits.argmax(dim=-1).tolist()
         return chosen
 
-    def _finish(self, row: _Sequence) -> Completion:
+    def _finish(self, row: _Sequence, now: float) -> Completion:
         try:
             report = self._method.report(row.slot)
         except Exception as error:
             return self._fail(row.request, row.slot, error)
         self._method.release(row.slot)
-        if self._decoder.device.type == "cuda":
-            self.clock.peak_gpu_bytes = torch.cuda.max_memory_allocated(self._decoder.device)
-        decode_s = time.perf_counter() - row.first_token_at
-        return Completion(row.request.key, row.new_ids, row.finish_reason, row.prefill_s, decode_s, report)
+        self.clock.note_memory(self._decoder.device)
+        decode_s = now - row.first_token_at
+        return Completion(row.request, row.new_ids, row.finish_reason, row.prefill_s, decode_s, report)
 
     def _fail(self, request: Request, slot: int, error: Exception) -> Completion:
         if self._room:
@@ -226,7 +246,14 @@ def failure(request: Request, error: Exception) -> Completion:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     first_line = (str(error).splitlines() or [""])[0]
-    return Completion(request.key, error=f"{type(error).__name__}: {first_line}")
+    return Completion(request, error=f"{type(error).__name__}: {first_line}")
+
+
+def fresh_clock(device: torch.device) -> Clock:
+    """A clock at zero, with the peak of GPU memory forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return Clock()
 
 
 def _needed(request: Request) -> int:

@@ -1,55 +1,24 @@
-"""A checkpoint folder: its configuration, tokenizer, stop ids, fingerprint, and strictly loaded weights."""
+"""A checkpoint folder: its configuration, tokenizer, stop ids, fingerprint, and which files hold its weights."""
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from sparsecache.engine import catalog
 from sparsecache.engine.families.base import Architecture
-from sparsecache.errors import UsageError
+from sparsecache.engine.weights import Weights, load_weights
+from sparsecache.errors import UsageError, one_line
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in catalog.DTYPES}
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
-_HEAD = "lm_head.weight"
 _VOCABULARY = {"merges.txt", "vocab.txt"}
 _SAMPLED_BYTES = 64 * 1024
 _SAMPLES = 64
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One layer: projections that read the same input are one matrix (rows: q, k, v; gate, up)."""
-
-    input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    output: Tensor
-    output_bias: Tensor | None
-    mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class Weights:
-    """All weights of a model, on one device, in one dtype."""
-
-    embedding: Tensor
-    layers: list[LayerWeights]
-    norm: Tensor
-    head: Tensor
 
 
 class Checkpoint:
@@ -61,10 +30,11 @@ class Checkpoint:
         self._allow_pickle = allow_pickle
         try:
             self.config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            _apply_condensed_rope(self.config)
         except Exception as error:  # unknown, unreadable, or refused by transformers' own checks of each field
             raise UsageError(
                 f"{path / 'config.json'} is no configuration that transformers knows without running code from the "
-                f"checkpoint, which is never done here: {_one_line(error)}"
+                f"checkpoint, which is never done here: {one_line(error)}"
             ) from error
 
     @property
@@ -81,8 +51,10 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that config.json states; bfloat16 if it states none."""
-        stated = getattr(self.config, "dtype", None) or torch.bfloat16
-        return stated if isinstance(stated, torch.dtype) else DTYPES[str(stated).removeprefix("torch.")]
+        stated = str(getattr(self.config, "dtype", None) or torch.bfloat16).removeprefix("torch.")
+        if stated not in DTYPES:
+            raise UsageError(f"{self.path / 'config.json'} states dtype {stated}. Choose --dtype {', '.join(DTYPES)}.")
+        return DTYPES[stated]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -90,7 +62,7 @@ class Checkpoint:
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # whatever a broken tokenizer file raises
-            raise UsageError(f"{self.path} holds no tokenizer that can be loaded: {_one_line(error)}") from error
+            raise UsageError(f"{self.path} holds no tokenizer that can be loaded: {one_line(error)}") from error
 
     @cached_property
     def stop_ids(self) -> list[int]:
@@ -108,7 +80,7 @@ class Checkpoint:
         try:
             return GenerationConfig.from_pretrained(self.path)
         except Exception as error:  # broken JSON, or values that transformers refuses
-            raise UsageError(f"{self.path / 'generation_config.json'} cannot be read: {_one_line(error)}") from error
+            raise UsageError(f"{self.path / 'generation_config.json'} cannot be read: {one_line(error)}") from error
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,28 +99,7 @@ class Checkpoint:
 
     def load(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> Weights:
         """All weights on the device. Raises UsageError for a tensor that is missing, unexpected or misshapen."""
-        tensors = self._open()
-        _check_strictly(self.path, architecture, {name: tensor.shape for name, tensor in tensors.items()})
-
-        def take(*names: str) -> Tensor:
-            parts = [tensors[name].read().to(device, dtype) for name in names]
-            return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-
-        def take_if(present: bool, *names: str) -> Tensor | None:
-            return take(*names) if present else None
-
-        embedding = take("model.embed_tokens.weight")
-        head = take(_HEAD) if _HEAD in tensors else embedding
-        if architecture.tied and torch.equal(head, embedding):  # one copy is enough
-            head = embedding
-        return Weights(
-            embedding=embedding,
-            layers=[
-                _layer(f"model.layers.{i}.", architecture, take, take_if) for i in range(architecture.shape.layers)
-            ],
-            norm=take("model.norm.weight"),
-            head=head,
-        )
+        return load_weights(self._weight_files(), architecture, device, dtype)
 
     def _weight_files(self) -> list[Path]:
         """The files that hold the weights; pickles only where they are allowed. Raises UsageError without any."""
@@ -171,83 +122,24 @@ class Checkpoint:
                     f"safetensors, or pass --allow_pickle if you trust where they come from."
                 )
             return files
-        raise UsageError(f"{self.path} holds no weights: neither model.safetensors nor an index of shards.")
-
-    def _open(self) -> "dict[str, _Stored]":
-        tensors: dict[str, _Stored] = {}
-        for path in self._weight_files():
-            try:
-                tensors.update(_open_pickle(path) if path.suffix == ".bin" else _open_safetensors(path))
-            except Exception as error:  # a truncated or foreign file
-                raise UsageError(f"{path} cannot be read ({_one_line(error)}). Fetch it again.") from error
-        return tensors
+        raise UsageError(
+            f"{self.path} holds no weights: neither model.safetensors nor an index of shards. If its hub has pickle "
+            f"files (.bin) only, --allow_pickle fetches and reads them."
+        )
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor in a file: its shape now, its data when asked for."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+def _apply_condensed_rope(config: Any) -> None:
+    """LongChat's own spelling of linear scaling, which transformers does not read."""
+    ratio = getattr(config, "rope_condense_ratio", None)
+    if ratio and config.rope_parameters.get("rope_type", "default") == "default":
+        config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": float(ratio)}
 
 
 def _shards(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{index} is no index of shards ({_one_line(error)}). Fetch it again.") from error
-
-
-def _open_safetensors(path: Path) -> dict[str, _Stored]:
-    file: Any = safe_open(path, framework="pt")
-    return {
-        name: _Stored(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
-        for name in list(file.keys())
-    }
-
-
-def _open_pickle(path: Path) -> dict[str, _Stored]:
-    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return {name: _Stored(tuple(tensor.shape), partial(loaded.get, name)) for name, tensor in loaded.items()}
-
-
-def _check_strictly(path: Path, architecture: Architecture, shapes: dict[str, tuple[int, ...]]) -> None:
-    expected = architecture.tensors()
-    ignored = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}  # a buffer of old Llama files
-    if architecture.tied and _HEAD in shapes:  # used as stored, as transformers does when it differs
-        expected[_HEAD] = expected["model.embed_tokens.weight"]
-    problems = [f"lacks {name}" for name in expected.keys() - shapes.keys()]
-    problems += [f"holds unexpected {name}" for name in shapes.keys() - expected.keys() - ignored]
-    problems += [
-        f"holds {name} of shape {list(shapes[name])} where config.json asks for {list(shape)}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} further differences" if len(problems) > 5 else ""
-        raise UsageError(f"{path} does not fit its config.json: it {'; it '.join(sorted(problems)[:5])}{more}.")
-
-
-def _layer(
-    prefix: str, architecture: Architecture, take: Callable[..., Tensor], take_if: Callable[..., Tensor | None]
-) -> LayerWeights:
-    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-    qkv = [f"{attention}{name}_proj" for name in "qkv"]
-    gate_up = [f"{mlp}gate_proj", f"{mlp}up_proj"]
-    return LayerWeights(
-        input_norm=take(f"{prefix}input_layernorm.weight"),
-        qkv=take(*(f"{name}.weight" for name in qkv)),
-        qkv_bias=take_if(architecture.qkv_bias, *(f"{name}.bias" for name in qkv)),
-        q_norm=take_if(architecture.qk_norm, f"{attention}q_norm.weight"),
-        k_norm=take_if(architecture.qk_norm, f"{attention}k_norm.weight"),
-        output=take(f"{attention}o_proj.weight"),
-        output_bias=take_if(architecture.output_bias, f"{attention}o_proj.bias"),
-        mlp_norm=take(f"{prefix}post_attention_layernorm.weight"),
-        gate_up=take(*(f"{name}.weight" for name in gate_up)),
-        gate_up_bias=take_if(architecture.mlp_bias, *(f"{name}.bias" for name in gate_up)),
-        down=take(f"{mlp}down_proj.weight"),
-        down_bias=take_if(architecture.mlp_bias, f"{mlp}down_proj.bias"),
-    )
+        raise UsageError(f"{index} is no index of shards ({one_line(error)}). Fetch it again.") from error
 
 
 def _sampled(path: Path) -> bytes:
@@ -260,7 +152,3 @@ def _sampled(path: Path) -> bytes:
             file.seek((size - _SAMPLED_BYTES) * index // _SAMPLES)
             digest.update(file.read(_SAMPLED_BYTES))
         return digest.digest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

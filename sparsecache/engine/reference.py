@@ -8,23 +8,26 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sparsecache.engine.generator import Clock, Completion, Request, Tick, failure, no_tick
+from sparsecache.engine.generator import Completion, Request, Tick, failure, fresh_clock, no_tick
 from sparsecache.errors import UsageError
 
 
 class TransformersEngine:
     """Greedy generation by transformers, as the reference for ours."""
 
-    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False):
-        """Loads the checkpoint.
+    def __init__(
+        self, path: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False, config: Any = None
+    ):
+        """Loads the checkpoint, with `config` in place of its own configuration if there is one.
 
         Raises UsageError if transformers cannot without running code from it, or would make up missing weights.
         """
-        self.clock = Clock()
+        self.clock = fresh_clock(device)
         self._device = device
         try:
             model, told = AutoModelForCausalLM.from_pretrained(
                 path,
+                config=config,
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=None if allow_pickle else True,
@@ -41,6 +44,13 @@ class TransformersEngine:
         self._model: Any = model.to(device).eval()
         # A checkpoint's own sampling and penalties are not part of greedy decoding.
         self._model.generation_config = GenerationConfig()
+
+    def reserve(self, max_tokens: int) -> None:
+        """Does nothing: transformers makes room for each prompt."""
+
+    def reset_clock(self) -> None:
+        """Starts the totals and the peak of GPU memory anew."""
+        self.clock = fresh_clock(self._device)
 
     def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
         """Yields a completion for every request, in order."""
@@ -73,7 +83,7 @@ class TransformersEngine:
         tick(len(new_ids))
         self._count(len(request.token_ids), stamp.at - began, len(new_ids) - 1, ended - stamp.at)
         stopped = new_ids[-1] in request.stop_ids and len(new_ids) > request.min_new_tokens
-        return Completion(request.key, new_ids, "stop" if stopped else "length", stamp.at - began, ended - stamp.at)
+        return Completion(request, new_ids, "stop" if stopped else "length", stamp.at - began, ended - stamp.at)
 
     def _forget_lengths(self) -> None:
         """Gives rotations that grow with the length their first frequencies back: they may outlast a long prompt."""
@@ -87,8 +97,7 @@ class TransformersEngine:
         self.clock.prefill_s += prefill_s
         self.clock.decode_tokens += decode_tokens
         self.clock.decode_s += decode_s
-        if self._device.type == "cuda":
-            self.clock.peak_gpu_bytes = torch.cuda.max_memory_allocated(self._device)
+        self.clock.note_memory(self._device)
 
 
 class _FirstToken(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here

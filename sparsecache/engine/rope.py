@@ -35,11 +35,6 @@ class Rope:
         if self.type == "longrope":
             self._long, _ = self._initialise(self._original_window + 1)
 
-    @property
-    def follows_length(self) -> bool:
-        """Whether the frequencies depend on the length of the sequence."""
-        return self.type in ("dynamic", "longrope")
-
     def cos_sin(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, D] for positions [N] of sequences that are lengths [N] or [1] tokens long by now."""
         freqs = positions.to(torch.float32)[:, None] * self._frequencies(lengths)

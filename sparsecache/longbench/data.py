@@ -5,14 +5,15 @@ import io
 import json
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset, Features, List, Value
+from datasets.table import InMemoryTable
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.jsonl import dumps, read_objects
+from sparsecache.longbench.jsonl import read_objects
 from sparsecache.longbench.tasks import Task
 
 HUB_REPO = "THUDM/LongBench"
@@ -76,22 +77,23 @@ def load_rows(source: Source, task: Task, e: bool = False) -> Rows:
         raise UsageError(f"{name} holds {len(rows)} rows; the benchmark publishes {expected}. {_ADVICE}")
     if not rows:
         raise UsageError(f"{name} holds no rows. {_ADVICE}")
-    return Rows(Dataset.from_list(rows, features=_FEATURES), hashlib.sha256(content).hexdigest())
+    digest = hashlib.sha256(content).hexdigest()
+    table = InMemoryTable.from_pylist(rows, schema=_FEATURES.arrow_schema)
+    return Rows(Dataset(table, fingerprint=digest), digest)  # from_list would pickle its parts for a fingerprint
 
 
-def open_source(
-    data: str, *, revision: str | None = None, offline: bool = False, sample: "SampleSource | None" = None
-) -> Source:
+def open_source(data: str, *, sample: Source, revision: str | None = None, offline: bool = False) -> Source:
     """The source that a `--data` value names: `hub`, `sample`, a folder of JSONL files or a `.zip`.
 
-    Raises UsageError for anything else. Only `hub` ever touches the network, and not with `offline`.
+    `sample` is what `sample` stands for: this half knows no bundled data. Raises UsageError for anything else. Only
+    `hub` ever touches the network, and not with `offline`.
     """
     if revision is not None and data != "hub":
         raise UsageError(f"--data_revision {revision} pins the hub's data; with --data {data} it has no meaning.")
     if data == "hub":
         return ZipSource(*_download(revision, offline))
     if data == "sample":
-        return sample or SampleSource()
+        return sample
     path = Path(data)
     if data and path.is_dir():
         return FolderSource(path)
@@ -148,27 +150,6 @@ class ZipSource:
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"source": "hub" if self.hub else "zip", "path": str(self.path), "sha256": digest, **(self.hub or {})}
-
-
-@dataclass(frozen=True)
-class SampleSource:
-    """The bundled sample: rows made from a seed, of every dataset's kind (sparsecache/demo)."""
-
-    rows: int = 2
-    tokens: int = 2048
-    seed: int = 0
-    published: bool = field(default=False, init=False)
-
-    def read(self, task: Task, e: bool) -> tuple[str, bytes]:
-        from sparsecache.demo.sample import make_rows
-
-        if e:
-            raise UsageError("--data sample has no LongBench-E rows. Leave out --e, or name other --data.")
-        rows = make_rows(task.name, self.rows, self.tokens, self.seed)
-        return f"sample of {task.name}", "".join(dumps(row) + "\n" for row in rows).encode()
-
-    def describe(self) -> dict[str, Any]:
-        return {"source": "sample", "rows": self.rows, "tokens": self.tokens, "seed": self.seed}
 
 
 def _download(revision: str | None, offline: bool) -> tuple[Path, dict[str, Any]]:

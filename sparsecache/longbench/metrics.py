@@ -34,7 +34,7 @@ class Context:
     """
 
     all_classes: Sequence[str] | None = None
-    edit_backend: str = "difflib"
+    edit_backend: str = EDIT_BACKENDS[0]
     official_recursion: bool = False
     too_deep: bool = field(default=False, init=False)
 

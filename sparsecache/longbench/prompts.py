@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from sparsecache.errors import UsageError
@@ -77,12 +78,22 @@ class Prompter:
 
     def cut_length(self, task: Task) -> int:
         """Tokens of the raw prompt above which the middle is cut."""
-        if self.max_length is not None:
-            return self.max_length
-        wrapper = 0
-        if task.chat and self.chat != "none":
-            wrapper = len(self._tokenize(self._wrap("x"))) - len(self._tokenize("x"))
-        return self._room(task, wrapper)
+        return self.room(task) if self.max_length is None else self.max_length
+
+    def room(self, task: Task) -> int:
+        """Tokens that the window leaves for the raw prompt. Raises UsageError if that is next to nothing."""
+        return self._room(task, self._wrapper_tokens if task.chat and self.chat != "none" else 0)
+
+    @cached_property
+    def _wrapper_tokens(self) -> int:
+        wrapped = self._tokenize(self._wrap("x"))
+        starts = sum(token_id == self.tokenizer.bos_token_id for token_id in wrapped)
+        if starts > 1:
+            raise UsageError(
+                f"The chat wrapper {self.chat!r} makes {starts} BOS tokens; one is allowed. Give the checkpoint "
+                f"another `chat` in configs/models.toml."
+            )
+        return len(wrapped) - len(self._tokenize("x"))
 
     def _room(self, task: Task, wrapper: int = 0) -> int:
         room = self.window - task.max_new_tokens - wrapper

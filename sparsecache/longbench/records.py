@@ -138,6 +138,10 @@ class RunFolder:
         """Path of one dataset's prediction file."""
         return self.path / f"{stem}.jsonl"
 
+    def make(self) -> None:
+        """Makes the folder. Raises UsageError where it cannot be made or written to."""
+        _make_folder(self.path)
+
     def read(self) -> dict[str, Any]:
         """The record, or an empty one. Raises UsageError if run.json is not JSON."""
         path = self.path / RUN_FILE
@@ -259,9 +263,11 @@ def write_atomically(path: Path, text: str) -> None:
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UsageError(
-            f"The folder {path} cannot be made: {error.strerror}. Choose another --pred_dir or --name."
+            f"{path} is no folder to write to ({error.strerror}). Choose another --pred_dir or --name."
         ) from error
 
 

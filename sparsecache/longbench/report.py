@@ -93,13 +93,27 @@ def decode_speed(run: dict[str, Any]) -> dict[str, Any] | None:
     if not seconds:
         return None
     tokens = sum(clock["decode_tokens"] for clock in clocks)
+    prefilled, prefill_seconds = (sum(clock[key] for clock in clocks) for key in ("prefill_tokens", "prefill_s"))
     peaks = [clock["peak_gpu_bytes"] for clock in clocks if clock["peak_gpu_bytes"] is not None]
     return {
         "tokens": tokens,
         "seconds": round(seconds, 3),
         "tokens_per_s": round(tokens / seconds, 1),
+        "prefill_tokens_per_s": round(prefilled / prefill_seconds, 1) if prefill_seconds else None,
         "peak_gpu_bytes": max(peaks) if peaks else None,
     }
+
+
+def speed_lines(run: dict[str, Any]) -> Iterable[str]:
+    """One line on the speed and peak memory of a run, if anything was decoded."""
+    speed = decode_speed(run)
+    if speed:
+        peak = speed["peak_gpu_bytes"]
+        memory = f"; peak GPU memory {peak / 2**30:.1f} GiB" if peak else ""
+        yield (
+            f"Speed: decode {speed['tokens_per_s']} tokens/s over {speed['tokens']} tokens, prefill "
+            f"{speed['prefill_tokens_per_s']} tokens/s{memory}."
+        )
 
 
 def health_table(predictions: Iterable[tuple[Task, str, int, list[dict[str, Any]]]]) -> str:
@@ -112,13 +126,14 @@ def health_table(predictions: Iterable[tuple[Task, str, int, list[dict[str, Any]
         for remark in _HEALTH_WARNINGS:
             if _too_many(remark, counts, len(rows), task):
                 many.setdefault(remark, []).append(f"{stem} {counts[remark]}/{len(rows)}")
-    head = ["dataset", "rows", "errors", "truncated", "ended by length", "empty", "degenerate"]
+    head = ["dataset", "rows", "errors", "truncated", "recut", "ended by length", "empty", "degenerate"]
     warnings = [f"Warning: {_HEALTH_WARNINGS[remark]}: {', '.join(where)}." for remark, where in many.items()]
     return "\n".join([table(head, lines), *warnings])
 
 
 _HEALTH_WARNINGS = {
     "errors": "rows failed, and the same command retries them",
+    "recut": "prompts lost more than 16 tokens after wrapping (max_length does not fit the window)",
     "length": "short answers ended by length (is the chat template or a stop id missing?)",
     "empty": "predictions are empty",
     "degenerate": "predictions are mostly one repeated piece, symbols or digits",
@@ -128,7 +143,7 @@ _HEALTH_WARNINGS = {
 def _too_many(remark: str, counts: dict[str, int], rows: int, task: Task) -> bool:
     if remark == "length":
         return task.short_answer and counts[remark] > rows / 2
-    return counts[remark] > (0 if remark == "errors" else rows / 10)
+    return counts[remark] > (0 if remark in ("errors", "recut") else rows / 10)
 
 
 def _health(rows: list[dict[str, Any]]) -> dict[str, int]:
@@ -136,6 +151,7 @@ def _health(rows: list[dict[str, Any]]) -> dict[str, int]:
     return {
         "errors": len(rows) - len(finished),
         "truncated": sum(bool(row["truncated"]) for row in finished),
+        "recut": sum(row["recut_tokens"] > 16 for row in finished),
         "length": sum(row["finish_reason"] == "length" for row in finished),
         "empty": sum(not row["pred"].strip() for row in finished),
         "degenerate": sum(degenerate(row["pred"]) for row in finished),
@@ -182,9 +198,7 @@ def _remarks(result: RunScore) -> Iterable[str]:
         if dataset.rouge_score:
             values = ", ".join(f"{name} {value:.2f}" for name, value in dataset.rouge_score.items())
             yield f"rouge-score: {stems[id(dataset)]}: {values}"
-    speed = decode_speed(result.run)
-    if speed:
-        yield f"Decode: {speed['tokens_per_s']} tokens/s over {speed['tokens']} tokens."
+    yield from speed_lines(result.run)
 
 
 def _dataset_json(dataset: DatasetScore) -> dict[str, Any]:

@@ -26,7 +26,7 @@ Metric = Callable[[str, str, metrics.Context], float]
 class Options:
     """How to score where there is a choice; the defaults give what published tables give."""
 
-    edit_backend: str = "difflib"
+    edit_backend: str = metrics.EDIT_BACKENDS[0]
     official_recursion: bool = False
     rouge_score: bool = False
     allow_duplicates: bool = False
@@ -85,8 +85,8 @@ class DatasetScore:
 
     @property
     def complete(self) -> bool:
-        """Whether every row that was asked for is there and none is an error row."""
-        return len(self.rows) == self.expected == self.finished
+        """Whether every row that was asked for (if that is known) is there and none is an error row."""
+        return self.finished == len(self.rows) == (len(self.rows) if self.expected is None else self.expected)
 
     def count(self, remark: str) -> int:
         """How many rows carry a remark: empty, metric_error, error_row or too_deep."""
@@ -132,7 +132,7 @@ class RunScore:
     def averages(self) -> dict[str, Average]:
         """The official Avg (mean of category means) for English, Chinese and all sets, and the flat mean.
 
-        Code counts in both languages, as in the published tables.
+        Code counts in both languages, as in the published tables, but is no average of a language by itself.
         """
         return {
             "avg_en": self._mean_of_categories(("en", "code")),
@@ -142,8 +142,13 @@ class RunScore:
         }
 
     def _mean(self, belongs: Callable[[Task], bool]) -> Average:
-        scored = [dataset for dataset in self.datasets if belongs(dataset.task) and dataset.summary.score is not None]
-        of = sum(belongs(task) and task.published_rows(self.e) is not None for task in load_tasks().values())
+        published = [task for task in load_tasks().values() if task.published_rows(self.e) is not None]
+        of = sum(belongs(task) for task in published)
+        scored = [
+            dataset
+            for dataset in self.datasets
+            if dataset.task in published and belongs(dataset.task) and dataset.summary.score is not None
+        ]
         return _average([_as_average(dataset) for dataset in scored], of)
 
     def _mean_of_categories(self, languages: Sequence[str]) -> Average:
@@ -151,6 +156,8 @@ class RunScore:
             self._mean(lambda task, name=name: task.category == name and task.language in languages)  # type: ignore[misc]
             for name in CATEGORIES
         ]
+        if not self._mean(lambda task: task.language in languages[:-1]).datasets:  # code alone is no language
+            means = []
         return _average([mean for mean in means if mean.score is not None], sum(mean.of for mean in means))
 
 
@@ -181,10 +188,15 @@ def score_run(folder: Path, e: bool = False, options: Options = Options()) -> Ru
     if not folder.is_dir():
         raise UsageError(f"There is no folder {folder}. Give --model and --name of a run, or the path of its folder.")
     run = RunFolder(folder).read()
+    asked = run.get("datasets", {})
+    expected = {stem: asked[stem]["expected_rows"] for stem in asked if isinstance(asked, dict)}
     scores = [
-        score_file(path, task, e, run.get("datasets", {}).get(task.file_stem(e), {}).get("expected_rows"), options)
-        for task, path in _files(folder, e)
+        score_file(path, task, e, expected.get(task.file_stem(e)), options)
+        for task, path in _files(folder, e, foreign=not expected)
     ]
+    there = {score.task.file_stem(e) for score in scores}
+    missing = [task for task in load_tasks().values() if task.file_stem(e) in expected.keys() - there]
+    scores += [DatasetScore(task, e, [], expected[task.file_stem(e)], ["its file is missing"]) for task in missing]
     return RunScore(folder, e, scores, run)
 
 
@@ -201,12 +213,12 @@ def score_file(path: Path, task: Task, e: bool, expected: int | None, options: O
     return result
 
 
-def _files(folder: Path, e: bool) -> list[tuple[Task, Path]]:
+def _files(folder: Path, e: bool, foreign: bool) -> list[tuple[Task, Path]]:
     tasks = {
         task.file_stem(flag): (task, flag)
         for task in load_tasks().values()
         for flag in (False, True)
-        if task.published_rows(flag) is not None
+        if not flag or task.rows_e is not None
     }
     paths = sorted(folder.glob("*.jsonl"))
     unknown = [path.name for path in paths if path.stem not in tasks]
@@ -220,7 +232,7 @@ def _files(folder: Path, e: bool) -> list[tuple[Task, Path]]:
     if not found:
         raise UsageError(f"{folder} holds no <dataset>.jsonl file, so there is nothing to score.")
     chosen = [(task, path) for task, flag, path in found if flag == e]
-    if not chosen and e:
+    if not chosen and e and foreign:
         chosen = [(task, path) for task, _, path in found if task.rows_e is not None]
     if not chosen:
         way_out = "none belongs to LongBench-E" if e else "all are LongBench-E's (add --e)"
@@ -253,7 +265,7 @@ def _oddities(path: Path, rows: list[dict[str, Any]], e: bool, expected: int | N
     if any(_length(row) is None for row in rows):
         warnings.append("rows have no length" + (" and are in no bucket" if e else ""))
     if expected is None:
-        warnings.append("no run.json, so the published row count is expected")
+        warnings.append("no run.json tells how many rows were asked for, so the published number is expected")
     return warnings
 
 

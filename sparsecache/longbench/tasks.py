@@ -20,7 +20,7 @@ class Task:
     metric: str
     category: str
     language: str
-    rows: int
+    rows: int | None = None
     rows_e: int | None = None
     chat: bool = True
     first_line: bool = False
@@ -47,7 +47,7 @@ class Task:
         return f"{self.name}_e" if e else self.name
 
     def published_rows(self, e: bool) -> int | None:
-        """How many rows the benchmark publishes for this dataset; None if LongBench-E lacks it."""
+        """How many rows the benchmark publishes for this dataset; None for one that is not part of it (or of -E)."""
         return self.rows_e if e else self.rows
 
 
@@ -60,8 +60,8 @@ def select_tasks(names: str, e: bool = False) -> list[Task]:
     """The tasks that a `--datasets` value names: a comma list of datasets, `all`, `en`, `zh` or a category.
 
     `en` and `zh` are the sets of the published averages that are predicted in that language; code belongs to
-    `en`. With `e` groups mean their LongBench-E members. Raises UsageError for an unknown name, or for a
-    dataset that LongBench-E lacks.
+    `en`. Groups hold LongBench's own datasets, and with `e` LongBench-E's; any other is named by itself. Raises
+    UsageError for an unknown name, or for a dataset that LongBench-E lacks.
     """
     tasks = load_tasks()
     available = {name: task for name, task in tasks.items() if not e or task.rows_e is not None}
@@ -84,4 +84,8 @@ def select_tasks(names: str, e: bool = False) -> list[Task]:
 
 def _group(name: str, tasks: dict[str, Task]) -> dict[str, Task]:
     languages = {"all": LANGUAGES, "en": ("en", "code"), "zh": ("zh",)}.get(name, ())
-    return {key: task for key, task in tasks.items() if task.language in languages or task.category == name}
+    return {
+        key: task
+        for key, task in tasks.items()
+        if task.rows is not None and (task.language in languages or task.category == name)
+    }

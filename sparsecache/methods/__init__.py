@@ -101,6 +101,6 @@ def _convert(method: str, key: str, text: str, kind: Any) -> Any:
         value = kind(text)
     except ValueError as error:
         raise UsageError(f"Method {method}: {key}={text!r} is not of type {kind.__name__}.") from error
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"Method {method}: {key}={text!r} is not a finite number.")
+    if isinstance(value, float) and math.isnan(value):
+        raise UsageError(f"Method {method}: {key}={text!r} is not a number.")
     return value

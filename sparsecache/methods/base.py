@@ -40,6 +40,10 @@ class Method(ABC):
     def allocate(self, shape: Shape, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         """Makes room for `slots` sequences of up to `max_tokens` tokens each, replacing any earlier room."""
 
+    def calibration_text(self) -> str | None:
+        """A text whose queries the method wants to see, through `calibrate`, before the first prompt; None: none."""
+        return None
+
     def calibrate(self, layer: int, q: Tensor) -> None:  # noqa: B027 (a no-op unless a method asks for it)
         """Is shown a layer's rotated queries over the calibration text, q: [H, L, D]."""
 

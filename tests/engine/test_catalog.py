@@ -52,13 +52,33 @@ def test_any_other_hub_id_gets_the_defaults_only(tables) -> None:
     assert model.chat_template_args == {"enable_thinking": False, "date_string": "1 May 2024"}
 
 
-@pytest.mark.parametrize(("name", "table"), [("mine", None), ("tiny", "tiny"), ("Big-Model", "big")])
+@pytest.mark.parametrize(("name", "table"), [("mine", None), ("big", "big"), ("Big-Model", "big")])
 def test_a_folder_is_named_by_its_last_part_and_takes_the_table_of_that_name(name, table, tables, tmp_path) -> None:
     (tmp_path / name).mkdir()
     for text in (str(tmp_path / name), f"{tmp_path / name}/", f"{tmp_path}/{name}/../{name}"):
         model = find_model(text)
         assert (model.name, model.table, model.hub) == (name, table, None)
         assert os.path.samefile(model.path, tmp_path / name)
+
+
+def test_the_table_of_a_folder_describes_that_folder_only(tables, tmp_path) -> None:
+    (tmp_path / "tiny").mkdir()
+    assert find_model(str(tmp_path / "tiny")).table is None
+    assert find_model("someone/tiny").note is None
+
+
+def test_another_repository_of_the_same_name_has_other_revisions(tables) -> None:
+    assert (find_model("fork/Big-Model").table, find_model("fork/Big-Model").revision) == ("big", None)
+
+
+def test_unknown_fields_and_dtypes_of_a_table_are_refused(tables) -> None:
+    tables["big"]["max_lenght"] = 300
+    with pytest.raises(UsageError, match=r"Table \[big\] .* unknown fields: max_lenght\. Fields: .*max_length"):
+        find_model("big")
+    del tables["big"]["max_lenght"]
+    tables["big"]["dtype"] = "bf16"
+    with pytest.raises(UsageError, match="'bf16' is none of bfloat16, float16, float32"):
+        find_model("big")
 
 
 def test_a_folder_beats_a_table_of_that_name(tables, tmp_path, monkeypatch) -> None:
@@ -118,8 +138,8 @@ def test_offline_a_hub_id_comes_from_the_cache_or_is_refused(tmp_path, monkeypat
         checkpoint_folder(find_model("owner/absent"), offline=True, allow_pickle=False)
 
 
-@pytest.mark.parametrize("allow_pickle", [False, True])
-def test_a_download_takes_one_format_of_the_weights(allow_pickle, monkeypatch) -> None:
+@pytest.mark.parametrize(("weights", "allow_pickle"), [(False, False), (False, True), (True, False), (True, True)])
+def test_a_download_takes_one_format_of_the_weights_and_only_when_asked(weights, allow_pickle, monkeypatch) -> None:
     asked = {}
 
     def download(hub, **options):
@@ -128,7 +148,7 @@ def test_a_download_takes_one_format_of_the_weights(allow_pickle, monkeypatch) -
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(UsageError, match=r"owner/any could not be had \(OSError\)\. Check the name"):
-        checkpoint_folder(find_model("owner/any"), offline=False, allow_pickle=allow_pickle)
+        checkpoint_folder(find_model("owner/any"), offline=False, weights=weights, allow_pickle=allow_pickle)
     from huggingface_hub.utils import filter_repo_objects
 
     files = [
@@ -140,5 +160,6 @@ def test_a_download_takes_one_format_of_the_weights(allow_pickle, monkeypatch) -
     taken = set(
         filter_repo_objects(files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
     )
-    assert taken == {*files[:7], *(["pytorch_model.bin"] if allow_pickle else [])}
+    shards = [files[1], *(["pytorch_model.bin"] if allow_pickle else [])] if weights else []
+    assert taken == {files[0], *files[2:7], *shards}
     assert asked["local_files_only"] is False and asked["hub"] == "owner/any"

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sparsecache.engine import loading
+from sparsecache.engine import loading, weights
 from sparsecache.engine.families import load_family
-from sparsecache.engine.loading import Checkpoint, LayerWeights, Weights
+from sparsecache.engine.loading import Checkpoint
+from sparsecache.engine.weights import LayerWeights, Weights
 from sparsecache.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -144,9 +145,9 @@ def test_misfits_are_found_before_any_tensor_is_read(folder, monkeypatch) -> Non
     def read() -> Tensor:
         raise AssertionError("a tensor was read")
 
-    real = loading._open_safetensors
+    real = weights._open_safetensors
     monkeypatch.setattr(
-        loading,
+        weights,
         "_open_safetensors",
         lambda path: {name: replace(stored, read=read) for name, stored in real(path).items()},
     )

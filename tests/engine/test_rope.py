@@ -86,12 +86,11 @@ def test_a_row_depends_on_its_own_position_and_length_only(parameters) -> None:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_follows_length_is_said_of_the_types_whose_rotation_does(kind) -> None:
+def test_only_dynamic_and_longrope_follow_the_length(kind) -> None:
     rope, position = _rope(**TYPES[kind]), torch.tensor([30])
     short, _ = rope.cos_sin(position, torch.tensor([31]), torch.float32)
     long, _ = rope.cos_sin(position, torch.tensor([3000]), torch.float32)
-    assert torch.equal(short, long) != rope.follows_length
-    assert rope.follows_length == (kind in ("dynamic", "longrope"))
+    assert torch.equal(short, long) == (kind not in ("dynamic", "longrope"))
 
 
 def test_rotation_keeps_lengths_and_angles_are_exact() -> None:

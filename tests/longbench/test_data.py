@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from sparsecache.demo.sample import make_rows
 from sparsecache.errors import UsageError
-from sparsecache.longbench.data import FolderSource, SampleSource, ZipSource, load_rows, open_source
+from sparsecache.demo.source import SampleSource
+from sparsecache.longbench.data import FolderSource, ZipSource, load_rows, open_source
 from sparsecache.longbench.jsonl import dumps, read_objects
 from sparsecache.longbench.tasks import Task, load_tasks
 
 KEYS = ["input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"]
+SAMPLE = SampleSource(rows=7)
 QASPER = load_tasks()["qasper"]
 ADVICE = "No row is skipped: fetch or write the file again, whole."
 
@@ -211,7 +213,7 @@ def test_a_zip_is_read_in_any_folder_and_described(tmp_path: Path) -> None:
         tmp_path / "x.zip",
         [("data/qasper.jsonl", lines(row())), ("__MACOSX/data/qasper.jsonl", b"x"), ("data/my_qasper.jsonl", b"x")],
     )
-    source = open_source(str(path))
+    source = open_source(str(path), sample=SAMPLE)
     assert load_rows(source, QASPER).dataset.to_list() == [row()]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert source.describe() == {"source": "zip", "path": str(path), "sha256": digest}
@@ -250,18 +252,17 @@ def test_row_counts_are_checked_for_hub_data_only(tmp_path: Path) -> None:
 def test_a_data_value_that_is_nothing_lists_what_is_allowed(tmp_path: Path, value: str) -> None:
     (tmp_path / "setup.cfg").write_text("[x]")
     with pytest.raises(UsageError, match="Allowed: hub, sample, a folder of <dataset>.jsonl"):
-        open_source(str(tmp_path / value) if value == "setup.cfg" else value)
+        open_source(str(tmp_path / value) if value == "setup.cfg" else value, sample=SAMPLE)
 
 
 def test_a_revision_is_for_the_hub_only() -> None:
     with pytest.raises(UsageError, match="--data_revision v1 pins the hub's data; with --data sample"):
-        open_source("sample", revision="v1")
+        open_source("sample", sample=SAMPLE, revision="v1")
 
 
 def test_sources_say_what_they_are(tmp_path: Path) -> None:
-    assert open_source(str(tmp_path)).describe() == {"source": "folder", "path": str(tmp_path)}
-    assert open_source("sample") == SampleSource()
-    assert open_source("sample", sample=SampleSource(rows=7)) == SampleSource(rows=7)
+    assert open_source(str(tmp_path), sample=SAMPLE).describe() == {"source": "folder", "path": str(tmp_path)}
+    assert open_source("sample", sample=SAMPLE) is SAMPLE
 
 
 @given(st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.booleans(), max_size=4))

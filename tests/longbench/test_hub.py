@@ -25,11 +25,12 @@ TASK = load_tasks()["multifieldqa_en"]
 SCRIPT = """
 import json, sys
 from sparsecache.errors import UsageError
+from sparsecache.demo.source import SampleSource
 from sparsecache.longbench.data import load_rows, open_source
 from sparsecache.longbench.tasks import load_tasks
 asked = json.loads(sys.argv[1])
 try:
-    source = open_source("hub", **asked)
+    source = open_source("hub", sample=SampleSource(), **asked)
     rows = load_rows(source, load_tasks()["multifieldqa_en"])
     print(json.dumps({"first": rows.dataset[0]["context"], "n": len(rows.dataset), **source.describe()}))
 except UsageError as error:

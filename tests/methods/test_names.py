@@ -96,7 +96,7 @@ def test_options_are_converted_and_completed(add_method) -> None:
         ("budget", "many", r"Method sieve: budget='many' is not of type int"),
         ("budget", "0.5", r"budget='0.5' is not of type int"),
         ("share", "half", r"share='half' is not of type float"),
-        ("share", "nan", r"share='nan' is not a finite number"),
+        ("share", "nan", r"share='nan' is not a number"),
         ("exact", "yes", r"exact='yes' is neither true nor false"),
         ("window", "wide", r"window='wide' is not of type int"),
         ("budgets", "1", r"no option 'budgets'. Its options: budget=64, share=0.5, .*window=None"),

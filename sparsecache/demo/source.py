@@ -1,0 +1,30 @@
+"""The bundled sample as a source of rows, beside the hub, folders and zips."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsecache.demo.sample import make_rows
+from sparsecache.errors import UsageError
+from sparsecache.longbench.jsonl import dumps
+from sparsecache.longbench.tasks import Task
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """Rows made from a seed, of every dataset's kind."""
+
+    rows: int = 2
+    tokens: int = 2048
+    seed: int = 0
+    published: bool = field(default=False, init=False)
+
+    def read(self, task: Task, e: bool) -> tuple[str, bytes]:
+        """The rows of one dataset as JSON Lines. Raises UsageError for LongBench-E, which the sample lacks."""
+        if e:
+            raise UsageError("--data sample has no LongBench-E rows. Leave out --e, or name other --data.")
+        rows = make_rows(task.name, self.rows, self.tokens, self.seed)
+        return f"sample of {task.name}", "".join(dumps(row) + "\n" for row in rows).encode()
+
+    def describe(self) -> dict[str, Any]:
+        """What is recorded of the source in run.json."""
+        return {"source": "sample", "rows": self.rows, "tokens": self.tokens, "seed": self.seed}
