@@ -29,7 +29,12 @@ _HELP = {
 @option(Settings, "data", help="hub, sample, a folder of <dataset>.jsonl, or a zip of them.")
 @option(Settings, "data_revision", help="Branch, tag or commit of the hub's data.")
 @option(Settings, "sample_rows", type=click.IntRange(1), help="Rows per dataset of --data sample.")
-@option(Settings, "sample_tokens", type=click.IntRange(256, 32768), help="Prompt length of --data sample.")
+@option(
+    Settings,
+    "sample_tokens",
+    type=click.IntRange(256, 32768),
+    help="Prompt length of --data sample, estimated: 4 characters a token.",
+)
 @option(Settings, "sample_seed", type=int, help="Seed of --data sample.")
 @click.option("--offline", is_flag=True, help="Never touch the network: caches and local files only.")
 @option(Settings, "max_samples", type=click.IntRange(1), help="Only the first rows of each dataset.")
@@ -39,14 +44,23 @@ _HELP = {
 @option(Settings, "dtype", type=click.Choice(DTYPE_CHOICES), help="auto: the checkpoint's on a GPU, float32 on a CPU.")
 @option(Settings, "device", help="auto, cpu, cuda or cuda:<number>.")
 @option(Settings, "engine", type=click.Choice(ENGINES), help="transformers: its own generate, vanilla only.")
-@option(Settings, "verify", type=click.IntRange(0), help="First compare this many prompts with transformers.")
+@option(
+    Settings,
+    "verify",
+    type=click.IntRange(0),
+    help="First compare this many prompts with transformers; differences are reported and recorded.",
+)
 @click.option("--allow_pickle", is_flag=True, help="Load .bin weights (restricted unpickling, no code).")
-@click.option("--overwrite", is_flag=True, help="Delete the run of this name and start afresh.")
-@option(Settings, "pred_dir", type=click.Path(path_type=Path), help="Where runs are kept.")
+@click.option(
+    "--overwrite", is_flag=True, help="Delete the whole run of this name, all its datasets, and start afresh."
+)
+@option(
+    Settings, "pred_dir", type=click.Path(path_type=Path), help="Where runs are kept, relative to the current folder."
+)
 def main(options: tuple[str, ...], **values: Any) -> None:
     """Decode LongBench prompts with a checkpoint and write one JSON line per row.
 
-    A run that was stopped goes on where it left off when the same command is given again.
+    A run that was stopped goes on where it left off when the same command is given again (without --overwrite).
     """
     with report_usage_errors():
         settings = Settings(options=_parse_options(options), **values)
@@ -57,7 +71,8 @@ def main(options: tuple[str, ...], **values: Any) -> None:
         try:
             sys.exit(run(settings))
         except KeyboardInterrupt:
-            click.echo("Stopped. Finished rows are kept; the same command goes on from there.", err=True)
+            same = "the same command without --overwrite" if settings.overwrite else "the same command"
+            click.echo(f"Stopped. Finished rows are kept; {same} goes on from there.", err=True)
             sys.exit(130)
 
 

@@ -1,7 +1,9 @@
 """One run: tasks -> prompts -> completions -> records. Joins the benchmark half and the generation half."""
 
+import contextlib
 import gc
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ from sparsecache.longbench.jsonl import dumps
 from sparsecache.longbench.prompts import Prompt
 from sparsecache.longbench.records import PredictionFile, RunFolder, read_rows
 from sparsecache.longbench.report import health_table, speed_lines
+from sparsecache.longbench.scores import load_metric
 from sparsecache.longbench.tasks import Task, load_tasks, select_tasks
 from sparsecache.plan import Plan
 from sparsecache.provenance import new_session, now
@@ -36,6 +39,9 @@ def run(settings: Settings) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     return _Run(settings).execute()
+
+
+_SAVE_EVERY_S = 10.0  # what a kill may cost of the speed figures; rows are never lost
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class _Run:
         e = self.settings.e
         loaded = [(task, load_rows(self.source, task, e)) for task in select_tasks(self.settings.datasets, e)]
         for task, _ in loaded:
+            load_metric(task.metric)
             self.plan.prompter.room(task)
         self.plan.fetch_weights()
         identity = {**self.plan.identity(), **_tasks_identity(loaded, e)}
@@ -104,19 +111,23 @@ class _Run:
     def _predict(self, works: list[_Work]) -> None:
         session = new_session(self.settings, self.plan.device, self.source.describe())
         self._save(session, works)
+        saved = time.monotonic()
         expected = self._reference_completions(works)  # before our own weights take the memory
         engine = self.plan.engine()
         if expected:
             session["verify"] = _compare(engine, expected)
             engine.reset_clock()  # the run's figures are those of its own rows
         for work in works:
-            self._predict_dataset(engine, work)
-            session["clock"] = asdict(engine.clock)
-            self._save(session, works)
+            for _ in self._predict_dataset(engine, work):
+                if time.monotonic() - saved > _SAVE_EVERY_S:
+                    session["clock"], saved = asdict(engine.clock), time.monotonic()
+                    self._save(session, works)
+        session["clock"] = asdict(engine.clock)
         session["ended"] = now()
         self._save(session, works)
 
-    def _predict_dataset(self, engine: Engine, work: _Work) -> None:
+    def _predict_dataset(self, engine: Engine, work: _Work) -> Iterator[None]:
+        """Does what is missing of a dataset, and yields after every row."""
         requests = self._requests(work)
         if self.settings.batch_size > 1:
             requests = iter(known := list(requests))
@@ -136,6 +147,7 @@ class _Run:
                 work.file.append(record)
                 self.failed += "error" in record
                 bar.update()
+                yield
 
     def _requests(self, work: _Work) -> Iterator[Request]:
         for row in work.pending():
@@ -177,7 +189,9 @@ class _Run:
         try:
             text = self.plan.checkpoint.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             whole = {**record, "pred": text, **finished}
-            whole |= {key: value for key, value in completion.report.items() if key not in whole}
+            if clash := whole.keys() & completion.report.keys():
+                raise ValueError(f"the method reports {', '.join(sorted(clash))}, which the record has already.")
+            whole |= completion.report
             dumps(whole)
         except Exception as error:  # a text or a report that cannot be written down
             return {**record, "error": _described(error)}
@@ -188,7 +202,10 @@ class _Run:
         if not self.settings.verify:
             return []
         rows = ((work.task, row) for work in works for row in islice(work.rows.dataset, work.wanted))
-        requests = [self._request(task, row) for task, row in islice(rows, self.settings.verify)]
+        requests = []
+        for task, row in islice(rows, self.settings.verify):
+            with contextlib.suppress(ValueError, TypeError):  # the run itself reports such a row
+                requests.append(self._request(task, row))
         completions = list(self.plan.reference().generate(requests))
         gc.collect()
         if torch.cuda.is_available():

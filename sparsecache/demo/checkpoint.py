@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparsecache.cli import FlexibleCommand, report_usage_errors
 from sparsecache.demo.sample import make_rows
 from sparsecache.demo.tokenizer import BOS, EOS, PAD, SPECIAL, build_tokenizer
 from sparsecache.errors import UsageError
@@ -114,7 +115,15 @@ def small_tokenizer(model_max_length: int) -> "PreTrainedTokenizerFast":
     )
 
 
-@click.command()
+def _parse_field(field: str) -> tuple[str, Any]:
+    key, _, value = field.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError as error:
+        raise UsageError(f"-c {field!r} is not KEY=VALUE with a JSON value, like hidden_size=128.") from error
+
+
+@click.command(cls=FlexibleCommand)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--model_type", type=click.Choice(MODEL_TYPES), default="llama", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights.")
@@ -126,7 +135,8 @@ def main(folder: Path, model_type: str, seed: int, dtype: str, device: str, fiel
     if folder.exists():
         click.echo(f"{folder} exists already and is left as it is.")
         return
-    overrides = {key: json.loads(value) for key, _, value in (field.partition("=") for field in fields)}
+    with report_usage_errors():
+        overrides = dict(_parse_field(field) for field in fields)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -116,7 +116,10 @@ class FolderSource:
         path = self.folder / f"{task.file_stem(e)}.jsonl"
         if not path.is_file():
             found = sorted(file.stem for file in self.folder.glob("*.jsonl"))
-            raise UsageError(f"{path} is not there. {self.folder} holds: {', '.join(found) or 'no .jsonl file'}.")
+            raise UsageError(
+                f"{path} is not there. {self.folder} holds: {', '.join(found) or 'no .jsonl file'}. Name what is "
+                f"there with --datasets."
+            )
         return str(path), path.read_bytes()
 
     def describe(self) -> dict[str, Any]:

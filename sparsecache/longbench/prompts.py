@@ -100,7 +100,8 @@ class Prompter:
         if room < 2:
             raise UsageError(
                 f"The window of {self.window} tokens leaves no room for a prompt beside the {task.max_new_tokens} "
-                f"new tokens of {task.name} and the wrapper's {wrapper}. Use a checkpoint with a longer window."
+                f"new tokens of {task.name} and the wrapper's {wrapper}. Raise --window, or use a checkpoint with a "
+                f"longer one."
             )
         return room
 

@@ -57,7 +57,7 @@ class PredictionFile:
                 raise
             raise UsageError(
                 f"{self.path} cannot grow: {error.strerror}. Its {len(self.done)} finished rows are safe; make "
-                f"room and run the same command again, it goes on from there."
+                f"room and run the same command again (without --overwrite), it goes on from there."
             ) from error
         if "error" not in record:
             self.done.add(record["_id"])

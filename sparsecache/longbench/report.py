@@ -132,7 +132,7 @@ def health_table(predictions: Iterable[tuple[Task, str, int, list[dict[str, Any]
 
 
 _HEALTH_WARNINGS = {
-    "errors": "rows failed, and the same command retries them",
+    "errors": "rows failed, and the same command (without --overwrite) retries them",
     "recut": "prompts lost more than 16 tokens after wrapping (max_length does not fit the window)",
     "length": "short answers ended by length (is the chat template or a stop id missing?)",
     "empty": "predictions are empty",

@@ -167,14 +167,14 @@ def bucket(length: float) -> str:
 
 
 def load_metric(name: str) -> Metric:
-    """The metric of that name in metrics.py. Raises ValueError, with the names there are, for any other."""
+    """The metric of that name in metrics.py. Raises UsageError, with the names there are, for any other."""
     known = {
         key: function
         for key, function in vars(metrics).items()
         if inspect.isfunction(function) and function.__module__ == metrics.__name__ and not key.startswith("_")
     }
     if name not in known:
-        raise ValueError(f"There is no metric {name!r}. Metrics: {', '.join(sorted(known))}.")
+        raise UsageError(f"There is no metric {name!r} (configs/datasets.toml). Metrics: {', '.join(sorted(known))}.")
     return known[name]
 
 

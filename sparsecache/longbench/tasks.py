@@ -1,13 +1,16 @@
 """The datasets of LongBench and LongBench-E as tasks, read from configs/datasets.toml."""
 
 import hashlib
-from dataclasses import dataclass
+import string
+from dataclasses import MISSING, dataclass, fields
 
 from sparsecache.configs import read_tables
 from sparsecache.errors import UsageError
 
 CATEGORIES = ("single_doc_qa", "multi_doc_qa", "summarization", "few_shot", "synthetic", "code")
 LANGUAGES = ("en", "zh", "code")
+ROW_FIELDS = ("input", "context", "answers", "length", "dataset", "language", "all_classes", "_id")
+_WHERE = "configs/datasets.toml"
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,15 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.category not in CATEGORIES:
-            raise ValueError(f"{self.name}: category {self.category!r} is none of {', '.join(CATEGORIES)}.")
+            raise UsageError(f"{_WHERE} [{self.name}]: category {self.category!r} is none of {', '.join(CATEGORIES)}.")
         if self.language not in LANGUAGES:
-            raise ValueError(f"{self.name}: language {self.language!r} is none of {', '.join(LANGUAGES)}.")
+            raise UsageError(f"{_WHERE} [{self.name}]: language {self.language!r} is none of {', '.join(LANGUAGES)}.")
+        unknown = {name for _, name, _, _ in string.Formatter().parse(self.template) if name} - set(ROW_FIELDS)
+        if unknown:
+            raise UsageError(
+                f"{_WHERE} [{self.name}]: the template uses {', '.join(sorted(unknown))}; a row has "
+                f"{', '.join(ROW_FIELDS)}."
+            )
 
     @property
     def template_sha256(self) -> str:
@@ -52,7 +61,13 @@ class Task:
 
 
 def load_tasks() -> dict[str, Task]:
-    """All tasks by dataset name, in the order of configs/datasets.toml."""
+    """All tasks by dataset name, in the order of configs/datasets.toml. Raises UsageError for a mistake in it."""
+    known = {field.name for field in fields(Task)} - {"name"}
+    needed = {field.name for field in fields(Task) if field.default is MISSING} - {"name"}
+    for name, table in read_tables("datasets.toml").items():
+        for problem, keys in (("unknown fields", table.keys() - known), ("no", needed - table.keys())):
+            if keys:
+                raise UsageError(f"{_WHERE} [{name}] has {problem} {', '.join(sorted(keys))}.")
     return {name: Task(name=name, **table) for name, table in read_tables("datasets.toml").items()}
 
 

@@ -81,11 +81,15 @@ def parse_options(name: str, options: dict[str, str]) -> dict[str, Any]:
 def method_options(kind: "type[Method]") -> dict[str, inspect.Parameter]:
     """A method's options: the arguments of its constructor, with their defaults."""
     parameters = inspect.signature(kind.__init__, eval_str=True).parameters
-    return {
+    options = {
         name: parameter
         for name, parameter in parameters.items()
         if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
+    for name, parameter in options.items():
+        if parameter.annotation is parameter.empty or parameter.default is parameter.empty:
+            raise TypeError(f"{kind.__name__}.__init__: option {name} needs an annotation and a default.")
+    return options
 
 
 def _convert(method: str, key: str, text: str, kind: Any) -> Any:

@@ -7,7 +7,7 @@ A step is: for every layer in order, `anticipate` (if the method speculates), th
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,10 +31,15 @@ class Method(ABC):
 
     graphable: whether a decode step may be captured in a CUDA graph (no synchronisation, fixed addresses).
     speculates: whether `anticipate` is to be called; only then does the decoder compute its query.
+    lossless: options under which nothing is dropped, so that the text is vanilla's; None if there are none.
+    tight: options under which tokens are dropped within a prompt of a few dozen tokens. The contract tests
+        (tests/methods) run under both; a method needs at least one of them.
     """
 
     graphable = False
     speculates = False
+    lossless: ClassVar[dict[str, Any] | None] = None
+    tight: ClassVar[dict[str, Any]] = {}
 
     @abstractmethod
     def allocate(self, shape: Shape, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -65,7 +70,8 @@ class Method(ABC):
         """Appends one token per row to the row's slot and returns the attention over what the slot keeps.
 
         q: [B, H, 1, D]; k, v: [B, G, 1, D], rotated; slots: [B] int64 on the device, no slot twice. Returns
-        [B, H, 1, D]. A row may name a slot that is not in flight: what it writes there is never read.
+        [B, H, 1, D]. A row may name a slot that is not in flight, more often than the slot has room: what it
+        writes there is never read, and it must not fail.
         """
 
     @abstractmethod
@@ -73,5 +79,5 @@ class Method(ABC):
         """Forgets a sequence completely; releasing an empty slot does nothing."""
 
     def report(self, slot: int) -> dict[str, Any]:
-        """What was kept of the sequence in `slot`, for its record (JSON values)."""
+        """What was kept of the sequence in `slot`, for its record: JSON values under keys of the method's own."""
         return {}

@@ -1,5 +1,7 @@
 """Vanilla: the full cache, every past token attended to. What every other method is measured against."""
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from sparsecache.methods.base import Method, Shape
 
 class Vanilla(Method):
     """Keeps and attends to everything."""
+
+    lossless: ClassVar[dict[str, Any] | None] = {}
 
     def allocate(self, shape: Shape, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         self._keys = self._values = torch.empty(0)  # free the old room before taking the new
