@@ -193,3 +193,95 @@ def test_pickles_are_refused_with_the_switch_named(broken, invoke, tmp_path) -> 
     told = invoke(model=folder)
     assert told.exit_code == 2
     assert "--allow_pickle" in told.stderr
+
+
+@pytest.mark.parametrize(("arguments", "way"), [([], "the same command"), (["--overwrite"], "without --overwrite")])
+def test_an_interrupted_run_says_which_command_goes_on(arguments, way, monkeypatch) -> None:
+    def stop(settings: Settings) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsecache.run.run", stop)
+    told = CliRunner().invoke(main, ["--model", "demo", *arguments])
+    assert told.exit_code == 130
+    assert told.stderr.startswith("Stopped. Finished rows are kept; the same command ") and way in told.stderr
+    assert ("--overwrite" in told.stderr) == bool(arguments)
+
+
+@pytest.fixture
+def downloads(broken, monkeypatch) -> list[list[str]]:
+    """The hub hands out `broken` under any name; the list has the patterns of every download."""
+    asked: list[list[str]] = []
+
+    def download(hub: str, *, allow_patterns: list[str], **options: object) -> str:
+        asked.append(allow_patterns)
+        return str(broken)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return asked
+
+
+def _weights_asked(downloads: list[list[str]]) -> list[bool]:
+    return ["*.safetensors" in patterns for patterns in downloads]
+
+
+@pytest.mark.parametrize(
+    "case", ["data", "E of a sample", "model_type", "unknown option", "absent GPU", "window without room"]
+)
+def test_no_weights_are_fetched_for_a_run_that_cannot_start(case, invoke, downloads) -> None:
+    arguments, parts = BAD[case]
+    told = invoke(*arguments, model="owner/some-llama")
+    assert told.exit_code == 2
+    assert all(part in told.stderr for part in parts)
+    assert not any(_weights_asked(downloads))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_type": "gpt2"}, {"hidden_act": "gelu"}, {"model_type": "mistral", "sliding_window": 1000}],
+    ids=["family", "activation", "sliding window"],
+)
+def test_no_weights_are_fetched_of_a_checkpoint_that_is_not_decoded_here(
+    changes, broken, invoke, tmp_path, monkeypatch
+) -> None:
+    folder, asked = _configured(broken, tmp_path, **changes), []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda hub, *, allow_patterns, **options: asked.append(allow_patterns) or str(folder),
+    )
+    assert invoke(model="owner/some-llama").exit_code == 2
+    assert _weights_asked(asked) == [False]
+
+
+def test_weights_are_fetched_once_all_else_is_settled(invoke, downloads) -> None:
+    told = invoke(model="owner/some-llama")
+    assert "model.safetensors cannot be read" in told.stderr
+    assert _weights_asked(downloads) == [False, True]
+    assert not any("*.bin" in patterns for patterns in downloads)
+    invoke("--allow_pickle", model="owner/some-llama")
+    assert "*.bin" in downloads[-1] and "*.bin" not in downloads[-2]
+
+
+def test_a_chat_template_that_the_tokenizer_lacks_is_refused(broken, invoke, tmp_path, monkeypatch) -> None:
+    folder = shutil.copytree(broken, tmp_path / "folder" / "own-chat")
+    tables = {"own-chat": {"hub": "owner/own-chat", "chat": "template"}}
+    monkeypatch.setattr("sparsecache.engine.catalog.read_tables", lambda name: tables)
+    told = invoke(model=folder)
+    assert told.exit_code == 2
+    for part in ("has no chat template", "[own-chat]", "configs/models.toml", 'chat = "none"'):
+        assert part in told.stderr
+    assert "cannot be read" not in told.stderr
+    tables["own-chat"]["chat"] = "none"
+    assert "cannot be read" in invoke(model=folder).stderr
+
+
+def test_the_window_of_a_table_comes_before_the_checkpoints_own(broken, invoke, tmp_path, monkeypatch) -> None:
+    folder = shutil.copytree(broken, tmp_path / "folder" / "wide")
+    tables = {"wide": {"hub": "owner/wide", "window": 9000}}
+    monkeypatch.setattr("sparsecache.engine.catalog.read_tables", lambda name: tables)
+    told = invoke(model=folder)
+    assert "window 9000" in told.stdout and "beyond" not in told.stderr
+    told = invoke("--window", "9500", "--name", "wider", model=folder)
+    assert "window 9500" in told.stdout and "--window 9500 is beyond the 9000 tokens" in told.stderr
+    tables["wide"]["windows"] = tables["wide"].pop("window")
+    told = invoke(model=folder)
+    assert told.exit_code == 2 and "Table [wide] of configs/models.toml has unknown fields: windows" in told.stderr

@@ -1,5 +1,6 @@
 """Whole runs: rows in, prediction files and run.json out, whatever happens in between."""
 
+import importlib
 import json
 import os
 import random
@@ -7,21 +8,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from longbench_pred import main
+from sparsecache.configs import read_tables
 from sparsecache.demo.checkpoint import make_random_checkpoint
 from sparsecache.demo.sample import make_rows
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.longbench.records import PredictionFile
+from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tasks import load_tasks, select_tasks
 from sparsecache.methods.vanilla import Vanilla
 
@@ -460,8 +464,9 @@ def test_a_failed_row_is_recorded_and_retried_by_the_next_run(error, batch_size,
     assert "error" not in rows[ids[1]] and rows[ids[1]].keys() == SCHEMA.keys()
 
 
+@pytest.mark.parametrize("error", [ValueError, TypeError, KeyError, Exception])
 @pytest.mark.parametrize("verify", ["0", "2"])
-def test_a_row_that_makes_no_prompt_is_one_error_row(verify, predict, folder, monkeypatch) -> None:
+def test_a_row_that_makes_no_prompt_is_one_error_row(verify, error, predict, folder, monkeypatch) -> None:
     from sparsecache.longbench.prompts import Prompter
 
     whole = Prompter.build
@@ -469,14 +474,17 @@ def test_a_row_that_makes_no_prompt_is_one_error_row(verify, predict, folder, mo
 
     def build(self: Prompter, task: Any, row: dict[str, Any]) -> Any:
         if row["_id"] == bad:
-            raise ValueError("no such character")
+            raise error("no such character")
         return whole(self, task, row)
 
     monkeypatch.setattr(Prompter, "build", build)
-    assert predict("--verify", verify).exit_code == 1
+    told = predict("--verify", verify)
+    assert told.exit_code == 1
     rows = _rows(folder / "qasper.jsonl")
     assert sorted(row["_id"] for row in rows) == sorted(row["_id"] for row in make_rows("qasper", ROWS, 256, 0))
-    assert [row["error"] for row in rows if "error" in row] == ["ValueError: no such character"]
+    (failed,) = (row["error"] for row in rows if "error" in row)
+    assert failed.startswith(f"{error.__name__}: ") and "no such character" in failed
+    assert "verify" not in told.stdout or "1 of 1 prompts" in told.stdout  # of the two it skips the bad one
 
 
 def test_the_transformers_engine_gives_the_same_rows(predict, folder) -> None:
@@ -515,6 +523,77 @@ def test_verify_says_where_texts_part(predict, folder, monkeypatch) -> None:
     assert "verify: 0 of 1 prompts" in told.stdout
 
 
+def test_verify_takes_the_first_wanted_rows_also_of_a_finished_run(predict, folder, monkeypatch) -> None:
+    assert predict("--datasets", "qasper,trec").exit_code == 0
+    before = {name: (folder / f"{name}.jsonl").read_bytes() for name in ("qasper", "trec")}
+    asked = _record_generations(monkeypatch)
+    told = predict("--datasets", "qasper,trec", "--max_samples", "2", "--verify", "3")
+    assert told.exit_code == 0, told.output
+    assert "verify: 3 of 3 prompts give the text of transformers." in told.stdout
+    assert _record(folder)["sessions"][-1]["verify"] == {"prompts": 3, "differing": []}
+    ids = [row["_id"] for name, rows in (("qasper", 2), ("trec", 1)) for row in make_rows(name, rows, 256, 0)]
+    assert [(engine, row) for engine, rows in asked for row in rows] == [
+        *(("TransformersEngine", row) for row in ids),
+        *(("Generator", row) for row in ids),
+    ]
+    assert {name: (folder / f"{name}.jsonl").read_bytes() for name in before} == before
+    clock = _record(folder)["sessions"][-1]["clock"]
+    assert (clock["prefill_tokens"], clock["decode_tokens"]) == (0, 0)
+
+
+def _record_generations(monkeypatch) -> list[tuple[str, list[str]]]:
+    """Every call of an engine that was asked for something, as its class and the rows' ids."""
+    from sparsecache.engine.generator import Generator
+    from sparsecache.engine.reference import TransformersEngine
+
+    asked: list[tuple[str, list[str]]] = []
+    for kind in (TransformersEngine, Generator):
+
+        def generate(self: Any, requests: Any, *arguments: Any, whole: Any = kind.generate) -> Any:
+            if known := list(requests):
+                asked.append((type(self).__name__, [request.key[0]["_id"] for request in known]))
+            return whole(self, known, *arguments)
+
+        monkeypatch.setattr(kind, "generate", generate)
+    return asked
+
+
+def test_a_condensed_rope_is_decoded_alike_by_both_engines(predict, tiny, tmp_path) -> None:
+    longchat = shutil.copytree(tiny, tmp_path / "longchat")
+    config = json.loads((longchat / "config.json").read_text())
+    parameters = config.pop("rope_parameters")
+    config |= {"rope_theta": parameters["rope_theta"], "rope_condense_ratio": 8}
+    (longchat / "config.json").write_text(json.dumps(config))
+    told = predict("--model", str(longchat), "--verify", "3")
+    assert told.exit_code == 0, told.output
+    assert "verify: 3 of 3 prompts" in told.stdout
+    assert predict().exit_code == 0
+    texts = [
+        [row["pred"] for row in _rows(tmp_path / "pred" / name / "vanilla" / "qasper.jsonl")]
+        for name in ("longchat", "tiny")
+    ]
+    assert texts[0] != texts[1]
+
+
+def test_a_run_that_is_killed_has_its_clock_so_far_on_record(predict, folder, monkeypatch) -> None:
+    monkeypatch.setattr("sparsecache.run._SAVE_EVERY_S", 0.0)
+    whole = PredictionFile.append
+    calls = iter(range(100))
+
+    def append(self: PredictionFile, record: dict[str, Any]) -> None:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        whole(self, record)
+
+    monkeypatch.setattr(PredictionFile, "append", append)
+    assert predict().exit_code == 130
+    rows = _rows(folder / "qasper.jsonl")
+    (session,) = _record(folder)["sessions"]
+    assert len(rows) == 2 and session["ended"] is None
+    assert session["clock"]["prefill_tokens"] == sum(row["prompt_tokens"] for row in rows)
+    assert session["clock"]["decode_tokens"] == sum(row["new_tokens"] - 1 for row in rows)
+
+
 def test_beyond_the_checkpoints_window_is_warned_of(predict) -> None:
     told = predict("--window", "9000", "--max_samples", "1")
     assert told.exit_code == 0
@@ -522,29 +601,165 @@ def test_beyond_the_checkpoints_window_is_warned_of(predict) -> None:
     assert "beyond" not in predict("--window", "8000", "--max_samples", "1", "--name", "within").stderr
 
 
-def test_a_method_of_ones_own_runs_by_its_file_name_and_its_options_are_recorded(
-    predict, folder, tmp_path, monkeypatch
-) -> None:
+@pytest.fixture
+def add_method(tmp_path, monkeypatch) -> Iterator[Callable[[str], Any]]:
+    """Puts `mine.py` beside the methods for one test: a class Mine(Vanilla) with this body; returns the module."""
     import sparsecache.methods
 
     home = tmp_path / "methods"
     home.mkdir()
-    (home / "mine.py").write_text(
-        "from sparsecache.methods.vanilla import Vanilla as Base\n\n\nclass Mine(Base):\n"
-        "    def __init__(self, budget: int = 64, share: float = 0.5):\n        self.budget = budget\n\n"
-        "    def report(self, slot):\n        return {'kept': self.budget}\n"
-    )
     monkeypatch.setattr(sparsecache.methods, "__path__", [*sparsecache.methods.__path__, str(home)])
-    try:
-        assert predict("--method", "mine", "-o", "budget=64").exit_code == 0
-        assert _record(folder.parent / "mine")["identity"]["options"] == {"budget": 64, "share": 0.5}
-        assert {row["kept"] for row in _rows(folder.parent / "mine" / "qasper.jsonl")} == {64}
-        assert predict("--method", "mine").exit_code == 0  # the default, said or not, is the same run
-        told = predict("--method", "mine", "-o", "budget=65")
-        assert told.exit_code == 2
-        assert '"budget": 64' in told.stderr and '"budget": 65' in told.stderr
-    finally:
-        sys.modules.pop("sparsecache.methods.mine", None)
+
+    def add(body: str) -> Any:
+        head = "from sparsecache.methods.vanilla import Vanilla as Base\n\n\nclass Mine(Base):\n"
+        (home / "mine.py").write_text(head + textwrap.indent(textwrap.dedent(body), "    "))
+        return importlib.import_module("sparsecache.methods.mine")
+
+    yield add
+    sys.modules.pop("sparsecache.methods.mine", None)
+
+
+def test_a_method_of_ones_own_runs_by_its_file_name_and_its_options_are_recorded(predict, folder, add_method) -> None:
+    add_method("""
+        def __init__(self, budget: int = 64, share: float = 0.5):
+            self.budget = budget
+
+        def report(self, slot):
+            return {"kept": self.budget}
+    """)
+    assert predict("--method", "mine", "-o", "budget=64").exit_code == 0
+    assert _record(folder.parent / "mine")["identity"]["options"] == {"budget": 64, "share": 0.5}
+    assert {row["kept"] for row in _rows(folder.parent / "mine" / "qasper.jsonl")} == {64}
+    assert predict("--method", "mine").exit_code == 0  # the default, said or not, is the same run
+    told = predict("--method", "mine", "-o", "budget=65")
+    assert told.exit_code == 2
+    assert '"budget": 64' in told.stderr and '"budget": 65' in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("report", "error"),
+    [
+        ({"pred": "yes", "length": 3, "kept": 1}, "the method reports length, pred, which the record has already"),
+        ({"new_tokens": 3}, "the method reports new_tokens"),
+        ({"prompt_sha256": ""}, "the method reports prompt_sha256"),
+        ({"kept": float("nan")}, "ValueError"),
+        ({"kept": torch.tensor(3)}, "TypeError"),
+        ({"kept": {1, 2}}, "TypeError"),
+        ({("kept", 1): 2}, "TypeError"),
+    ],
+    ids=lambda value: ",".join(map(str, value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+def test_a_report_that_cannot_be_recorded_is_an_error_row_and_the_run_goes_on(
+    report, error, batch_size, predict, folder, add_method
+) -> None:
+    kind = add_method("def report(self, slot):\n    return {}").Mine
+    calls = iter(range(100))
+    kind.report = lambda self, slot: report if next(calls) == 1 else {"kept": 1}
+    assert predict("--method", "mine", "--batch_size", batch_size).exit_code == 1
+    rows = _rows(folder.parent / "mine" / "qasper.jsonl")
+    assert len(rows) == ROWS
+    (failed,) = (row for row in rows if "error" in row)
+    assert error in failed["error"] and "\n" not in failed["error"]
+    source = next(row for row in make_rows("qasper", ROWS, 256, 0) if row["_id"] == failed["_id"])
+    assert (failed["pred"], failed["length"], failed["answers"]) == ("", source["length"], source["answers"])
+    assert "kept" not in failed and "new_tokens" not in failed
+    kind.report = lambda self, slot: {"kept": 1}
+    told = predict("--method", "mine", "--batch_size", batch_size)
+    assert told.exit_code == 0 and f"1 of {ROWS} to do" in told.stdout
+    rows = _rows(folder.parent / "mine" / "qasper.jsonl")
+    assert len(rows) == ROWS and all(row.keys() == {*SCHEMA, "kept"} for row in rows)
+
+
+def test_a_text_that_cannot_be_decoded_is_an_error_row_and_the_run_goes_on(predict, folder, monkeypatch) -> None:
+    whole = PreTrainedTokenizerFast.decode
+    calls = iter(range(100))
+
+    def decode(self: Any, *arguments: Any, **options: Any) -> str:
+        if next(calls) == 1:
+            raise OverflowError("no such token")
+        return whole(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "decode", decode)
+        assert predict().exit_code == 1
+    rows = _rows(folder / "qasper.jsonl")
+    assert len(rows) == ROWS
+    assert [row.get("error") for row in rows] == [None, "OverflowError: no such token", None]
+    assert predict().exit_code == 0
+
+
+def test_a_calibration_text_is_shown_to_the_method_before_the_first_prompt(predict, folder, tiny, add_method) -> None:
+    module = add_method("""
+        seen = []
+
+        def calibration_text(self):
+            return "The lighthouse keeper counted the ships."
+
+        def calibrate(self, layer, q):
+            self.seen.append(("calibrate", layer, tuple(q.shape)))
+
+        def prefill(self, layer, *arguments):
+            self.seen.append(("prefill", layer))
+            super().prefill(layer, *arguments)
+    """)
+    assert predict("--method", "mine").exit_code == 0
+    text = module.Mine().calibration_text()
+    length = len(AutoTokenizer.from_pretrained(tiny)(text)["input_ids"])
+    assert module.Mine.seen == [("calibrate", 0, (2, length, 16)), *[("prefill", 0)] * ROWS]
+    assert predict().exit_code == 0
+    assert _untimed(folder.parent / "mine" / "qasper.jsonl") == _untimed(folder / "qasper.jsonl")
+    clocks = [_record(place)["sessions"][0]["clock"] for place in (folder, folder.parent / "mine")]
+    assert clocks[0]["prefill_tokens"] == clocks[1]["prefill_tokens"]
+
+
+@pytest.fixture
+def own_dataset(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Puts a table [mine] into datasets.toml and makes a folder with its rows."""
+
+    def make(**changes: Any) -> Path:
+        rows = [{**row, "dataset": "mine"} for row in make_rows("qasper", ROWS, 256, 0)]
+        table = {"template": "{context}\n{input}", "max_new_tokens": 8, "metric": "token_f1", **changes}
+        tables = {**read_tables("datasets.toml"), "mine": {**table, "category": "few_shot", "language": "en"}}
+        monkeypatch.setattr("sparsecache.longbench.tasks.read_tables", lambda name: tables)
+        folder = tmp_path / "rows"
+        folder.mkdir()
+        (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return make
+
+
+def test_a_dataset_of_ones_own_runs_and_is_scored_with_any_number_of_rows(predict, folder, own_dataset) -> None:
+    arguments = ("--datasets", "mine", "--data", str(own_dataset()))
+    told = predict(*arguments)
+    assert told.exit_code == 0, told.output
+    assert [row["_id"] for row in _rows(folder / "mine.jsonl")] == [
+        row["_id"] for row in make_rows("qasper", ROWS, 256, 0)
+    ]
+    result = score_run(folder)
+    assert result.complete and [score.expected for score in result.datasets] == [ROWS]
+    assert result.averages["flat_mean"].datasets == 0
+    assert predict(*arguments, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "bleu"}, "There is no metric 'bleu'"),
+        ({"metrics": "token_f1"}, "[mine] has unknown fields metrics"),
+        ({"template": "{text}"}, "[mine]: the template uses text"),
+    ],
+    ids=["metric", "field", "template"],
+)
+def test_a_mistake_in_a_datasets_table_is_told_before_weights_are_read(
+    changes, message, predict, folder, own_dataset, monkeypatch
+) -> None:
+    _no_weights(monkeypatch)
+    told = predict("--datasets", "mine", "--data", str(own_dataset(**changes)))
+    assert told.exit_code == 2
+    assert told.stderr.startswith("Error: ") and message in told.stderr and "configs/datasets.toml" in told.stderr
+    assert not list(folder.glob("*.jsonl"))
 
 
 def _predict_real_rows(model: Path, raw: Path, pred_dir: Path, device: str, e: bool) -> None:

@@ -1,5 +1,6 @@
 """The random checkpoint: it loads as any checkpoint does, and is the same every time."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,19 @@ def test_the_command_says_where_it_is_and_that_scores_mean_nothing(tmp_path: Pat
     assert first.output.startswith(command[0]) and "scores mean nothing" in first.output
     assert first.output.count("\n") == second.output.count("\n") == 1
     assert "left as it is" in second.output
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "hidden_size=", "hidden_size=wide"])
+def test_a_field_that_is_no_json_is_refused(field: str, tmp_path: Path) -> None:
+    told = CliRunner().invoke(main, [str(tmp_path / "checkpoint"), "-c", field])
+    assert told.exit_code == 2
+    assert told.stderr.startswith(f"Error: -c '{field}' is not KEY=VALUE with a JSON value")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_options_of_the_command_take_dashes(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    command = [str(folder), "--model-type", "qwen2", "-c", "num_hidden_layers=1", "-c", "hidden_size=32"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["num_hidden_layers"], config["hidden_size"]) == ("qwen2", 1, 32)

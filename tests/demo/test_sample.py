@@ -15,10 +15,10 @@ from sparsecache.demo.build import estimate_tokens
 from sparsecache.demo.facts import Relation, World
 from sparsecache.demo.sample import make_rows
 from sparsecache.errors import UsageError
-from sparsecache.longbench.tasks import load_tasks
+from sparsecache.longbench.tasks import load_tasks, select_tasks
 
 KEYS = ["input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"]
-DATASETS = list(load_tasks())
+DATASETS = [task.name for task in select_tasks("all")]
 STATED = {
     "narrativeqa": english.STORY,
     "multifieldqa_en": english.PEOPLE,

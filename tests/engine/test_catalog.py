@@ -15,7 +15,14 @@ def tables(monkeypatch) -> dict[str, dict[str, object]]:
     """models.toml for one test."""
     found = {
         "default": {"chat_template_args": {"enable_thinking": False, "date_string": "1 May 2024"}},
-        "tiny": {"path": "some/where", "model_type": "llama", "max_length": 50, "chat": "[{prompt}]", "note": "Tiny."},
+        "tiny": {
+            "path": "some/where",
+            "model_type": "llama",
+            "window": 64,
+            "max_length": 50,
+            "chat": "[{prompt}]",
+            "note": "Tiny.",
+        },
         "big": {
             "hub": "owner/Big-Model",
             "revision": "abc",
@@ -34,6 +41,7 @@ def test_a_tables_name_brings_its_settings(tables, monkeypatch) -> None:
     model = find_model("tiny")
     assert (model.name, model.table, model.path, model.hub) == ("tiny", "tiny", Path("base/some/where"), None)
     assert (model.model_type, model.max_length, model.chat, model.note) == ("llama", 50, "[{prompt}]", "Tiny.")
+    assert (model.window, find_model("big").window) == (64, None)
     assert model.chat_template_args == {"enable_thinking": False, "date_string": "1 May 2024"}
 
 
@@ -111,6 +119,21 @@ def test_every_real_table_is_well_formed() -> None:
         assert (model.path is None) != (model.hub is None), name
         assert model.model_type in ("llama", "mistral", "qwen2", "qwen3"), name
         assert model.chat in (None, "template", "none") or model.chat.count("{prompt}") == 1, name
+
+
+@pytest.mark.parametrize(
+    ("text", "window"),
+    [
+        ("vicuna-v1.5-7b-16k", 16384),
+        ("lmsys/vicuna-7b-v1.5-16k", 16384),
+        ("longchat-v1.5-7b-32k", 32768),
+        ("lmsys/longchat-7b-v1.5-32k", 32768),
+    ],
+)
+def test_scaled_checkpoints_have_the_window_that_they_were_tuned_for(text, window) -> None:
+    """Their config.json states the 4096 tokens of before."""
+    model = find_model(text)
+    assert model.window == window and model.max_length < window
 
 
 def test_a_folder_without_config_is_refused(tmp_path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sparsecache.engine import loading, weights
+from sparsecache.engine import weights
 from sparsecache.engine.families import load_family
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.weights import LayerWeights, Weights

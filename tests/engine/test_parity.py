@@ -102,6 +102,32 @@ def test_a_config_in_the_old_spelling_rotates_as_in_transformers(
     assert texts != our_texts(make_engine(make_checkpoint()), prompts)
 
 
+@pytest.mark.parametrize("ratio", [4, 2.5])
+def test_the_condensed_rope_of_longchat_is_linear_scaling(
+    ratio, make_checkpoint, make_decoder, make_engine, load_reference, reference_texts, our_texts, last_logits,
+    make_prompts, tmp_path,
+) -> None:  # fmt: skip
+    """LongChat states its scaling as `rope_condense_ratio`, which only its own code reads."""
+    plain = make_checkpoint()
+    config = json.loads((plain / "config.json").read_text())
+    scaling = {**config.pop("rope_parameters"), "rope_type": "linear", "factor": ratio}
+    changes = {"longchat": {"rope_theta": scaling["rope_theta"], "rope_condense_ratio": ratio}}
+    changes["linear"] = {"rope_parameters": scaling}
+    for name, change in changes.items():
+        shutil.copytree(plain, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, **change}))
+    longchat, linear = tmp_path / "longchat", tmp_path / "linear"
+    prompts = make_prompts(70, 190)
+    expected = reference_texts(linear, prompts)
+    assert our_texts(make_engine(longchat), prompts) == our_texts(make_engine(linear), prompts) == expected
+    assert expected != reference_texts(plain, prompts)
+    model, decoder = load_reference(linear), make_decoder(longchat)
+    for prompt in prompts:
+        with torch.inference_mode():
+            theirs = model(torch.tensor([prompt])).logits[0, -1]
+        torch.testing.assert_close(last_logits(decoder, prompt), theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_the_rope_types_differ(make_checkpoint, make_engine, our_texts, make_prompts) -> None:
     """Else the test above would pass with all types decoded alike."""
     prompts = make_prompts(190)

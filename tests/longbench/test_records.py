@@ -163,7 +163,7 @@ def check_full(path: Path, done: CompletedProcess[str], reason: str) -> int:
     assert 0 < len(rows) < 20
     assert done.stderr == (
         f"Error: {path} cannot grow: {reason}. Its {len(rows)} finished rows are safe; make room and run the same "
-        f"command again, it goes on from there.\n"
+        f"command again (without --overwrite), it goes on from there.\n"
     )
     return len(rows)
 
@@ -337,9 +337,11 @@ def test_clear_deletes_nothing_while_a_dataset_is_in_use(tmp_path: Path) -> None
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"The folder .*file/run cannot be made: Not a directory\."):
+    with pytest.raises(
+        UsageError, match=r"file/run is no folder to write to \(Not a directory\)\. Choose another --pred_dir"
+    ):
         RunFolder(tmp_path / "file" / "run").claim(IDENTITY)
-    with pytest.raises(UsageError, match=r"The folder .*file cannot be made: File exists\."):
+    with pytest.raises(UsageError, match=r"file is no folder to write to \(File exists\)\."):
         PredictionFile(tmp_path / "file" / "qasper.jsonl")
 
 

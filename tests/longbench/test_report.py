@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from sparsecache.configs import read_tables
 from sparsecache.errors import UsageError
-from sparsecache.longbench.report import decode_speed, health_table, score_table, table, write_results
+from sparsecache.longbench.report import decode_speed, health_table, score_table, speed_lines, table, write_results
 from sparsecache.longbench.scores import Options, RunScore, score_run
 from sparsecache.longbench.tasks import load_tasks
 
@@ -63,7 +64,8 @@ def test_every_line_of_a_score_table_has_its_columns_in_place(tmp_path: Path) ->
     ends = {line.index(score) + len(score) for line in lines[3:6] for score in [line.split()[1]]}
     assert ends == {lines[1].index("score") + len("score")}
     assert lines[7].split() == "single_doc_qa (1 of 4 datasets) 50.00 50.0 2".split()
-    assert "Avg, Chinese (1 of 7 datasets)" in "\n".join(lines)
+    assert "Avg, English (3 of 16 datasets)" in "\n".join(lines)
+    assert "Avg, Chinese" not in "\n".join(lines)  # code alone is no Chinese
     assert not any("INCOMPLETE" in line or "Warning" in line for line in lines)
 
 
@@ -158,22 +160,28 @@ def test_the_note_of_the_model_and_its_speed_are_shown(tmp_path: Path) -> None:
     save(tmp_path, qasper=[row(0)])
     record = json.loads((tmp_path / "run.json").read_text())
     clocks = [
-        {"decode_s": 2.0, "decode_tokens": 30, "peak_gpu_bytes": None},
+        {"prefill_s": 1.5, "prefill_tokens": 900, "decode_s": 2.0, "decode_tokens": 30, "peak_gpu_bytes": None},
         None,
-        {"decode_s": 1.0, "decode_tokens": 60, "peak_gpu_bytes": 7},
+        {"prefill_s": 0.5, "prefill_tokens": 100, "decode_s": 1.0, "decode_tokens": 60, "peak_gpu_bytes": 7},
     ]
     record |= {"model": {"note": "Random weights."}, "sessions": [{"clock": clock} for clock in clocks]}
     (tmp_path / "run.json").write_text(json.dumps(record))
     result = score_run(tmp_path)
-    assert written(result)[1]["decode"] == {"tokens": 90, "seconds": 3.0, "tokens_per_s": 30.0, "peak_gpu_bytes": 7}
+    assert written(result)[1]["decode"] == {
+        "tokens": 90,
+        "seconds": 3.0,
+        "tokens_per_s": 30.0,
+        "prefill_tokens_per_s": 500.0,
+        "peak_gpu_bytes": 7,
+    }
     lines = score_table(result).split("\n")
     assert lines[1] == "Note: Random weights."
-    assert lines[-1] == "Decode: 30.0 tokens/s over 90 tokens."
+    assert lines[-1].startswith("Speed: decode 30.0 tokens/s over 90 tokens, prefill 500.0 tokens/s")
 
 
 def test_no_decoded_second_is_no_speed() -> None:
     assert decode_speed({}) is None
-    idle = {"decode_s": 0.0, "decode_tokens": 0, "peak_gpu_bytes": None}
+    idle = {"prefill_s": 1.0, "prefill_tokens": 9, "decode_s": 0.0, "decode_tokens": 0, "peak_gpu_bytes": None}
     assert decode_speed({"sessions": [{"clock": idle}]}) is None
 
 
@@ -184,8 +192,8 @@ def test_a_result_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
         write_results(score_run(tmp_path), Options())
 
 
-def finished(pred: str = "Paris.", *, truncated: bool = False, finish_reason: str = "stop") -> dict[str, Any]:
-    return {"pred": pred, "truncated": truncated, "finish_reason": finish_reason}
+def finished(pred: str = "Paris.", **more: Any) -> dict[str, Any]:
+    return {"pred": pred, "truncated": False, "recut_tokens": 0, "finish_reason": "stop", **more}
 
 
 ERROR = {"pred": "", "error": "OutOfMemoryError"}
@@ -197,11 +205,11 @@ def health(name: str, rows: list[dict[str, Any]], expected: int | None = None) -
 
 
 def test_health_counts_what_a_run_must_be_watched_for() -> None:
-    rows = [finished(truncated=True), finished(" \n", finish_reason="length"), finished(GARBLED), ERROR]
-    lines = health("qasper", [*rows, *[finished()] * 16], expected=30)
+    odd = [finished(truncated=True, recut_tokens=16), finished(" \n", finish_reason="length"), finished(GARBLED), ERROR]
+    lines = health("qasper", [*odd, *[finished()] * 16], expected=30)
     assert lines[0].split("  ")[-1].strip() == "degenerate"
-    assert lines[2].split() == ["qasper", "20/30", "1", "1", "1", "1", "1"]
-    assert lines[3:] == ["Warning: rows failed, and the same command retries them: qasper 1/20."]
+    assert lines[2].split() == ["qasper", "20/30", "1", "1", "0", "1", "1", "1"]
+    assert lines[3:] == ["Warning: rows failed, and the same command (without --overwrite) retries them: qasper 1/20."]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +227,12 @@ def test_health_counts_what_a_run_must_be_watched_for() -> None:
         ("gov_report", [finished(finish_reason="length")] * 10, None),
         ("lcc", [finished(finish_reason="length")] * 10, None),
         ("qasper", [finished(truncated=True)] * 10, None),
+        ("qasper", [finished(recut_tokens=16)] * 10, None),
+        (
+            "qasper",
+            [finished(recut_tokens=17)] + [finished()] * 9,
+            r"lost more than 16 tokens .*max_length.*qasper 1/10",
+        ),
         ("qasper", [], None),
     ],
 )
@@ -235,3 +249,40 @@ def test_one_warning_names_every_dataset_it_is_about() -> None:
     tasks = load_tasks()
     text = health_table([(tasks[name], name, 1, [finished("")]) for name in ("qasper", "trec")])
     assert text.split("\n")[-1] == "Warning: predictions are empty: qasper 1/1, trec 1/1."
+
+
+def test_a_missing_file_is_told_as_incomplete(tmp_path: Path) -> None:
+    save(tmp_path, qasper=[row(0)], trec=[row(0), row(1)])
+    (tmp_path / "trec.jsonl").unlink()
+    result = score_run(tmp_path)
+    text = score_table(result)
+    assert "INCOMPLETE: trec 0 of 2 rows.\n" in text
+    assert "Warning: trec: its file is missing." in text
+    numbers, summary = written(result)
+    assert numbers == {"qasper": 100.0, "trec": None}
+    assert summary["complete"] is False and summary["datasets"]["trec"]["expected_n"] == 2
+
+
+def test_a_dataset_of_ones_own_is_complete_with_any_number_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"template": "{context}", "max_new_tokens": 8, "metric": "token_f1", "category": "code", "language": "en"}
+    tables = {**read_tables("datasets.toml"), "mine": fields}
+    monkeypatch.setattr("sparsecache.longbench.tasks.read_tables", lambda name: tables)
+    save(tmp_path, mine=[row(0), row(1, "no")])
+    for _ in range(2):
+        result = score_run(tmp_path)
+        text = score_table(result)
+        assert "INCOMPLETE" not in text and "None" not in text
+        numbers, summary = written(result)
+        assert numbers == {"mine": 50.0} and summary["complete"] is True
+        (tmp_path / "run.json").unlink(missing_ok=True)
+
+
+def test_the_speed_line_without_a_prefill_clock_and_with_memory() -> None:
+    clock = {"prefill_s": 0.0, "prefill_tokens": 0, "decode_s": 2.0, "decode_tokens": 5, "peak_gpu_bytes": 3 * 2**29}
+    run = {"sessions": [{"clock": clock}]}
+    assert decode_speed(run)["prefill_tokens_per_s"] is None  # type: ignore[index]
+    (line,) = speed_lines(run)
+    assert line.startswith("Speed: decode 2.5 tokens/s over 5 tokens, prefill ")
+    assert "1.5 GiB" in line

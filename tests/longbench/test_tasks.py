@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sparsecache.configs import read_tables
 from sparsecache.errors import UsageError
 from sparsecache.longbench.scores import load_metric
 from sparsecache.longbench.tasks import Task, load_tasks, select_tasks
@@ -206,6 +209,10 @@ NOT_WRAPPED = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
 FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}
 
 
+def _published() -> dict[str, Task]:
+    return {name: task for name, task in load_tasks().items() if task.rows is not None}
+
+
 def test_the_table_is_the_published_one() -> None:
     table = {
         name: (
@@ -217,16 +224,16 @@ def test_the_table_is_the_published_one() -> None:
             task.rows,
             task.rows_e,
         )
-        for name, task in load_tasks().items()
+        for name, task in _published().items()
     }
     assert table == PUBLISHED
 
 
 def test_there_are_21_datasets_13_of_longbench_e_and_4750_rows() -> None:
-    tasks = load_tasks().values()
+    tasks = _published().values()
     assert len(tasks) == 21
     assert sum(task.rows_e is not None for task in tasks) == 13
-    assert sum(task.rows for task in tasks) == 4750
+    assert sum(task.rows or 0 for task in tasks) == 4750
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -242,12 +249,12 @@ def test_the_three_rules(name: str) -> None:
 def test_templates_and_caps_are_the_official_files_byte_for_byte(fixtures_dir: Path) -> None:
     prompts = json.loads((fixtures_dir / "official" / "dataset2prompt.json").read_bytes())
     caps = json.loads((fixtures_dir / "official" / "dataset2maxlen.json").read_bytes())
-    assert {name: task.template for name, task in load_tasks().items()} == prompts
-    assert {name: task.max_new_tokens for name, task in load_tasks().items()} == caps
+    assert {name: task.template for name, task in _published().items()} == prompts
+    assert {name: task.max_new_tokens for name, task in _published().items()} == caps
 
 
 def test_every_metric_of_the_module_is_used_and_others_are_named() -> None:
-    with pytest.raises(ValueError, match="no metric 'bleu'") as failure:
+    with pytest.raises(UsageError, match="no metric 'bleu'") as failure:
         load_metric("bleu")
     offered = str(failure.value).split("Metrics: ")[1].rstrip(".").split(", ")
     assert offered == sorted({task.metric for task in load_tasks().values()})
@@ -324,5 +331,52 @@ def test_a_table_with_a_wrong_value_is_refused(field: str, value: str) -> None:
         "language": "en",
         "rows": 1,
     }
-    with pytest.raises(ValueError, match=f"new: {field} '{value}'"):
+    with pytest.raises(UsageError, match=rf"\[new\]: {field} '{value}'"):
         Task(**{**fields, field: value})  # type: ignore[arg-type]
+
+
+OWN = {"template": "{context}?", "max_new_tokens": 8, "metric": "count", "category": "few_shot", "language": "zh"}
+
+
+@pytest.fixture
+def add_table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a table [mine] into datasets.toml for one test: OWN with changes; a field of None is left out."""
+
+    def add(**changes: Any) -> None:
+        table = {key: value for key, value in {**OWN, **changes}.items() if value is not None}
+        tables = {**read_tables("datasets.toml"), "mine": table}
+        monkeypatch.setattr("sparsecache.longbench.tasks.read_tables", lambda name: tables)
+
+    return add
+
+
+@pytest.mark.parametrize("language", ["en", "zh", "code"])
+def test_a_dataset_of_ones_own_is_in_no_group_and_of_any_length(language: str, add_table: Callable[..., None]) -> None:
+    groups = ["all", "en", "zh", *{row[2] for row in PUBLISHED.values()}]
+    before = {group: [task.name for task in select_tasks(group)] for group in groups}
+    add_table(language=language)
+    assert {group: [task.name for task in select_tasks(group)] for group in groups} == before
+    mine = load_tasks()["mine"]
+    assert (mine.rows, mine.rows_e, mine.published_rows(False)) == (None, None, None)
+    assert [task.name for task in select_tasks("mine,qasper")] == ["qasper", "mine"]
+    with pytest.raises(UsageError, match="'mine' is not part of LongBench-E"):
+        select_tasks("mine", e=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_token": 8, "chats": True}, "unknown fields chats, max_new_token"),
+        ({"metric": None, "category": None}, "has no category, metric"),
+        ({"category": "qa"}, "category 'qa'"),
+        ({"language": "de"}, "language 'de'"),
+        ({"template": "{context} {question}"}, "template uses question; a row has input, context"),
+    ],
+    ids=["unknown", "missing", "category", "language", "template"],
+)
+def test_a_mistake_in_a_table_is_told_with_its_name(
+    changes: dict[str, Any], message: str, add_table: Callable[..., None]
+) -> None:
+    add_table(**changes)
+    with pytest.raises(UsageError, match=rf"configs/datasets\.toml \[mine\].*{message}"):
+        load_tasks()

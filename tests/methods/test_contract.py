@@ -1,12 +1,12 @@
 """What every method promises (methods/base.py), for every method file found and every family.
 
-A new file under methods/ is tested here without being named, with its default options. The options that make
-a method keep and attend to everything, if it has such, stand in LOSSLESS.
+A new file under methods/ is tested here without being named: with its default options, with those under which
+it drops tokens of prompts as short as these (its class attribute `tight`), and, if there are options under which
+it keeps and attends to everything (`lossless`), against transformers.
 """
 
-import inspect
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ from sparsecache.methods import load_method, make_method, method_names, method_o
 from sparsecache.methods.base import Method, Shape
 from sparsecache.methods.vanilla import Vanilla
 
-LOSSLESS: dict[str, dict[str, str]] = {"vanilla": {}}
 LENGTHS = (90, 5, 33, 14)
 NEW_TOKENS = 24
 
@@ -30,8 +29,24 @@ def _prompts() -> list[list[int]]:
     return [torch.randint(3, 1024, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def _make(name: str, options: dict[str, str]) -> Method:
-    return make_method(name, parse_options(name, options))
+def _make(name: str, options: dict[str, Any]) -> Method:
+    return make_method(name, {**parse_options(name, {}), **options})
+
+
+def _settings(name: str) -> list[dict[str, Any]]:
+    """The options, over the defaults, with which a method is tested."""
+    tight = load_method(name).tight
+    return [{}, tight] if tight else [{}]
+
+
+def _check_declarations(kind: type[Method]) -> None:
+    assert kind.lossless is not None or kind.tight, (
+        f"{kind.__name__} must name options with which it keeps everything (class attribute `lossless`) or options "
+        f"with which it drops tokens of a prompt of a few dozen (`tight`); with neither these tests show nothing."
+    )
+    for options in (kind.lossless or {}, kind.tight):
+        unknown = options.keys() - method_options(kind).keys()
+        assert not unknown, f"{kind.__name__} has no option {', '.join(unknown)}, which `lossless` or `tight` names."
 
 
 def _texts(engine: Generator, order: list[int]) -> dict[int, list[int]]:
@@ -85,9 +100,10 @@ def _check_rows_not_in_flight(decoder: Any, method: Method) -> None:
 @every_method
 @every_family
 def test_lossless_options_give_the_text_of_transformers(name, model_type, decoder, transformers_model) -> None:
-    if name not in LOSSLESS:
-        pytest.skip(f"LOSSLESS names no options with which {name} keeps everything")
-    method = _make(name, LOSSLESS[name])
+    lossless = load_method(name).lossless
+    if lossless is None:
+        pytest.skip(f"{name} has no options with which it keeps everything")
+    method = _make(name, lossless)
     found = _texts(Generator(decoder(model_type, method), method, 2), [0, 1, 2, 3])
     model = transformers_model(model_type)
     for at, prompt in enumerate(_prompts()):
@@ -99,24 +115,42 @@ def test_lossless_options_give_the_text_of_transformers(name, model_type, decode
 @every_method
 @every_family
 def test_a_text_depends_on_its_prompt_alone(name, model_type, decoder) -> None:
-    def new_engine(slots: int) -> Generator:
-        method = _make(name, {})
-        return Generator(decoder(model_type, method), method, slots)
+    for options in _settings(name):
 
-    _check_independence(new_engine)
+        def new_engine(slots: int, options: dict[str, Any] = options) -> Generator:
+            method = _make(name, options)
+            return Generator(decoder(model_type, method), method, slots)
+
+        _check_independence(new_engine)
 
 
 @every_method
 @every_family
 def test_rows_not_in_flight_are_harmless(name, model_type, decoder) -> None:
-    method = _make(name, {})
-    _check_rows_not_in_flight(decoder(model_type, method), method)
+    for options in _settings(name):
+        method = _make(name, options)
+        _check_rows_not_in_flight(decoder(model_type, method), method)
 
 
 @every_method
-@torch.inference_mode()
+def test_tight_options_change_the_text(name, decoder) -> None:
+    """Else the tests under them show no more than those under the defaults."""
+    tight = load_method(name).tight
+    if tight:
+        vanilla, method = Vanilla(), _make(name, tight)
+        whole, found = (_texts(Generator(decoder("llama", each), each, 1), [0, 2]) for each in (vanilla, method))
+        assert found != whole
+
+
+@every_method
 def test_inputs_are_left_alone_and_outputs_have_the_shape_of_q(name) -> None:
-    method, shape = _make(name, {}), Shape(layers=2, heads=4, kv_heads=2, head_dim=8)
+    for options in _settings(name):
+        _check_shapes(_make(name, options))
+
+
+@torch.inference_mode()
+def _check_shapes(method: Method) -> None:
+    shape = Shape(layers=2, heads=4, kv_heads=2, head_dim=8)
     method.allocate(shape, 2, 50, torch.device("cpu"), torch.float32)
     for layer in range(2):
         prompt = [torch.randn(heads, 40, 8) for heads in (4, 2, 2)]
@@ -137,19 +171,18 @@ def test_inputs_are_left_alone_and_outputs_have_the_shape_of_q(name) -> None:
 @every_method
 @torch.inference_mode()
 def test_releasing_an_empty_slot_does_nothing(name) -> None:
-    method = _make(name, {})
-    method.allocate(Shape(layers=2, heads=4, kv_heads=2, head_dim=8), 3, 50, torch.device("cpu"), torch.float32)
-    for _ in range(2):
-        for slot in range(3):
-            method.release(slot)
+    for options in _settings(name):
+        method = _make(name, options)
+        method.allocate(Shape(layers=2, heads=4, kv_heads=2, head_dim=8), 3, 50, torch.device("cpu"), torch.float32)
+        for _ in range(2):
+            for slot in range(3):
+                method.release(slot)
 
 
 @every_method
-def test_options_have_types_and_defaults_and_say_so_in_json(name) -> None:
-    for key, option in method_options(load_method(name)).items():
-        assert option.default is not inspect.Parameter.empty, f"{key} needs a default"
-        assert option.annotation is not inspect.Parameter.empty, f"{key} needs a type"
+def test_options_can_be_told_in_json_and_the_tested_ones_are_named(name) -> None:
     json.dumps(parse_options(name, {}), allow_nan=False)
+    _check_declarations(load_method(name))
 
 
 class _Leaky(Vanilla):
@@ -203,3 +236,18 @@ def test_the_checks_find_rows_that_harm(decoder) -> None:
     method = _Crosstalk()
     with pytest.raises(AssertionError):
         _check_rows_not_in_flight(decoder("llama", method), method)
+
+
+def test_a_method_that_names_no_options_to_test_is_told_how() -> None:
+    class Silent(Vanilla):
+        lossless = None
+
+    with pytest.raises(AssertionError, match=r"Silent must name .*`lossless`.*`tight`"):
+        _check_declarations(Silent)
+
+    class Misspelt(Silent):
+        tight: ClassVar[dict[str, Any]] = {"budgte": 4}
+
+    with pytest.raises(AssertionError, match="Misspelt has no option budgte"):
+        _check_declarations(Misspelt)
+    _check_declarations(Vanilla)

@@ -142,3 +142,11 @@ def test_a_name_that_begins_anothers_is_not_mixed_up_with_it(add_method) -> None
     add_method("sieve_fine.py", GOOD.format(name="Fine"))
     add_method("sieve.py", "from sparsecache.methods.sieve_fine import Fine\n" + GOOD.format(name="Sieve"))
     assert load_method("sieve").__name__ == "Sieve"
+
+
+@pytest.mark.parametrize("argument", ["budget", "budget=64", "budget: int"])
+def test_an_option_without_a_type_or_a_default_is_a_mistake_of_the_file(argument, add_method) -> None:
+    source = "from sparsecache.methods.vanilla import Vanilla as Base\n\n\nclass Sieve(Base):\n"
+    add_method("sieve.py", f"{source}    def __init__(self, {argument}):\n        pass\n")
+    with pytest.raises(TypeError, match="Sieve.*option budget needs an annotation and a default"):
+        parse_options("sieve", {})

@@ -1,0 +1,70 @@
+"""Our engine on a GPU against transformers on the same GPU, over rows of all lengths, slots and dtypes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.families import family_names, load_family
+from sparsecache.engine.generator import Generator, Request
+from sparsecache.engine.loading import Checkpoint
+from sparsecache.engine.reference import TransformersEngine
+from sparsecache.engine.rope import Rope
+from sparsecache.methods.vanilla import Vanilla
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
+GPU = torch.device("cuda")
+LENGTHS = (1, 5, 95, 96, 97, 300, 33)
+
+
+def _engine(folder: Path, slots: int, dtype: torch.dtype) -> tuple[Generator, Decoder]:
+    checkpoint, method = Checkpoint(folder), Vanilla()
+    architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
+    decoder = Decoder(architecture, checkpoint.load(architecture, GPU, dtype), Rope(checkpoint.config, GPU), method)
+    return Generator(decoder, method, slots), decoder
+
+
+def _requests() -> list[Request]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        Request(at, torch.randint(3, 1024, (length,), generator=generator).tolist(), 64, ())
+        for at, length in enumerate(LENGTHS)
+    ]
+
+
+@pytest.mark.parametrize("model_type", family_names())
+@pytest.mark.parametrize("slots", [1, 4])
+def test_float32_text_is_that_of_transformers(model_type: str, slots: int, make_checkpoint: Any) -> None:
+    folder = make_checkpoint(model_type)
+    theirs = {done.key: done.token_ids for done in TransformersEngine(folder, GPU, torch.float32).generate(_requests())}
+    engine, _ = _engine(folder, slots, torch.float32)
+    ours = {done.key: done.token_ids for done in engine.generate(_requests())}
+    assert ours == theirs
+    assert max(len(set(tokens)) for tokens in ours.values()) > 20
+    assert engine.clock.peak_gpu_bytes is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_as_near_to_float32_as_those_of_transformers(
+    dtype: torch.dtype, make_checkpoint: Any
+) -> None:
+    folder = make_checkpoint("llama")
+    prompt = torch.tensor(_requests()[5].token_ids, device=GPU)
+    exact = TransformersEngine(folder, GPU, torch.float32)._model(prompt[None]).logits[0, -1].double()
+    theirs = TransformersEngine(folder, GPU, dtype)._model(prompt[None]).logits[0, -1].double()
+    engine, decoder = _engine(folder, 1, dtype)
+    engine.reserve(400)
+    with torch.inference_mode():
+        ours = decoder.prefill(prompt, 0, 1).double()
+    assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+def test_prefill_needs_no_backend_that_builds_the_whole_score_matrix(make_checkpoint: Any) -> None:
+    engine, _ = _engine(make_checkpoint("llama"), 1, torch.bfloat16)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        (done,) = engine.generate([Request(0, list(range(3, 1003)), 1, ())])
+    assert done.error is None
+    assert len(done.token_ids) == 1
