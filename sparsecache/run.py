@@ -1,6 +1,5 @@
 """One run: tasks -> prompts -> completions -> records. Joins the benchmark half and the generation half."""
 
-import contextlib
 import gc
 import sys
 import time
@@ -204,8 +203,12 @@ class _Run:
         rows = ((work.task, row) for work in works for row in islice(work.rows.dataset, work.wanted))
         requests = []
         for task, row in islice(rows, self.settings.verify):
-            with contextlib.suppress(ValueError, TypeError):  # the run itself reports such a row
+            try:
                 requests.append(self._request(task, row))
+            except UsageError:
+                raise
+            except Exception:  # the run itself reports such a row
+                continue
         completions = list(self.plan.reference().generate(requests))
         gc.collect()
         if torch.cuda.is_available():

@@ -112,7 +112,7 @@ def speed_lines(run: dict[str, Any]) -> Iterable[str]:
         memory = f"; peak GPU memory {peak / 2**30:.1f} GiB" if peak else ""
         yield (
             f"Speed: decode {speed['tokens_per_s']} tokens/s over {speed['tokens']} tokens, prefill "
-            f"{speed['prefill_tokens_per_s']} tokens/s{memory}."
+            f"{speed['prefill_tokens_per_s'] or '-'} tokens/s{memory}."
         )
 
 
@@ -159,7 +159,7 @@ def _health(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _dataset_line(dataset: DatasetScore, e: bool) -> list[str]:
-    line = [dataset.task.file_stem(e), *_summary_cells(dataset.summary), str(dataset.expected)]
+    line = [dataset.task.file_stem(e), *_summary_cells(dataset.summary), str(_asked(dataset))]
     if e:
         line += [cell for part in dataset.buckets.values() for cell in (_number(part.score, 2), str(part.n))]
     return line
@@ -178,12 +178,17 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _asked(dataset: DatasetScore) -> int:
+    """Rows asked for: all there are, where nobody says."""
+    return len(dataset.rows) if dataset.expected is None else dataset.expected
+
+
 def _remarks(result: RunScore) -> Iterable[str]:
     stems = {id(dataset): dataset.task.file_stem(result.e) for dataset in result.datasets}
     partial = [
-        f"{stems[id(dataset)]} {dataset.finished} of {dataset.expected} rows"
+        f"{stems[id(dataset)]} {dataset.finished} of {_asked(dataset)} rows"
         for dataset in result.datasets
-        if dataset.expected is None or dataset.finished < dataset.expected
+        if not dataset.complete and dataset.finished < _asked(dataset)
     ]
     if partial:
         yield f"INCOMPLETE: {', '.join(partial)}."

@@ -156,9 +156,10 @@ class RunScore:
             self._mean(lambda task, name=name: task.category == name and task.language in languages)  # type: ignore[misc]
             for name in CATEGORIES
         ]
+        of = sum(mean.of for mean in means)
         if not self._mean(lambda task: task.language in languages[:-1]).datasets:  # code alone is no language
-            means = []
-        return _average([mean for mean in means if mean.score is not None], sum(mean.of for mean in means))
+            return _average([], of)
+        return _average([mean for mean in means if mean.score is not None], of)
 
 
 def bucket(length: float) -> str:
@@ -203,8 +204,9 @@ def score_run(folder: Path, e: bool = False, options: Options = Options()) -> Ru
 def score_file(path: Path, task: Task, e: bool, expected: int | None, options: Options) -> DatasetScore:
     """Scores one prediction file. `expected` rows are those of run.json; without one, the published number."""
     rows = list(read_rows(path))
-    warnings = _oddities(path, rows, e, expected, options.allow_duplicates)
-    expected = task.published_rows(e) if expected is None else expected
+    warnings = _oddities(path, rows, e, options.allow_duplicates)
+    if expected is None and (expected := task.published_rows(e)) is not None:
+        warnings.append("no run.json tells how many rows were asked for, so the published number is expected")
     all_classes = rows[-1].get("all_classes") if rows else None  # of the last row, as the reference takes them
     scored = [_score_row(row, task, e, all_classes, options) for row in rows]
     second = _rouge_score(rows, task) if options.rouge_score and "rouge_l" in task.metric and rows else None
@@ -240,7 +242,7 @@ def _files(folder: Path, e: bool, foreign: bool) -> list[tuple[Task, Path]]:
     return chosen
 
 
-def _oddities(path: Path, rows: list[dict[str, Any]], e: bool, expected: int | None, allow: bool) -> list[str]:
+def _oddities(path: Path, rows: list[dict[str, Any]], e: bool, allow: bool) -> list[str]:
     """What is odd about a file, for the reader. Raises UsageError for what cannot be scored."""
     warnings = []
     for number, row in enumerate(rows, 1):
@@ -264,8 +266,6 @@ def _oddities(path: Path, rows: list[dict[str, Any]], e: bool, expected: int | N
         warnings.append(f"{len(rows) - len(ids)} rows have no _id, so repeats cannot be seen")
     if any(_length(row) is None for row in rows):
         warnings.append("rows have no length" + (" and are in no bucket" if e else ""))
-    if expected is None:
-        warnings.append("no run.json tells how many rows were asked for, so the published number is expected")
     return warnings
 
 

@@ -34,10 +34,17 @@ class Task:
             raise UsageError(f"{_WHERE} [{self.name}]: category {self.category!r} is none of {', '.join(CATEGORIES)}.")
         if self.language not in LANGUAGES:
             raise UsageError(f"{_WHERE} [{self.name}]: language {self.language!r} is none of {', '.join(LANGUAGES)}.")
-        unknown = {name for _, name, _, _ in string.Formatter().parse(self.template) if name} - set(ROW_FIELDS)
-        if unknown:
+        for name in ("max_new_tokens", "rows", "rows_e"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"{_WHERE} [{self.name}]: {name} is {value!r}; it must be a whole number from 1 on.")
+        try:
+            used = {name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None}
+        except ValueError as error:
+            raise UsageError(f"{_WHERE} [{self.name}]: the template is not one for str.format ({error}).") from error
+        if unknown := used - set(ROW_FIELDS):
             raise UsageError(
-                f"{_WHERE} [{self.name}]: the template uses {', '.join(sorted(unknown))}; a row has "
+                f"{_WHERE} [{self.name}]: the template uses {{{'}, {'.join(sorted(unknown))}}}; a row has "
                 f"{', '.join(ROW_FIELDS)}."
             )
 

@@ -190,7 +190,9 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_a_missing_file_names_those_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "trec.jsonl").touch()
-    with pytest.raises(UsageError, match=r"qasper\.jsonl is not there.*holds: trec\."):
+    with pytest.raises(
+        UsageError, match=r"qasper\.jsonl is not there.*holds: trec\. Name what is there with --datasets"
+    ):
         load_rows(FolderSource(tmp_path), QASPER)
 
 
