@@ -44,7 +44,8 @@ class Task:
             raise UsageError(f"{_WHERE} [{self.name}]: the template is not one for str.format ({error}).") from error
         if unknown := used - set(ROW_FIELDS):
             raise UsageError(
-                f"{_WHERE} [{self.name}]: the template uses {{{'}, {'.join(sorted(unknown))}}}; a row has "
+                f"{_WHERE} [{self.name}]: the template uses {', '.join(sorted(name or '{}' for name in unknown))}; "
+                f"a row has "
                 f"{', '.join(ROW_FIELDS)}."
             )
 
