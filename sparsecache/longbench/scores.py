@@ -24,7 +24,11 @@ Metric = Callable[[str, str, metrics.Context], float]
 
 @dataclass(frozen=True)
 class Options:
-    """How to score where there is a choice; the defaults give what published tables give."""
+    """How to score where there is a choice.
+
+    The defaults give what published tables give, but for rows beyond the reference's recursion limit, which get
+    their true value (`official_recursion` gives 0.0).
+    """
 
     edit_backend: str = metrics.EDIT_BACKENDS[0]
     official_recursion: bool = False

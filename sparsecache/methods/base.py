@@ -2,7 +2,8 @@
 
 One instance of a method serves one engine and owns the keys and values of all its slots; a slot is one
 sequence in flight. The decoder knows weights and tokens, the method knows KV; neither looks into the other.
-A step is: for every layer in order, `anticipate` (if the method speculates), then `attend`.
+A step is, for each layer i in order: `anticipate(i + 1)`, if the method speculates and i is not the last, then
+`attend(i)`.
 """
 
 from abc import ABC, abstractmethod
@@ -29,11 +30,13 @@ class Method(ABC):
     A subclass lives in `methods/<name>.py`; its constructor's annotated arguments, all with defaults, are the
     options of `-o key=value` (raise ValueError, in a full sentence, for a value out of range).
 
-    graphable: whether a decode step may be captured in a CUDA graph (no synchronisation, fixed addresses).
+    graphable: whether a decode step may be captured in a CUDA graph (no synchronisation, fixed addresses); not read
+        yet, since every step is eager so far.
     speculates: whether `anticipate` is to be called; only then does the decoder compute its query.
     lossless: options under which nothing is dropped, so that the text is vanilla's; None if there are none.
     tight: options under which tokens are dropped within a prompt of a few dozen tokens. The contract tests
-        (tests/methods) run under both; a method needs at least one of them.
+        (tests/methods) run under the defaults and these, and compare `lossless` with transformers; a method
+        needs at least one of the two.
     """
 
     graphable = False
@@ -46,7 +49,10 @@ class Method(ABC):
         """Makes room for `slots` sequences of up to `max_tokens` tokens each, replacing any earlier room."""
 
     def calibration_text(self) -> str | None:
-        """A text whose queries the method wants to see, through `calibrate`, before the first prompt; None: none."""
+        """A text whose queries the method wants to see, through `calibrate`, before the first prompt; None: none.
+
+        It is run once, before `allocate`.
+        """
         return None
 
     def calibrate(self, layer: int, q: Tensor) -> None:  # noqa: B027 (a no-op unless a method asks for it)
@@ -54,15 +60,16 @@ class Method(ABC):
 
     @abstractmethod
     def prefill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
-        """Takes a prompt's rotated q [H, L, D], k and v [G, L, D] into an empty slot.
+        """Takes a prompt's rotated q [H, L, D], k and v [G, L, D] into an empty slot; called once a layer, in order.
 
+        At most max_new_tokens more tokens will follow. The inputs must not be changed.
         The attention over the prompt itself is dense and exact, and not the method's business.
         """
 
     def anticipate(self, layer: int, q: Tensor) -> None:  # noqa: B027 (a no-op unless the method speculates)
         """Is told, before `layer` runs, what it would ask if the previous layer's attention input were its own.
 
-        q: [B, H, 1, D], rotated.
+        q: [B, H, 1, D], rotated; its rows are those of the same step's `attend`, which names their slots.
         """
 
     @abstractmethod
@@ -79,5 +86,8 @@ class Method(ABC):
         """Forgets a sequence completely; releasing an empty slot does nothing."""
 
     def report(self, slot: int) -> dict[str, Any]:
-        """What was kept of the sequence in `slot`, for its record: JSON values under keys of the method's own."""
+        """What was kept of the sequence in `slot`, for its record: JSON values under keys of the method's own.
+
+        Called before `release`. A key that the record has already, or a value that is not JSON, is an error.
+        """
         return {}
