@@ -27,12 +27,15 @@ def option(settings: Any, name: str, **attributes: Any) -> Callable[[Any], Any]:
 
 @contextmanager
 def report_usage_errors() -> Iterator[None]:
-    """Prints a UsageError as one sentence and exits with code 2."""
+    """Prints a UsageError as one sentence and exits with code 2; Ctrl-C exits with 130."""
     try:
         yield
     except UsageError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        click.echo("Stopped.", err=True)
+        sys.exit(130)
 
 
 def _with_underscores(argument: str) -> str:

@@ -76,8 +76,8 @@ class Plan:
         """Downloads the weights, if they are on the hub and not here yet. Raises UsageError if they cannot be had."""
         checkpoint_folder(self.model, self.settings.offline, weights=True, allow_pickle=self.settings.allow_pickle)
 
-    def engine(self) -> Engine:
-        """The engine that the settings name, with its weights loaded."""
+    def engine(self, most_rows: int) -> Engine:
+        """The engine that the settings name, with its weights loaded, and no more slots than rows at a time."""
         if self.settings.engine == "transformers":
             return self.reference()
         architecture = load_family(self.checkpoint.model_type).architecture(self.checkpoint.config)
@@ -90,7 +90,7 @@ class Plan:
             ) from error
         decoder = Decoder(architecture, weights, Rope(self.checkpoint.config, self.device), self.method)
         self._calibrate(decoder)
-        return Generator(decoder, self.method, self.settings.batch_size)
+        return Generator(decoder, self.method, min(self.settings.batch_size, most_rows))
 
     def _calibrate(self, decoder: Decoder) -> None:
         text = self.method.calibration_text()
@@ -139,7 +139,9 @@ class Plan:
         """What a user should see before the first row."""
         table = f"settings of [{self.model.table}]" if self.model.table else "no table in configs/models.toml"
         chat = {"template": "the tokenizer's template", "none": "none"}.get(self.chat, repr(self.chat))
-        stops = ", ".join(map(" ".join, zip(map(str, self.checkpoint.stop_ids), self._stop_tokens(), strict=True)))
+        stops = ", ".join(
+            map(" ".join, zip(map(str, self.checkpoint.stop_ids), map(str, self._stop_tokens()), strict=True))
+        )
         options = ", ".join(f"{key}={value}" for key, value in self.options.items())
         yield f"checkpoint  {self.checkpoint.path} ({self.checkpoint.model_type}, {table})"
         yield f"decoding    {self.settings.method} ({options or 'no options'}), {self.dtype_name} on {self.device}"
@@ -190,7 +192,14 @@ class Plan:
     def _check_family(self) -> None:
         family = load_family(self.checkpoint.model_type)
         family.architecture(self.checkpoint.config)
-        Rope(self.checkpoint.config, torch.device("cpu"))
+        try:
+            Rope(self.checkpoint.config, torch.device("cpu"))
+        except UsageError:
+            raise
+        except Exception as error:  # values of config.json that no rotation can be made of
+            raise UsageError(
+                f"{self.checkpoint.path / 'config.json'} describes no rotation ({one_line(error)}). Fetch it again."
+            ) from error
         sliding = family.sliding_window(self.checkpoint.config)
         if sliding is not None and sliding < self.window:
             raise UsageError(

@@ -87,6 +87,7 @@ class _Run:
         with ExitStack() as stack:
             self.folder.claim(identity)
             works = [self._open(stack, task, rows) for task, rows in loaded]
+            self.folder.claim(identity)  # once more, now that nobody can delete what is held
             self._announce(works)
             if self.settings.verify or any(work.missing for work in works):
                 self._predict(works)
@@ -112,7 +113,7 @@ class _Run:
         self._save(session, works)
         saved = time.monotonic()
         expected = self._reference_completions(works)  # before our own weights take the memory
-        engine = self.plan.engine()
+        engine = self.plan.engine(most_rows=max(work.wanted for work in works))
         if expected:
             session["verify"] = _compare(engine, expected)
             engine.reset_clock()  # the run's figures are those of its own rows
@@ -222,7 +223,7 @@ class _Run:
             for work in works:
                 before = datasets.get(work.stem, {}).get("expected_rows", 0)
                 datasets[work.stem] = {"expected_rows": max(before, work.wanted)}
-            others = [other for other in record.get("sessions", []) if other["id"] != session["id"]]
+            others = [other for other in record.get("sessions", []) if other.get("id") != session["id"]]
             record["sessions"] = [*others, session]
 
         self.folder.update(change)

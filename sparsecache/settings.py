@@ -54,7 +54,7 @@ class Settings:
         select_tasks(self.datasets, self.e)
         check_method_name(self.method)
         find_model(self.model)
-        if self.run_name in (".", "..") or "/" in self.run_name or "\0" in self.run_name:
+        if self.run_name in (".", "..") or "/" in self.run_name or not self.run_name.isprintable():
             raise UsageError(f"--name {self.run_name!r} must be the name of one folder, without a slash.")
         if self.engine == "transformers" and self.method != "vanilla":
             raise UsageError(f"--engine transformers decodes vanilla only, not --method {self.method}.")

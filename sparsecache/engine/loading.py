@@ -71,10 +71,14 @@ class Checkpoint:
             stated = self._generation_config().eos_token_id
         else:  # transformers takes config.json's then
             stated = self.config.get_text_config().eos_token_id
-        ids = set(stated if isinstance(stated, list) else [stated]) | {self.tokenizer.eos_token_id}
+        listed = stated if isinstance(stated, list) else [stated]
+        wrong = [each for each in listed if each is not None and (type(each) is not int or each < 0)]
+        if wrong:
+            raise UsageError(f"{self.path} states eos_token_id {wrong[0]!r}; a token id is a whole number from 0 on.")
+        ids = {*listed, self.tokenizer.eos_token_id}
         vocabulary = self.tokenizer.get_vocab()
         ids |= {vocabulary[token] for token in _TURN_ENDS if token in vocabulary}
-        return sorted(int(stop_id) for stop_id in ids if stop_id is not None)
+        return sorted(stop_id for stop_id in ids if stop_id is not None)
 
     def _generation_config(self) -> Any:
         try:
@@ -92,7 +96,8 @@ class Checkpoint:
         digest = hashlib.sha256()
         weights = {path.name for path in self._weight_files()}
         for path in sorted(self.path.iterdir()):
-            if path.name in weights | _VOCABULARY or path.suffix in (".json", ".model", ".jinja"):
+            described = path.name in weights | _VOCABULARY or path.suffix in (".json", ".model", ".jinja")
+            if described and path.is_file():
                 digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
                 digest.update(_sampled(path))
         return digest.hexdigest()
@@ -137,7 +142,10 @@ def _apply_condensed_rope(config: Any) -> None:
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+        if not names:
+            raise ValueError("it names no file")
+        return names
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{index} is no index of shards ({one_line(error)}). Fetch it again.") from error
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.tasks import Task
+
+_WAY_OUT = "Give the checkpoint a table with another `chat` in configs/models.toml."
 
 
 class Tokenizer(Protocol):
@@ -86,13 +88,16 @@ class Prompter:
 
     @cached_property
     def _wrapper_tokens(self) -> int:
-        wrapped = self._tokenize(self._wrap("x"))
+        try:
+            text = self._wrap("x")
+            wrapped = self._tokenize(text)
+        except Exception as error:  # whatever a broken template raises
+            raise UsageError(f"The chat wrapper cannot be used ({one_line(error)}). {_WAY_OUT}") from error
+        if "x" not in text:
+            raise UsageError(f"The chat wrapper drops the prompt. {_WAY_OUT}")
         starts = sum(token_id == self.tokenizer.bos_token_id for token_id in wrapped)
         if starts > 1:
-            raise UsageError(
-                f"The chat wrapper {self.chat!r} makes {starts} BOS tokens; one is allowed. Give the checkpoint "
-                f"another `chat` in configs/models.toml."
-            )
+            raise UsageError(f"The chat wrapper makes {starts} BOS tokens; one is allowed. {_WAY_OUT}")
         return len(wrapped) - len(self._tokenize("x"))
 
     def _room(self, task: Task, wrapper: int = 0) -> int:

@@ -14,10 +14,11 @@ from typing import Any
 
 import jsonlines
 
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.jsonl import dumps, read_objects
 
 RUN_FILE = "run.json"
+_RUN_ADVICE = "Correct it, or start the run afresh with --overwrite."
 _ADVICE = "Repair or delete that line, or start the run afresh with --overwrite."
 
 
@@ -88,11 +89,17 @@ class PredictionFile:
             write_atomically(self.path, "".join(dumps(row) + "\n" for row in finished))
         done: set[str] = set()
         for number, row in enumerate(finished, 1):
-            if "_id" not in row or row["_id"] in done:
-                problem = "repeats an _id" if "_id" in row else "has no _id"
+            problem = _row_problem(row, done)
+            if problem:
                 raise UsageError(f"{self.path}: row {number} {problem}, so the file is not this program's. {_ADVICE}")
             done.add(row["_id"])
         return done
+
+
+def _row_problem(row: dict[str, Any], done: set[str]) -> str | None:
+    if not isinstance(row.get("_id"), str):
+        return "has no _id"
+    return "repeats an _id" if row["_id"] in done else None
 
 
 class _Appender:
@@ -148,12 +155,12 @@ class RunFolder:
         if not path.exists():
             return {}
         try:
-            record = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise UsageError(f"{path} is not valid JSON ({error}). Start the run afresh with --overwrite.") from error
-        if not isinstance(record, dict):
-            raise UsageError(f"{path} is not a JSON object. Start the run afresh with --overwrite.")
-        return record
+            record = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        except (ValueError, RecursionError, OSError) as error:
+            raise UsageError(f"{path} is not valid JSON ({one_line(error)}). {_RUN_ADVICE}") from error
+        if problem := _run_problem(record):
+            raise UsageError(f"{path} {problem}. {_RUN_ADVICE}")
+        return dict(record)
 
     def update(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Applies `change` to the record and writes it, atomically and alone."""
@@ -173,7 +180,10 @@ class RunFolder:
 
         def change(record: dict[str, Any]) -> None:
             known = record.get("identity", {})
-            unknown = [stem for stem in identity.get("data", ()) if not known and self.predictions(stem).exists()]
+            said = known.get("data", {})
+            unknown = [
+                stem for stem in identity.get("data", ()) if stem not in said and self.predictions(stem).exists()
+            ]
             if unknown:
                 raise UsageError(
                     f"{self.path} holds predictions of {', '.join(unknown)} but no {RUN_FILE} that says how they were "
@@ -202,6 +212,41 @@ class RunFolder:
                 path.unlink(missing_ok=True)
         for name in (RUN_FILE, "result.json", "summary.json", "result_e.json", "summary_e.json"):
             (self.path / name).unlink(missing_ok=True)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _run_problem(record: Any) -> str | None:
+    """What of a run's record was changed by hand so that it cannot be used."""
+    if not isinstance(record, dict):
+        return "is not a JSON object"
+    tables = {"identity": record.get("identity", {}), "model": record.get("model", {})}
+    tables |= (
+        {f"identity.{key}": (tables["identity"] or {}).get(key, {}) for key in _BY_DATASET}
+        if isinstance(tables["identity"], dict)
+        else {}
+    )
+    tables["datasets"] = record.get("datasets", {})
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            return f"holds something other than a table as {name}"
+    for stem, asked in record.get("datasets", {}).items():
+        rows = asked.get("expected_rows") if isinstance(asked, dict) else None
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
+            return f"holds no number of rows as datasets.{stem}.expected_rows"
+    sessions = record.get("sessions", [])
+    if not isinstance(sessions, list) or not all(isinstance(one, dict) for one in sessions):
+        return "holds something other than a list of tables as sessions"
+    for clock in (one.get("clock") for one in sessions):
+        if clock is not None and not (isinstance(clock, dict) and all(map(_is_figure, clock.values()))):
+            return "holds a session whose clock is no table of figures"
+    return None
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 class _Held:

@@ -150,11 +150,11 @@ def _health(rows: list[dict[str, Any]]) -> dict[str, int]:
     finished = [row for row in rows if "error" not in row]
     return {
         "errors": len(rows) - len(finished),
-        "truncated": sum(bool(row["truncated"]) for row in finished),
-        "recut": sum(row["recut_tokens"] > 16 for row in finished),
-        "length": sum(row["finish_reason"] == "length" for row in finished),
-        "empty": sum(not row["pred"].strip() for row in finished),
-        "degenerate": sum(degenerate(row["pred"]) for row in finished),
+        "truncated": sum(row.get("truncated") is True for row in finished),
+        "recut": sum(isinstance(cut := row.get("recut_tokens"), int) and cut > 16 for row in finished),
+        "length": sum(row.get("finish_reason") == "length" for row in finished),
+        "empty": sum(not str(row.get("pred", "")).strip() for row in finished),
+        "degenerate": sum(degenerate(str(row.get("pred", ""))) for row in finished),
     }
 
 

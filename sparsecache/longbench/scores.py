@@ -193,8 +193,7 @@ def score_run(folder: Path, e: bool = False, options: Options = Options()) -> Ru
     if not folder.is_dir():
         raise UsageError(f"There is no folder {folder}. Give --model and --name of a run, or the path of its folder.")
     run = RunFolder(folder).read()
-    asked = run.get("datasets", {})
-    expected = {stem: asked[stem]["expected_rows"] for stem in asked if isinstance(asked, dict)}
+    expected = {stem: asked["expected_rows"] for stem, asked in run.get("datasets", {}).items()}
     scores = [
         score_file(path, task, e, expected.get(task.file_stem(e)), options)
         for task, path in _files(folder, e, foreign=not expected)
@@ -311,7 +310,8 @@ def _score_row(row: dict[str, Any], task: Task, e: bool, all_classes: Any, optio
 
 def _length(row: dict[str, Any]) -> float | None:
     length = row.get("length")
-    return length if isinstance(length, int | float) else None
+    usable = isinstance(length, int | float) and not isinstance(length, bool) and math.isfinite(length)
+    return length if usable else None
 
 
 def _scored_text(prediction: str, task: Task) -> str:

@@ -123,8 +123,19 @@ def test_chat_template_arguments_reach_the_template() -> None:
 
 def test_two_bos_tokens_are_an_error() -> None:
     tokenizer = make_tokenizer("{{ bos_token }}{{ bos_token }}{{ messages[0].content }}")
-    with pytest.raises(ValueError, match="two <s> tokens"):
+    with pytest.raises(UsageError, match="two <s> tokens.*another `chat`"):
         Prompter(tokenizer, 4096, chat="template").build(tiny_task(), {"context": "x"})
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[5].content }}", "{% if %}"])
+def test_a_template_that_raises_is_told_before_any_row(template: str) -> None:
+    with pytest.raises(UsageError, match="The chat wrapper cannot be used .*another `chat`"):
+        Prompter(make_tokenizer(template), 4096, chat="template").room(tiny_task())
+
+
+def test_a_wrapper_that_drops_the_prompt_is_refused() -> None:
+    with pytest.raises(UsageError, match="drops the prompt"):
+        Prompter(make_tokenizer(None), 4096, chat="nothing").room(tiny_task())
 
 
 def test_a_tokenizer_without_bos_gets_none(without_bos: Any) -> None:

@@ -371,3 +371,32 @@ def test_a_lock_is_held_by_one_and_waited_for(tmp_path: Path) -> None:
     again = lock(tmp_path / "lock", wait=True)
     assert again is not None
     again()
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"identity": []}, "as identity"),
+        ({"identity": {"data": []}}, "as identity.data"),
+        ({"datasets": None}, "as datasets"),
+        ({"datasets": {"qasper": {}}}, "datasets.qasper.expected_rows"),
+        ({"datasets": {"qasper": {"expected_rows": True}}}, "datasets.qasper.expected_rows"),
+        ({"sessions": [5]}, "as sessions"),
+        ({"sessions": [{"id": 1, "clock": 5}]}, "clock is no table"),
+        ({"model": "x"}, "as model"),
+        ({"x": float("nan")}, "not valid JSON"),
+    ],
+)
+def test_a_record_changed_by_hand_is_told_what_is_wrong(tmp_path: Path, record: dict[str, Any], problem: str) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=problem):
+        RunFolder(tmp_path).read()
+
+
+def test_rows_that_the_record_does_not_know_are_not_adopted(tmp_path: Path) -> None:
+    """run.json was lost and begun anew by another dataset: how the old rows were made is not known."""
+    folder = RunFolder(tmp_path)
+    write(folder.predictions("qasper"), [row(0)])
+    folder.claim({"window": 200, "data": {"trec": "a"}})
+    with pytest.raises(UsageError, match="holds predictions of qasper but no run.json that says how"):
+        folder.claim({"window": 200, "data": {"qasper": "b"}})
