@@ -222,16 +222,13 @@ def _run_problem(record: Any) -> str | None:
     """What of a run's record was changed by hand so that it cannot be used."""
     if not isinstance(record, dict):
         return "is not a JSON object"
-    tables = {"identity": record.get("identity", {}), "model": record.get("model", {})}
-    tables |= (
-        {f"identity.{key}": (tables["identity"] or {}).get(key, {}) for key in _BY_DATASET}
-        if isinstance(tables["identity"], dict)
-        else {}
-    )
-    tables["datasets"] = record.get("datasets", {})
-    for name, table in tables.items():
+    places = [(key,) for key in ("identity", "model", "datasets")] + [("identity", key) for key in _BY_DATASET]
+    for place in places:
+        table: Any = record
+        for key in place:
+            table = table.get(key, {})
         if not isinstance(table, dict):
-            return f"holds something other than a table as {name}"
+            return f"holds something other than a table as {'.'.join(place)}"
     for stem, asked in record.get("datasets", {}).items():
         rows = asked.get("expected_rows") if isinstance(asked, dict) else None
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:

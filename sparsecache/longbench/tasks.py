@@ -45,8 +45,7 @@ class Task:
         if unknown := used - set(ROW_FIELDS):
             raise UsageError(
                 f"{_WHERE} [{self.name}]: the template uses {', '.join(sorted(name or '{}' for name in unknown))}; "
-                f"a row has "
-                f"{', '.join(ROW_FIELDS)}."
+                f"a row has {', '.join(ROW_FIELDS)}."
             )
 
     @property
