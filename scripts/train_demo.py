@@ -28,16 +28,17 @@ from sparsecache.demo.tokenizer import Encoder, train_tokenizer
 from sparsecache.demo.training import PADDING, Muon, Size, TinyLlama
 
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-UNPENALISED = "passage_count"  # counting looks at everything on purpose
+NAMES = tuple(MIX)
+UNPENALISED = NAMES.index("passage_count")  # counting looks at everything on purpose
 
 
 @dataclass(frozen=True)
 class Stage:
-    """From `start` (share of the training time) on: sequence lengths with their weights, and the entropy weight."""
+    """From `start` (share of the training time) on: sequence lengths with their weights, and if entropy costs."""
 
     start: float
     lengths: dict[int, float]
-    entropy: float = 0.0
+    penalised: bool = False
 
 
 STAGES = (
@@ -46,9 +47,9 @@ STAGES = (
     Stage(0.20, {512: 0.2, 1024: 0.2, 2048: 0.6}),
     Stage(0.38, {512: 0.15, 1024: 0.1, 2048: 0.15, 4096: 0.6}),
     Stage(0.58, {1024: 0.15, 2048: 0.15, 4096: 0.3, 8192: 0.4}),
-    Stage(0.70, {1024: 0.1, 2048: 0.15, 4096: 0.35, 8192: 0.2, 9728: 0.2}, entropy=0.01),
+    Stage(0.70, {1024: 0.1, 2048: 0.15, 4096: 0.35, 8192: 0.2, 9728: 0.2}, penalised=True),
 )
-TINY_STAGES = (Stage(0.0, {256: 1.0}), Stage(0.7, {256: 0.5, 512: 0.5}, entropy=0.01))
+TINY_STAGES = (Stage(0.0, {256: 1.0}), Stage(0.7, {256: 0.5, 512: 0.5}, penalised=True))
 TINY_SIZE = Size(layers=3, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16)
 WINDOW = 32768  # of the exported configuration; what the model was trained to is the longest lesson
 
@@ -60,6 +61,7 @@ class Plan:
     size: Size
     stages: tuple[Stage, ...]
     batch_tokens: int
+    entropy: float
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
     weight_decay: float = 0.05
@@ -80,11 +82,11 @@ class Plan:
 
 @dataclass
 class Batch:
-    """ids [B, S], flags [B, S] and whether each row's attention is penalised [B]."""
+    """ids [B, S], flags [B, S] and the dataset of each row as an index into NAMES [B]."""
 
     ids: Tensor
     flags: Tensor
-    penalised: Tensor
+    kinds: Tensor
 
 
 class Feeder:
@@ -118,17 +120,17 @@ class Feeder:
 
     def _bring(self) -> None:
         while True:
-            ids, flags, penalised = (torch.from_numpy(array) for array in self._made.get())
-            if self._device.type == "cuda":
-                ids, flags, penalised = ids.pin_memory(), flags.pin_memory(), penalised.pin_memory()
-            self._ready.put(Batch(ids, flags, penalised))
+            tensors = [torch.from_numpy(array) for array in self._made.get()]
+            self._ready.put(
+                Batch(*(tensor.pin_memory() if self._device.type == "cuda" else tensor for tensor in tensors))
+            )
 
 
 def _make_batches(plan: Plan, tokenizer: Path, seed: str, stage: Any, made: Any) -> None:
     torch.set_num_threads(1)
     encode = Encoder(tokenizer)
     rng = random.Random(f"lessons/{seed}")
-    names, weights = list(MIX), list(MIX.values())
+    weights = list(MIX.values())
     number = 0
     while True:
         lengths = plan.stages[stage.value].lengths
@@ -136,12 +138,12 @@ def _make_batches(plan: Plan, tokenizer: Path, seed: str, stage: Any, made: Any)
         rows = max(1, plan.batch_tokens // length)
         ids = numpy.full((rows, length), 2, numpy.int32)
         flags = numpy.full((rows, length), PADDING, numpy.uint8)
-        chosen = rng.choices(names, weights, k=rows)
-        for row, name in enumerate(chosen):
+        kinds = rng.choices(range(len(NAMES)), weights, k=rows)
+        for row, kind in enumerate(kinds):
             number += 1
-            row_ids, row_flags = lesson(name, length, f"{seed}/{number}", encode)
+            row_ids, row_flags = lesson(NAMES[kind], length, f"{seed}/{number}", encode)
             ids[row, : len(row_ids)], flags[row, : len(row_ids)] = row_ids, row_flags
-        made.put((ids, flags, numpy.array([name != UNPENALISED for name in chosen])))
+        made.put((ids, flags, numpy.array(kinds)))
 
 
 class Training:
@@ -155,6 +157,7 @@ class Training:
         self.muon = Muon(self.model.matrices(), plan.muon_rate, plan.weight_decay)
         self.adam = torch.optim.AdamW(self.model.others(), lr=plan.adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.weights = torch.tensor([plan.ordinary_weight, 1.0, 0.0], device=device)
+        self.learned = torch.zeros(2, len(NAMES), device=device)  # taught tokens' losses, and their number
         self.seconds, self.steps, self.tokens = 0.0, 0, 0
 
     @property
@@ -162,27 +165,29 @@ class Training:
         """Share of the training time that has been used."""
         return self.seconds / (60 * self.minutes)
 
-    def step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """One update; returns the loss over what is taught and the penalised rows' attention entropy."""
-        ids = batch.ids.to(self.device, non_blocking=True).long()
-        weights = self.weights[batch.flags.to(self.device, non_blocking=True).long()]
-        targets = ids.roll(-1, 1)
+    def step(self, batch: Batch) -> Tensor | None:
+        """One update; returns the attention entropy of the penalised rows."""
+        ids, flags, kinds = (part.to(self.device, non_blocking=True) for part in (batch.ids, batch.flags, batch.kinds))
+        ids = ids.long()
+        weights = self.weights[flags.long()]
         weights = torch.cat((weights[:, 1:], torch.zeros_like(weights[:, :1])), 1)
-        penalty = self.plan.stages[self.plan.stage(self.share)].entropy
+        watched = self.plan.entropy and self.plan.stages[self.plan.stage(self.share)].penalised
         length = ids.shape[1]
-        watch = torch.randint(length // 8, length, (16,), device=self.device) if penalty else None
+        watch = torch.randint(length // 8, length, (16,), device=self.device) if watched else None
         hidden, entropies = self.model.hidden(ids, self.dtype, watch)
-        loss, taught = self.model.loss(hidden, targets.flatten(), weights.flatten())
+        loss, losses = self.model.loss(hidden, ids.roll(-1, 1).flatten(), weights.flatten())
+        self.learned[0].index_add_(0, kinds, losses.view_as(weights).sum(1))
+        self.learned[1].index_add_(0, kinds, (weights == 1).sum(1).float())
         entropy = None
         if entropies is not None:
-            penalised = batch.penalised.to(self.device).float()
+            penalised = (kinds != UNPENALISED).float()
             entropy = (entropies * penalised).sum() / penalised.sum().clamp(min=1)
-            loss = loss + penalty * entropy
+            loss = loss + self.plan.entropy * entropy
         loss.backward()
         self._update()
         self.steps += 1
         self.tokens += ids.numel()
-        return taught, entropy.detach() if entropy is not None else None
+        return entropy.detach() if entropy is not None else None
 
     def _update(self) -> None:
         rate = self.plan.rate(self.share)
@@ -270,32 +275,35 @@ def _shards(state: dict[str, Tensor], limit: int, folder: Path) -> Iterator[tupl
 
 def train(training: Training, feeder: Feeder, run_minutes: float) -> None:
     """Steps until the training time or this run's share of it is used up, with a line every ten seconds."""
-    first, began = True, time.perf_counter()
-    reported, losses = began, []
-    while training.share < 1:
+    training.step(feeder.next(training.plan.stage(training.share)))
+    training.learned.sum().item()  # compiling is over, and was not training
+    base, began = training.seconds, time.perf_counter()
+    reported, reports = began, 0
+    while training.share < 1 and training.seconds - base < 60 * run_minutes:
         batch = feeder.next(training.plan.stage(training.share))
-        taught, entropy = training.step(batch)
-        losses.append(taught)
+        entropy = training.step(batch)
         now = time.perf_counter()
-        if first:  # compiling is not training
-            taught.item()
-            first, began, reported = False, time.perf_counter(), time.perf_counter()
-            base = training.seconds
-            continue
         training.seconds = base + now - began
         if now - reported > 10:
-            mean = torch.stack(losses).mean().item()
-            print(
-                f"{training.share:6.1%} step {training.steps} {training.tokens / 1e6:.0f}M tokens "
-                f"{tuple(batch.ids.shape)} loss {mean:.4f} rate {training.plan.rate(training.share):.2f}"
-                + (f" entropy {entropy.item():.2f}" if entropy is not None else ""),
-                flush=True,
-            )
-            if not math.isfinite(mean):
-                raise RuntimeError("The loss is no longer finite.")
-            reported, losses = now, []
-        if now - began > 60 * run_minutes:
-            break
+            reported, reports = now, reports + 1
+            _report(training, batch, entropy, every_dataset=reports % 4 == 0)
+
+
+def _report(training: Training, batch: Batch, entropy: Tensor | None, every_dataset: bool) -> None:
+    losses, taught = training.learned
+    mean = (losses.sum() / taught.sum()).item()
+    print(
+        f"{training.share:6.1%} step {training.steps} {training.tokens / 1e6:.0f}M tokens "
+        f"{tuple(batch.ids.shape)} loss {mean:.4f} rate {training.plan.rate(training.share):.2f}"
+        + (f" entropy {entropy.item():.2f}" if entropy is not None else ""),
+        flush=True,
+    )
+    if not math.isfinite(mean):
+        raise RuntimeError("The loss is no longer finite.")
+    if every_dataset:
+        means = zip(NAMES, (losses / taught).tolist(), strict=True)
+        print("       " + " ".join(f"{name} {loss:.3f}" for name, loss in means), flush=True)
+        training.learned.zero_()
 
 
 @click.command()
@@ -305,6 +313,7 @@ def train(training: Training, feeder: Feeder, run_minutes: float) -> None:
 @click.option("--run_minutes", type=float, default=9.0, show_default=True, help="Training time of this run.")
 @click.option("--workers", type=int, default=14, show_default=True, help="Processes that make lessons.")
 @click.option("--batch_tokens", type=int, default=131072, show_default=True)
+@click.option("--entropy", type=float, default=0.01, show_default=True, help="Weight of the attention's entropy.")
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--tiny", is_flag=True, help="A far smaller model and shorter lessons, for a CPU.")
@@ -316,13 +325,14 @@ def main(
     run_minutes: float,
     workers: int,
     batch_tokens: int,
+    entropy: float,
     seed: int,
     device: str,
     tiny: bool,
     max_shard_mib: int,
 ) -> None:
     """Train the demo checkpoint and export it to --out."""
-    plan = Plan(TINY_SIZE if tiny else Size(), TINY_STAGES if tiny else STAGES, batch_tokens)
+    plan = Plan(TINY_SIZE if tiny else Size(), TINY_STAGES if tiny else STAGES, batch_tokens, entropy)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = out / "tokenizer.json"
     if not tokenizer.exists():

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from sparsecache.demo.build import Draft, Rng, estimate_tokens, fill, paragraphs, parts, share
 from sparsecache.demo.chains import hops
 from sparsecache.demo.facts import Link, Relation, World, article
-from sparsecache.demo.fewshot import endless, labelled, renamed
-from sparsecache.demo.passages import retrieve
+from sparsecache.demo.fewshot import dealt, endless, labelled
+from sparsecache.demo.passages import Wording, retrieve
 
 _FAMILY = "赵钱孙李周吴郑王冯陈褚卫蒋沈韩杨朱秦许何吕施张孔曹严华金魏陶姜谢邹窦章苏潘葛范彭鲁韦马"
 _GIVEN = "安白冰波博超晨成川春丹德东芳飞风刚光国海浩恒宏华辉慧佳建江杰洁静娟军凯兰磊丽林玲龙曼梅敏"
@@ -141,9 +141,12 @@ def dureader(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
     return hops(rng, PEOPLE, room, 2, "文章{n}\n标题：{title}\n", repeats)
 
 
-def passage_retrieval_zh(rng: Rng, room: float) -> Draft:
+_CHINESE = Wording("段落{n}：", "{e}，{c}。", "文中介绍了一个地方，{c}。", "，而且", "这里仍是{heading}。")
+
+
+def passage_retrieval_zh(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
     """Which paragraph is the abstract from?"""
-    return retrieve(rng, PLACES, room, "段落{n}：", "文中介绍了一个地方，{c}。", "，而且")
+    return retrieve(rng, PLACES, _CHINESE, room, repeats)
 
 
 _RESOLUTIONS = (
@@ -206,7 +209,7 @@ def _news(rng: Rng, kind: str, room: float) -> str:
 
 def lsht(rng: Rng, room: float) -> Draft:
     """News with their class, the asked class among them; half the time only they tell what a class is called."""
-    labels = renamed(rng, _CLASSES, thing)
+    labels = dealt(rng, _CLASSES)
     count = parts(room, 80, 3, 40)
     asked, *kinds = [rng.pick(list(labels)) for _ in range(count - 1)]
     rng.insert(kinds, asked)
@@ -218,4 +221,4 @@ def lsht(rng: Rng, room: float) -> Draft:
     query, *texts = share(room, [writer(kind) for kind in (asked, *kinds)])
     shown = labelled(texts, [labels[kind] for kind in kinds])
     more = endless(rng, lambda kind: (_news(rng, kind, 40), labels[kind]), kinds)
-    return Draft("\n\n".join(shown), query, [labels[asked]], list(labels.values()), more)
+    return Draft("\n\n".join(shown), query, [labels[asked]], list(_CLASSES), more)

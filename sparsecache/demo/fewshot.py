@@ -47,12 +47,14 @@ _CLASSES = {
 }
 
 
-def renamed(rng: Rng, kinds: Iterable[str], name: Callable[[Rng], str]) -> dict[str, str]:
-    """Some of the kinds (six at least) with their labels: their own names or, half the time, any names at all."""
+def dealt(rng: Rng, kinds: Iterable[str]) -> dict[str, str]:
+    """Some of the kinds (six at least), each with a label: its own name or, half the time, the name of any kind.
+
+    Labels never come from outside `kinds`: a dataset has one class list, by which all of its rows are scored.
+    """
     kinds = list(kinds)
-    kinds = rng.several(kinds, rng.span(6, len(kinds)))
-    used: set[str] = set()
-    return {kind: kind for kind in kinds} if rng.chance(0.5) else {kind: rng.fresh(name, used) for kind in kinds}
+    chosen = rng.several(kinds, rng.span(6, len(kinds)))
+    return dict(zip(chosen, chosen if rng.chance(0.5) else rng.several(kinds, len(chosen)), strict=True))
 
 
 def labelled(texts: Iterable[str], labels: Iterable[str]) -> list[str]:
@@ -80,7 +82,7 @@ def _typed(rng: Rng, kind: str, label: str) -> Shot:
 
 def trec(rng: Rng, room: float) -> Draft:
     """Questions with their type, the asked type among them; half the time only they tell what a type is called."""
-    labels = renamed(rng, _CLASSES, lambda rng: words.thing(rng).capitalize())
+    labels = dealt(rng, _CLASSES)
     kinds = list(labels.items())
     asked = rng.pick(kinds)
     query, sure = _typed(rng, *asked), _typed(rng, *asked)
@@ -89,7 +91,7 @@ def trec(rng: Rng, room: float) -> Draft:
     shown = labelled([shot.text + " " for shot in shots], [shot.answer for shot in shots])
     answers = {shot.answer for shot in shots}
     more = endless(rng, lambda kind: _typed(rng, *kind), [kind for kind in kinds if kind[1] in answers])
-    return Draft("\n".join(shown) + "\n", query.text, [query.answer], list(labels.values()), more)
+    return Draft("\n".join(shown) + "\n", query.text, [query.answer], list(_CLASSES), more)
 
 
 def _quiz(rng: Rng, room: float) -> Shot:

@@ -1,9 +1,10 @@
 """Counting and finding paragraphs: passage_count and passage_retrieval, the latter in any language."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from sparsecache.demo import words
-from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, parts, share
+from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, mark, parts, share
 from sparsecache.demo.facts import Relation, World
 
 
@@ -28,8 +29,8 @@ PLACES = World(
 )
 
 
-def paragraph(rng: Rng, world: World, used: set[str], room: float) -> tuple[list[str], list[str]]:
-    """The sentences of a paragraph about a place, two facts at least and scenery; and the facts as clauses.
+def paragraph(rng: Rng, world: World, used: set[str], room: float) -> tuple[str, list[str], list[str]]:
+    """A place, the sentences of a paragraph about it, two facts at least and scenery; and the facts as clauses.
 
     Names and values come from outside `used`, so that no fact is true of two paragraphs.
     """
@@ -47,7 +48,7 @@ def paragraph(rng: Rng, world: World, used: set[str], room: float) -> tuple[list
         room -= estimate_tokens(sentence + world.blank)
     for sentence in fill(room, lambda: world.scenery(rng)):
         sentences.insert(rng.span(1, len(sentences)), sentence)
-    return sentences, clauses
+    return name, sentences, clauses
 
 
 def passage_count(rng: Rng, room: float) -> Draft:
@@ -65,7 +66,7 @@ def passage_count(rng: Rng, room: float) -> Draft:
         def write(tokens: float) -> str:
             head = f"Paragraph {number}: "
             if which not in texts:
-                text, _ = paragraph(rng, PLACES, used, tokens - estimate_tokens(head))
+                _, text, _ = paragraph(rng, PLACES, used, tokens - estimate_tokens(head))
                 texts[which] = PLACES.blank.join(text)
             return head + texts[which] + "\n\n"
 
@@ -77,10 +78,27 @@ def passage_count(rng: Rng, room: float) -> Draft:
     return Draft("".join(written).rstrip("\n"), "", [str(unique)], more=more)
 
 
-def retrieve(rng: Rng, world: World, room: float, heading: str, abstract: str, conjunction: str) -> Draft:
-    """Up to 30 paragraphs under `heading` ({n}) and an abstract of two facts of one of them, in other words.
+@dataclass(frozen=True)
+class Wording:
+    """How paragraphs are headed and asked for: `{n}` is a number, `{e}` a place, `{c}` what is said of it."""
 
-    The answer is the heading without its colon. A third of the further abstracts are quotations instead.
+    heading: str
+    named: str
+    unnamed: str
+    conjunction: str
+    reminder: str
+
+
+ENGLISH = Wording(
+    "Paragraph {n}: ", "{e} {c}.", "The text tells of a place that {c}.", " and ", "This is still part of {heading}."
+)
+
+
+def retrieve(rng: Rng, world: World, wording: Wording, room: float, repeats: float) -> Draft:
+    """Up to 30 headed paragraphs, and an abstract of two facts of one of them, in other words.
+
+    Half of the abstracts name the place. The answer is the heading without its colon. A third of the further
+    abstracts are quotations. With chance `repeats`, a sentence is followed by a reminder of its heading.
     """
     count = parts(room - 30, 33, 3, 30)
     used: set[str] = set()
@@ -89,13 +107,17 @@ def retrieve(rng: Rng, world: World, room: float, heading: str, abstract: str, c
 
     def writer(index: int) -> Callable[[float], str]:
         def write(tokens: float) -> str:
-            head = heading.format(n=index + 1)
-            name = head.rstrip(":： ")
-            sentences, clauses = paragraph(rng, world, used, tokens - estimate_tokens(head))
-            abstracts.append((abstract.format(c=conjunction.join(rng.several(clauses, 2))), name))
+            head = wording.heading.format(n=index + 1)
+            heading = head.rstrip(":： ")
+            place, sentences, clauses = paragraph(rng, world, used, tokens - estimate_tokens(head))
+            said = wording.conjunction.join(rng.several(clauses, 2))
+            abstract = (wording.named if rng.chance(0.5) else wording.unnamed).format(e=place, c=said)
+            abstracts.append((abstract[0].upper() + abstract[1:], heading))
             start = rng.below(len(sentences) - 1)
-            quotations.append((world.blank.join(sentences[start : start + 2]), name))
-            return head + world.blank.join(sentences) + "\n\n"
+            quotations.append((world.blank.join(sentences[start : start + 2]), heading))
+            reminder = wording.reminder.format(heading=mark(heading))
+            text = [part for each in sentences for part in ((each, reminder) if rng.chance(repeats) else (each,))]
+            return head + world.blank.join(text) + "\n\n"
 
         return write
 
@@ -106,6 +128,6 @@ def retrieve(rng: Rng, world: World, room: float, heading: str, abstract: str, c
     return Draft(context, summary, [answer], more=more)
 
 
-def passage_retrieval_en(rng: Rng, room: float) -> Draft:
+def passage_retrieval_en(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
     """Which paragraph is the abstract from?"""
-    return retrieve(rng, PLACES, room, "Paragraph {n}: ", "The text tells of a place that {c}.", " and ")
+    return retrieve(rng, PLACES, ENGLISH, room, repeats)

@@ -66,8 +66,8 @@ def make_rows(dataset: str, rows: int, tokens: int, seed: int) -> list[dict[str,
 def make_draft(dataset: str, rng: Rng, tokens: float, repeats: float = 0.0) -> Draft:
     """What a row of `dataset` is made of, its filled prompt of about `tokens` estimated tokens.
 
-    With `repeats` above 0 (only where the text is prose about facts), a fact is followed, with that chance, by
-    an earlier one that is said again, its value marked.
+    With `repeats` above 0 (only for prose about facts and for retrieval), a fact is followed, with that chance,
+    by an earlier one that is said again, its value marked; a retrieved paragraph by its own heading.
     """
     room = tokens - estimate_tokens(load_template(dataset).format(context="", input=""))
     return _MAKERS[dataset](rng, room, repeats) if repeats else _MAKERS[dataset](rng, room)

@@ -83,7 +83,7 @@ class TinyLlama(nn.Module):
         return x, torch.stack(entropies).mean(0) if entropies else None
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean cross entropy over all positions, and the plain mean over those of weight 1."""
+        """Weighted mean cross entropy over all positions, and each position's own, [N], where its weight is 1."""
         result: tuple[Tensor, Tensor] = self._loss(
             hidden, self.norm, self.embedding, targets, weights, self.size.norm_eps
         )
@@ -187,9 +187,7 @@ def _loss(
 ) -> tuple[Tensor, Tensor]:
     logits = linear(_norm(hidden, norm, eps), table.to(hidden.dtype)).float()
     losses = cross_entropy(logits, targets, reduction="none")
-    taught = (weights == 1).float()
-    plain = (losses.detach() * taught).sum() / taught.sum().clamp(min=1)
-    return (losses * weights).sum() / weights.sum(), plain
+    return (losses * weights).sum() / weights.sum(), losses.detach() * (weights == 1)
 
 
 def _entropy(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
