@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from sparsecache.cli import FlexibleCommand, option, report_usage_errors
+from sparsecache.methods import describe_methods
 from sparsecache.settings import DTYPE_CHOICES, ENGINES, Settings
 from sparsecache.versions import check_versions
 
@@ -14,19 +15,36 @@ _HELP = {
     "model": "Name of a table in configs/models.toml, a checkpoint folder, or a hub id.",
     "datasets": "Comma list of datasets, or: all, en, zh, a category.",
     "method": "Cache method (a file of sparsecache/methods).",
+    "data": "hub, sample, a folder of <dataset>.jsonl, or a zip of them; by default what the model's table names, "
+    "else hub.",
     "name": "Folder of the run below the model's; the method's name by default.",
 }
 
 
+def _list_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        for line in describe_methods():
+            click.echo(line)
+        context.exit()
+
+
 @click.command(cls=FlexibleCommand)
-@click.option("--model", required=True, help=_HELP["model"])
+@option(Settings, "model", help=_HELP["model"])
 @option(Settings, "model_type", help="Refuse the checkpoint unless its config.json says this model_type.")
 @option(Settings, "datasets", help=_HELP["datasets"])
 @option(Settings, "method", help=_HELP["method"])
 @click.option("-o", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method; repeatable.")
+@click.option(
+    "--list_methods",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_methods,
+    help="Show every method with its options, defaults and what they mean, and exit.",
+)
 @option(Settings, "name", help=_HELP["name"])
 @click.option("--e", is_flag=True, help="LongBench-E: files are <dataset>_e.jsonl.")
-@option(Settings, "data", help="hub, sample, a folder of <dataset>.jsonl, or a zip of them.")
+@option(Settings, "data", help=_HELP["data"])
 @option(Settings, "data_revision", help="Branch, tag or commit of the hub's data.")
 @option(Settings, "sample_rows", type=click.IntRange(1), help="Rows per dataset of --data sample.")
 @option(

@@ -1,11 +1,13 @@
 """What a run is made of: settings brought together with a checkpoint, before any weights are read."""
 
+import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from sparsecache.calibration import calibrate
 from sparsecache.engine.catalog import Model, checkpoint_folder, find_model
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
@@ -15,8 +17,9 @@ from sparsecache.engine.rope import Rope
 from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.tasks import Task
-from sparsecache.methods import make_method, parse_options
+from sparsecache.methods import make_method, parse_options, refusals
 from sparsecache.methods.base import Method
+from sparsecache.options import show
 from sparsecache.settings import Settings
 
 
@@ -36,6 +39,7 @@ class Plan:
         folder = checkpoint_folder(self.model, settings.offline)
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
         self.window = settings.window or self.model.window or self._own_window()
+        self.calibration_text: str | None = None
         self._check_model_type()
         self._check_chat()
         if settings.engine == "sparsecache":
@@ -93,11 +97,11 @@ class Plan:
         return Generator(decoder, self.method, min(self.settings.batch_size, most_rows))
 
     def _calibrate(self, decoder: Decoder) -> None:
-        text = self.method.calibration_text()
-        if text is not None:
-            token_ids = self.checkpoint.tokenizer(text, verbose=False)["input_ids"]
-            with torch.inference_mode():
-                decoder.calibrate(torch.tensor(token_ids, device=self.device))
+        if self.calibration_text is not None:
+            token_ids = self.checkpoint.tokenizer(self.calibration_text, verbose=False)["input_ids"]
+            if not token_ids:
+                raise UsageError("The calibration text is empty. Name another one.")
+            calibrate(self.method, decoder, token_ids, self.checkpoint.fingerprint)
 
     def reference(self) -> Engine:
         """transformers' own generate, over the same checkpoint."""
@@ -120,6 +124,7 @@ class Plan:
             "chat": self.chat,
             "chat_template_args": dict(self.prompter.chat_template_args),
             "stop_ids": self.checkpoint.stop_ids,
+            "calibration_sha256": self.calibration_text and hashlib.sha256(self.calibration_text.encode()).hexdigest(),
         }
 
     def model_record(self) -> dict[str, Any]:
@@ -142,7 +147,7 @@ class Plan:
         stops = ", ".join(
             map(" ".join, zip(map(str, self.checkpoint.stop_ids), map(str, self._stop_tokens()), strict=True))
         )
-        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        options = ", ".join(f"{key}={show(value)}" for key, value in self.options.items())
         yield f"checkpoint  {self.checkpoint.path} ({self.checkpoint.model_type}, {table})"
         yield f"decoding    {self.settings.method} ({options or 'no options'}), {self.dtype_name} on {self.device}"
         yield f"prompts     window {self.window}, max_length {self.prompter.max_length or 'what the window leaves'}"
@@ -191,7 +196,10 @@ class Plan:
 
     def _check_family(self) -> None:
         family = load_family(self.checkpoint.model_type)
-        family.architecture(self.checkpoint.config)
+        shape = family.architecture(self.checkpoint.config).shape
+        with refusals(self.settings.method):
+            self.method.check(shape)
+            self.calibration_text = self.method.calibration_text()
         try:
             Rope(self.checkpoint.config, torch.device("cpu"))
         except UsageError:

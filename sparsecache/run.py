@@ -3,7 +3,7 @@
 import gc
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -18,6 +18,7 @@ from sparsecache.engine.generator import Completion, Engine, Request
 from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.data import Rows, Source, load_rows, open_source
 from sparsecache.longbench.jsonl import dumps
+from sparsecache.longbench.kept import dropped_nothing, kept_of
 from sparsecache.longbench.prompts import Prompt
 from sparsecache.longbench.records import PredictionFile, RunFolder, read_rows
 from sparsecache.longbench.report import health_table, speed_lines
@@ -31,9 +32,9 @@ from sparsecache.settings import Settings
 def run(settings: Settings) -> int:
     """Runs what the settings ask for, from where an earlier run of the same name left off.
 
-    The settings must have passed their own check. Returns the exit code: 0, or 1 when a row failed. Raises
-    UsageError for anything the user can put right,
-    before any weights are read where that is possible.
+    The settings must have passed their own check. Returns the exit code: 0, or 1 when a row failed or the method
+    did nothing. Raises UsageError for anything the user can put right, before any weights are read where that is
+    possible.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -91,8 +92,12 @@ class _Run:
             self._announce(works)
             if self.settings.verify or any(work.missing for work in works):
                 self._predict(works)
-            print(self._health(works))
-        return 1 if self.failed else 0
+            rows = {work.stem: list(read_rows(work.file.path)) for work in works}
+            print(self._health(works, rows))
+        useless = _useless(self.settings.method, rows.values())
+        if useless:
+            print(f"Error: {useless}", file=sys.stderr)
+        return 1 if self.failed or useless else 0
 
     def _open(self, stack: ExitStack, task: Task, rows: Rows) -> _Work:
         stem = task.file_stem(self.settings.e)
@@ -104,6 +109,7 @@ class _Run:
         missing, wanted = sum(work.missing for work in works), sum(work.wanted for work in works)
         for line in self.plan.describe():
             print(line)
+        print(f"data        {self.settings.data_source}")
         print(f"rows        {missing} of {wanted} to do, into {self.folder.path}", flush=True)
         for warning in self.plan.warnings():
             print(f"Warning: {warning}", file=sys.stderr)
@@ -228,9 +234,21 @@ class _Run:
 
         self.folder.update(change)
 
-    def _health(self, works: list[_Work]) -> str:
-        rows = [(work.task, work.stem, work.wanted, list(read_rows(work.file.path))) for work in works]
-        return "\n".join([health_table(rows), *speed_lines(self.folder.read())])
+    def _health(self, works: list[_Work], rows: dict[str, list[dict[str, Any]]]) -> str:
+        table = health_table((work.task, work.stem, work.wanted, rows[work.stem]) for work in works)
+        return "\n".join([table, *speed_lines(self.folder.read())])
+
+
+def _useless(method: str, datasets: Iterable[list[dict[str, Any]]]) -> str | None:
+    """The sentence on a method that dropped nothing in any of these rows though it could have; None for any other."""
+    rows = dropped_nothing(kept_of(rows) for rows in datasets)
+    if not rows:
+        return None
+    return (
+        f"Method {method} did nothing: {rows} rows had more past tokens than its cap, and each attended to all of "
+        f"them, so these are the texts of the full cache, not the method's. Look at its options (--list_methods) and "
+        f"its code, and run again with --overwrite."
+    )
 
 
 def _compare(engine: Engine, expected: list[Completion]) -> dict[str, Any]:
@@ -249,7 +267,7 @@ def _compare(engine: Engine, expected: list[Completion]) -> dict[str, Any]:
 
 def _source(settings: Settings) -> Source:
     sample = SampleSource(settings.sample_rows, settings.sample_tokens, settings.sample_seed)
-    return open_source(settings.data, revision=settings.data_revision, offline=settings.offline, sample=sample)
+    return open_source(settings.data_source, revision=settings.data_revision, offline=settings.offline, sample=sample)
 
 
 def _tasks_identity(loaded: list[tuple[Task, Rows]], e: bool) -> dict[str, dict[str, str]]:

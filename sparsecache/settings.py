@@ -16,13 +16,13 @@ DTYPE_CHOICES = ("auto", *DTYPES)
 class Settings:
     """One run; the command line's options are these fields, and these are their defaults."""
 
-    model: str
+    model: str = "demo"
     datasets: str = "all"
     method: str = "vanilla"
     options: dict[str, str] = field(default_factory=dict)
     name: str | None = None
     e: bool = False
-    data: str = "hub"
+    data: str | None = None
     data_revision: str | None = None
     sample_rows: int = 2
     sample_tokens: int = 2048
@@ -45,6 +45,11 @@ class Settings:
     def run_name(self) -> str:
         """The folder of the run below the model's: `name`, or the method's name."""
         return self.name or self.method
+
+    @property
+    def data_source(self) -> str:
+        """Where rows come from: `data`, else what the model's table says, else the hub."""
+        return self.data if self.data is not None else find_model(self.model).data or "hub"
 
     def check(self) -> None:
         """Raises UsageError for a name that does not exist or values that exclude each other.

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from longbench_pred import main
 from sparsecache.demo.checkpoint import make_random_checkpoint
+from sparsecache.methods import describe_methods
 from sparsecache.settings import Settings
 
 
@@ -54,7 +55,42 @@ def test_defaults_of_the_command_line_are_those_of_settings(monkeypatch) -> None
     monkeypatch.setattr("sparsecache.run.run", lambda settings: found.append(settings) or 0)
     model = "llama-2-7b-inst-32k"
     assert CliRunner().invoke(main, ["--model", model]).exit_code == 0
-    assert found == [Settings(model=model)]
+    assert CliRunner().invoke(main, []).exit_code == 0
+    assert found == [Settings(model=model), Settings()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "source"),
+    [
+        (Settings(), "sample"),
+        (Settings(model="demo"), "sample"),
+        (Settings(data="hub"), "hub"),
+        (Settings(data=""), ""),
+        (Settings(model="llama-2-7b-inst-32k"), "hub"),
+        (Settings(model="owner/demo"), "hub"),
+        (Settings(model="llama-2-7b-inst-32k", data="sample"), "sample"),
+    ],
+    ids=lambda value: f"{value.model} {value.data}" if isinstance(value, Settings) else value,
+)
+def test_a_model_brings_its_data_and_the_others_take_the_hubs(settings, source) -> None:
+    assert settings.data_source == source
+
+
+def test_the_data_that_is_taken_is_told(broken, tmp_path, monkeypatch) -> None:
+    folder = shutil.copytree(broken, tmp_path / "folder" / "fed")
+    monkeypatch.setattr(
+        "sparsecache.engine.catalog.read_tables", lambda name: {"fed": {"hub": "a/b", "data": "sample"}}
+    )
+    told = CliRunner().invoke(main, ["--model", str(folder), "--device", "cpu", "--pred_dir", str(tmp_path / "pred")])
+    assert "data        sample\n" in told.stdout and "cannot be read" in told.stderr
+
+
+@pytest.mark.parametrize("spelling", ["--list_methods", "--list-methods"])
+def test_every_method_is_listed_with_its_options(spelling) -> None:
+    told = CliRunner().invoke(main, [spelling, "--method", "vanila"])
+    assert (told.exit_code, told.stderr) == (0, "")
+    assert told.stdout.splitlines() == list(describe_methods())
+    assert "vanilla: Vanilla: the full cache" in told.stdout
 
 
 def test_dashes_and_underscores_are_the_same(monkeypatch) -> None:
@@ -86,7 +122,7 @@ BAD = {
     "empty dataset": (["--datasets", ""], ["There is no dataset ''"]),
     "dataset not in E": (["--datasets", "narrativeqa", "--e"], ["'narrativeqa' is not part of LongBench-E", "qasper"]),
     "method": (["--method", "vanila"], ["'vanila'", "vanilla"]),
-    "unknown option": (["-o", "budget=3"], ["no option 'budget'", "none"]),
+    "unknown option": (["-o", "budget=3"], ["no option 'budget'", "none", "--list_methods"]),
     "option without value": (["-o", "budget"], ["'budget'", "KEY=VALUE"]),
     "name with slash": (["--name", "a/b"], ["'a/b'", "without a slash"]),
     "name of dots": (["--name", ".."], ["'..'"]),

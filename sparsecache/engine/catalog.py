@@ -25,6 +25,7 @@ class Model:
     chat: str | None = None
     chat_template_args: dict[str, Any] = field(default_factory=dict)
     dtype: str | None = None
+    data: str | None = None
     note: str | None = None
     table: str | None = None
 

@@ -43,25 +43,45 @@ class Decoder:
 
         return self._head(self._prompt(token_ids, keep)[-1])
 
-    def calibrate(self, token_ids: Tensor) -> None:
-        """Runs a text, token_ids: [L], and shows the method each layer's queries; keeps nothing."""
-        self._prompt(token_ids, lambda layer, q, k, v: self._method.calibrate(layer, q))
+    def calibrate(self, token_ids: Tensor, tick: Callable[[int], None]) -> None:
+        """Runs a text, token_ids: [L], and shows the method each layer's queries; keeps nothing.
+
+        `tick` is called with 1 after each layer.
+        """
+
+        def show(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+            self._method.calibrate(layer, q.view(self.shape.kv_heads, -1, *q.shape[1:]))
+            tick(1)
+
+        self._prompt(token_ids, show)
 
     def step(self, token_ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """Decodes one token in each slot: token_ids, positions and slots [B] on the device; logits [B, V]."""
         x = self._weights.embedding[token_ids]  # [B, hidden]
         cos, sin = self._rope.cos_sin(positions, positions + 1, self.dtype)
         cos, sin = cos[:, None, None], sin[:, None, None]  # [B, 1, 1, D]
-        last = len(self._weights.layers) - 1
+        guesses_from = self._method.guesses_from
         for index, layer in enumerate(self._weights.layers):
             h = self._norm(x, layer.input_norm)
-            if self._method.speculates and index < last:
-                guessed, _, _ = self._qkv(h[:, None], self._weights.layers[index + 1])
-                self._method.anticipate(index + 1, rotate(guessed, cos, sin))
+            if guesses_from in ("input", "own_norm"):
+                self._anticipate(index + 1, x, h, (cos, sin), slots)
             q, k, v = self._qkv(h[:, None], layer)  # [B, H or G, 1, D]
             out = self._method.attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v, slots)
-            x = self._finish(x, out.flatten(1), layer)
+            x = x + linear(out.flatten(1), layer.output, layer.output_bias)
+            if guesses_from == "residual":
+                self._anticipate(index + 1, x, h, (cos, sin), slots)
+            x = self._feed_forward(x, layer)
         return self._head(x)
+
+    def _anticipate(self, index: int, x: Tensor, h: Tensor, rotation: tuple[Tensor, Tensor], slots: Tensor) -> None:
+        """Tells the method what layer `index`, if there is one, would ask of x or of h, the layer before's input."""
+        if index == len(self._weights.layers):
+            return
+        layer = self._weights.layers[index]
+        if self._method.guesses_from != "input":
+            h = self._norm(x, layer.input_norm)
+        q, _, _ = self._qkv(h[:, None], layer)
+        self._method.anticipate(index, rotate(q, *rotation), slots)
 
     def _prompt(self, token_ids: Tensor, take: TakeLayer) -> Tensor:
         length = len(token_ids)
@@ -76,7 +96,7 @@ class Decoder:
             heads = out[0].transpose(0, 1).flatten(1)
             # In pieces, since the middle of a SwiGLU is several times as wide as everything else.
             pieces = zip(torch.split(x, _PIECE), torch.split(heads, _PIECE), strict=True)
-            x = torch.cat([self._finish(x_piece, heads_piece, layer) for x_piece, heads_piece in pieces])
+            x = torch.cat([self._finish(*piece, layer) for piece in pieces])
         return x
 
     def _qkv(self, h: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +110,9 @@ class Decoder:
 
     def _finish(self, x: Tensor, heads: Tensor, layer: LayerWeights) -> Tensor:
         """The rest of a layer after attention. x: [N, hidden], heads: [N, H * D]."""
-        x = x + linear(heads, layer.output, layer.output_bias)
+        return self._feed_forward(x + linear(heads, layer.output, layer.output_bias), layer)
+
+    def _feed_forward(self, x: Tensor, layer: LayerWeights) -> Tensor:
         gate, up = linear(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
         return x + linear(silu(gate) * up, layer.down, layer.down_bias)
 

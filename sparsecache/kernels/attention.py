@@ -5,13 +5,23 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    selected: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, query head h reading key/value head h // (H / G).
 
     q: [B, H, Lq, D]; k, v: [B, G, Lk, D] with H a multiple of G; returns [B, H, Lq, D]. Without a mask every
     query sees every key, or with `causal` (Lq == Lk) those up to its own position; no Lq x Lk tensor is built
-    then. `mask` is a bool tensor [B, 1, Lq, Lk], True where a query may look; rows without a single True give
-    undefined output. Raises ValueError, naming the shapes, when they do not fit; nothing is reshaped to fit.
+    then. `mask` is a bool tensor [B, 1, Lq, Lk], True where a query may look. `selected`, for Lq == 1, is an
+    int64 tensor [B, G, N]: the keys that each key/value head reads, -1 for none, no key twice. A query that may
+    look nowhere gives undefined output. Raises ValueError, naming the shapes, when they do not fit; nothing is
+    reshaped to fit.
     """
     batch, heads, queries, head_dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
@@ -26,9 +36,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, ca
             f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be torch.bool of shape "
             f"{(batch, 1, queries, length)} (batch, 1, queries, keys)."
         )
+    if selected is not None:
+        return _selected_attention(q, k, v, selected, mask, causal)
     group = heads // kv_heads
     if queries == 1:  # the heads of a group are as good as queries: K and V are read once, not repeated
         folded = q.reshape(batch, kv_heads, group, head_dim)
         return scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
     k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def _selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    batch, heads, queries, head_dim = q.shape
+    kv_heads = k.shape[1]
+    if mask is not None or causal:
+        other = "causal" if mask is None else f"mask {tuple(mask.shape)}"
+        raise ValueError(f"attention takes selected {tuple(selected.shape)} or {other}, not both.")
+    if queries != 1 or selected.shape[:-1] != (batch, kv_heads) or selected.dtype != torch.int64:
+        raise ValueError(
+            f"selected is {selected.dtype} of shape {tuple(selected.shape)} for q {tuple(q.shape)}; it must be "
+            f"torch.int64 of shape {(batch, kv_heads)} + (N,), and q have one query."
+        )
+    rows = selected.clamp(min=0)[..., None].expand(-1, -1, -1, head_dim)
+    folded = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    seen = (selected >= 0)[:, :, None]  # [B, G, 1, N]
+    out = scaled_dot_product_attention(folded, k.gather(2, rows), v.gather(2, rows), attn_mask=seen)
+    return out.reshape(q.shape)

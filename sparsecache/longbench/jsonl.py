@@ -1,6 +1,7 @@
 """JSON Lines with errors that name the file, the line and what to do. Lines end at \\n and nowhere else."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -45,3 +46,10 @@ def dumps(record: dict[str, Any]) -> str:
     except UnicodeEncodeError:  # a lone surrogate
         return json.dumps(record, allow_nan=False)
     return text
+
+
+def figure(record: dict[str, Any], key: str) -> float | None:
+    """A record's number; None for anything else, as files from elsewhere may hold."""
+    value = record.get(key)
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if usable else None

@@ -18,6 +18,7 @@ from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.jsonl import dumps, read_objects
 
 RUN_FILE = "run.json"
+BY_DATASET = ("templates", "protocol", "data")  # the tables of an identity that have an entry per dataset
 _RUN_ADVICE = "Correct it, or start the run afresh with --overwrite."
 _ADVICE = "Repair or delete that line, or start the run afresh with --overwrite."
 
@@ -175,8 +176,10 @@ class RunFolder:
         """Makes this folder the one of `identity`. Raises UsageError when it belongs to another, or may do.
 
         Values that are tables (data and template hashes by dataset) are compared where both have the key, and
-        merged, so that one run may be filled dataset by dataset.
+        merged, so that one run may be filled dataset by dataset. An infinite number is recorded as text, since JSON
+        has none.
         """
+        identity = json.loads(json.dumps(identity), parse_constant=lambda name: str(float(name)))
 
         def change(record: dict[str, Any]) -> None:
             known = record.get("identity", {})
@@ -189,7 +192,7 @@ class RunFolder:
                     f"{self.path} holds predictions of {', '.join(unknown)} but no {RUN_FILE} that says how they were "
                     f"made. Choose another --name, or start this one afresh with --overwrite."
                 )
-            differing = list(_differences(known, json.loads(json.dumps(identity))))
+            differing = list(_differences(known, identity))
             if differing:
                 raise UsageError(
                     f"{self.path} holds a run with other settings: {'; '.join(differing)}. Choose another --name, "
@@ -222,7 +225,7 @@ def _run_problem(record: Any) -> str | None:
     """What of a run's record was changed by hand so that it cannot be used."""
     if not isinstance(record, dict):
         return "is not a JSON object"
-    places = [(key,) for key in ("identity", "model", "datasets")] + [("identity", key) for key in _BY_DATASET]
+    places = [(key,) for key in ("identity", "model", "datasets")] + [("identity", key) for key in BY_DATASET]
     for place in places:
         table: Any = record
         for key in place:
@@ -320,7 +323,7 @@ def _lock_path(path: Path) -> Path:
 def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     for key in (key for key in wanted if key in known):
         old, new = known[key], wanted[key]
-        if key in _BY_DATASET:
+        if key in BY_DATASET:
             yield from (
                 f"{key} of {stem} was {old[stem]}, now {new[stem]}"
                 for stem in sorted(old.keys() & new.keys())
@@ -330,9 +333,6 @@ def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]
             yield f"{key} was {json.dumps(old, ensure_ascii=False)}, now {json.dumps(new, ensure_ascii=False)}"
 
 
-_BY_DATASET = ("templates", "protocol", "data")
-
-
 def _merged(known: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    tables = {key: {**known.get(key, {}), **wanted[key]} for key in _BY_DATASET if key in wanted}
+    tables = {key: {**known.get(key, {}), **wanted[key]} for key in BY_DATASET if key in wanted}
     return {**known, **wanted, **tables}

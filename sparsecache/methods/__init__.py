@@ -2,15 +2,18 @@
 
 import importlib
 import inspect
-import math
 import pkgutil
-from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from sparsecache.errors import UsageError
+from sparsecache.options import Option, constructor_options
 
 if TYPE_CHECKING:
     from sparsecache.methods.base import Method
+
+_WAY_OUT = "--list_methods shows every method's options."
 
 
 def method_names() -> list[str]:
@@ -56,55 +59,52 @@ def make_method(name: str, options: dict[str, Any]) -> "Method":
 
     The constructor itself refuses values out of range (ValueError, passed on as UsageError).
     """
-    try:
+    with refusals(name):
         return load_method(name)(**options)
+
+
+@contextmanager
+def refusals(name: str) -> Iterator[None]:
+    """Turns a method's ValueError about its options into a UsageError with a way out."""
+    try:
+        yield
     except ValueError as error:
-        raise UsageError(f"Method {name} refuses its options: {error}") from error
+        raise UsageError(f"Method {name} refuses its options: {error} {_WAY_OUT}") from error
 
 
 def parse_options(name: str, options: dict[str, str]) -> dict[str, Any]:
     """All options of a method: those given on the command line, converted by their annotations, and defaults.
 
     Raises UsageError for an unknown option or a value that is not of the option's type, with the method's own
-    list.
+    list or what is allowed.
     """
-    parameters = method_options(load_method(name))
-    arguments = {key: parameter.default for key, parameter in parameters.items()}
+    known = method_options(load_method(name))
+    values = {key: option.default for key, option in known.items()}
     for key, text in options.items():
-        if key not in parameters:
-            known = ", ".join(f"{option}={parameter.default}" for option, parameter in parameters.items())
-            raise UsageError(f"Method {name} has no option {key!r}. Its options: {known or 'none'}.")
-        arguments[key] = _convert(name, key, text, parameters[key].annotation)
-    return arguments
+        if key not in known:
+            all_of_them = ", ".join(map(str, known.values())) or "none"
+            raise UsageError(f"Method {name} has no option {key!r}. Its options: {all_of_them}. {_WAY_OUT}")
+        try:
+            values[key] = known[key].convert(text)
+        except ValueError as error:
+            raise UsageError(f"Method {name}: {error} {_WAY_OUT}") from error
+    return values
 
 
-def method_options(kind: "type[Method]") -> dict[str, inspect.Parameter]:
-    """A method's options: the arguments of its constructor, with their defaults."""
-    parameters = inspect.signature(kind.__init__, eval_str=True).parameters
-    options = {
-        name: parameter
-        for name, parameter in parameters.items()
-        if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    }
-    for name, parameter in options.items():
-        if parameter.annotation is parameter.empty or parameter.default is parameter.empty:
-            raise TypeError(f"{kind.__name__}.__init__: option {name} needs an annotation and a default.")
-    return options
+def method_options(kind: "type[Method]") -> dict[str, Option]:
+    """A method's options: the arguments of its constructor."""
+    return constructor_options(kind)
 
 
-def _convert(method: str, key: str, text: str, kind: Any) -> Any:
-    kinds = get_args(kind) or (kind,)  # of `int | None`: both
-    if NoneType in kinds and text.lower() == "none":
-        return None
-    (kind,) = (each for each in kinds if each is not NoneType)
-    if kind is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise UsageError(f"Method {method}: {key}={text!r} is neither true nor false.")
-    try:
-        value = kind(text)
-    except ValueError as error:
-        raise UsageError(f"Method {method}: {key}={text!r} is not of type {kind.__name__}.") from error
-    if isinstance(value, float) and math.isnan(value):
-        raise UsageError(f"Method {method}: {key}={text!r} is not a number.")
-    return value
+def describe_methods() -> Iterator[str]:
+    """Every method: the first line of its file, and its options with default, meaning and what is allowed."""
+    for name in method_names():
+        options = method_options(load_method(name)).values()
+        width = max((len(str(option)) for option in options), default=0)
+        yield f"{name}: {method_meaning(name)}"
+        yield from (f"  -o {option!s:{width}}  {option.meaning} [{option.allowed}]" for option in options)
+
+
+def method_meaning(name: str) -> str:
+    """The first line of the method's file."""
+    return (inspect.getdoc(importlib.import_module(f"{__name__}.{name}")) or "").partition("\n")[0]

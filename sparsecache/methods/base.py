@@ -2,16 +2,18 @@
 
 One instance of a method serves one engine and owns the keys and values of all its slots; a slot is one
 sequence in flight. The decoder knows weights and tokens, the method knows KV; neither looks into the other.
-A step is, for each layer i in order: `anticipate(i + 1)`, if the method speculates and i is not the last, then
-`attend(i)`.
+A step is, for each layer i in order: `anticipate(i + 1)`, if the method guesses and i is not the last, and
+`attend(i)`; which of the two comes first depends on what is guessed from (`guesses_from`).
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+GuessFrom = Literal["input", "own_norm", "residual"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,11 @@ class Method(ABC):
 
     graphable: whether a decode step may be captured in a CUDA graph (no synchronisation, fixed addresses); not read
         yet, since every step is eager so far.
-    speculates: whether `anticipate` is to be called; only then does the decoder compute its query.
+    guesses_from: what the next layer's query is guessed from for `anticipate`; None: it is not called. "input": this
+        layer's attention input, normed as it was (InfiniGen). "own_norm": the same before its norm, with the next
+        layer's norm. "residual": the residual stream after this layer's attention, with the next layer's norm.
+    calibration_version: to be raised when `calibrate` learns something else from the same queries.
+    keeps_new: whether generated tokens are attended to on top of the method's budget.
     lossless: options under which nothing is dropped, so that the text is vanilla's; None if there are none.
     tight: options under which tokens are dropped within a prompt of a few dozen tokens. The contract tests
         (tests/methods) run under the defaults and these, and compare `lossless` with transformers; a method
@@ -40,9 +46,14 @@ class Method(ABC):
     """
 
     graphable = False
-    speculates = False
+    guesses_from: GuessFrom | None = None
+    calibration_version: ClassVar[int] = 1
+    keeps_new: ClassVar[bool] = False
     lossless: ClassVar[dict[str, Any] | None] = None
     tight: ClassVar[dict[str, Any]] = {}
+
+    def check(self, shape: Shape) -> None:  # noqa: B027 (a no-op unless options depend on the shape)
+        """Raises ValueError, in a full sentence, if the options do not fit a model of this shape."""
 
     @abstractmethod
     def allocate(self, shape: Shape, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -51,12 +62,25 @@ class Method(ABC):
     def calibration_text(self) -> str | None:
         """A text whose queries the method wants to see, through `calibrate`, before the first prompt; None: none.
 
-        It is run once, before `allocate`.
+        It is run once, before `allocate`, or never again when `calibration` is restored from an earlier run.
         """
         return None
 
     def calibrate(self, layer: int, q: Tensor) -> None:  # noqa: B027 (a no-op unless a method asks for it)
-        """Is shown a layer's rotated queries over the calibration text, q: [H, L, D]."""
+        """Is shown a layer's rotated queries over the calibration text; once a layer, in order.
+
+        q: [G, H / G, L, D], by the KV head that they read.
+        """
+
+    def calibration(self) -> dict[str, Tensor]:
+        """What `calibrate` learned, by name, for `restore`."""
+        return {}
+
+    def restore(self, calibration: dict[str, Tensor], shape: Shape) -> None:  # noqa: B027 (as calibrate)
+        """Takes what `calibration` of an earlier run returned, instead of `calibrate`.
+
+        Raises ValueError, saying what is wrong with it, if it does not fit a model of this shape.
+        """
 
     @abstractmethod
     def prefill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
@@ -66,10 +90,10 @@ class Method(ABC):
         The attention over the prompt itself is dense and exact, and not the method's business.
         """
 
-    def anticipate(self, layer: int, q: Tensor) -> None:  # noqa: B027 (a no-op unless the method speculates)
-        """Is told, before `layer` runs, what it would ask if the previous layer's attention input were its own.
+    def anticipate(self, layer: int, q: Tensor, slots: Tensor) -> None:  # noqa: B027 (a no-op unless it guesses)
+        """Is told, before `layer` runs, what it will ask, guessed in the layer before from `guesses_from`.
 
-        q: [B, H, 1, D], rotated; its rows are those of the same step's `attend`, which names their slots.
+        q: [B, H, 1, D], rotated; slots as in the same step's `attend`.
         """
 
     @abstractmethod

@@ -21,6 +21,7 @@ def tables(monkeypatch) -> dict[str, dict[str, object]]:
             "window": 64,
             "max_length": 50,
             "chat": "[{prompt}]",
+            "data": "sample",
             "note": "Tiny.",
         },
         "big": {
@@ -42,6 +43,7 @@ def test_a_tables_name_brings_its_settings(tables, monkeypatch) -> None:
     assert (model.name, model.table, model.path, model.hub) == ("tiny", "tiny", Path("base/some/where"), None)
     assert (model.model_type, model.max_length, model.chat, model.note) == ("llama", 50, "[{prompt}]", "Tiny.")
     assert (model.window, find_model("big").window) == (64, None)
+    assert (model.data, find_model("big").data) == ("sample", None)
     assert model.chat_template_args == {"enable_thinking": False, "date_string": "1 May 2024"}
 
 

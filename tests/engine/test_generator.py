@@ -137,7 +137,7 @@ class _Watched(Vanilla):
         super().release(slot)
 
     def report(self, slot: int) -> dict[str, int]:
-        return {"slot": slot, "kept": int(self._lengths[0, slot])}
+        return {"slot": slot, "kept": int(self._cache.lengths[0, slot])}
 
 
 def test_slots_are_shared_reused_and_released(folder, make_engine, make_prompts) -> None:

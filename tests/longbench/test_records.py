@@ -1,6 +1,7 @@
 """Prediction files and run.json through kills, full disks and several processes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -400,3 +401,15 @@ def test_rows_that_the_record_does_not_know_are_not_adopted(tmp_path: Path) -> N
     folder.claim({"window": 200, "data": {"trec": "a"}})
     with pytest.raises(UsageError, match="holds predictions of qasper but no run.json that says how"):
         folder.claim({"window": 200, "data": {"qasper": "b"}})
+
+
+def test_an_infinite_value_is_recorded_as_text_and_compared(tmp_path: Path) -> None:
+    """JSON has no infinity, and an option may well be infinite."""
+    folder = RunFolder(tmp_path)
+    identity = {"options": {"alpha": math.inf, "least": -math.inf, "budget": 0.1, "window": None, "skew": True}}
+    for _ in range(2):
+        folder.claim(identity)
+        recorded = folder.read()["identity"]["options"]
+        assert recorded == {"alpha": "inf", "least": "-inf", "budget": 0.1, "window": None, "skew": True}
+    with pytest.raises(UsageError, match=r'options was \{"alpha": "inf".*now \{"alpha": 5.0'):
+        folder.claim({"options": {**identity["options"], "alpha": 5.0}})

@@ -44,7 +44,13 @@ def decoder(checkpoint: Callable[[str], Path]) -> Callable[[str, Method], Decode
         found = Checkpoint(checkpoint(model_type))
         architecture = load_family(model_type).architecture(found.config)
         weights = found.load(architecture, CPU, torch.float32)
-        return Decoder(architecture, weights, Rope(found.config, CPU), method)
+        made = Decoder(architecture, weights, Rope(found.config, CPU), method)
+        method.check(made.shape)
+        text = method.calibration_text()
+        if text is not None:
+            with torch.inference_mode():
+                made.calibrate(torch.tensor(found.tokenizer(text)["input_ids"][:300]), lambda layers: None)
+        return made
 
     return make
 

@@ -1,5 +1,6 @@
 """Methods are found by file name, without torch, and options are converted by annotation."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,49 @@ import pytest
 
 import sparsecache.methods
 from sparsecache.errors import UsageError
-from sparsecache.methods import check_method_name, load_method, make_method, method_names, parse_options
+from sparsecache.methods import (
+    check_method_name,
+    describe_methods,
+    load_method,
+    make_method,
+    method_meaning,
+    method_names,
+    method_options,
+    parse_options,
+)
 from sparsecache.methods.vanilla import Vanilla
 
-GOOD = """
+GOOD = """'''{name}: a paper and its address.
+
+More of it.
+'''
+
+from typing import Annotated, Literal
+
 from sparsecache.methods.vanilla import Vanilla as Base
 
 
 class {name}(Base):
-    def __init__(self, budget: int = 64, share: float = 0.5, exact: bool = False, mode: str = "mean",
-                 window: int | None = None, args: int = 1):
+    def __init__(
+        self,
+        budget: Annotated[int, "tokens attended to, 1 or more"] = 64,
+        share: Annotated[float, "how wide"] = 0.5,
+        exact: Annotated[bool, "no guessing"] = False,
+        mode: str = "mean",
+        window: Annotated[int | None, "last tokens; none: all"] = None,
+        fetch: Annotated[Literal["mean", "per_head"], "how many for a layer"] = "mean",
+        rule: "Annotated[Literal['max'] | None, 'a second one']" = None,
+        args: int = 1,
+    ):
         if budget < 1:
             raise ValueError(f"budget is {{budget}}; it must be 1 or more.")
-        self.chosen = dict(budget=budget, share=share, exact=exact, mode=mode, window=window, args=args)
+        self.chosen = dict(budget=budget, share=share, exact=exact, mode=mode, window=window, fetch=fetch, rule=rule,
+                           args=args)
 """
+DEFAULTS = {
+    "budget": 64, "share": 0.5, "exact": False, "mode": "mean", "window": None, "fetch": "mean", "rule": None,
+    "args": 1,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -80,38 +110,85 @@ def test_vanilla_is_found_and_has_no_options() -> None:
 
 def test_options_are_converted_and_completed(add_method) -> None:
     add_method("sieve.py", GOOD.format(name="Sieve"))
-    defaults = {"budget": 64, "share": 0.5, "exact": False, "mode": "mean", "window": None, "args": 1}
-    assert parse_options("sieve", {}) == defaults
-    given = {"budget": "7", "share": "1e-2", "exact": "True", "mode": "7", "window": "8"}
+    assert parse_options("sieve", {}) == DEFAULTS
+    given = {
+        "budget": "7", "share": "1e-2", "exact": "True", "mode": "7", "window": "8", "fetch": "per_head", "rule": "max",
+    }  # fmt: skip
     found = parse_options("sieve", given)
-    assert found == {"budget": 7, "share": 0.01, "exact": True, "mode": "7", "window": 8, "args": 1}
-    assert [type(found[key]) for key in given] == [int, float, bool, str, int]
+    assert found == {
+        "budget": 7, "share": 0.01, "exact": True, "mode": "7", "window": 8, "fetch": "per_head", "rule": "max",
+        "args": 1,
+    }  # fmt: skip
+    assert [type(found[key]) for key in given] == [int, float, bool, str, int, str, str]
     assert make_method("sieve", found).chosen == found
-    assert parse_options("sieve", {"exact": "false", "window": "none"}) == defaults
+    assert parse_options("sieve", {"exact": "false", "window": "none", "rule": "None"}) == DEFAULTS
+    assert parse_options("sieve", {"share": "inf"})["share"] == math.inf
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("budget", "many", r"Method sieve: budget='many' is not of type int"),
-        ("budget", "0.5", r"budget='0.5' is not of type int"),
-        ("share", "half", r"share='half' is not of type float"),
+        (
+            "budget",
+            "many",
+            r"Method sieve: budget='many' is not a whole number\. budget: tokens attended to, 1 or more "
+            r"\(default 64\)\. --list_methods shows",
+        ),
+        ("budget", "0.5", r"budget='0.5' is not a whole number"),
+        ("budget", "inf", r"budget='inf' is not a whole number"),
+        ("share", "half", r"share='half' is not a number\. share: how wide"),
         ("share", "nan", r"share='nan' is not a number"),
-        ("exact", "yes", r"exact='yes' is neither true nor false"),
-        ("window", "wide", r"window='wide' is not of type int"),
-        ("budgets", "1", r"no option 'budgets'. Its options: budget=64, share=0.5, .*window=None"),
+        ("share", "none", r"share='none' is not a number"),
+        ("exact", "yes", r"exact='yes' is not true or false"),
+        ("window", "wide", r"window='wide' is not a whole number or none\. .*\(default none\)"),
+        ("fetch", "max", r"fetch='max' is not one of mean, per_head\. fetch: how many for a layer \(default mean\)"),
+        ("rule", "mean", r"rule='mean' is not one of max or none"),
+        ("args", "x", r"args='x' is not a whole number\. --list_methods"),
+        (
+            "budgets",
+            "1",
+            r"no option 'budgets'. Its options: budget=64, share=0.5, exact=false, .*window=none, .*args=1\. "
+            r"--list_methods",
+        ),
         ("self", "1", r"no option 'self'"),
     ],
 )
-def test_bad_options_are_refused_with_the_value(key, value, message, add_method) -> None:
+def test_bad_options_are_refused_with_the_value_and_what_is_allowed(key, value, message, add_method) -> None:
     add_method("sieve.py", GOOD.format(name="Sieve"))
     with pytest.raises(UsageError, match=message):
         parse_options("sieve", {key: value})
 
 
+def test_every_method_is_described_with_its_options(add_method) -> None:
+    add_method("sieve.py", GOOD.format(name="Sieve"))
+    lines = list(describe_methods())
+    assert [line.partition(":")[0] for line in lines if line[0] != " "] == method_names()
+    start = lines.index("sieve: Sieve: a paper and its address.")
+    assert lines[start + 1 : start + 9] == [
+        "  -o budget=64    tokens attended to, 1 or more [a whole number]",
+        "  -o share=0.5    how wide [a number]",
+        "  -o exact=false  no guessing [true or false]",
+        "  -o mode=mean     [a text]",
+        "  -o window=none  last tokens; none: all [a whole number or none]",
+        "  -o fetch=mean   how many for a layer [one of mean, per_head]",
+        "  -o rule=none    a second one [one of max or none]",
+        "  -o args=1        [a whole number]",
+    ]
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_and_every_option_has_its_meaning_in_one_line(name) -> None:
+    assert method_meaning(name).strip(), f"methods/{name} begins without a docstring."
+    for option in method_options(load_method(name)).values():
+        whole = f'-o {option.name}: annotate it Annotated[type, "meaning"], with one line that does not end in a stop.'
+        assert option.meaning and option.meaning == " ".join(option.meaning.split()).rstrip("."), whole
+
+
 def test_a_value_out_of_range_is_refused_in_the_methods_words(add_method) -> None:
     add_method("sieve.py", GOOD.format(name="Sieve"))
-    with pytest.raises(UsageError, match=r"Method sieve refuses its options: budget is 0; it must be 1 or more\."):
+    with pytest.raises(
+        UsageError, match=r"Method sieve refuses its options: budget is 0; it must be 1 or more\. --list_"
+    ):
         make_method("sieve", parse_options("sieve", {"budget": "0"}))
 
 
@@ -149,4 +226,12 @@ def test_an_option_without_a_type_or_a_default_is_a_mistake_of_the_file(argument
     source = "from sparsecache.methods.vanilla import Vanilla as Base\n\n\nclass Sieve(Base):\n"
     add_method("sieve.py", f"{source}    def __init__(self, {argument}):\n        pass\n")
     with pytest.raises(TypeError, match="Sieve.*option budget needs an annotation and a default"):
+        parse_options("sieve", {})
+
+
+@pytest.mark.parametrize("kind", ["list[int]", "int | float", "object", "None", "dict"])
+def test_an_option_that_no_text_can_give_is_a_mistake_of_the_file(kind, add_method) -> None:
+    source = "from sparsecache.methods.vanilla import Vanilla as Base\n\n\nclass Sieve(Base):\n"
+    add_method("sieve.py", f"{source}    def __init__(self, budget: {kind} = None):\n        pass\n")
+    with pytest.raises(TypeError, match=r"Sieve.*option budget is of type .*Types: float, int, bool, str, Literal"):
         parse_options("sieve", {})

@@ -1,0 +1,172 @@
+"""The pool that holds keys and values of the sparse layers: rows for tokens, victims when it is full.
+
+A sequence holds at most its capacity of tokens in each layer and KV head. As long as nothing was evicted, row i is
+position i. Knows nothing of scores; it is told which rows were selected.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sparsecache.methods.base import Shape
+
+Eviction = Literal["fifo", "lru", "counter"]
+EVICTIONS = get_args(Eviction)
+SATURATED = 255
+_EMPTY = 2**31 - 1
+
+
+class Pool:
+    """Rows of all sparse layers and slots, allocated once, on the device or (`offload`) in pinned host memory.
+
+    positions, last_selected, selections: [layers, slots, G, rows]: which token a row holds (a huge number: none),
+    the position of the query that selected it last (at first its own), and how often it was selected.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        rows: int,
+        shape: Shape,
+        eviction: Eviction,
+        offload: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        size = (layers, slots, shape.kv_heads, rows)
+        where = torch.device("cpu") if offload else device
+        pinned = offload and device.type == "cuda"
+        self.keys = torch.zeros(*size, shape.head_dim, device=where, dtype=dtype, pin_memory=pinned)
+        self.values = torch.zeros(*size, shape.head_dim, device=where, dtype=dtype, pin_memory=pinned)
+        self.positions = torch.full(size, _EMPTY, device=device, dtype=torch.int64)
+        self.last_selected = torch.zeros(size, device=device, dtype=torch.int64)
+        self.selections = torch.zeros(size, device=device, dtype=torch.int64)
+        self._held = torch.zeros((layers, slots), device=device, dtype=torch.int64)
+        self._capacity = torch.full((slots,), rows, device=device, dtype=torch.int64)
+        self._eviction, self._where, self._heads = eviction, where, torch.arange(shape.kv_heads, device=device)
+        self._evicted = [False] * slots  # whether a row may hold another position than its own
+
+    def rows_held(self, layer: int) -> int:
+        """How many rows, counted from the first, hold the tokens of all slots."""
+        return int(self._held[layer].max())
+
+    def fill(
+        self, layer: int, slot: int, k: Tensor, v: Tensor, capacity: int, selections: "Selections | None"
+    ) -> Tensor:
+        """Takes a prompt's k and v [G, L, D] into an empty slot that may hold `capacity` tokens.
+
+        A longer prompt is cut to that by the eviction policy, from the selections that `selections` counted. Returns
+        the positions that stay, ascending: [G, at most capacity].
+        """
+        length = k.shape[1]
+        kept = torch.arange(length, device=self.positions.device).expand(len(k), -1)
+        state = selections or Selections(len(k), length, self.positions.device)
+        if length > capacity:
+            kept = state.survivors(self._eviction, capacity)
+            k, v = (x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])) for x in (k, v))
+        held = kept.shape[1]
+        self._evicted[slot] = length > capacity
+        self._capacity[slot] = capacity
+        self._held[layer, slot] = held
+        self.keys[layer, slot, :, :held], self.values[layer, slot, :, :held] = k.to(self._where), v.to(self._where)
+        self.positions[layer, slot] = _EMPTY
+        self.positions[layer, slot, :, :held] = kept
+        self.last_selected[layer, slot, :, :held] = state.last_selected.gather(1, kept)
+        self.selections[layer, slot, :, :held] = state.selections.gather(1, kept)
+        return kept
+
+    def order(self, layer: int, slots: Tensor, rows: int) -> Tensor | None:
+        """The first `rows` rows by rising position, [B, G, rows]; None where row i holds position i."""
+        if not any(self._evicted):
+            return None
+        return self.positions[layer, slots, :, :rows].argsort(dim=-1, stable=True)
+
+    def empty(self, layer: int, slots: Tensor, rows: int) -> Tensor:
+        """Which of the first `rows` rows hold no token: [B, rows]."""
+        return torch.arange(rows, device=slots.device) >= self._held[layer, slots][:, None]
+
+    def fetch(self, layer: int, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of `rows` [B, G, N] (-1: anything): two [B, G, N, D] on the device."""
+        index = tuple(x.to(self._where) for x in (slots[:, None, None], self._heads[:, None], rows.clamp(min=0)))
+        return (
+            self.keys[layer][index].to(rows.device, non_blocking=True),
+            self.values[layer][index].to(rows.device, non_blocking=True),
+        )
+
+    def note_selected(self, layer: int, slots: Tensor, rows: Tensor, at: Tensor) -> None:
+        """Counts a selection of `rows` [B, G, N] (-1: none) by the queries at positions `at` [B]."""
+        index = (slots[:, None], self._heads)
+        chosen = torch.zeros(*rows.shape[:2], self.positions.shape[-1] + 1, device=rows.device, dtype=torch.bool)
+        chosen.scatter_(2, rows.masked_fill(rows < 0, self.positions.shape[-1]), True)
+        chosen = chosen[..., :-1]
+        counts = _counted(self.selections[layer][index], chosen)
+        self.selections[layer][index] = counts
+        self.last_selected[layer][index] = torch.where(chosen, at[:, None, None], self.last_selected[layer][index])
+
+    def append(self, layer: int, slots: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        """Takes one token [B, G, 1, D] at `position` [B] into each slot, in place of a victim where it is full.
+
+        Returns its row for each KV head, [B, G].
+        """
+        held, capacity = self._held[layer, slots], self._capacity[slots]
+        full = held >= capacity
+        rows = torch.where(full, capacity - 1, held)[:, None].expand(-1, len(self._heads))
+        if bool(full.any()):
+            rows = torch.where(full[:, None], self._victims(layer, slots), rows)
+            for slot in slots[full].tolist():
+                self._evicted[slot] = True
+        index = (slots[:, None], self._heads, rows)
+        at = tuple(x.to(self._where) for x in index)
+        self.keys[layer][at], self.values[layer][at] = k[:, :, 0].to(self._where), v[:, :, 0].to(self._where)
+        self.positions[layer][index] = position[:, None]
+        self.last_selected[layer][index] = position[:, None]
+        self.selections[layer][index] = 0
+        self._held[layer, slots] = torch.minimum(held + 1, capacity)
+        return rows
+
+    def release(self, slot: int) -> None:
+        """Forgets a slot."""
+        self._held[:, slot] = 0
+        self._evicted[slot] = False
+        self.positions[:, slot] = _EMPTY
+
+    def _victims(self, layer: int, slots: Tensor) -> Tensor:
+        """The row of each KV head that is to be replaced: [B, G]."""
+        positions = self.positions[layer, slots]
+        worth = _worth(self._eviction, positions, self.last_selected[layer, slots], self.selections[layer, slots])
+        return worth.masked_fill(positions == _EMPTY, torch.iinfo(torch.int64).max).argmin(-1)
+
+
+class Selections:
+    """Which tokens of a prompt its last queries select, for a prompt that is longer than the pool."""
+
+    def __init__(self, kv_heads: int, length: int, device: torch.device) -> None:
+        self.positions = torch.arange(length, device=device).expand(kv_heads, -1)
+        self.last_selected = self.positions.clone()
+        self.selections = torch.zeros(kv_heads, length, device=device, dtype=torch.int64)
+
+    def note(self, positions: Tensor, at: int) -> None:
+        """Counts a selection of `positions` [G, N] (-1: none) by the query at position `at`."""
+        chosen = torch.zeros(len(positions), self.positions.shape[1] + 1, device=positions.device, dtype=torch.bool)
+        chosen = chosen.scatter_(1, positions.masked_fill(positions < 0, self.positions.shape[1]), True)[:, :-1]
+        self.selections = _counted(self.selections, chosen)
+        self.last_selected = self.last_selected.masked_fill(chosen, at)
+
+    def survivors(self, eviction: Eviction, capacity: int) -> Tensor:
+        """The `capacity` positions of each KV head that are evicted last, ascending: [G, capacity]."""
+        worth = _worth(eviction, self.positions, self.last_selected, self.selections)
+        return worth.topk(capacity, -1).indices.sort(-1).values
+
+
+def _counted(selections: Tensor, chosen: Tensor) -> Tensor:
+    """One more selection of the chosen; all counters of a KV head halve when one saturates."""
+    selections = selections + chosen.long()
+    return torch.where((selections >= SATURATED).any(-1, keepdim=True), selections // 2, selections)
+
+
+def _worth(eviction: Eviction, positions: Tensor, last_selected: Tensor, selections: Tensor) -> Tensor:
+    """The lowest is evicted first; ties go to the lower position."""
+    first = {"fifo": positions, "lru": last_selected, "counter": selections}[eviction]
+    return first * 2**32 + positions

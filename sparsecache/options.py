@@ -1,0 +1,87 @@
+"""Options that are typed as text: read off the arguments of a constructor, shown, converted. Knows no method."""
+
+import inspect
+import math
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+_WORDS: dict[Any, str] = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: what may be given, what is taken otherwise, and what it means in one line.
+
+    kind: float, int, bool, str, or a Literal of texts; optional: whether `none` may be given too.
+    """
+
+    name: str
+    kind: Any
+    optional: bool
+    default: Any
+    meaning: str
+
+    @property
+    def allowed(self) -> str:
+        """What may be given, in words."""
+        choices = ", ".join(map(show, get_args(self.kind)))
+        return (_WORDS.get(self.kind) or f"one of {choices}") + (" or none" if self.optional else "")
+
+    def __str__(self) -> str:
+        return f"{self.name}={show(self.default)}"
+
+    def convert(self, text: str) -> Any:
+        """The value that `text` stands for. Raises ValueError, in full sentences, where it is not allowed."""
+        if self.optional and text.lower() == "none":
+            return None
+        try:
+            return self._read(text)
+        except (KeyError, ValueError):
+            meaning = f" {self.name}: {self.meaning} (default {show(self.default)})." if self.meaning else ""
+            raise ValueError(f"{self.name}={text!r} is not {self.allowed}.{meaning}") from None
+
+    def _read(self, text: str) -> Any:
+        if self.kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if get_origin(self.kind) is Literal:
+            return {show(choice): choice for choice in get_args(self.kind)}[text]
+        value = self.kind(text)
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError
+        return value
+
+
+def show(value: Any) -> str:
+    """A value as it is typed."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def constructor_options(kind: type) -> dict[str, Option]:
+    """The arguments of a class's constructor, annotated `Annotated[type, "one-line meaning"]`, as options.
+
+    The type is one of those of Option, or `type | None`. Raises TypeError, naming the class, for an argument without
+    an annotation or a default, or of another type.
+    """
+    parameters = inspect.signature(kind, eval_str=True).parameters
+    return {
+        name: _option(kind, parameter)
+        for name, parameter in parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+
+
+def _option(owner: type, parameter: inspect.Parameter) -> Option:
+    annotation, meaning = parameter.annotation, ""
+    if annotation is parameter.empty or parameter.default is parameter.empty:
+        raise TypeError(f"{owner.__name__}.__init__: option {parameter.name} needs an annotation and a default.")
+    if get_origin(annotation) is Annotated:
+        annotation, meaning = get_args(annotation)[:2]
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    values = [kind for kind in kinds if kind is not NoneType]
+    if len(values) != 1 or (values[0] not in _WORDS and get_origin(values[0]) is not Literal):
+        raise TypeError(
+            f"{owner.__name__}.__init__: option {parameter.name} is of type {annotation}, which -o cannot give. Types: "
+            f"float, int, bool, str, Literal of texts, and each of these | None."
+        )
+    return Option(parameter.name, values[0], NoneType in kinds, parameter.default, meaning)

@@ -1,0 +1,107 @@
+"""What a sparse method reported of its rows: means over those that have a number, sums, and nothing from nowhere."""
+
+from typing import Any
+
+import pytest
+
+from sparsecache.longbench.kept import Kept, dropped_nothing, kept_lines, kept_of, percent
+
+
+def row(kept: Any = 0.25, **more: Any) -> dict[str, Any]:
+    return {"pred": "x", "kept": kept, "sparse_steps": 10, "capped_steps": 10, "dense_layers": 2, **more}
+
+
+SHORT = row(None, sparse_steps=0, capped_steps=0)
+ERROR = {"pred": "", "error": "OutOfMemoryError"}
+
+
+def test_rows_without_a_number_are_counted_and_left_out_of_the_mean() -> None:
+    assert kept_of([row(0.1), row(0.3), SHORT, ERROR]) == Kept(
+        share=0.2,
+        rows=2,
+        idle_rows=1,
+        sparse_steps=20,
+        capped_steps=20,
+        capped_rows=2,
+        dropping_rows=2,
+        dense_layers=frozenset({2}),
+        fetched_bytes=None,
+        gpu_cache_hit=None,
+    )
+
+
+def test_rows_of_the_full_cache_report_nothing() -> None:
+    assert kept_of([{"pred": "x"}, ERROR]) is None
+    assert kept_of([]) is None
+    assert kept_of([{**ERROR, "kept": 0.5}]) is None
+
+
+def test_rows_too_short_for_a_sparse_step_have_no_mean() -> None:
+    found = kept_of([SHORT, SHORT])
+    assert found is not None
+    assert (found.share, found.rows, found.idle_rows, found.sparse_steps) == (None, 0, 2, 0)
+
+
+def test_what_offload_reports_is_summed_and_averaged_where_it_is() -> None:
+    rows = [row(fetched_bytes=100, gpu_cache_hit=0.5), row(fetched_bytes=50, gpu_cache_hit=None)]
+    found = kept_of([*rows, row(fetched_bytes=2, gpu_cache_hit=1.0)])
+    assert found is not None
+    assert (found.fetched_bytes, found.gpu_cache_hit) == (152, 0.75)
+    assert (found.as_json()["fetched_bytes"], found.as_json()["gpu_cache_hit"]) == (152, 0.75)
+    plain = kept_of([row()])
+    assert plain is not None and not {"fetched_bytes", "gpu_cache_hit"} & plain.as_json().keys()
+
+
+@pytest.mark.parametrize("kept", ["0.5", True, float("nan"), float("inf"), [1], {"x": 1}])
+def test_what_is_no_number_in_files_from_elsewhere_counts_as_none(kept: Any) -> None:
+    found = kept_of([row(kept), row(0.5)])
+    assert found is not None
+    assert (found.share, found.rows, found.idle_rows) == (0.5, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (None, "-"),
+        (1.0, "100.0%"),
+        (0.2534, "25.3%"),
+        (0.01, "1.0%"),
+        (0.00987, "0.99%"),
+        (0.0004, "0.04%"),
+        (0, "0.00%"),
+    ],
+)
+def test_shares_below_one_percent_have_two_digits(share: float | None, text: str) -> None:
+    assert percent(share) == text
+
+
+def test_one_line_says_what_the_share_is_of() -> None:
+    (line,) = kept_lines([kept_of([row(), SHORT]), None, kept_of([row()])])
+    assert line == (
+        "Kept: mean share of past tokens attended to, over 20 sparse steps of 2 rows (1 more had no sparse step); "
+        "dense layers: 2."
+    )
+    (line,) = kept_lines([kept_of([row(dense_layers=0)])])
+    assert line.endswith("over 10 sparse steps of 1 rows.")
+    assert list(kept_lines([None, None])) == []
+
+
+WHOLE = row(1.0)
+LOSSLESS = row(1.0, capped_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("datasets", "rows"),
+    [
+        ([[WHOLE, WHOLE], [WHOLE]], 3),
+        ([[WHOLE, LOSSLESS, SHORT, ERROR]], 1),
+        ([[WHOLE, WHOLE], [row(0.999)]], 0),
+        ([[LOSSLESS, SHORT]], 0),
+        ([[WHOLE, row(0.5, capped_steps=0)]], 1),
+        ([[{"pred": "x"}], []], 0),
+    ],
+)
+def test_a_method_did_nothing_where_no_row_above_its_cap_kept_less_than_all(
+    datasets: list[list[dict[str, Any]]], rows: int
+) -> None:
+    assert dropped_nothing(map(kept_of, datasets)) == rows

@@ -1,0 +1,95 @@
+"""H2O against accumulated attention, added up one query, head and token at a time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsecache.methods._evicting import attention_sums
+from sparsecache.methods.h2o import H2O
+from tests.methods.stepping import Kept, Text, cap_of, check_against, probabilities, random_text, random_texts, shape_of
+
+
+def _kept(text: Text, layer: int, budget: float) -> list[Kept]:
+    heads = range(text.k.shape[1])
+    each = [_kept_of_head(text, layer, budget, kv) for kv in heads]
+    return [[each[kv][step] for kv in heads] for step in range(text.new)]
+
+
+def _kept_of_head(text: Text, layer: int, budget: float, kv: int) -> list[list[int]]:
+    got: dict[int, float] = {}
+    for at in range(text.prompt):
+        got[at] = 0.0
+        _add(got, text, layer, kv, at)
+    steps = []
+    for past in range(text.prompt, text.prompt + text.new):
+        _evict(got, past, cap_of(budget, past))
+        steps.append(sorted(got))
+        got[past] = 0.0
+        _add(got, text, layer, kv, past)
+    return steps
+
+
+def _add(got: dict[int, float], text: Text, layer: int, kv: int, at: int) -> None:
+    """The attention of the query at `at`, of each head of the KV head, to all that is there."""
+    positions = list(got)
+    for head in range(kv * text.group, (kv + 1) * text.group):
+        weights = probabilities(text, layer, head, at, positions)
+        for position, weight in zip(positions, weights, strict=True):
+            got[position] += weight
+
+
+def _evict(got: dict[int, float], past: int, cap: int) -> None:
+    """Half of the cap, rounded up, are recent; of the others those leave that got least, of equals the earliest."""
+    while len(got) > cap:
+        others = sorted(got)[: len(got) - (cap + 1) // 2]
+        del got[min(others, key=lambda position: (got[position], position))]
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("budget", [0.2, 0.5, 0.03, 1.0, 1, 2, 9, 500])
+def test_heavy_hitters_and_recent_tokens_are_kept(budget, group) -> None:
+    shape = shape_of(group)
+    method = H2O(budget=budget, dense_layers=1)
+    check_against(lambda text, layer: _kept(text, layer, budget), method, shape, random_texts(shape))
+
+
+def test_of_equals_the_earliest_leaves() -> None:
+    """Token 3 gets all attention once it is there, so that all later ones tie; the last query looks at all alike."""
+    shape = shape_of(2, layers=1)
+    text = random_text(shape, 20, 15, seed=1)
+    q, k = torch.zeros_like(text.q), torch.zeros_like(text.k)
+    q[:, :, :-1, 0], k[:, :, 3, 0] = 1.0, 1e5
+
+    def truth(text: Text, layer: int) -> list[Kept]:
+        return [[[0, 1, 2, 3, *range(past - 11, past)]] * 2 for past in range(20, 35)]
+
+    check_against(truth, H2O(budget=15, dense_layers=0), shape, [replace(text, q=q, k=k)])
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("first", [0, 5, 63, 64, 129])
+def test_attention_sums_are_those_of_the_whole_matrix(first, group) -> None:
+    text = random_text(shape_of(group, layers=1), 130, 0, seed=2)
+    q, k = text.q[0].double(), text.k[0].double()
+    scores = q @ k.repeat_interleave(group, 0).mT / 6**0.5
+    whole = scores.masked_fill(torch.ones(130, 130, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    expected = whole[:, first:].sum(1).view(-1, group, 130).sum(1).float()
+    torch.testing.assert_close(attention_sums(text.q[0], text.k[0], first), expected)
+
+
+def test_what_a_prompt_takes_does_not_grow_with_its_square() -> None:
+    """Attention is summed in blocks of queries: no tensor of L x L."""
+    seen = []
+
+    class Largest(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                seen.append(out.untyped_storage().nbytes() // out.element_size())
+            return out
+
+    text = random_text(shape_of(2, layers=1), 1500, 0, seed=3)
+    with Largest():
+        attention_sums(text.q[0], text.k[0], 0)
+    assert 0 < max(seen) <= 4 * 64 * 1500
