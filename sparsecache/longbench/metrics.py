@@ -7,19 +7,19 @@ cannot score it raises on; the caller decides what that is worth. The behaviour 
 
 import difflib
 import re
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
+from sparsecache.longbench import rouge
 from sparsecache.longbench.text import chinese_words, jieba_cut, normalized_words
 
 EDIT_BACKENDS = ("difflib", "fuzzywuzzy")
-_OFFICIAL_FRAMES = 999  # what fits under Python's usual recursion limit, which the reference scorer runs with
+# Python's usual recursion limit, less the frames of `rouge` around its recursion: what remains for the caller's and one
+# for each step. (Python 3.11 and before, which count comparisons in C as well, may stop a step earlier.)
+_ROUGE_FRAMES = 1000 - 7
 
 
 @dataclass
@@ -132,52 +132,7 @@ def _fuzzywuzzy_ratio() -> Callable[[str, str], int]:
 
 
 def _rouge_l(prediction: str, answer: str, context: Context, official_frames: int) -> float:
-    """ROUGE-L of `rouge`, which recurses once for every token that its backtrace passes.
-
-    The reference scorer runs it `official_frames` deep under Python's usual limit of 1000, and takes the
-    RecursionError for 0.0. Here that limit is set relative to where we stand, then lifted.
-    """
-    wanted = _OFFICIAL_FRAMES - official_frames + 1  # one more, for _package_rouge_l
-    limit = sys.getrecursionlimit() - _spare_frames() + wanted
-    try:
-        with _recursion_limit(limit):
-            return _package_rouge_l(prediction, answer)
-    except RecursionError:
-        context.too_deep = True
-        if context.official_recursion:
-            return 0.0
-    with _recursion_limit(limit + len(prediction) + len(answer)):
-        return _package_rouge_l(prediction, answer)
-
-
-@cache
-def _rouge() -> Any:
-    from rouge import Rouge
-
-    return Rouge(metrics=["rouge-l"])
-
-
-def _package_rouge_l(prediction: str, answer: str) -> float:
-    score: float = _rouge().get_scores([prediction], [answer], avg=True)["rouge-l"]["f"]
-    return score
-
-
-def _spare_frames() -> int:
-    """How many Python frames still fit below the caller's.
-
-    Tried out, since the interpreter's count is no number of frames: Python 3.11 counts calls out of C as well.
-    """
-    try:
-        return 1 + _spare_frames()
-    except RecursionError:
-        return 0
-
-
-@contextmanager
-def _recursion_limit(limit: int) -> Iterator[None]:
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit)
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(before)
+    """ROUGE-L, and whether the reference scorer, which stands `official_frames` deep, runs out of frames."""
+    score, too_deep = rouge.rouge_l(prediction, answer, _ROUGE_FRAMES - official_frames)
+    context.too_deep |= too_deep
+    return 0.0 if too_deep and context.official_recursion else score

@@ -105,13 +105,11 @@ def test_jieba_rouge_l_is_the_packages_over_jiebas_words(prediction: str, answer
 @pytest.mark.parametrize("metric", [metrics.rouge_l, metrics.jieba_rouge_l])
 @pytest.mark.parametrize("text", ["", ".", "..."])
 def test_rouge_l_raises_where_the_package_does(metric: Callable[[str, str, Context], float], text: str) -> None:
-    limit = sys.getrecursionlimit()
     with pytest.raises(ValueError, match="Collections must contain"):
         Rouge(["rouge-l"]).get_scores(text, "a cat")
     for pair in ((text, "a cat"), ("a cat", text)):
-        with pytest.raises(ValueError, match="Collections must contain"):
+        with pytest.raises(ValueError, match="needs a sentence in both texts"):
             metric(*pair, Context())
-    assert sys.getrecursionlimit() == limit
 
 
 # The reference scorer's shape: module -> scorer() -> metric -> Rouge().get_scores, and a bare except. For each case

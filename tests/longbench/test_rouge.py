@@ -1,0 +1,162 @@
+"""Our ROUGE-L against the package that published tables were made with: equal floats, and its depth of recursion."""
+
+import json
+import random
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from unittest.mock import patch
+
+import jieba
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rouge import Rouge
+
+from sparsecache.longbench.metrics import Context, jieba_rouge_l
+from sparsecache.longbench.rouge import rouge_l
+
+RunPython = Callable[..., CompletedProcess[str]]
+PACKAGE = Rouge(["rouge-l"])
+
+# Few words, so that most walks have ties to decide.
+PIECES = st.sampled_from([*"abc", *"abc", "the", ".", ". ", " . ", "a.b", "..", "\n", "\u3000", "\x85", "\x1f", "é"])
+TEXTS = (
+    st.lists(PIECES, max_size=60).map(" ".join)
+    | st.lists(st.sampled_from("ab"), max_size=80).map(" ".join)
+    | st.lists(PIECES, max_size=12).map("".join)
+    | st.text(max_size=40)
+)
+CHINESE = st.text("北京大学生前来应聘，。的的 .\nA1", max_size=40)
+
+
+def package(prediction: str, answer: str) -> float | None:
+    """None where it raises ValueError. Texts must be too short for its recursion."""
+    try:
+        score: float = PACKAGE.get_scores([prediction], [answer], avg=True)["rouge-l"]["f"]
+    except ValueError:
+        return None
+    return score
+
+
+def ours(prediction: str, answer: str) -> float | None:
+    try:
+        return rouge_l(prediction, answer, 990)[0]
+    except ValueError:
+        return None
+
+
+@settings(max_examples=500)
+@given(TEXTS, TEXTS, st.sampled_from([1, 2, 7, 512]))
+@example("", "", 512)
+@example(" ", " ", 512)
+@example("...", "a", 512)
+@example("a . . b", "b. .a", 512)
+@example("a", "a", 1)
+@example(" ".join("ab" * 40), " ".join("ba" * 40), 1)
+def test_any_texts_score_as_by_the_package(prediction: str, answer: str, rows_kept: int) -> None:
+    with patch("sparsecache.longbench.rouge._ROWS_KEPT", rows_kept):
+        assert ours(prediction, answer) == package(prediction, answer)
+
+
+@given(CHINESE, CHINESE)
+def test_words_of_jieba_score_as_by_the_package(prediction: str, answer: str) -> None:
+    expected = package(" ".join(jieba.cut(prediction)), " ".join(jieba.cut(answer)))
+    try:
+        assert jieba_rouge_l(prediction, answer, Context()) == expected
+    except ValueError:
+        assert expected is None
+
+
+@pytest.mark.parametrize(("prediction", "answer"), [("", "a"), ("a", ""), (".", "a"), ("a", "..."), ("", ".")])
+def test_a_text_without_a_sentence_is_refused(prediction: str, answer: str) -> None:
+    assert package(prediction, answer) is None
+    with pytest.raises(ValueError, match="needs a sentence in both texts"):
+        rouge_l(prediction, answer, 990)
+
+
+def test_real_predictions_score_as_by_the_package(fixtures_dir: Path) -> None:
+    pairs = [
+        tuple(" ".join(jieba.cut(text)) if name in ("vcsum", "dureader") else text for text in (row["pred"], answer))
+        for name in ("gov_report", "qmsum", "multi_news", "samsum", "vcsum", "dureader")
+        for path in fixtures_dir.glob(f"pred*/*/{name}.jsonl")
+        for row in map(json.loads, path.read_bytes().rstrip(b"\n").split(b"\n"))
+        for answer in row["answers"]
+    ]
+    assert len(pairs) > 180
+    assert [ours(*pair) for pair in pairs] == [package(*pair) for pair in pairs]
+
+
+# For many texts: the fewest steps that are enough by `rouge_l`, and whether they are for the package, and one less is
+# not. The other nine frames: this module's, that of `fits`, six of the package, and the call that ends the recursion.
+AGAINST_A_REAL_LIMIT = """
+import bisect, random, sys
+from rouge import Rouge
+from sparsecache.longbench.rouge import rouge_l
+
+package = Rouge(["rouge-l"])
+pick = random.Random(7)
+
+def fits(prediction, answer, steps):
+    sys.setrecursionlimit(steps + 9)
+    try:
+        package.get_scores([prediction], [answer], avg=True)
+    except RecursionError:
+        return False
+    finally:
+        sys.setrecursionlimit(1000)
+    return True
+
+def text(longest):
+    words = "abcdef"[: pick.randint(1, 6)] + "." * pick.randint(0, 1)
+    return "x " + " ".join(pick.choices(words, k=pick.randint(0, pick.choice([5, longest]))))
+
+seen = set()
+for trial in range(400):
+    prediction, answer = text(90), text(90)
+    steps = bisect.bisect(range(181), -1, key=lambda most: -rouge_l(prediction, answer, most)[1])
+    if steps > 8:  # else there is no room for the package's other calls
+        seen.add(steps)
+        assert fits(prediction, answer, steps) and not fits(prediction, answer, steps - 1), (prediction, answer, steps)
+print(len(seen))
+"""
+
+
+def test_a_walk_is_as_long_as_the_package_recurses(run_python: RunPython) -> None:
+    done = run_python("-c", AGAINST_A_REAL_LIMIT)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 60
+
+
+@given(TEXTS.filter(lambda text: text.strip(".")), TEXTS.filter(lambda text: text.strip(".")), st.integers(0, 40))
+def test_the_score_does_not_depend_on_the_steps_allowed(prediction: str, answer: str, most: int) -> None:
+    scores = [rouge_l(prediction, answer, steps) for steps in (most, most + 1, 990)]
+    assert len({score for score, _ in scores}) == 1
+    assert [too_deep for _, too_deep in scores] == sorted((too_deep for _, too_deep in scores), reverse=True)
+
+
+@pytest.mark.parametrize(
+    "join",
+    [" ".join, ". ".join, lambda words: " ".join(f"{word}." * (at % 15 == 0) or word for at, word in enumerate(words))],
+    ids=["one sentence", "a word each", "15 words each"],
+)
+@pytest.mark.parametrize("vocabulary", [8, 20_000])
+def test_texts_of_50_000_characters_take_seconds_and_little_memory(
+    join: Callable[[list[str]], str], vocabulary: int
+) -> None:
+    pick = random.Random(1)
+    prediction, answer = (
+        join([chr(0x4E00 + pick.randrange(vocabulary)) for _ in range(25_000)])[:50_000] for _ in range(2)
+    )
+    start = time.process_time()
+    tracemalloc.start()
+    try:
+        score, _ = rouge_l(prediction, answer, 990)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0 < score < 1
+    assert time.process_time() - start < 30
+    assert peak < 200e6
