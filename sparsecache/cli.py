@@ -4,11 +4,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import click
 
 from sparsecache.errors import UsageError
+from sparsecache.longbench.terminal import visible
 
 
 class FlexibleCommand(click.Command):
@@ -16,6 +19,42 @@ class FlexibleCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [_with_underscores(argument) for argument in args])
+
+
+class DefaultGroup(click.Group):
+    """Commands of which one, `default`, is meant when the first argument names none; its help stands with the list.
+
+    A first argument that is nearly the name of a command, and nothing else, is refused.
+    """
+
+    def __init__(self, *arguments: Any, default: str, **attributes: Any):
+        super().__init__(*arguments, **attributes)
+        self.default = default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        first = args[0] if args else ""
+        if first != "--help" and first not in self.commands:
+            with report_usage_errors():
+                self._check(first)
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, f"[{self.default}] [OPTIONS] [FOLDERS]...")
+        formatter.write_usage(ctx.command_path, "COMMAND [OPTIONS] ...")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        default = self.commands[self.default]
+        default.format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+    def _check(self, first: str) -> None:
+        near = get_close_matches(first, self.commands)
+        if near and not first.startswith("-") and not Path(first).exists():
+            raise UsageError(
+                f"There is neither a command nor a folder {first!r}; did you mean {near[0]!r}? Commands: "
+                f"{', '.join(self.commands)}."
+            )
 
 
 def option(settings: Any, name: str, **attributes: Any) -> Callable[[Any], Any]:
@@ -31,7 +70,7 @@ def report_usage_errors() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {visible(str(error))}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         click.echo("Stopped.", err=True)

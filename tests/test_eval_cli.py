@@ -1,5 +1,6 @@
 """longbench_eval.py as it is typed: exit codes, files, messages, and what it must not import."""
 
+import csv
 import json
 import shutil
 import time
@@ -50,6 +51,17 @@ def test_a_complete_run_exits_with_0_and_leaves_both_files(evaluate: Evaluate, t
     assert "Written: pred/m/n/result.json, pred/m/n/summary.json\n" in done.stdout
     assert json.loads((folder / "result.json").read_text()) == {"qasper": 50.0}
     assert json.loads((folder / "summary.json").read_text())["complete"] is True
+
+
+def test_what_a_sparse_method_kept_is_shown_and_written(evaluate: Evaluate, tmp_path: Path) -> None:
+    sparse = {"sparse_steps": 9, "capped_steps": 9, "dense_layers": 2}
+    folder = save(tmp_path / "run", "qasper", [row(0, kept=0.021, **sparse), row(1, kept=None, **sparse)])
+    done = evaluate(folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split() for line in done.stdout.splitlines()][3] == ["qasper", "100.00", "0.0", "2", "2", "2.1%"]
+    assert "Kept: mean share of past tokens attended to, over 18 sparse steps of 1 rows (1 more" in done.stdout
+    assert json.loads((folder / "summary.json").read_text())["datasets"]["qasper"]["kept"] == 0.021
+    assert json.loads((folder / "result.json").read_text()) == {"qasper": 100.0}
 
 
 def test_a_partial_run_exits_with_1_unless_allowed(evaluate: Evaluate, tmp_path: Path) -> None:
@@ -147,7 +159,7 @@ def test_real_predictions_of_elsewhere(evaluate: Evaluate, fixtures_dir: Path, t
     assert "Warning: every dataset: 10 rows have no _id" in done.stdout
 
 
-def test_neither_scoring_nor_help_imports_torch(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_no_command_imports_torch(evaluate: Evaluate, tmp_path: Path) -> None:
     guard = tmp_path / "guard"
     for name in ("torch", "transformers", "datasets"):
         (guard / name).mkdir(parents=True)
@@ -155,7 +167,9 @@ def test_neither_scoring_nor_help_imports_torch(evaluate: Evaluate, tmp_path: Pa
     folder = save(tmp_path / "run", "lcc", [row(0)])
     save(folder, "vcsum", [row(0, "会议")])
     (folder / "run.json").unlink()
-    for arguments in (["--help"], [folder, "--allow_partial", "--rouge_score", "--edit_backend", "fuzzywuzzy"]):
+    scoring = [folder, "--allow_partial", "--rouge_score", "--edit_backend", "fuzzywuzzy"]
+    gating = ["gate", folder, "--baseline", folder, "--allow_partial", "--allow_unlike"]
+    for arguments in (["--help"], scoring, ["compare", folder, folder], gating, ["show", folder]):
         done = evaluate(*arguments, path=(guard,))
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -168,3 +182,148 @@ def test_help_comes_in_under_half_a_second(evaluate: Evaluate) -> None:
         seconds.append(time.perf_counter() - start)
         assert done.returncode == 0 and "--allow_partial" in done.stdout
     assert min(seconds) < 0.5
+
+
+# The commands beside score
+
+
+def save_run(tmp_path: Path, name: str, preds: list[str], **more: Any) -> Path:
+    """A run of qasper as longbench_pred.py records it, with a tenth of the past tokens kept."""
+    rows = [row(at, pred, kept=0.1, prompt_sha256=f"{at:064}", **more) for at, pred in enumerate(preds)]
+    folder = save(tmp_path / "pred" / "m" / name, "qasper", rows)
+    record = json.loads((folder / "run.json").read_text())
+    same = {key: {"qasper": key} for key in ("templates", "protocol", "data")}
+    record["identity"] = {"checkpoint": "abc", "method": name, "options": {}, "dtype": "float32", **same}
+    clock = {"prefill_s": 1, "prefill_tokens": 9, "decode_s": 2, "decode_tokens": 100, "peak_gpu_bytes": None}
+    record["sessions"] = [{"id": "1-host", "device": "cpu", "gpu": None, "batch_size": 1, "clock": clock}]
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_runs_are_compared_by_path_or_by_name(evaluate: Evaluate, tmp_path: Path) -> None:
+    save_run(tmp_path, "vanilla", ["yes", "yes", "no"])
+    sparse = save_run(tmp_path, "h2o", ["yes", "no", "no"])
+    done = evaluate("compare", "m/vanilla", sparse)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "h2o against vanilla"
+    assert lines[4].split() == "qasper 3 66.67* 33.33 -33.3 -100.0 to 0.0 0 1 1 10.0%".split()
+    assert evaluate("compare", "vanilla", "h2o", "--pred-dir=pred/m", "--seed", "0").stdout == done.stdout
+    three = evaluate("compare", "m/vanilla", "m/h2o", "m/vanilla")
+    assert "h2o against vanilla (1)" in three.stdout and three.returncode == 0
+
+
+def test_compare_says_what_it_needs(evaluate: Evaluate, tmp_path: Path) -> None:
+    save_run(tmp_path, "a", ["yes"])
+    assert "compare takes two runs or more, the one to compare with first, not m/a." in one_sentence(
+        evaluate("compare", "m/a")
+    )
+    assert "not none. To score a folder that is named compare, give ./compare." in one_sentence(evaluate("compare"))
+    missing = one_sentence(evaluate("compare", "m/a", "m/b"))
+    assert "There is no run 'm/b': neither a folder of that path nor pred/m/b." in missing
+    assert "(pred holds: m/a)" in missing
+
+
+@pytest.mark.parametrize("command", ["score", "compare"])
+def test_tables_come_in_every_format(evaluate: Evaluate, tmp_path: Path, command: str) -> None:
+    runs = [save_run(tmp_path, name, ["yes", "no"]) for name in ("a", "b")]
+    start = ([] if command == "score" else [command]) + [str(run) for run in runs]
+    found = {format: evaluate(*start, "--format", format) for format in ("markdown", "csv", "latex", "json")}
+    assert [done.returncode for done in found.values()] == [0, 0, 0, 0]
+    assert all("Traceback" not in done.stderr for done in found.values())
+    rows = json.loads(found["json"].stdout)["rows"]
+    lines = list(csv.DictReader(found["csv"].stdout.splitlines()))
+    assert [line["name"] for line in lines] == [line["name"] for line in rows]
+    assert [float(line["score"]) for line in lines] == [line["score"] for line in rows]
+    assert {(line["kind"], line["name"], line["score"]) for line in rows if line["kind"] == "dataset"} == {
+        ("dataset", "qasper", 50.0)
+    }
+    assert "| qasper |" in found["markdown"].stdout and "\n### " in found["markdown"].stdout
+    assert found["latex"].stdout.count(r"\toprule") == 2
+    assert found["csv"].stderr and ("Written: " in found["json"].stderr) == (command == "score")
+    assert not any("Written" in done.stdout for done in found.values())
+
+
+def test_a_gate_passes_fails_and_saves(evaluate: Evaluate, tmp_path: Path) -> None:
+    for name, preds in (("good", ["yes"] * 4), ("bad", ["yes", "yes", "yes", "no"])):
+        save_run(tmp_path, name, preds)
+    done = evaluate("gate", "m/good", "--save-baseline", "base.json")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Written: base.json\n", "")
+    before = (tmp_path / "base.json").read_bytes()
+    done = evaluate("gate", "m/bad", "--baseline", "base.json", "--save_baseline", "base.json")
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "pred/m/bad (bad) against base.json (good)",
+        "FAILED  mean of 1 datasets: 75.00, baseline 100.00, down 25.00, allowed 1: 24 too much (95% interval of the "
+        "change: -75.00 to 0.00); most in qasper 25.00",
+        "FAILED: 1 of 1 checks.",
+        "Not written: base.json",
+    ]
+    assert (tmp_path / "base.json").read_bytes() == before
+    limits = ["--max_drop", "25", "--max-drop-dataset", "25", "--max-kept", "0.1", "--min-speedup", "1"]
+    for baseline in ("base.json", "m/good", tmp_path / "pred" / "m" / "good"):
+        done = evaluate("gate", "m/bad", "--baseline", baseline, *limits)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [line[:6] for line in done.stdout.splitlines()[1:]] == ["passed"] * 4 + ["Passed"]
+    assert evaluate("gate", "m/bad", "--baseline", "m/good", *limits[:-1], "1.01").returncode == 1
+    assert evaluate("gate", "m/good", "--baseline", "m/bad", "--save_baseline", "base.json").returncode == 0
+    assert json.loads((tmp_path / "base.json").read_text())["name"] == "pred/m/good"
+
+
+def test_a_gate_without_an_answer_exits_with_2(evaluate: Evaluate, tmp_path: Path) -> None:
+    save_run(tmp_path, "a", ["yes"])
+    other = save_run(tmp_path, "b", ["yes"])
+    (other / "run.json").write_text(
+        (other / "run.json").read_text().replace('"checkpoint": "abc"', '"checkpoint": "d"')
+    )
+    assert "Give --baseline (a run, or a saved file), or --save_baseline" in one_sentence(evaluate("gate", "m/a"))
+    assert "the checkpoint (d, baseline abc)" in one_sentence(evaluate("gate", "m/b", "--baseline", "m/a"))
+    assert "There is no run 'base.json'" in one_sentence(evaluate("gate", "m/b", "--baseline", "base.json"))
+    assert "--max_drop nan is no limit" in one_sentence(
+        evaluate("gate", "m/a", "--baseline", "m/a", "--max_drop", "nan")
+    )
+    allowed = evaluate("gate", "m/b", "--baseline", "m/a", "--allow_unlike")
+    assert (allowed.returncode, allowed.stderr) == (0, "Warning: unlike: the checkpoint (d, baseline abc).\n")
+    save(other, "qasper", [row(0, error="x", pred="")])
+    (other / "run.json").write_text((tmp_path / "pred" / "m" / "a" / "run.json").read_text())
+    assert "b is not whole (qasper 0 of 1 rows, 1 failed)" in one_sentence(evaluate("gate", "m/b", "--baseline", "m/a"))
+
+
+def test_rows_are_shown(evaluate: Evaluate, tmp_path: Path) -> None:
+    save_run(tmp_path, "old", ["yes", "yes", "yes"])
+    save_run(tmp_path, "new", ["yes", "no \x1b[31m", "yes"])
+    done = evaluate("show", "m/new", "--rows", "1", "--dataset", "qasper")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "pred/m/new: 3 rows, worst first; 1 of them",
+        "",
+        "qasper 1, score 0.00, length 5000, kept 10.0%",
+        "  prediction  no \\x1b[31m",
+        "  answers     yes",
+    ]
+    changed = evaluate("show", "m/new", "--changed-from", "m/old")
+    assert changed.stdout.startswith("pred/m/new: 1 rows, those whose text differs from old, greatest loss first\n")
+    assert "There is no dataset 'lcc'" in one_sentence(evaluate("show", "m/new", "--dataset", "lcc"))
+    save(tmp_path / "twice", "qasper", [row(0), row(0)])
+    assert evaluate("show", "twice").returncode == 0  # what cannot be scored can be looked at
+
+
+def test_a_command_is_told_from_a_folder(evaluate: Evaluate, tmp_path: Path) -> None:
+    for name in ("compare", "shwo", "m/n"):
+        save(tmp_path / name, "qasper", [row(0)])
+    assert "did you mean 'gate'? Commands: score, compare, gate, show." in one_sentence(evaluate("gaet", "shwo"))
+    assert evaluate("shwo").returncode == evaluate("score", "shwo").returncode == evaluate("./compare").returncode == 0
+    assert evaluate("m/n", "compare", "--e").returncode == 2
+    assert "There is no run 'diff': neither a folder" in one_sentence(evaluate("diff", "shwo"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "m").rename(tmp_path / "elsewhere" / "m")
+    assert evaluate("m/n", "--pred_dir", "elsewhere").returncode == 0
+
+
+def test_every_command_explains_itself(evaluate: Evaluate) -> None:
+    text = evaluate("--help").stdout
+    for command in ("score", "compare", "gate", "show"):
+        assert f"\n  {command} " in text
+        done = evaluate(command, "--help")
+        assert done.returncode == 0 and "Exit code: 0" in done.stdout
+    assert evaluate("compare", "--no_such_option").returncode == 2

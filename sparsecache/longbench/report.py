@@ -1,50 +1,16 @@
-"""Scores and run health as tables on the terminal and as JSON files."""
+"""Scores as JSON files, the health and speed of a run as lines on the terminal."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sparsecache.longbench.kept import kept_lines, kept_of, percent
 from sparsecache.longbench.records import write_atomically
-from sparsecache.longbench.scores import BUCKETS, Average, DatasetScore, Options, RunScore, Summary
+from sparsecache.longbench.scores import Average, DatasetScore, Options, RunScore
+from sparsecache.longbench.tables import table
 from sparsecache.longbench.tasks import Task
 from sparsecache.longbench.text import degenerate
-
-_AVERAGE_NAMES = {
-    "avg_en": "Avg, English",
-    "avg_zh": "Avg, Chinese",
-    "avg_all": "Avg, all",
-    "flat_mean": "mean of datasets",
-}
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A plain text table: first column to the left, the others to the right; an empty row is a rule."""
-    lines = [list(head), [], *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines if line) for column in range(len(head))]
-    rule = "  ".join("-" * width for width in widths)
-    text = (
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() if line else rule
-        for line in lines
-    )
-    return "\n".join(text)
-
-
-def score_table(result: RunScore) -> str:
-    """The scores of one run, with what qualifies them below the table."""
-    rows = [_dataset_line(dataset, result.e) for dataset in result.datasets]
-    rows += [[], *(_average_line(name, mean) for name, mean in result.categories.items() if mean.datasets)]
-    rows += [
-        [],
-        *(_average_line(_AVERAGE_NAMES[name], mean) for name, mean in result.averages.items() if mean.datasets),
-    ]
-    head = ["dataset", "score", "±", "n", "of"]
-    if result.e:
-        head += [text for name in BUCKETS for text in (name, "n")]
-        rows = [row + [""] * (len(head) - len(row)) if row else row for row in rows]
-    note = result.run.get("model", {}).get("note")
-    lines = [str(result.folder), *([f"Note: {note}"] if note else []), table(head, rows), *_remarks(result)]
-    return "\n".join(lines)
 
 
 def result_json(result: RunScore) -> dict[str, Any]:
@@ -118,17 +84,22 @@ def speed_lines(run: dict[str, Any]) -> Iterable[str]:
 
 def health_table(predictions: Iterable[tuple[Task, str, int, list[dict[str, Any]]]]) -> str:
     """What a finished run must be watched for, from (task, file stem, expected rows, rows) of each dataset."""
+    predictions = list(predictions)
+    kept = [kept_of(rows) for *_, rows in predictions]
+    sparse = any(part and part.rows for part in kept)
     lines = []
     many: dict[str, list[str]] = {}
-    for task, stem, expected, rows in predictions:
+    for (task, stem, expected, rows), part in zip(predictions, kept, strict=True):
         counts = _health(rows)
-        lines.append([stem, f"{len(rows)}/{expected}", *(str(count) for count in counts.values())])
+        line = [stem, f"{len(rows)}/{expected}", *(str(count) for count in counts.values())]
+        lines.append([*line, percent(part.share if part else None)] if sparse else line)
         for remark in _HEALTH_WARNINGS:
             if _too_many(remark, counts, len(rows), task):
                 many.setdefault(remark, []).append(f"{stem} {counts[remark]}/{len(rows)}")
     head = ["dataset", "rows", "errors", "truncated", "recut", "ended by length", "empty", "degenerate"]
+    head += ["kept"] if sparse else []
     warnings = [f"Warning: {_HEALTH_WARNINGS[remark]}: {', '.join(where)}." for remark, where in many.items()]
-    return "\n".join([table(head, lines), *warnings])
+    return "\n".join([table(head, lines), *warnings, *kept_lines(kept)])
 
 
 _HEALTH_WARNINGS = {
@@ -158,54 +129,6 @@ def _health(rows: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def _dataset_line(dataset: DatasetScore, e: bool) -> list[str]:
-    line = [dataset.task.file_stem(e), *_summary_cells(dataset.summary), str(_asked(dataset))]
-    if e:
-        line += [cell for part in dataset.buckets.values() for cell in (_number(part.score, 2), str(part.n))]
-    return line
-
-
-def _summary_cells(summary: Summary) -> list[str]:
-    return [_number(summary.score, 2), _number(summary.stderr, 1), str(summary.n)]
-
-
-def _average_line(name: str, mean: Average) -> list[str]:
-    note = f" ({mean.datasets} of {mean.of} datasets)" if mean.partial else ""
-    return [name + note, _number(mean.score, 2), _number(mean.stderr, 1), str(mean.n), ""]
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _asked(dataset: DatasetScore) -> int:
-    """Rows asked for: all there are, where nobody says."""
-    return len(dataset.rows) if dataset.expected is None else dataset.expected
-
-
-def _remarks(result: RunScore) -> Iterable[str]:
-    stems = {id(dataset): dataset.task.file_stem(result.e) for dataset in result.datasets}
-    partial = [
-        f"{stems[id(dataset)]} {dataset.finished} of {_asked(dataset)} rows"
-        for dataset in result.datasets
-        if not dataset.complete and dataset.finished < _asked(dataset)
-    ]
-    if partial:
-        yield f"INCOMPLETE: {', '.join(partial)}."
-    said_of: dict[str, list[str]] = {}
-    for dataset in result.datasets:
-        for warning in dataset.warnings:
-            said_of.setdefault(warning, []).append(stems[id(dataset)])
-    for warning, names in said_of.items():
-        whom = "every dataset" if len(names) == len(result.datasets) else ", ".join(names)
-        yield f"Warning: {whom}: {warning}."
-    for dataset in result.datasets:
-        if dataset.rouge_score:
-            values = ", ".join(f"{name} {value:.2f}" for name, value in dataset.rouge_score.items())
-            yield f"rouge-score: {stems[id(dataset)]}: {values}"
-    yield from speed_lines(result.run)
-
-
 def _dataset_json(dataset: DatasetScore) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "score": dataset.summary.score,
@@ -220,6 +143,8 @@ def _dataset_json(dataset: DatasetScore) -> dict[str, Any]:
         "beyond_official_recursion": dataset.count("too_deep"),
         "warnings": dataset.warnings,
     }
+    if dataset.kept is not None:
+        fields |= dataset.kept.as_json()
     if dataset.rouge_score is not None:
         fields["rouge_score"] = dataset.rouge_score
     if dataset.e:
@@ -231,7 +156,7 @@ def _dataset_json(dataset: DatasetScore) -> dict[str, Any]:
 
 
 def _average_json(mean: Average) -> dict[str, Any]:
-    return {
+    fields = {
         "score": _rounded(mean.score),
         "stderr": _rounded(mean.stderr),
         "datasets": mean.datasets,
@@ -239,6 +164,7 @@ def _average_json(mean: Average) -> dict[str, Any]:
         "n": mean.n,
         "partial": mean.partial,
     }
+    return fields if mean.kept is None else {**fields, "kept": round(mean.kept, 6)}
 
 
 def _rounded(value: float | None) -> float | None:

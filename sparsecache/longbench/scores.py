@@ -14,6 +14,8 @@ import numpy
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench import metrics
+from sparsecache.longbench.jsonl import figure
+from sparsecache.longbench.kept import Kept, kept_of
 from sparsecache.longbench.records import RunFolder, read_rows
 from sparsecache.longbench.tasks import CATEGORIES, Task, load_tasks
 from sparsecache.longbench.text import chinese_words
@@ -59,7 +61,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class DatasetScore:
-    """The score of one dataset and what a reader must know about it."""
+    """The score of one dataset and what a reader must know about it.
+
+    records: the rows as they stand in the file, one for each of `rows`.
+    """
 
     task: Task
     e: bool
@@ -67,6 +72,8 @@ class DatasetScore:
     expected: int | None
     warnings: list[str]
     rouge_score: dict[str, float] | None = None
+    kept: Kept | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
 
     @cached_property
     def summary(self) -> Summary:
@@ -88,9 +95,14 @@ class DatasetScore:
         return len(self.rows) - self.count("error_row")
 
     @property
+    def asked(self) -> int:
+        """How many rows were asked for: all there are, where nobody says."""
+        return len(self.rows) if self.expected is None else self.expected
+
+    @property
     def complete(self) -> bool:
-        """Whether every row that was asked for (if that is known) is there and none is an error row."""
-        return self.finished == len(self.rows) == (len(self.rows) if self.expected is None else self.expected)
+        """Whether every row that was asked for is there and none is an error row."""
+        return self.finished == len(self.rows) == self.asked
 
     def count(self, remark: str) -> int:
         """How many rows carry a remark: empty, metric_error, error_row or too_deep."""
@@ -99,13 +111,17 @@ class DatasetScore:
 
 @dataclass(frozen=True)
 class Average:
-    """A mean of means: how many datasets are in it, of how many, and over how many rows."""
+    """A mean of means: how many datasets are in it, of how many, and over how many rows.
+
+    kept: the same mean of the shares of past tokens attended to, over those datasets that report one.
+    """
 
     score: float | None
     stderr: float | None
     datasets: int
     of: int
     n: int
+    kept: float | None = None
 
     @property
     def partial(self) -> bool:
@@ -153,7 +169,7 @@ class RunScore:
             for dataset in self.datasets
             if dataset.task in published and belongs(dataset.task) and dataset.summary.score is not None
         ]
-        return _average([_as_average(dataset) for dataset in scored], of)
+        return _average([as_average(dataset) for dataset in scored], of)
 
     def _mean_of_categories(self, languages: Sequence[str]) -> Average:
         means = [
@@ -213,7 +229,7 @@ def score_file(path: Path, task: Task, e: bool, expected: int | None, options: O
     all_classes = rows[-1].get("all_classes") if rows else None  # of the last row, as the reference takes them
     scored = [_score_row(row, task, e, all_classes, options) for row in rows]
     second = _rouge_score(rows, task) if options.rouge_score and "rouge_l" in task.metric and rows else None
-    result = DatasetScore(task, e, scored, expected, warnings, second)
+    result = DatasetScore(task, e, scored, expected, warnings, second, kept_of(rows), rows)
     warnings.extend(_many(result))
     return result
 
@@ -267,7 +283,7 @@ def _oddities(path: Path, rows: list[dict[str, Any]], e: bool, allow: bool) -> l
         warnings.append(f"{repeated} rows repeat an _id and count again")
     if len(ids) < len(rows):
         warnings.append(f"{len(rows) - len(ids)} rows have no _id, so repeats cannot be seen")
-    if any(_length(row) is None for row in rows):
+    if any(figure(row, "length") is None for row in rows):
         warnings.append("rows have no length" + (" and are in no bucket" if e else ""))
     return warnings
 
@@ -300,18 +316,12 @@ def _score_row(row: dict[str, Any], task: Task, e: bool, all_classes: Any, optio
     empty = not row["pred"].strip() and not error_row
     return RowScore(
         score=score,
-        length=_length(row),
+        length=figure(row, "length"),
         empty=empty,
         metric_error=failed and not empty and not error_row,
         error_row=error_row,
         too_deep=context.too_deep,
     )
-
-
-def _length(row: dict[str, Any]) -> float | None:
-    length = row.get("length")
-    usable = isinstance(length, int | float) and not isinstance(length, bool) and math.isfinite(length)
-    return length if usable else None
 
 
 def _scored_text(prediction: str, task: Task) -> str:
@@ -339,7 +349,7 @@ class _JiebaTokenizer:
         return chinese_words(text)
 
 
-def _mean_in_percent(scores: Sequence[float]) -> float:
+def mean_in_percent(scores: Sequence[float]) -> float:
     """One addition after the other, as the reference adds (`sum` compensates rounding since Python 3.12)."""
     return round(100 * functools.reduce(operator.add, scores, 0.0) / len(scores), 2)
 
@@ -349,7 +359,7 @@ def _numpy_mean_in_percent(scores: Sequence[float]) -> float:
     return float(numpy.round(100 * numpy.mean(list(scores)), 2))
 
 
-def _summary(scores: Sequence[float], mean: Callable[[Sequence[float]], float] = _mean_in_percent) -> Summary:
+def _summary(scores: Sequence[float], mean: Callable[[Sequence[float]], float] = mean_in_percent) -> Summary:
     if not scores:
         return Summary(None, None, 0)
     score = mean(scores)
@@ -357,8 +367,10 @@ def _summary(scores: Sequence[float], mean: Callable[[Sequence[float]], float] =
     return Summary(score, stderr, len(scores))
 
 
-def _as_average(dataset: DatasetScore) -> Average:
-    return Average(dataset.summary.score, dataset.summary.stderr, 1, 1, dataset.summary.n)
+def as_average(dataset: DatasetScore) -> Average:
+    """A dataset by itself as a mean of one."""
+    kept = dataset.kept.share if dataset.kept else None
+    return Average(dataset.summary.score, dataset.summary.stderr, 1, 1, dataset.summary.n, kept)
 
 
 def _average(parts: Iterable[Average], of: int) -> Average:
@@ -369,4 +381,6 @@ def _average(parts: Iterable[Average], of: int) -> Average:
     errors = [part.stderr for part in parts]
     known = [error for error in errors if error is not None]
     stderr = math.sqrt(sum(error**2 for error in known)) / len(parts) if len(known) == len(errors) else None
-    return Average(score, stderr, sum(part.datasets for part in parts), of, sum(part.n for part in parts))
+    shares = [part.kept for part in parts if part.kept is not None]
+    kept = sum(shares) / len(shares) if shares else None
+    return Average(score, stderr, sum(part.datasets for part in parts), of, sum(part.n for part in parts), kept)

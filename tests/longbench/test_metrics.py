@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge import Rouge
 
-from longbench_eval import main as eval_command
+from longbench_eval import score as eval_command
 from sparsecache.longbench import metrics
 from sparsecache.longbench.metrics import Context
 

@@ -9,7 +9,8 @@ import pytest
 
 from sparsecache.configs import read_tables
 from sparsecache.errors import UsageError
-from sparsecache.longbench.report import decode_speed, health_table, score_table, speed_lines, table, write_results
+from sparsecache.longbench.report import decode_speed, health_table, speed_lines, write_results
+from sparsecache.longbench.score_tables import score_table
 from sparsecache.longbench.scores import Options, RunScore, score_run
 from sparsecache.longbench.tasks import load_tasks
 
@@ -37,17 +38,6 @@ def save(folder: Path, **datasets: list[dict[str, Any]]) -> None:
 
 def written(result: RunScore, options: Options = Options()) -> list[Any]:
     return [read_json(path) for path in write_results(result, options)]
-
-
-def test_tables_line_up() -> None:
-    text = table(["name", "n", "score"], [["a", "1", "10.00"], [], ["longer", "100", "9.5"]])
-    assert text.split("\n") == [
-        "name      n  score",
-        "------  ---  -----",
-        "a         1  10.00",
-        "------  ---  -----",
-        "longer  100    9.5",
-    ]
 
 
 def test_every_line_of_a_score_table_has_its_columns_in_place(tmp_path: Path) -> None:
@@ -137,6 +127,57 @@ def test_the_summary_has_each_number_with_its_n(tmp_path: Path) -> None:
     assert summary["decode"] is None
 
 
+def sparse(number: int, kept: float | None, **more: Any) -> dict[str, Any]:
+    return row(number, **{"kept": kept, "sparse_steps": 10, "capped_steps": 10, "dense_layers": 2, **more})
+
+
+def test_kept_is_a_column_of_its_own(tmp_path: Path) -> None:
+    save(tmp_path, qasper=[sparse(0, 0.04), sparse(1, 0.06), sparse(2, None)], trec=[sparse(0, 0.005)], lcc=[row(0)])
+    text = score_table(score_run(tmp_path))
+    lines = [line.split() for line in text.split("\n")]
+    assert lines[1] == ["dataset", "score", "±", "n", "of", "kept"]
+    assert [line[0] + " " + line[-1] for line in lines[3:6]] == ["qasper 5.0%", "trec 0.50%", "lcc -"]
+    ends = {len(line) for line in text.split("\n")[1:6]}
+    assert len(ends) == 1
+    (mean,) = (line for line in lines if line[:3] == ["mean", "of", "datasets"])
+    assert mean[-1] == "2.8%"  # of the two datasets that report it
+    assert [line[-1] for line in lines if line and line[0] in ("single_doc_qa", "code")] == ["5.0%", "-"]
+    assert "over 40 sparse steps of 3 rows (1 more had no sparse step); dense layers: 2.\n" in text + "\n"
+
+
+def test_kept_stands_before_the_buckets(tmp_path: Path) -> None:
+    save(tmp_path, qasper_e=[sparse(0, 0.04), sparse(1, 0.06, length=9000)])
+    lines = score_table(score_run(tmp_path, e=True)).split("\n")
+    assert lines[1].split() == "dataset score ± n of kept 0-4k n 4-8k n 8k+ n".split()
+    assert lines[3].split() == "qasper_e 100.00 0.0 2 2 5.0% 100.00 1 - 0 100.00 1".split()
+    assert "5.0%" in lines[5] and lines[5].index("5.0%") == lines[3].index("5.0%")
+
+
+def test_rows_that_were_all_too_short_give_a_line_and_no_column(tmp_path: Path) -> None:
+    save(tmp_path, qasper=[sparse(0, None, sparse_steps=0)])
+    result = score_run(tmp_path)
+    text = score_table(result)
+    assert text.split("\n")[1].split()[-1] == "of"
+    assert "over 0 sparse steps of 0 rows (1 more had no sparse step)" in text
+    assert written(result)[1]["datasets"]["qasper"]["kept"] is None
+
+
+def test_the_summary_has_what_was_kept_and_the_result_stays_official(tmp_path: Path) -> None:
+    offload = {"fetched_bytes": 7, "gpu_cache_hit": 0.5}
+    save(tmp_path, qasper=[sparse(0, 0.04), sparse(1, None)], hotpotqa=[sparse(0, 0.08, **offload)], trec=[row(0)])
+    result, summary = written(score_run(tmp_path))
+    assert result == {"qasper": 100.0, "hotpotqa": 100.0, "trec": 100.0}
+    qasper, hotpotqa, trec = (summary["datasets"][name] for name in ("qasper", "hotpotqa", "trec"))
+    found = {"kept": 0.04, "kept_n": 1, "rows_without_sparse_step": 1, "sparse_steps": 20, "capped_steps": 20}
+    assert {key: qasper[key] for key in found} == found
+    assert qasper["dense_layers"] == [2] and "fetched_bytes" not in qasper
+    assert {key: hotpotqa[key] for key in offload} == offload
+    assert not {"kept", "kept_n", "sparse_steps", "dense_layers"} & trec.keys()
+    assert summary["averages"]["flat_mean"]["kept"] == 0.06
+    assert summary["categories"]["multi_doc_qa"]["kept"] == 0.08
+    assert "kept" not in summary["categories"]["few_shot"]
+
+
 def test_the_recorded_version_of_rouge_is_the_installed_one(tmp_path: Path) -> None:
     from importlib.metadata import version
 
@@ -210,6 +251,16 @@ def test_health_counts_what_a_run_must_be_watched_for() -> None:
     assert lines[0].split("  ")[-1].strip() == "degenerate"
     assert lines[2].split() == ["qasper", "20/30", "1", "1", "0", "1", "1", "1"]
     assert lines[3:] == ["Warning: rows failed, and the same command (without --overwrite) retries them: qasper 1/20."]
+
+
+def test_health_shows_what_was_kept_where_a_method_says_so() -> None:
+    few = {"sparse_steps": 10, "capped_steps": 10, "dense_layers": 1}
+    tasks = load_tasks()
+    sparse_rows = [finished(kept=0.01, **few), finished(kept=0.005, **few), finished(kept=None, **few), ERROR]
+    datasets = [(tasks["qasper"], "qasper", 4, sparse_rows), (tasks["trec"], "trec", 1, [finished()])]
+    lines = health_table(datasets).split("\n")
+    assert [line.split()[-1] for line in (lines[0], *lines[2:4])] == ["kept", "0.75%", "-"]
+    assert lines[-1].endswith("over 30 sparse steps of 2 rows (1 more had no sparse step); dense layers: 1.")
 
 
 @pytest.mark.parametrize(

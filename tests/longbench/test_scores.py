@@ -465,3 +465,24 @@ def test_plain_files_stand_in_for_longbench_e_only_where_no_run_json_names_datas
     expect_rows(tmp_path, qasper=1)
     with pytest.raises(UsageError, match="none belongs to LongBench-E"):
         score_run(tmp_path, e=True)
+
+
+def test_what_was_kept_is_averaged_as_the_scores_are(tmp_path: Path) -> None:
+    shares = {"qasper": [0.1, 0.3], "multifieldqa_en": [None], "hotpotqa": [0.4], "lcc": [0.8], "vcsum": [0.9]}
+    for stem, values in shares.items():
+        save(tmp_path, stem, [{**row(number), "kept": value} for number, value in enumerate(values)])
+    expect_rows(tmp_path, **{stem: len(values) for stem, values in shares.items()})
+    result = score_run(tmp_path)
+    assert {score.task.name: score.kept and score.kept.share for score in result.datasets} == {
+        "multifieldqa_en": None, "qasper": 0.2, "hotpotqa": 0.4, "vcsum": 0.9, "lcc": 0.8,
+    }  # fmt: skip
+    kept = {name: mean.kept for name, mean in (result.categories | result.averages).items() if mean.kept is not None}
+    assert kept == pytest.approx(
+        {
+            "single_doc_qa": 0.2, "multi_doc_qa": 0.4, "summarization": 0.9, "code": 0.8,
+            "avg_en": (0.2 + 0.4 + 0.8) / 3, "avg_zh": 0.85, "avg_all": (0.2 + 0.4 + 0.9 + 0.8) / 4,
+            "flat_mean": (0.2 + 0.4 + 0.9 + 0.8) / 4,
+        }
+    )  # fmt: skip
+    save(tmp_path, "qasper", [row(0), row(1)])
+    assert [score.kept for score in score_run(tmp_path).datasets if score.task.name == "qasper"] == [None]

@@ -1,0 +1,172 @@
+"""What a gate compares: a run boiled down to scores by row and to what it was made of; small enough to be committed."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsecache.errors import UsageError, one_line
+from sparsecache.longbench.records import BY_DATASET, write_atomically
+from sparsecache.longbench.report import decode_speed
+from sparsecache.longbench.scores import DatasetScore, Options, RunScore
+from sparsecache.longbench.sessions import batch_sizes, devices
+
+VERSION = 1
+_PROMPT_DIGITS = 16  # of its SHA-256: enough to tell prompts apart by accident, not by malice
+
+
+@dataclass(frozen=True)
+class BaselineDataset:
+    """One dataset: its metric, its official score, what was kept, and by `_id` each row's score and prompt's hash."""
+
+    metric: str
+    score: float | None
+    kept: float | None
+    scores: dict[str, float]
+    prompts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A run for a gate.
+
+    unfinished: what is missing of it, dataset by dataset. scoring: the scorer's choices. identity: that of run.json,
+    empty for a folder from elsewhere. tokens_per_s: decode speed over all rows, with the devices and batch sizes that
+    it was measured on. datasets: by file stem.
+    """
+
+    name: str
+    e: bool
+    unfinished: list[str]
+    scoring: dict[str, Any]
+    identity: dict[str, Any]
+    tokens_per_s: float | None
+    devices: list[str]
+    batch_sizes: list[int]
+    datasets: dict[str, BaselineDataset]
+
+    @property
+    def kept(self) -> float | None:
+        """The share of past tokens attended to: the mean over the datasets that report one."""
+        shares = [dataset.kept for dataset in self.datasets.values() if dataset.kept is not None]
+        return sum(shares) / len(shares) if shares else None
+
+    @property
+    def method(self) -> str:
+        """The method's name, as far as it is known."""
+        return str(self.identity.get("method", "unknown method"))
+
+    def save(self, path: Path) -> None:
+        """Writes the file. Raises UsageError where it cannot, or where something other than a baseline lies there."""
+        if path.exists():
+            load_baseline(path)
+        record = {"sparsecache_baseline": VERSION, **asdict(self)}
+        write_atomically(path, json.dumps(record, allow_nan=False, indent=1) + "\n")
+
+
+def baseline_of(run: RunScore, options: Options) -> Baseline:
+    """The run as a baseline. Raises UsageError if rows have no `_id` or share one, so that they cannot be matched."""
+    speed = decode_speed(run.run) or {}
+    return Baseline(
+        name=str(run.folder),
+        e=run.e,
+        unfinished=[
+            f"{dataset.task.file_stem(run.e)} {dataset.finished} of {dataset.asked} rows{_failed(dataset)}"
+            for dataset in run.datasets
+            if not dataset.complete
+        ],
+        scoring={"edit_backend": options.edit_backend, "official_recursion": options.official_recursion},
+        identity=run.run.get("identity", {}),
+        tokens_per_s=speed.get("tokens_per_s"),
+        devices=devices(run.run),
+        batch_sizes=batch_sizes(run.run),
+        datasets={dataset.task.file_stem(run.e): _dataset(dataset, run.folder) for dataset in run.datasets},
+    )
+
+
+def load_baseline(path: Path) -> Baseline:
+    """Reads a saved baseline. Raises UsageError for a file that is none."""
+    try:
+        record = json.loads(path.read_bytes(), parse_constant=_refuse)
+        problem = next(_problems(record), None)
+    except (ValueError, RecursionError, OSError) as error:
+        problem = f"is not readable as JSON ({one_line(error)})"
+    if problem:
+        raise UsageError(f"{path} {problem}, so it is no baseline. Save one with --save_baseline, under a free name.")
+    datasets = {stem: BaselineDataset(**table) for stem, table in record["datasets"].items()}
+    return Baseline(**{**{key: record[key] for key in _TYPES}, "name": str(path), "datasets": datasets})
+
+
+_TYPES: dict[str, Any] = {
+    "name": str,
+    "e": bool,
+    "unfinished": list,
+    "scoring": dict,
+    "identity": dict,
+    "tokens_per_s": int | float | None,
+    "devices": list,
+    "batch_sizes": list,
+    "datasets": dict,
+}
+_DATASET_TYPES: dict[str, Any] = {
+    "metric": str,
+    "score": int | float | None,
+    "kept": int | float | None,
+    "scores": dict,
+    "prompts": dict,
+}
+
+
+def _failed(dataset: DatasetScore) -> str:
+    failed = dataset.count("error_row")
+    return f", {failed} failed" if failed else ""
+
+
+def _dataset(dataset: DatasetScore, folder: Path) -> BaselineDataset:
+    ids = [str(record["_id"]) for record in dataset.records if record.get("_id") is not None]
+    if len(set(ids)) < len(dataset.records):
+        raise UsageError(
+            f"{dataset.task.name} of {folder} has rows without an `_id` or with the same one, so they cannot be "
+            f"matched with another run's. Predict them again."
+        )
+    return BaselineDataset(
+        metric=dataset.task.metric,
+        score=dataset.summary.score,
+        kept=dataset.kept.share if dataset.kept else None,
+        scores=dict(zip(ids, (row.score for row in dataset.rows), strict=True)),
+        prompts={
+            row_id: prompt[:_PROMPT_DIGITS]
+            for row_id, record in zip(ids, dataset.records, strict=True)
+            if isinstance(prompt := record.get("prompt_sha256"), str)
+        },
+    )
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _problems(record: Any) -> Iterator[str]:
+    """What keeps a record from being a baseline."""
+    if not isinstance(record, dict) or "sparsecache_baseline" not in record:
+        yield "is JSON of another kind"
+        return
+    if record["sparsecache_baseline"] != VERSION:
+        yield f"has version {record['sparsecache_baseline']!r} of the format, not {VERSION}"
+    yield from _wrong(record, _TYPES, "")
+    yield from _wrong(record["identity"], {key: dict for key in BY_DATASET if key in record["identity"]}, "identity.")
+    for stem, table in record["datasets"].items():
+        if not isinstance(table, dict) or table.keys() != _DATASET_TYPES.keys():
+            yield f"has something other than {', '.join(_DATASET_TYPES)} as datasets.{stem}"
+        yield from _wrong(table, _DATASET_TYPES, f"datasets.{stem}.")
+        if not all(isinstance(score, int | float) for score in table["scores"].values()):
+            yield f"has something other than numbers in datasets.{stem}.scores"
+
+
+def _wrong(table: dict[str, Any], types: dict[str, Any], place: str) -> Iterator[str]:
+    for key, kind in types.items():
+        if key not in table:
+            yield f"lacks {place}{key}"
+        if not isinstance(table[key], kind):
+            yield f"has {table[key]!r:.40} as {place}{key}"

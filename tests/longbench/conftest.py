@@ -1,0 +1,78 @@
+"""Small runs on disk, as longbench_pred.py leaves them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def row() -> Callable[..., dict[str, Any]]:
+    """A finished row; `...` leaves a key out."""
+
+    def make(number: int | str, pred: str = "yes", **more: Any) -> dict[str, Any]:
+        made = {
+            "pred": pred,
+            "answers": ["yes"],
+            "all_classes": None,
+            "length": 100,
+            "_id": str(number),
+            "prompt_tokens": 50,
+            "prompt_sha256": f"{number:0>4}" * 16,
+            **more,
+        }
+        return {key: value for key, value in made.items() if value is not ...}
+
+    return make
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a run: rows by file stem, run.json with an identity and one session.
+
+    `identity` and `session` change parts of these; `expected` changes numbers of rows; record=False: no run.json.
+    """
+
+    def make(
+        name: str,
+        datasets: dict[str, Rows],
+        identity: dict[str, Any] | None = None,
+        session: dict[str, Any] | None = None,
+        expected: dict[str, int] | None = None,
+        record: bool = True,
+    ) -> Path:
+        folder = tmp_path / "pred" / "m" / name
+        folder.mkdir(parents=True)
+        for stem, rows in datasets.items():
+            text = "".join(json.dumps(each) + "\n" for each in rows)
+            (folder / f"{stem}.jsonl").write_text(text, encoding="utf-8")
+        asked = {stem: len(rows) for stem, rows in datasets.items()} | (expected or {})
+        clock = {"prefill_s": 1.0, "prefill_tokens": 900, "decode_s": 2.0, "decode_tokens": 100}
+        clock["peak_gpu_bytes"] = 2**30
+        run = {
+            "identity": {
+                "checkpoint": "c" * 64,
+                "method": "vanilla",
+                "options": {},
+                "engine": "sparsecache",
+                "dtype": "bfloat16",
+                "window": 4096,
+                "max_length": None,
+                "stop_ids": [1],
+                **{key: dict.fromkeys(datasets, key) for key in ("templates", "protocol", "data")},
+                **(identity or {}),
+            },
+            "model": {"name": "m", "note": None},
+            "datasets": {stem: {"expected_rows": rows} for stem, rows in asked.items()},
+            "sessions": [{"id": "1-host", "device": "cuda", "gpu": "H200", "batch_size": 1, "clock": clock,
+                          **(session or {})}],
+        }  # fmt: skip
+        if record:
+            (folder / "run.json").write_text(json.dumps(run))
+        return folder
+
+    return make

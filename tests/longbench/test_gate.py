@@ -1,0 +1,402 @@
+"""The gate: planted regressions fail, improvements pass, and what is not comparable is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsecache.errors import UsageError
+from sparsecache.longbench.baseline import Baseline, baseline_of, load_baseline
+from sparsecache.longbench.gate import Limits, Verdict, check_savable, gate, lines
+from sparsecache.longbench.scores import Options, score_run
+
+MakeRun = Callable[..., Path]
+Row = Callable[..., dict[str, Any]]
+Make = Callable[..., Baseline]
+
+
+def boiled_down(folder: Path, e: bool = False, options: Options = Options()) -> Baseline:
+    return baseline_of(score_run(folder, e, options), options)
+
+
+@pytest.fixture
+def made(make_run: MakeRun, row: Row) -> Make:
+    """A run whose rows of a dataset score 1 (y), 0 (n), 2/3 (h), or failed (x)."""
+    texts = {"y": "yes", "n": "no", "h": "yes maybe"}
+
+    def make(name: str, datasets: dict[str, str], more: dict[str, Any] | None = None, **options: Any) -> Baseline:
+        rows = {
+            stem: [
+                row(at, "", error="x") if letter == "x" else row(at, texts[letter], **(more or {}))
+                for at, letter in enumerate(letters)
+            ]
+            for stem, letters in datasets.items()
+        }
+        return boiled_down(make_run(name, rows, **options))
+
+    return make
+
+
+def texts(verdict: Verdict) -> list[str]:
+    return [("" if check.passed else "FAILED ") + check.text for check in verdict.checks]
+
+
+def test_a_regression_fails_and_says_by_how_much(made: Make) -> None:
+    before = made("a", {"qasper": "y" * 10, "hotpotqa": "yn" * 5, "lcc": "n"})
+    after = made("b", {"qasper": "y" * 9 + "n", "hotpotqa": "yn" * 5, "lcc": "n"})
+    verdict = gate(after, before, Limits(max_drop=2.0))
+    assert not verdict.passed and verdict.warnings == []
+    assert texts(verdict) == [
+        "FAILED mean of 3 datasets: 46.67, baseline 50.00, down 3.33, allowed 2: 1.33 too much; most in qasper 10.00"
+    ]
+    assert list(lines(after, before, verdict)) == [
+        f"{after.name} (vanilla) against {before.name} (vanilla)",
+        *texts(verdict)[0].replace("FAILED ", "FAILED  ", 1).split("\n"),
+        "FAILED: 1 of 1 checks.",
+    ]
+
+
+def test_an_improvement_passes(made: Make) -> None:
+    before, after = made("a", {"qasper": "yynn"}), made("b", {"qasper": "yyyn"})
+    verdict = gate(after, before, Limits(max_drop=0, max_drop_dataset=0))
+    assert verdict.passed
+    assert texts(verdict) == [
+        "mean of 1 datasets: 75.00, baseline 50.00, up 25.00, allowed 0 (95% interval of the change: 0.00 to +75.00)",
+        "1 of 1 datasets: none is down, allowed 0",
+    ]
+    assert list(lines(after, before, verdict))[-1] == "Passed."
+
+
+def test_a_run_passes_beside_itself_without_any_room(made: Make) -> None:
+    run = made("a", {"qasper": "ynh", "trec": "y"}, {"kept": 0.1, "all_classes": ["yes"]})
+    assert gate(run, run, Limits(0, 0, 1, 1)).passed
+
+
+@pytest.mark.parametrize(("allowed", "passed"), [(0.99, False), (1.0, True), (1.01, True)])
+def test_a_drop_of_just_the_limit_is_allowed(made: Make, allowed: float, passed: bool) -> None:
+    before, after = made("a", {"qasper": "y" * 100}), made("b", {"qasper": "y" * 99 + "n"})
+    assert gate(after, before, Limits(allowed)).passed is passed
+    assert gate(after, before, Limits(100, allowed)).passed is passed
+
+
+def test_one_dataset_may_fail_where_the_mean_passes(made: Make) -> None:
+    before = made("a", {"qasper": "yyyy", "hotpotqa": "nnnn", "musique": "yyyy"})
+    after = made("b", {"qasper": "yynn", "hotpotqa": "yynn", "musique": "yyyh"})
+    assert gate(after, before, Limits(3)).passed
+    verdict = gate(after, before, Limits(3, 10))
+    assert [check.passed for check in verdict.checks] == [True, False, True]
+    assert texts(verdict)[1:] == [
+        "FAILED qasper: 50.00, baseline 100.00, down 50.00, allowed 10: 40 too much",
+        "2 of 3 datasets: down 8.33 at most (musique), allowed 10",
+    ]
+    assert [line.split("  ")[0] for line in lines(after, before, verdict)][1:4] == ["FAILED", "passed", "passed"]
+
+
+def test_scores_are_the_official_ones_of_the_rows_that_both_have(made: Make) -> None:
+    before, after = made("a", {"qasper": "yyn"}), made("b", {"qasper": "yyhnnnn", "hotpotqa": "y"})
+    assert "mean of 1 datasets: 88.89, baseline 66.67, up 22.22, " in texts(gate(after, before, Limits()))[0]
+
+
+def test_what_was_kept_is_limited(made: Make) -> None:
+    before = made("a", {"qasper": "y", "lcc": "y"})
+    sparse = made("b", {"qasper": "y", "lcc": "y"}, {"kept": 0.2004})
+    assert texts(gate(sparse, before, Limits(max_kept=0.2)))[1] == "FAILED kept 20.04%, allowed 20%: 0.04% too much"
+    assert texts(gate(sparse, before, Limits(max_kept=0.2004)))[1] == "kept 20.04%, allowed 20.04%"
+    with pytest.raises(UsageError, match=r"--max_kept 0\.2 cannot be checked: no row of .*full cache"):
+        gate(before, sparse, Limits(max_kept=0.2))
+
+
+def test_kept_is_the_mean_over_the_datasets_that_report_it(make_run: MakeRun, row: Row) -> None:
+    rows = {
+        "qasper": [row(0, kept=0.1), row(1, kept=0.3), row(2, kept=None)],
+        "hotpotqa": [row(0, kept=0.6)],
+        "lcc": [row(0)],
+    }
+    assert boiled_down(make_run("a", rows)).kept == pytest.approx(0.4)
+
+
+def clock(tokens: int, seconds: float) -> dict[str, Any]:
+    return {"clock": {"prefill_s": 1.0, "prefill_tokens": 9, "decode_s": seconds, "decode_tokens": tokens,
+                      "peak_gpu_bytes": None}}  # fmt: skip
+
+
+def test_speed_is_limited(made: Make) -> None:
+    slow, fast = made("a", {"qasper": "y"}, session=clock(100, 4)), made("b", {"qasper": "y"}, session=clock(100, 2.5))
+    assert texts(gate(fast, slow, Limits(min_speedup=1.5)))[1] == (
+        "decode 40.0 tokens/s, baseline 25.0: 1.60 times as fast, asked 1.5"
+    )
+    assert texts(gate(slow, fast, Limits(min_speedup=1)))[1] == (
+        "FAILED decode 25.0 tokens/s, baseline 40.0: 0.62 times as fast, asked 1: 0.38 too little"
+    )
+    assert gate(fast, slow, Limits(min_speedup=1.6)).passed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"session": {"gpu": "A100"}}, r"the device \(A100, baseline H200\)"),
+        ({"session": {"gpu": None, "device": "cpu"}}, r"the device \(cpu of host, baseline H200\)"),
+        ({"session": {"batch_size": 8}}, r"the batch size \(8, baseline 1\)"),
+        ({"identity": {"dtype": "float32"}}, r"the dtype \(float32, baseline bfloat16\)"),
+    ],
+)
+def test_speeds_of_unlike_machines_are_refused(made: Make, more: dict[str, Any], message: str) -> None:
+    before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "y"}, **more)
+    assert gate(after, before, Limits()).passed
+    with pytest.raises(UsageError, match=f"unlike in more than the method: {message}, for the speed"):
+        gate(after, before, Limits(min_speedup=1))
+    verdict = gate(after, before, Limits(min_speedup=1), allow_unlike=True)
+    assert verdict.passed and verdict.warnings[0].startswith("unlike: ")
+
+
+def test_speeds_over_other_rows_are_refused(made: Make) -> None:
+    before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "yy"})
+    with pytest.raises(UsageError, match="the rows that the speed was measured on"):
+        gate(after, before, Limits(min_speedup=1))
+
+
+def test_cpus_of_two_hosts_are_two_devices(made: Make) -> None:
+    cpu = {"gpu": None, "device": "cpu"}
+    before = made("a", {"qasper": "y"}, session={**cpu, "id": "1-here"})
+    after = made("b", {"qasper": "y"}, session={**cpu, "id": "2-there"})
+    with pytest.raises(UsageError, match=r"the device \(cpu of there, baseline cpu of here\)"):
+        gate(after, before, Limits(min_speedup=1))
+    again = made("c", {"qasper": "y"}, session={**cpu, "id": "3-here"})
+    assert gate(again, before, Limits(min_speedup=1)).passed
+
+
+def test_speeds_measured_on_several_devices_are_refused(made: Make) -> None:
+    run = made("a", {"qasper": "y"})
+    mixed = Baseline(**{**vars(run), "devices": ["A100", "H200"]})
+    with pytest.raises(UsageError, match=r"the device \(A100 and H200, baseline A100 and H200\)"):
+        gate(mixed, mixed, Limits(min_speedup=1))
+
+
+def test_a_session_that_decoded_nothing_is_no_device(made: Make) -> None:
+    assert made("a", {"qasper": "y"}, session={"clock": None}).devices == []
+    assert made("b", {"qasper": "y"}, session=clock(0, 0.0)).batch_sizes == []
+
+
+def test_a_run_without_a_speed_is_refused(made: Make) -> None:
+    before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "y"}, session={"clock": None})
+    for mine, theirs in ((before, after), (after, before)):
+        with pytest.raises(UsageError, match=f"{after.name} holds no decode speed"):
+            gate(mine, theirs, Limits(min_speedup=1), allow_unlike=True)
+
+
+@pytest.mark.parametrize(
+    ("identity", "message"),
+    [
+        ({"checkpoint": "d" * 64}, r"the checkpoint \(d{12}\.\.\., baseline c{12}\.\.\.\)"),
+        ({"window": 2048}, r"the window \(2048, baseline 4096\)"),
+        ({"max_length": 3500}, r"the max_length \(3500, baseline unknown\)"),
+        ({"stop_ids": [1, 2]}, r"the stop_ids \(\[1, 2\], baseline \[1\]\)"),
+        ({"chat": "template"}, r"the chat \(template, baseline unknown\)"),
+        ({"something_new": 1}, r"the something_new"),
+        ({"data": {"qasper": "other"}}, r"the data of qasper \(other, baseline data\)"),
+        ({"templates": {"qasper": "other"}}, "the templates of qasper"),
+        ({"protocol": {}}, r"the protocol of qasper \(unknown, baseline protocol\)"),
+    ],
+)
+def test_unlike_runs_are_refused(made: Make, identity: dict[str, Any], message: str) -> None:
+    before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "y"}, identity=identity)
+    with pytest.raises(UsageError, match=f"unlike in more than the method: {message}.*--allow_unlike"):
+        gate(after, before, Limits())
+    with pytest.raises(UsageError, match=r"unlike in more than the method"):
+        gate(before, after, Limits())
+    verdict = gate(after, before, Limits(), allow_unlike=True)
+    assert verdict.passed and len(verdict.warnings) == 1
+
+
+def test_what_neither_side_says_is_not_taken_for_the_same(made: Make) -> None:
+    run = made("a", {"qasper": "y"}, identity={"data": {}})
+    with pytest.raises(UsageError, match=r"the data of qasper \(unknown, baseline unknown\)"):
+        gate(run, run, Limits())
+
+
+def test_other_prompts_are_refused(made: Make) -> None:
+    before, after = made("a", {"qasper": "yy"}), made("b", {"qasper": "yy"}, {"prompt_sha256": "0" * 64 + "x"})
+    with pytest.raises(UsageError, match="the prompts of 1 rows of qasper"):
+        gate(after, before, Limits())
+
+
+def test_other_choices_of_the_scorer_are_refused(make_run: MakeRun, row: Row) -> None:
+    folder = make_run("a", {"lcc": [row(0)]})
+    mine = boiled_down(folder, options=Options(edit_backend="fuzzywuzzy"))
+    with pytest.raises(UsageError, match=r"the scorer's choice of edit_backend \(fuzzywuzzy, baseline difflib\)"):
+        gate(mine, boiled_down(folder), Limits())
+
+
+@pytest.mark.parametrize(
+    ("identity", "warnings"),
+    [
+        ({"method": "infinigen", "options": {"budget": 0.2}, "calibration_sha256": "1"}, []),
+        ({"engine": "transformers", "dtype": "float32"}, ["the engine (", "the dtype ("]),
+        ({"data": {"qasper": "data", "lcc": "more"}}, []),
+    ],
+)
+def test_what_is_gated_may_differ(made: Make, identity: dict[str, Any], warnings: list[str]) -> None:
+    before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "y"}, identity=identity)
+    verdict = gate(after, before, Limits())
+    assert verdict.passed
+    assert [warning.startswith(start) for warning, start in zip(verdict.warnings, warnings, strict=True)] == [
+        True for _ in warnings
+    ]
+
+
+def test_many_differences_are_cut_short(made: Make) -> None:
+    stems = ["qasper", "hotpotqa", "lcc", "samsum", "triviaqa", "musique", "vcsum"]
+    before = made("a", dict.fromkeys(stems, "y"))
+    after = made("b", dict.fromkeys(stems, "y"), identity={"data": dict.fromkeys(stems, "other")})
+    with pytest.raises(UsageError, match=r"(the data of \w+ \(other, baseline data\); ){5}and 2 more\. Predict"):
+        gate(after, before, Limits())
+
+
+def test_a_folder_from_elsewhere_is_gated_only_on_demand(made: Make) -> None:
+    before = made("a", {"qasper": "y" * 200}, record=False)
+    after = made("b", {"qasper": "y" * 200})
+    for mine, theirs in ((after, before), (before, after), (before, before)):
+        with pytest.raises(UsageError, match=f"no run.json says how {before.name} was made"):
+            gate(mine, theirs, Limits())
+        assert gate(mine, theirs, Limits(), allow_unlike=True).passed
+    with pytest.raises(UsageError, match="No run.json says how"):
+        check_savable(before)
+    check_savable(before, allow_unlike=True)
+
+
+@pytest.mark.parametrize(
+    ("datasets", "expected", "message"),
+    [
+        ({"qasper": "yyx"}, None, r"b is not whole \(qasper 2 of 3 rows, 1 failed\)"),
+        ({"qasper": "yyy"}, {"qasper": 4}, r"b is not whole \(qasper 3 of 4 rows\)"),
+        ({"qasper": "yyy"}, {"qasper": 3, "lcc": 2}, r"b is not whole \(lcc 0 of 2 rows\)"),
+        ({"qasper": "yy"}, None, r"b lacks rows of the baseline \(qasper 1 of 3 rows\)"),
+        ({"qasper": "yyy"}, None, r"b lacks rows of the baseline \(hotpotqa 1 of 1 rows\)"),
+    ],
+)
+def test_partial_runs_are_refused(
+    made: Make, datasets: dict[str, str], expected: dict[str, int] | None, message: str
+) -> None:
+    whole = {"qasper": "yyy", "hotpotqa": "y"} if "hotpotqa" in message else {"qasper": "yyy"}
+    before, after = made("a", whole), made("b", datasets, expected=expected)
+    with pytest.raises(UsageError, match=f"{message}.*--allow_partial"):
+        gate(after, before, Limits())
+    verdict = gate(after, before, Limits(100), allow_partial=True)
+    assert verdict.passed and "only rows that both have are gated, and failed ones count 0.0" in verdict.warnings[0]
+
+
+def test_partial_baselines_are_refused_and_not_saved(made: Make) -> None:
+    before, after = made("a", {"qasper": "yx"}), made("b", {"qasper": "yy"})
+    with pytest.raises(UsageError, match=r"a is not whole \(qasper 1 of 2 rows, 1 failed\)"):
+        gate(after, before, Limits())
+    assert gate(after, before, Limits(), allow_partial=True).passed
+    with pytest.raises(UsageError, match="no baseline yet"):
+        check_savable(before)
+    check_savable(before, allow_partial=True)
+    check_savable(after)
+
+
+def test_runs_without_common_rows_are_refused_whatever_is_allowed(made: Make) -> None:
+    before, after = made("a", {"qasper": "y"}), made("b", {"lcc": "y"})
+    with pytest.raises(UsageError, match="have no row in common"):
+        gate(after, before, Limits(), allow_partial=True, allow_unlike=True)
+
+
+def test_longbench_and_longbench_e_are_not_gated_against_each_other(make_run: MakeRun, row: Row) -> None:
+    plain = boiled_down(make_run("a", {"qasper": [row(0)]}))
+    e = boiled_down(make_run("b", {"qasper_e": [row(0)]}), e=True)
+    with pytest.raises(UsageError, match=r"of LongBench-E, .* is not\. Give --e"):
+        gate(plain, e, Limits(), allow_unlike=True)
+    assert list(e.datasets) == ["qasper_e"] and gate(e, e, Limits()).passed
+
+
+@pytest.mark.parametrize("more", [{"_id": ...}, {"_id": None}])
+def test_rows_that_cannot_be_matched_are_refused(make_run: MakeRun, row: Row, more: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="rows without an `_id` or with the same one"):
+        boiled_down(make_run("a", {"qasper": [row(0, **more)]}))
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["max_drop", "max_drop_dataset", "max_kept", "min_speedup"])
+def test_limits_are_numbers_from_0_on(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"--{name} {value} is no limit"):
+        Limits(**{name: value})
+
+
+def test_max_kept_is_a_share() -> None:
+    with pytest.raises(UsageError, match="--max_kept 20 is no share"):
+        Limits(max_kept=20)
+
+
+# Saved baselines
+
+
+def test_a_saved_baseline_is_the_run(made: Make, tmp_path: Path) -> None:
+    run = made("a", {"qasper": "yhn", "lcc": "yy"}, {"kept": 0.25})
+    path = tmp_path / "baseline.json"
+    run.save(path)
+    run.save(path)  # again, over itself
+    saved = load_baseline(path)
+    assert saved == Baseline(**{**vars(run), "name": str(path)})
+    assert gate(run, saved, Limits(0, 0, 0.25, 1)).passed
+    worse = made("b", {"qasper": "yhn", "lcc": "yn"})
+    assert not gate(worse, saved, Limits()).passed
+    text = path.read_text()
+    assert text.count("\n") < 100 and '   "1": 0.6666666666666666,\n' in text
+
+
+def test_a_full_baseline_is_small(make_run: MakeRun, row: Row, tmp_path: Path) -> None:
+    rows = [row(at, _id=f"{at:048x}", prompt_sha256=f"{at:064x}") for at in range(200)]
+    boiled_down(make_run("a", {"qasper": rows})).save(tmp_path / "b.json")
+    assert (tmp_path / "b.json").stat().st_size < 200 * 150  # 4,750 rows: 700 KB
+
+
+BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda record: [], "is JSON of another kind"),
+    (lambda record: {"a": 1}, "is JSON of another kind"),
+    (lambda record: record | {"sparsecache_baseline": 2}, "has version 2 of the format, not 1"),
+    (lambda record: {key: value for key, value in record.items() if key != "identity"}, "lacks identity"),
+    (lambda record: record | {"datasets": []}, r"has \[\] as datasets"),
+    (lambda record: record | {"e": 0}, "has 0 as e"),
+    (lambda record: record | {"identity": {"data": 1}}, r"has 1 as identity\.data"),
+    (lambda record: record | {"datasets": {"qasper": 1}}, r"has something other than metric, .* as datasets\.qasper"),
+    (
+        lambda record: record | {"datasets": {"qasper": record["datasets"]["qasper"] | {"scores": {"0": "1"}}}},
+        r"has something other than numbers in datasets\.qasper\.scores",
+    ),
+    (
+        lambda record: record | {"datasets": {"qasper": record["datasets"]["qasper"] | {"kept": "x"}}},
+        r"has 'x' as datasets\.qasper\.kept",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN)
+def test_a_broken_baseline_is_refused(
+    made: Make, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    path = tmp_path / "baseline.json"
+    made("a", {"qasper": "y"}).save(path)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(UsageError, match=rf"baseline\.json {message}.*so it is no baseline"):
+        load_baseline(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "NaN", '{"sparsecache_baseline": 1, "e": NaN}', "[" * 10**5, "\ud800"])
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "b.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UsageError, match=r"b\.json is not readable as JSON"):
+        load_baseline(tmp_path / "b.json")
+
+
+def test_no_other_file_is_overwritten(made: Make, tmp_path: Path) -> None:
+    run = made("a", {"qasper": "y"})
+    for name, text in (("README.md", "# Title"), ("summary.json", '{"complete": true}')):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UsageError, match=f"{name} is .*under a free name"):
+            run.save(tmp_path / name)
+        assert (tmp_path / name).read_text() == text
+    with pytest.raises(UsageError, match="cannot be written: No such file"):
+        run.save(tmp_path / "nowhere" / "b.json")

@@ -1,0 +1,60 @@
+"""Text on a terminal: nothing hidden, nothing acted on, widths as they are, long texts cut in the middle."""
+
+import re
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsecache.longbench.terminal import cut, pad, visible, width
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, 会议 — ok", "plain, 会议 — ok"),
+        ("one\ntwo\r\n\tthree", "one⏎two\\r⏎⇥three"),
+        ("\x1b[31mred\x1b]0;title\x07", "\\x1b[31mred\\x1b]0;title\\x07"),
+        ("\x9b2J", "\\x9b2J"),
+        ("abc\u202edef\u200b\ufeff", "abc\\u202edef\\u200b\\ufeff"),
+        ("a\u2028b\u2029c\x85d", "a\\u2028b\\u2029c\\x85d"),
+        ("half \ud800", "half \\ud800"),
+        ("full\u3000width", "full\u3000width"),
+    ],
+)
+def test_what_a_terminal_acts_on_is_spelled_out(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+@given(ANY_TEXT)
+def test_any_text_becomes_one_harmless_line(text: str) -> None:
+    shown = visible(text)
+    assert not {unicodedata.category(character) for character in shown} & {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    assert shown.encode() and len(shown.splitlines()) == 1 if text else shown == ""
+    assert visible(shown) == shown
+
+
+def test_widths_are_those_of_a_terminal() -> None:
+    assert [width(text) for text in ("", "abc", "会议", "a会b", "e\u0301", "ｆｕｌｌ")] == [0, 3, 4, 4, 1, 8]
+    assert pad("会", 4) == "会  " and pad("会", 4, right=True) == "  会"
+
+
+def test_short_texts_are_whole() -> None:
+    assert cut("abc", 3) == "abc" and cut("会议", 4) == "会议"
+
+
+@given(st.text(st.characters(exclude_categories=("C", "Z"))), st.integers(1, 50))
+def test_long_texts_keep_both_ends_and_say_what_is_missing(text: str, columns: int) -> None:
+    found = cut(text, columns)
+    if width(text) <= columns:
+        assert found == text
+        return
+    match = re.fullmatch(r"(.*) \[\.\.\. (\d+) characters \.\.\.\] (.*)", found, re.DOTALL)
+    assert match is not None
+    head, left_out, tail = match.groups()
+    assert text.startswith(head) and text.endswith(tail)
+    assert len(head) + int(left_out) + len(tail) == len(text)
+    assert columns - 2 <= width(head) + width(tail) <= columns
