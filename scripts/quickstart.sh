@@ -1,9 +1,27 @@
 #!/usr/bin/env bash
-# From a fresh clone to a table of scores: installs, predicts the bundled sample with the bundled checkpoint, scores.
+# From a fresh clone to a comparison: installs, has the bundled checkpoint answer the bundled sample with each method,
+# scores the answers and compares them. Each run is made afresh below pred/quickstart; other predictions stay.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 install_environment
 
-"$VENV/bin/python" -m sparsecache.demo.checkpoint sparsecache/demo/checkpoint
-"$VENV/bin/python" longbench_pred.py --model demo --data sample --name quickstart --overwrite
-"$VENV/bin/python" longbench_eval.py --model demo --name quickstart
+methods=(vanilla infinigen)
+pred_dir=pred/quickstart
+mkdir -p "$pred_dir"
+
+# Side by side, each on one core: so small a model gains little from a second one.
+export OMP_NUM_THREADS=1
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+processes=()
+for method in "${methods[@]}"; do
+    "$VENV/bin/python" longbench_pred.py --model demo --data sample --sample_rows 2 --sample_tokens 2048 \
+        --method "$method" --name "$method" --pred_dir "$pred_dir" --overwrite >"$pred_dir/$method.log" 2>&1 &
+    processes+=($!)
+done
+echo "42 rows are being predicted by ${methods[*]}; their progress is in $pred_dir/*.log ..."
+for index in "${!methods[@]}"; do
+    wait "${processes[index]}" || { cat "$pred_dir/${methods[index]}.log" >&2; exit 1; }
+done
+runs=("${methods[@]/#/$pred_dir/demo/}")
+"$VENV/bin/python" longbench_eval.py "${runs[@]}"
+"$VENV/bin/python" longbench_eval.py compare "${runs[@]}"

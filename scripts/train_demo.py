@@ -1,8 +1,13 @@
 """Trains the bundled demo checkpoint from scratch, on lessons made as it goes.
 
 Everything is scheduled by the share of --minutes that training has taken, over all runs: a run of --run_minutes stops
-there and the next one goes on from its state. On one H200 the defaults take two runs of under ten minutes; on a CPU
-`--tiny` trains a far smaller model in a few minutes, for the test of this script.
+there and the next one goes on from its state. On one H200 the defaults take two runs of under ten minutes:
+
+    python scripts/train_demo.py --out demo --state state.pt    # twice
+
+On a CPU a far smaller model, which learns the form of the answers but not what they are, takes three minutes:
+
+    python scripts/train_demo.py --tiny --device cpu --workers 1 --batch_tokens 2048 --minutes 3 --out tiny
 """
 
 import json
@@ -309,8 +314,8 @@ def _report(training: Training, batch: Batch, entropy: Tensor | None, every_data
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the exported checkpoint.")
 @click.option("--state", type=click.Path(path_type=Path), help="File to go on from, and to save to.")
-@click.option("--minutes", type=float, default=18.0, show_default=True, help="Training time over all runs.")
-@click.option("--run_minutes", type=float, default=9.0, show_default=True, help="Training time of this run.")
+@click.option("--minutes", type=float, default=13.0, show_default=True, help="Training time over all runs.")
+@click.option("--run_minutes", type=float, default=6.5, show_default=True, help="Training time of this run.")
 @click.option("--workers", type=int, default=14, show_default=True, help="Processes that make lessons.")
 @click.option("--batch_tokens", type=int, default=131072, show_default=True)
 @click.option("--entropy", type=float, default=0.01, show_default=True, help="Weight of the attention's entropy.")

@@ -1,0 +1,36 @@
+"""Writes the bundled sample as ordinary <dataset>.jsonl files, for `--data FOLDER` or for any other program."""
+
+from pathlib import Path
+
+import click
+
+from sparsecache.cli import FlexibleCommand, report_usage_errors
+from sparsecache.demo.source import SampleSource
+from sparsecache.longbench.tasks import select_tasks
+from sparsecache.settings import Settings
+
+
+@click.command(cls=FlexibleCommand)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the files.")
+@click.option(
+    "--datasets", default="all", show_default=True, help="Comma list of datasets, or: all, en, zh, a category."
+)
+@click.option("--rows", type=click.IntRange(1), default=Settings.sample_rows, show_default=True, help="Rows of each.")
+@click.option("--tokens", type=int, default=Settings.sample_tokens, show_default=True, help="Length of each prompt.")
+@click.option("--seed", type=int, default=Settings.sample_seed, show_default=True)
+def main(out: Path, datasets: str, rows: int, tokens: int, seed: int) -> None:
+    """Write the rows that --data sample has with --sample_rows, --sample_tokens and --sample_seed to --out.
+
+    Files of the same names are replaced.
+    """
+    source = SampleSource(rows, tokens, seed)
+    with report_usage_errors():
+        made = [(task, source.read(task, e=False)[1]) for task in select_tasks(datasets)]
+    out.mkdir(parents=True, exist_ok=True)
+    for task, lines in made:
+        (out / f"{task.file_stem(False)}.jsonl").write_bytes(lines)
+    click.echo(f"{len(made)} files of {rows} rows are in {out}.")
+
+
+if __name__ == "__main__":
+    main()
