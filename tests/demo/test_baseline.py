@@ -7,12 +7,9 @@ run that, score it, and put its result.json there.
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -25,15 +22,6 @@ BASELINE: dict[str, Any] = json.loads(Path(__file__).with_name("baseline.json").
 # In float32 another CPU or torch rounds other last digits, which can turn one of the closest decisions (a count, say),
 # and with it the score of one dataset of two rows; it does not turn those of two.
 MAY_DIFFER = 1
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads that share a busy core are many times slower than one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _scores(pred_dir: Path, *further: str) -> Scores:

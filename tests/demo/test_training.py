@@ -52,7 +52,16 @@ def test_transformers_and_our_decoder_write_the_same_with_it(runs: Runs, tmp_pat
     folder, _ = runs
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == "LlamaForCausalLM" and len(AutoTokenizer.from_pretrained(folder)) == 4096
-    data = ["--data", "sample", "--sample_rows", "2", "--sample_tokens", "300", "--datasets", "hotpotqa,lcc,vcsum"]
+    data = [
+        "--data",
+        "sample",
+        "--sample_rows",
+        "2",
+        "--sample_tokens",
+        "300",
+        "--datasets",
+        "hotpotqa,lcc,multifieldqa_zh",
+    ]
     out = ["--pred_dir", str(tmp_path), "--name", "run", "--device", "cpu", "--verify", "6"]
     told = CliRunner().invoke(main, ["--model", str(folder), *data, *out])
     assert told.exit_code == 0, told.output
