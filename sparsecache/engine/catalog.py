@@ -74,8 +74,9 @@ def checkpoint_folder(model: Model, offline: bool, *, weights: bool = False, all
         if (model.path / "config.json").is_file():
             return model.path
         raise UsageError(
-            f"{model.path} holds no config.json, so it is not a checkpoint folder ({model.name}). The bundled one is "
-            f"made by scripts/quickstart.sh, or by python -m sparsecache.demo.checkpoint FOLDER."
+            f"{model.path} holds no config.json, so it is not a checkpoint folder ({model.name}). Name another one; "
+            f"the bundled one is called demo, and one to try things with is made by "
+            f"python -m sparsecache.demo.checkpoint FOLDER."
         )
     assert model.hub is not None
     from huggingface_hub import snapshot_download

@@ -1,0 +1,518 @@
+"""InfiniGen as a whole: every step against the slow one, no loss where none is allowed, options, reports."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparsecache.engine.decoder
+import sparsecache.methods._cache
+import sparsecache.methods.infinigen
+from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.families import family_names, load_family
+from sparsecache.engine.generator import Generator, Request
+from sparsecache.engine.loading import Checkpoint
+from sparsecache.engine.rope import Rope
+from sparsecache.errors import UsageError
+from sparsecache.kernels.attention import attention
+from sparsecache.methods import make_method, parse_options
+from sparsecache.methods.base import Method, Shape
+from sparsecache.methods.infinigen import InfiniGen
+from sparsecache.methods.vanilla import Vanilla
+
+CPU = torch.device("cpu")
+SHAPES = {
+    "mha-32": Shape(layers=3, heads=2, kv_heads=2, head_dim=32),
+    "gqa2-64": Shape(layers=3, heads=4, kv_heads=2, head_dim=64),
+    "gqa4-128": Shape(layers=2, heads=8, kv_heads=2, head_dim=128),
+    "gqa8-64": Shape(layers=2, heads=8, kv_heads=1, head_dim=64),
+    "gqa3-32": Shape(layers=2, heads=9, kv_heads=3, head_dim=32),
+}
+CHOICES: list[dict[str, Any]] = [
+    {"alpha": 4.0, "budget": 0.5},
+    {"alpha": 4.0, "budget": 0.5, "fetch": "per_head", "partial_weight_ratio": 0.25},
+    {"alpha": 3.0, "budget": 1.0, "skew": False, "partial_weight_ratio": 0.3},
+    {"alpha": 1.0, "budget": 9, "sinks": 2, "recent": 3, "partial_weight_ratio": 0.5},
+    {"alpha": math.inf, "budget": 0.15, "fetch": "per_head"},
+    {"alpha": 0.0, "budget": 0.5},
+    {"alpha": 2.0, "budget": 3, "sinks": 2, "recent": 4},  # more than the budget: the lower positions
+]
+every_family = pytest.mark.parametrize("model_type", family_names())
+every_eviction = pytest.mark.parametrize("eviction", ["fifo", "lru", "counter"])
+
+
+def _small_numbers(seed: int) -> Any:
+    """-1, 0 and 1: with 16 or 64 columns all scores are exact, and many are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *size: torch.randint(-1, 2, size, generator=generator).float()
+
+
+# Every step against the slow one.
+
+
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_selections_and_outputs_are_those_of_the_page(shape, options, play) -> None:
+    played = play(shape, (23, 9), options)
+    sizes = {len(chosen) for _ in range(5) for step in played.step() for row in step.selected for chosen in row}
+    assert options["alpha"] in (0, math.inf) or len(sizes) > 1 or options["budget"] == 3, "else it shows little"
+
+
+@pytest.mark.parametrize("fetch", ["mean", "per_head"])
+@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (8, 2)])
+def test_ties_too(heads, kv_heads, head_dim, fetch, play) -> None:
+    shape = Shape(layers=3, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    options = {"skew": False, "budget": 7, "fetch": fetch, "partial_weight_ratio": 0.5}
+    for alpha in (4 / head_dim**0.5, math.inf):
+        played = play(shape, (40, 13), {**options, "alpha": alpha}, draw=_small_numbers(head_dim + heads))
+        for _ in range(6):
+            played.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_selects_the_same_where_it_is_exact(dtype, play) -> None:
+    options = {"skew": False, "budget": 7, "alpha": 1.0, "capacity": 14, "offload": True, "gpu_cache": 4}
+    played = play(SHAPES["gqa2-64"], (40, 13), options, draw=_small_numbers(3), dtype=dtype)
+    for _ in range(7):
+        played.step()
+    assert played.method._pool.keys.dtype == played.method._partial.keys.dtype == dtype
+
+
+def test_rows_of_a_batch_in_any_order_and_steps_without_some(play) -> None:
+    played = play(SHAPES["gqa2-64"], (23, 9, 31), {"alpha": 4.0, "budget": 0.5}, new_tokens=12)
+    for order in ([0, 1, 2], [2, 0, 1], [1], [2, 1], [0], [1, 0, 2], [2]):
+        played.step(order)
+
+
+def test_dense_layers_are_dense_and_the_others_as_ever(play) -> None:
+    shape = Shape(layers=4, heads=4, kv_heads=2, head_dim=32)
+    for dense in (1, 2, 3):
+        played = play(shape, (20,), {"alpha": 4.0, "budget": 0.5, "dense_layers": dense})
+        assert [len(played.step()) for _ in range(3)] == [4 - dense] * 3
+        assert played.method.report(1)["dense_layers"] == dense
+
+
+@every_eviction
+@pytest.mark.parametrize("length", [7, 30, 60], ids=["shorter", "a little longer", "much longer"])
+@pytest.mark.parametrize("options", [{"capacity": 12}, {"capacity": 0.4, "fetch": "per_head", "sinks": 1}], ids=str)
+def test_a_full_pool_evicts_as_the_page_says(options, length, eviction, play) -> None:
+    """A prompt longer than the capacity is replayed; the other row of the batch is not full for a while."""
+    shape = Shape(layers=3, heads=4, kv_heads=2, head_dim=32)
+    options = {"alpha": 3.0, "budget": 5, "eviction": eviction, "partial_weight_ratio": 0.5, **options}
+    played = play(shape, (length, 6), options, new_tokens=24)
+    for _ in range(23):
+        played.step()
+    slow = played.slow[1, 0]
+    evicted = length + 23 - slow.capacity
+    assert [len(victims) for victims in slow.evicted] == [max(0, evicted)] * 2
+    assert played.method._pool.rows_held(0) == max(slow.capacity, min(29, played.slow[1, 1].capacity))
+
+
+@every_eviction
+def test_a_full_pool_with_ties_evicts_the_lowest_position(eviction, play) -> None:
+    shape = Shape(layers=2, heads=4, kv_heads=2, head_dim=16)
+    options = {"skew": False, "alpha": 0.75, "budget": 6, "eviction": eviction, "capacity": 10}
+    for length in (4, 45):
+        played = play(shape, (length,), options, draw=_small_numbers(length), new_tokens=31)
+        for _ in range(30):
+            played.step()
+
+
+def test_counters_saturate_and_halve(play) -> None:
+    """Over so many steps that the order of eviction tells it."""
+    shape = Shape(layers=2, heads=1, kv_heads=1, head_dim=16)
+    options = {"alpha": math.inf, "budget": 4, "capacity": 6, "skew": False}
+    played = play(shape, (6,), options, new_tokens=700, draw=_drifting(16))
+    most = 0
+    for _ in range(690):
+        played.step()
+        most = max(most, *(token.selections for token in played.slow[1, 0].tokens[0].values()))
+    assert most == 254
+    assert played.method._pool.selections.max() <= 254
+
+
+def _drifting(head_dim: int) -> Any:
+    """Some keys are liked by all queries and stay for long; what is liked turns slowly."""
+    generator, at = torch.Generator().manual_seed(2), 0
+
+    def draw(*size: int) -> Tensor:
+        nonlocal at
+        at += 1
+        angle = torch.tensor(at / 900 * math.pi)
+        liked = torch.zeros(head_dim)
+        liked[0], liked[1] = 3 * angle.cos(), 3 * angle.sin()
+        return liked * torch.rand(*size[:-1], 1, generator=generator) + torch.randn(*size, generator=generator) / 2
+
+    return draw
+
+
+@every_eviction
+def test_a_victim_is_never_selected_again_nor_read_from_the_gpu_cache(eviction, play) -> None:
+    """Also where the victim was the best of all and still lies in the cache."""
+    shape = Shape(layers=2, heads=2, kv_heads=1, head_dim=32)
+    options = {"alpha": math.inf, "budget": 1.0, "capacity": 8, "eviction": eviction, "offload": True}
+    for tokens in (0, 3, 100):
+        played = play(shape, (15,), {**options, "gpu_cache": tokens}, new_tokens=31)
+        for _ in range(30):
+            (step,) = played.step()
+            gone = played.slow[1, 0].evicted[0]
+            held = set(played.slow[1, 0].tokens[0])
+            assert len(step.selected[0][0]) == 8
+            assert not gone & held
+        assert len(gone) == 15 + 30 - 8
+
+
+@pytest.mark.parametrize("capacity", [1.0, 70, 10**6])
+def test_capacity_for_everything_evicts_nothing(capacity, play) -> None:
+    shape = Shape(layers=2, heads=2, kv_heads=1, head_dim=32)
+    played = play(shape, (40,), {"capacity": capacity, "budget": 1.0, "alpha": math.inf}, new_tokens=30)
+    for at in range(29):
+        (step,) = played.step()
+        assert step.selected == [[list(range(40 + at))]]
+
+
+@pytest.mark.parametrize(
+    ("share", "length", "new", "capacity"),
+    [(0.5, 10, 5, 8), (0.1, 25, 5, 3), (0.01, 5, 5, 1), (0.3, 7, 3, 3), (7, 90, 9, 7), (0.7, 9, 1, 7)],
+)
+def test_the_capacity_is_the_share_of_prompt_and_new_tokens_rounded_up(share, length, new, capacity, play) -> None:
+    shape = Shape(layers=2, heads=2, kv_heads=1, head_dim=32)
+    played = play(shape, (length,), {"capacity": share, "budget": 1.0, "alpha": math.inf}, new_tokens=new)
+    (step,) = played.step()
+    assert len(step.selected[0][0]) == min(length, capacity)
+
+
+@pytest.mark.parametrize(("asked_at", "kept"), [(16, False), (17, False), (18, True), (19, True), (49, True)])
+def test_a_prompt_is_replayed_with_its_last_32_true_queries(asked_at, kept) -> None:
+    """Of 50 tokens 34 stay, by recency: 0, which every indifferent query selects, 18 to 49, and one more.
+
+    That is 5 if its one query is among the last 32, from position 18 on, and 17 otherwise.
+    """
+    shape = Shape(layers=2, heads=1, kv_heads=1, head_dim=64)
+    method = InfiniGen(budget=0.001, alpha=1.0, dense_layers=1, skew=False, capacity=34, eviction="lru")
+    method.allocate(shape, 1, 60, CPU, torch.float32)
+    q, k = torch.zeros(1, 50, 64), torch.zeros(1, 50, 64)
+    q[0, asked_at, 3], k[0, 5, 3] = 40.0, 40.0
+    for layer in range(2):
+        method.prefill(layer, 0, q, k, torch.randn(1, 50, 64), 9)
+    held = set(method._pool.positions[0, 0, 0, :34].tolist())
+    assert held == {0, *range(18, 50), 5 if kept else 17}
+
+
+# No loss where none is allowed.
+
+
+def _decoders(model_type: str, options: dict[str, Any], decoder: Any) -> tuple[Method, Decoder, Method, Decoder]:
+    vanilla, method = Vanilla(), InfiniGen(**options)
+    return vanilla, decoder(model_type, vanilla), method, decoder(model_type, method)
+
+
+@torch.inference_mode()
+def _compare_logits(first: Decoder, second: Decoder, prompt: list[int], steps: int) -> None:
+    """Both are given the tokens that the first chooses; every logit must agree, and every choice."""
+    token_ids = torch.tensor(prompt)
+    slot = torch.tensor([1])
+    for each in (first, second):
+        each._method.allocate(each.shape, 2, len(prompt) + steps, CPU, each.dtype)
+    logits = [each.prefill(token_ids, 1, steps) for each in (first, second)]
+    for at in range(steps - 1):
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+        chosen = logits[0].argmax()
+        assert chosen == logits[1].argmax()
+        position = torch.tensor([len(prompt) + at])
+        logits = [each.step(chosen[None], position, slot)[0] for each in (first, second)]
+
+
+@every_family
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dense_layers": 1},
+        {"dense_layers": 2, "fetch": "per_head", "skew": False, "guess": "own_norm"},
+        {"dense_layers": 1, "offload": True, "gpu_cache": 5, "guess": "residual", "partial_weight_ratio": 0.25},
+    ],
+    ids=["defaults", "per head, unskewed", "offloaded"],
+)
+def test_no_limits_give_the_logits_of_vanilla_step_by_step(options, model_type, decoder) -> None:
+    _, whole, method, ours = _decoders(model_type, {"budget": 1.0, "alpha": math.inf, **options}, decoder)
+    _compare_logits(whole, ours, [0, *range(300, 345)], 14)
+    assert method.report(1)["kept"] == 1.0 and method.report(1)["sparse_steps"] == 13
+
+
+@every_family
+def test_only_dense_layers_give_the_logits_of_vanilla_step_by_step(model_type, decoder) -> None:
+    _, whole, method, ours = _decoders(model_type, {"budget": 0.01, "alpha": 0.0, "dense_layers": 3}, decoder)
+    _compare_logits(whole, ours, [0, *range(300, 345)], 14)
+    assert method.report(1) == {"kept": None, "sparse_steps": 0, "capped_steps": 0, "dense_layers": 3}
+
+
+@every_family
+def test_limits_change_the_logits(model_type, decoder) -> None:
+    """Else the two tests above would show nothing."""
+    _, whole, _, ours = _decoders(model_type, {"budget": 3, "alpha": 1.0, "dense_layers": 1}, decoder)
+    with pytest.raises(AssertionError):
+        _compare_logits(whole, ours, [0, *range(300, 345)], 14)
+
+
+def test_the_trained_checkpoint_loses_nothing_without_limits_and_drops_most_with_the_defaults(repo) -> None:
+    folder = repo / "sparsecache" / "demo" / "checkpoint"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"no trained checkpoint in {folder}")
+    found = Checkpoint(folder)
+    architecture = load_family(found.model_type).architecture(found.config)
+    weights = found.load(architecture, CPU, torch.float32)
+    lossless, defaults = InfiniGen(budget=1.0, alpha=math.inf), InfiniGen()
+    made = [Decoder(architecture, weights, Rope(found.config, CPU), each) for each in (Vanilla(), lossless, defaults)]
+    token_ids = found.tokenizer(str(lossless.calibration_text()))["input_ids"]
+    with torch.inference_mode():
+        made[1].calibrate(torch.tensor(token_ids[:600]), lambda layers: None)
+    defaults.restore(lossless.calibration(), made[2].shape)
+    _compare_logits(made[0], made[1], token_ids[-300:], 10)
+    (done,) = Generator(made[2], defaults, 1).generate([Request(0, token_ids[-300:], 10, ())])
+    assert done.error is None and 0 < done.report["kept"] < 0.2
+
+
+def test_prefill_and_decode_go_through_the_plain_attention_function(decoder, monkeypatch) -> None:
+    """The one that refuses masks of another shape."""
+    asked: list[tuple[str, bool]] = []
+
+    def note(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        asked.append((*options, q.shape[2])[:2])
+        return attention(q, k, v, **options)
+
+    for module in (sparsecache.engine.decoder, sparsecache.methods._cache, sparsecache.methods.infinigen):
+        monkeypatch.setattr(module, "attention", note)
+    method = InfiniGen(dense_layers=1, skew=False)
+    (done,) = Generator(decoder("llama", method), method, 1).generate([Request(0, [0, 7, 8, 9], 3, ())])
+    assert done.error is None
+    assert asked == [("causal", 4)] * 3 + [("selected", 1)] * 6
+
+
+# What was done before, beside it, or in another slot.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"capacity": 0.3, "eviction": "counter"},
+        {"capacity": 20, "eviction": "lru", "offload": True, "gpu_cache": 6},
+        {"capacity": 12, "eviction": "fifo", "sinks": 2, "recent": 2, "guess": "residual"},
+        {"offload": True, "gpu_cache": 9, "fetch": "per_head", "guess": "own_norm"},
+    ],
+    ids=str,
+)
+def test_a_text_and_its_report_depend_on_its_prompt_alone(options, decoder) -> None:
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(3, 1024, (length,), generator=generator).tolist() for length in (50, 6, 31)]
+
+    def texts(slots: int, order: list[int]) -> dict[int, Any]:
+        method = InfiniGen(**{"budget": 5, "alpha": 3.0, "dense_layers": 1, **options})
+        engine = Generator(decoder("qwen2", method), method, slots)
+        done = engine.generate(Request(at, prompts[at], 16, ()) for at in order)
+        return {each.key: (each.error, each.token_ids, each.report) for each in done}
+
+    alone = {at: texts(1, [at])[at] for at in range(3)}
+    assert all(error is None for error, _, _ in alone.values())
+    for slots in (1, 2, 3):
+        for order in ([0, 1, 2], [2, 1, 0], [1, 0, 1, 2]):
+            assert texts(slots, order) == alone
+
+
+def test_a_step_may_name_slots_that_hold_nothing_at_all() -> None:
+    shape = Shape(layers=3, heads=4, kv_heads=2, head_dim=16)
+    for options in ({}, {"capacity": 0.5}, {"offload": True, "gpu_cache": 4}, {"sinks": 2, "recent": 2}):
+        method = InfiniGen(skew=False, **options)
+        method.allocate(shape, 2, 5, CPU, torch.float32)
+        for _ in range(9):  # more often than there is room
+            for layer in range(3):
+                if layer:
+                    method.anticipate(layer, torch.randn(2, 4, 1, 16), torch.tensor([1, 0]))
+                out = method.attend(layer, torch.randn(2, 4, 1, 16), *torch.randn(2, 2, 2, 1, 16), torch.tensor([1, 0]))
+                assert out.isfinite().all()
+
+
+# Never more than the cap; more with wider options.
+
+
+@pytest.mark.parametrize("fetch", ["mean", "per_head"])
+@pytest.mark.parametrize("budget", [0.001, 0.1, 0.3, 0.7, 2, 6, 1000])
+def test_never_more_than_the_cap_and_the_current_token(budget, fetch, play) -> None:
+    played = play(
+        SHAPES["gqa2-64"], (37, 8), {"budget": budget, "alpha": 6.0, "fetch": fetch}, new_tokens=14, compare=False
+    )
+    for at in range(13):
+        for step in played.step():
+            for past, chosen in zip((37 + at, 8 + at), step.selected, strict=True):
+                cap = max(1, math.floor(budget * past + 1e-6)) if budget <= 1 else budget
+                assert max(map(len, chosen)) <= min(cap, past)
+    report = played.method.report(1)
+    assert report["capped_steps"] == (13 if budget != 1000 else 0)
+
+
+def test_a_share_of_past_tokens_is_counted_exactly(play) -> None:
+    """0.7 x 10 is a little under 7 in floating point, and 0.29 x 100 a little under 29."""
+    shape = Shape(layers=2, heads=2, kv_heads=1, head_dim=32)
+    for share, past, cap in ((0.7, 10, 7), (0.29, 100, 29), (0.1, 30, 3), (0.2, 4, 1), (0.35, 20, 7), (1.0, 9, 9)):
+        (step,) = play(shape, (past,), {"budget": share, "alpha": math.inf}).step()
+        assert len(step.selected[0][0]) == cap
+
+
+@pytest.mark.parametrize(
+    "growing",
+    [[{"alpha": a, "budget": 9} for a in (0.0, 1.0, 2.0, 4.0, 8.0, math.inf)],
+     [{"alpha": 5.0, "budget": b} for b in (0.001, 0.1, 0.3, 12, 17, 1.0)]],
+    ids=["alpha", "budget"],
+)  # fmt: skip
+@pytest.mark.parametrize("fetch", ["mean", "per_head"])
+def test_the_selection_of_a_step_grows_with_alpha_and_with_the_budget(growing, fetch, play) -> None:
+    before = None
+    for options in growing:
+        played = play(SHAPES["gqa4-128"], (40, 21), {**options, "fetch": fetch}, compare=False)
+        chosen = [set(head) for step in played.step() for row in step.selected for head in row]
+        assert before is None or all(few <= many for few, many in zip(before, chosen, strict=True))
+        before = chosen
+    assert before is not None and all(before)
+
+
+# What is reported.
+
+
+@pytest.mark.parametrize("options", [{"budget": 6}, {"budget": 0.3, "fetch": "per_head"}, {"capacity": 12}], ids=str)
+def test_reports_equal_a_count_by_hand(options, play) -> None:
+    options = {"alpha": 3.0, "dense_layers": 1, **options}
+    played = play(SHAPES["gqa2-64"], (15, 4), options, new_tokens=9)
+    steps = [played.step() for _ in range(8)]
+    for row, length in enumerate((15, 4)):
+        shares, capped = [], 0
+        for at, layers in enumerate(steps):
+            past = length + at
+            shares += [sum(map(len, step.selected[row])) / 2 / past for step in layers]
+            capped += past > played.slow[1, row].cap(past)
+        report = played.method.report(row + 1)
+        assert report.pop("kept") == pytest.approx(sum(shares) / len(shares))
+        assert report == {"sparse_steps": 8, "dense_layers": 1, "capped_steps": capped}
+        assert capped == (5 if options.get("budget") == 6 and row == 1 else 8)
+
+
+def test_a_row_without_a_step_has_kept_nothing_to_speak_of_nor_has_a_released_slot(play) -> None:
+    nothing = {"kept": None, "sparse_steps": 0, "dense_layers": 1, "capped_steps": 0}
+    nothing_fetched = {**nothing, "fetched_bytes": 0, "gpu_cache_hit": None}
+    for options, expected in (({}, nothing), ({"offload": True, "gpu_cache": 3}, nothing_fetched)):
+        played = play(SHAPES["mha-32"], (15,), options)
+        assert played.method.report(1) == expected
+        played.step()
+        assert played.method.report(1).keys() == expected.keys() and played.method.report(1) != expected
+        played.method.release(1)
+        assert played.method.report(1) == expected
+
+
+# Options.
+
+
+def _refusal(options: dict[str, str], shape: Shape = SHAPES["mha-32"]) -> str:
+    """What a user is told."""
+    with pytest.raises((UsageError, ValueError)) as refused:
+        make_method("infinigen", parse_options("infinigen", options)).check(shape)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("alpha", "-1", "0 or more"),
+        ("alpha", "nan", "0 to inf"),
+        ("alpha", "wide", "0 to inf"),
+        ("budget", "0", "a share above 0 up to 1, or a whole number"),
+        ("budget", "-1", "a share above 0 up to 1, or a whole number"),
+        ("budget", "nan", "a share of them up to 1, else a count"),
+        ("budget", "1.5", "a share above 0 up to 1, or a whole number"),
+        ("budget", "inf", "a share above 0 up to 1, or a whole number"),
+        ("partial_weight_ratio", "0", "above 0 and at most 1"),
+        ("partial_weight_ratio", "-0.5", "above 0 and at most 1"),
+        ("partial_weight_ratio", "1.01", "above 0 and at most 1"),
+        ("partial_weight_ratio", "nan", "above 0 to 1"),
+        ("partial_weight_ratio", "0.03", "0.03125 to 1"),  # none of 32 columns
+        ("dense_layers", "0", "1 or more"),
+        ("dense_layers", "4", "1 to 3"),
+        ("dense_layers", "-2", "1 or more"),
+        ("dense_layers", "1.5", "a whole number"),
+        ("capacity", "0", "a share above 0 up to 1, or a whole number"),
+        ("capacity", "-3", "a share above 0 up to 1, or a whole number"),
+        ("capacity", "2.5", "a share above 0 up to 1, or a whole number"),
+        ("capacity", "inf", "a share above 0 up to 1, or a whole number"),
+        ("capacity", "nan", "a share up to 1, else a count"),
+        ("sinks", "-1", "0 tokens or more"),
+        ("recent", "-1", "0 tokens or more"),
+        ("gpu_cache", "-1", "0 tokens or more"),
+        ("gpu_cache", "8", "offload=true"),
+        ("fetch", "median", "mean, per_head"),
+        ("eviction", "random", "fifo, lru, counter"),
+        ("guess", "luck", "input, own_norm, residual"),
+        ("skew", "maybe", "true or false"),
+        ("offload", "1", "true or false"),
+    ],
+)
+def test_bad_values_are_refused_with_the_option_its_value_and_what_is_allowed(option, value, allowed) -> None:
+    told = _refusal({option: value})
+    assert any(f"{option}={written}" in told for written in (value, f"{value}.0", repr(value)))
+    assert allowed in told and told.endswith(".")
+
+
+@pytest.mark.parametrize("name", ["alpha", "budget", "capacity", "partial_weight_ratio"])
+def test_nan_is_refused_by_the_class_itself_too(name) -> None:
+    with pytest.raises(ValueError, match=f"{name}=nan must be "):
+        InfiniGen(**{name: math.nan})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": 0.0}, {"alpha": math.inf}, {"budget": 1.0}, {"budget": 2.0}, {"budget": 1e-9}, {"budget": 1e20},
+     {"capacity": 1.0}, {"capacity": 1e-9}, {"capacity": 1e20}, {"dense_layers": 3}, {"partial_weight_ratio": 1.0},
+     {"partial_weight_ratio": 1 / 32}, {"offload": True, "gpu_cache": 0}, {"sinks": 99, "recent": 99}],
+    ids=str,
+)  # fmt: skip
+def test_the_ends_of_the_ranges_are_allowed(options, play) -> None:
+    played = play(SHAPES["mha-32"], (5,), options)
+    for _ in range(3):
+        played.step()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "head_dim", "columns"),
+    [(None, 128, 32), (None, 64, 32), (None, 32, 32), (None, 16, 16), (0.3, 128, 38), (0.2, 64, 12), (0.29, 100, 29)],
+)
+def test_the_columns_are_the_ratio_times_the_head_size(ratio, head_dim, columns) -> None:
+    shape = Shape(2, 2, 1, head_dim)
+    method = InfiniGen(partial_weight_ratio=ratio, skew=False, dense_layers=1)
+    method.check(shape)
+    method.allocate(shape, 1, 9, CPU, torch.float32)
+    assert method._partial.columns.shape[-1] == method._partial.keys.shape[-1] == columns
+
+
+def test_a_skewed_method_that_saw_no_text_says_so() -> None:
+    with pytest.raises(RuntimeError, match="calibration text"):
+        InfiniGen().allocate(SHAPES["mha-32"], 1, 9, CPU, torch.float32)
+
+
+def test_new_room_forgets_what_the_old_held(play) -> None:
+    options = {"alpha": 3.0, "budget": 6, "capacity": 0.6, "offload": True, "gpu_cache": 5}
+    fresh = play(SHAPES["mha-32"], (20,), options, new_tokens=9)
+    used = play(SHAPES["mha-32"], (20,), options, new_tokens=9)
+    for _ in range(5):
+        used.step()
+    used.method.allocate(SHAPES["mha-32"], 2, 29, CPU, torch.float32)
+    again = play(SHAPES["mha-32"], (20,), options, new_tokens=9, method=used.method)
+    for _ in range(8):
+        for first, second in zip(fresh.step(), again.step(), strict=True):
+            assert first.selected == second.selected and torch.equal(first.out, second.out)
+
+
+def test_the_bundled_calibration_text_is_there() -> None:
+    text = InfiniGen().calibration_text()
+    assert text is not None and len(text) > 4000
+    assert InfiniGen(skew=False).calibration_text() is None
+    assert (Path(__file__).parents[3] / "sparsecache" / "methods" / "infinigen" / "calibration.txt").is_file()
