@@ -287,14 +287,14 @@ def locked(path: Path) -> Iterator[None]:
         release()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file so that a kill leaves the old one or the new one, never a part.
 
     Raises UsageError where the system does not let it, with the old file in place.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
         os.replace(temporary, path)
     except OSError as error:
         raise UsageError(

@@ -8,9 +8,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from sparsecache.kernels.scores import scaled_scores
 from sparsecache.methods._rows import Rows
 from sparsecache.methods._sparse import SparseMethod
-from sparsecache.methods.infinigen.speculation import partial_scores
 
 _BLOCK = 64  # queries whose attention to a whole prompt is held at a time
 
@@ -64,7 +64,7 @@ def attention_sums(q: Tensor, k: Tensor, first: int) -> Tensor:
     sums = torch.zeros(kv_heads, length, device=k.device)
     for start in range(first, length, _BLOCK):
         end = min(start + _BLOCK, length)
-        scores = partial_scores(q[:, start:end], k[:, :end], head_dim)  # [H, block, end]
+        scores = scaled_scores(q[:, start:end], k[:, :end], head_dim)  # [H, block, end]
         later = torch.ones(end - start, end, device=k.device, dtype=torch.bool).triu(start + 1)
         got = scores.masked_fill_(later, -torch.inf).softmax(-1).sum(1)  # [H, end]
         sums[:, :end] += got.view(kv_heads, -1, end).sum(1)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsecache.kernels.attention import attention
+from sparsecache.kernels.scores import scaled_scores
 from sparsecache.methods.base import Shape
-from sparsecache.methods.infinigen.speculation import partial_scores
 
 FREE = -1
 
@@ -70,7 +70,7 @@ class Rows:
     def probabilities(self, q: Tensor, slots: Tensor) -> Tensor:
         """The attention of q [B, H, 1, D] to each row, summed over the heads of a KV head: [B, G, rows] float32."""
         keys, free = self.keys[slots], self.positions[slots] == FREE
-        scores = partial_scores(q, keys, keys.shape[3]).view(*free.shape[:2], -1, free.shape[2])  # [B, G, g, rows]
+        scores = scaled_scores(q, keys, keys.shape[3]).view(*free.shape[:2], -1, free.shape[2])  # [B, G, g, rows]
         return scores.masked_fill(free[:, :, None], -torch.inf).softmax(-1).sum(2)
 
     def drop_least(self, slots: Tensor, worth: Tensor, cap: Tensor) -> None:

@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
+from sparsecache.kernels.scores import scaled_scores
 from sparsecache.methods._sparse import ChoosingMethod
 from sparsecache.methods.infinigen.selection import Fetch, select
-from sparsecache.methods.infinigen.speculation import partial_scores
 
 
 class Oracle(ChoosingMethod):
@@ -35,7 +35,7 @@ class Oracle(ChoosingMethod):
     def choose(self, layer: int, q: Tensor, slots: Tensor, past: Tensor, cap: Tensor) -> Tensor:
         length = int(past.max())
         keys = self.cache.keys[layer, slots, :, :length]
-        scores = partial_scores(q, keys, self.shape.head_dim)[:, :, 0]  # [B, H, length]
+        scores = scaled_scores(q, keys, self.shape.head_dim)[:, :, 0]  # [B, H, length]
         unseen = torch.arange(length, device=q.device) >= past[:, None]
         scores = scores.masked_fill(unseen[:, None], -torch.inf)
         return select(scores, self.shape.kv_heads, self._alpha, cap, self._fetch)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels.attention import attention
+from sparsecache.kernels.scores import scaled_scores
 from sparsecache.methods._sparse import SparseMethod, is_share_or_count
 from sparsecache.methods.base import GuessFrom, Shape
 from sparsecache.methods.infinigen.gpu_cache import GpuCache
 from sparsecache.methods.infinigen.pool import Eviction, Pool, Selections
 from sparsecache.methods.infinigen.selection import Fetch, count_near, distance_to_best, highest
 from sparsecache.methods.infinigen.skewing import skewing_matrix
-from sparsecache.methods.infinigen.speculation import PartialKeys, partial_scores
+from sparsecache.methods.infinigen.speculation import PartialKeys
 
 _COLUMNS = 32
 _REPLAYED = 32  # last prompt positions whose selections decide what a full pool keeps
@@ -155,7 +156,7 @@ class InfiniGen(SparseMethod):
         kv_heads, length = k.shape[:2]
         selections = Selections(kv_heads, length, k.device)
         for at in range(max(1, length - _REPLAYED), length):
-            scores = partial_scores(q[:, at : at + 1], k[:, :at], self.shape.head_dim)[:, 0]
+            scores = scaled_scores(q[:, at : at + 1], k[:, :at], self.shape.head_dim)[:, 0]
             past, cap = torch.tensor([[at], [self.budget.cap(at)]], device=k.device)
             distance = distance_to_best(scores[None], kv_heads)
             distance = self._with_always(distance, selections.positions[None, :, :at], past)

@@ -3,11 +3,10 @@
 Knows nothing of which scores are enough.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
+from sparsecache.kernels.scores import scaled_scores
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen.skewing import skew
 
@@ -64,16 +63,7 @@ class PartialKeys:
         group = self._shape.heads // self._shape.kv_heads
         columns = self.columns[layer, slots].repeat_interleave(group, 1)[:, :, None]  # [B, H, 1, I]
         partial = _columns(skew(q, self._matrices[layer]), columns)
-        return partial_scores(partial, self.keys[layer, slots, :, :rows], self._shape.head_dim)[:, :, 0]
-
-
-def partial_scores(q: Tensor, k: Tensor, head_dim: int) -> Tensor:
-    """q [.., H, Lq, I] times k [.., G, Lk, I], over sqrt(head_dim): [.., H, Lq, Lk] in float32."""
-    *batch, heads, queries, columns = q.shape
-    kv_heads, length = k.shape[-3:-1]
-    grouped = q.float().reshape(*batch, kv_heads, heads // kv_heads * queries, columns)
-    scores: Tensor = grouped @ k.float().mT / math.sqrt(head_dim)
-    return scores.view(*batch, heads, queries, length)
+        return scaled_scores(partial, self.keys[layer, slots, :, :rows], self._shape.head_dim)[:, :, 0]
 
 
 def _columns(x: Tensor, columns: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsecache.kernels.scores import scaled_scores
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen.skewing import skewing_matrix
-from sparsecache.methods.infinigen.speculation import PartialKeys, partial_scores
+from sparsecache.methods.infinigen.speculation import PartialKeys
 
 CPU = torch.device("cpu")
 SHAPES = [(2, 2, 32), (4, 2, 64), (4, 1, 128), (8, 1, 32), (8, 2, 16)]
@@ -124,9 +125,9 @@ def test_a_new_token_takes_its_row_of_each_head_and_no_other(make_partial) -> No
 
 @pytest.mark.parametrize("batch", [(), (3,)])
 @every_shape
-def test_partial_scores_equal_the_loop(heads, kv_heads, head_dim, batch) -> None:
+def test_scaled_scores_equal_the_loop(heads, kv_heads, head_dim, batch) -> None:
     q, k = torch.randn(*batch, heads, 2, 5), torch.randn(*batch, kv_heads, 6, 5)
-    found = partial_scores(q, k, head_dim)
+    found = scaled_scores(q, k, head_dim)
     assert found.shape == (*batch, heads, 2, 6)
     flat_q, flat_k, flat = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, found))
 
