@@ -15,6 +15,7 @@ from sparsecache.methods.infinigen import InfiniGen
 
 CPU = torch.device("cpu")
 Positions = list[list[int]]  # of each KV head, ascending
+ROUNDING = 1e-5  # scores nearer to each other than this may change places in float32
 
 
 def slow_select(
@@ -24,14 +25,18 @@ def slow_select(
     cap: int,
     fetch: str,
     always: Callable[[int], bool] = lambda position: False,
+    lean: Callable[[int, int], float] = lambda kv, position: 0.0,
 ) -> Positions:
-    """Steps 3 to 5: from each query head's scores by position to the positions that each KV head fetches."""
+    """Steps 3 to 5: from each query head's scores by position to the positions that each KV head fetches.
+
+    `lean` is added to the distance of a position: what rounding may have done to it.
+    """
     group = len(scores) // kv_heads
     best = [max(of_head.values()) for of_head in scores]
     r: list[dict[int, float]] = []
     for kv in range(kv_heads):
         heads = range(kv * group, (kv + 1) * group)
-        r.append({t: max(scores[h][t] - best[h] for h in heads) for t in scores[kv * group]})
+        r.append({t: max(scores[h][t] - best[h] for h in heads) + lean(kv, t) for t in scores[kv * group]})
         for t in r[kv]:
             if always(t):
                 r[kv][t] = math.inf
@@ -55,7 +60,8 @@ class _Token:
 class SlowInfiniGen:
     """One layer of one sequence, over lists and dicts in float64, token by token.
 
-    matrices: one of [d, d] for each KV head; columns: how many speculate; budget: a share or a count; capacity: tokens.
+    matrices: one of [d, d] for each KV head; columns: how many speculate; budget: a share or a count; capacity: tokens;
+    rounding: how far the scores of another, who computes in float32, may be off.
     """
 
     matrices: list[Tensor]
@@ -68,6 +74,7 @@ class SlowInfiniGen:
     recent: int = 0
     capacity: int = 10**9
     eviction: str = "counter"
+    rounding: float = 0.0
     past: int = 0
     evicted: list[set[int]] = field(default_factory=list)
 
@@ -88,9 +95,12 @@ class SlowInfiniGen:
                     self._evict(kv)
         self.past = length
 
-    def step(self, guess: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Positions, Tensor]:
-        """guess, q: [H, d]; k, v: [G, d]; returns what was selected and the attention's output [H, d]."""
-        selected = self._select(guess, self.past)
+    def step(self, guess: Tensor, q: Tensor, k: Tensor, v: Tensor, found: Positions) -> tuple[Positions, Tensor]:
+        """guess, q: [H, d]; k, v: [G, d]; returns what was selected and the attention's output [H, d].
+
+        `found` is what another selected: where rounding alone could have made the difference, it is selected here too.
+        """
+        selected = self._select(guess, self.past, found)
         out = torch.stack([self._attend(h, selected[h // self.group], q[h], k, v) for h in range(len(q))])
         self._note(selected, self.past)
         for kv in range(len(self.tokens)):
@@ -116,7 +126,7 @@ class SlowInfiniGen:
         key, value = (x[kv, t if at is None else at].double() for x in (k, v))
         return _Token(key, value, (key @ self.matrices[kv].double())[self.index[kv]], last_selected=t)
 
-    def _select(self, query: Tensor, past: int) -> Positions:
+    def _select(self, query: Tensor, past: int, found: Positions | None = None) -> Positions:
         scores = []
         for h in range(len(query)):
             kv = h // self.group
@@ -130,6 +140,7 @@ class SlowInfiniGen:
             self.cap(past),
             self.fetch,
             lambda t: t < self.sinks or t >= past - self.recent,
+            lambda kv, t: 0.0 if found is None else self.rounding if t in found[kv] else -self.rounding,
         )
 
     def _attend(self, h: int, selected: list[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -171,9 +182,9 @@ class Step:
 class Play:
     """An InfiniGen over random tensors, every step of its sparse layers beside the slow one's.
 
-    `draw(*size)` makes tensors; spread widens the guessed queries, so that scores lie further apart. Prompts go into
-    slots 1, 2, ..; slot 0 stays empty. A `method` that is given has been played with before, under the same options.
-    Without `compare` the slow one rests.
+    `draw(*size)` makes tensors that are exact in every dtype, so that ties are ties; random ones by default. Prompts
+    go into slots 1, 2, ..; slot 0 stays empty. A `method` that is given has been played with before, under the same
+    options. Without `compare` the slow one rests.
     """
 
     def __init__(
@@ -191,6 +202,7 @@ class Play:
         compare: bool = True,
     ) -> None:
         self._generator = torch.Generator().manual_seed(seed)
+        self.rounding = ROUNDING if draw is None else 0.0
         self.draw = draw or (lambda *size: 2 * torch.randn(*size, generator=self._generator))
         self.shape, self.lengths, self.device, self.dtype = shape, lengths, device, dtype
         self.options: dict[str, Any] = {"dense_layers": 1, **options}
@@ -232,6 +244,7 @@ class Play:
             columns=min(shape.head_dim, int(ratio * shape.head_dim + 1e-6)),
             alpha=options.get("alpha", 5.0),
             budget=options.get("budget", 0.2),
+            rounding=self.rounding,
             capacity=math.ceil(Fraction(str(share)) * most) if share <= 1 else int(share),
             **named,
         )
@@ -270,7 +283,7 @@ class Play:
     def _compare(self, layer: int, rows: list[int], batch: list[Tensor], found: Step) -> None:
         for at, row in enumerate(rows):
             slow = self.slow[layer, row]
-            expected, out = slow.step(*(x[at] for x in batch))
+            expected, out = slow.step(*(x[at] for x in batch), found.selected[at])
             assert found.selected[at] == expected, f"layer {layer}, row {row}, {slow.past - 1} past tokens"
             tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
             torch.testing.assert_close(found.out[at, :, 0].double(), out, rtol=tolerance, atol=tolerance)
