@@ -1,5 +1,6 @@
 """What tests of several folders share: the repository, real data where there is some, fresh interpreters."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 # A shared machine has slow moments, which say nothing of the code.
@@ -15,6 +17,10 @@ settings.register_profile("sparsecache", deadline=None)
 settings.load_profile("sparsecache")
 
 _REPO = Path(__file__).resolve().parent.parent
+
+
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernels are first imported: their tests run them on the CPU
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,6 +55,7 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     ) -> subprocess.CompletedProcess[str]:
         search = os.pathsep.join(map(str, (*path, _REPO)))
         environment = {**os.environ, "PYTHONPATH": search, "COLUMNS": "200", **(env or {})}
+        environment.pop("TRITON_INTERPRET", None)
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             env=environment,

@@ -8,12 +8,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
 
 from sparsecache.engine.families.base import Architecture
-from sparsecache.engine.rope import Rope, rotate
+from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import LayerWeights, Weights
-from sparsecache.kernels.attention import attention
+from sparsecache.kernels.attention import prompt_attention, prompt_room
+from sparsecache.kernels.linear import linear, rotated, swiglu
+from sparsecache.kernels.norm import Norm, rms_norm
+from sparsecache.kernels.rotation import Rotation, rotate, split_and_rotate
 from sparsecache.methods.base import Method
 
 _PIECE = 8192  # tokens
@@ -31,6 +33,8 @@ class Decoder:
         self._weights = weights
         self._rope = rope
         self._method = method
+        # Whether a step may be captured in a CUDA graph.
+        self.graphable = self.device.type == "cuda" and method.graphable and rope.graphable
 
     def prefill(self, token_ids: Tensor, slot: int, max_new_tokens: int) -> Tensor:
         """Runs a prompt, token_ids: [L], into an empty slot; returns the last token's logits [V].
@@ -41,7 +45,7 @@ class Decoder:
         def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
             self._method.prefill(layer, slot, q, k, v, max_new_tokens)
 
-        return self._head(self._prompt(token_ids, keep)[-1])
+        return self._head(self._prompt(token_ids, keep))[0]
 
     def calibrate(self, token_ids: Tensor, tick: Callable[[int], None]) -> None:
         """Runs a text, token_ids: [L], and shows the method each layer's queries; keeps nothing.
@@ -58,69 +62,88 @@ class Decoder:
     def step(self, token_ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """Decodes one token in each slot: token_ids, positions and slots [B] on the device; logits [B, V]."""
         x = self._weights.embedding[token_ids]  # [B, hidden]
-        cos, sin = self._rope.cos_sin(positions, positions + 1, self.dtype)
-        cos, sin = cos[:, None, None], sin[:, None, None]  # [B, 1, 1, D]
+        rotation = self._rope.cos_sin(positions, positions + 1, self.dtype)
         guesses_from = self._method.guesses_from
         for index, layer in enumerate(self._weights.layers):
-            h = self._norm(x, layer.input_norm)
             if guesses_from in ("input", "own_norm"):
-                self._anticipate(index + 1, x, h, (cos, sin), slots)
-            q, k, v = self._qkv(h[:, None], layer)  # [B, H or G, 1, D]
-            out = self._method.attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v, slots)
-            x = x + linear(out.flatten(1), layer.output, layer.output_bias)
+                self._anticipate(index + 1, x, rotation, slots)
+            q, k, v = self._qkv(x, layer, rotation)  # [B, H or G, 1, D]
+            out = self._method.attend(index, q, k, v, slots)
+            x = linear(out.flatten(1), layer.output, layer.output_bias, residual=x)
             if guesses_from == "residual":
-                self._anticipate(index + 1, x, h, (cos, sin), slots)
+                self._anticipate(index + 1, x, rotation, slots)
             x = self._feed_forward(x, layer)
         return self._head(x)
 
-    def _anticipate(self, index: int, x: Tensor, h: Tensor, rotation: tuple[Tensor, Tensor], slots: Tensor) -> None:
-        """Tells the method what layer `index`, if there is one, would ask of x or of h, the layer before's input."""
+    def _anticipate(self, index: int, x: Tensor, rotation: Rotation, slots: Tensor) -> None:
+        """Tells the method what layer `index`, if there is one, would ask of x, which the layer before has."""
         if index == len(self._weights.layers):
             return
-        layer = self._weights.layers[index]
-        if self._method.guesses_from != "input":
-            h = self._norm(x, layer.input_norm)
-        q, _, _ = self._qkv(h[:, None], layer)
-        self._method.anticipate(index, rotate(q, *rotation), slots)
+        normed_as = index - 1 if self._method.guesses_from == "input" else index
+        norm = self._norm(self._weights.layers[normed_as].input_norm)
+        q = self._turned(x, norm, self._weights.layers[index], self.shape.heads, rotation)
+        self._method.anticipate(index, q[:, :, None], slots)
+
+    def _qkv(self, x: Tensor, layer: LayerWeights, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's q [B, H, 1, D] and k, v [B, G, 1, D], rotated."""
+        shape = self.shape
+        heads = self._turned(x, self._norm(layer.input_norm), layer, shape.heads + 2 * shape.kv_heads, rotation)
+        q, k, v = heads[:, :, None].tensor_split((shape.heads, shape.heads + shape.kv_heads), dim=1)
+        return q, k, v
+
+    def _turned(self, x: Tensor, norm: Norm, layer: LayerWeights, count: int, rotation: Rotation) -> Tensor:
+        """As `_heads`, and queries and keys rotated."""
+        turning = self.shape.heads + self.shape.kv_heads
+        if layer.q_norm is None:
+            weight, bias = self._rows(layer, count)
+            return rotated(x, weight, bias, norm=norm, rotation=rotation, turning=turning)
+        heads = self._heads(x, norm, layer, count)
+        return torch.cat((rotate(heads[:, :turning], rotation), heads[:, turning:]), dim=1)
+
+    def _heads(self, x: Tensor, norm: Norm, layer: LayerWeights, count: int) -> Tensor:
+        """The first `count` heads of q, k and v that a layer projects of x [N, hidden]: [N, count, D]."""
+        shape = self.shape
+        weight, bias = self._rows(layer, count)
+        heads = linear(x, weight, bias, norm=norm).view(len(x), count, shape.head_dim)
+        if layer.q_norm is None or layer.k_norm is None:
+            return heads
+        q, k, v = heads.tensor_split((shape.heads, shape.heads + shape.kv_heads), dim=1)
+        return torch.cat((rms_norm(q, self._norm(layer.q_norm)), rms_norm(k, self._norm(layer.k_norm)), v), dim=1)
+
+    def _rows(self, layer: LayerWeights, count: int) -> tuple[Tensor, Tensor | None]:
+        rows = count * self.shape.head_dim
+        return layer.qkv[:rows], None if layer.qkv_bias is None else layer.qkv_bias[:rows]
 
     def _prompt(self, token_ids: Tensor, take: TakeLayer) -> Tensor:
-        length = len(token_ids)
+        """The last token's hidden state [1, hidden] of token_ids [L]; `take` is given each layer's q, k, v."""
+        length, last = len(token_ids), len(self._weights.layers) - 1
         x = self._weights.embedding[token_ids]  # [L, hidden]
         positions = torch.arange(length, device=self.device)
-        cos, sin = self._rope.cos_sin(positions, positions[-1:] + 1, self.dtype)  # [L, D]
+        rotation = self._rope.cos_sin(positions, positions[-1:] + 1, self.dtype)
+        room, count = prompt_room(x), self.shape.heads + 2 * self.shape.kv_heads
         for index, layer in enumerate(self._weights.layers):
-            q, k, v = self._qkv(self._norm(x, layer.input_norm)[None], layer)  # [1, H or G, L, D]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            take(index, q[0], k[0], v[0])
-            out = attention(q, k, v, causal=True)  # [1, H, L, D]
-            heads = out[0].transpose(0, 1).flatten(1)
+            heads = self._heads(x, self._norm(layer.input_norm), layer, count)
+            q, k, v = split_and_rotate(heads, rotation, self.shape.kv_heads, room)  # [H or G, room, D]
+            take(index, q[:, :length], k[:, :length], v[:, :length])
+            if index == last:  # of all it could add, only the last token's is asked for
+                x, q = x[-1:], q[:, length - 1 : length]
+                k, v = k[:, :length], v[:, :length]
+            out = prompt_attention(q, k, v)[:, : len(x)].transpose(0, 1).flatten(1)
             # In pieces, since the middle of a SwiGLU is several times as wide as everything else.
-            pieces = zip(torch.split(x, _PIECE), torch.split(heads, _PIECE), strict=True)
+            pieces = zip(torch.split(x, _PIECE), torch.split(out, _PIECE), strict=True)
             x = torch.cat([self._finish(*piece, layer) for piece in pieces])
         return x
 
-    def _qkv(self, h: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, hidden] to q [B, H, L, D] and k, v [B, G, L, D], not yet rotated."""
-        shape = self.shape
-        heads = linear(h, layer.qkv, layer.qkv_bias).view(*h.shape[:2], -1, shape.head_dim).transpose(1, 2)
-        q, k, v = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        return q, k, v
-
     def _finish(self, x: Tensor, heads: Tensor, layer: LayerWeights) -> Tensor:
         """The rest of a layer after attention. x: [N, hidden], heads: [N, H * D]."""
-        return self._feed_forward(x + linear(heads, layer.output, layer.output_bias), layer)
+        return self._feed_forward(linear(heads, layer.output, layer.output_bias, residual=x), layer)
 
     def _feed_forward(self, x: Tensor, layer: LayerWeights) -> Tensor:
-        gate, up = linear(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        return x + linear(silu(gate) * up, layer.down, layer.down_bias)
+        middle = swiglu(x, layer.gate_up, layer.gate_up_bias, norm=self._norm(layer.mlp_norm))
+        return linear(middle, layer.down, layer.down_bias, residual=x)
 
     def _head(self, x: Tensor) -> Tensor:
-        return linear(self._norm(x, self._weights.norm), self._weights.head)
+        return linear(x, self._weights.head, norm=self._norm(self._weights.norm))
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm over the last dimension, in float32."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
-        return weight * wide.to(x.dtype)
+    def _norm(self, weight: Tensor) -> Norm:
+        return Norm(weight, self._eps)

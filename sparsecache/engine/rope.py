@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sparsecache.errors import UsageError
+from sparsecache.kernels.rotation import Rotation
 
 
 class Rope:
@@ -35,11 +36,16 @@ class Rope:
         if self.type == "longrope":
             self._long, _ = self._initialise(self._original_window + 1)
 
-    def cos_sin(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Rotation:
         """Cosines and sines [N, D] for positions [N] of sequences that are lengths [N] or [1] tokens long by now."""
         freqs = positions.to(torch.float32)[:, None] * self._frequencies(lengths)
         angles = torch.cat((freqs, freqs), dim=-1)
-        return (angles.cos() * self._scaling).to(dtype), (angles.sin() * self._scaling).to(dtype)
+        return Rotation((angles.cos() * self._scaling).to(dtype), (angles.sin() * self._scaling).to(dtype))
+
+    @property
+    def graphable(self) -> bool:
+        """Whether rotations can be made without the host looking at positions."""
+        return self.type != "dynamic"
 
     def _frequencies(self, lengths: Tensor) -> Tensor:
         """[D/2], or one row of [D/2] for each length where they follow it."""
@@ -67,9 +73,3 @@ class Rope:
         )
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return (1.0 / self._parameters["rope_theta"] ** exponents).to(self._device), 1.0
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [..., D] by cos and sin, broadcast against it: the halves of a head are the pairs' two parts."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin

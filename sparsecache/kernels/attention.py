@@ -2,7 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from sparsecache.kernels._triton import fast
+
+_ROUND = 512  # tokens: cuDNN makes a plan for every new length, which takes as long as a prompt or two
+_FASTEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 def attention(
@@ -44,6 +50,27 @@ def attention(
         return scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
     k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def prompt_room(x: Tensor) -> int:
+    """How many tokens a prompt's q, k and v should have room for to be attended to fast; x: [L, ..] is the prompt."""
+    return -(-len(x) // _ROUND) * _ROUND if fast(x) and _half(x) else len(x)
+
+
+def prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of a prompt, or of its last token alone: q [H, L or 1, D], k, v [G, L, D]; returns [H, .., D].
+
+    On a GPU in half precision through the fastest backend that takes the shape; no L x L tensor is built.
+    """
+    causal = q.shape[1] > 1
+    if not (fast(q) and _half(q) and causal):
+        return attention(q[None], k[None], v[None], causal=causal)[0]
+    with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
+        return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=len(q) > len(k))[0]
+
+
+def _half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

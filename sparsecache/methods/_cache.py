@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsecache.kernels.attention import attention
+from sparsecache.kernels.decode import append, attend_and_append, attend_selected
 from sparsecache.methods.base import Shape
 
 
@@ -20,7 +20,6 @@ class FullCache:
         self.keys = torch.zeros(size, device=device, dtype=dtype)
         self.values = torch.zeros(size, device=device, dtype=dtype)
         self.lengths = torch.zeros((layers, slots), device=device, dtype=torch.int64)
-        self._positions = torch.arange(max_tokens, device=device)
 
     def fill(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
         """Takes a prompt's k and v [G, L, D] into an empty slot."""
@@ -29,33 +28,19 @@ class FullCache:
         self.values[layer, slot, :, :length] = v
         self.lengths[layer, slot] = length
 
-    def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        """Takes one token [B, G, 1, D] into each slot and returns its position [B].
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        """Takes one token's k and v [B, G, 1, D] into each slot; attention of q [B, H, 1, D] over all its tokens.
 
         A slot that is not in flight may have run full: its last row is written again.
         """
-        last = self.lengths[layer, slots].clamp(max=len(self._positions) - 1)
-        self.keys[layer, slots, :, last] = k[:, :, 0]
-        self.values[layer, slots, :, last] = v[:, :, 0]
-        self.lengths[layer, slots] = last + 1
-        return last
+        return attend_and_append(q, k, v, self.keys[layer], self.values[layer], self.lengths[layer], slots)
 
-    def attend(self, layer: int, q: Tensor, slots: Tensor, selected: Tensor | None = None) -> Tensor:
-        """Attention of q [B, H, 1, D] over its slot: over all tokens, or `selected` [B, G, N] (kernels.attention)."""
-        lengths = self.lengths[layer]
-        longest = int(lengths.max())
-        keys, values = self.keys[layer, :, :, :longest], self.values[layer, :, :, :longest]
-        if len(lengths) == 1:
-            return attention(q, keys, values, selected=selected)
-        # All slots in one call, so that no cache is copied: rows of slots not asked for are dropped again.
-        every = q.new_zeros((len(lengths), *q.shape[1:]))
-        every[slots] = q
-        if selected is not None:
-            chosen = selected.new_zeros((len(lengths), *selected.shape[1:]))
-            chosen[slots] = selected
-            return attention(every, keys, values, selected=chosen)[slots]
-        seen = self._positions[:longest] < lengths.clamp(min=1)[:, None]  # [slots, longest]
-        return attention(every, keys, values, mask=seen[:, None, None])[slots]
+    def attend_selected(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, selected: Tensor) -> Tensor:
+        """The same over the token itself and the positions `selected` [B, G, N], ascending, then -1."""
+        keys, values, lengths = self.keys[layer], self.values[layer], self.lengths[layer]
+        out = attend_selected(q, k, v, keys, values, slots, selected, (selected >= 0).sum(2))
+        append(k, v, keys, values, lengths, slots)
+        return out
 
     def release(self, slot: int) -> None:
         """Forgets a slot."""

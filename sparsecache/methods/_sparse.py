@@ -114,8 +114,7 @@ class SparseMethod(Method):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         if layer < self.first:
-            self._dense.append(layer, k, v, slots)
-            return self._dense.attend(layer, q, slots)
+            return self._dense.attend(layer, q, k, v, slots)
         sparse = layer - self.first
         past, cap = self.past_and_cap(sparse, slots)
         out, attended = self.attend_past(sparse, q, k, v, slots, past, cap)
@@ -171,9 +170,7 @@ class ChoosingMethod(SparseMethod):
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, past: Tensor, cap: Tensor
     ) -> tuple[Tensor, Tensor]:
         chosen = self.choose(layer, q, slots, past, cap)
-        current = self.cache.append(layer, k, v, slots)
-        with_current = torch.cat((chosen, current[:, None, None].expand(*chosen.shape[:2], 1)), 2)
-        return self.cache.attend(layer, q, slots, with_current), (chosen >= 0).sum(2)
+        return self.cache.attend_selected(layer, q, k, v, slots, chosen), (chosen >= 0).sum(2)
 
     def release(self, slot: int) -> None:
         super().release(slot)

@@ -12,6 +12,7 @@ from sparsecache.methods.base import Method, Shape
 class Vanilla(Method):
     """Keeps and attends to everything."""
 
+    graphable = True
     lossless: ClassVar[dict[str, Any] | None] = {}
     _cache: FullCache
 
@@ -23,8 +24,7 @@ class Vanilla(Method):
         self._cache.fill(layer, slot, k, v)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        self._cache.append(layer, k, v, slots)
-        return self._cache.attend(layer, q, slots)
+        return self._cache.attend(layer, q, k, v, slots)
 
     def release(self, slot: int) -> None:
         self._cache.release(slot)

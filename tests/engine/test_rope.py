@@ -5,8 +5,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from sparsecache.engine.rope import Rope, rotate
+from sparsecache.engine.rope import Rope
 from sparsecache.errors import UsageError
+from sparsecache.kernels.rotation import rotate
 
 CPU = torch.device("cpu")
 FACTORS = [1.0 + i for i in range(16)]
@@ -62,11 +63,11 @@ def test_5000_positions_give_5000_rotations_though_the_window_is_100(parameters)
 def test_positions_beyond_the_window_turn_at_the_rate_of_those_within(parameters) -> None:
     """Clamping at the window (or at a table's end) would stop the turning."""
     rope, length = _rope(**parameters), torch.tensor([10**6])
-    x = torch.randn(32)
+    x = torch.randn(32).expand(2, 1, -1)
 
     def score(first: int, second: int) -> torch.Tensor:
-        cos, sin = rope.cos_sin(torch.tensor([first, second]), length, torch.float32)
-        return rotate(x, cos[0], sin[0]) @ rotate(x, cos[1], sin[1])
+        one, other = rotate(x, rope.cos_sin(torch.tensor([first, second]), length, torch.float32))[:, 0]
+        return one @ other
 
     for start in (101, 700, 9999):
         torch.testing.assert_close(score(start, start + 7), score(3, 10), rtol=2e-3, atol=2e-3)
@@ -94,12 +95,13 @@ def test_only_dynamic_and_longrope_follow_the_length(kind) -> None:
 
 
 def test_rotation_keeps_lengths_and_angles_are_exact() -> None:
-    cos, sin = _rope(**TYPES["default"]).cos_sin(torch.tensor([0, 70000]), torch.tensor([70001]), torch.float32)
+    rotation = _rope(**TYPES["default"]).cos_sin(torch.tensor([0, 70000]), torch.tensor([70001]), torch.float32)
+    cos, sin = rotation
     assert torch.equal(cos[0], torch.ones(32)) and torch.equal(sin[0], torch.zeros(32))
     exact = 70000 / 10000.0 ** (torch.arange(0, 32, 2, dtype=torch.float64) / 32)
     torch.testing.assert_close(cos[1, :16].double(), exact.cos(), rtol=0, atol=0.02)
-    x = torch.randn(5, 32)
-    torch.testing.assert_close(rotate(x, cos[1], sin[1]).norm(dim=-1), x.norm(dim=-1))
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(rotate(x, rotation).norm(dim=-1), x.norm(dim=-1))
 
 
 def test_partly_rotated_heads_and_unknown_types_are_refused() -> None:

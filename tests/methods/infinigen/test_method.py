@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import sparsecache.engine.decoder
-import sparsecache.methods._cache
+import sparsecache.kernels.attention
+import sparsecache.kernels.decode
 import sparsecache.methods.infinigen
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import family_names, load_family
@@ -278,18 +278,19 @@ def test_the_trained_checkpoint_loses_nothing_without_limits_and_drops_most_with
 
 def test_prefill_and_decode_go_through_the_plain_attention_function(decoder, monkeypatch) -> None:
     """The one that refuses masks of another shape."""
-    asked: list[tuple[str, bool]] = []
+    asked: list[tuple[int, str | None]] = []
 
     def note(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        asked.append((*options, q.shape[2])[:2])
+        asked.append((q.shape[2], next((key for key, value in options.items() if value is not None), None)))
         return attention(q, k, v, **options)
 
-    for module in (sparsecache.engine.decoder, sparsecache.methods._cache, sparsecache.methods.infinigen):
+    for module in (sparsecache.kernels.attention, sparsecache.kernels.decode, sparsecache.methods.infinigen):
         monkeypatch.setattr(module, "attention", note)
     method = InfiniGen(dense_layers=1, skew=False)
     (done,) = Generator(decoder("llama", method), method, 1).generate([Request(0, [0, 7, 8, 9], 3, ())])
     assert done.error is None
-    assert asked == [("causal", 4)] * 3 + [("selected", 1)] * 6
+    prompt = [(4, "causal"), (4, "causal"), (1, "causal")]  # of the last layer only the last token is asked for
+    assert asked == prompt + 2 * [(1, None), (1, "selected"), (1, "selected")]
 
 
 # What was done before, beside it, or in another slot.

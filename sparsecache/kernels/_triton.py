@@ -1,0 +1,49 @@
+"""Triton where it can run, and stand-ins under its names where it cannot, so that kernels' files import anywhere.
+
+It is imported only where it is of use: with a CUDA device, or under TRITON_INTERPRET=1 (the tests), which runs
+kernels on the CPU, slowly.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+triton: Any = SimpleNamespace(jit=lambda kernel: kernel)
+tl: Any = SimpleNamespace(constexpr=int)
+AVAILABLE = (INTERPRETED or torch.cuda.is_available()) and find_spec("triton") is not None
+if AVAILABLE:
+    triton, tl = import_module("triton"), import_module("triton.language")
+
+_forced: Literal["kernels", "twins"] | None = None
+
+
+def fast(x: Tensor) -> bool:
+    """Whether a tensor goes through kernels: on a CUDA device, unless `running` says otherwise."""
+    if _forced is not None:
+        return _forced == "kernels"
+    return AVAILABLE and x.is_cuda
+
+
+@contextmanager
+def running(which: Literal["kernels", "twins"]) -> Iterator[None]:
+    """Makes every kernel, or every plain torch twin, run within, whatever the device: to compare them."""
+    global _forced
+    before, _forced = _forced, which
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def up_to_power(number: int, least: int = 1) -> int:
+    """The next power of two from `number` on, and from `least` on: the size of a block."""
+    return max(least, 1 << (number - 1).bit_length())

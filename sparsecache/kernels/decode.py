@@ -1,0 +1,189 @@
+"""Attention of one new token per sequence over a cache of slots: over all past tokens, or over chosen ones.
+
+A sequence's tokens are split among programs (flash decoding, https://pytorch.org/blog/flash-decoding/), as many as
+fill the GPU; nothing depends on a length that the host would have to know, so that a step can be a CUDA graph.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from sparsecache.kernels._triton import fast, tl, triton, up_to_power
+from sparsecache.kernels.attention import attention
+
+_TOKENS = 64  # that a program reads at a time
+_WAVES = 2  # programs for each multiprocessor
+
+
+def attend_and_append(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, slots: Tensor
+) -> Tensor:
+    """Attention over all tokens of a slot and the new one, which is appended to it.
+
+    q: [B, H, 1, D]; k, v: [B, G, 1, D]; keys, values: [slots, G, T, D], changed; lengths: [slots] int64, tokens held,
+    changed; slots: [B] int64, none twice. Returns [B, H, 1, D]. In a slot that is full the last row is written again.
+    """
+    if fast(q):
+        return _kernel(q, k, v, keys, values, slots, lengths=lengths)
+    append(k, v, keys, values, lengths, slots)
+    longest = int(lengths.max())
+    keys, values = keys[:, :, :longest], values[:, :, :longest]
+    if len(lengths) == 1:
+        return attention(q, keys, values)
+    # All slots in one call, so that no cache is copied: rows of slots not asked for are dropped again.
+    every = q.new_zeros((len(lengths), *q.shape[1:]))
+    every[slots] = q
+    seen = torch.arange(longest, device=q.device) < lengths.clamp(min=1)[:, None]  # [slots, longest]
+    return attention(every, keys, values, mask=seen[:, None, None])[slots]
+
+
+def append(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, slots: Tensor) -> None:
+    """Appends one token to each slot, as attend_and_append does."""
+    last = lengths[slots].clamp(max=keys.shape[2] - 1)
+    keys[slots, :, last] = k[:, :, 0]
+    values[slots, :, last] = v[:, :, 0]
+    lengths[slots] = last + 1
+
+
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, selected: Tensor, counts: Tensor
+) -> Tensor:
+    """Attention over chosen rows of a slot and the new token, which is not appended.
+
+    As attend_and_append, but for selected: [B, G, N] int64, of which the first counts [B, G] are rows to attend to,
+    none twice.
+    """
+    if fast(q):
+        return _kernel(q, k, v, keys, values, slots, selected=selected, counts=counts)
+    ranks = torch.arange(selected.shape[2] + 1, device=q.device)
+    rows = selected.masked_fill(ranks[:-1] >= counts[..., None], 0)
+    index = (slots[:, None, None], torch.arange(k.shape[1], device=q.device)[:, None], rows)
+    places = ranks.expand(*counts.shape, -1).masked_fill((ranks >= counts[..., None]) & (ranks < len(ranks) - 1), -1)
+    return attention(q, torch.cat((keys[index], k), 2), torch.cat((values[index], v), 2), selected=places)
+
+
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    selected: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    batch, heads, _, head_dim = q.shape
+    kv_heads, room = k.shape[1], keys.shape[2]
+    splits = _splits(batch * kv_heads, q.device)
+    sums = torch.empty((batch, heads, splits, head_dim), device=q.device, dtype=torch.float32)
+    marks = torch.empty((2, batch, heads, splits), device=q.device, dtype=torch.float32)  # maxima, sums of weights
+    out = torch.empty((batch, heads, 1, head_dim), device=q.device, dtype=q.dtype)
+    wide = up_to_power(head_dim, 16)
+    chosen, number = (slots, lengths) if selected is None else (selected.contiguous(), counts)
+    _attend[(batch * kv_heads, splits)](
+        q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), keys, values, *keys.stride()[:3],
+        slots, chosen, number, sums, marks, 1 / math.sqrt(head_dim),
+        kv_heads, room, head_dim, batch * heads * splits, chosen.shape[-1],
+        SELECTED=selected is not None, GROUP=heads // kv_heads, QUERIES=up_to_power(heads // kv_heads, 16),
+        TOKENS=_TOKENS, WIDE=wide, SPLITS=splits, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _merge[(batch, heads)](
+        sums, marks, out, slots, number, room, head_dim, batch * heads * splits,
+        APPENDED=selected is None, SPLITS=splits, MOST=up_to_power(splits), WIDE=wide, num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+
+
+def _splits(programs: int, device: torch.device) -> int:
+    return max(1, min(64, -(-_WAVES * _multiprocessors(device) // programs)))
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    q, q_row, q_head, new_key, new_value, new_row, new_head, keys, values, slot_stride, head_stride, row_stride,
+    slots, selected, numbers, sums, marks, scale, kv_heads, room, size, all_marks, width,
+    SELECTED: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    TOKENS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One program attends, for the heads of a KV head, to one part of a slot; the last part's takes the new token."""
+    row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
+    slot = tl.load(slots + row).to(tl.int64)
+    if SELECTED:
+        count = tl.load(numbers + row * kv_heads + kv)
+    else:
+        count = tl.minimum(tl.load(numbers + slot), room - 1)
+    query, at = tl.arange(0, QUERIES), tl.arange(0, WIDE)
+    inside = at < size
+    asked = (query < GROUP)[:, None] & inside[None, :]
+    head = kv * GROUP + query
+    question = tl.load(q + row * q_row + head[:, None] * q_head + at[None, :], mask=asked, other=0.0)
+    base = slot * slot_stride + kv * head_stride
+
+    best = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
+    weight = tl.zeros((QUERIES,), dtype=tl.float32)
+    total = tl.zeros((QUERIES, WIDE), dtype=tl.float32)
+    if split == SPLITS - 1:
+        key = tl.load(new_key + row * new_row + kv * new_head + at, mask=inside, other=0.0)
+        value = tl.load(new_value + row * new_row + kv * new_head + at, mask=inside, other=0.0)
+        best = tl.sum(question.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
+        weight += 1.0
+        total += value.to(tl.float32)[None, :]
+        if not SELECTED:
+            tl.store(keys + base + count * row_stride + at, key, mask=inside)
+            tl.store(values + base + count * row_stride + at, value, mask=inside)
+
+    part = tl.cdiv(tl.cdiv(count, SPLITS), TOKENS) * TOKENS
+    start = split * part
+    for first in tl.range(start, tl.minimum(start + part, count), TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        there = token < count
+        if SELECTED:
+            token = tl.load(selected + (row * kv_heads + kv) * width + token, mask=there, other=0)
+        place = base + token.to(tl.int64)[:, None] * row_stride + at[None, :]
+        seen = there[:, None] & inside[None, :]
+        key_part = tl.load(keys + place, mask=seen, other=0.0)
+        value_part = tl.load(values + place, mask=seen, other=0.0)
+        scores = tl.dot(question, tl.trans(key_part), input_precision="ieee") * scale
+        scores = tl.where(there[None, :], scores, float("-inf"))
+        now = tl.maximum(best, tl.max(scores, axis=1))
+        weights = tl.exp(scores - now[:, None])
+        fade = tl.exp(best - now)
+        weight = weight * fade + tl.sum(weights, axis=1)
+        total = tl.dot(weights.to(value_part.dtype), value_part, total * fade[:, None], input_precision="ieee")
+        best = now
+
+    mark = (row * kv_heads * GROUP + head) * SPLITS + split
+    tl.store(marks + mark, best, mask=query < GROUP)
+    tl.store(marks + all_marks + mark, weight, mask=query < GROUP)
+    tl.store(sums + mark[:, None] * size + at[None, :], total, mask=asked)
+
+
+@triton.jit
+def _merge(  # type: ignore[no-untyped-def]
+    sums, marks, out, slots, lengths, room, size, all_marks,
+    APPENDED: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program adds up the parts of one head, and the first of a row counts the new token."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    split, at = tl.arange(0, MOST), tl.arange(0, WIDE)
+    mark = (row * tl.num_programs(1) + head) * SPLITS + split
+    best = tl.load(marks + mark, mask=split < SPLITS, other=float("-inf"))
+    weight = tl.load(marks + all_marks + mark, mask=split < SPLITS, other=0.0)
+    share = tl.exp(best - tl.max(best, axis=0))
+    there = (split < SPLITS)[:, None] & (at < size)[None, :]
+    parts = tl.load(sums + mark[:, None] * size + at[None, :], mask=there, other=0.0)
+    total = tl.sum(parts * share[:, None], axis=0) / tl.sum(weight * share, axis=0)
+    tl.store(out + (row * tl.num_programs(1) + head) * size + at, total, mask=at < size)
+    if APPENDED:
+        if head == 0:
+            slot = tl.load(slots + row)
+            tl.store(lengths + slot, tl.minimum(tl.load(lengths + slot), room - 1) + 1)

@@ -1,0 +1,47 @@
+"""RMS norm (arXiv 1910.07467), in float32, over the last dimension."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsecache.kernels._triton import fast, tl, triton, up_to_power
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: its weight [D] and what keeps its root from zero."""
+
+    weight: Tensor
+    eps: float
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight for x [.., D], rounded to its dtype before the weight, as in transformers."""
+    if fast(x):
+        return _kernel(x, norm)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return norm.weight * wide.to(x.dtype)
+
+
+def _kernel(x: Tensor, norm: Norm) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows.new_empty(rows.shape)
+    if not rows.numel():
+        return out.view(x.shape)
+    block = up_to_power(rows.shape[1])
+    warps = min(16, max(1, block // 512))
+    _rms_norm[(len(rows),)](rows, rows.stride(0), norm.weight, out, rows.shape[1], norm.eps, block, num_warps=warps)
+    return out.view(x.shape)
+
+
+@triton.jit
+def _rms_norm(x, stride, weight, out, size, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    there = at < size
+    wide = tl.load(x + row * stride + at, mask=there, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps)
+    normed = (wide * scale).to(out.dtype.element_ty)
+    tl.store(out + row * size + at, normed * tl.load(weight + at, mask=there, other=0.0), mask=there)

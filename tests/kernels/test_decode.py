@@ -1,0 +1,62 @@
+"""Attention over slots against its twin: every length, split and group, and what is written where."""
+
+import pytest
+import torch
+
+from sparsecache.kernels import decode
+from sparsecache.kernels.decode import attend_and_append, attend_selected
+
+CASES = {  # slots, KV heads, group, head size, room, lengths of the slots in the batch
+    "empty": (2, 1, 2, 16, 70, [0, 0]),
+    "one token": (1, 2, 1, 32, 70, [1]),
+    "nearly full": (3, 1, 3, 40, 200, [199, 198]),
+    "full": (2, 2, 4, 32, 130, [130, 129]),
+    "around a block": (5, 2, 2, 64, 140, [63, 64, 65, 127, 128]),
+    "very unlike": (4, 1, 8, 64, 1000, [999, 3, 640]),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def _cache(case, device, dtype):
+    slots, kv_heads, group, head_dim, room, lengths = case
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    heads = draw(len(lengths), (group + 2) * kv_heads, head_dim)[:, :, None]  # q, k and v share their rows' memory
+    q, k, v = heads.tensor_split((group * kv_heads, (group + 1) * kv_heads), dim=1)
+    keys, values = draw(slots, kv_heads, room, head_dim), draw(slots, kv_heads, room, head_dim)
+    held = torch.zeros(slots, dtype=torch.int64, device=device)
+    order = torch.randperm(slots, generator=generator)[: len(lengths)].to(device)
+    held[order] = torch.tensor(lengths, device=device)
+    return q, k, v, keys, values, held, order, generator
+
+
+@cases
+def test_attend_and_append(case, device, dtype, agree) -> None:
+    q, k, v, keys, values, held, order, _ = _cache(case, device, dtype)
+    agree(attend_and_append, q, k, v, keys, values, held, order)
+
+
+@cases
+@pytest.mark.parametrize("most", [1, 40, 150])
+def test_attend_selected(case, most, device, dtype, agree) -> None:
+    q, k, v, keys, values, _, order, generator = _cache(case, device, dtype)
+    batch, kv_heads, room = len(order), k.shape[1], keys.shape[2]
+    selected = torch.rand(batch, kv_heads, room, generator=generator).argsort(-1)[..., :most].to(device)
+    counts = torch.randint(0, selected.shape[2] + 1, (batch, kv_heads), generator=generator).to(device)
+    counts[0, 0] = selected.shape[2]
+    agree(attend_selected, q, k, v, keys, values, order, selected, counts)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 33, 64])
+def test_any_number_of_splits(splits, device, dtype, agree, monkeypatch) -> None:
+    monkeypatch.setattr(decode, "_splits", lambda programs, device: splits)
+    q, k, v, keys, values, held, order, _ = _cache(CASES["very unlike"], device, dtype)
+    agree(attend_and_append, q, k, v, keys, values, held, order)
+
+
+def test_large_scores_do_not_overflow(device, dtype, agree) -> None:
+    q, k, v, keys, values, held, order, _ = _cache(CASES["around a block"], device, dtype)
+    agree(attend_and_append, 60 * q, 60 * k, v, keys, values, held, order)

@@ -1,0 +1,73 @@
+"""Fused projections against their twins, over odd sizes: a weight that is skipped or read twice is seen."""
+
+import itertools
+
+import pytest
+import torch
+
+from sparsecache.kernels.linear import MOST_ROWS, linear, rotated, swiglu
+from sparsecache.kernels.norm import Norm, rms_norm
+from sparsecache.kernels.rotation import Rotation, split_and_rotate
+from sparsecache.kernels.swiglu import swiglu as gated
+
+SIZES = [(1, 64, 48), (2, 256, 16), (5, 300, 33), (16, 257, 130), (MOST_ROWS + 3, 40, 24)]
+sizes = pytest.mark.parametrize(("rows", "size", "width"), SIZES, ids=["x".join(map(str, each)) for each in SIZES])
+
+
+@pytest.fixture
+def draw(device, dtype):
+    """Fresh random tensors; those of two or more dimensions are scaled so that products stay near 1."""
+    generator = torch.Generator().manual_seed(7)
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    return make
+
+
+@sizes
+def test_linear(rows, size, width, draw, agree) -> None:
+    for has_bias, has_norm, has_residual in itertools.product((False, True), repeat=3):
+        options = {
+            "bias": draw(width) if has_bias else None,
+            "norm": Norm(1 + draw(size) / 4, 1e-5) if has_norm else None,
+            "residual": draw(rows, width) if has_residual else None,
+        }
+        agree(linear, draw(rows, size), draw(width, size) / size**0.5, **options)
+
+
+@sizes
+def test_swiglu(rows, size, width, draw, agree) -> None:
+    x, weight = draw(rows, size), draw(2 * width, size) / size**0.5
+    agree(swiglu, x, weight)
+    agree(swiglu, x, weight, draw(2 * width), norm=Norm(draw(size), 1e-6))
+    agree(gated, draw(rows, 2 * width))
+
+
+@sizes
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 1, 32), (3, 3, 20), (0, 2, 64)])
+def test_rotated(rows, size, width, heads, kv_heads, head_dim, draw, agree) -> None:
+    """Values are not rotated, and queries alone can be made of the first rows of the weights."""
+    angles = draw(rows, head_dim // 2).repeat(1, 2)
+    rotation = Rotation(angles.cos(), angles.sin())
+    x, norm, count = draw(rows, size), Norm(draw(size), 1e-5), heads + 2 * kv_heads
+    weight, bias = draw(count * head_dim, size) / size**0.5, draw(count * head_dim)
+    agree(rotated, x, weight, bias, rotation=rotation, turning=count - kv_heads, norm=norm)
+    agree(rotated, x, weight[: -kv_heads * head_dim], rotation=rotation, turning=count)
+    projected = draw(rows, count, head_dim)
+    for room in (rows, rows + 37):
+        agree(split_and_rotate, projected, rotation, kv_heads, room)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 100), (2, 5, 64), (17, 4096), (2, 0, 64)], ids=str)
+def test_rms_norm(shape, draw, agree) -> None:
+    agree(rms_norm, draw(*shape), Norm(draw(shape[-1]), 1e-5))
+    agree(rms_norm, draw(*shape[:-1], shape[-1] + 3)[..., 3:], Norm(draw(shape[-1]), 1e-5))
+
+
+def test_each_row_of_the_output_is_written(draw, agree, monkeypatch) -> None:
+    """Memory that nothing wrote is poisoned first."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan))
+    agree(linear, draw(3, 100), draw(35, 100))
+    agree(swiglu, draw(16, 100), draw(70, 100) / 10)
