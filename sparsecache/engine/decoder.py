@@ -114,25 +114,37 @@ class Decoder:
         rows = count * self.shape.head_dim
         return layer.qkv[:rows], None if layer.qkv_bias is None else layer.qkv_bias[:rows]
 
+    def prompt_nbytes(self, tokens: int) -> int:
+        """About how many bytes a prompt's pass takes at its peak, beside weights and cache."""
+        shape = self.shape
+        hidden, middle = self._weights.embedding.shape[1], len(self._weights.layers[0].gate_up)
+        of_each = 2 * hidden + 2 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        return self.dtype.itemsize * (tokens * of_each + 2 * min(tokens, _PIECE) * (middle + 2 * hidden))
+
     def _prompt(self, token_ids: Tensor, take: TakeLayer) -> Tensor:
         """The last token's hidden state [1, hidden] of token_ids [L]; `take` is given each layer's q, k, v."""
-        length, last = len(token_ids), len(self._weights.layers) - 1
-        x = self._weights.embedding[token_ids]  # [L, hidden]
-        positions = torch.arange(length, device=self.device)
+        positions = torch.arange(len(token_ids), device=self.device)
         rotation = self._rope.cos_sin(positions, positions[-1:] + 1, self.dtype)
-        room, count = prompt_room(x), self.shape.heads + 2 * self.shape.kv_heads
+        x = self._weights.embedding[token_ids]  # [L, hidden]
         for index, layer in enumerate(self._weights.layers):
-            heads = self._heads(x, self._norm(layer.input_norm), layer, count)
-            q, k, v = split_and_rotate(heads, rotation, self.shape.kv_heads, room)  # [H or G, room, D]
-            take(index, q[:, :length], k[:, :length], v[:, :length])
-            if index == last:  # of all it could add, only the last token's is asked for
-                x, q = x[-1:], q[:, length - 1 : length]
-                k, v = k[:, :length], v[:, :length]
-            out = prompt_attention(q, k, v)[:, : len(x)].transpose(0, 1).flatten(1)
+            last = index == len(self._weights.layers) - 1
+            heads = self._attended_prompt(index, x, rotation, take, asked=1 if last else len(x))
+            x = x[-len(heads) :]
             # In pieces, since the middle of a SwiGLU is several times as wide as everything else.
-            pieces = zip(torch.split(x, _PIECE), torch.split(out, _PIECE), strict=True)
-            x = torch.cat([self._finish(*piece, layer) for piece in pieces])
+            for rows, of_rows in zip(torch.split(x, _PIECE), torch.split(heads, _PIECE), strict=True):
+                rows.copy_(self._finish(rows, of_rows, layer))
         return x
+
+    def _attended_prompt(self, index: int, x: Tensor, rotation: Rotation, take: TakeLayer, asked: int) -> Tensor:
+        """A layer's attention over a prompt x [L, hidden], for its last `asked` tokens, all or one: [asked, H * D]."""
+        length, layer = len(x), self._weights.layers[index]
+        heads = self._heads(x, self._norm(layer.input_norm), layer, self.shape.heads + 2 * self.shape.kv_heads)
+        q, k, v = split_and_rotate(heads, rotation, self.shape.kv_heads, prompt_room(x))  # [H or G, room, D]
+        del heads
+        take(index, q[:, :length], k[:, :length], v[:, :length])
+        if asked < length:
+            q, k, v = q[:, length - asked : length], k[:, :length], v[:, :length]
+        return prompt_attention(q, k, v)[:, :asked].transpose(0, 1).flatten(1)
 
     def _finish(self, x: Tensor, heads: Tensor, layer: LayerWeights) -> Tensor:
         """The rest of a layer after attention. x: [N, hidden], heads: [N, H * D]."""

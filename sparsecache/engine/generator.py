@@ -5,11 +5,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 
 from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.steps import EagerSteps, Steps, make_steps
 from sparsecache.methods.base import Method
 
 
@@ -111,27 +113,67 @@ class _Sequence:
         return "length" if len(self.new_ids) >= self.request.max_new_tokens else ""
 
 
+class _Queue:
+    """Requests that wait: the first can be looked at, and some may come back."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._rest = iter(requests)
+        self._back: list[Request] = []
+
+    @property
+    def first(self) -> Request | None:
+        """The next request; None if there is none."""
+        if not self._back:
+            self._back.extend(islice(self._rest, 1))
+        return self._back[0] if self._back else None
+
+    def drop_first(self) -> None:
+        """The first is done with."""
+        del self._back[0]
+
+    def put_back(self, requests: Iterable[Request]) -> None:
+        """These come before all others."""
+        self._back[:0] = requests
+
+
 class Generator:
     """The engine over our own decoder.
 
-    `slots` sequences at most are in flight at once. A request that fails (out of memory, say) comes back as a
-    completion with an error, and the others go on; when a step fails, that is every request in flight.
+    `slots` sequences at most are in flight at once: fewer where memory does not suffice. A request that fails comes
+    back as a completion with an error, and the others go on; when a step fails, that is every request in flight.
+    Out of memory is a failure only when nothing else is in flight; else all of them start over, half as many at once.
     """
 
     def __init__(self, decoder: Decoder, method: Method, slots: int):
         self.clock = fresh_clock(decoder.device)
         self._decoder = decoder
         self._method = method
-        self._slots = slots
+        self._most_slots = self._slots = slots
         self._room = 0  # tokens that each slot can take
+        self._steps: Steps = EagerSteps(decoder)
 
     @torch.inference_mode()
     def reserve(self, max_tokens: int) -> None:
-        """Makes room for sequences of max_tokens. Without it room is made for each longer request in turn."""
+        """Makes room for sequences of max_tokens, in as many slots as memory allows.
+
+        Without it room is made for each longer request in turn.
+        """
+        self._slots = self._most_slots
+        while not self._fits(max_tokens) and self._slots > 1:
+            self._slots = max(1, self._slots * 3 // 4)
+
+    def _fits(self, max_tokens: int) -> bool:
+        """Makes room, and says whether it leaves enough for a prompt to pass."""
+        device = self._decoder.device
         try:
             self._allocate(max_tokens)
-        except torch.OutOfMemoryError:  # the request that is too long will say so itself
+        except torch.OutOfMemoryError:  # a request that is too long will say so itself
             self._room = 0
+            return False
+        if device.type != "cuda":
+            return True
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused > self._decoder.prompt_nbytes(max_tokens)
 
     def reset_clock(self) -> None:
         """Starts the totals and the peak of GPU memory anew."""
@@ -139,35 +181,55 @@ class Generator:
 
     def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
         """Yields a completion for every request, in the order in which they end."""
-        waiting = iter(requests)
+        queue = _Queue(requests)
         active: dict[int, _Sequence] = {}
-        upcoming = next(waiting, None)
-        while active or upcoming is not None:
-            while upcoming is not None and self._can_start(upcoming, active):
-                started = self._start(upcoming, active)
-                if started is None or started.error is None:
-                    tick(1)
-                if started is not None:
-                    yield started
-                upcoming = next(waiting, None)
-            yield from self._step(active, tick)
+        while active or queue.first is not None:
+            try:
+                while (upcoming := queue.first) is not None and self._can_start(upcoming, active):
+                    started = self._start(upcoming, active)
+                    queue.drop_first()
+                    if started is None or started.error is None:
+                        tick(1)
+                    if started is not None:
+                        yield started
+                yield from self._step(active, tick)
+            except torch.OutOfMemoryError:
+                self._shrink(queue, active)
 
     def _can_start(self, request: Request, active: dict[int, _Sequence]) -> bool:
         """A free slot with room; room is made anew only when nothing is in flight."""
         return not active or (len(active) < self._slots and _needed(request) <= self._room)
 
+    def _shrink(self, queue: _Queue, active: dict[int, _Sequence]) -> None:
+        """All in flight start over, half as many at once."""
+        before, self._slots = self._slots, self._slots // 2
+        print(
+            f"Warning: out of memory with up to {before} sequences at a time. Going on with up to {self._slots}.",
+            file=sys.stderr,
+        )
+        queue.put_back([row.request for row in active.values()])
+        active.clear()
+        self._room = 0
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def _start(self, request: Request, active: dict[int, _Sequence]) -> Completion | None:
-        """Prefills a request; returns its completion if it ends at once or fails."""
+        """Prefills a request; returns its completion if it ends at once or fails.
+
+        Raises OutOfMemoryError where fewer slots could help.
+        """
         slot = next(slot for slot in range(self._slots) if slot not in active)
         try:
             if _needed(request) > self._room:
                 self._allocate(_needed(request))
             began = time.perf_counter()
             token_ids = torch.tensor(request.token_ids, device=self._decoder.device)
-            logits = self._decoder.prefill(token_ids, slot, request.max_new_tokens)
-            first = self._choose([request], [0], logits[None])[0]
+            logits = self._decoder.prefill(token_ids, slot, request.max_new_tokens)[None]
+            first = self._choose([request], [0], logits, logits.argmax(dim=-1))[0]
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and self._slots > 1:
+                raise
             return self._fail(request, slot, error)
         now = time.perf_counter()
         self.clock.prefill_tokens += len(request.token_ids)
@@ -180,7 +242,10 @@ class Generator:
 
     @torch.inference_mode()
     def _step(self, active: dict[int, _Sequence], tick: Tick) -> list[Completion]:
-        """One token for every sequence in flight; returns the completions of those that end."""
+        """One token for every sequence in flight; returns the completions of those that end.
+
+        Raises OutOfMemoryError where fewer slots could help.
+        """
         if not active:
             return []
         began = time.perf_counter()
@@ -188,6 +253,8 @@ class Generator:
         try:
             chosen = self._decode(rows)
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and self._slots > 1:
+                raise
             active.clear()
             return [self._fail(row.request, row.slot, error) for row in rows]
         now = time.perf_counter()
@@ -203,18 +270,19 @@ class Generator:
 
     def _decode(self, rows: list[_Sequence]) -> list[int]:
         newest = [row.new_ids[-1] for row in rows]
-        inputs = torch.tensor(
-            [newest, [row.position for row in rows], [row.slot for row in rows]], device=self._decoder.device
-        )
-        logits = self._decoder.step(*inputs)
-        return self._choose([row.request for row in rows], [len(row.new_ids) for row in rows], logits)
+        logits, greedy = self._steps(torch.tensor([newest, [row.position for row in rows], [row.slot for row in rows]]))
+        return self._choose([row.request for row in rows], [len(row.new_ids) for row in rows], logits, greedy)
 
-    def _choose(self, requests: list[Request], produced: list[int], logits: torch.Tensor) -> list[int]:
-        """Greedy choice from logits [B, V], stop ids masked where a row has not produced its minimum yet."""
+    def _choose(
+        self, requests: list[Request], produced: list[int], logits: torch.Tensor, greedy: torch.Tensor
+    ) -> list[int]:
+        """The `greedy` choice [B] from logits [B, V]; made anew without stop ids for rows below their minimum."""
         for row, (request, count) in enumerate(zip(requests, produced, strict=True)):
             if count < request.min_new_tokens:
-                logits[row, [stop_id for stop_id in request.stop_ids if stop_id < logits.shape[1]]] = -torch.inf
-        chosen: list[int] = logits.argmax(dim=-1).tolist()
+                allowed = logits[row].clone()
+                allowed[[stop_id for stop_id in request.stop_ids if stop_id < len(allowed)]] = -torch.inf
+                greedy[row] = allowed.argmax()
+        chosen: list[int] = greedy.tolist()
         return chosen
 
     def _finish(self, row: _Sequence, now: float) -> Completion:
@@ -235,7 +303,9 @@ class Generator:
     def _allocate(self, max_tokens: int) -> None:
         self._room = 0
         shape, device, dtype = self._decoder.shape, self._decoder.device, self._decoder.dtype
+        self._steps = EagerSteps(self._decoder)  # frees graphs of the old room
         self._method.allocate(shape, self._slots, max_tokens, device, dtype)
+        self._steps = make_steps(self._decoder, self._slots)
         self._room = max_tokens
 
 

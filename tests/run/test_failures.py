@@ -12,8 +12,11 @@ from sparsecache.methods.vanilla import Vanilla
 ROWS = 3  # as conftest.py asks for
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broken"), torch.OutOfMemoryError("out of memory")], ids=repr)
-@pytest.mark.parametrize("batch_size", ["1", "2"])
+@pytest.mark.parametrize(
+    ("error", "batch_size"),
+    [(RuntimeError("broken"), "1"), (RuntimeError("broken"), "2"), (torch.OutOfMemoryError("out of memory"), "1")],
+    ids=repr,
+)
 def test_a_failed_row_is_recorded_and_retried_by_the_next_run(
     error, batch_size, predict, folder, monkeypatch, read_rows, schema
 ) -> None:

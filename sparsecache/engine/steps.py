@@ -1,0 +1,84 @@
+"""Decode steps: as CUDA graphs where the decoder allows it, else call by call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecache.engine.decoder import Decoder
+
+Steps = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From token ids, positions and slots, [3, B] on the CPU, to logits [B, V] and the most likely tokens [B]."""
+
+
+def make_steps(decoder: Decoder, slots: int) -> Steps:
+    """Steps of up to `slots` sequences. The method must have room for them, and nothing in flight."""
+    return GraphedSteps(decoder, slots) if decoder.graphable else EagerSteps(decoder)
+
+
+class EagerSteps:
+    """Every step is launched operation by operation."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._decoder.step(*inputs.to(self._decoder.device))
+        return logits, logits.argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured step: what it reads and what it writes."""
+
+    graph: Any
+    inputs: Tensor
+    outputs: tuple[Tensor, Tensor]
+
+
+class GraphedSteps:
+    """One CUDA graph for each batch size among 1, 2, 4 and so on, and `slots`; good for any length.
+
+    A smaller batch is filled up with slots that are not in flight, which the method's seam allows.
+    """
+
+    def __init__(self, decoder: Decoder, slots: int) -> None:
+        self._decoder, self._slots = decoder, slots
+        self._eager = EagerSteps(decoder)
+        sizes = sorted({*(2**power for power in range(slots.bit_length())), slots}, reverse=True)
+        self._graphs: dict[int, _Graph] = {}
+        for size in sizes:  # the largest first: the others fit into its memory
+            self._graphs[size] = self._capture(size)
+
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        rows = inputs.shape[1]
+        captured = self._graphs[min(size for size in self._graphs if size >= rows)]
+        captured.inputs.copy_(self._filled_up(inputs, captured.inputs.shape[1]))
+        captured.graph.replay()
+        logits, greedy = captured.outputs
+        return logits[:rows], greedy[:rows]
+
+    def _filled_up(self, inputs: Tensor, size: int) -> Tensor:
+        """inputs [3, B] to [3, size]: the first token at position 0 in idle slots."""
+        taken = set(inputs[2].tolist())
+        idle = [slot for slot in range(self._slots) if slot not in taken][: size - inputs.shape[1]]
+        more = torch.tensor([[0] * len(idle), [0] * len(idle), idle], dtype=inputs.dtype)
+        return torch.cat((inputs, more), dim=1)
+
+    def _capture(self, size: int) -> _Graph:
+        idle = torch.zeros(3, size, dtype=torch.int64)
+        idle[2] = torch.arange(size)
+        stream: Any = torch.cuda.Stream(self._decoder.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._decoder.device))
+        with torch.cuda.stream(stream):  # compiles kernels, and makes what libraries make at their first call
+            self._eager(idle)
+        torch.cuda.current_stream(self._decoder.device).wait_stream(stream)
+        inputs = idle.to(self._decoder.device)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self._decoder.step(*inputs)
+            outputs = logits, logits.argmax(dim=-1)
+        return _Graph(graph, inputs, outputs)
