@@ -109,7 +109,7 @@ class Plan:
 
         dtype = DTYPES[self.dtype_name]
         path, config = self.checkpoint.path, self.checkpoint.config
-        return TransformersEngine(path, self.device, dtype, self.settings.allow_pickle, config)
+        return TransformersEngine.load(path, self.device, dtype, self.settings.allow_pickle, config)
 
     def identity(self) -> dict[str, Any]:
         """What two runs must share, beside their data and tasks, for their rows to stand in one file."""

@@ -15,15 +15,21 @@ from sparsecache.errors import UsageError
 class TransformersEngine:
     """Greedy generation by transformers, as the reference for ours."""
 
-    def __init__(
-        self, path: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False, config: Any = None
-    ):
+    def __init__(self, model: Any, device: torch.device, **generation: Any):
+        """`model` is a transformers model on the device; `generation`, more fields of its GenerationConfig."""
+        self.clock = fresh_clock(device)
+        self._model, self._device, self._generation = model, device, generation
+        # A checkpoint's own sampling and penalties are not part of greedy decoding.
+        self._model.generation_config = GenerationConfig()
+
+    @classmethod
+    def load(
+        cls, path: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False, config: Any = None
+    ) -> "TransformersEngine":
         """Loads the checkpoint, with `config` in place of its own configuration if there is one.
 
         Raises UsageError if transformers cannot without running code from it, or would make up missing weights.
         """
-        self.clock = fresh_clock(device)
-        self._device = device
         try:
             model, told = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -41,9 +47,7 @@ class TransformersEngine:
             raise UsageError(
                 f"{path} does not fit its config.json: it lacks {', '.join(sorted(told['missing_keys']))}."
             )
-        self._model: Any = model.to(device).eval()
-        # A checkpoint's own sampling and penalties are not part of greedy decoding.
-        self._model.generation_config = GenerationConfig()
+        return cls(model.to(device).eval(), device)
 
     def reserve(self, max_tokens: int) -> None:
         """Does nothing: transformers makes room for each prompt."""
@@ -75,6 +79,7 @@ class TransformersEngine:
                 min_new_tokens=request.min_new_tokens or None,
                 eos_token_id=list(request.stop_ids) or None,
                 pad_token_id=request.stop_ids[0] if request.stop_ids else 0,
+                **self._generation,
             ),
             logits_processor=LogitsProcessorList([stamp]),
         )

@@ -57,21 +57,34 @@ def load_weights(files: list[Path], architecture: Architecture, device: torch.de
         except Exception as error:  # a truncated or foreign file
             raise UsageError(f"{path} cannot be read ({one_line(error)}). Fetch it again.") from error
     _check_strictly(files[0].parent, architecture, {name: tensor.shape for name, tensor in tensors.items()})
-    return _Reader(tensors, architecture, device, dtype).weights()
+    own_head = _HEAD in tensors
+    return _Reader(lambda name: tensors[name].read(), own_head, architecture, device, dtype).weights()
+
+
+def read_weights(
+    read: Callable[[str], Tensor], architecture: Architecture, device: torch.device, dtype: torch.dtype
+) -> Weights:
+    """All weights on the device, `read` by the names of `architecture.tensors()`, each once."""
+    return _Reader(read, not architecture.tied, architecture, device, dtype).weights()
 
 
 class _Reader:
     """Reads tensors by name, fusing those that are used together."""
 
     def __init__(
-        self, tensors: "dict[str, _Stored]", architecture: Architecture, device: torch.device, dtype: torch.dtype
+        self,
+        read: Callable[[str], Tensor],
+        own_head: bool,
+        architecture: Architecture,
+        device: torch.device,
+        dtype: torch.dtype,
     ):
-        self._tensors, self._architecture = tensors, architecture
+        self._read, self._own_head, self._architecture = read, own_head, architecture
         self._device, self._dtype = device, dtype
 
     def weights(self) -> Weights:
         embedding = self._take("model.embed_tokens.weight")
-        head = self._take(_HEAD) if _HEAD in self._tensors else embedding
+        head = self._take(_HEAD) if self._own_head else embedding
         if self._architecture.tied and torch.equal(head, embedding):  # one copy is enough
             head = embedding
         layers = [self._layer(f"model.layers.{index}.") for index in range(self._architecture.shape.layers)]
@@ -98,7 +111,7 @@ class _Reader:
         )
 
     def _take(self, *names: str) -> Tensor:
-        parts = [self._tensors[name].read().to(self._device, self._dtype) for name in names]
+        parts = [self._read(name).to(self._device, self._dtype) for name in names]
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
     def _take_if(self, present: bool, *names: str) -> Tensor | None:

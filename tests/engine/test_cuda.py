@@ -39,7 +39,9 @@ def _requests() -> list[Request]:
 @pytest.mark.parametrize("slots", [1, 4])
 def test_float32_text_is_that_of_transformers(model_type: str, slots: int, make_checkpoint: Any) -> None:
     folder = make_checkpoint(model_type)
-    theirs = {done.key: done.token_ids for done in TransformersEngine(folder, GPU, torch.float32).generate(_requests())}
+    theirs = {
+        done.key: done.token_ids for done in TransformersEngine.load(folder, GPU, torch.float32).generate(_requests())
+    }
     engine, _ = _engine(folder, slots, torch.float32)
     ours = {done.key: done.token_ids for done in engine.generate(_requests())}
     assert ours == theirs
@@ -53,8 +55,8 @@ def test_half_precision_logits_are_as_near_to_float32_as_those_of_transformers(
 ) -> None:
     folder = make_checkpoint("llama")
     prompt = torch.tensor(_requests()[5].token_ids, device=GPU)
-    exact = TransformersEngine(folder, GPU, torch.float32)._model(prompt[None]).logits[0, -1].double()
-    theirs = TransformersEngine(folder, GPU, dtype)._model(prompt[None]).logits[0, -1].double()
+    exact = TransformersEngine.load(folder, GPU, torch.float32)._model(prompt[None]).logits[0, -1].double()
+    theirs = TransformersEngine.load(folder, GPU, dtype)._model(prompt[None]).logits[0, -1].double()
     engine, decoder = _engine(folder, 1, dtype)
     engine.reserve(400)
     with torch.inference_mode():

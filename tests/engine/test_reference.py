@@ -19,7 +19,7 @@ NEW_TOKENS = 40
 
 
 def _reference(folder: Path) -> TransformersEngine:
-    return TransformersEngine(folder, CPU, torch.float32)
+    return TransformersEngine.load(folder, CPU, torch.float32)
 
 
 def _requests(prompts: list[list[int]], stops: tuple[int, ...] = (), minimum: int = 0) -> list[Request]:
@@ -152,5 +152,5 @@ def test_pickles_need_permission_here_too(make_checkpoint, make_prompts, tmp_pat
     with pytest.raises(UsageError, match="transformers cannot load"):
         _reference(folder)
     requests = _requests(make_prompts(9))
-    allowed = TransformersEngine(folder, CPU, torch.float32, allow_pickle=True)
+    allowed = TransformersEngine.load(folder, CPU, torch.float32, allow_pickle=True)
     assert _texts(allowed, requests) == _texts(_reference(make_checkpoint()), requests)

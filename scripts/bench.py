@@ -1,0 +1,99 @@
+"""Measures our engine beside transformers' generate and the machine's limits, in one process, on the same prompts.
+
+    python scripts/bench.py decode --model llama-3.1-8b --tokens 8192,32768
+    python scripts/bench.py prefill --model llama-3.1-8b --tokens 8192
+    python scripts/bench.py replay --model llama-3.1-8b --workload workload.csv --rows 100
+    python scripts/bench.py decode --model demo --device cpu --tokens 2048
+
+A named shape has random weights, made on the device; any checkpoint that longbench_pred.py takes can be named too.
+"""
+
+from pathlib import Path
+
+import click
+import torch
+
+from sparsecache.bench.lines import Line, save, table
+from sparsecache.bench.models import SHAPES, load_subject
+from sparsecache.bench.modes import PEERS, Job, decode, freed, prefill, profile, replay
+from sparsecache.cli import FlexibleCommand, report_usage_errors
+from sparsecache.engine.loading import DTYPES
+from sparsecache.errors import UsageError
+
+
+@click.command(cls=FlexibleCommand)
+@click.argument("mode", type=click.Choice(("decode", "prefill", "replay")))
+@click.option("--model", default="demo", show_default=True, help=f"A shape ({', '.join(SHAPES)}) or a checkpoint.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="bfloat16 on a GPU, float32 on a CPU, if not given.")
+@click.option("--tokens", default="8192", show_default=True, help="Prompt lengths, a comma list.")
+@click.option("--batch", default="1", show_default=True, help="Sequences decoded at once, a comma list.")
+@click.option("--new_tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--peers", default="transformers", show_default=True, help=f"Comma list of {', '.join(PEERS)}, or none.")
+@click.option("--workload", type=click.Path(path_type=Path), help="Of a replay: dataset, prompt_tokens, new_tokens.")
+@click.option("--rows", type=click.IntRange(1), default=100, show_default=True, help="Prompts of a replay.")
+@click.option("--slots", type=click.IntRange(1), default=16, show_default=True, help="Most at once in a replay.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the lines as JSON, and a profile.")
+@click.option("--profile", "profiled", is_flag=True, help="Also write which kernels the time of the first job goes to.")
+def main(
+    mode: str,
+    model: str,
+    device: str,
+    dtype: str | None,
+    tokens: str,
+    batch: str,
+    new_tokens: int,
+    peers: str,
+    workload: Path | None,
+    rows: int,
+    slots: int,
+    out: Path | None,
+    profiled: bool,
+) -> None:
+    """Measure MODE and print each line as time, share of the limit and ratio to each peer."""
+    with report_usage_errors():
+        names = _peers(peers)
+        jobs = [
+            Job(length, new_tokens, size) for size in _numbers("batch", batch) for length in _numbers("tokens", tokens)
+        ]
+        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if (mode == "replay") != (workload is not None):
+            raise UsageError(
+                "A replay, and nothing else, needs --workload: a CSV (dataset, prompt_tokens, new_tokens)."
+            )
+        kind = DTYPES[dtype or ("bfloat16" if where.type == "cuda" else "float32")]
+        subject = load_subject(model, where, kind)
+        if workload is not None:
+            measured = replay(subject, workload, rows, slots, names)
+        else:
+            measured = (decode if mode == "decode" else prefill)(subject, jobs, names)
+        lines: list[Line] = []
+        for line in freed(measured):
+            lines.append(line)
+            click.echo(table([line]).strip("\n"))
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            save(lines, out / f"{mode}-{Path(model).name}.json", model=model, dtype=str(kind))
+            if profiled:
+                profile(subject, jobs[0], out / f"{mode}-{Path(model).name}-profile.txt")
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--{name} {text!r} is no comma list of whole numbers.") from error
+    if min(numbers) < 1:
+        raise UsageError(f"--{name} {text!r} must hold numbers from 1 on.")
+    return numbers
+
+
+def _peers(text: str) -> list[str]:
+    names = [] if text == "none" else text.split(",")
+    if unknown := [name for name in names if name not in PEERS]:
+        raise UsageError(f"--peers {unknown[0]!r} is no peer. Peers: {', '.join(PEERS)}, or none.")
+    return names
+
+
+if __name__ == "__main__":
+    main()

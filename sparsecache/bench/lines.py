@@ -1,0 +1,55 @@
+"""What a measurement says: its time, its share of a limit, its ratio to each peer; as a table, JSON and a picture."""
+
+import json
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsecache.longbench.records import write_atomically
+from sparsecache.longbench.tables import Cell, Document, Table, number, records, render, words
+from sparsecache.versions import installed_versions
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing measured: `seconds` each, what it could take at best, and what the peers take for the same.
+
+    rate: where prompts (or tokens) a second say more than seconds; notes: anything else worth keeping, JSON.
+    """
+
+    what: str
+    seconds: float
+    limit: float | None = None
+    peers: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Lines for the terminal: milliseconds, share of the limit in percent, how many times faster than each peer."""
+    peers = list(dict.fromkeys(peer for line in lines for peer in line.peers))
+    head = ["", "ms", "limit, ms", "of limit, %", *(f"x {peer}" for peer in peers)]
+    rows: list[list[Cell]] = []
+    for line in lines:
+        share = None if line.limit is None else 100 * line.limit / line.seconds
+        limit = None if line.limit is None else 1000 * line.limit
+        ratios = [number(line.peers[peer] / line.seconds if peer in line.peers else None, 2) for peer in peers]
+        rows.append([words(line.what), number(1000 * line.seconds, 2), number(limit, 2), number(share, 1), *ratios])
+    return render(Document([Table("", head, rows)], records("", [])), "terminal")
+
+
+def save(lines: Iterable[Line], path: Path, **facts: Any) -> None:
+    """Writes lines, the machine and the command as JSON."""
+    cuda = torch.cuda.is_available()
+    machine = {
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "cpu_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **installed_versions(),
+    }
+    told = {"argv": sys.argv, "machine": machine, **facts, "lines": [asdict(line) for line in lines]}
+    write_atomically(path, json.dumps(told, indent=1) + "\n")

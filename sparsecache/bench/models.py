@@ -1,0 +1,143 @@
+"""Models to measure with: a checkpoint, or random weights in a named shape; once for us and transformers alike."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from sparsecache.engine.catalog import checkpoint_folder, find_model
+from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.families import load_family
+from sparsecache.engine.families.base import Architecture
+from sparsecache.engine.generator import Generator
+from sparsecache.engine.loading import Checkpoint
+from sparsecache.engine.reference import TransformersEngine
+from sparsecache.engine.rope import Rope
+from sparsecache.engine.weights import Weights, read_weights
+from sparsecache.methods import make_method, parse_options
+
+_LLAMA_3 = {"rope_theta": 500000.0, "rope_type": "default"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {},  # transformers' own defaults
+    "llama-3.1-8b": {
+        "vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8, "rope_parameters": _LLAMA_3,
+    },
+    "llama-3.1-70b": {
+        "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "rope_parameters": _LLAMA_3,
+    },
+}  # fmt: skip
+"""Fields of config.json in which published checkpoints differ from LlamaConfig's defaults."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in memory: what it is called, its transformers configuration, its weights."""
+
+    name: str
+    config: Any
+    architecture: Architecture
+    weights: Weights
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weights.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are in."""
+        return self.weights.embedding.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """What a decode step reads of the weights: all but the embedding, of which it reads a row."""
+        matrices = [x for layer in self.weights.layers for x in vars(layer).values() if x is not None]
+        return sum(x.nbytes for x in (*matrices, self.weights.norm, self.weights.head))
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Keys and values of one token."""
+        shape = self.architecture.shape
+        return 2 * shape.layers * shape.kv_heads * shape.head_dim * self.dtype.itemsize
+
+    def engine(self, method: str = "vanilla", options: dict[str, str] | None = None, slots: int = 1) -> Generator:
+        """Our engine."""
+        made = make_method(method, parse_options(method, options or {}))
+        return Generator(self.decoder(made), made, slots)
+
+    def decoder(self, method: Any) -> Decoder:
+        """Our decoder over a method."""
+        return Decoder(self.architecture, self.weights, Rope(self.config, self.device), method)
+
+    def reference(self, **generation: Any) -> TransformersEngine:
+        """transformers' engine over the same memory; `generation` are fields of its GenerationConfig."""
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, attn_implementation="sdpa")
+        model.load_state_dict(self._state(), strict=False, assign=True)
+        with torch.device(self.device):  # what no state holds
+            model.model.rotary_emb = type(model.model.rotary_emb)(config=self.config)
+        missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+        if missing:
+            raise RuntimeError(f"transformers' model has weights that ours has not: {', '.join(missing)}.")
+        return TransformersEngine(model, self.device, **generation)
+
+    def _state(self) -> dict[str, Tensor]:
+        """Views of the weights under transformers' names."""
+        shape, weights = self.architecture.shape, self.weights
+        heads = [count * shape.head_dim for count in (shape.heads, shape.kv_heads, shape.kv_heads)]
+        state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
+        state["lm_head.weight"] = weights.head
+        for index, layer in enumerate(weights.layers):
+            prefix = f"model.layers.{index}."
+            fused: list[tuple[str, Tensor | None]] = []
+            for kind, qkv, gate_up in (
+                ("weight", layer.qkv, layer.gate_up),
+                ("bias", layer.qkv_bias, layer.gate_up_bias),
+            ):
+                if qkv is not None:
+                    names = [f"self_attn.{name}_proj.{kind}" for name in "qkv"]
+                    fused += zip(names, torch.split(qkv, heads), strict=True)
+                if gate_up is not None:
+                    fused += zip((f"mlp.gate_proj.{kind}", f"mlp.up_proj.{kind}"), gate_up.chunk(2), strict=True)
+            single = [
+                ("input_layernorm.weight", layer.input_norm),
+                ("post_attention_layernorm.weight", layer.mlp_norm),
+                ("self_attn.q_norm.weight", layer.q_norm),
+                ("self_attn.k_norm.weight", layer.k_norm),
+                ("self_attn.o_proj.weight", layer.output),
+                ("self_attn.o_proj.bias", layer.output_bias),
+                ("mlp.down_proj.weight", layer.down),
+                ("mlp.down_proj.bias", layer.down_bias),
+            ]
+            state |= {f"{prefix}{name}": tensor for name, tensor in (*fused, *single) if tensor is not None}
+        return state
+
+
+def load_subject(model: str, device: torch.device, dtype: torch.dtype) -> Subject:
+    """A shape of SHAPES with random weights made on the device, or what `--model` names elsewhere.
+
+    Raises UsageError for an unknown model.
+    """
+    if model in SHAPES:
+        return _random(model, LlamaConfig(**SHAPES[model], max_position_embeddings=262144), device, dtype)
+    folder = checkpoint_folder(find_model(model), offline=False, weights=True)
+    checkpoint = Checkpoint(Path(folder))
+    architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
+    return Subject(model, checkpoint.config, architecture, checkpoint.load(architecture, device, dtype))
+
+
+def _random(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> Subject:
+    architecture = load_family(config.model_type).architecture(config)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(tensor: str) -> Tensor:
+        shape = architecture.tensors()[tensor]
+        if len(shape) == 1:
+            return torch.ones(shape, device=device, dtype=dtype)
+        return torch.randn(shape, device=device, dtype=dtype, generator=generator).mul_(shape[1] ** -0.5)
+
+    return Subject(name, config, architecture, read_weights(draw, architecture, device, dtype))

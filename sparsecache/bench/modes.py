@@ -1,0 +1,174 @@
+"""The measurements: decode, prefill, and the replay of a whole benchmark's lengths."""
+
+import csv
+import gc
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsecache.bench.limits import copy_rate, prompt_limit, step_limit
+from sparsecache.bench.lines import Line
+from sparsecache.bench.models import Subject
+from sparsecache.engine.generator import Clock, Engine, Request
+from sparsecache.errors import UsageError
+
+PEERS: dict[str, dict[str, Any]] = {
+    "transformers": {},
+    "static": {"cache_implementation": "static"},
+    "offloaded": {"cache_implementation": "offloaded"},
+}
+"""transformers' generate: with its own cache, a static one (which compiles), and one in host memory."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Sequences to decode: how many tokens come before the answer, how many are decoded, how many at once."""
+
+    tokens: int
+    new_tokens: int
+    batch: int = 1
+
+    def requests(self, vocabulary: int, seed: int = 0) -> list[Request]:
+        """As many random prompts as are decoded at once; nothing stops them."""
+        drawn = random.Random(seed)
+        prompts = [[drawn.randrange(3, vocabulary) for _ in range(self.tokens)] for _ in range(self.batch)]
+        return [Request(key, prompt, self.new_tokens, ()) for key, prompt in enumerate(prompts)]
+
+
+def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str]) -> Iterator[Line]:
+    """Milliseconds of a decode step of each job, beside the peers' (a batch has none)."""
+    rate = copy_rate(subject.device)
+    for job in jobs:
+        clock = run(subject.engine(slots=job.batch), subject, job)
+        others = {name: _step(run(subject.reference(**PEERS[name]), subject, job)) for name in peers if job.batch == 1}
+        what = f"decode, {job.tokens} tokens, batch {job.batch}"
+        limit = step_limit(subject, job.tokens + job.new_tokens // 2, job.batch, rate)
+        notes = {"copy_bytes_per_s": rate, "peak_gpu_bytes": clock.peak_gpu_bytes}
+        yield Line(what, job.batch * _step(clock), limit, others, notes)
+
+
+def prefill(subject: Subject, jobs: Sequence[Job], peers: Sequence[str]) -> Iterator[Line]:
+    """Milliseconds from a prompt to its first token."""
+    for job in jobs:
+        short = Job(job.tokens, 2)
+        clock = run(subject.engine(), subject, short)
+        others = {name: run(subject.reference(**PEERS[name]), subject, short).prefill_s for name in peers}
+        notes = {"peak_gpu_bytes": clock.peak_gpu_bytes, "weights_bytes": subject.nbytes}
+        limit = prompt_limit(subject, job.tokens)
+        yield Line(f"prefill, {job.tokens} tokens", clock.prefill_s, limit, others, notes)
+
+
+def replay(subject: Subject, workload: Path, rows: int, slots: int, peers: Sequence[str]) -> Iterator[Line]:
+    """Milliseconds a prompt over a stratified subset of a benchmark, longest first, with its natural answers' lengths.
+
+    workload: a CSV with the columns dataset, prompt_tokens, new_tokens.
+    """
+    jobs = stratified(workload, rows)
+    requests = [
+        Request(key, job.requests(subject.architecture.vocabulary, key)[0].token_ids, job.new_tokens, ())
+        for key, job in enumerate(jobs)
+    ]
+    ours, clock = _timed(subject.engine(slots=slots), requests)
+    others = {name: _timed(subject.reference(**PEERS[name]), requests)[0] / len(requests) for name in peers}
+    notes = {
+        "prompts_per_s": len(requests) / ours,
+        "prefill_share": clock.prefill_s / ours,
+        "decode_share": clock.decode_s / ours,
+        "prompt_tokens": clock.prefill_tokens,
+        "decode_tokens": clock.decode_tokens,
+        "slots": slots,
+    }
+    yield Line(f"replay of {len(requests)} prompts, up to {slots} at once", ours / len(requests), None, others, notes)
+
+
+def stratified(workload: Path, rows: int) -> list[Job]:
+    """About `rows` rows of a workload, of each dataset its share, evenly over its lengths; longest prompt first.
+
+    Raises UsageError for a file without the columns.
+    """
+    by_dataset: dict[str, list[Job]] = {}
+    try:
+        with workload.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                job = Job(int(row["prompt_tokens"]), max(1, int(row["new_tokens"])))
+                by_dataset.setdefault(row["dataset"], []).append(job)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{workload} is no workload ({error!r}): a CSV with the columns dataset, prompt_tokens, new_tokens."
+        ) from error
+    total = sum(map(len, by_dataset.values()))
+    chosen: list[Job] = []
+    for jobs in by_dataset.values():
+        jobs.sort(key=lambda job: (job.tokens, job.new_tokens))
+        count = min(len(jobs), max(1, round(rows * len(jobs) / total)))
+        chosen += [jobs[(2 * at + 1) * len(jobs) // (2 * count)] for at in range(count)]
+    return sorted(chosen, key=lambda job: -job.tokens)
+
+
+def run(engine: Engine, subject: Subject, job: Job, repeats: int = 3) -> Clock:
+    """The engine's clock over a job, after a first run that is not counted (it compiles); the fastest of `repeats`."""
+    requests = job.requests(subject.architecture.vocabulary)
+    clocks: list[Clock] = []
+    engine.reserve(job.tokens + job.new_tokens)
+    for _ in range(1 + repeats):
+        engine.reset_clock()
+        _all(engine, requests)
+        clocks.append(engine.clock)
+    return min(clocks[1:], key=lambda clock: clock.prefill_s + clock.decode_s)
+
+
+def profile(subject: Subject, job: Job, path: Path) -> None:
+    """Writes where the time of a job's steps goes, by kernel, as torch.profiler tells it."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    engine, requests = subject.engine(slots=job.batch), job.requests(subject.architecture.vocabulary)
+    engine.reserve(job.tokens + job.new_tokens)
+    _all(engine, requests)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if subject.device.type == "cuda" else [])]
+    with profiler(activities=activities) as profiled:
+        _all(engine, requests)
+    key = "self_cuda_time_total" if subject.device.type == "cuda" else "self_cpu_time_total"
+    path.write_text(profiled.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=60))
+
+
+def _timed(engine: Engine, requests: list[Request]) -> tuple[float, Clock]:
+    """Seconds of all requests, after the first two alone, which are not counted, and the clock."""
+    engine.reserve(max(len(request.token_ids) + request.max_new_tokens for request in requests))
+    _all(engine, requests[:2])
+    engine.reset_clock()
+    began = time.perf_counter()
+    _all(engine, requests)
+    return time.perf_counter() - began, engine.clock
+
+
+def _all(engine: Engine, requests: list[Request]) -> None:
+    failed = [done.error for done in engine.generate(requests) if done.error]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(requests)} prompts failed: {failed[0]}")
+
+
+def _step(clock: Clock) -> float:
+    return clock.decode_s / clock.decode_tokens
+
+
+def freed(lines: Iterator[Line]) -> Iterator[Line]:
+    """Lines, memory given back between them; one that fails is told and left out."""
+    while True:
+        try:
+            line = next(lines, None)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            print(f"Not measured: {error}", file=sys.stderr)
+            return
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if line is None:
+            return
+        yield line

@@ -1,0 +1,113 @@
+"""The bench: both engines over the same weights and prompts, a fair subset, lines that say what was measured."""
+
+import csv
+import importlib.util
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from sparsecache.bench.lines import Line, table
+from sparsecache.bench.models import SHAPES, load_subject
+from sparsecache.bench.modes import Job, stratified
+from sparsecache.demo.checkpoint import MODEL_TYPES, make_random_checkpoint
+from sparsecache.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def main(repo):
+    spec = importlib.util.spec_from_file_location("bench", repo / "scripts" / "bench.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_reference_shares_our_weights_and_writes_our_text(model_type, tmp_path) -> None:
+    folder = make_random_checkpoint(tmp_path / model_type, model_type=model_type, initializer_range=0.25)
+    subject = load_subject(str(folder), CPU, torch.float32)
+    requests = Job(30, 20, 2).requests(1024)
+    theirs, ours = (
+        {done.key: done.token_ids for done in engine.generate(requests)}
+        for engine in (subject.reference(), subject.engine(slots=2))
+    )
+    assert ours == theirs
+    model = subject.reference()._model
+    assert model.model.layers[0].self_attn.q_proj.weight.data_ptr() == subject.weights.layers[0].qkv.data_ptr()
+
+
+def test_shapes_are_those_of_the_published_checkpoints() -> None:
+    """Sizes in parameters as their cards give them, here counted without making any weights."""
+    from transformers import LlamaConfig
+
+    from sparsecache.engine.families import load_family
+
+    for name, billions in (("llama-2-7b", 6.74), ("llama-3.1-8b", 8.03), ("llama-3.1-70b", 70.55)):
+        tensors = load_family("llama").architecture(LlamaConfig(**SHAPES[name])).tensors()
+        assert sum(torch.Size(shape).numel() for shape in tensors.values()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_a_subset_has_of_each_dataset_its_share_evenly_over_its_lengths(tmp_path) -> None:
+    file = tmp_path / "workload.csv"
+    with file.open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(("dataset", "prompt_tokens", "new_tokens", "max_new_tokens"))
+        writer.writerows(("long", 1000 + at, 7, 9) for at in range(300))
+        writer.writerows(("short", at, 0, 9) for at in range(1, 101))
+        writer.writerow(("rare", 5, 1, 9))
+    jobs = stratified(file, 40)
+    lengths = [job.tokens for job in jobs]
+    assert lengths == sorted(lengths, reverse=True) and min(job.new_tokens for job in jobs) == 1
+    long, short = ([n for n in lengths if low <= n < high] for low, high in ((1000, 2000), (6, 1000)))
+    assert (len(long), len(short), len(jobs)) == (30, 10, 41)
+    assert sum(long) / len(long) == pytest.approx(1149.5, abs=2) and min(long) < 1010 < 1290 < max(long)
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "dataset,prompt_tokens,new_tokens\nx,many,3\n"], ids=repr)
+def test_what_is_no_workload_is_refused(text, tmp_path) -> None:
+    (tmp_path / "w.csv").write_text(text or "\0")
+    if not text:
+        (tmp_path / "w.csv").unlink()
+    with pytest.raises(UsageError, match="dataset, prompt_tokens, new_tokens"):
+        stratified(tmp_path / "w.csv", 10)
+
+
+def test_a_line_is_told_as_time_share_of_limit_and_ratios() -> None:
+    told = table([Line("decode", 0.004, 0.003, {"transformers": 0.01}), Line("replay", 1.5)])
+    assert ["decode", "4.00", "3.00", "75.0", "2.50"] in [line.split() for line in told.splitlines()]
+    assert ["replay", "1500.00", "-", "-", "-"] in [line.split() for line in told.splitlines()]
+
+
+@pytest.mark.parametrize("mode", ["decode", "prefill", "replay"])
+def test_every_mode_runs_and_saves_what_it_printed(mode, main, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sparsecache.bench.limits._SECONDS", 0.01)
+    folder = make_random_checkpoint(tmp_path / "tiny")
+    (tmp_path / "w.csv").write_text("dataset,prompt_tokens,new_tokens\n" + "a,40,3\nb,9,2\n" * 4)
+    more = ["--workload", str(tmp_path / "w.csv"), "--rows", "3"] if mode == "replay" else ["--tokens", "20,50"]
+    told = CliRunner().invoke(
+        main, [mode, "--model", str(folder), "--new_tokens", "4", "--device", "cpu", "--out", str(tmp_path), *more]
+    )
+    assert told.exit_code == 0, told.output
+    saved = json.loads((tmp_path / f"{mode}-tiny.json").read_text())
+    assert len(saved["lines"]) == (1 if mode == "replay" else 2)
+    for line in saved["lines"]:
+        assert line["what"] in told.output and line["seconds"] > 0 and line["peers"]["transformers"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["decode", "--tokens", "8k"], "--tokens '8k' is no comma list of whole numbers"),
+        (["decode", "--tokens", "0"], "numbers from 1 on"),
+        (["decode", "--peers", "vllm"], "'vllm' is no peer. Peers: transformers"),
+        (["replay"], "needs --workload"),
+        (["decode", "--model", "nothing"], "neither a folder"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_with_the_way_out(arguments, problem, main) -> None:
+    told = CliRunner().invoke(main, arguments)
+    assert told.exit_code == 2 and problem in told.output
