@@ -6,6 +6,7 @@ fill the GPU; nothing depends on a length that the host would have to know, so t
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,35 @@ from sparsecache.kernels.attention import attention
 
 _TOKENS = 64  # that a program reads at a time
 _WAVES = 2  # programs for each multiprocessor
+
+
+class Ledger(NamedTuple):
+    """What a sparse layer writes down of each slot: tokens held, and what was attended to of them.
+
+    past: [slots] int64; kept: [slots, G] float64, sums of shares of the past; fetched: [slots, G] int64, sums of
+    tokens; steps, capped: [slots] int64, steps, and those with more past tokens than caps [T + 1] allows.
+    """
+
+    past: Tensor
+    kept: Tensor
+    fetched: Tensor
+    steps: Tensor
+    capped: Tensor
+    caps: Tensor
+
+    def note(self, slots: Tensor, counts: Tensor) -> None:
+        """One step, in which each slot's KV heads attended to counts [B, G] past tokens, and one token more."""
+        if fast(counts):
+            kv_heads = counts.shape[1]
+            sizes = {"SOME": up_to_power(kv_heads), "num_warps": 1}
+            _note[(len(slots),)](*self, slots, counts, kv_heads, len(self.caps) - 2, **sizes)
+            return
+        past = self.past[slots].clamp(max=len(self.caps) - 2)  # a slot not in flight may have run full
+        self.kept[slots] += counts.double() / past.clamp(min=1)[:, None]
+        self.fetched[slots] += counts
+        self.steps[slots] += 1
+        self.capped[slots] += past > self.caps[past]
+        self.past[slots] = past + 1
 
 
 def attend_and_append(
@@ -48,12 +78,19 @@ def append(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, 
 
 
 def attend_selected(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, selected: Tensor, counts: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    selected: Tensor,
+    counts: Tensor,
 ) -> Tensor:
     """Attention over chosen rows of a slot and the new token, which is not appended.
 
     As attend_and_append, but for selected: [B, G, N] int64, of which the first counts [B, G] are rows to attend to,
-    none twice.
+    none twice. keys and values may be strided, but for their last dimension.
     """
     if fast(q):
         return _kernel(q, k, v, keys, values, slots, selected=selected, counts=counts)
@@ -62,6 +99,33 @@ def attend_selected(
     index = (slots[:, None, None], torch.arange(k.shape[1], device=q.device)[:, None], rows)
     places = ranks.expand(*counts.shape, -1).masked_fill((ranks >= counts[..., None]) & (ranks < len(ranks) - 1), -1)
     return attention(q, torch.cat((keys[index], k), 2), torch.cat((values[index], v), 2), selected=places)
+
+
+def gather(store: Tensor, slots: Tensor, selected: Tensor, counts: Tensor) -> Tensor:
+    """The rows that attend_selected would read of store [slots, G, T, 2, D], keys and values: [B, G, N, 2, D].
+
+    store may lie in pinned host memory, all else on the GPU. Rows from counts [B, G] on are undefined.
+    """
+    batch, kv_heads, most = selected.shape
+    rows = torch.empty((batch, kv_heads, most, *store.shape[3:]), device=selected.device, dtype=store.dtype)
+    if fast(selected):
+        size, room = 2 * store.shape[4], store.shape[2]
+        grid = (batch * kv_heads, split_count(batch * kv_heads, selected.device))
+        _gather[grid](
+            store, slots, selected.contiguous(), counts.contiguous(), rows, kv_heads, room, size, most,
+            TOKENS=16, WIDE=up_to_power(size), SPLITS=grid[1], num_warps=4,
+        )  # fmt: skip
+        return rows
+    held = torch.arange(most, device=selected.device) < counts[..., None]
+    heads = torch.arange(kv_heads, device=selected.device)[:, None]
+    return torch.where(held[..., None, None], store[slots[:, None, None], heads, selected.masked_fill(~held, 0)], 0)
+
+
+def attend_gathered(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """attend_selected over rows [B, G, N, 2, D] that `gather` fetched."""
+    places = torch.arange(rows.shape[2], device=q.device)
+    slots = torch.arange(len(q), device=q.device)
+    return attend_selected(q, k, v, rows[..., 0, :], rows[..., 1, :], slots, places.expand(*counts.shape, -1), counts)
 
 
 def _kernel(
@@ -78,16 +142,17 @@ def _kernel(
 ) -> Tensor:
     batch, heads, _, head_dim = q.shape
     kv_heads, room = k.shape[1], keys.shape[2]
-    splits = _splits(batch * kv_heads, q.device)
+    splits = split_count(batch * kv_heads, q.device)
     sums = torch.empty((batch, heads, splits, head_dim), device=q.device, dtype=torch.float32)
     marks = torch.empty((2, batch, heads, splits), device=q.device, dtype=torch.float32)  # maxima, sums of weights
     out = torch.empty((batch, heads, 1, head_dim), device=q.device, dtype=q.dtype)
     wide = up_to_power(head_dim, 16)
-    chosen, number = (slots, lengths) if selected is None else (selected.contiguous(), counts)
+    chosen, number = (slots, lengths) if selected is None else (selected, counts)
+    rows_apart = 0 if selected is not None and selected.stride(1) == 0 else chosen.shape[-1]  # one list for all
     _attend[(batch * kv_heads, splits)](
         q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), keys, values, *keys.stride()[:3],
         slots, chosen, number, sums, marks, 1 / math.sqrt(head_dim),
-        kv_heads, room, head_dim, batch * heads * splits, chosen.shape[-1],
+        kv_heads, room, head_dim, batch * heads * splits, rows_apart,
         SELECTED=selected is not None, GROUP=heads // kv_heads, QUERIES=up_to_power(heads // kv_heads, 16),
         TOKENS=_TOKENS, WIDE=wide, SPLITS=splits, num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -103,7 +168,8 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
 
 
-def _splits(programs: int, device: torch.device) -> int:
+def split_count(programs: int, device: torch.device) -> int:
+    """Into how many parts sequences are split, so that `programs` times as many programs fill the GPU."""
     return max(1, min(64, -(-_WAVES * _multiprocessors(device) // programs)))
 
 
@@ -187,3 +253,40 @@ def _merge(  # type: ignore[no-untyped-def]
         if head == 0:
             slot = tl.load(slots + row)
             tl.store(lengths + slot, tl.minimum(tl.load(lengths + slot), room - 1) + 1)
+
+
+@triton.jit
+def _gather(  # type: ignore[no-untyped-def]
+    store, slots, selected, counts, rows, kv_heads, room, size, most,
+    TOKENS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Copies a part of a KV head's selected rows, in order: ascending rows are what a link to the host likes."""
+    row, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
+    count = tl.load(counts + tl.program_id(0))
+    base = (tl.load(slots + row).to(tl.int64) * kv_heads + kv) * room
+    at = tl.arange(0, WIDE)[None, :]
+    for first in tl.range(tl.program_id(1) * TOKENS, count, SPLITS * TOKENS):
+        place = first + tl.arange(0, TOKENS)
+        there = place < count
+        token = tl.load(selected + tl.program_id(0) * most + place, mask=there, other=0)
+        seen = there[:, None] & (at < size)
+        part = tl.load(store + (base + token[:, None]) * size + at, mask=seen, other=0.0)
+        tl.store(rows + (tl.program_id(0).to(tl.int64) * most + place[:, None]) * size + at, part, mask=seen)
+
+
+@triton.jit
+def _note(  # type: ignore[no-untyped-def]
+    past, kept, fetched, steps, capped, caps, slots, counts, kv_heads, most, SOME: tl.constexpr
+):
+    """One row's step."""
+    row, head = tl.program_id(0), tl.arange(0, SOME)
+    slot = tl.load(slots + row)
+    held = tl.minimum(tl.load(past + slot), most)
+    count = tl.load(counts + row * kv_heads + head, mask=head < kv_heads, other=0)
+    share = count.to(tl.float64) / tl.maximum(held, 1).to(tl.float64)
+    place = slot * kv_heads + head
+    tl.store(kept + place, tl.load(kept + place, mask=head < kv_heads) + share, mask=head < kv_heads)
+    tl.store(fetched + place, tl.load(fetched + place, mask=head < kv_heads) + count, mask=head < kv_heads)
+    tl.store(steps + slot, tl.load(steps + slot) + 1)
+    tl.store(capped + slot, tl.load(capped + slot) + (held > tl.load(caps + held)).to(tl.int64))
+    tl.store(past + slot, held + 1)

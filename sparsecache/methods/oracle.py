@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels.scores import scaled_scores
+from sparsecache.kernels.selection import Fetch, select
 from sparsecache.methods._sparse import ChoosingMethod
-from sparsecache.methods.infinigen.selection import Fetch, select
 
 
 class Oracle(ChoosingMethod):

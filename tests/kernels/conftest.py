@@ -40,7 +40,7 @@ def agree() -> Callable[..., None]:
             copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
             with running(which):
                 out = function(*copies, **options)
-            outs = out if isinstance(out, tuple) else (out,)
+            outs = out if isinstance(out, tuple) else () if out is None else (out,)
             found.append([*outs, *(x for x in copies if isinstance(x, torch.Tensor))])
         for kernel, twin in zip(*found, strict=True):
             assert kernel.shape == twin.shape and kernel.dtype == twin.dtype

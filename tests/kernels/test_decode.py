@@ -52,7 +52,7 @@ def test_attend_selected(case, most, device, dtype, agree) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 33, 64])
 def test_any_number_of_splits(splits, device, dtype, agree, monkeypatch) -> None:
-    monkeypatch.setattr(decode, "_splits", lambda programs, device: splits)
+    monkeypatch.setattr(decode, "split_count", lambda programs, device: splits)
     q, k, v, keys, values, held, order, _ = _cache(CASES["very unlike"], device, dtype)
     agree(attend_and_append, q, k, v, keys, values, held, order)
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sparsecache.kernels.attention import attention
 from sparsecache.kernels.scores import scaled_scores
+from sparsecache.kernels.selection import Fetch, count_near, distance_to_best, highest
 from sparsecache.methods._sparse import SparseMethod, is_share_or_count
 from sparsecache.methods.base import GuessFrom, Shape
 from sparsecache.methods.infinigen.gpu_cache import GpuCache
 from sparsecache.methods.infinigen.pool import Eviction, Pool, Selections
-from sparsecache.methods.infinigen.selection import Fetch, count_near, distance_to_best, highest
 from sparsecache.methods.infinigen.skewing import skewing_matrix
 from sparsecache.methods.infinigen.speculation import PartialKeys
 

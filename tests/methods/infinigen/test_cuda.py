@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from sparsecache.kernels.selection import select
 from sparsecache.methods.base import Shape
-from sparsecache.methods.infinigen.selection import select
 from sparsecache.methods.infinigen.skewing import skewing_matrix
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")

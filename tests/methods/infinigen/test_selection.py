@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsecache.methods.infinigen.selection import count_near, distance_to_best, highest, select
+from sparsecache.kernels.selection import count_near, distance_to_best, highest, select
 
 # Few values, so that there are many ties and distances of just alpha; all of them are exact in float32.
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from((1, 2, 4, 8)), st.integers(1, 24))

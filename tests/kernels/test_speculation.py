@@ -1,0 +1,157 @@
+"""Speculation and selection by counting bits against sorting: odd lengths, ties at the cut, every rule."""
+
+import math
+
+import pytest
+import torch
+
+from sparsecache.kernels import decode, speculation
+from sparsecache.kernels._triton import running
+from sparsecache.kernels.speculation import Rule, remember, speculate
+
+CASES = {  # slots, KV heads, group, head size, columns, room, tokens in the slots of the batch
+    "empty": (2, 1, 2, 16, 8, 70, [0, 0]),
+    "full": (1, 2, 2, 16, 16, 130, [130]),
+    "around a block": (5, 1, 3, 40, 20, 300, [129, 299, 64, 127, 128]),
+    "very unlike": (4, 3, 1, 32, 16, 1300, [1, 1200]),
+    "wide group": (2, 1, 8, 64, 32, 700, [690, 257]),
+}
+RULES = {  # alpha, budget, mean, sinks, recent
+    "plain": (2.0, 0.2, True, 0, 0),
+    "nothing is near": (0.0, 5, False, 0, 0),
+    "everything": (math.inf, 1.0, True, 0, 0),
+    "each its own": (1.0, 0.5, False, 2, 3),
+    "a count": (5.0, 30, True, 1, 0),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def _inputs(case, device, dtype, ties: bool):
+    slots, kv_heads, group, head_dim, columns, room, lengths = case
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        if ties:  # products that every dtype holds exactly
+            return torch.randint(-1, 2, shape, generator=generator).to(device, kind)
+        return torch.randn(*shape, generator=generator).to(device, kind)
+
+    q = draw(len(lengths), group * kv_heads, 1, head_dim)
+    mixing = draw(slots, kv_heads, head_dim, columns, kind=torch.float32)
+    keys = draw(slots, kv_heads, room, columns)
+    order = torch.randperm(slots, generator=generator)[: len(lengths)].to(device)
+    past = torch.zeros(slots, dtype=torch.int64, device=device)
+    past[order] = torch.tensor(lengths, device=device)
+    return q, mixing, keys, past, order
+
+
+def _rule(rule, room: int, device: torch.device) -> tuple[Rule, int]:
+    alpha, budget, mean, sinks, recent = rule
+    caps = [max(1, math.floor(budget * n + 1e-6)) if budget <= 1 else budget for n in range(room + 1)]
+    return Rule(alpha, torch.tensor(caps, device=device), mean, sinks, recent), min(room, max(caps))
+
+
+def _both(*arguments, width: int) -> list[list[list[list[int]]]]:
+    found = []
+    for which in ("kernels", "twins"):
+        with running(which):
+            positions, counts = speculate(*arguments, width)
+        rows = zip(positions.tolist(), counts.tolist(), strict=True)
+        found.append([[head[:n] for head, n in zip(*row, strict=True)] for row in rows])
+    return found
+
+
+@cases
+@rules
+def test_ties_at_the_cut_go_to_the_lowest_positions(case, rule, device, dtype) -> None:
+    inputs = _inputs(case, device, dtype, ties=True)
+    rule, width = _rule(rule, case[5], device)
+    kernel, twin = _both(*inputs, rule, width=width)
+    assert kernel == twin
+
+
+@cases
+@rules
+def test_random_scores(case, rule, device) -> None:
+    inputs = _inputs(case, device, torch.float32, ties=False)
+    rule, width = _rule(rule, case[5], device)
+    kernel, twin = _both(*inputs, rule, width=width)
+    assert kernel == twin
+
+
+def test_half_precision_keys_cost_no_choice_of_the_query(device) -> None:
+    """The query is not rounded to the keys' dtype: nearly all choices are those of float32 products."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    inputs = _inputs(CASES["very unlike"], device, dtype, ties=False)
+    rule, width = _rule(RULES["plain"], 1300, device)
+    kernel, twin = _both(*inputs, rule, width=width)
+    pairs = [(set(a), set(b)) for row in zip(kernel, twin, strict=True) for a, b in zip(*row, strict=True)]
+    assert sum(len(a ^ b) for a, b in pairs) <= 0.01 * sum(len(b) for _, b in pairs)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 9])
+def test_any_number_of_splits(splits, device, monkeypatch) -> None:
+    monkeypatch.setattr(speculation, "split_count", lambda programs, device: splits)
+    inputs = _inputs(CASES["very unlike"], device, torch.float32, ties=True)
+    rule, width = _rule(RULES["a count"], 1300, device)
+    kernel, twin = _both(*inputs, rule, width=width)
+    assert kernel == twin
+
+
+@cases
+def test_remember(case, device, dtype, agree) -> None:
+    _, mixing, partial, past, order = _inputs(case, device, dtype, ties=False)
+    slots, kv_heads, _, head_dim, _, room, _ = case
+    store = torch.randn(slots, kv_heads, room, 2, head_dim).to(device, dtype)
+    k, v = torch.randn(2, len(order), kv_heads, 1, head_dim).to(device, dtype)
+    agree(remember, k, v, mixing, partial, store, past, order)
+
+
+def test_what_is_written_down_of_a_step(device) -> None:
+    counts = torch.tensor([[3, 5], [0, 1]], device=device)
+    slots, found = torch.tensor([2, 0], device=device), []
+    for which in ("kernels", "twins"):
+        zeros = torch.zeros(3, dtype=torch.int64, device=device)
+        ledger = decode.Ledger(
+            past=torch.tensor([0, 7, 10], device=device),
+            kept=torch.zeros(3, 2, dtype=torch.float64, device=device),
+            fetched=torch.zeros(3, 2, dtype=torch.int64, device=device),
+            steps=zeros.clone(),
+            capped=zeros.clone(),
+            caps=torch.tensor([max(1, n // 2) for n in range(13)], device=device),
+        )
+        with running(which):
+            for _ in range(4):
+                ledger.note(slots, counts)
+        found.append(ledger)
+    for kernel, twin in zip(*found, strict=True):
+        torch.testing.assert_close(kernel, twin, rtol=1e-15, atol=0)
+    assert found[1].past.tolist() == [4, 7, 12] and found[1].steps.tolist() == [4, 0, 4]
+    assert found[1].capped.tolist() == [2, 0, 4] and found[1].fetched[2].tolist() == [12, 20]
+
+
+@pytest.mark.parametrize("most", [1, 130])
+def test_gathered_rows_are_attended_to(most, device, dtype, agree) -> None:
+    """Fetched in one kernel, attended to in the next: as attending to them where they lie."""
+    slots, kv_heads, group, head_dim, room, batch = 3, 2, 4, 32, 200, 2
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    q, k, v = draw(batch, kv_heads * group, 1, head_dim), *draw(2, batch, kv_heads, 1, head_dim)
+    store = draw(slots, kv_heads, room, 2, head_dim)
+    order = torch.tensor([2, 0], device=device)
+    selected = torch.rand(batch, kv_heads, room, generator=generator).argsort(-1)[..., :most].contiguous().to(device)
+    counts = torch.randint(0, most + 1, (batch, kv_heads), generator=generator).to(device)
+    counts[0, 0] = most
+
+    def fetched(q, k, v, store, order, selected, counts):
+        rows = decode.gather(store, order, selected, counts)
+        return decode.attend_gathered(q, k, v, rows, counts)
+
+    agree(fetched, q, k, v, store, order, selected, counts)
+    with running("twins"):
+        there = decode.attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], order, selected, counts)
+        here = fetched(q, k, v, store, order, selected, counts)
+    torch.testing.assert_close(here, there)
