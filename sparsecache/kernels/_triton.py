@@ -27,10 +27,15 @@ _forced: Literal["kernels", "twins"] | None = None
 
 
 def fast(x: Tensor) -> bool:
-    """Whether a tensor goes through kernels: on a CUDA device, unless `running` says otherwise."""
+    """Whether a tensor goes through kernels."""
+    return in_kernels(x.device)
+
+
+def in_kernels(device: torch.device) -> bool:
+    """Whether tensors of a device go through kernels: those of a CUDA device do, unless `running` says otherwise."""
     if _forced is not None:
         return _forced == "kernels"
-    return AVAILABLE and x.is_cuda
+    return AVAILABLE and device.type == "cuda"
 
 
 @contextmanager

@@ -32,9 +32,12 @@ class Ledger(NamedTuple):
     capped: Tensor
     caps: Tensor
 
-    def note(self, slots: Tensor, counts: Tensor) -> None:
-        """One step, in which each slot's KV heads attended to counts [B, G] past tokens, and one token more."""
-        if fast(counts):
+    def note(self, slots: Tensor, counts: Tensor, cap: Tensor | None = None) -> None:
+        """One step, in which each slot's KV heads attended to counts [B, G] past tokens, and one token more.
+
+        cap: [B], where others than `caps` are allowed.
+        """
+        if cap is None and fast(counts):
             kv_heads = counts.shape[1]
             sizes = {"SOME": up_to_power(kv_heads), "num_warps": 1}
             _note[(len(slots),)](*self, slots, counts, kv_heads, len(self.caps) - 2, **sizes)
@@ -43,7 +46,7 @@ class Ledger(NamedTuple):
         self.kept[slots] += counts.double() / past.clamp(min=1)[:, None]
         self.fetched[slots] += counts
         self.steps[slots] += 1
-        self.capped[slots] += past > self.caps[past]
+        self.capped[slots] += past > (self.caps[past] if cap is None else cap)
         self.past[slots] = past + 1
 
 

@@ -35,7 +35,7 @@ class EvictingMethod(SparseMethod):
         held = rows.held(slots)
         rows.append(slots, k, v, past)
         out = rows.attend(q, slots)
-        self.make_way(layer, q, slots, past + 1, self._caps[past + 1])
+        self.make_way(layer, q, slots, past + 1, self.caps[past + 1])
         return out, held
 
     def release(self, slot: int) -> None:

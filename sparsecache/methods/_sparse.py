@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsecache.kernels.decode import Ledger
 from sparsecache.methods._cache import FullCache
 from sparsecache.methods.base import Method, Shape
 
@@ -40,32 +41,40 @@ class Budget:
 
 
 class Tally:
-    """Per slot: the share of past tokens attended to, over steps and sparse layers."""
+    """Per layer and slot: tokens held, and the share of past tokens attended to, over steps and sparse layers.
 
-    def __init__(self, layers: int, slots: int, device: torch.device) -> None:
-        self._shares = torch.zeros(layers, slots, device=device, dtype=torch.float64)
-        self._steps = torch.zeros(layers, slots, device=device, dtype=torch.int64)
-        self._capped = torch.zeros(layers, slots, device=device, dtype=torch.int64)
+    caps: [T + 1], as Budget.caps makes them.
+    """
 
-    def note(self, layer: int, slots: Tensor, attended: Tensor, past: Tensor, cap: Tensor) -> None:
-        """One step of a layer: `attended` [B, G] of `past` [B] tokens, where at most `cap` [B] could have been."""
-        self._shares[layer, slots] += attended.double().mean(1) / past.clamp(min=1)
-        self._steps[layer, slots] += 1
-        self._capped[layer, slots] += past > cap
+    def __init__(self, layers: int, slots: int, kv_heads: int, caps: Tensor) -> None:
+        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(layers, slots, *size, device=caps.device, dtype=dtype)
+
+        self.caps, self.past, self.steps, self.capped = caps, zeros(), zeros(), zeros()
+        self.kept, self.fetched = zeros(kv_heads, dtype=torch.float64), zeros(kv_heads)
+
+    def of(self, layer: int) -> Ledger:
+        """What one layer writes into."""
+        past, kept, fetched, steps, capped = (counter[layer] for counter in self._counters)
+        return Ledger(past, kept, fetched, steps, capped, self.caps)
+
+    @property
+    def _counters(self) -> tuple[Tensor, ...]:
+        return self.past, self.kept, self.fetched, self.steps, self.capped
 
     def release(self, slot: int) -> None:
         """Starts a slot anew."""
-        for counts in (self._shares, self._steps, self._capped):
-            counts[:, slot] = 0
+        for counter in self._counters:
+            counter[:, slot] = 0
 
     def report(self, slot: int) -> dict[str, Any]:
         """`kept` (mean share of past tokens attended to, None without a sparse step) and the steps it is over."""
-        steps = self._steps[:, slot]
-        total = int(steps.sum())
+        steps = self.steps[:, slot]
+        total = int(steps.sum()) * self.kept.shape[2]
         return {
-            "kept": float(self._shares[:, slot].sum()) / total if total else None,
+            "kept": math.fsum(self.kept[:, slot].flatten().tolist()) / total if total else None,
             "sparse_steps": int(steps[0]) if len(steps) else 0,
-            "capped_steps": int(self._capped[0, slot]) if len(steps) else 0,
+            "capped_steps": int(self.capped[0, slot]) if len(steps) else 0,
         }
 
 
@@ -73,7 +82,8 @@ class SparseMethod(Method):
     """A method that attends to at most `budget` past tokens in every layer but the first `dense_layers`.
 
     A subclass makes its room (`make_room`), takes prompts (`take_prompt`) and attends (`attend_past`) for the
-    sparse layers, which it sees numbered from 0; `self.shape` and `self.first` (the first sparse layer) are set.
+    sparse layers, which it sees numbered from 0; `self.shape`, `self.first` (the first sparse layer) and
+    `self.caps` (the most tokens to attend to of 0, 1, .. past ones) are set.
     """
 
     least_dense = 0
@@ -97,9 +107,8 @@ class SparseMethod(Method):
         sparse = shape.layers - self.first
         vars(self).pop("_dense", None)  # frees the old room before taking the new
         self._dense = FullCache(self.first, slots, max_tokens, shape, device, dtype)
-        self._past = torch.zeros(sparse, slots, device=device, dtype=torch.int64)
-        self._caps = self.budget.caps(max_tokens, device)
-        self._tally = Tally(sparse, slots, device)
+        self.caps = self.budget.caps(max_tokens, device)
+        self._tally = Tally(sparse, slots, shape.kv_heads, self.caps)
         self.make_room(sparse, slots, max_tokens, device, dtype)
 
     def prefill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
@@ -109,7 +118,7 @@ class SparseMethod(Method):
         sparse = layer - self.first
         if sparse == 0:
             self._tally.release(slot)
-        self._past[sparse, slot] = k.shape[1]
+        self._tally.past[sparse, slot] = k.shape[1]
         self.take_prompt(sparse, slot, q, k, v, max_new_tokens)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
@@ -118,18 +127,24 @@ class SparseMethod(Method):
         sparse = layer - self.first
         past, cap = self.past_and_cap(sparse, slots)
         out, attended = self.attend_past(sparse, q, k, v, slots, past, cap)
-        self._tally.note(sparse, slots, attended, past, cap)
-        self._past[sparse, slots] = past + 1
+        self.ledger(sparse).note(slots, attended, cap)
         return out
+
+    def ledger(self, layer: int) -> Ledger:
+        """Where a sparse layer writes down its steps."""
+        return self._tally.of(layer)
+
+    def fetched(self, slot: int) -> int:
+        """Past tokens attended to, over steps, sparse layers and KV heads."""
+        return int(self._tally.fetched[:, slot].sum())
 
     def past_and_cap(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Past tokens of each slot before this step, and how many of them may be attended to: [B], [B]."""
-        past = self._past[layer, slots].clamp(max=len(self._caps) - 2)  # a slot not in flight may have run full
-        return past, self._caps[past]
+        past = self._tally.past[layer, slots].clamp(max=len(self.caps) - 2)  # a slot not in flight may have run full
+        return past, self.caps[past]
 
     def release(self, slot: int) -> None:
         self._dense.release(slot)
-        self._past[:, slot] = 0
         self._tally.release(slot)
 
     def report(self, slot: int) -> dict[str, Any]:

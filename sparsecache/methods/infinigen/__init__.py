@@ -10,15 +10,18 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
+from sparsecache.kernels._triton import in_kernels
 from sparsecache.kernels.attention import attention
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import Fetch, count_near, distance_to_best, highest
+from sparsecache.kernels.speculation import Rule
 from sparsecache.methods._sparse import SparseMethod, is_share_or_count
 from sparsecache.methods.base import GuessFrom, Shape
 from sparsecache.methods.infinigen.gpu_cache import GpuCache
 from sparsecache.methods.infinigen.pool import Eviction, Pool, Selections
 from sparsecache.methods.infinigen.skewing import skewing_matrix
 from sparsecache.methods.infinigen.speculation import PartialKeys
+from sparsecache.methods.infinigen.unbounded import Unbounded
 
 _COLUMNS = 32
 _REPLAYED = 32  # last prompt positions whose selections decide what a full pool keeps
@@ -55,6 +58,7 @@ class InfiniGen(SparseMethod):
     ) -> None:
         super().__init__(budget, dense_layers)
         self.guesses_from = guess
+        self.graphable = self._never_evicts = capacity == 1 and not gpu_cache
         self._alpha, self._ratio, self._fetch, self._skew = alpha, partial_weight_ratio, fetch, skew
         self._sinks, self._recent = sinks, recent
         self._share, self._eviction = capacity, eviction
@@ -116,16 +120,21 @@ class InfiniGen(SparseMethod):
         self._matrices = list(matrices)
 
     def make_room(self, layers: int, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-        for part in ("_pool", "_partial", "_gpu_cache"):  # frees the old room before taking the new
+        for part in ("_pool", "_partial", "_gpu_cache", "_unbounded"):  # frees the old room before taking the new
             vars(self).pop(part, None)
         rows = self._capacity(max_tokens)
         matrices = self._skewing_matrices()
         self._selected: dict[int, Tensor] = {}  # rows by layer, from its guess to its attention
-        self._pool = Pool(layers, slots, rows, self.shape, self._eviction, self._offload, device, dtype)
         self._partial = PartialKeys(matrices, self._columns(self.shape), slots, rows, self.shape, device, dtype)
-        self._gpu_cache = (
-            GpuCache(layers, slots, self._gpu_tokens, self.shape, device, dtype) if self._offload else None
-        )
+        self._unbounded: Unbounded | None = None
+        self._gpu_cache: GpuCache | None = None
+        if self._never_evicts and in_kernels(device):
+            rule = Rule(self._alpha, self.caps, self._fetch == "mean", self._sinks, self._recent)
+            self._unbounded = Unbounded(self._partial, rule, self.shape, self._offload, device, dtype)
+            return
+        self._pool = Pool(layers, slots, rows, self.shape, self._eviction, self._offload, device, dtype)
+        if self._offload:
+            self._gpu_cache = GpuCache(layers, slots, self._gpu_tokens, self.shape, device, dtype)
 
     def _skewing_matrices(self) -> Tensor:
         """Of the sparse layers, [layers, G, D, D]."""
@@ -141,12 +150,15 @@ class InfiniGen(SparseMethod):
         return max(1, math.ceil(self._share * tokens - 1e-6)) if self._share <= 1 else min(tokens, int(self._share))
 
     def take_prompt(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
+        if self._unbounded is not None:
+            self._unbounded.fill(layer, slot, q, k, v)
+            return
         length = k.shape[1]
         capacity = self._capacity(length + max_new_tokens)
         if layer == 0 and self._gpu_cache is not None:
             self._gpu_cache.release(slot)  # steps that named the slot while it was empty may have left something
-        partial_q, partial_k = self._partial.fill(layer, slot, q, k)
-        replayed = self._replay(partial_q, partial_k) if length > capacity else None
+        partial_k = self._partial.fill(layer, slot, q, k)
+        replayed = self._replay(self._partial.of(layer, slot, q), partial_k) if length > capacity else None
         kept = self._pool.fill(layer, slot, k, v, capacity, replayed)
         of_columns = kept[..., None].expand(-1, -1, partial_k.shape[-1])
         self._partial.keep(layer, slot, partial_k.gather(1, of_columns))
@@ -167,6 +179,9 @@ class InfiniGen(SparseMethod):
         if layer < self.first:
             return
         layer -= self.first
+        if self._unbounded is not None:
+            self._unbounded.anticipate(layer, q, slots, self.ledger(layer).past)
+            return
         past, cap = self.past_and_cap(layer, slots)
         rows = self._pool.rows_held(layer)
         scores = self._partial.scores(layer, slots, q, rows)
@@ -188,6 +203,12 @@ class InfiniGen(SparseMethod):
         last = past[:, None, None]
         always = (positions < self._sinks) | ((positions >= last - self._recent) & (positions < last))
         return distance.masked_fill(always, torch.inf)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        if layer < self.first or self._unbounded is None:
+            return super().attend(layer, q, k, v, slots)
+        layer -= self.first
+        return self._unbounded.attend(layer, q, k, v, slots, self.ledger(layer))
 
     def attend_past(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, past: Tensor, cap: Tensor
@@ -214,9 +235,14 @@ class InfiniGen(SparseMethod):
 
     def release(self, slot: int) -> None:
         super().release(slot)
-        self._pool.release(slot)
+        if self._unbounded is None:
+            self._pool.release(slot)
         if self._gpu_cache is not None:
             self._gpu_cache.release(slot)
 
     def report(self, slot: int) -> dict[str, Any]:
-        return {**super().report(slot), **(self._gpu_cache.report(slot) if self._gpu_cache is not None else {})}
+        if self._gpu_cache is not None:
+            return {**super().report(slot), **self._gpu_cache.report(slot)}
+        fetched = 2 * self.shape.head_dim * self._partial.keys.element_size() * self.fetched(slot)
+        offloaded = {"fetched_bytes": fetched, "gpu_cache_hit": 0.0 if fetched else None} if self._offload else {}
+        return {**super().report(slot), **offloaded}

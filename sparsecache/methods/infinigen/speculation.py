@@ -1,4 +1,4 @@
-"""Speculated scores: a few telling columns of skewed keys, and of the query that the layer before guessed.
+"""Partial keys: a few telling columns of skewed keys, and of the query that the layer before guessed.
 
 Knows nothing of which scores are enough.
 """
@@ -10,11 +10,14 @@ from sparsecache.kernels.scores import scaled_scores
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen.skewing import skew
 
+_BLOCK = 4096  # tokens of a prompt that are skewed at a time
+
 
 class PartialKeys:
     """The chosen columns of every slot's skewed keys, row by row as the pool holds the tokens.
 
-    columns: [layers, slots, G, I], which columns; keys: [layers, slots, G, rows, I].
+    columns: [layers, slots, G, I], which columns; mixing: [layers, slots, G, D, I] float32, what makes these of a key
+    or query; keys: [layers, slots, G, rows, I].
     """
 
     def __init__(
@@ -31,22 +34,26 @@ class PartialKeys:
         self._shape, self._matrices = shape, matrices.to(device)
         size = (len(matrices), slots, shape.kv_heads)
         self.columns = torch.zeros(*size, columns, device=device, dtype=torch.int64)
+        self.mixing = torch.zeros(*size, shape.head_dim, columns, device=device)
         self.keys = torch.zeros(*size, rows, columns, device=device, dtype=dtype)
 
-    def fill(self, layer: int, slot: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def fill(self, layer: int, slot: int, q: Tensor, k: Tensor) -> Tensor:
         """Chooses the columns of a prompt: those with the largest sum of |q| (heads summed) + |k|.
 
-        q: [H, L, D], k: [G, L, D], rotated. Returns these columns of both: [H, L, I] and [G, L, I]; the keys are
-        not kept before `keep`.
+        q: [H, L, D], k: [G, L, D], rotated. Returns these columns of the keys, [G, L, I], which are not kept before
+        `keep`.
         """
-        heads, kv_heads = self._shape.heads, self._shape.kv_heads
-        q, k = skew(q, self._matrices[layer]), skew(k, self._matrices[layer])
-        weight = q.abs().sum(1).view(kv_heads, heads // kv_heads, -1).sum(1) + k.abs().sum(1)  # [G, D]
-        order = weight.sort(dim=-1, descending=True, stable=True).indices
+        matrices = self._matrices[layer]
+        heads = [self._weight(x, matrices).view(len(k), -1, matrices.shape[-1]).sum(1) for x in (q, k)]  # [G, D] each
+        order = (heads[0] + heads[1]).sort(dim=-1, descending=True, stable=True).indices
         chosen = order[:, : self.columns.shape[-1]].sort(-1).values  # [G, I]
         self.columns[layer, slot] = chosen
-        of_heads = chosen.repeat_interleave(heads // kv_heads, 0)
-        return _columns(q, of_heads[:, None]), _columns(k, chosen[:, None]).to(self.keys.dtype)
+        self.mixing[layer, slot] = matrices.gather(2, chosen[:, None].expand(-1, matrices.shape[1], -1))
+        return torch.cat([self.of(layer, slot, part).to(self.keys.dtype) for part in torch.split(k, _BLOCK, 1)], 1)
+
+    def of(self, layer: int, slot: int, x: Tensor) -> Tensor:
+        """The chosen columns of a slot's queries or keys x [H or G, L, D]: [.., L, I] float32."""
+        return skew(x, self.mixing[layer, slot])
 
     def keep(self, layer: int, slot: int, partial: Tensor) -> None:
         """Keeps a prompt's partial keys [G, rows, I]."""
@@ -54,18 +61,16 @@ class PartialKeys:
 
     def put(self, layer: int, slots: Tensor, rows: Tensor, k: Tensor) -> None:
         """Puts a new token's k [B, G, 1, D] into row `rows` [B, G] of each slot and KV head."""
-        partial = _columns(skew(k, self._matrices[layer]), self.columns[layer, slots][:, :, None])  # [B, G, 1, I]
+        partial = k.float() @ self.mixing[layer, slots]  # [B, G, 1, I]
         heads = torch.arange(rows.shape[1], device=rows.device)
         self.keys[layer, slots[:, None], heads, rows] = partial[:, :, 0].to(self.keys.dtype)
 
     def scores(self, layer: int, slots: Tensor, q: Tensor, rows: int) -> Tensor:
         """Speculated scores [B, H, rows] of the guessed q [B, H, 1, D] over the first `rows` rows."""
         group = self._shape.heads // self._shape.kv_heads
-        columns = self.columns[layer, slots].repeat_interleave(group, 1)[:, :, None]  # [B, H, 1, I]
-        partial = _columns(skew(q, self._matrices[layer]), columns)
+        partial = q.float() @ self.mixing[layer, slots].repeat_interleave(group, 1)  # [B, H, 1, I]
         return scaled_scores(partial, self.keys[layer, slots, :, :rows], self._shape.head_dim)[:, :, 0]
 
-
-def _columns(x: Tensor, columns: Tensor) -> Tensor:
-    """Columns [.., 1, I] of x [.., L, D], for every row: [.., L, I]."""
-    return x.gather(-1, columns.expand(*x.shape[:-1], columns.shape[-1]))
+    def _weight(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """The sum over tokens of |x| skewed: [heads of x, D]."""
+        return torch.stack([skew(part, matrices).abs().sum(1) for part in torch.split(x, _BLOCK, 1)]).sum(0)

@@ -291,6 +291,9 @@ class Play:
 
 def chosen_positions(method: InfiniGen, layer: int, slots: Tensor) -> list[Positions]:
     """What a method is about to attend to in `layer`, beside the new token: for each of `slots` and each KV head."""
+    if method._unbounded is not None:
+        chosen = method._unbounded.selected(layer - method.first).tolist()
+        return [[[p for p in head if p >= 0] for head in slot] for slot in chosen]
     rows = method._selected[layer - method.first]
     positions = method._pool.positions[layer - method.first, slots].gather(2, rows.clamp(min=0))
     pairs = zip(rows.tolist(), positions.tolist(), strict=True)

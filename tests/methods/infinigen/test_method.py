@@ -17,6 +17,7 @@ from sparsecache.engine.generator import Generator, Request
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
 from sparsecache.errors import UsageError
+from sparsecache.kernels._triton import AVAILABLE, running
 from sparsecache.kernels.attention import attention
 from sparsecache.methods import make_method, parse_options
 from sparsecache.methods.base import Method, Shape
@@ -80,6 +81,29 @@ def test_half_precision_selects_the_same_where_it_is_exact(dtype, play) -> None:
     for _ in range(7):
         played.step()
     assert played.method._pool.keys.dtype == played.method._partial.keys.dtype == dtype
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="kernels need a CUDA GPU, or the package triton to interpret them")
+@pytest.mark.parametrize("shape", ["gqa2-64", "gqa4-128"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 2.0, "budget": 0.4},
+        {"alpha": 4.0, "budget": 7, "fetch": "per_head", "sinks": 1, "recent": 2},
+        {"alpha": math.inf, "budget": 0.3, "offload": True, "skew": False},
+    ],
+    ids=str,
+)
+def test_kernels_select_and_attend_as_the_page_says(options, shape, play) -> None:
+    """Through Triton's interpreter on the CPU: what a GPU runs when no token is ever evicted."""
+    with running("kernels"):
+        played = play(SHAPES[shape], (30, 9), {"partial_weight_ratio": 0.5, **options}, draw=None)
+        assert played.method.graphable and played.method._unbounded is not None
+        for order in ([0, 1], [1], [1, 0]):
+            played.step(order)
+        report = played.method.report(1)
+    assert report["sparse_steps"] == 2 and 0 < report["kept"] <= 1
+    assert (report.get("fetched_bytes", 0) > 0) == options.get("offload", False)
 
 
 def test_rows_of_a_batch_in_any_order_and_steps_without_some(play) -> None:

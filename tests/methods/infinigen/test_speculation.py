@@ -74,8 +74,7 @@ def test_scores_of_all_columns_are_the_true_scores(heads, kv_heads, head_dim, ma
     q, k, asked = (
         torch.randn(n, rows, head_dim) for n, rows in ((heads, 7), (kv_heads, 7), (heads, 1))
     )  # fmt: skip
-    _, kept = partial.fill(1, 2, q, k)
-    partial.keep(1, 2, kept)
+    partial.keep(1, 2, partial.fill(1, 2, q, k))
     found = partial.scores(1, torch.tensor([2]), asked[None], 7)[0]
     assert found.dtype == torch.float32
     for head in range(heads):
@@ -91,7 +90,8 @@ def test_scores_of_some_columns_are_those_columns_alone(heads, kv_heads, head_di
         torch.randn(kv_heads, 7, head_dim),
         torch.randn(1, heads, 1, head_dim),
     )
-    partial_q, partial_k = partial.fill(1, 2, q, k)
+    partial_k = partial.fill(1, 2, q, k)
+    partial_q = partial.of(1, 2, q)
     partial.keep(1, 2, partial_k)
     found = partial.scores(1, torch.tensor([2]), asked, 7)[0]
     for head in range(heads):
@@ -107,8 +107,7 @@ def test_scores_of_some_columns_are_those_columns_alone(heads, kv_heads, head_di
 def test_a_new_token_takes_its_row_of_each_head_and_no_other(make_partial) -> None:
     partial = make_partial(4, 2, 16, 4)
     for slot in range(3):
-        _, kept = partial.fill(1, slot, torch.randn(4, 9, 16), torch.randn(2, 9, 16))
-        partial.keep(1, slot, kept)
+        partial.keep(1, slot, partial.fill(1, slot, torch.randn(4, 9, 16), torch.randn(2, 9, 16)))
     before, k = partial.keys.clone(), torch.randn(2, 2, 1, 16)
     slots, rows = torch.tensor([2, 0]), torch.tensor([[9, 3], [0, 19]])
     partial.put(1, slots, rows, k)

@@ -1,0 +1,90 @@
+"""The sparse layers where no token is ever evicted: kernels from the guess to the attention, the host is asked nothing.
+
+A layer's selection, and with `offload` the fetching of what it selected, is made on a stream of its own while the layer
+before attends and feeds forward. A step can therefore be a CUDA graph.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecache.kernels.decode import Ledger, attend_gathered, attend_selected, gather
+from sparsecache.kernels.speculation import Rule, Selected, remember, speculate
+from sparsecache.methods.base import Shape
+from sparsecache.methods.infinigen.speculation import PartialKeys
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """What is ready for a layer: its selection, fetched rows with offload, and when the side stream has made them.
+
+    `asked` is only held so that its memory stays until then.
+    """
+
+    selected: Selected
+    rows: Tensor | None
+    made: Any
+    asked: Tensor
+
+
+class Unbounded:
+    """Keys and values of the sparse layers and all slots, and what their guesses select.
+
+    store: [layers, slots, G, T, 2, D], key and value side by side, on the device or in pinned host memory.
+    """
+
+    def __init__(
+        self, partial: PartialKeys, rule: Rule, shape: Shape, offload: bool, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        *size, tokens, _ = partial.keys.shape
+        pinned = offload and device.type == "cuda"
+        where = torch.device("cpu") if offload else device
+        self.store = torch.zeros(*size, tokens, 2, shape.head_dim, device=where, dtype=dtype, pin_memory=pinned)
+        self._partial, self._rule, self._offload = partial, rule, offload
+        self._width = min(tokens, int(rule.caps.max()))
+        self._guesses: dict[int, _Guess] = {}
+        self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def fill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Takes a prompt's q [H, L, D], k and v [G, L, D] into an empty slot."""
+        self._partial.keep(layer, slot, self._partial.fill(layer, slot, q, k))
+        both = torch.stack((k, v), 2)  # [G, L, 2, D]
+        for head, rows in enumerate(both):  # whole rows of memory, as copies to the host should be
+            self.store[layer, slot, head, : len(rows)].copy_(rows, non_blocking=True)
+
+    def anticipate(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> None:
+        """Selects for a layer, of past [slots] tokens, by the guessed q [B, H, 1, D]."""
+        if self._side is None:
+            self._guesses[layer] = self._guess(layer, q, slots, past)
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            self._guesses[layer] = self._guess(layer, q, slots, past)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, ledger: Ledger) -> Tensor:
+        """Attention of q [B, H, 1, D] over the layer's selection and the new token k, v [B, G, 1, D], which is kept."""
+        guess = self._guesses.pop(layer)
+        if guess.made is not None:
+            torch.cuda.current_stream().wait_event(guess.made)
+        counts, store = guess.selected.counts, self.store[layer]
+        if guess.rows is not None:
+            out = attend_gathered(q, k, v, guess.rows, counts)
+        else:
+            positions = guess.selected.positions
+            out = attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], slots, positions, counts)
+        remember(k, v, self._partial.mixing[layer], self._partial.keys[layer], store, ledger.past, slots)
+        ledger.note(slots, counts)
+        return out
+
+    def selected(self, layer: int) -> Tensor:
+        """What is selected for a layer that has not attended yet: [B, G, N], ascending, then -1."""
+        positions, counts = self._guesses[layer].selected
+        return positions.masked_fill(torch.arange(positions.shape[2], device=counts.device) >= counts[..., None], -1)
+
+    def _guess(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> _Guess:
+        mixing, keys = self._partial.mixing[layer], self._partial.keys[layer]
+        selected = speculate(q, mixing, keys, past, slots, self._rule, self._width)
+        rows = gather(self.store[layer], slots, *selected) if self._offload else None
+        return _Guess(selected, rows, self._side and self._side.record_event(), q)
