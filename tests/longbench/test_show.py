@@ -92,7 +92,10 @@ def test_changed_rows_come_with_both_predictions_and_the_greatest_loss_first(mak
 
 def test_nothing_of_the_data_reaches_the_terminal_raw(make_run: MakeRun, row: Row) -> None:
     nasty = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp\u2028\r\b"
-    rows = [row(nasty, nasty, answers=[nasty], finish_reason=nasty, prompt_end=nasty), row(2, "", error=nasty, answers=[nasty, nasty])]
+    rows = [
+        row(nasty, nasty, answers=[nasty], finish_reason=nasty, prompt_end=nasty),
+        row(2, "", error=nasty, answers=[nasty, nasty]),
+    ]
     run = score_run(make_run("a", {"qasper": rows}))
     text = list(lines(worst_rows(run), [run], 9, 400))
     assert all(line.isprintable() for line in text)
