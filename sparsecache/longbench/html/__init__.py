@@ -7,12 +7,11 @@ from sparsecache.longbench.baseline import Baseline
 from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.comparison import Comparison
 from sparsecache.longbench.gate import Verdict
-from sparsecache.longbench.html.parts import document, fold, notes, page, pictures, rows, run_records, section, table
+from sparsecache.longbench.html.parts import document, facts, fold, notes, page, pictures, rows, run_records, section
 from sparsecache.longbench.runs import short_names
 from sparsecache.longbench.score_tables import score_document
 from sparsecache.longbench.scores import RunScore
 from sparsecache.longbench.show import changed_rows, worst_rows
-from sparsecache.longbench.tables import Table, words
 
 if TYPE_CHECKING:
     from sparsecache.longbench.pictures._canvas import Picture
@@ -22,9 +21,10 @@ def compare_page(comparison: Comparison, runs: Sequence[RunScore], drawn: Sequen
     """The page of a comparison, of the runs that it was made from, in its order, and of pictures of them."""
     first, *others = [run.name for run in comparison.runs]
     content = compare_document(comparison)
+    found = [changed_rows(run, runs[0]) for run in runs[1:]]
     changed = [
-        fold(f"{name} against {first}", rows(changed_rows(run, runs[0]), name, first))
-        for name, run in zip(others, runs[1:], strict=True)
+        fold(f"{name} against {first}: {len(those)} rows", rows(those, name, first))
+        for name, those in zip(others, found, strict=True)
     ]
     return page(
         content.title,
@@ -60,12 +60,11 @@ def gate_page(run: Baseline, baseline: Baseline, verdict: Verdict) -> str:
     """The page of a gate's verdict: failed checks first, warnings, and the identities of both sides."""
     checks = sorted(verdict.checks, key=lambda check: check.passed)
     failed = sum(not check.passed for check in checks)
-    lines = [[words("passed" if check.passed else "FAILED"), words(check.text)] for check in checks]
     return page(
-        f"{run.name} against {baseline.name}",
-        f"FAILED: {failed} of {len(checks)} checks." if failed else "Passed.",
+        f"Failed: {failed} of {len(checks)} checks" if failed else "Passed",
+        f"{run.name} ({run.method}) against {baseline.name} ({baseline.method})",
         notes([f"Warning: {warning}" for warning in verdict.warnings]),
-        table(Table("Checks", ["", "check"], lines, "ll")),
+        facts(("passed" if check.passed else "FAILED", check.text) for check in checks),
         run_records((f"{side.name} ({side.method})", side.identity) for side in (run, baseline)),
     )
 

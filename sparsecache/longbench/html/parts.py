@@ -42,7 +42,7 @@ def section(title: str, *parts: str) -> Html:
 
 
 def fold(title: str, *parts: str) -> Html:
-    """Parts that are seen when their title is chosen, and in print."""
+    """Parts that are seen, and printed, once their title is chosen."""
     return tag("details", tag("summary", title), joined(*parts))
 
 
@@ -55,6 +55,11 @@ def document(content: Document) -> Html:
 def notes(sentences: Sequence[str]) -> Html:
     """A list of remarks; nothing for none."""
     return tag("ul", *(tag("li", each) for each in sentences), class_="notes") if sentences else Html()
+
+
+def facts(named: Iterable[tuple[str, str]]) -> Html:
+    """A list of texts, each with its name before it."""
+    return tag("dl", *(tag("div", tag("dt", name), tag("dd", text)) for name, text in named))
 
 
 def table(content: Table, title: str = "") -> Html:
@@ -83,8 +88,8 @@ def pictures(drawn: Sequence["Picture"], prefix: str) -> Html:
 
 def rows(found: Sequence[ShownRow], *names: str) -> Html:
     """The first of these rows with their texts; `names` of the run and of the other, if they are changes."""
-    said = f"The first {MOST_ROWS} of {len(found)} rows." if len(found) > MOST_ROWS else f"{len(found)} rows."
-    return joined(tag("p", said, class_="about"), *(_row(row, names) for row in found[:MOST_ROWS]))
+    left = [tag("p", f"Only {MOST_ROWS} of {len(found)} rows.", class_="about")] if len(found) > MOST_ROWS else []
+    return joined(*left, *(_row(row, names) for row in found[:MOST_ROWS]))
 
 
 def run_records(records: Iterable[tuple[str, dict[str, Any]]]) -> Html:
@@ -112,8 +117,5 @@ def _line(row: Sequence[Cell], sides: Sequence[str | bool]) -> Html:
 
 
 def _row(row: ShownRow, names: Sequence[str]) -> Html:
-    texts = [
-        tag("div", tag("dt", name), tag("dd", tag("pre", lines(cut(text, _LONGEST)))))
-        for name, text in row_texts(row, names)
-    ]
-    return tag("article", tag("h3", heading(row)), tag("dl", *texts))
+    texts = [(name, tag("pre", lines(cut(text, _LONGEST)))) for name, text in row_texts(row, names)]
+    return tag("article", tag("h3", heading(row)), facts(texts))
