@@ -35,7 +35,8 @@ def tag(name: str, /, *children: str, **attributes: str | bool) -> Html:
     )
     if name in _VOID:
         return Html(f"<{start}>")
-    return Html(f"<{start}>{''.join(map(_escaped, children))}</{name}>")
+    lead = "\n" if name == "pre" else ""  # a parser drops the first line's end there
+    return Html(f"<{start}>{lead}{''.join(map(_escaped, children))}</{name}>")
 
 
 def _escaped(part: str) -> Html:
