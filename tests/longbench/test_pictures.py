@@ -156,7 +156,8 @@ def test_the_band_is_vanilla_and_other_full_caches_are_named(scored: Callable[..
 
 @pytest.mark.parametrize(("share", "score"), [(0.0003, "n"), (0.35, "y"), (1.0, "h"), (0.5, "y")])
 def test_one_point_anywhere_lies_within_labelled_axes(scored: Any, share: float, score: str) -> None:
-    (axis,) = draw("frontier", scored("a", "h2o", share, qasper=score)).figure.axes
+    runs = [scored(name, "h2o", share, qasper=score) for name in ("a", "b")]
+    (axis,) = draw("frontier", *runs).figure.axes
     (low, high), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     assert low < share < high and high / low > 4 and len(axis.get_xticks()) >= 2
     assert bottom < {"n": 0, "y": 100, "h": 66.67}[score] < top and 1 < len(axis.get_yticks()) < 12
@@ -234,6 +235,8 @@ def test_what_cannot_be_drawn_is_said(scored: Callable[..., RunScore], of_length
         draw("bars", *runs)
     with pytest.raises(UsageError, match=r"No run says what it kept .* Name runs of sparse methods"):
         draw("frontier", *runs)
+    with pytest.raises(UsageError, match=r"^One run is one point\. Name several"):
+        draw("frontier", scored("alone", "h2o", 0.1, qasper="yn"))
     with pytest.raises(UsageError, match=r"Length buckets are LongBench-E's\. Give --e"):
         draw("buckets", runs[0])
     with pytest.raises(UsageError, match=r"No row of .*one has a length"):

@@ -19,8 +19,10 @@ def draw(runs: Sequence[RunScore]) -> Picture:
     """The picture: means over datasets, the kept share on a logarithmic axis, a 95 % band of the full cache's mean.
 
     The full cache is a run without a kept share, `vanilla` if there is one. Raises UsageError where no run reports a
-    kept share, or where no dataset is part of LongBench and so there is no mean.
+    kept share, where no dataset is part of LongBench and so there is no mean, or for one run alone.
     """
+    if len(runs) < 2:
+        raise UsageError("One run is one point. Name several, the full cache among them, or give another --kind.")
     lines = _lines(runs)
     if not lines:
         raise UsageError(
