@@ -223,6 +223,8 @@ def gate(
     with report_usage_errors():
         if baseline is None and save_baseline is None:
             raise UsageError("Give --baseline (a run, or a saved file), or --save_baseline to save one, or both.")
+        if baseline is None and html is not None:
+            raise UsageError("--html writes a verdict, for which --baseline is missing. Give it, or leave --html out.")
         from sparsecache.longbench import gate as gating
 
         limits = gating.Limits(max_drop, max_drop_dataset, max_kept, min_speedup)

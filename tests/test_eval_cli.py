@@ -324,6 +324,8 @@ def test_a_report_is_written_beside_the_tables(evaluate: Evaluate, tmp_path: Pat
         assert done.stdout.count("\n") > 1
         page = (tmp_path / f"{kind}.html").read_text(encoding="utf-8")
         assert heading in page and page.count("<svg") == {"compare": 3, "score": 4, "gate": 0}[kind]
+    saving = evaluate("gate", "m/old", "--save_baseline", "base.json", "--html", "a.html")
+    assert "--html writes a verdict, for which --baseline is missing." in one_sentence(saving)
     refused = evaluate("compare", "m/old", "m/new", "--html", "missing/a.html")
     assert refused.returncode == 2 and "missing/a.html cannot be written: No such file" in refused.stderr
 
