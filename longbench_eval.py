@@ -12,6 +12,7 @@ import click
 from sparsecache.cli import DefaultGroup, FlexibleCommand, report_usage_errors
 from sparsecache.errors import UsageError
 from sparsecache.longbench.metrics import EDIT_BACKENDS
+from sparsecache.longbench.pictures import SUFFIXES, check_suffix, kinds, painter, pictures, require_matplotlib
 from sparsecache.longbench.tables import FORMATS, Document, joined, render
 from sparsecache.longbench.terminal import visible
 
@@ -25,6 +26,8 @@ _SCORING = (
     click.option("--edit_backend", type=click.Choice(EDIT_BACKENDS), default=EDIT_BACKENDS[0], show_default=True),
     click.option("--official_recursion", is_flag=True, help="Give 0.0 where the reference hits the recursion limit."),
 )
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_HTML = click.option("--html", type=_FILE, metavar="FILE", help="Also write a report with tables and pictures to FILE.")
 _FORMAT = click.option("--format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True)
 
 
@@ -77,6 +80,7 @@ def main() -> None:
 @click.option("--allow_partial", is_flag=True, help="Exit with 0 even if rows are missing or failed.")
 @click.option("--allow_duplicates", is_flag=True, help="Score repeated _ids as often as they stand there.")
 @click.option("--rouge_score", is_flag=True, help="Show rouge-score's ROUGE-1/2/L beside the official ROUGE-L.")
+@_HTML
 @_FORMAT
 def score(
     folders: tuple[str, ...],
@@ -85,6 +89,7 @@ def score(
     allow_partial: bool,
     allow_duplicates: bool,
     rouge_score: bool,
+    html: Path | None,
     format: str,
     pred_dir: Path,
     e: bool,
@@ -105,28 +110,33 @@ def score(
         from sparsecache.longbench.score_tables import score_document
         from sparsecache.longbench.scores import Options, score_run
 
+        if html is not None:
+            require_matplotlib()
         paths = [pred_dir / model / name] if model is not None and name is not None else []
         options = Options(edit_backend, official_recursion, rouge_score, allow_duplicates)
-        complete, documents = True, []
+        results = []
         for folder in paths or [find_run(folder, pred_dir) for folder in folders]:
-            result = score_run(folder, e, options)
-            documents.append(score_document(result))
+            results.append(score_run(folder, e, options))
             if format == "terminal":
-                _print(documents[-1], format)
-            written = ", ".join(str(path) for path in write_results(result, options))
+                _print(score_document(results[-1]), format)
+            written = ", ".join(str(path) for path in write_results(results[-1], options))
             click.echo(visible(f"Written: {written}") + "\n", err=format != "terminal")
-            complete &= result.complete
         if format != "terminal":
-            _print(joined(documents), format)
-        sys.exit(0 if complete or allow_partial else 1)
+            _print(joined([score_document(result) for result in results]), format)
+        if html is not None:
+            from sparsecache.longbench.html import score_page
+
+            _write_page(html, score_page(results, [pictures([result]) for result in results]))
+        sys.exit(0 if allow_partial or all(result.complete for result in results) else 1)
 
 
 @main.command(cls=FlexibleCommand)
 @click.argument("runs", nargs=-1)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
 @_scoring
+@_HTML
 @_FORMAT
-def compare(runs: tuple[str, ...], seed: int, format: str, **scoring: Any) -> None:
+def compare(runs: tuple[str, ...], seed: int, html: Path | None, format: str, **scoring: Any) -> None:
     """Runs side by side, and what differs.
 
     One table of scores, of differences to the first of RUNS with 95 % intervals, and of what each run cost. Rows
@@ -142,8 +152,41 @@ def compare(runs: tuple[str, ...], seed: int, format: str, **scoring: Any) -> No
         from sparsecache.longbench.compare import compare as compared
         from sparsecache.longbench.compare_tables import compare_document
 
+        if html is not None:
+            require_matplotlib()
         scored = [_Scoring(**scoring).run(name) for name in runs]
-        _print(compare_document(compared(scored, seed)), format)
+        comparison = compared(scored, seed)
+        _print(compare_document(comparison), format)
+        if html is not None:
+            from sparsecache.longbench.html import compare_page
+            from sparsecache.longbench.paired import common_rows
+
+            _write_page(html, compare_page(comparison, scored, pictures(common_rows(scored).runs)))
+
+
+@main.command(cls=FlexibleCommand)
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--kind", type=click.Choice(kinds()), required=True, help="What to draw (see below).")
+@click.option("--out", type=_FILE, required=True, help=f"File to write, which ends in {', '.join(SUFFIXES)}.")
+@_scoring
+def plot(runs: tuple[str, ...], kind: str, out: Path, **scoring: Any) -> None:
+    """A picture of one or more RUNS.
+
+    bars: scores by dataset. buckets: scores by length, with --e. frontier: scores against the kept share, a line per
+    method. time: prefill and decode. Of the rows that all RUNS have; prints a caption. Exit code: 0, or 2 when
+    something cannot be drawn.
+    """
+    with report_usage_errors():
+        check_suffix(out)
+        draw = painter(kind)
+        from sparsecache.longbench.paired import remarks, same_rows
+
+        scored = [_Scoring(**scoring).run(name) for name in runs]
+        same = same_rows(scored)
+        picture = draw(same.runs)
+        picture.save(out)
+        for line in (picture.caption, *remarks(scored, same), f"Written: {out}"):
+            print(visible(line))
 
 
 @main.command(cls=FlexibleCommand)
@@ -154,6 +197,7 @@ def compare(runs: tuple[str, ...], seed: int, format: str, **scoring: Any) -> No
 @click.option("--max_kept", type=float, help="Share of past tokens attended to, 0 to 1: the mean over datasets.")
 @click.option("--min_speedup", type=float, help="Decode speed over the baseline's, on the same device.")
 @click.option("--save_baseline", type=click.Path(path_type=Path), help="Save RUN as a baseline unless the gate fails.")
+@click.option("--html", type=_FILE, metavar="FILE", help="Also write the verdict as a report to FILE.")
 @click.option("--allow_partial", is_flag=True, help="Gate the rows that both have, though some miss or failed.")
 @click.option("--allow_unlike", is_flag=True, help="Warn of other data, prompts or checkpoints, and go on.")
 @_scoring
@@ -165,6 +209,7 @@ def gate(
     max_kept: float | None,
     min_speedup: float | None,
     save_baseline: Path | None,
+    html: Path | None,
     allow_partial: bool,
     allow_unlike: bool,
     **scoring: Any,
@@ -178,6 +223,8 @@ def gate(
     with report_usage_errors():
         if baseline is None and save_baseline is None:
             raise UsageError("Give --baseline (a run, or a saved file), or --save_baseline to save one, or both.")
+        if baseline is None and html is not None:
+            raise UsageError("--html writes a verdict, for which --baseline is missing. Give it, or leave --html out.")
         from sparsecache.longbench import gate as gating
 
         limits = gating.Limits(max_drop, max_drop_dataset, max_kept, min_speedup)
@@ -190,6 +237,10 @@ def gate(
                 click.echo(visible(f"Warning: {warning}"), err=True)
             print("\n".join(map(visible, gating.lines(mine, theirs, verdict))))
             passed = verdict.passed
+            if html is not None:
+                from sparsecache.longbench.html import gate_page
+
+                _write_page(html, gate_page(mine, theirs, verdict))
         if save_baseline is not None and passed:
             gating.check_savable(mine, allow_partial, allow_unlike)
             mine.save(save_baseline)
@@ -222,6 +273,13 @@ def show(run: str, dataset: str | None, rows: int, changed_from: str | None, col
             found = showing.changed_rows(runs[0], runs[1], dataset)
         for line in showing.lines(found, runs, rows, columns):
             print(line)
+
+
+def _write_page(path: Path, page: str) -> None:
+    from sparsecache.longbench.records import write_atomically
+
+    write_atomically(path, page)
+    click.echo(visible(f"Written: {path}"), err=True)
 
 
 def _print(document: Document, format: str) -> None:

@@ -30,6 +30,9 @@ from sparsecache.cli import report_usage_errors
 from sparsecache.errors import UsageError
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.comparison import Comparison
+from sparsecache.longbench.html import compare_page
+from sparsecache.longbench.paired import common_rows
+from sparsecache.longbench.pictures import pictures, require_matplotlib
 from sparsecache.longbench.records import write_atomically
 from sparsecache.longbench.score_tables import share
 from sparsecache.longbench.scores import score_run
@@ -136,20 +139,25 @@ def sweep_table(comparison: Comparison) -> Document:
     return Document([Table("", head, rows)], records("", facts), notes=[explained, *comparison.notes])
 
 
-def conclude(runs: list[Run], pred_dir: Path, out: Path | None) -> None:
-    """Prints a table for each model, and writes it as Markdown and JSON below `out`."""
+def conclude(runs: list[Run], pred_dir: Path, out: Path | None, html: bool) -> None:
+    """Prints a table for each model, and writes it as Markdown and JSON, with `html` a report too, below `out`."""
     for model in dict.fromkeys(run.model for run in runs):
         folders = [pred_dir / Path(run.model).name / run.name for run in runs if run.model == model]
         scored = [score_run(folder) for folder in folders if list(folder.glob("*.jsonl"))]
         if len(scored) < 2:
             raise UsageError(f"Fewer than two runs of {model} have predictions, so there is nothing to compare.")
-        document = sweep_table(compare(scored))
+        comparison = compare(scored)
+        document = sweep_table(comparison)
         click.echo(f"\n{render(document, 'terminal')}")
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             for suffix, form in (("md", "markdown"), ("json", "json")):
                 text = render(document, form)
                 write_atomically(out / f"{Path(model).name}.{suffix}", text.rstrip("\n") + "\n")
+            if html:
+                page = compare_page(comparison, scored, pictures(common_rows(scored).runs))
+                write_atomically(out / f"{Path(model).name}.html", page)
+            click.echo(f"Written: {out / Path(model).name}.* ({', '.join(['md', 'json', *['html'] * html])})")
 
 
 @click.command()
@@ -158,9 +166,14 @@ def conclude(runs: list[Run], pred_dir: Path, out: Path | None) -> None:
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads of each run; 0: torch's own choice.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the tables as Markdown and JSON.")
-def main(file: Path, pred_dir: Path, jobs: int, threads: int, out: Path | None) -> None:
+@click.option("--html", is_flag=True, help="Write a report with pictures to --out, too.")
+def main(file: Path, pred_dir: Path, jobs: int, threads: int, out: Path | None, html: bool) -> None:
     """Run the sweep in FILE and print a table of its runs."""
     with report_usage_errors():
+        if html and out is None:
+            raise UsageError("--html needs --out, the folder for the report.")
+        if html:
+            require_matplotlib()
         runs, arguments = read_sweep(file)
     failed = 0
     with ThreadPoolExecutor(jobs) as pool:
@@ -171,7 +184,7 @@ def main(file: Path, pred_dir: Path, jobs: int, threads: int, out: Path | None) 
                 f"[{number}/{len(runs)}] {run.model} {run.name}: {'failed' if code else 'done'}, {seconds:.0f} s"
             )
     with report_usage_errors():
-        conclude(runs, pred_dir, out)
+        conclude(runs, pred_dir, out, html)
     sys.exit(1 if failed else 0)
 
 

@@ -183,6 +183,7 @@ class _Run:
             "truncated": prompt.truncated,
             "recut_tokens": prompt.recut_tokens,
             "prompt_sha256": prompt.sha256,
+            "prompt_end": prompt.end,
         }
         if completion.error is not None:
             return {**record, "error": completion.error}

@@ -169,7 +169,9 @@ def test_no_command_imports_torch(evaluate: Evaluate, tmp_path: Path) -> None:
     (folder / "run.json").unlink()
     scoring = [folder, "--allow_partial", "--rouge_score", "--edit_backend", "fuzzywuzzy"]
     gating = ["gate", folder, "--baseline", folder, "--allow_partial", "--allow_unlike"]
-    for arguments in (["--help"], scoring, ["compare", folder, folder], gating, ["show", folder]):
+    report = ["compare", folder, folder, "--html", tmp_path / "report.html"]
+    drawing = ["plot", folder, "--kind", "bars", "--out", tmp_path / "a.svg"]
+    for arguments in (["--help"], scoring, report, drawing, gating, ["show", folder]):
         done = evaluate(*arguments, path=(guard,))
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -308,10 +310,85 @@ def test_rows_are_shown(evaluate: Evaluate, tmp_path: Path) -> None:
     assert evaluate("show", "twice").returncode == 0  # what cannot be scored can be looked at
 
 
+def test_a_report_is_written_beside_the_tables(evaluate: Evaluate, tmp_path: Path) -> None:
+    for name, preds in (("old", ["yes", "yes"]), ("new", ["yes", "no"])):
+        save_run(tmp_path, name, preds)
+    commands = {
+        "compare": (["compare", "m/old", "m/new"], 0, "<h1>new against old</h1>"),
+        "score": (["m/old", "m/new"], 0, "<h1>Scores of old, new</h1>"),
+        "gate": (["gate", "m/new", "--baseline", "m/old"], 1, "<h1>Failed: 1 of 1 checks</h1>"),
+    }
+    for kind, (arguments, code, heading) in commands.items():
+        done = evaluate(*arguments, "--html", f"{kind}.html")
+        assert done.returncode == code and done.stderr == f"Written: {kind}.html\n"
+        assert done.stdout.count("\n") > 1
+        page = (tmp_path / f"{kind}.html").read_text(encoding="utf-8")
+        assert heading in page and page.count("<svg") == {"compare": 3, "score": 4, "gate": 0}[kind]
+    saving = evaluate("gate", "m/old", "--save_baseline", "base.json", "--html", "a.html")
+    assert "--html writes a verdict, for which --baseline is missing." in one_sentence(saving)
+    refused = evaluate("compare", "m/old", "m/new", "--html", "missing/a.html")
+    assert refused.returncode == 2 and "missing/a.html cannot be written: No such file" in refused.stderr
+
+
+def test_pictures_are_files_with_a_caption(evaluate: Evaluate, tmp_path: Path) -> None:
+    save_run(tmp_path, "old", ["yes", "yes", "yes"])
+    part = save_run(tmp_path, "new", ["yes", "no"])
+    record = json.loads((part / "run.json").read_text())
+    record["datasets"]["qasper"]["expected_rows"] = 9
+    (part / "run.json").write_text(json.dumps(record))
+    contents = set()
+    for name in ("a.svg", "b.svg"):
+        done = evaluate("plot", "m/old", "m/new", "--kind", "bars", "--out", name)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines() == [
+            "Score by dataset of old, new; lines are 95% intervals (1.96 standard errors).",
+            "Compared on the 2 rows that all runs have (same dataset, same _id); left out: 1 of 3 rows of old.",
+            "INCOMPLETE: new; score them alone to see what is missing.",
+            f"Written: {name}",
+        ]
+        contents.add((tmp_path / name).read_bytes())
+    assert len(contents) == 1
+    assert evaluate("plot", "m/old", "--kind=time", "--out=c.PDF").returncode == 0
+    assert (tmp_path / "c.PDF").read_bytes().startswith(b"%PDF")
+
+
+def test_what_cannot_be_drawn_is_said_before_anything_is_scored(evaluate: Evaluate, tmp_path: Path) -> None:
+    save_run(tmp_path, "a", ["yes"])
+    no_run = ["plot", "m/missing", "--kind", "bars", "--out"]
+    assert "a.jpg is no file name for a picture" in one_sentence(evaluate(*no_run, "a.jpg"))
+    assert "There is no run 'm/missing'" in one_sentence(evaluate(*no_run, "a.svg"))
+    assert "Length buckets are LongBench-E's." in one_sentence(
+        evaluate("plot", "m/a", "--kind", "buckets", "--out", "a.svg")
+    )
+    assert (
+        "'pie' is not one of 'bars', 'buckets', 'frontier', 'time'" in evaluate("plot", "m/a", "--kind", "pie").stderr
+    )
+    assert not list(tmp_path.glob("a.*"))
+
+
+def test_tables_need_no_matplotlib_and_pictures_say_that_they_do(evaluate: Evaluate, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_run(tmp_path, name, ["yes", "no"])
+    guard = tmp_path / "guard" / "matplotlib"
+    guard.mkdir(parents=True)
+    (guard / "__init__.py").write_text("raise ImportError('none here')\n")
+    without = {"path": (tmp_path / "guard",)}
+    for arguments in (["m/a"], ["compare", "m/a", "m/b"], ["show", "m/a"]):
+        assert evaluate(*arguments, **without).returncode == 0
+    gate = evaluate("gate", "m/a", "--baseline", "m/b", "--html", "gate.html", **without)
+    assert gate.returncode == 0 and (tmp_path / "gate.html").exists()
+    (tmp_path / "pred" / "m" / "a" / "result.json").unlink()
+    report = ["--html", "a.html"]
+    for arguments in (["m/a", *report], ["compare", "m/a", "x", *report], ["plot", "x", "--kind=bars", "--out=a.svg"]):
+        told = one_sentence(evaluate(*arguments, **without))
+        assert "need matplotlib, which cannot be imported (none here). Install it: python -m pip install" in told
+    assert not (tmp_path / "pred" / "m" / "a" / "result.json").exists()
+
+
 def test_a_command_is_told_from_a_folder(evaluate: Evaluate, tmp_path: Path) -> None:
     for name in ("compare", "shwo", "m/n"):
         save(tmp_path / name, "qasper", [row(0)])
-    assert "did you mean 'gate'? Commands: score, compare, gate, show." in one_sentence(evaluate("gaet", "shwo"))
+    assert "did you mean 'gate'? Commands: score, compare, plot, gate, show." in one_sentence(evaluate("gaet", "shwo"))
     assert evaluate("shwo").returncode == evaluate("score", "shwo").returncode == evaluate("./compare").returncode == 0
     assert evaluate("m/n", "compare", "--e").returncode == 2
     assert "There is no run 'diff': neither a folder" in one_sentence(evaluate("diff", "shwo"))
@@ -322,7 +399,7 @@ def test_a_command_is_told_from_a_folder(evaluate: Evaluate, tmp_path: Path) -> 
 
 def test_every_command_explains_itself(evaluate: Evaluate) -> None:
     text = evaluate("--help").stdout
-    for command in ("score", "compare", "gate", "show"):
+    for command in ("score", "compare", "plot", "gate", "show"):
         assert f"\n  {command} " in text
         done = evaluate(command, "--help")
         assert done.returncode == 0 and "Exit code: 0" in done.stdout

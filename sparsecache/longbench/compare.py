@@ -7,7 +7,7 @@ import numpy
 
 from sparsecache.longbench.comparison import ComparedRun, Comparison, Entry, Kind, Line, Versus
 from sparsecache.longbench.jsonl import figure
-from sparsecache.longbench.paired import RESAMPLES, Floats, common_rows, interval, resampled_means
+from sparsecache.longbench.paired import RESAMPLES, Floats, common_rows, interval, remarks, resampled_means
 from sparsecache.longbench.report import decode_speed
 from sparsecache.longbench.runs import short_names
 from sparsecache.longbench.scores import Average, DatasetScore, RowScore, RunScore, as_average
@@ -54,7 +54,7 @@ def compare(runs: Sequence[RunScore], seed: int = 0, resamples: int = RESAMPLES)
         for run, name, left_out in zip(runs, names, common.left_out, strict=True)
     )
     lines = tuple(_lines(common.runs, paired))
-    notes = tuple(_notes(compared, common.runs))
+    notes = (*remarks(runs, common), *_notes(compared, common.runs))
     return Comparison(compared, lines, notes, runs[0].e, seed, resamples)
 
 
@@ -148,12 +148,6 @@ def _tokens_per_s(datasets: Sequence[DatasetScore]) -> float | None:
 
 def _notes(runs: Sequence[ComparedRun], common: Sequence[RunScore]) -> Iterator[str]:
     rows = sum(len(dataset.rows) for dataset in common[0].datasets)
-    left = [f"{run.left_out} of {run.rows} rows of {run.name}" for run in runs if run.left_out]
-    if left:
-        yield f"Compared on the {rows} rows that all runs have (same dataset, same _id); left out: {', '.join(left)}."
-    partial = [run.name for run in runs if not run.complete]
-    if partial:
-        yield f"INCOMPLETE: {', '.join(partial)}; score them alone to see what is missing."
     for run, part in zip(runs, common, strict=True):
         errors = sum(dataset.count("error_row") for dataset in part.datasets)
         if errors:

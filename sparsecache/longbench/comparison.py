@@ -1,4 +1,4 @@
-"""What a comparison of runs consists of. Pictures, tables and reports read these fields."""
+"""What a comparison of runs consists of. Tables and reports read these fields."""
 
 from dataclasses import dataclass
 from pathlib import Path

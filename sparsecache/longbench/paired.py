@@ -59,6 +59,29 @@ def common_rows(runs: Sequence[RunScore]) -> Common:
     return Common(cut, left_out)
 
 
+def same_rows(runs: Sequence[RunScore]) -> Common:
+    """common_rows of several runs; one run stands as it is, rows without an `_id` among them."""
+    return common_rows(runs) if len(runs) > 1 else Common(list(runs), [0])
+
+
+def remarks(runs: Sequence[RunScore], common: Common) -> Iterator[str]:
+    """What a reader of anything over common rows must know first: what was left out, and which runs are partial."""
+    names = short_names([run.folder for run in runs])
+    left = [
+        f"{left_out} of {_rows(run)} rows of {name}"
+        for run, name, left_out in zip(runs, names, common.left_out, strict=True)
+        if left_out
+    ]
+    if left:
+        yield (
+            f"Compared on the {_rows(common.runs[0])} rows that all runs have (same dataset, same _id); left out: "
+            f"{', '.join(left)}."
+        )
+    partial = [name for run, name in zip(runs, names, strict=True) if not run.complete]
+    if partial:
+        yield f"INCOMPLETE: {', '.join(partial)}; score them alone to see what is missing."
+
+
 def resampled_means(values: Floats, name: str, seed: int, resamples: int = RESAMPLES) -> Floats:
     """Means over rows drawn with replacement: `values` [rows, runs] -> [resamples, runs].
 

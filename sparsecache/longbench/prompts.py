@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.tasks import Task
 
+_END = 200  # characters; most templates end in the question
 _WAY_OUT = "Give the checkpoint a table with another `chat` in configs/models.toml."
 
 
@@ -31,7 +32,7 @@ class Prompt:
 
     original_tokens: tokens of the filled template, before any cut.
     truncated: whether anything was cut. recut_tokens: how many tokens had to go after wrapping (mostly 0).
-    sha256: of the UTF-8 text that the token ids stand for.
+    sha256: of the UTF-8 text that the token ids stand for. end: that text's last 200 characters.
     """
 
     token_ids: list[int]
@@ -39,6 +40,7 @@ class Prompt:
     truncated: bool
     recut_tokens: int
     sha256: str
+    end: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Prompter:
             token_ids = token_ids[: room - room // 2] + token_ids[len(token_ids) - room // 2 :]
             text = self.tokenizer.decode(token_ids, skip_special_tokens=False)
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        return Prompt(token_ids, original_tokens, cut or recut_tokens > 0, recut_tokens, digest)
+        return Prompt(token_ids, original_tokens, cut or recut_tokens > 0, recut_tokens, digest, text[-_END:])
 
     def cut_length(self, task: Task) -> int:
         """Tokens of the raw prompt above which the middle is cut."""

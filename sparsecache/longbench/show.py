@@ -57,13 +57,24 @@ def lines(rows: Sequence[ShownRow], runs: Sequence[RunScore], most: int, columns
     yield visible(f"{runs[0].folder}: {len(rows)} rows, {what}{shown}")
     for row in rows[:most]:
         yield ""
-        yield visible(_head(row))
-        texts = [("prediction", row.record["pred"]), ("answers", " | ".join(row.record["answers"]))]
-        if row.before:
-            texts[:1] = [(names[1], row.before.record["pred"]), (names[0], row.record["pred"])]
-        texts += [("error", str(row.record["error"]))] if "error" in row.record else []
+        yield visible(heading(row))
+        texts = row_texts(row, names)
         margin = max(len(name) for name, _ in texts)
         yield from (f"  {visible(name):{margin}}  {cut(visible(text), columns)}" for name, text in texts)
+
+
+def row_texts(row: ShownRow, names: Sequence[str]) -> list[tuple[str, str]]:
+    """What was asked, said and expected, as (heading, text); `names` of the run and of the other, if there is one.
+
+    Files from elsewhere, or written before rows held `prompt_end`, do not say what was asked.
+    """
+    record = row.record
+    said = [("prediction", record["pred"])]
+    if row.before:
+        said = [(names[1], row.before.record["pred"]), (names[0], record["pred"])]
+    asked = [("prompt ends", end)] if isinstance(end := record.get("prompt_end"), str) else []
+    failed = [("error", str(record["error"]))] if "error" in record else []
+    return [*asked, *said, ("answers", " | ".join(record["answers"])), *failed]
 
 
 def _chosen(run: RunScore, dataset: str | None) -> list[DatasetScore]:
@@ -80,7 +91,7 @@ def _rows(part: DatasetScore) -> Iterator[ShownRow]:
         yield ShownRow(stem, 100 * row.score, record)
 
 
-def _head(row: ShownRow) -> str:
+def heading(row: ShownRow) -> str:
     """What the record says of a row beside its texts; files from elsewhere say less."""
     record = row.record
     score = f"score {row.score:.2f}"

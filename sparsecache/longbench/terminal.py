@@ -4,6 +4,7 @@ import unicodedata
 from itertools import accumulate
 
 _SIGNS = {"\n": "⏎", "\t": "⇥"}
+_NOWHERE = "\ufffe\uffff"  # no characters, and not allowed in XML
 _ACTIVE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (direction marks too), lone surrogates, line separators
 
 
@@ -38,7 +39,7 @@ def cut(text: str, columns: int) -> str:
 
 
 def _shown(character: str) -> str:
-    if unicodedata.category(character) not in _ACTIVE:
+    if unicodedata.category(character) not in _ACTIVE and character not in _NOWHERE:
         return character
     return _SIGNS.get(character) or character.encode("unicode_escape").decode()
 

@@ -1,5 +1,6 @@
 """Small runs on disk, as longbench_pred.py leaves them."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +32,20 @@ def row() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a run: rows by file stem, run.json with an identity and one session.
+def make_run(tmp_path: Path, write_run: Callable[..., Path]) -> Callable[..., Path]:
+    """Writes a run below a folder of the test's own: see write_run."""
+    return functools.partial(write_run, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def write_run() -> Callable[..., Path]:
+    """Writes a run below a folder: rows by file stem, run.json with an identity and one session.
 
     `identity` and `session` change parts of these; `expected` changes numbers of rows; record=False: no run.json.
     """
 
-    def make(
+    def write(
+        below: Path,
         name: str,
         datasets: dict[str, Rows],
         identity: dict[str, Any] | None = None,
@@ -45,7 +53,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         expected: dict[str, int] | None = None,
         record: bool = True,
     ) -> Path:
-        folder = tmp_path / "pred" / "m" / name
+        folder = below / "pred" / "m" / name
         folder.mkdir(parents=True)
         for stem, rows in datasets.items():
             text = "".join(json.dumps(each) + "\n" for each in rows)
@@ -75,4 +83,4 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             (folder / "run.json").write_text(json.dumps(run))
         return folder
 
-    return make
+    return write

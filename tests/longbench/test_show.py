@@ -34,7 +34,7 @@ def test_the_worst_rows_come_first(make_run: MakeRun, row: Row) -> None:
 def test_a_row_is_shown_with_what_its_record_says(make_run: MakeRun, row: Row) -> None:
     full = row(
         "7", "yes\nor no", answers=["yes", "ja"], original_tokens=900, truncated=True, new_tokens=4,
-        finish_reason="stop", kept=0.0312,
+        finish_reason="stop", kept=0.0312, prompt_end="Who is it?\nAnswer:",
     )  # fmt: skip
     run = score_run(make_run("a", {"qasper": [full, row("8", "", error="OutOfMemoryError: 3 GiB")]}))
     text = list(lines(worst_rows(run), [run], 10, 100))
@@ -47,8 +47,9 @@ def test_a_row_is_shown_with_what_its_record_says(make_run: MakeRun, row: Row) -
         "  error       OutOfMemoryError: 3 GiB",
         "",
         "qasper 7, score 50.00, length 100, prompt 50 of 900 tokens, 4 new tokens (ended by stop), kept 3.1%",
-        "  prediction  yes⏎or no",
-        "  answers     yes | ja",
+        "  prompt ends  Who is it?⏎Answer:",
+        "  prediction   yes⏎or no",
+        "  answers      yes | ja",
     ]
 
 
@@ -91,7 +92,10 @@ def test_changed_rows_come_with_both_predictions_and_the_greatest_loss_first(mak
 
 def test_nothing_of_the_data_reaches_the_terminal_raw(make_run: MakeRun, row: Row) -> None:
     nasty = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp\u2028\r\b"
-    rows = [row(nasty, nasty, answers=[nasty], finish_reason=nasty), row(2, "", error=nasty, answers=[nasty, nasty])]
+    rows = [
+        row(nasty, nasty, answers=[nasty], finish_reason=nasty, prompt_end=nasty),
+        row(2, "", error=nasty, answers=[nasty, nasty]),
+    ]
     run = score_run(make_run("a", {"qasper": rows}))
     text = list(lines(worst_rows(run), [run], 9, 400))
     assert all(line.isprintable() for line in text)

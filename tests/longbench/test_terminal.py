@@ -22,6 +22,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()))
         ("abc\u202edef\u200b\ufeff", "abc\\u202edef\\u200b\\ufeff"),
         ("a\u2028b\u2029c\x85d", "a\\u2028b\\u2029c\\x85d"),
         ("half \ud800", "half \\ud800"),
+        ("no character \ufffe\uffff", "no character \\ufffe\\uffff"),
         ("full\u3000width", "full\u3000width"),
     ],
 )

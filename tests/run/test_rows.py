@@ -30,6 +30,7 @@ def test_a_run_writes_rows_of_exactly_this_schema(predict, folder, read_rows, sc
             assert 1 <= row["new_tokens"] <= load_tasks()[dataset].max_new_tokens
             assert row["prefill_s"] > 0 and row["decode_s"] >= 0
             assert len(row["prompt_sha256"]) == 64
+            assert row["prompt_end"] == load_tasks()[dataset].template.format(**source)[-200:]
 
 
 @pytest.mark.parametrize("dataset", ["qasper", "samsum"])
