@@ -16,21 +16,22 @@ find_python() {
     return 1
 }
 
+# install_environment [EXTRA]: the project with the extra `pictures` or, for developers, `test`, which includes it.
 # The environment is reused until setup.cfg, pyproject.toml, constraints.txt, the interpreter or its place changes.
 install_environment() {
-    local python stamp
+    local python stamp extra="${1:-pictures}"
     python="$(find_python)"
     stamp="$({ cat setup.cfg pyproject.toml constraints.txt; "$python" --version; pwd; } | cksum)"
-    if [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/.installed" 2>/dev/null)" = "$stamp" ]; then
-        return
-    fi
-    if [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ]; then
+    if [ -x "$VENV/bin/python" ] && [ "$(head -n 1 "$VENV/.installed" 2>/dev/null)" = "$stamp" ]; then
+        grep -qx -e "$extra" -e test "$VENV/.installed" && return
+    elif [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ]; then
         echo "$VENV exists and is no virtual environment, so it is not replaced. Name another place with VENV=..." >&2
         return 1
+    else
+        rm -rf "$VENV"
+        "$python" -m venv "$VENV"
     fi
     echo "Installing into $VENV ..."
-    rm -rf "$VENV"
-    "$python" -m venv "$VENV"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
-    echo "$stamp" >"$VENV/.installed"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$extra]"
+    printf '%s\n' "$stamp" "$extra" >"$VENV/.installed"
 }

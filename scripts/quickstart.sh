@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a comparison: installs, has the bundled checkpoint answer the bundled sample with each method,
-# scores the answers and compares them. Each run is made afresh below pred/quickstart; other predictions stay.
+# scores the answers, compares them and draws the comparison. Each run is made afresh below pred/quickstart; other predictions stay.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 install_environment
@@ -24,4 +24,4 @@ for index in "${!methods[@]}"; do
 done
 runs=("${methods[@]/#/$pred_dir/demo/}")
 "$VENV/bin/python" longbench_eval.py "${runs[@]}"
-"$VENV/bin/python" longbench_eval.py compare "${runs[@]}"
+"$VENV/bin/python" longbench_eval.py compare "${runs[@]}" --html "$pred_dir/report.html"

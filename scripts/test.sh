@@ -2,7 +2,7 @@
 # Lints, checks types and runs the whole test suite. Arguments go to pytest (scripts/test.sh -k rope).
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
-install_environment
+install_environment test
 
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
