@@ -122,7 +122,7 @@ BAD = {
     "empty dataset": (["--datasets", ""], ["There is no dataset ''"]),
     "dataset not in E": (["--datasets", "narrativeqa", "--e"], ["'narrativeqa' is not part of LongBench-E", "qasper"]),
     "method": (["--method", "vanila"], ["'vanila'", "vanilla"]),
-    "unknown option": (["-o", "budget=3"], ["no option 'budget'", "none", "--list_methods"]),
+    "unknown option": (["-o", "budget=3"], ["no option 'budget'", "offload=false", "--list_methods"]),
     "option without value": (["-o", "budget"], ["'budget'", "KEY=VALUE"]),
     "name with slash": (["--name", "a/b"], ["'a/b'", "without a slash"]),
     "name of dots": (["--name", ".."], ["'..'"]),

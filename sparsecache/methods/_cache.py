@@ -4,29 +4,36 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels.decode import append, attend_and_append, attend_selected
+from sparsecache.methods._host import make_room, put
 from sparsecache.methods.base import Shape
 
 
 class FullCache:
     """The cache of `layers` layers and all slots, allocated once.
 
-    keys, values: [layers, slots, G, max_tokens, D]; lengths: [layers, slots], tokens held.
+    keys, values: [layers, slots, G, max_tokens, D], in host memory with `offload`; lengths: [layers, slots], tokens.
     """
 
     def __init__(
-        self, layers: int, slots: int, max_tokens: int, shape: Shape, device: torch.device, dtype: torch.dtype
+        self,
+        layers: int,
+        slots: int,
+        max_tokens: int,
+        shape: Shape,
+        device: torch.device,
+        dtype: torch.dtype,
+        offload: bool = False,
     ) -> None:
         size = (layers, slots, shape.kv_heads, max_tokens, shape.head_dim)
-        self.keys = torch.zeros(size, device=device, dtype=dtype)
-        self.values = torch.zeros(size, device=device, dtype=dtype)
+        self.keys = make_room(*size, device=device, dtype=dtype, offload=offload)
+        self.values = make_room(*size, device=device, dtype=dtype, offload=offload)
         self.lengths = torch.zeros((layers, slots), device=device, dtype=torch.int64)
 
     def fill(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
         """Takes a prompt's k and v [G, L, D] into an empty slot."""
-        length = k.shape[1]
-        self.keys[layer, slot, :, :length] = k
-        self.values[layer, slot, :, :length] = v
-        self.lengths[layer, slot] = length
+        put(k, self.keys[layer, slot])
+        put(v, self.values[layer, slot])
+        self.lengths[layer, slot] = k.shape[1]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         """Takes one token's k and v [B, G, 1, D] into each slot; attention of q [B, H, 1, D] over all its tokens.

@@ -1,6 +1,6 @@
 """Vanilla: the full cache, every past token attended to. What every other method is measured against."""
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,17 @@ class Vanilla(Method):
 
     graphable = True
     lossless: ClassVar[dict[str, Any] | None] = {}
+    _offload = False
     _cache: FullCache
+
+    def __init__(
+        self, offload: Annotated[bool, "keep keys and values in pinned host memory, read whole at every step"] = False
+    ) -> None:
+        self._offload = offload
 
     def allocate(self, shape: Shape, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         vars(self).pop("_cache", None)  # frees the old room before taking the new
-        self._cache = FullCache(shape.layers, slots, max_tokens, shape, device, dtype)
+        self._cache = FullCache(shape.layers, slots, max_tokens, shape, device, dtype, self._offload)
 
     def prefill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
         self._cache.fill(layer, slot, k, v)

@@ -104,7 +104,7 @@ def test_a_new_file_or_package_is_a_method_and_helpers_are_not(add_method) -> No
 def test_vanilla_is_found_and_has_no_options() -> None:
     assert load_method("vanilla") is Vanilla
     assert isinstance(make_method("vanilla", {}), Vanilla)
-    with pytest.raises(UsageError, match=r"Method vanilla has no option 'budget'. Its options: none\."):
+    with pytest.raises(UsageError, match=r"Method vanilla has no option 'budget'. Its options: offload=false\."):
         parse_options("vanilla", {"budget": "64"})
 
 

@@ -107,7 +107,7 @@ def test_the_start_and_the_end_are_told(predict, folder, tiny) -> None:
     told = predict()
     for part in (
         f"{tiny} (llama",
-        "vanilla (no options), float32 on cpu",
+        "vanilla (offload=false), float32 on cpu",
         "window 8192",
         "1 </s>",
         f"{ROWS} of {ROWS}",

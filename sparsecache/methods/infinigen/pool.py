@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sparsecache.methods._host import make_room
 from sparsecache.methods.base import Shape
 
 Eviction = Literal["fifo", "lru", "counter"]
@@ -37,9 +38,8 @@ class Pool:
     ) -> None:
         size = (layers, slots, shape.kv_heads, rows)
         where = torch.device("cpu") if offload else device
-        pinned = offload and device.type == "cuda"
-        self.keys = torch.zeros(*size, shape.head_dim, device=where, dtype=dtype, pin_memory=pinned)
-        self.values = torch.zeros(*size, shape.head_dim, device=where, dtype=dtype, pin_memory=pinned)
+        self.keys = make_room(*size, shape.head_dim, device=device, dtype=dtype, offload=offload)
+        self.values = make_room(*size, shape.head_dim, device=device, dtype=dtype, offload=offload)
         self.positions = torch.full(size, _EMPTY, device=device, dtype=torch.int64)
         self.last_selected = torch.zeros(size, device=device, dtype=torch.int64)
         self.selections = torch.zeros(size, device=device, dtype=torch.int64)

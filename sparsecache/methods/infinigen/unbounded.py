@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsecache.kernels.decode import Ledger, attend_gathered, attend_selected, gather
 from sparsecache.kernels.speculation import Rule, Selected, remember, speculate
+from sparsecache.methods._host import make_room, put
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen.speculation import PartialKeys
 
@@ -39,9 +40,7 @@ class Unbounded:
         self, partial: PartialKeys, rule: Rule, shape: Shape, offload: bool, device: torch.device, dtype: torch.dtype
     ) -> None:
         *size, tokens, _ = partial.keys.shape
-        pinned = offload and device.type == "cuda"
-        where = torch.device("cpu") if offload else device
-        self.store = torch.zeros(*size, tokens, 2, shape.head_dim, device=where, dtype=dtype, pin_memory=pinned)
+        self.store = make_room(*size, tokens, 2, shape.head_dim, device=device, dtype=dtype, offload=offload)
         self._partial, self._rule, self._offload = partial, rule, offload
         self._width = min(tokens, int(rule.caps.max()))
         self._guesses: dict[int, _Guess] = {}
@@ -50,9 +49,7 @@ class Unbounded:
     def fill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Takes a prompt's q [H, L, D], k and v [G, L, D] into an empty slot."""
         self._partial.keep(layer, slot, self._partial.fill(layer, slot, q, k))
-        both = torch.stack((k, v), 2)  # [G, L, 2, D]
-        for head, rows in enumerate(both):  # whole rows of memory, as copies to the host should be
-            self.store[layer, slot, head, : len(rows)].copy_(rows, non_blocking=True)
+        put(torch.stack((k, v), 2), self.store[layer, slot])
 
     def anticipate(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> None:
         """Selects for a layer, of past [slots] tokens, by the guessed q [B, H, 1, D]."""

@@ -1,0 +1,56 @@
+"""Memory for keys and values: on the device, or in host memory that the device reads and writes by itself."""
+
+import math
+import os
+import weakref
+
+import torch
+from torch import Tensor
+
+_GIB = 2**30
+
+
+def make_room(*size: int, dtype: torch.dtype, device: torch.device, offload: bool = False) -> Tensor:
+    """Zeros on the device; with `offload`, in host memory, pinned where the device is a GPU.
+
+    Host memory is pinned where it lies, since torch's own pinned allocator takes up to twice what is asked for. Raises
+    torch.OutOfMemoryError, with the numbers, where the host has not enough.
+    """
+    if not offload:
+        return torch.zeros(size, device=device, dtype=dtype)
+    needed, free = math.prod(size) * dtype.itemsize, _available()
+    if free is not None and needed > free:
+        raise torch.OutOfMemoryError(
+            f"offload needs {needed / _GIB:.1f} GiB of host memory, and {free / _GIB:.1f} GiB are available. Decode "
+            f"fewer or shorter sequences at a time."
+        )
+    room = torch.zeros(size, dtype=dtype)
+    if device.type == "cuda" and needed:
+        _pin(room)
+    return room
+
+
+def put(rows: Tensor, target: Tensor) -> None:
+    """Copies rows [G, L, ..] to the first L of target [G, T, ..], which may lie in pinned host memory."""
+    for of_head, to_head in zip(rows, target, strict=True):  # each is whole memory, as copies over a link should be
+        to_head[: len(of_head)].copy_(of_head, non_blocking=True)
+
+
+def _pin(tensor: Tensor) -> None:
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    pointer = tensor.data_ptr()
+    if int(runtime.cudaHostRegister(pointer, tensor.nbytes, 0)):
+        raise torch.OutOfMemoryError(f"{tensor.nbytes / _GIB:.1f} GiB of host memory could not be pinned.")
+    weakref.finalize(tensor.untyped_storage(), runtime.cudaHostUnregister, pointer)
+
+
+def _available() -> int | None:
+    """Bytes that the host can still give, where it says so."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
