@@ -1,8 +1,10 @@
-"""Measures our engine beside transformers' generate and the machine's limits, in one process, on the same prompts.
+r"""Measures our engine beside transformers' generate and the machine's limits, in one process, on the same prompts.
 
     python scripts/bench.py decode --model llama-3.1-8b --tokens 8192,32768
     python scripts/bench.py prefill --model llama-3.1-8b --tokens 8192
     python scripts/bench.py replay --model llama-3.1-8b --workload workload.csv --rows 100
+    python scripts/bench.py decode --model llama-3.1-8b --tokens 131072 --method infinigen -o budget=0.1 -o alpha=inf \
+        --peers vanilla
     python scripts/bench.py decode --model demo --device cpu --tokens 2048
 
 A named shape has random weights, made on the device; any checkpoint that longbench_pred.py takes can be named too.
@@ -15,10 +17,11 @@ import torch
 
 from sparsecache.bench.lines import Line, save, table
 from sparsecache.bench.models import SHAPES, load_subject
-from sparsecache.bench.modes import PEERS, Job, decode, freed, prefill, profile, replay
+from sparsecache.bench.modes import OWN, PEERS, Job, Way, decode, freed, prefill, profile, replay
 from sparsecache.cli import FlexibleCommand, report_usage_errors
 from sparsecache.engine.loading import DTYPES
 from sparsecache.errors import UsageError
+from sparsecache.methods import parse_options
 
 
 @click.command(cls=FlexibleCommand)
@@ -29,7 +32,11 @@ from sparsecache.errors import UsageError
 @click.option("--tokens", default="8192", show_default=True, help="Prompt lengths, a comma list.")
 @click.option("--batch", default="1", show_default=True, help="Sequences decoded at once, a comma list.")
 @click.option("--new_tokens", type=click.IntRange(2), default=64, show_default=True)
-@click.option("--peers", default="transformers", show_default=True, help=f"Comma list of {', '.join(PEERS)}, or none.")
+@click.option("--method", default="vanilla", show_default=True, help="What decodes, in mode decode.")
+@click.option("-o", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method; repeatable.")
+@click.option(
+    "--peers", default="transformers", show_default=True, help=f"Comma list of {', '.join((*PEERS, *OWN))}, or none."
+)
 @click.option("--workload", type=click.Path(path_type=Path), help="Of a replay: dataset, prompt_tokens, new_tokens.")
 @click.option("--rows", type=click.IntRange(1), default=100, show_default=True, help="Prompts of a replay.")
 @click.option("--slots", type=click.IntRange(1), default=16, show_default=True, help="Most at once in a replay.")
@@ -43,6 +50,8 @@ def main(
     tokens: str,
     batch: str,
     new_tokens: int,
+    method: str,
+    options: tuple[str, ...],
     peers: str,
     workload: Path | None,
     rows: int,
@@ -52,7 +61,8 @@ def main(
 ) -> None:
     """Measure MODE and print each line as time, share of the limit and ratio to each peer."""
     with report_usage_errors():
-        names = _peers(peers)
+        names, way = _peers(peers, mode), Way(method, dict(_pair(option) for option in options))
+        parse_options(way.method, way.options)
         jobs = [
             Job(length, new_tokens, size) for size in _numbers("batch", batch) for length in _numbers("tokens", tokens)
         ]
@@ -65,17 +75,19 @@ def main(
         subject = load_subject(model, where, kind)
         if workload is not None:
             measured = replay(subject, workload, rows, slots, names)
+        elif mode == "decode":
+            measured = decode(subject, jobs, names, way)
         else:
-            measured = (decode if mode == "decode" else prefill)(subject, jobs, names)
+            measured = prefill(subject, jobs, names)
         lines: list[Line] = []
         for line in freed(measured):
             lines.append(line)
             click.echo(table([line]).strip("\n"))
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            save(lines, out / f"{mode}-{Path(model).name}.json", model=model, dtype=str(kind))
+            save(lines, out / f"{mode}-{Path(model).name}.json", model=model, dtype=str(kind), method=str(way))
             if profiled:
-                profile(subject, jobs[0], out / f"{mode}-{Path(model).name}-profile.txt")
+                profile(subject, jobs[0], out / f"{mode}-{Path(model).name}-profile.txt", way)
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -88,11 +100,19 @@ def _numbers(name: str, text: str) -> list[int]:
     return numbers
 
 
-def _peers(text: str) -> list[str]:
+def _peers(text: str, mode: str) -> list[str]:
     names = [] if text == "none" else text.split(",")
-    if unknown := [name for name in names if name not in PEERS]:
-        raise UsageError(f"--peers {unknown[0]!r} is no peer. Peers: {', '.join(PEERS)}, or none.")
+    known = {*PEERS, *OWN} if mode == "decode" else PEERS.keys()
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"--peers {unknown[0]!r} is no peer in {mode}. Peers: {', '.join(sorted(known))}, or none.")
     return names
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise UsageError(f"-o {text!r} is not of the form KEY=VALUE.")
+    return key, value
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ Every rate is a mean over at least `_SECONDS`, since a rate over less says what 
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsecache.bench.models import Subject
-from sparsecache.engine.weights import LayerWeights
 from sparsecache.kernels.attention import prompt_attention
 
 _SECONDS = 2.0
@@ -37,6 +37,22 @@ def step_limit(subject: Subject, tokens: int, batch: int, rate: float) -> float:
     return (subject.nbytes + batch * tokens * subject.kv_nbytes) / rate
 
 
+def sparse_limit(subject: Subject, tokens: int, batch: int, rate: float, options: dict[str, Any]) -> float:
+    """The same of InfiniGen: the sparse layers read their partial keys, what they fetch, and the next query weights.
+
+    options: the method's, of which the budget is taken to be what is fetched; offloaded rows are not counted.
+    """
+    shape, layers = subject.architecture.shape, subject.weights.layers
+    sparse = shape.layers - options["dense_layers"]
+    columns = min(32, shape.head_dim) / shape.head_dim if (ratio := options["partial_weight_ratio"]) is None else ratio
+    fetched = min(1.0, options["budget"] if options["budget"] <= 1 else options["budget"] / tokens)
+    read = columns / 2 + (0 if options["offload"] else fetched)
+    of_layer = batch * tokens * subject.kv_nbytes / shape.layers
+    query = layers[0].qkv.nbytes * shape.heads // (shape.heads + 2 * shape.kv_heads)
+    nbytes: float = subject.nbytes + sparse * (query + read * of_layer) + options["dense_layers"] * of_layer
+    return nbytes / rate
+
+
 def prompt_limit(subject: Subject, tokens: int) -> float:
     """Seconds of a prompt whose only work is its matrix products and its attention, both at torch's own speed."""
     shape, device = subject.architecture.shape, subject.device
@@ -56,15 +72,6 @@ def prompt_limit(subject: Subject, tokens: int) -> float:
     of_layer = seconds_each(products, device) * tokens / piece
     of_layer += seconds_each(lambda: prompt_attention(q, k, v), device)
     return shape.layers * of_layer
-
-
-def products_rate(layer: LayerWeights, tokens: int) -> float:
-    """Floating-point operations a second of a layer's products over `tokens` rows."""
-    matrices = [layer.qkv, layer.output, layer.gate_up, layer.down]
-    inputs = [torch.randn(tokens, x.shape[1], device=x.device, dtype=x.dtype) for x in matrices]
-    pairs = list(zip(inputs, matrices, strict=True))
-    seconds = seconds_each(lambda: [linear(x, matrix) for x, matrix in pairs], layer.qkv.device)
-    return 2 * tokens * sum(matrix.numel() for matrix in matrices) / seconds
 
 
 def seconds_each(call: Callable[[], object], device: torch.device) -> float:

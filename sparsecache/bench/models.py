@@ -65,13 +65,15 @@ class Subject:
         return 2 * shape.layers * shape.kv_heads * shape.head_dim * self.dtype.itemsize
 
     def engine(self, method: str = "vanilla", options: dict[str, str] | None = None, slots: int = 1) -> Generator:
-        """Our engine."""
+        """Our engine over a method, which is calibrated, if it wants to be, with random tokens."""
         made = make_method(method, parse_options(method, options or {}))
-        return Generator(self.decoder(made), made, slots)
-
-    def decoder(self, method: Any) -> Decoder:
-        """Our decoder over a method."""
-        return Decoder(self.architecture, self.weights, Rope(self.config, self.device), method)
+        decoder = Decoder(self.architecture, self.weights, Rope(self.config, self.device), made)
+        if made.calibration_text() is not None:
+            drawn = torch.Generator().manual_seed(0)
+            with torch.inference_mode():
+                text = torch.randint(3, self.architecture.vocabulary, (1024,), generator=drawn)
+                decoder.calibrate(text.to(self.device), lambda layers: None)
+        return Generator(decoder, made, slots)
 
     def reference(self, **generation: Any) -> TransformersEngine:
         """transformers' engine over the same memory; `generation` are fields of its GenerationConfig."""

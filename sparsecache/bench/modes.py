@@ -6,17 +6,18 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsecache.bench.limits import copy_rate, prompt_limit, step_limit
+from sparsecache.bench.limits import copy_rate, link_rate, prompt_limit, sparse_limit, step_limit
 from sparsecache.bench.lines import Line
 from sparsecache.bench.models import Subject
 from sparsecache.engine.generator import Clock, Engine, Request
 from sparsecache.errors import UsageError
+from sparsecache.methods import parse_options
 
 PEERS: dict[str, dict[str, Any]] = {
     "transformers": {},
@@ -24,6 +25,20 @@ PEERS: dict[str, dict[str, Any]] = {
     "offloaded": {"cache_implementation": "offloaded"},
 }
 """transformers' generate: with its own cache, a static one (which compiles), and one in host memory."""
+
+OWN: dict[str, dict[str, str]] = {"vanilla": {}, "streamed": {"offload": "true"}}
+"""Our own vanilla as a peer of other methods, and with its cache in host memory; what its options are."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How our engine decodes: a method and its options, as on the command line."""
+
+    method: str = "vanilla"
+    options: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join([self.method, *(f"{key}={value}" for key, value in self.options.items())])
 
 
 @dataclass(frozen=True)
@@ -41,24 +56,46 @@ class Job:
         return [Request(key, prompt, self.new_tokens, ()) for key, prompt in enumerate(prompts)]
 
 
-def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str]) -> Iterator[Line]:
-    """Milliseconds of a decode step of each job, beside the peers' (a batch has none)."""
+def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], way: Way) -> Iterator[Line]:
+    """Milliseconds of a decode step of each job, beside the peers' (those of transformers only without a batch)."""
     rate = copy_rate(subject.device)
+    offloaded = way.options.get("offload") == "true" and subject.device.type == "cuda"
+    link = link_rate(subject.device) if offloaded else None
     for job in jobs:
-        clock = run(subject.engine(slots=job.batch), subject, job)
-        others = {name: _step(run(subject.reference(**PEERS[name]), subject, job)) for name in peers if job.batch == 1}
-        what = f"decode, {job.tokens} tokens, batch {job.batch}"
-        limit = step_limit(subject, job.tokens + job.new_tokens // 2, job.batch, rate)
-        notes = {"copy_bytes_per_s": rate, "peak_gpu_bytes": clock.peak_gpu_bytes}
-        yield Line(what, job.batch * _step(clock), limit, others, notes)
+        clock, reports = run(subject.engine(way.method, way.options, job.batch), subject, job)
+        others = {name: _peer_step(name, subject, job) for name in peers if job.batch == 1 or name in OWN}
+        fetched = sum(report.get("fetched_bytes") or 0 for report in reports) / (job.new_tokens - 1)
+        notes = {
+            "copy_bytes_per_s": rate,
+            "link_bytes_per_s": link,
+            "fetched_bytes_per_step": fetched,
+            "kept": [report.get("kept") for report in reports],
+            "gpu_cache_hit": [report.get("gpu_cache_hit") for report in reports],
+            "peak_gpu_bytes": clock.peak_gpu_bytes,
+        }
+        limit = max(_limit(subject, job, way, rate), fetched / link if link else 0)
+        yield Line(f"{way}, {job.tokens} tokens, batch {job.batch}", job.batch * _step(clock), limit, others, notes)
+
+
+def _limit(subject: Subject, job: Job, way: Way, rate: float) -> float:
+    tokens = job.tokens + job.new_tokens // 2
+    if way.method == "infinigen":
+        return sparse_limit(subject, tokens, job.batch, rate, parse_options(way.method, way.options))
+    return step_limit(subject, tokens, job.batch, rate)
+
+
+def _peer_step(name: str, subject: Subject, job: Job) -> float:
+    if name in OWN:
+        return job.batch * _step(run(subject.engine("vanilla", OWN[name], job.batch), subject, job)[0])
+    return _step(run(subject.reference(**PEERS[name]), subject, job)[0])
 
 
 def prefill(subject: Subject, jobs: Sequence[Job], peers: Sequence[str]) -> Iterator[Line]:
     """Milliseconds from a prompt to its first token."""
     for job in jobs:
         short = Job(job.tokens, 2)
-        clock = run(subject.engine(), subject, short)
-        others = {name: run(subject.reference(**PEERS[name]), subject, short).prefill_s for name in peers}
+        clock, _ = run(subject.engine(), subject, short)
+        others = {name: run(subject.reference(**PEERS[name]), subject, short)[0].prefill_s for name in peers}
         notes = {"peak_gpu_bytes": clock.peak_gpu_bytes, "weights_bytes": subject.nbytes}
         limit = prompt_limit(subject, job.tokens)
         yield Line(f"prefill, {job.tokens} tokens", clock.prefill_s, limit, others, notes)
@@ -111,24 +148,28 @@ def stratified(workload: Path, rows: int) -> list[Job]:
     return sorted(chosen, key=lambda job: -job.tokens)
 
 
-def run(engine: Engine, subject: Subject, job: Job, repeats: int = 3) -> Clock:
-    """The engine's clock over a job, after a first run that is not counted (it compiles); the fastest of `repeats`."""
+def run(engine: Engine, subject: Subject, job: Job, repeats: int = 3) -> tuple[Clock, list[dict[str, Any]]]:
+    """The engine's clock over a job, and what the method reports of each sequence.
+
+    A first run is not counted (it compiles); of `repeats` the fastest is taken.
+    """
     requests = job.requests(subject.architecture.vocabulary)
-    clocks: list[Clock] = []
+    found: list[tuple[Clock, list[dict[str, Any]]]] = []
     engine.reserve(job.tokens + job.new_tokens)
     for _ in range(1 + repeats):
         engine.reset_clock()
-        _all(engine, requests)
-        clocks.append(engine.clock)
-    return min(clocks[1:], key=lambda clock: clock.prefill_s + clock.decode_s)
+        reports = _all(engine, requests)
+        found.append((engine.clock, reports))
+    return min(found[1:], key=lambda each: each[0].prefill_s + each[0].decode_s)
 
 
-def profile(subject: Subject, job: Job, path: Path) -> None:
+def profile(subject: Subject, job: Job, path: Path, way: Way) -> None:
     """Writes where the time of a job's steps goes, by kernel, as torch.profiler tells it."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    engine, requests = subject.engine(slots=job.batch), job.requests(subject.architecture.vocabulary)
+    engine = subject.engine(way.method, way.options, job.batch)
+    requests = job.requests(subject.architecture.vocabulary)
     engine.reserve(job.tokens + job.new_tokens)
     _all(engine, requests)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if subject.device.type == "cuda" else [])]
@@ -148,10 +189,12 @@ def _timed(engine: Engine, requests: list[Request]) -> tuple[float, Clock]:
     return time.perf_counter() - began, engine.clock
 
 
-def _all(engine: Engine, requests: list[Request]) -> None:
-    failed = [done.error for done in engine.generate(requests) if done.error]
+def _all(engine: Engine, requests: list[Request]) -> list[dict[str, Any]]:
+    done = list(engine.generate(requests))
+    failed = [each.error for each in done if each.error]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(requests)} prompts failed: {failed[0]}")
+    return [each.report for each in done]
 
 
 def _step(clock: Clock) -> float:

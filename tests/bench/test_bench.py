@@ -97,12 +97,32 @@ def test_every_mode_runs_and_saves_what_it_printed(mode, main, tmp_path, monkeyp
         assert line["what"] in told.output and line["seconds"] > 0 and line["peers"]["transformers"] > 0
 
 
+def test_a_method_is_measured_beside_our_own_vanilla(main, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sparsecache.bench.limits._SECONDS", 0.01)
+    folder = make_random_checkpoint(tmp_path / "tiny")
+    arguments = ["decode", "--model", str(folder), "--device", "cpu", "--tokens", "60", "--batch", "2"]
+    way = ["--method", "infinigen", "-o", "budget=0.1", "-o", "alpha=inf", "-o", "offload=true"]
+    more = ["--peers", "vanilla,streamed,transformers", "--new_tokens", "5", "--out", str(tmp_path)]
+    told = CliRunner().invoke(main, [*arguments, *way, *more])
+    assert told.exit_code == 0, told.output
+    (line,) = json.loads((tmp_path / "decode-tiny.json").read_text())["lines"]
+    assert line["what"].startswith("infinigen budget=0.1 alpha=inf") and line["peers"].keys() == {"vanilla", "streamed"}
+    assert all(0.07 < kept <= 0.1 for kept in line["notes"]["kept"])
+    assert line["notes"]["fetched_bytes_per_step"] == pytest.approx(2 * 6 * 2 * 2 * 2 * 16 * 4, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (["decode", "--tokens", "8k"], "--tokens '8k' is no comma list of whole numbers"),
         (["decode", "--tokens", "0"], "numbers from 1 on"),
-        (["decode", "--peers", "vllm"], "'vllm' is no peer. Peers: transformers"),
+        (
+            ["decode", "--peers", "vllm"],
+            "'vllm' is no peer in decode. Peers: offloaded, static, streamed, transformers, vanilla",
+        ),
+        (["prefill", "--peers", "streamed"], "'streamed' is no peer in prefill"),
+        (["decode", "--method", "infinigen", "-o", "alpha=-1"], "alpha=-1"),
+        (["decode", "-o", "alpha"], "is not of the form KEY=VALUE"),
         (["replay"], "needs --workload"),
         (["decode", "--model", "nothing"], "neither a folder"),
     ],

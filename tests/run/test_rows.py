@@ -80,7 +80,11 @@ def test_run_json_says_what_was_run(predict, folder, tiny, read_rows, read_recor
     record = read_record(folder)
     identity = record["identity"]
     assert identity["checkpoint"] == Checkpoint(tiny).fingerprint
-    assert (identity["method"], identity["options"], identity["engine"]) == ("vanilla", {"offload": False}, "sparsecache")
+    assert (identity["method"], identity["options"], identity["engine"]) == (
+        "vanilla",
+        {"offload": False},
+        "sparsecache",
+    )
     assert (identity["dtype"], identity["window"], identity["max_length"]) == ("float32", 8192, None)
     assert (identity["chat"], identity["stop_ids"]) == ("none", [1])
     for table in ("templates", "protocol", "data"):
