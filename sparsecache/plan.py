@@ -35,7 +35,8 @@ class Plan:
         self.model: Model = find_model(settings.model)
         self.options: dict[str, Any] = parse_options(settings.method, settings.options)
         self.method: Method = make_method(settings.method, self.options)
-        self.device = _device(settings.device)
+        # Which GPUs there are is the workers' business where others decode.
+        self.device = torch.device(settings.device) if settings.on_ray else _device(settings.device)
         folder = checkpoint_folder(self.model, settings.offline)
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
         self.window = settings.window or self.model.window or self._own_window()
@@ -75,6 +76,11 @@ class Plan:
         """What ends a prediction of this dataset."""
         newline = self.checkpoint.tokenizer.encode("\n", add_special_tokens=False)[-1:] if task.newline_stop else []
         return tuple(sorted({*self.checkpoint.stop_ids, *newline}))
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of a prediction."""
+        text: str = self.checkpoint.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
 
     def fetch_weights(self) -> None:
         """Downloads the weights, if they are on the hub and not here yet. Raises UsageError if they cannot be had."""

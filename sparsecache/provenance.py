@@ -17,7 +17,7 @@ _PROJECT = Path(__file__).resolve().parent.parent
 
 
 def new_session(settings: Settings, device: torch.device, source: dict[str, Any]) -> dict[str, Any]:
-    """A process's entry in run.json; `ended` and `clock` are filled in as it goes."""
+    """A process's entry in run.json; `ended` and what its engine tells of itself are filled in as it goes."""
     return {
         "id": f"{time.time_ns()}-{platform.node()}",
         "argv": sys.argv,
@@ -26,7 +26,7 @@ def new_session(settings: Settings, device: torch.device, source: dict[str, Any]
         "versions": {"python": platform.python_version(), **installed_versions()},
         "commit": _commit(),
         "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" and not settings.on_ray else None,
         "batch_size": settings.batch_size,
         "max_samples": settings.max_samples,
         "data": source,

@@ -4,7 +4,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -70,13 +70,18 @@ class Clock:
 class Engine(Protocol):
     """Anything that continues prompts."""
 
-    clock: Clock
+    @property
+    def clock(self) -> Clock:
+        """Its own totals."""
 
     def reserve(self, max_tokens: int) -> None:
         """Makes room for sequences of max_tokens, where that helps."""
 
     def reset_clock(self) -> None:
         """Starts the totals and the peak of GPU memory anew."""
+
+    def session(self) -> dict[str, Any]:
+        """What run.json records of the work so far: the clock, and whatever else is known of who did it."""
 
     def generate(self, requests: Iterable[Request], tick: "Tick" = ...) -> Iterator[Completion]:
         """Yields a completion for every request, in the order in which they end."""
@@ -136,6 +141,10 @@ class Generator:
     def reset_clock(self) -> None:
         """Starts the totals and the peak of GPU memory anew."""
         self.clock = fresh_clock(self._decoder.device)
+
+    def session(self) -> dict[str, Any]:
+        """The clock."""
+        return {"clock": asdict(self.clock)}
 
     def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
         """Yields a completion for every request, in the order in which they end."""
