@@ -1,9 +1,11 @@
 """The Ray cluster that a run uses: found or started, measured before it is used, and left or stopped at the end."""
 
+import contextlib
 import os
 import socket
 from types import TracebackType
 
+import psutil
 import ray
 import torch
 
@@ -18,6 +20,7 @@ class Cluster:
 
     def __init__(self, address: str | None):
         self.address = address
+        self._before: list[psutil.Process] | None = None  # this process's children, before Ray's were started
 
     def __enter__(self) -> "Cluster":
         return self
@@ -25,7 +28,12 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        children = [] if self._before is None else psutil.Process().children(recursive=True)
         ray.shutdown()
+        for child in children:
+            if child not in (self._before or ()):  # helpers that would wait a minute for a head that is gone
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
 
     def device(self, name: str) -> str:
         """What `--device` means here: of "auto", cuda where there are GPUs. Connects, if there is an address."""
@@ -43,14 +51,16 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing goes out unasked
         address = os.environ.get("RAY_ADDRESS", "auto") if self.address == "auto" else self.address
         started = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if address is None else {}
-        if address not in (None, "auto"):
+        if address is None:
+            self._before = psutil.Process().children(recursive=True)
+        elif address != "auto":
             _probe(address)
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **started)
         except (Exception, SystemExit) as error:  # other versions, a missing token; Ray ends the process after a while
             raise UsageError(
-                f"{self} cannot be used: {one_line(error)}. Look at it with `ray status`, or leave --ray_address out "
-                f"to start one on this machine."
+                f"{self} cannot be used: {one_line(error)}. Look at it with `ray status`; if it asks for a token, "
+                f"RAY_AUTH_TOKEN or ~/.ray/auth_token must hold it. Without --ray_address one is started here."
             ) from error
 
     def total(self, kind: str) -> int:

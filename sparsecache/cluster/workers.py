@@ -24,7 +24,7 @@ from sparsecache.versions import installed_versions
 
 _CALLS = 2  # under way for each worker, so that none waits for the driver
 _PATIENCE_S = 60.0  # before it is said that workers are missing
-_POLL_S = 1.0
+_POLL_S = 0.2
 
 
 @dataclass
