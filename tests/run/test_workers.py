@@ -22,7 +22,7 @@ from sparsecache.demo.sample import make_rows
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra [ray]")
 psutil = pytest.importorskip("psutil", reason="needs the extra [ray]")
 DATASETS = ("qasper", "trec", "lcc")
-ROWS = 60
+ROWS = 30
 MANY = ("--datasets", ",".join(DATASETS), "--sample_rows", str(ROWS))
 
 
