@@ -37,6 +37,7 @@ class Plan:
         self.method: Method = make_method(settings.method, self.options)
         # Which GPUs there are is the workers' business where others decode.
         self.device = torch.device(settings.device) if settings.on_ray else _device(settings.device)
+        self.devices = [self.device] if settings.on_ray else _devices(self.device, settings.gpus_per_worker)
         folder = checkpoint_folder(self.model, settings.offline)
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
         self.window = settings.window or self.model.window or self._own_window()
@@ -92,11 +93,12 @@ class Plan:
             return self.reference()
         architecture = load_family(self.checkpoint.model_type).architecture(self.checkpoint.config)
         try:
-            weights = self.checkpoint.load(architecture, self.device, DTYPES[self.dtype_name])
+            weights = self.checkpoint.load(architecture, self.devices, DTYPES[self.dtype_name])
         except torch.OutOfMemoryError as error:
             raise UsageError(
-                f"The weights of {self.checkpoint.path} in {self.dtype_name} do not fit {self.device}: "
-                f"{one_line(error)} Choose another --device or a smaller --dtype."
+                f"The weights of {self.checkpoint.path} in {self.dtype_name} do not fit "
+                f"{' and '.join(map(str, self.devices))}: {one_line(error)} Choose another --device, a smaller --dtype "
+                f"or more --gpus_per_worker."
             ) from error
         decoder = Decoder(architecture, weights, Rope(self.checkpoint.config, self.device), self.method)
         self._calibrate(decoder)
@@ -155,7 +157,8 @@ class Plan:
         )
         options = ", ".join(f"{key}={show(value)}" for key, value in self.options.items())
         yield f"checkpoint  {self.checkpoint.path} ({self.checkpoint.model_type}, {table})"
-        yield f"decoding    {self.settings.method} ({options or 'no options'}), {self.dtype_name} on {self.device}"
+        places = " and ".join(map(str, self.devices))
+        yield f"decoding    {self.settings.method} ({options or 'no options'}), {self.dtype_name} on {places}"
         yield f"prompts     window {self.window}, max_length {self.prompter.max_length or 'what the window leaves'}"
         yield f"chat        {chat}; stops at {stops}"
 
@@ -203,6 +206,11 @@ class Plan:
     def _check_family(self) -> None:
         family = load_family(self.checkpoint.model_type)
         shape = family.architecture(self.checkpoint.config).shape
+        if self.settings.gpus_per_worker > shape.layers:
+            raise UsageError(
+                f"--gpus_per_worker {self.settings.gpus_per_worker} is more than the {shape.layers} layers of "
+                f"{self.checkpoint.path}."
+            )
         with refusals(self.settings.method):
             self.method.check(shape)
             self.calibration_text = self.method.calibration_text()
@@ -236,3 +244,16 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= found:
         raise UsageError(f"--device {name} is not there: torch sees {found} GPUs. Use --device cpu.")
     return device
+
+
+def _devices(first: torch.device, count: int) -> list[torch.device]:
+    """`count` devices from the first on, whose layers come in their order."""
+    if count == 1:
+        return [first]
+    found, start = torch.cuda.device_count(), first.index or 0
+    if first.type != "cuda" or start + count > found:
+        raise UsageError(
+            f"--gpus_per_worker {count} needs the GPUs {start} to {start + count - 1}: torch sees {found}. Ask for "
+            f"fewer, or leave it out."
+        )
+    return [torch.device("cuda", start + at) for at in range(count)]

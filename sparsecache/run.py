@@ -44,6 +44,7 @@ def run(settings: Settings) -> int:
     with _cluster(settings) as cluster:
         if cluster is not None:
             settings = replace(settings, device=cluster.device(settings.device))
+            settings.check()  # once more, now that "auto" is decided
         return _Run(settings, cluster).execute()
 
 
@@ -101,7 +102,7 @@ class _Run:
             print(f"Warning: {warning}", file=sys.stderr)
 
     def _predict(self, works: list[Work]) -> None:
-        session = new_session(self.settings, self.plan.device, self.source.describe())
+        session = new_session(self.settings, self.plan.devices, self.source.describe())
         self._save(session, works)
         saved = time.monotonic()
         expected = self._reference_completions(works)  # before our own weights take the memory

@@ -35,6 +35,7 @@ class Settings:
     batch_size: int = 1
     workers: int = 1
     ray_address: str | None = None
+    gpus_per_worker: int = 1
     dtype: str = "auto"
     device: str = "auto"
     engine: str = "sparsecache"
@@ -75,6 +76,9 @@ class Settings:
             raise UsageError("--verify compares with transformers, so --engine transformers has nothing to verify.")
         if self.engine == "transformers" and self.batch_size != 1:
             raise UsageError(f"--engine transformers decodes one prompt at a time, not --batch_size {self.batch_size}.")
+        if self.gpus_per_worker > 1 and (self.engine == "transformers" or self.device == "cpu"):
+            what = "--engine transformers" if self.engine == "transformers" else "--device cpu"
+            raise UsageError(f"--gpus_per_worker {self.gpus_per_worker} splits our own engine over GPUs, not {what}.")
         if self.on_ray:
             self._check_ray()
 

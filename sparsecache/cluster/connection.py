@@ -71,13 +71,18 @@ class Cluster:
         """How many of them nobody holds."""
         return int(ray.available_resources().get(kind, 0))
 
+    def threads(self, sharing: int) -> int:
+        """CPU threads for each of so many workers, as evenly as they can be had on one machine."""
+        return max(1, min(self.total("CPU") // sharing, max(self._by_machine("CPU"))))
+
     def check_room(self, workers: int, kind: str, each: int) -> None:
         """Raises UsageError, with the numbers, if so many workers of `each` GPUs or CPUs can never run at once."""
         there = self._by_machine(kind)
         if sum(count // each for count in there) < workers:
             machines = f"{len(there)} machine{'s' * (len(there) != 1)} with {' + '.join(map(str, there))}"
+            together = f", {each} each on one machine" if each > 1 else ""
             raise UsageError(
-                f"{workers} workers need {workers * each} {kind}s, {each} each on one machine; {self} has {sum(there)} "
+                f"{workers} workers need {workers * each} {kind}s{together}; {self} has {sum(there)} "
                 f"({machines}). Ask for fewer --workers, or add machines."
             )
 

@@ -16,6 +16,7 @@ from sparsecache.cluster.handout import Handed
 from sparsecache.engine.generator import Clock, Completion, Engine, Request
 from sparsecache.errors import UsageError
 from sparsecache.plan import Plan
+from sparsecache.provenance import gpu_name
 from sparsecache.settings import Settings
 from sparsecache.versions import installed_versions
 
@@ -86,7 +87,7 @@ class Worker:
             )
             self._engine: Engine = plan.engine(orders.most_rows)
         self._device = plan.device
-        return Place(node, os.getpid(), _gpu_name(plan.device), os.environ.get("CUDA_VISIBLE_DEVICES") or None)
+        return Place(node, os.getpid(), gpu_name(plan.devices), os.environ.get("CUDA_VISIBLE_DEVICES") or None)
 
     def reserve(self, max_tokens: int) -> None:
         """As Engine.reserve."""
@@ -127,10 +128,6 @@ def _end_if_broken(device: torch.device) -> None:
         torch.ones(1, device=device).sum().item()
     except Exception:
         os._exit(1)
-
-
-def _gpu_name(device: torch.device) -> str | None:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def _compare(wanted: dict[str, Any], found: dict[str, Any], what: str, way_out: str) -> None:

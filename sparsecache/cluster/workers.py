@@ -63,7 +63,7 @@ class Workers:
     def __init__(self, cluster: Cluster, orders: Orders, slots: int):
         """Starts the workers; the cluster must have room for them."""
         self._cluster, self._slots = cluster, slots
-        self._kind = "GPU" if orders.settings.device == "cuda" else "CPU"
+        self._kind, self._each = _need(orders.settings)
         self._orders = ray.put(orders)
         self._room = 0
         self._gone: list[_Seat] = []
@@ -208,14 +208,14 @@ class Workers:
     def _needs(self) -> dict[str, Any]:
         return {
             "num_cpus": 1,
-            "num_gpus": 1 if self._kind == "GPU" else 0,
+            "num_gpus": self._each if self._kind == "GPU" else 0,
             "scheduling_strategy": "SPREAD",
             "runtime_env": {"env_vars": {"PYTHONPATH": str(project_dir())}},  # the same code, where the path is there
         }
 
     def _say_who_is_missing(self) -> None:
         missing = sum(seat.place is None for seat in self._seats)
-        self._cluster.check_room(1, self._kind, 1)
+        self._cluster.check_room(1, self._kind, self._each)
         tqdm.write(
             f"{missing} of {len(self._seats)} workers are not ready after {_PATIENCE_S:.0f} s: they load the model, or "
             f"wait for {self._kind}s, of which {self._cluster.free(self._kind)} of {self._cluster.total(self._kind)} "
@@ -230,9 +230,13 @@ _REMOTE: Any = ray.remote(Worker)
 def hire(cluster: Cluster, settings: Settings, identity: dict[str, Any], most_rows: int) -> Workers:
     """The workers that the settings ask for. Raises UsageError, with the numbers, if the cluster has too few GPUs."""
     cluster.connect()
-    kind = "GPU" if settings.device == "cuda" else "CPU"
-    cluster.check_room(settings.workers, kind, 1)
-    sharing = cluster.total("GPU") if kind == "GPU" else settings.workers
-    threads = max(1, cluster.total("CPU") // sharing)
+    kind, each = _need(settings)
+    cluster.check_room(settings.workers, kind, each)
+    threads = cluster.threads(settings.workers if kind == "CPU" else cluster.total("GPU") // each)
     orders = Orders(settings, identity, installed_versions(), most_rows, threads, os.getcwd())
     return Workers(cluster, orders, min(settings.batch_size, most_rows))
+
+
+def _need(settings: Settings) -> tuple[str, int]:
+    """What a worker must have to itself, and how many of it."""
+    return ("GPU", settings.gpus_per_worker) if settings.device == "cuda" else ("CPU", 1)

@@ -5,6 +5,7 @@ which method it is.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,10 +22,15 @@ TakeLayer = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class Decoder:
-    """A model: an architecture, its weights and its rotations, over a method's cache."""
+    """A model: an architecture, its weights and its rotations, over a method's cache.
+
+    device takes token ids in; devices are all that the layers lie on, in order, and logits come from the last.
+    """
 
     def __init__(self, architecture: Architecture, weights: Weights, rope: Rope, method: Method):
-        self.shape = architecture.shape
+        places = tuple(layer.qkv.device for layer in weights.layers)
+        self.devices = tuple(dict.fromkeys(places))
+        self.shape = replace(architecture.shape, devices=places) if len(self.devices) > 1 else architecture.shape
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
         self._eps = architecture.norm_eps
@@ -62,6 +68,7 @@ class Decoder:
         cos, sin = cos[:, None, None], sin[:, None, None]  # [B, 1, 1, D]
         guesses_from = self._method.guesses_from
         for index, layer in enumerate(self._weights.layers):
+            x, cos, sin, slots = _beside(layer, x, cos, sin, slots)
             h = self._norm(x, layer.input_norm)
             if guesses_from in ("input", "own_norm"):
                 self._anticipate(index + 1, x, h, (cos, sin), slots)
@@ -78,10 +85,11 @@ class Decoder:
         if index == len(self._weights.layers):
             return
         layer = self._weights.layers[index]
+        x, h, cos, sin, slots = _beside(layer, x, h, *rotation, slots)
         if self._method.guesses_from != "input":
             h = self._norm(x, layer.input_norm)
         q, _, _ = self._qkv(h[:, None], layer)
-        self._method.anticipate(index, rotate(q, *rotation), slots)
+        self._method.anticipate(index, rotate(q, cos, sin), slots)
 
     def _prompt(self, token_ids: Tensor, take: TakeLayer) -> Tensor:
         length = len(token_ids)
@@ -89,6 +97,7 @@ class Decoder:
         positions = torch.arange(length, device=self.device)
         cos, sin = self._rope.cos_sin(positions, positions[-1:] + 1, self.dtype)  # [L, D]
         for index, layer in enumerate(self._weights.layers):
+            x, cos, sin = _beside(layer, x, cos, sin)
             q, k, v = self._qkv(self._norm(x, layer.input_norm)[None], layer)  # [1, H or G, L, D]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             take(index, q[0], k[0], v[0])
@@ -124,3 +133,8 @@ class Decoder:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
         return weight * wide.to(x.dtype)
+
+
+def _beside(layer: LayerWeights, *tensors: Tensor) -> list[Tensor]:
+    """The tensors on the layer's device: copies where a model is split before it, else themselves."""
+    return [tensor.to(layer.qkv.device) for tensor in tensors]

@@ -61,10 +61,10 @@ class Clock:
     decode_s: float = 0.0
     peak_gpu_bytes: int | None = None
 
-    def note_memory(self, device: torch.device) -> None:
-        """Takes down the peak of GPU memory so far."""
-        if device.type == "cuda":
-            self.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
+    def note_memory(self, *devices: torch.device) -> None:
+        """Takes down the peak of GPU memory so far, of the device where it is highest."""
+        if devices[0].type == "cuda":
+            self.peak_gpu_bytes = max(map(torch.cuda.max_memory_allocated, devices))
 
 
 class Engine(Protocol):
@@ -124,7 +124,7 @@ class Generator:
     """
 
     def __init__(self, decoder: Decoder, method: Method, slots: int):
-        self.clock = fresh_clock(decoder.device)
+        self.clock = fresh_clock(*decoder.devices)
         self._decoder = decoder
         self._method = method
         self._slots = slots
@@ -140,7 +140,7 @@ class Generator:
 
     def reset_clock(self) -> None:
         """Starts the totals and the peak of GPU memory anew."""
-        self.clock = fresh_clock(self._decoder.device)
+        self.clock = fresh_clock(*self._decoder.devices)
 
     def session(self) -> dict[str, Any]:
         """The clock."""
@@ -232,7 +232,7 @@ class Generator:
         except Exception as error:
             return self._fail(row.request, row.slot, error)
         self._method.release(row.slot)
-        self.clock.note_memory(self._decoder.device)
+        self.clock.note_memory(*self._decoder.devices)
         decode_s = now - row.first_token_at
         return Completion(row.request, row.new_ids, row.finish_reason, row.prefill_s, decode_s, report)
 
@@ -258,10 +258,11 @@ def failure(request: Request, error: Exception) -> Completion:
     return Completion(request, error=f"{type(error).__name__}: {first_line}")
 
 
-def fresh_clock(device: torch.device) -> Clock:
+def fresh_clock(*devices: torch.device) -> Clock:
     """A clock at zero, with the peak of GPU memory forgotten."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
     return Clock()
 
 

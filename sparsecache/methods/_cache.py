@@ -1,26 +1,30 @@
 """Keys and values of all past tokens, a row for each position: what vanilla attends to, and others choose from."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sparsecache.kernels.attention import attention
+from sparsecache.methods._layers import Everywhere, per_layer
 from sparsecache.methods.base import Shape
 
 
 class FullCache:
-    """The cache of `layers` layers and all slots, allocated once.
+    """The cache of all slots and of a layer for each of `devices`, allocated once.
 
     keys, values: [layers, slots, G, max_tokens, D]; lengths: [layers, slots], tokens held.
     """
 
     def __init__(
-        self, layers: int, slots: int, max_tokens: int, shape: Shape, device: torch.device, dtype: torch.dtype
+        self, devices: Sequence[torch.device], slots: int, max_tokens: int, shape: Shape, dtype: torch.dtype
     ) -> None:
-        size = (layers, slots, shape.kv_heads, max_tokens, shape.head_dim)
-        self.keys = torch.zeros(size, device=device, dtype=dtype)
-        self.values = torch.zeros(size, device=device, dtype=dtype)
-        self.lengths = torch.zeros((layers, slots), device=device, dtype=torch.int64)
-        self._positions = torch.arange(max_tokens, device=device)
+        size = (slots, shape.kv_heads, max_tokens, shape.head_dim)
+        self.keys = per_layer(devices, *size, dtype=dtype)
+        self.values = per_layer(devices, *size, dtype=dtype)
+        self.lengths = per_layer(devices, slots)
+        self._last = max_tokens - 1
+        self._positions = Everywhere(torch.arange(max_tokens), devices)
 
     def fill(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
         """Takes a prompt's k and v [G, L, D] into an empty slot."""
@@ -34,7 +38,7 @@ class FullCache:
 
         A slot that is not in flight may have run full: its last row is written again.
         """
-        last = self.lengths[layer, slots].clamp(max=len(self._positions) - 1)
+        last = self.lengths[layer, slots].clamp(max=self._last)
         self.keys[layer, slots, :, last] = k[:, :, 0]
         self.values[layer, slots, :, last] = v[:, :, 0]
         self.lengths[layer, slots] = last + 1
@@ -54,7 +58,7 @@ class FullCache:
             chosen = selected.new_zeros((len(lengths), *selected.shape[1:]))
             chosen[slots] = selected
             return attention(every, keys, values, selected=chosen)[slots]
-        seen = self._positions[:longest] < lengths.clamp(min=1)[:, None]  # [slots, longest]
+        seen = self._positions.on(q)[:longest] < lengths.clamp(min=1)[:, None]  # [slots, longest]
         return attention(every, keys, values, mask=seen[:, None, None])[slots]
 
     def release(self, slot: int) -> None:

@@ -5,6 +5,7 @@ It knows neither how past tokens are chosen nor how they are kept.
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.methods._cache import FullCache
+from sparsecache.methods._layers import Everywhere, per_layer
 from sparsecache.methods.base import Method, Shape
 
 
@@ -34,18 +36,18 @@ class Budget:
         """Most tokens to be chosen of `past`: one at least."""
         return max(1, math.floor(self.amount * past + 1e-6)) if self.amount <= 1 else int(min(self.amount, 2**62))
 
-    def caps(self, max_tokens: int, device: torch.device) -> Tensor:
+    def caps(self, max_tokens: int) -> Tensor:
         """The caps of 0 to max_tokens past tokens, [max_tokens + 1] int64, as whole numbers that the host made."""
-        return torch.tensor([self.cap(past) for past in range(max_tokens + 1)], device=device)
+        return torch.tensor([self.cap(past) for past in range(max_tokens + 1)])
 
 
 class Tally:
     """Per slot: the share of past tokens attended to, over steps and sparse layers."""
 
-    def __init__(self, layers: int, slots: int, device: torch.device) -> None:
-        self._shares = torch.zeros(layers, slots, device=device, dtype=torch.float64)
-        self._steps = torch.zeros(layers, slots, device=device, dtype=torch.int64)
-        self._capped = torch.zeros(layers, slots, device=device, dtype=torch.int64)
+    def __init__(self, devices: Sequence[torch.device], slots: int) -> None:
+        self._shares = per_layer(devices, slots, dtype=torch.float64)
+        self._steps = per_layer(devices, slots)
+        self._capped = per_layer(devices, slots)
 
     def note(self, layer: int, slots: Tensor, attended: Tensor, past: Tensor, cap: Tensor) -> None:
         """One step of a layer: `attended` [B, G] of `past` [B] tokens, where at most `cap` [B] could have been."""
@@ -73,11 +75,13 @@ class SparseMethod(Method):
     """A method that attends to at most `budget` past tokens in every layer but the first `dense_layers`.
 
     A subclass makes its room (`make_room`), takes prompts (`take_prompt`) and attends (`attend_past`) for the
-    sparse layers, which it sees numbered from 0; `self.shape` and `self.first` (the first sparse layer) are set.
+    sparse layers, which it sees numbered from 0; `self.shape`, `self.first` (the first sparse layer) and
+    `self.devices` (of the sparse layers) are set.
     """
 
     least_dense = 0
     shape: Shape
+    devices: tuple[torch.device, ...]
 
     def __init__(self, budget: float, dense_layers: int) -> None:
         self.budget, self.first = Budget(budget), dense_layers
@@ -94,13 +98,15 @@ class SparseMethod(Method):
     def allocate(self, shape: Shape, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         self.check(shape)
         self.shape = shape
-        sparse = shape.layers - self.first
+        places = shape.places(device)
+        self.devices = places[self.first :]
         vars(self).pop("_dense", None)  # frees the old room before taking the new
-        self._dense = FullCache(self.first, slots, max_tokens, shape, device, dtype)
-        self._past = torch.zeros(sparse, slots, device=device, dtype=torch.int64)
-        self._caps = self.budget.caps(max_tokens, device)
-        self._tally = Tally(sparse, slots, device)
-        self.make_room(sparse, slots, max_tokens, device, dtype)
+        self._dense = FullCache(places[: self.first], slots, max_tokens, shape, dtype)
+        self._past = per_layer(self.devices, slots)
+        self._most_past = max_tokens - 1
+        self._caps = Everywhere(self.budget.caps(max_tokens), self.devices)
+        self._tally = Tally(self.devices, slots)
+        self.make_room(len(self.devices), slots, max_tokens, device, dtype)
 
     def prefill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
         if layer < self.first:
@@ -125,8 +131,12 @@ class SparseMethod(Method):
 
     def past_and_cap(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Past tokens of each slot before this step, and how many of them may be attended to: [B], [B]."""
-        past = self._past[layer, slots].clamp(max=len(self._caps) - 2)  # a slot not in flight may have run full
-        return past, self._caps[past]
+        past = self._past[layer, slots].clamp(max=self._most_past)  # a slot not in flight may have run full
+        return past, self.caps(past)
+
+    def caps(self, past: Tensor) -> Tensor:
+        """How many of `past` [B] tokens may be attended to: [B]."""
+        return self._caps.on(past)[past]
 
     def release(self, slot: int) -> None:
         self._dense.release(slot)
@@ -162,7 +172,7 @@ class ChoosingMethod(SparseMethod):
 
     def make_room(self, layers: int, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         vars(self).pop("cache", None)
-        self.cache = FullCache(layers, slots, max_tokens, self.shape, device, dtype)
+        self.cache = FullCache(self.devices, slots, max_tokens, self.shape, dtype)
 
     def take_prompt(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
         self.cache.fill(layer, slot, k, v)

@@ -17,7 +17,7 @@ class Vanilla(Method):
 
     def allocate(self, shape: Shape, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         vars(self).pop("_cache", None)  # frees the old room before taking the new
-        self._cache = FullCache(shape.layers, slots, max_tokens, shape, device, dtype)
+        self._cache = FullCache(shape.places(device), slots, max_tokens, shape, dtype)
 
     def prefill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
         self._cache.fill(layer, slot, k, v)

@@ -121,11 +121,9 @@ class InfiniGen(SparseMethod):
         rows = self._capacity(max_tokens)
         matrices = self._skewing_matrices()
         self._selected: dict[int, Tensor] = {}  # rows by layer, from its guess to its attention
-        self._pool = Pool(layers, slots, rows, self.shape, self._eviction, self._offload, device, dtype)
-        self._partial = PartialKeys(matrices, self._columns(self.shape), slots, rows, self.shape, device, dtype)
-        self._gpu_cache = (
-            GpuCache(layers, slots, self._gpu_tokens, self.shape, device, dtype) if self._offload else None
-        )
+        self._pool = Pool(self.devices, slots, rows, self.shape, self._eviction, self._offload, dtype)
+        self._partial = PartialKeys(matrices, self._columns(self.shape), slots, rows, self.shape, self.devices, dtype)
+        self._gpu_cache = GpuCache(self.devices, slots, self._gpu_tokens, self.shape, dtype) if self._offload else None
 
     def _skewing_matrices(self) -> Tensor:
         """Of the sparse layers, [layers, G, D, D]."""

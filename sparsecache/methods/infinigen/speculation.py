@@ -3,10 +3,13 @@
 Knows nothing of which scores are enough.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sparsecache.kernels.scores import scaled_scores
+from sparsecache.methods._layers import per_layer, spread
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen.skewing import skew
 
@@ -24,14 +27,14 @@ class PartialKeys:
         slots: int,
         rows: int,
         shape: Shape,
-        device: torch.device,
+        devices: Sequence[torch.device],
         dtype: torch.dtype,
     ) -> None:
         """`matrices`: [layers, G, D, D] float32, of the sparse layers."""
-        self._shape, self._matrices = shape, matrices.to(device)
-        size = (len(matrices), slots, shape.kv_heads)
-        self.columns = torch.zeros(*size, columns, device=device, dtype=torch.int64)
-        self.keys = torch.zeros(*size, rows, columns, device=device, dtype=dtype)
+        self._shape, self._columns, self._dtype = shape, columns, dtype
+        self._matrices = spread(matrices, devices)
+        self.columns = per_layer(devices, slots, shape.kv_heads, columns)
+        self.keys = per_layer(devices, slots, shape.kv_heads, rows, columns, dtype=dtype)
 
     def fill(self, layer: int, slot: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Chooses the columns of a prompt: those with the largest sum of |q| (heads summed) + |k|.
@@ -43,10 +46,10 @@ class PartialKeys:
         q, k = skew(q, self._matrices[layer]), skew(k, self._matrices[layer])
         weight = q.abs().sum(1).view(kv_heads, heads // kv_heads, -1).sum(1) + k.abs().sum(1)  # [G, D]
         order = weight.sort(dim=-1, descending=True, stable=True).indices
-        chosen = order[:, : self.columns.shape[-1]].sort(-1).values  # [G, I]
+        chosen = order[:, : self._columns].sort(-1).values  # [G, I]
         self.columns[layer, slot] = chosen
         of_heads = chosen.repeat_interleave(heads // kv_heads, 0)
-        return _columns(q, of_heads[:, None]), _columns(k, chosen[:, None]).to(self.keys.dtype)
+        return _columns(q, of_heads[:, None]), _columns(k, chosen[:, None]).to(self._dtype)
 
     def keep(self, layer: int, slot: int, partial: Tensor) -> None:
         """Keeps a prompt's partial keys [G, rows, I]."""
@@ -56,7 +59,7 @@ class PartialKeys:
         """Puts a new token's k [B, G, 1, D] into row `rows` [B, G] of each slot and KV head."""
         partial = _columns(skew(k, self._matrices[layer]), self.columns[layer, slots][:, :, None])  # [B, G, 1, I]
         heads = torch.arange(rows.shape[1], device=rows.device)
-        self.keys[layer, slots[:, None], heads, rows] = partial[:, :, 0].to(self.keys.dtype)
+        self.keys[layer, slots[:, None], heads, rows] = partial[:, :, 0].to(self._dtype)
 
     def scores(self, layer: int, slots: Tensor, q: Tensor, rows: int) -> Tensor:
         """Speculated scores [B, H, rows] of the guessed q [B, H, 1, D] over the first `rows` rows."""
