@@ -23,6 +23,7 @@ from sparsecache.settings import Settings
 from sparsecache.versions import installed_versions
 
 _CALLS = 2  # under way for each worker, so that none waits for the driver
+_MOST_DEATHS = STRIKES**2  # for each worker, without a row that was finished meanwhile
 _PATIENCE_S = 60.0  # before it is said that workers are missing
 _POLL_S = 0.2
 
@@ -67,7 +68,7 @@ class Workers:
         self._orders = ray.put(orders)
         self._room = 0
         self._gone: list[_Seat] = []
-        self._last_words = ""
+        self._deaths = 0  # since a row ended
         self._seats = [self._start(number) for number in range(orders.settings.workers)]
 
     def __enter__(self) -> "Workers":
@@ -155,11 +156,11 @@ class Workers:
         """Takes a worker's oldest answer, or its death."""
         try:
             answer = ray.get(seat.calls[0])
-        except RayTaskError as error:
-            if isinstance(error.cause, UsageError):
-                raise error.cause from None
-            raise
         except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, UsageError):
+                raise error.cause from None
+            if isinstance(error, RayTaskError) and seat.place:
+                raise  # a mistake in the code, not in a machine
             yield from self._replace(seat, handout, error)
             return
         seat.calls.popleft()
@@ -173,29 +174,31 @@ class Workers:
         if reply.said:
             tqdm.write(f"On {seat}: {reply.said.rstrip()}", file=sys.stderr)
         if reply.completion is not None and reply.ticket is not None:
+            self._deaths = 0
             seat.rows += 1
             yield replace(reply.completion, request=seat.load.requests.pop(reply.ticket))
 
     def _replace(self, seat: _Seat, handout: Handout, error: RayError) -> Iterator[Completion]:
-        in_hand = len(seat.load.requests)
-        seat.died, self._last_words = True, one_line(error)
+        """Starts another worker in the place of a dead one, or gives the place up."""
+        seat.died, reason = True, _reason(error)
         ray.kill(seat.actor)
         self._gone.append(seat)
-        place = self._seats.index(seat)
+        self._deaths += 1
         failed_starts = 0 if seat.place else seat.failed_starts + 1
+        place = self._seats.index(seat)
         if failed_starts < STRIKES:
             self._seats[place] = self._start(seat.number, failed_starts)
-            told = f"it is replaced, and the {in_hand} rows that it had in hand are done again"
+            told = f"it is replaced, and the rows it had in hand ({len(seat.load.requests)}) are done again"
         else:
             del self._seats[place]
-            told = f"so did two before it, while they loaded the model: {len(self._seats)} workers go on without it"
-        tqdm.write(f"Warning: {seat} died; {told}. Ray says: {self._last_words}", file=sys.stderr)
+            told = f"as two before it, before it had loaded the model; {len(self._seats)} others go on"
+        tqdm.write(f"Warning: {seat} died, {told}. Reason: {reason}", file=sys.stderr)
         for request in handout.lost(seat.load):
             yield Completion(request, error=f"WorkerDied: {STRIKES} workers died on this row, the last was {seat}")
-        if not self._seats:
+        if not self._seats or self._deaths >= _MOST_DEATHS * len(self._seats):
             raise UsageError(
-                f"No worker is left: each died {STRIKES} times while it loaded the model. Finished rows are kept. "
-                f"Ray says of the last: {self._last_words}"
+                f"{self._deaths} workers died and no row was finished meanwhile. Finished rows are kept: the same "
+                f"command goes on from there once the reason is gone. The last one's: {reason}"
             )
 
     def _start(self, number: int, failed_starts: int = 0) -> _Seat:
@@ -235,6 +238,12 @@ def hire(cluster: Cluster, settings: Settings, identity: dict[str, Any], most_ro
     threads = cluster.threads(settings.workers if kind == "CPU" else cluster.total("GPU") // each)
     orders = Orders(settings, identity, installed_versions(), most_rows, threads, os.getcwd())
     return Workers(cluster, orders, min(settings.batch_size, most_rows))
+
+
+def _reason(error: RayError) -> str:
+    """What Ray says of a death, without whose it was and what it often is."""
+    text = one_line(error)
+    return text.partition("The actor is dead because ")[2].partition(" Some common causes")[0] or text
 
 
 def _need(settings: Settings) -> tuple[str, int]:

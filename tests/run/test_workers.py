@@ -17,7 +17,6 @@ import pytest
 
 from sparsecache.cluster.handout import STRIKES
 from sparsecache.cluster.worker import Worker
-from sparsecache.demo.sample import make_rows
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra [ray]")
 psutil = pytest.importorskip("psutil", reason="needs the extra [ray]")
@@ -107,7 +106,7 @@ def test_workers_killed_at_random_moments_lose_no_row_and_write_none_twice(
     assert sum(w["rows"] for w in workers) == 3 * ROWS and {w["worker"] for w in workers} <= {1, 2}
     assert all(w["node"] == os.uname().nodename and w["seconds"] > 0 for w in workers if w["rows"])
     for pid in killed:
-        assert f"(process {pid}) died; it is replaced" in told.stderr
+        assert f"(process {pid}) died, it is replaced" in told.stderr
     clock = read_record(folder)["sessions"][0]["clock"]
     assert clock["decode_tokens"] >= sum(row["new_tokens"] - 1 for rows in whole.values() for row in rows.values()) // 2
 
@@ -245,9 +244,7 @@ def test_a_worker_that_finds_something_else_is_refused_with_both_values(address,
     assert "checkpoint is " in told.stderr and ", not mine." in told.stderr and "the same checkpoint" in told.stderr
 
 
-def test_a_finished_run_needs_no_cluster(predict, folder) -> None:
+def test_a_finished_run_needs_no_cluster(predict, monkeypatch) -> None:
     assert predict().exit_code == 0
-    began = time.monotonic()
-    assert predict("--workers", "2").exit_code == 0
-    assert time.monotonic() - began < 3
-    assert make_rows("qasper", 3, 256, 0)
+    monkeypatch.setattr("sparsecache.cluster.connection.Cluster.connect", lambda self: pytest.fail("connected"))
+    assert predict("--workers", "2", "--device", "cpu").exit_code == 0
