@@ -35,7 +35,9 @@ class Plan:
         self.model: Model = find_model(settings.model)
         self.options: dict[str, Any] = parse_options(settings.method, settings.options)
         self.method: Method = make_method(settings.method, self.options)
-        self.device = _device(settings.device)
+        # Which GPUs there are is the workers' business where others decode.
+        self.device = torch.device(settings.device) if settings.on_ray else _device(settings.device)
+        self.devices = [self.device] if settings.on_ray else _devices(self.device, settings.gpus_per_worker)
         folder = checkpoint_folder(self.model, settings.offline)
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
         self.window = settings.window or self.model.window or self._own_window()
@@ -76,6 +78,11 @@ class Plan:
         newline = self.checkpoint.tokenizer.encode("\n", add_special_tokens=False)[-1:] if task.newline_stop else []
         return tuple(sorted({*self.checkpoint.stop_ids, *newline}))
 
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of a prediction."""
+        text: str = self.checkpoint.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
     def fetch_weights(self) -> None:
         """Downloads the weights, if they are on the hub and not here yet. Raises UsageError if they cannot be had."""
         checkpoint_folder(self.model, self.settings.offline, weights=True, allow_pickle=self.settings.allow_pickle)
@@ -86,11 +93,12 @@ class Plan:
             return self.reference()
         architecture = load_family(self.checkpoint.model_type).architecture(self.checkpoint.config)
         try:
-            weights = self.checkpoint.load(architecture, self.device, DTYPES[self.dtype_name])
+            weights = self.checkpoint.load(architecture, self.devices, DTYPES[self.dtype_name])
         except torch.OutOfMemoryError as error:
             raise UsageError(
-                f"The weights of {self.checkpoint.path} in {self.dtype_name} do not fit {self.device}: "
-                f"{one_line(error)} Choose another --device or a smaller --dtype."
+                f"The weights of {self.checkpoint.path} in {self.dtype_name} do not fit "
+                f"{' and '.join(map(str, self.devices))}: {one_line(error)} Choose another --device, a smaller --dtype "
+                f"or more --gpus_per_worker."
             ) from error
         decoder = Decoder(architecture, weights, Rope(self.checkpoint.config, self.device), self.method)
         self._calibrate(decoder)
@@ -149,7 +157,8 @@ class Plan:
         )
         options = ", ".join(f"{key}={show(value)}" for key, value in self.options.items())
         yield f"checkpoint  {self.checkpoint.path} ({self.checkpoint.model_type}, {table})"
-        yield f"decoding    {self.settings.method} ({options or 'no options'}), {self.dtype_name} on {self.device}"
+        places = " and ".join(map(str, self.devices))
+        yield f"decoding    {self.settings.method} ({options or 'no options'}), {self.dtype_name} on {places}"
         yield f"prompts     window {self.window}, max_length {self.prompter.max_length or 'what the window leaves'}"
         yield f"chat        {chat}; stops at {stops}"
 
@@ -197,6 +206,11 @@ class Plan:
     def _check_family(self) -> None:
         family = load_family(self.checkpoint.model_type)
         shape = family.architecture(self.checkpoint.config).shape
+        if self.settings.gpus_per_worker > shape.layers:
+            raise UsageError(
+                f"--gpus_per_worker {self.settings.gpus_per_worker} is more than the {shape.layers} layers of "
+                f"{self.checkpoint.path}."
+            )
         with refusals(self.settings.method):
             self.method.check(shape)
             self.calibration_text = self.method.calibration_text()
@@ -230,3 +244,16 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= found:
         raise UsageError(f"--device {name} is not there: torch sees {found} GPUs. Use --device cpu.")
     return device
+
+
+def _devices(first: torch.device, count: int) -> list[torch.device]:
+    """`count` devices from the first on, whose layers come in their order."""
+    if count == 1:
+        return [first]
+    found, start = torch.cuda.device_count(), first.index or 0
+    if first.type != "cuda" or start + count > found:
+        raise UsageError(
+            f"--gpus_per_worker {count} needs the GPUs {start} to {start + count - 1}: torch sees {found}. Ask for "
+            f"fewer, or leave it out."
+        )
+    return [torch.device("cuda", start + at) for at in range(count)]

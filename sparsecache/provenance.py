@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from sparsecache.versions import installed_versions
 _PROJECT = Path(__file__).resolve().parent.parent
 
 
-def new_session(settings: Settings, device: torch.device, source: dict[str, Any]) -> dict[str, Any]:
-    """A process's entry in run.json; `ended` and `clock` are filled in as it goes."""
+def new_session(settings: Settings, devices: Sequence[torch.device], source: dict[str, Any]) -> dict[str, Any]:
+    """A process's entry in run.json; `ended` and what its engine tells of itself are filled in as it goes."""
     return {
         "id": f"{time.time_ns()}-{platform.node()}",
         "argv": sys.argv,
@@ -25,13 +26,22 @@ def new_session(settings: Settings, device: torch.device, source: dict[str, Any]
         "ended": None,
         "versions": {"python": platform.python_version(), **installed_versions()},
         "commit": _commit(),
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "device": str(devices[0]),
+        "gpu": None if settings.on_ray else gpu_name(devices),
+        "gpus_per_worker": settings.gpus_per_worker,
         "batch_size": settings.batch_size,
         "max_samples": settings.max_samples,
         "data": source,
         "clock": None,
     }
+
+
+def gpu_name(devices: Sequence[torch.device]) -> str | None:
+    """The name of the GPU that decodes, with how many there are if the model is split; None for a CPU."""
+    if devices[0].type != "cuda":
+        return None
+    name: str = torch.cuda.get_device_name(devices[0])
+    return name if len(devices) == 1 else f"{len(devices)} x {name}"
 
 
 def now() -> str:

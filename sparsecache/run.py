@@ -4,10 +4,10 @@ import gc
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -15,18 +15,21 @@ from transformers.utils import logging as transformers_logging
 
 from sparsecache.demo.source import SampleSource
 from sparsecache.engine.generator import Completion, Engine, Request
-from sparsecache.errors import UsageError, one_line
+from sparsecache.errors import UsageError
 from sparsecache.longbench.data import Rows, Source, load_rows, open_source
-from sparsecache.longbench.jsonl import dumps
 from sparsecache.longbench.kept import dropped_nothing, kept_of
-from sparsecache.longbench.prompts import Prompt
 from sparsecache.longbench.records import PredictionFile, RunFolder, read_rows
 from sparsecache.longbench.report import health_table, speed_lines
 from sparsecache.longbench.scores import load_metric
 from sparsecache.longbench.tasks import Task, load_tasks, select_tasks
 from sparsecache.plan import Plan
 from sparsecache.provenance import new_session, now
+from sparsecache.rows import failed_row, finished_row
 from sparsecache.settings import Settings
+from sparsecache.work import Row, Work, in_order, largest, longest_first
+
+if TYPE_CHECKING:
+    from sparsecache.cluster.connection import Cluster
 
 
 def run(settings: Settings) -> int:
@@ -38,36 +41,20 @@ def run(settings: Settings) -> int:
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    return _Run(settings).execute()
+    with _cluster(settings) as cluster:
+        if cluster is not None:
+            settings = replace(settings, device=cluster.device(settings.device))
+            settings.check()  # once more, now that "auto" is decided
+        return _Run(settings, cluster).execute()
 
 
 _SAVE_EVERY_S = 10.0  # what a kill may cost of the speed figures; rows are never lost
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One dataset of a run: its rows, its open prediction file, and how many rows are wanted of it."""
-
-    task: Task
-    stem: str
-    rows: Rows
-    file: PredictionFile
-    wanted: int
-
-    def pending(self) -> Iterator[dict[str, Any]]:
-        """The wanted rows that are not finished, in the benchmark's order."""
-        ids = self.rows.dataset["_id"][: self.wanted]
-        return (self.rows.dataset[at] for at, row_id in enumerate(ids) if row_id not in self.file.done)
-
-    @property
-    def missing(self) -> int:
-        """How many those are."""
-        return sum(row_id not in self.file.done for row_id in self.rows.dataset["_id"][: self.wanted])
+_ROWS_PER_SECOND = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
 class _Run:
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self, settings: Settings, cluster: "Cluster | None"):
+        self.settings, self.cluster = settings, cluster
         self.source = _source(settings)
         self.plan = Plan(settings)
         self.folder = RunFolder(settings.pred_dir / self.plan.model.name / settings.run_name)
@@ -99,13 +86,13 @@ class _Run:
             print(f"Error: {useless}", file=sys.stderr)
         return 1 if self.failed or useless else 0
 
-    def _open(self, stack: ExitStack, task: Task, rows: Rows) -> _Work:
+    def _open(self, stack: ExitStack, task: Task, rows: Rows) -> Work:
         stem = task.file_stem(self.settings.e)
         file = stack.enter_context(PredictionFile(self.folder.predictions(stem)))
         available = len(rows.dataset)
-        return _Work(task, stem, rows, file, min(self.settings.max_samples or available, available))
+        return Work(task, stem, rows, file, min(self.settings.max_samples or available, available))
 
-    def _announce(self, works: list[_Work]) -> None:
+    def _announce(self, works: list[Work]) -> None:
         missing, wanted = sum(work.missing for work in works), sum(work.wanted for work in works)
         for line in self.plan.describe():
             print(line)
@@ -114,29 +101,41 @@ class _Run:
         for warning in self.plan.warnings():
             print(f"Warning: {warning}", file=sys.stderr)
 
-    def _predict(self, works: list[_Work]) -> None:
-        session = new_session(self.settings, self.plan.device, self.source.describe())
+    def _predict(self, works: list[Work]) -> None:
+        session = new_session(self.settings, self.plan.devices, self.source.describe())
         self._save(session, works)
         saved = time.monotonic()
         expected = self._reference_completions(works)  # before our own weights take the memory
-        engine = self.plan.engine(most_rows=max(work.wanted for work in works))
-        if expected:
-            session["verify"] = _compare(engine, expected)
-            engine.reset_clock()  # the run's figures are those of its own rows
-        for work in works:
-            for _ in self._predict_dataset(engine, work):
-                if time.monotonic() - saved > _SAVE_EVERY_S:
-                    session["clock"], saved = asdict(engine.clock), time.monotonic()
-                    self._save(session, works)
-        session["clock"] = asdict(engine.clock)
+        with self._engine(max(work.wanted for work in works)) as engine:
+            if expected:
+                session["verify"] = _compare(engine, expected)
+                engine.reset_clock()  # the run's figures are those of its own rows
+            for together in [works] if self.cluster else [[work] for work in works]:
+                for _ in self._predict_together(engine, together):
+                    if time.monotonic() - saved > _SAVE_EVERY_S:
+                        session |= engine.session()
+                        saved = time.monotonic()
+                        self._save(session, works)
+            session |= engine.session()
         session["ended"] = now()
         self._save(session, works)
 
-    def _predict_dataset(self, engine: Engine, work: _Work) -> Iterator[None]:
-        """Does what is missing of a dataset, and yields after every row."""
-        requests = self._requests(work)
+    def _engine(self, most_rows: int) -> AbstractContextManager[Engine]:
+        """This process's own, or the workers of a cluster."""
+        if self.cluster is None:
+            return nullcontext(self.plan.engine(most_rows))
+        from sparsecache.cluster.workers import hire
+
+        return hire(self.cluster, self.settings, self.plan.identity(), most_rows)
+
+    def _predict_together(self, engine: Engine, works: list[Work]) -> Iterator[None]:
+        """Does what is missing of these datasets, and yields after every row."""
+        requests = self._requests(longest_first(works) if self.cluster else in_order(works))
         if self.settings.batch_size > 1:
-            requests = iter(known := list(requests))
+            if self.cluster:
+                known = list(self._requests(largest(works), quietly=True))
+            else:
+                requests = iter(known := list(requests))
             engine.reserve(max((len(r.token_ids) + r.max_new_tokens for r in known), default=0))
         new_tokens = 0
 
@@ -146,84 +145,57 @@ class _Run:
             bar.set_postfix_str(f"{new_tokens} new tokens", refresh=False)
             bar.update(0)
 
-        with tqdm(total=work.wanted, initial=work.wanted - work.missing, desc=work.stem, unit="row") as bar:
+        with self._bar(works) as bar:
             for completion in engine.generate(requests, tick):
-                row, prompt = completion.key
-                record = self._record(row, prompt, completion)
+                row, prompt, work = completion.key
+                record = finished_row(row, prompt, completion, self.plan.decode)
                 work.file.append(record)
                 self.failed += "error" in record
                 bar.update()
                 yield
 
-    def _requests(self, work: _Work) -> Iterator[Request]:
-        for row in work.pending():
+    def _bar(self, works: list[Work]) -> Any:
+        wanted, missing = sum(work.wanted for work in works), sum(work.missing for work in works)
+        if self.cluster is None:
+            return tqdm(total=wanted, initial=wanted - missing, desc=works[0].stem, unit="row")
+        workers = f"{self.settings.workers} worker{'s' * (self.settings.workers != 1)}"
+        return tqdm(total=wanted, initial=wanted - missing, desc=workers, unit="row", bar_format=_ROWS_PER_SECOND)
+
+    def _requests(self, rows: Iterable[tuple[Work, Row]], quietly: bool = False) -> Iterator[Request]:
+        """A request for each row. One that makes none becomes an error row, or (`quietly`) is passed over."""
+        for work, row in rows:
             try:
-                yield self._request(work.task, row)
+                yield self._request(work, row)
             except UsageError:
                 raise
             except Exception as error:  # a row that the tokenizer chokes on must not end the run
-                work.file.append({**_from_row(row), "error": _described(error)})
-                self.failed += 1
+                if not quietly:
+                    work.file.append(failed_row(row, error))
+                    self.failed += 1
 
-    def _request(self, task: Task, row: dict[str, Any]) -> Request:
-        prompt = self.plan.prompter.build(task, row)
+    def _request(self, work: Work, row: Row) -> Request:
+        prompt = self.plan.prompter.build(work.task, row)
         return Request(
-            key=(row, prompt),
+            key=(row, prompt, work),
             token_ids=prompt.token_ids,
-            max_new_tokens=task.max_new_tokens,
-            stop_ids=self.plan.stop_ids(task),
-            min_new_tokens=1 if task.newline_stop else 0,
+            max_new_tokens=work.task.max_new_tokens,
+            stop_ids=self.plan.stop_ids(work.task),
+            min_new_tokens=1 if work.task.newline_stop else 0,
         )
 
-    def _record(self, row: dict[str, Any], prompt: Prompt, completion: Completion) -> dict[str, Any]:
-        record = {
-            **_from_row(row),
-            "prompt_tokens": len(prompt.token_ids),
-            "original_tokens": prompt.original_tokens,
-            "truncated": prompt.truncated,
-            "recut_tokens": prompt.recut_tokens,
-            "prompt_sha256": prompt.sha256,
-            "prompt_end": prompt.end,
-        }
-        if completion.error is not None:
-            return {**record, "error": completion.error}
-        finished = {
-            "new_tokens": len(completion.token_ids),
-            "finish_reason": completion.finish_reason,
-            "prefill_s": round(completion.prefill_s, 6),
-            "decode_s": round(completion.decode_s, 6),
-        }
-        try:
-            text = self.plan.checkpoint.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            whole = {**record, "pred": text, **finished}
-            if clash := whole.keys() & completion.report.keys():
-                raise ValueError(f"the method reports {', '.join(sorted(clash))}, which the record has already.")
-            whole |= completion.report
-            dumps(whole)
-        except Exception as error:  # a text or a report that cannot be written down
-            return {**record, "error": _described(error)}
-        return whole
-
-    def _reference_completions(self, works: list[_Work]) -> list[Completion]:
+    def _reference_completions(self, works: list[Work]) -> list[Completion]:
         """What transformers makes of the first --verify prompts, its weights gone again afterwards."""
         if not self.settings.verify:
             return []
-        rows = ((work.task, row) for work in works for row in islice(work.rows.dataset, work.wanted))
-        requests = []
-        for task, row in islice(rows, self.settings.verify):
-            try:
-                requests.append(self._request(task, row))
-            except UsageError:
-                raise
-            except Exception:  # the run itself reports such a row
-                continue
+        rows = ((work, row) for work in works for row in islice(work.rows.dataset, work.wanted))
+        requests = list(self._requests(islice(rows, self.settings.verify), quietly=True))  # the run reports the others
         completions = list(self.plan.reference().generate(requests))
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return completions
 
-    def _save(self, session: dict[str, Any], works: list[_Work]) -> None:
+    def _save(self, session: dict[str, Any], works: list[Work]) -> None:
         def change(record: dict[str, Any]) -> None:
             record["model"] = self.plan.model_record()
             datasets = record.setdefault("datasets", {})
@@ -235,7 +207,7 @@ class _Run:
 
         self.folder.update(change)
 
-    def _health(self, works: list[_Work], rows: dict[str, list[dict[str, Any]]]) -> str:
+    def _health(self, works: list[Work], rows: dict[str, list[dict[str, Any]]]) -> str:
         table = health_table((work.task, work.stem, work.wanted, rows[work.stem]) for work in works)
         return "\n".join([table, *speed_lines(self.folder.read())])
 
@@ -266,6 +238,15 @@ def _compare(engine: Engine, expected: list[Completion]) -> dict[str, Any]:
     return {"prompts": len(expected), "differing": differing}
 
 
+def _cluster(settings: Settings) -> "AbstractContextManager[Cluster | None]":
+    """The Ray cluster that the settings ask for; nothing is connected or started yet, nor Ray imported without one."""
+    if not settings.on_ray:
+        return nullcontext()
+    from sparsecache.cluster.connection import Cluster
+
+    return Cluster(settings.ray_address)
+
+
 def _source(settings: Settings) -> Source:
     sample = SampleSource(settings.sample_rows, settings.sample_tokens, settings.sample_seed)
     return open_source(settings.data_source, revision=settings.data_revision, offline=settings.offline, sample=sample)
@@ -281,14 +262,6 @@ def _tasks_identity(loaded: list[tuple[Task, Rows]], e: bool) -> dict[str, dict[
         },
         "data": {task.file_stem(e): rows.sha256 for task, rows in loaded},
     }
-
-
-def _from_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {"pred": "", **{key: row[key] for key in ("answers", "all_classes", "length", "_id")}}
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _first_difference(first: list[int], second: list[int]) -> int:

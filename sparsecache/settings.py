@@ -1,6 +1,7 @@
 """What a run is asked to do, and the checks that need no heavy import. Knows nothing of how it is done."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from sparsecache.engine.catalog import DTYPES, find_model
@@ -32,6 +33,9 @@ class Settings:
     max_length: int | None = None
     window: int | None = None
     batch_size: int = 1
+    workers: int = 1
+    ray_address: str | None = None
+    gpus_per_worker: int = 1
     dtype: str = "auto"
     device: str = "auto"
     engine: str = "sparsecache"
@@ -51,6 +55,11 @@ class Settings:
         """Where rows come from: `data`, else what the model's table says, else the hub."""
         return self.data if self.data is not None else find_model(self.model).data or "hub"
 
+    @property
+    def on_ray(self) -> bool:
+        """Whether workers of a Ray cluster decode, instead of this process."""
+        return self.workers > 1 or self.ray_address is not None
+
     def check(self) -> None:
         """Raises UsageError for a name that does not exist or values that exclude each other.
 
@@ -67,3 +76,30 @@ class Settings:
             raise UsageError("--verify compares with transformers, so --engine transformers has nothing to verify.")
         if self.engine == "transformers" and self.batch_size != 1:
             raise UsageError(f"--engine transformers decodes one prompt at a time, not --batch_size {self.batch_size}.")
+        if self.gpus_per_worker > 1 and (self.engine == "transformers" or self.device == "cpu"):
+            what = "--engine transformers" if self.engine == "transformers" else "--device cpu"
+            raise UsageError(f"--gpus_per_worker {self.gpus_per_worker} splits our own engine over GPUs, not {what}.")
+        if self.on_ray:
+            self._check_ray()
+
+    def _check_ray(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UsageError(
+                f"--device {self.device!r} cannot be given with --workers or --ray_address, where Ray gives every "
+                f"worker GPUs of its own. Allowed: auto, cpu, cuda."
+            )
+        if self.verify:
+            raise UsageError(
+                "--verify compares within one process: run it first, without --workers and --ray_address, and go on "
+                "with them under the same --name."
+            )
+        host, _, port = (self.ray_address or "auto").rpartition(":")
+        if self.ray_address not in (None, "auto") and not (host and "/" not in host and port.isdecimal()):
+            raise UsageError(
+                f"--ray_address {self.ray_address!r} is no address of a cluster. Give HOST:PORT of its head, as "
+                f"`ray start --head` prints it, or auto for the one that runs on this machine."
+            )
+        if find_spec("ray") is None:
+            raise UsageError(
+                "--workers and --ray_address need Ray. Install it: pip install -c constraints.txt -e '.[ray]'"
+            )

@@ -144,6 +144,13 @@ BAD = {
     "sample tokens": (["--sample_tokens", "1"], ["256<=x<=32768"]),
     "window without room": (["--window", "100"], ["window of 100", "128", "qasper"]),
     "window with room for one of two": (["--window", "400", "--datasets", "qasper,gov_report"], ["400", "gov_report"]),
+    "absent GPUs": (["--gpus_per_worker", "2", "--device", "auto"], ["GPUs 0 to 1", "torch sees"]),
+    "split on a CPU": (["--gpus_per_worker", "2"], ["--gpus_per_worker 2", "--device cpu"]),
+    "split of transformers": (["--gpus_per_worker", "2", "--engine", "transformers"], ["--engine transformers"]),
+    "one GPU of many workers": (["--workers", "2", "--device", "cuda:1"], ["'cuda:1'", "auto, cpu, cuda"]),
+    "verify with workers": (["--workers", "2", "--verify", "1"], ["--verify", "without --workers"]),
+    "Ray Client": (["--ray_address", "ray://head:10001"], ["'ray://head:10001'", "HOST:PORT", "auto"]),
+    "address without a port": (["--ray_address", "head"], ["'head'", "HOST:PORT"]),
     "unknown flag": (["--max_sample_count", "3"], ["--max_sample"]),
 }
 

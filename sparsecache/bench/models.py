@@ -142,4 +142,4 @@ def _random(name: str, config: Any, device: torch.device, dtype: torch.dtype) ->
             return torch.ones(shape, device=device, dtype=dtype)
         return torch.randn(shape, device=device, dtype=dtype, generator=generator).mul_(shape[1] ** -0.5)
 
-    return Subject(name, config, architecture, read_weights(draw, architecture, device, dtype))
+    return Subject(name, config, architecture, read_weights(draw, architecture, [device], dtype))

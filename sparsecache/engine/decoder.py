@@ -5,6 +5,7 @@ which method it is.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,18 +24,26 @@ TakeLayer = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class Decoder:
-    """A model: an architecture, its weights and its rotations, over a method's cache."""
+    """A model: an architecture, its weights and its rotations, over a method's cache.
+
+    device takes token ids in; devices are all that the layers lie on, in order, and logits come from the last.
+    """
 
     def __init__(self, architecture: Architecture, weights: Weights, rope: Rope, method: Method):
-        self.shape = architecture.shape
+        places = tuple(layer.qkv.device for layer in weights.layers)
+        self.devices = tuple(dict.fromkeys(places))
+        self.shape = replace(architecture.shape, devices=places) if len(self.devices) > 1 else architecture.shape
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
         self._eps = architecture.norm_eps
         self._weights = weights
         self._rope = rope
         self._method = method
+        rows = self.shape.heads * self.shape.head_dim
+        self._asking = [_queries(layer, rows) for layer in weights.layers]
         # Whether a step may be captured in a CUDA graph.
-        self.graphable = self.device.type == "cuda" and method.graphable and rope.graphable
+        alone = self.device.type == "cuda" and len(self.devices) == 1
+        self.graphable = alone and method.graphable and rope.graphable
 
     def prefill(self, token_ids: Tensor, slot: int, max_new_tokens: int) -> Tensor:
         """Runs a prompt, token_ids: [L], into an empty slot; returns the last token's logits [V].
@@ -65,6 +74,8 @@ class Decoder:
         rotation = self._rope.cos_sin(positions, positions + 1, self.dtype)
         guesses_from = self._method.guesses_from
         for index, layer in enumerate(self._weights.layers):
+            x, *turning, slots = _beside(layer, x, *rotation, slots)
+            rotation = Rotation(*turning)
             if guesses_from in ("input", "own_norm"):
                 self._anticipate(index + 1, x, rotation, slots)
             q, k, v = self._qkv(x, layer, rotation)  # [B, H or G, 1, D]
@@ -79,40 +90,36 @@ class Decoder:
         """Tells the method what layer `index`, if there is one, would ask of x, which the layer before has."""
         if index == len(self._weights.layers):
             return
+        x, *turning, slots = _beside(self._weights.layers[index], x, *rotation, slots)
+        rotation = Rotation(*turning)
         normed_as = index - 1 if self._method.guesses_from == "input" else index
-        norm = self._norm(self._weights.layers[normed_as].input_norm)
-        q = self._turned(x, norm, self._weights.layers[index], self.shape.heads, rotation)
+        norm = self._norm(self._weights.layers[normed_as].input_norm.to(x.device))
+        q = self._turned(x, norm, self._asking[index], rotation)
         self._method.anticipate(index, q[:, :, None], slots)
 
     def _qkv(self, x: Tensor, layer: LayerWeights, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Each row's q [B, H, 1, D] and k, v [B, G, 1, D], rotated."""
         shape = self.shape
-        heads = self._turned(x, self._norm(layer.input_norm), layer, shape.heads + 2 * shape.kv_heads, rotation)
+        heads = self._turned(x, self._norm(layer.input_norm), layer, rotation)
         q, k, v = heads[:, :, None].tensor_split((shape.heads, shape.heads + shape.kv_heads), dim=1)
         return q, k, v
 
-    def _turned(self, x: Tensor, norm: Norm, layer: LayerWeights, count: int, rotation: Rotation) -> Tensor:
+    def _turned(self, x: Tensor, norm: Norm, layer: LayerWeights, rotation: Rotation) -> Tensor:
         """As `_heads`, and queries and keys rotated."""
         turning = self.shape.heads + self.shape.kv_heads
         if layer.q_norm is None:
-            weight, bias = self._rows(layer, count)
-            return rotated(x, weight, bias, norm=norm, rotation=rotation, turning=turning)
-        heads = self._heads(x, norm, layer, count)
+            return rotated(x, layer.qkv, layer.qkv_bias, norm=norm, rotation=rotation, turning=turning)
+        heads = self._heads(x, norm, layer)
         return torch.cat((rotate(heads[:, :turning], rotation), heads[:, turning:]), dim=1)
 
-    def _heads(self, x: Tensor, norm: Norm, layer: LayerWeights, count: int) -> Tensor:
-        """The first `count` heads of q, k and v that a layer projects of x [N, hidden]: [N, count, D]."""
+    def _heads(self, x: Tensor, norm: Norm, layer: LayerWeights) -> Tensor:
+        """The heads of q, k and v, or of q alone, that a layer projects of x [N, hidden]: [N, heads, D]."""
         shape = self.shape
-        weight, bias = self._rows(layer, count)
-        heads = linear(x, weight, bias, norm=norm).view(len(x), count, shape.head_dim)
+        heads = linear(x, layer.qkv, layer.qkv_bias, norm=norm).view(len(x), -1, shape.head_dim)
         if layer.q_norm is None or layer.k_norm is None:
             return heads
         q, k, v = heads.tensor_split((shape.heads, shape.heads + shape.kv_heads), dim=1)
         return torch.cat((rms_norm(q, self._norm(layer.q_norm)), rms_norm(k, self._norm(layer.k_norm)), v), dim=1)
-
-    def _rows(self, layer: LayerWeights, count: int) -> tuple[Tensor, Tensor | None]:
-        rows = count * self.shape.head_dim
-        return layer.qkv[:rows], None if layer.qkv_bias is None else layer.qkv_bias[:rows]
 
     def prompt_nbytes(self, tokens: int) -> int:
         """About how many bytes a prompt's pass takes at its peak, beside weights and cache."""
@@ -127,6 +134,8 @@ class Decoder:
         rotation = self._rope.cos_sin(positions, positions[-1:] + 1, self.dtype)
         x = self._weights.embedding[token_ids]  # [L, hidden]
         for index, layer in enumerate(self._weights.layers):
+            x, *turning = _beside(layer, x, *rotation)
+            rotation = Rotation(*turning)
             last = index == len(self._weights.layers) - 1
             heads = self._attended_prompt(index, x, rotation, take, asked=1 if last else len(x))
             x = x[-len(heads) :]
@@ -138,7 +147,7 @@ class Decoder:
     def _attended_prompt(self, index: int, x: Tensor, rotation: Rotation, take: TakeLayer, asked: int) -> Tensor:
         """A layer's attention over a prompt x [L, hidden], for its last `asked` tokens, all or one: [asked, H * D]."""
         length, layer = len(x), self._weights.layers[index]
-        heads = self._heads(x, self._norm(layer.input_norm), layer, self.shape.heads + 2 * self.shape.kv_heads)
+        heads = self._heads(x, self._norm(layer.input_norm), layer)
         q, k, v = split_and_rotate(heads, rotation, self.shape.kv_heads, prompt_room(x))  # [H or G, room, D]
         del heads
         take(index, q[:, :length], k[:, :length], v[:, :length])
@@ -159,3 +168,16 @@ class Decoder:
 
     def _norm(self, weight: Tensor) -> Norm:
         return Norm(weight, self._eps)
+
+
+def _queries(layer: LayerWeights, rows: int) -> LayerWeights:
+    """A layer that projects to queries alone: the first `rows` rows."""
+    return replace(layer, qkv=layer.qkv[:rows], qkv_bias=None if layer.qkv_bias is None else layer.qkv_bias[:rows])
+
+
+def _beside(layer: LayerWeights, *tensors: Tensor) -> list[Tensor]:
+    """The tensors on the layer's device, where kernels then run: copies where a model is split before it."""
+    device = layer.qkv.device
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return [tensor.to(device) for tensor in tensors]

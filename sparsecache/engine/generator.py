@@ -1,10 +1,11 @@
 """Greedy generation in slots: prompts are prefilled into free slots and decoded together."""
 
+import math
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
@@ -63,22 +64,27 @@ class Clock:
     decode_s: float = 0.0
     peak_gpu_bytes: int | None = None
 
-    def note_memory(self, device: torch.device) -> None:
-        """Takes down the peak of GPU memory so far."""
-        if device.type == "cuda":
-            self.peak_gpu_bytes = torch.cuda.max_memory_allocated(device)
+    def note_memory(self, *devices: torch.device) -> None:
+        """Takes down the peak of GPU memory so far, of the device where it is highest."""
+        if devices[0].type == "cuda":
+            self.peak_gpu_bytes = max(map(torch.cuda.max_memory_allocated, devices))
 
 
 class Engine(Protocol):
     """Anything that continues prompts."""
 
-    clock: Clock
+    @property
+    def clock(self) -> Clock:
+        """Its own totals."""
 
     def reserve(self, max_tokens: int) -> None:
         """Makes room for sequences of max_tokens, where that helps."""
 
     def reset_clock(self) -> None:
         """Starts the totals and the peak of GPU memory anew."""
+
+    def session(self) -> dict[str, Any]:
+        """What run.json records of the work so far: the clock, and whatever else is known of who did it."""
 
     def generate(self, requests: Iterable[Request], tick: "Tick" = ...) -> Iterator[Completion]:
         """Yields a completion for every request, in the order in which they end."""
@@ -145,7 +151,7 @@ class Generator:
     """
 
     def __init__(self, decoder: Decoder, method: Method, slots: int):
-        self.clock = fresh_clock(decoder.device)
+        self.clock = fresh_clock(*decoder.devices)
         self._decoder = decoder
         self._method = method
         self._most_slots = self._slots = slots
@@ -164,20 +170,20 @@ class Generator:
 
     def _fits(self, max_tokens: int) -> bool:
         """Makes room, and says whether it leaves enough for a prompt to pass."""
-        device = self._decoder.device
         try:
             self._allocate(max_tokens)
         except torch.OutOfMemoryError:  # a request that is too long will say so itself
             self._room = 0
             return False
-        if device.type != "cuda":
-            return True
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused > self._decoder.prompt_nbytes(max_tokens)
+        return all(_unused(device) > self._decoder.prompt_nbytes(max_tokens) for device in self._decoder.devices)
 
     def reset_clock(self) -> None:
         """Starts the totals and the peak of GPU memory anew."""
-        self.clock = fresh_clock(self._decoder.device)
+        self.clock = fresh_clock(*self._decoder.devices)
+
+    def session(self) -> dict[str, Any]:
+        """The clock."""
+        return {"clock": asdict(self.clock)}
 
     def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
         """Yields a completion for every request, in the order in which they end."""
@@ -291,7 +297,7 @@ class Generator:
         except Exception as error:
             return self._fail(row.request, row.slot, error)
         self._method.release(row.slot)
-        self.clock.note_memory(self._decoder.device)
+        self.clock.note_memory(*self._decoder.devices)
         decode_s = now - row.first_token_at
         return Completion(row.request, row.new_ids, row.finish_reason, row.prefill_s, decode_s, report)
 
@@ -319,11 +325,20 @@ def failure(request: Request, error: Exception) -> Completion:
     return Completion(request, error=f"{type(error).__name__}: {first_line}")
 
 
-def fresh_clock(device: torch.device) -> Clock:
+def fresh_clock(*devices: torch.device) -> Clock:
     """A clock at zero, with the peak of GPU memory forgotten."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
     return Clock()
+
+
+def _unused(device: torch.device) -> float:
+    """Bytes that tensors can still take on a device."""
+    if device.type != "cuda":
+        return math.inf
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def _needed(request: Request) -> int:

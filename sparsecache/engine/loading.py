@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,15 @@ class Checkpoint:
                 digest.update(_sampled(path))
         return digest.hexdigest()
 
-    def load(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> Weights:
-        """All weights on the device. Raises UsageError for a tensor that is missing, unexpected or misshapen."""
-        return load_weights(self._weight_files(), architecture, device, dtype)
+    def load(
+        self, architecture: Architecture, device: torch.device | Sequence[torch.device], dtype: torch.dtype
+    ) -> Weights:
+        """All weights on the device, or the layers in equal parts on several.
+
+        Raises UsageError for a tensor that is missing, unexpected or misshapen.
+        """
+        devices = [device] if isinstance(device, torch.device) else device
+        return load_weights(self._weight_files(), architecture, devices, dtype)
 
     def _weight_files(self) -> list[Path]:
         """The files that hold the weights; pickles only where they are allowed. Raises UsageError without any."""

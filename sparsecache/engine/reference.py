@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ class TransformersEngine:
     def reset_clock(self) -> None:
         """Starts the totals and the peak of GPU memory anew."""
         self.clock = fresh_clock(self._device)
+
+    def session(self) -> dict[str, Any]:
+        """The clock."""
+        return {"clock": asdict(self.clock)}
 
     def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
         """Yields a completion for every request, in order."""

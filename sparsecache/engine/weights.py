@@ -1,6 +1,6 @@
 """The weights of a model in memory, and how they are read from a checkpoint's files: strictly, and on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,10 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights of a model, on one device, in one dtype."""
+    """All weights of a model in one dtype: on one device, or split by layers over several.
+
+    The embedding lies with the first layer, norm and head with the last.
+    """
 
     embedding: Tensor
     layers: list[LayerWeights]
@@ -44,8 +47,10 @@ class Weights:
     head: Tensor
 
 
-def load_weights(files: list[Path], architecture: Architecture, device: torch.device, dtype: torch.dtype) -> Weights:
-    """All weights on the device.
+def load_weights(
+    files: list[Path], architecture: Architecture, devices: Sequence[torch.device], dtype: torch.dtype
+) -> Weights:
+    """All weights, the layers in equal parts on the devices, in order.
 
     Raises UsageError for a file that cannot be read, and for a tensor that is missing, unexpected or misshapen,
     before any data is read.
@@ -58,14 +63,14 @@ def load_weights(files: list[Path], architecture: Architecture, device: torch.de
             raise UsageError(f"{path} cannot be read ({one_line(error)}). Fetch it again.") from error
     _check_strictly(files[0].parent, architecture, {name: tensor.shape for name, tensor in tensors.items()})
     own_head = _HEAD in tensors
-    return _Reader(lambda name: tensors[name].read(), own_head, architecture, device, dtype).weights()
+    return _Reader(lambda name: tensors[name].read(), own_head, architecture, devices, dtype).weights()
 
 
 def read_weights(
-    read: Callable[[str], Tensor], architecture: Architecture, device: torch.device, dtype: torch.dtype
+    read: Callable[[str], Tensor], architecture: Architecture, devices: Sequence[torch.device], dtype: torch.dtype
 ) -> Weights:
-    """All weights on the device, `read` by the names of `architecture.tensors()`, each once."""
-    return _Reader(read, not architecture.tied, architecture, device, dtype).weights()
+    """The same, `read` by the names of `architecture.tensors()`, each once."""
+    return _Reader(read, not architecture.tied, architecture, devices, dtype).weights()
 
 
 class _Reader:
@@ -76,21 +81,24 @@ class _Reader:
         read: Callable[[str], Tensor],
         own_head: bool,
         architecture: Architecture,
-        device: torch.device,
+        devices: Sequence[torch.device],
         dtype: torch.dtype,
     ):
         self._read, self._own_head, self._architecture = read, own_head, architecture
-        self._device, self._dtype = device, dtype
+        self._devices, self._dtype = devices, dtype
+        self._device = devices[0]  # where what is being read goes
 
     def weights(self) -> Weights:
         embedding = self._take("model.embed_tokens.weight")
-        head = self._take(_HEAD) if self._own_head else embedding
-        if self._architecture.tied and torch.equal(head, embedding):  # one copy is enough
-            head = embedding
-        layers = [self._layer(f"model.layers.{index}.") for index in range(self._architecture.shape.layers)]
+        layers = [self._layer(index) for index in range(self._architecture.shape.layers)]
+        head = self._take(_HEAD) if self._own_head else embedding.to(self._device)  # that of the last layer
+        if self._architecture.tied and head.device == embedding.device and torch.equal(head, embedding):
+            head = embedding  # one copy is enough
         return Weights(embedding, layers, self._take("model.norm.weight"), head)
 
-    def _layer(self, prefix: str) -> LayerWeights:
+    def _layer(self, index: int) -> LayerWeights:
+        prefix = f"model.layers.{index}."
+        self._device = self._devices[index * len(self._devices) // self._architecture.shape.layers]
         has = self._architecture
         qkv = [f"{prefix}self_attn.{name}_proj" for name in "qkv"]
         output, down = f"{prefix}self_attn.o_proj", f"{prefix}mlp.down_proj"

@@ -28,4 +28,6 @@ def _decoding(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _device(session: dict[str, Any]) -> str:
     host = str(session.get("id", "")).partition("-")[2] or "an unknown host"
-    return str(session.get("gpu") or f"{session.get('device') or 'a device'} of {host}")
+    workers = len({worker.get("worker") for worker in session.get("workers", ())})
+    shared = f" shared by {workers} workers" if workers > 1 else ""
+    return str(session.get("gpu") or f"{session.get('device') or 'a device'} of {host}{shared}")

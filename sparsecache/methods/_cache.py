@@ -1,33 +1,35 @@
 """Keys and values of all past tokens, a row for each position: what vanilla attends to, and others choose from."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sparsecache.kernels.decode import append, attend_and_append, attend_selected
-from sparsecache.methods._host import make_room, put
+from sparsecache.methods._host import put
+from sparsecache.methods._layers import per_layer
 from sparsecache.methods.base import Shape
 
 
 class FullCache:
-    """The cache of `layers` layers and all slots, allocated once.
+    """The cache of all slots and of a layer for each of `devices`, allocated once.
 
     keys, values: [layers, slots, G, max_tokens, D], in host memory with `offload`; lengths: [layers, slots], tokens.
     """
 
     def __init__(
         self,
-        layers: int,
+        devices: Sequence[torch.device],
         slots: int,
         max_tokens: int,
         shape: Shape,
-        device: torch.device,
         dtype: torch.dtype,
         offload: bool = False,
     ) -> None:
-        size = (layers, slots, shape.kv_heads, max_tokens, shape.head_dim)
-        self.keys = make_room(*size, device=device, dtype=dtype, offload=offload)
-        self.values = make_room(*size, device=device, dtype=dtype, offload=offload)
-        self.lengths = torch.zeros((layers, slots), device=device, dtype=torch.int64)
+        size = (slots, shape.kv_heads, max_tokens, shape.head_dim)
+        self.keys = per_layer(devices, *size, dtype=dtype, offload=offload)
+        self.values = per_layer(devices, *size, dtype=dtype, offload=offload)
+        self.lengths = per_layer(devices, slots)
 
     def fill(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
         """Takes a prompt's k and v [G, L, D] into an empty slot."""

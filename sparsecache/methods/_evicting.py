@@ -21,7 +21,7 @@ class EvictingMethod(SparseMethod):
     def make_room(self, layers: int, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         vars(self).pop("rows", None)  # frees the old room before taking the new
         count = min(self.budget.cap(max_tokens) + 1, max_tokens)  # the new token comes before another one goes
-        self.rows = [Rows(slots, count, self.shape, device, dtype) for _ in range(layers)]
+        self.rows = [Rows(slots, count, self.shape, place, dtype) for place in self.devices]
 
     def take_prompt(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
         length = k.shape[1]
@@ -35,7 +35,7 @@ class EvictingMethod(SparseMethod):
         held = rows.held(slots)
         rows.append(slots, k, v, past)
         out = rows.attend(q, slots)
-        self.make_way(layer, q, slots, past + 1, self.caps[past + 1])
+        self.make_way(layer, q, slots, past + 1, self.caps(past + 1))
         return out, held
 
     def release(self, slot: int) -> None:

@@ -5,6 +5,7 @@ It knows neither how past tokens are chosen nor how they are kept.
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sparsecache.kernels.decode import Ledger
 from sparsecache.methods._cache import FullCache
+from sparsecache.methods._layers import Everywhere, PerLayer, per_layer
 from sparsecache.methods.base import Method, Shape
 
 
@@ -35,9 +37,9 @@ class Budget:
         """Most tokens to be chosen of `past`: one at least."""
         return max(1, math.floor(self.amount * past + 1e-6)) if self.amount <= 1 else int(min(self.amount, 2**62))
 
-    def caps(self, max_tokens: int, device: torch.device) -> Tensor:
+    def caps(self, max_tokens: int) -> Tensor:
         """The caps of 0 to max_tokens past tokens, [max_tokens + 1] int64, as whole numbers that the host made."""
-        return torch.tensor([self.cap(past) for past in range(max_tokens + 1)], device=device)
+        return torch.tensor([self.cap(past) for past in range(max_tokens + 1)])
 
 
 class Tally:
@@ -46,20 +48,19 @@ class Tally:
     caps: [T + 1], as Budget.caps makes them.
     """
 
-    def __init__(self, layers: int, slots: int, kv_heads: int, caps: Tensor) -> None:
-        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(layers, slots, *size, device=caps.device, dtype=dtype)
-
-        self.caps, self.past, self.steps, self.capped = caps, zeros(), zeros(), zeros()
-        self.kept, self.fetched = zeros(kv_heads, dtype=torch.float64), zeros(kv_heads)
+    def __init__(self, devices: Sequence[torch.device], slots: int, kv_heads: int, caps: Tensor) -> None:
+        self.caps, self._kv_heads = Everywhere(caps, devices), kv_heads
+        self.past, self.steps, self.capped = (per_layer(devices, slots) for _ in range(3))
+        self.kept = per_layer(devices, slots, kv_heads, dtype=torch.float64)
+        self.fetched = per_layer(devices, slots, kv_heads)
 
     def of(self, layer: int) -> Ledger:
         """What one layer writes into."""
         past, kept, fetched, steps, capped = (counter[layer] for counter in self._counters)
-        return Ledger(past, kept, fetched, steps, capped, self.caps)
+        return Ledger(past, kept, fetched, steps, capped, self.caps.on(past))
 
     @property
-    def _counters(self) -> tuple[Tensor, ...]:
+    def _counters(self) -> tuple[PerLayer, ...]:
         return self.past, self.kept, self.fetched, self.steps, self.capped
 
     def release(self, slot: int) -> None:
@@ -70,7 +71,7 @@ class Tally:
     def report(self, slot: int) -> dict[str, Any]:
         """`kept` (mean share of past tokens attended to, None without a sparse step) and the steps it is over."""
         steps = self.steps[:, slot]
-        total = int(steps.sum()) * self.kept.shape[2]
+        total = int(steps.sum()) * self._kv_heads
         return {
             "kept": math.fsum(self.kept[:, slot].flatten().tolist()) / total if total else None,
             "sparse_steps": int(steps[0]) if len(steps) else 0,
@@ -83,11 +84,12 @@ class SparseMethod(Method):
 
     A subclass makes its room (`make_room`), takes prompts (`take_prompt`) and attends (`attend_past`) for the
     sparse layers, which it sees numbered from 0; `self.shape`, `self.first` (the first sparse layer) and
-    `self.caps` (the most tokens to attend to of 0, 1, .. past ones) are set.
+    `self.devices` (of the sparse layers) are set.
     """
 
     least_dense = 0
     shape: Shape
+    devices: tuple[torch.device, ...]
 
     def __init__(self, budget: float, dense_layers: int) -> None:
         self.budget, self.first = Budget(budget), dense_layers
@@ -104,12 +106,13 @@ class SparseMethod(Method):
     def allocate(self, shape: Shape, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         self.check(shape)
         self.shape = shape
-        sparse = shape.layers - self.first
+        places = shape.places(device)
+        self.devices = places[self.first :]
         vars(self).pop("_dense", None)  # frees the old room before taking the new
-        self._dense = FullCache(self.first, slots, max_tokens, shape, device, dtype)
-        self.caps = self.budget.caps(max_tokens, device)
-        self._tally = Tally(sparse, slots, shape.kv_heads, self.caps)
-        self.make_room(sparse, slots, max_tokens, device, dtype)
+        self._dense = FullCache(places[: self.first], slots, max_tokens, shape, dtype)
+        self._most_past = max_tokens - 1
+        self._tally = Tally(self.devices, slots, shape.kv_heads, self.budget.caps(max_tokens))
+        self.make_room(len(self.devices), slots, max_tokens, device, dtype)
 
     def prefill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
         if layer < self.first:
@@ -140,8 +143,12 @@ class SparseMethod(Method):
 
     def past_and_cap(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Past tokens of each slot before this step, and how many of them may be attended to: [B], [B]."""
-        past = self._tally.past[layer, slots].clamp(max=len(self.caps) - 2)  # a slot not in flight may have run full
-        return past, self.caps[past]
+        past = self._tally.past[layer, slots].clamp(max=self._most_past)  # a slot not in flight may have run full
+        return past, self.caps(past)
+
+    def caps(self, past: Tensor) -> Tensor:
+        """How many of `past` [B] tokens may be attended to: [B]."""
+        return self._tally.caps.on(past)[past]
 
     def release(self, slot: int) -> None:
         self._dense.release(slot)
@@ -176,7 +183,7 @@ class ChoosingMethod(SparseMethod):
 
     def make_room(self, layers: int, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         vars(self).pop("cache", None)
-        self.cache = FullCache(layers, slots, max_tokens, self.shape, device, dtype)
+        self.cache = FullCache(self.devices, slots, max_tokens, self.shape, dtype)
 
     def take_prompt(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
         self.cache.fill(layer, slot, k, v)

@@ -18,12 +18,20 @@ GuessFrom = Literal["input", "own_norm", "residual"]
 
 @dataclass(frozen=True)
 class Shape:
-    """The attention shape of a model: L layers, H query heads sharing G key/value heads of D dimensions."""
+    """The attention shape of a model: L layers, H query heads sharing G key/value heads of D dimensions.
+
+    devices: where each layer lies, if the model is split over several devices; empty: all on one.
+    """
 
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
+    devices: tuple[torch.device, ...] = ()
+
+    def places(self, device: torch.device) -> tuple[torch.device, ...]:
+        """The device of each layer, where a model that is not split lies on `device`."""
+        return self.devices or (device,) * self.layers
 
 
 class Method(ABC):
@@ -57,7 +65,11 @@ class Method(ABC):
 
     @abstractmethod
     def allocate(self, shape: Shape, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Makes room for `slots` sequences of up to `max_tokens` tokens each, replacing any earlier room."""
+        """Makes room for `slots` sequences of up to `max_tokens` tokens each, replacing any earlier room.
+
+        A layer's inputs, its `slots` among them, come on `shape.places(device)[layer]`; what is kept of it belongs
+        there (`methods/_layers.py`).
+        """
 
     def calibration_text(self) -> str | None:
         """A text whose queries the method wants to see, through `calibrate`, before the first prompt; None: none.

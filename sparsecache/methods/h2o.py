@@ -34,7 +34,7 @@ class H2O(EvictingMethod):
     def make_room(self, layers: int, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         super().make_room(layers, slots, max_tokens, device, dtype)
         # The attention that the token of each row got so far, [slots, G, rows] a layer.
-        self._got = [torch.zeros(rows.positions.shape, device=device) for rows in self.rows]
+        self._got = [torch.zeros(rows.positions.shape, device=rows.positions.device) for rows in self.rows]
 
     def choose_prompt(self, layer: int, slot: int, q: Tensor, k: Tensor, count: int) -> Tensor:
         kv_heads, length = k.shape[:2]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparsecache.methods._layers import per_layer
 from sparsecache.methods._sparse import ChoosingMethod
 
 
@@ -39,9 +40,9 @@ class Quest(ChoosingMethod):
 
     def make_room(self, layers: int, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         super().make_room(layers, slots, max_tokens, device, dtype)
-        size = (layers, slots, self.shape.kv_heads, -(-max_tokens // self._page), self.shape.head_dim)
-        self._lowest = torch.zeros(size, device=device, dtype=dtype)
-        self._highest = torch.zeros(size, device=device, dtype=dtype)
+        size = (slots, self.shape.kv_heads, -(-max_tokens // self._page), self.shape.head_dim)
+        self._lowest = per_layer(self.devices, *size, dtype=dtype)
+        self._highest = per_layer(self.devices, *size, dtype=dtype)
 
     def take_prompt(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
         super().take_prompt(layer, slot, q, k, v, max_new_tokens)

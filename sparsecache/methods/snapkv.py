@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsecache.methods._evicting import EvictingMethod, attention_sums
+from sparsecache.methods._layers import per_layer
 
 
 class SnapKV(EvictingMethod):
@@ -46,7 +47,7 @@ class SnapKV(EvictingMethod):
 
     def make_room(self, layers: int, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         super().make_room(layers, slots, max_tokens, device, dtype)
-        self._evicted = torch.zeros(layers, slots, device=device, dtype=torch.int64)
+        self._evicted = per_layer(self.devices, slots)
 
     def past_and_cap(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         past, _ = super().past_and_cap(layer, slots)

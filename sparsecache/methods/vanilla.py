@@ -24,7 +24,7 @@ class Vanilla(Method):
 
     def allocate(self, shape: Shape, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         vars(self).pop("_cache", None)  # frees the old room before taking the new
-        self._cache = FullCache(shape.layers, slots, max_tokens, shape, device, dtype, self._offload)
+        self._cache = FullCache(shape.places(device), slots, max_tokens, shape, dtype, self._offload)
 
     def prefill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
         self._cache.fill(layer, slot, k, v)

@@ -125,16 +125,17 @@ class InfiniGen(SparseMethod):
         rows = self._capacity(max_tokens)
         matrices = self._skewing_matrices()
         self._selected: dict[int, Tensor] = {}  # rows by layer, from its guess to its attention
-        self._partial = PartialKeys(matrices, self._columns(self.shape), slots, rows, self.shape, device, dtype)
+        self._partial = PartialKeys(matrices, self._columns(self.shape), slots, rows, self.shape, self.devices, dtype)
         self._unbounded: Unbounded | None = None
         self._gpu_cache: GpuCache | None = None
         if self._never_evicts and in_kernels(device):
-            rule = Rule(self._alpha, self.caps, self._fetch == "mean", self._sinks, self._recent)
-            self._unbounded = Unbounded(self._partial, rule, self.shape, self._offload, device, dtype)
+            caps = self.budget.caps(max_tokens)
+            rule = Rule(self._alpha, caps, self._fetch == "mean", self._sinks, self._recent)
+            self._unbounded = Unbounded(self._partial, rule, self.devices, slots, self.shape, self._offload)
             return
-        self._pool = Pool(layers, slots, rows, self.shape, self._eviction, self._offload, device, dtype)
+        self._pool = Pool(self.devices, slots, rows, self.shape, self._eviction, self._offload, dtype)
         if self._offload:
-            self._gpu_cache = GpuCache(layers, slots, self._gpu_tokens, self.shape, device, dtype)
+            self._gpu_cache = GpuCache(self.devices, slots, self._gpu_tokens, self.shape, dtype)
 
     def _skewing_matrices(self) -> Tensor:
         """Of the sparse layers, [layers, G, D, D]."""
@@ -243,6 +244,6 @@ class InfiniGen(SparseMethod):
     def report(self, slot: int) -> dict[str, Any]:
         if self._gpu_cache is not None:
             return {**super().report(slot), **self._gpu_cache.report(slot)}
-        fetched = 2 * self.shape.head_dim * self._partial.keys.element_size() * self.fetched(slot)
+        fetched = 2 * self.shape.head_dim * self._partial.dtype.itemsize * self.fetched(slot)
         offloaded = {"fetched_bytes": fetched, "gpu_cache_hit": 0.0 if fetched else None} if self._offload else {}
         return {**super().report(slot), **offloaded}

@@ -3,9 +3,12 @@
 The least recently used go first. It never changes what is attended to, only where it is read.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from sparsecache.methods._layers import Everywhere, per_layer
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen.pool import Pool
 
@@ -14,22 +17,22 @@ class GpuCache:
     """`tokens` rows of every layer, slot and KV head, in front of a pool in host memory; counts what is fetched."""
 
     def __init__(
-        self, layers: int, slots: int, tokens: int, shape: Shape, device: torch.device, dtype: torch.dtype
+        self, devices: Sequence[torch.device], slots: int, tokens: int, shape: Shape, dtype: torch.dtype
     ) -> None:
-        size = (layers, slots, shape.kv_heads, tokens)
-        self._keys = torch.zeros(*size, shape.head_dim, device=device, dtype=dtype)
-        self._values = torch.zeros(*size, shape.head_dim, device=device, dtype=dtype)
-        self._rows = torch.full(size, -1, device=device, dtype=torch.int64)
-        self._used = torch.full(size, -1, device=device, dtype=torch.int64)  # position of the last query to read it
-        self._heads = torch.arange(shape.kv_heads, device=device)
-        self._read = torch.zeros(slots, device=device, dtype=torch.int64)
-        self._hits = torch.zeros(slots, device=device, dtype=torch.int64)
+        size = (slots, shape.kv_heads, tokens)
+        self._keys = per_layer(devices, *size, shape.head_dim, dtype=dtype)
+        self._values = per_layer(devices, *size, shape.head_dim, dtype=dtype)
+        self._rows = per_layer(devices, *size, fill=-1)
+        self._used = per_layer(devices, *size, fill=-1)  # position of the last query to read it
+        self._heads = Everywhere(torch.arange(shape.kv_heads), devices)
+        self._read = per_layer(devices, slots)
+        self._hits = per_layer(devices, slots)
         self._bytes_each = 2 * shape.head_dim * dtype.itemsize
 
     def fetch(self, pool: Pool, layer: int, slots: Tensor, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """As `Pool.fetch`, for the queries at positions `at` [B]: rows that are here are not fetched."""
         valid = rows >= 0
-        index = (slots[:, None], self._heads)
+        index = (slots[:, None], self._heads.on(slots))
         same = (rows[..., None] == self._rows[layer][index][:, :, None]) & valid[..., None]  # [B, G, N, tokens]
         hit = same.any(-1)
         k, v = pool.fetch(layer, slots, rows.masked_fill(hit, -1))
@@ -38,13 +41,13 @@ class GpuCache:
             k = torch.where(hit[..., None], self._keys[layer][index].gather(2, place), k)
             v = torch.where(hit[..., None], self._values[layer][index].gather(2, place), v)
             self._keep(layer, index, same, rows.masked_fill(hit, -1), k, v, at)
-        self._read[slots] += valid.sum((1, 2))
-        self._hits[slots] += hit.sum((1, 2))
+        self._read[layer, slots] += valid.sum((1, 2))
+        self._hits[layer, slots] += hit.sum((1, 2))
         return k, v
 
     def forget(self, layer: int, slots: Tensor, rows: Tensor) -> None:
         """Drops `rows` [B, G], which hold other tokens now."""
-        index = (slots[:, None], self._heads)
+        index = (slots[:, None], self._heads.on(slots))
         stale = self._rows[layer][index] == rows[..., None]
         self._rows[layer][index] = self._rows[layer][index].masked_fill(stale, -1)
         self._used[layer][index] = self._used[layer][index].masked_fill(stale, -1)
@@ -53,12 +56,12 @@ class GpuCache:
         """Forgets a slot."""
         self._rows[:, slot] = -1
         self._used[:, slot] = -1
-        self._read[slot] = 0
-        self._hits[slot] = 0
+        self._read[:, slot] = 0
+        self._hits[:, slot] = 0
 
     def report(self, slot: int) -> dict[str, int | float | None]:
         """Bytes fetched over the link, and the share of selected tokens that were found here."""
-        read, hits = int(self._read[slot]), int(self._hits[slot])
+        read, hits = int(self._read[:, slot].sum()), int(self._hits[:, slot].sum())
         return {"fetched_bytes": (read - hits) * self._bytes_each, "gpu_cache_hit": hits / read if read else None}
 
     def _keep(

@@ -4,12 +4,13 @@ A sequence holds at most its capacity of tokens in each layer and KV head. As lo
 position i. Knows nothing of scores; it is told which rows were selected.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sparsecache.methods._host import make_room
+from sparsecache.methods._layers import Everywhere, per_layer
 from sparsecache.methods.base import Shape
 
 Eviction = Literal["fifo", "lru", "counter"]
@@ -27,25 +28,25 @@ class Pool:
 
     def __init__(
         self,
-        layers: int,
+        devices: Sequence[torch.device],
         slots: int,
         rows: int,
         shape: Shape,
         eviction: Eviction,
         offload: bool,
-        device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        size = (layers, slots, shape.kv_heads, rows)
-        where = torch.device("cpu") if offload else device
-        self.keys = make_room(*size, shape.head_dim, device=device, dtype=dtype, offload=offload)
-        self.values = make_room(*size, shape.head_dim, device=device, dtype=dtype, offload=offload)
-        self.positions = torch.full(size, _EMPTY, device=device, dtype=torch.int64)
-        self.last_selected = torch.zeros(size, device=device, dtype=torch.int64)
-        self.selections = torch.zeros(size, device=device, dtype=torch.int64)
-        self._held = torch.zeros((layers, slots), device=device, dtype=torch.int64)
-        self._capacity = torch.full((slots,), rows, device=device, dtype=torch.int64)
-        self._eviction, self._where, self._heads = eviction, where, torch.arange(shape.kv_heads, device=device)
+        size = (slots, shape.kv_heads, rows)
+        self._where = [torch.device("cpu")] * len(devices) if offload else list(devices)
+        self.keys = per_layer(devices, *size, shape.head_dim, dtype=dtype, offload=offload)
+        self.values = per_layer(devices, *size, shape.head_dim, dtype=dtype, offload=offload)
+        self.positions = per_layer(devices, *size, fill=_EMPTY)
+        self.last_selected = per_layer(devices, *size)
+        self.selections = per_layer(devices, *size)
+        self._held = per_layer(devices, slots)
+        self._capacity = per_layer(devices, slots, fill=rows)
+        self._eviction, self._rows = eviction, rows
+        self._heads = Everywhere(torch.arange(shape.kv_heads), devices)
         self._evicted = [False] * slots  # whether a row may hold another position than its own
 
     def rows_held(self, layer: int) -> int:
@@ -61,16 +62,17 @@ class Pool:
         the positions that stay, ascending: [G, at most capacity].
         """
         length = k.shape[1]
-        kept = torch.arange(length, device=self.positions.device).expand(len(k), -1)
-        state = selections or Selections(len(k), length, self.positions.device)
+        kept = torch.arange(length, device=k.device).expand(len(k), -1)
+        state = selections or Selections(len(k), length, k.device)
         if length > capacity:
             kept = state.survivors(self._eviction, capacity)
             k, v = (x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])) for x in (k, v))
         held = kept.shape[1]
         self._evicted[slot] = length > capacity
-        self._capacity[slot] = capacity
+        self._capacity[layer, slot] = capacity
         self._held[layer, slot] = held
-        self.keys[layer, slot, :, :held], self.values[layer, slot, :, :held] = k.to(self._where), v.to(self._where)
+        where = self._where[layer]
+        self.keys[layer, slot, :, :held], self.values[layer, slot, :, :held] = k.to(where), v.to(where)
         self.positions[layer, slot] = _EMPTY
         self.positions[layer, slot, :, :held] = kept
         self.last_selected[layer, slot, :, :held] = state.last_selected.gather(1, kept)
@@ -89,7 +91,9 @@ class Pool:
 
     def fetch(self, layer: int, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of `rows` [B, G, N] (-1: anything): two [B, G, N, D] on the device."""
-        index = tuple(x.to(self._where) for x in (slots[:, None, None], self._heads[:, None], rows.clamp(min=0)))
+        index = tuple(
+            x.to(self._where[layer]) for x in (slots[:, None, None], self._heads.on(slots)[:, None], rows.clamp(min=0))
+        )
         return (
             self.keys[layer][index].to(rows.device, non_blocking=True),
             self.values[layer][index].to(rows.device, non_blocking=True),
@@ -97,9 +101,9 @@ class Pool:
 
     def note_selected(self, layer: int, slots: Tensor, rows: Tensor, at: Tensor) -> None:
         """Counts a selection of `rows` [B, G, N] (-1: none) by the queries at positions `at` [B]."""
-        index = (slots[:, None], self._heads)
-        chosen = torch.zeros(*rows.shape[:2], self.positions.shape[-1] + 1, device=rows.device, dtype=torch.bool)
-        chosen.scatter_(2, rows.masked_fill(rows < 0, self.positions.shape[-1]), True)
+        index = (slots[:, None], self._heads.on(slots))
+        chosen = torch.zeros(*rows.shape[:2], self._rows + 1, device=rows.device, dtype=torch.bool)
+        chosen.scatter_(2, rows.masked_fill(rows < 0, self._rows), True)
         chosen = chosen[..., :-1]
         counts = _counted(self.selections[layer][index], chosen)
         self.selections[layer][index] = counts
@@ -110,16 +114,17 @@ class Pool:
 
         Returns its row for each KV head, [B, G].
         """
-        held, capacity = self._held[layer, slots], self._capacity[slots]
+        held, capacity = self._held[layer, slots], self._capacity[layer, slots]
         full = held >= capacity
-        rows = torch.where(full, capacity - 1, held)[:, None].expand(-1, len(self._heads))
+        rows = torch.where(full, capacity - 1, held)[:, None].expand(-1, k.shape[1])
         if bool(full.any()):
             rows = torch.where(full[:, None], self._victims(layer, slots), rows)
             for slot in slots[full].tolist():
                 self._evicted[slot] = True
-        index = (slots[:, None], self._heads, rows)
-        at = tuple(x.to(self._where) for x in index)
-        self.keys[layer][at], self.values[layer][at] = k[:, :, 0].to(self._where), v[:, :, 0].to(self._where)
+        index = (slots[:, None], self._heads.on(slots), rows)
+        where = self._where[layer]
+        at = tuple(x.to(where) for x in index)
+        self.keys[layer][at], self.values[layer][at] = k[:, :, 0].to(where), v[:, :, 0].to(where)
         self.positions[layer][index] = position[:, None]
         self.last_selected[layer][index] = position[:, None]
         self.selections[layer][index] = 0

@@ -3,10 +3,13 @@
 Knows nothing of which scores are enough.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sparsecache.kernels.scores import scaled_scores
+from sparsecache.methods._layers import per_layer, spread
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen.skewing import skew
 
@@ -27,15 +30,16 @@ class PartialKeys:
         slots: int,
         rows: int,
         shape: Shape,
-        device: torch.device,
+        devices: Sequence[torch.device],
         dtype: torch.dtype,
     ) -> None:
         """`matrices`: [layers, G, D, D] float32, of the sparse layers."""
-        self._shape, self._matrices = shape, matrices.to(device)
-        size = (len(matrices), slots, shape.kv_heads)
-        self.columns = torch.zeros(*size, columns, device=device, dtype=torch.int64)
-        self.mixing = torch.zeros(*size, shape.head_dim, columns, device=device)
-        self.keys = torch.zeros(*size, rows, columns, device=device, dtype=dtype)
+        self._shape, self._columns, self.rows, self.dtype = shape, columns, rows, dtype
+        self._matrices = spread(matrices, devices)
+        size = (slots, shape.kv_heads)
+        self.columns = per_layer(devices, *size, columns)
+        self.mixing = per_layer(devices, *size, shape.head_dim, columns, dtype=torch.float32)
+        self.keys = per_layer(devices, *size, rows, columns, dtype=dtype)
 
     def fill(self, layer: int, slot: int, q: Tensor, k: Tensor) -> Tensor:
         """Chooses the columns of a prompt: those with the largest sum of |q| (heads summed) + |k|.
@@ -46,10 +50,10 @@ class PartialKeys:
         matrices = self._matrices[layer]
         heads = [self._weight(x, matrices).view(len(k), -1, matrices.shape[-1]).sum(1) for x in (q, k)]  # [G, D] each
         order = (heads[0] + heads[1]).sort(dim=-1, descending=True, stable=True).indices
-        chosen = order[:, : self.columns.shape[-1]].sort(-1).values  # [G, I]
+        chosen = order[:, : self._columns].sort(-1).values  # [G, I]
         self.columns[layer, slot] = chosen
         self.mixing[layer, slot] = matrices.gather(2, chosen[:, None].expand(-1, matrices.shape[1], -1))
-        return torch.cat([self.of(layer, slot, part).to(self.keys.dtype) for part in torch.split(k, _BLOCK, 1)], 1)
+        return torch.cat([self.of(layer, slot, part).to(self.dtype) for part in torch.split(k, _BLOCK, 1)], 1)
 
     def of(self, layer: int, slot: int, x: Tensor) -> Tensor:
         """The chosen columns of a slot's queries or keys x [H or G, L, D]: [.., L, I] float32."""
@@ -63,7 +67,7 @@ class PartialKeys:
         """Puts a new token's k [B, G, 1, D] into row `rows` [B, G] of each slot and KV head."""
         partial = k.float() @ self.mixing[layer, slots]  # [B, G, 1, I]
         heads = torch.arange(rows.shape[1], device=rows.device)
-        self.keys[layer, slots[:, None], heads, rows] = partial[:, :, 0].to(self.keys.dtype)
+        self.keys[layer, slots[:, None], heads, rows] = partial[:, :, 0].to(self.dtype)
 
     def scores(self, layer: int, slots: Tensor, q: Tensor, rows: int) -> Tensor:
         """Speculated scores [B, H, rows] of the guessed q [B, H, 1, D] over the first `rows` rows."""

@@ -4,6 +4,7 @@ A layer's selection, and with `offload` the fetching of what it selected, is mad
 before attends and feeds forward. A step can therefore be a CUDA graph.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from sparsecache.kernels.decode import Ledger, attend_gathered, attend_selected, gather
 from sparsecache.kernels.speculation import Rule, Selected, remember, speculate
-from sparsecache.methods._host import make_room, put
+from sparsecache.methods._host import put
+from sparsecache.methods._layers import Everywhere, per_layer
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen.speculation import PartialKeys
 
@@ -37,14 +39,25 @@ class Unbounded:
     """
 
     def __init__(
-        self, partial: PartialKeys, rule: Rule, shape: Shape, offload: bool, device: torch.device, dtype: torch.dtype
+        self,
+        partial: PartialKeys,
+        rule: Rule,
+        devices: Sequence[torch.device],
+        slots: int,
+        shape: Shape,
+        offload: bool,
     ) -> None:
-        *size, tokens, _ = partial.keys.shape
-        self.store = make_room(*size, tokens, 2, shape.head_dim, device=device, dtype=dtype, offload=offload)
+        """`devices` of the sparse layers; `rule` with the caps on any of them."""
+        size = (slots, shape.kv_heads, partial.rows, 2, shape.head_dim)
+        self.store = per_layer(devices, *size, dtype=partial.dtype, offload=offload)
         self._partial, self._rule, self._offload = partial, rule, offload
-        self._width = min(tokens, int(rule.caps.max()))
+        self._caps = Everywhere(rule.caps, devices)
+        self._width = min(partial.rows, int(rule.caps.max()))
         self._guesses: dict[int, _Guess] = {}
-        self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        streams: Any = torch.cuda.Stream
+        self._sides: dict[int | None, Any] = {
+            device.index: streams(device) for device in set(devices) if device.type == "cuda"
+        }
 
     def fill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Takes a prompt's q [H, L, D], k and v [G, L, D] into an empty slot."""
@@ -53,18 +66,17 @@ class Unbounded:
 
     def anticipate(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> None:
         """Selects for a layer, of past [slots] tokens, by the guessed q [B, H, 1, D]."""
-        if self._side is None:
-            self._guesses[layer] = self._guess(layer, q, slots, past)
-            return
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            self._guesses[layer] = self._guess(layer, q, slots, past)
+        side = self._side(q.device)
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream(q.device))
+        with torch.cuda.stream(side):  # None: where it is
+            self._guesses[layer] = self._guess(layer, q, slots, past, side)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, ledger: Ledger) -> Tensor:
         """Attention of q [B, H, 1, D] over the layer's selection and the new token k, v [B, G, 1, D], which is kept."""
         guess = self._guesses.pop(layer)
         if guess.made is not None:
-            torch.cuda.current_stream().wait_event(guess.made)
+            torch.cuda.current_stream(q.device).wait_event(guess.made)
         counts, store = guess.selected.counts, self.store[layer]
         if guess.rows is not None:
             out = attend_gathered(q, k, v, guess.rows, counts)
@@ -80,8 +92,13 @@ class Unbounded:
         positions, counts = self._guesses[layer].selected
         return positions.masked_fill(torch.arange(positions.shape[2], device=counts.device) >= counts[..., None], -1)
 
-    def _guess(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> _Guess:
+    def _side(self, device: torch.device) -> Any:
+        """The stream on which a device's guesses are made; None on the CPU."""
+        return self._sides.get(device.index, self._sides.get(None)) if device.type == "cuda" else None
+
+    def _guess(self, layer: int, q: Tensor, slots: Tensor, past: Tensor, side: Any) -> _Guess:
         mixing, keys = self._partial.mixing[layer], self._partial.keys[layer]
-        selected = speculate(q, mixing, keys, past, slots, self._rule, self._width)
+        rule = self._rule._replace(caps=self._caps.on(past))
+        selected = speculate(q, mixing, keys, past, slots, rule, self._width)
         rows = gather(self.store[layer], slots, *selected) if self._offload else None
-        return _Guess(selected, rows, self._side and self._side.record_event(), q)
+        return _Guess(selected, rows, side and side.record_event(), q)

@@ -19,7 +19,7 @@ class _Filled:
 
     def __init__(self, eviction: Any, length: int, capacity: int, *, rows: int = 12, layers: int = 1) -> None:
         shape = Shape(layers, KV_HEADS, KV_HEADS, HEAD_DIM)
-        self.pool = Pool(layers, 3, rows, shape, eviction, False, CPU, torch.float32)
+        self.pool = Pool([CPU] * layers, 3, rows, shape, eviction, False, torch.float32)
         self.next = length
         for layer in range(layers):
             self.pool.fill(layer, SLOT, *[self._rows(length)] * 2, capacity, None)
@@ -148,7 +148,7 @@ def test_a_long_prompt_keeps_who_would_be_evicted_last(eviction) -> None:
     }[eviction]
     assert selections.survivors(eviction, 3).tolist() == survivors
     shape = Shape(1, KV_HEADS, KV_HEADS, HEAD_DIM)
-    pool = Pool(1, 2, 8, shape, eviction, False, CPU, torch.float32)
+    pool = Pool([CPU], 2, 8, shape, eviction, False, torch.float32)
     kept = pool.fill(0, 1, *[_Filled._rows(6)] * 2, 3, selections)
     assert kept.tolist() == survivors and pool.rows_held(0) == 3
     keys, _ = pool.fetch(0, torch.tensor([1]), torch.arange(3).expand(1, KV_HEADS, -1))
@@ -196,7 +196,7 @@ def test_a_released_slot_is_empty_and_takes_any_capacity_anew() -> None:
 
 def test_offloaded_rows_lie_in_host_memory_and_are_the_same() -> None:
     shape = Shape(1, KV_HEADS, KV_HEADS, HEAD_DIM)
-    pools = [Pool(1, 2, 8, shape, "fifo", offload, CPU, torch.float32) for offload in (False, True)]
+    pools = [Pool([CPU], 2, 8, shape, "fifo", offload, torch.float32) for offload in (False, True)]
     for pool in pools:
         pool.fill(0, 1, *[_Filled._rows(6)] * 2, 8, None)
         assert pool.keys.device == CPU and not pool.keys.is_pinned()
@@ -208,6 +208,6 @@ def test_offloaded_rows_lie_in_host_memory_and_are_the_same() -> None:
 def test_offload_moves_keys_and_values_to_the_host_and_nothing_else(offload) -> None:
     """Seen with the device that only has shapes, in place of a GPU."""
     device = torch.device("meta")
-    pool = Pool(1, 2, 8, Shape(1, KV_HEADS, KV_HEADS, HEAD_DIM), "fifo", offload, device, torch.float32)
+    pool = Pool([device], 2, 8, Shape(1, KV_HEADS, KV_HEADS, HEAD_DIM), "fifo", offload, torch.float32)
     assert {pool.keys.device, pool.values.device} == {CPU if offload else device}
     assert {pool.positions.device, pool.selections.device, pool.last_selected.device} == {device}

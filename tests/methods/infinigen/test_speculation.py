@@ -23,7 +23,7 @@ def make_partial() -> Callable[..., PartialKeys]:
         queries = torch.randn(kv_heads, heads // kv_heads, 99, head_dim)
         matrices = skewing_matrix(queries) if skewed else torch.eye(head_dim).expand(kv_heads, -1, -1)
         shape = Shape(2, heads, kv_heads, head_dim)
-        return PartialKeys(torch.stack([matrices.flip(0), matrices]), columns, 3, 20, shape, CPU, torch.float32)
+        return PartialKeys(torch.stack([matrices.flip(0), matrices]), columns, 3, 20, shape, [CPU, CPU], torch.float32)
 
     return make
 

@@ -1,0 +1,88 @@
+"""Devices that are the CPU, but that no operation may mix: what a model split over several GPUs is tested with.
+
+`torch.device("cpu", 1)` can be named; a real tensor forgets the number. Inside `FakeDevices` it is remembered: a tensor
+made on it, or moved to it, is a wrapper that says so, and an operation over two of them raises, as CUDA's does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+CPU = torch.device("cpu")
+
+
+class FakeDevices(TorchDispatchMode):
+    """Notes in `crossings` every copy from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crossings: list[tuple[torch.device, torch.device]] = []
+        self._literals = _Literals()
+
+    def __enter__(self) -> "FakeDevices":
+        super().__enter__()
+        self._literals.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._literals.__exit__(*error)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        here = {_device(tensor) for tensor in found if tensor.dim() or isinstance(tensor, _Tagged)}
+        target = kwargs.get("device")
+        crosses = func.overloadpacket in (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        if len(here) > 1 and not crosses:
+            raise RuntimeError(f"{func} got tensors on {', '.join(sorted(map(str, here)))}.")
+        if target is not None:
+            kwargs["device"] = CPU
+        if crosses and target is not None and here and here != {target}:
+            self.crossings.append((*here, target))
+        out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        place = target if target is not None else (_device(found[0]) if found else CPU)
+        return tree_map(lambda x: _Tagged(x, place) if isinstance(x, Tensor) and place.index is not None else x, out)
+
+
+class _Literals(TorchFunctionMode):
+    """`torch.tensor` would take the CPU for the place it was asked for, and `tolist` refuses wrappers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.tolist:
+            return _inner(args[0]).tolist()
+        device = kwargs.pop("device", None) if func is torch.tensor else None
+        made = func(*args, **kwargs)
+        return made if device is None else made.to(device)
+
+
+class _Tagged(Tensor):
+    """A CPU tensor that says it lies elsewhere."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor, device: torch.device) -> "_Tagged":
+        made = Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            device=device,
+        )  # fmt: skip
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} on a fake device outside FakeDevices.")
+
+
+def _inner(x: Any) -> Any:
+    return x.inner if isinstance(x, _Tagged) else x
+
+
+def _device(tensor: Tensor) -> torch.device:
+    return tensor.device if isinstance(tensor, _Tagged) else CPU

@@ -1,0 +1,250 @@
+"""Runs over a Ray cluster of this machine: what one process writes, whoever dies on the way."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsecache.cluster.handout import STRIKES
+from sparsecache.cluster.worker import Worker
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra [ray]")
+psutil = pytest.importorskip("psutil", reason="needs the extra [ray]")
+DATASETS = ("qasper", "trec", "lcc")
+ROWS = 30
+MANY = ("--datasets", ",".join(DATASETS), "--sample_rows", str(ROWS))
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> Iterator[str]:
+    """A cluster of two CPUs and no GPU, which only these tests have the token of."""
+    assert "ray" not in sys.modules  # it reads these variables when it is imported
+    with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        token = tmp_path_factory.mktemp("ray") / "token"
+        token.write_text(f"{random.getrandbits(256):064x}")
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        free.close()
+        what = ["--head", f"--port={port}", "--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", "--block"]
+        store = f"--object-store-memory={128 * 2**20}"
+        script = Path(sys.executable).with_name("ray")
+        head = subprocess.Popen([script, "start", *what, store], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        children = []
+        try:
+            assert head.stdout is not None
+            for line in head.stdout:
+                if b"Ray runtime started" in line:
+                    break
+            threading.Thread(target=head.stdout.read, daemon=True).start()  # or it stops at a full pipe
+            children = psutil.Process(head.pid).children(recursive=True)
+            yield f"127.0.0.1:{port}"
+        finally:
+            head.terminate()
+            head.wait(20)
+            psutil.wait_procs(children, 1)
+            for child in children:
+                if child.is_running():
+                    child.kill()
+
+
+@pytest.fixture
+def whole(predict, folder, read_untimed) -> dict[str, dict[str, Any]]:
+    """What one process writes: rows by dataset and id."""
+    assert predict(*MANY, "--name", "whole").exit_code == 0
+    return _by_id(folder.parent / "whole", read_untimed)
+
+
+def _by_id(folder: Path, read: Callable[[Path], list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for dataset in DATASETS:
+        rows = read(folder / f"{dataset}.jsonl")
+        found[dataset] = {row["_id"]: row for row in rows}
+        assert len(rows) == len(found[dataset])
+    return found
+
+
+def _workers(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [worker for session in record.get("sessions", []) for worker in session.get("workers", [])]
+
+
+def test_workers_killed_at_random_moments_lose_no_row_and_write_none_twice(
+    address, predict, folder, whole, monkeypatch, read_untimed, read_record
+) -> None:
+    monkeypatch.setattr("sparsecache.run._SAVE_EVERY_S", 0.0)
+    seed, killed, done = random.randrange(10**6), [], threading.Event()
+    draw = random.Random(seed)
+
+    def kill() -> None:
+        while len(killed) < 2 and not done.wait(draw.uniform(0.05, 0.5)):
+            alive = [w["pid"] for w in _workers(_record_or_none(folder, read_record)) if w["pid"] not in killed]
+            if alive:
+                killed.append(draw.choice(alive))
+                os.kill(killed[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    told = predict(*MANY, "--workers", "2", "--ray_address", address)
+    done.set()
+    killer.join()
+    assert told.exit_code == 0, (seed, told.output)
+    assert _by_id(folder, read_untimed) == whole, seed
+    workers = _workers(read_record(folder))
+    assert len(killed) == 2 and {w["pid"] for w in workers if w["died"]} == set(killed), (seed, workers)
+    assert sum(w["rows"] for w in workers) == 3 * ROWS and {w["worker"] for w in workers} <= {1, 2}
+    assert all(w["node"] == os.uname().nodename and w["seconds"] > 0 for w in workers if w["rows"])
+    for pid in killed:
+        assert f"(process {pid}) died, it is replaced" in told.stderr
+    clock = read_record(folder)["sessions"][0]["clock"]
+    assert clock["decode_tokens"] >= sum(row["new_tokens"] - 1 for rows in whole.values() for row in rows.values()) // 2
+
+
+def _record_or_none(folder: Path, read_record: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    return read_record(folder) if (folder / "run.json").exists() else {}
+
+
+def test_a_row_that_kills_three_workers_is_an_error_row_and_the_next_run_retries_it(
+    address, predict, folder, monkeypatch, read_untimed, read_record
+) -> None:
+    import ray
+    from ray import cloudpickle
+
+    deadly = "0123456789abcdef"  # replaced below, before the class travels
+
+    class Deadly(Worker):
+        def _requests(self):
+            for request in super()._requests():
+                if len(request.token_ids) == deadly:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield request
+
+    arguments = ("--sample_rows", "12", "--workers", "2", "--ray_address", address, "--batch_size", "2")
+    assert predict("--sample_rows", "12", "--name", "whole").exit_code == 0
+    expected = read_untimed(folder.parent / "whole" / "qasper.jsonl")
+    lengths = [row["prompt_tokens"] for row in expected]
+    deadly = next(length for length in lengths if lengths.count(length) == 1)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr("sparsecache.cluster.workers._REMOTE", ray.remote(Deadly))
+    told = predict(*arguments)
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert told.exit_code == 1, told.output
+    rows = {row["_id"]: row for row in read_untimed(folder / "qasper.jsonl")}
+    failed = {key: row for key, row in rows.items() if "error" in row}
+    ((row_id, row),) = failed.items()
+    assert row["prompt_tokens"] == deadly and row["error"].startswith("WorkerDied: 3 workers died on this row")
+    assert sum(worker["died"] for worker in _workers(read_record(folder))) == STRIKES
+    monkeypatch.undo()
+    told = predict("--sample_rows", "12")
+    assert told.exit_code == 0 and "1 of 12 to do" in told.stdout
+    rows = {row["_id"]: row for row in read_untimed(folder / "qasper.jsonl")}
+    assert rows == {row["_id"]: row for row in expected} and row_id in rows
+
+
+def test_a_killed_driver_leaves_a_run_that_goes_on_with_workers(
+    address, command, predict, folder, whole, repo, read_untimed
+) -> None:
+    process = _start(repo, command(*MANY, "--ray_address", address))
+    _await_rows(process, folder, 5)
+    process.kill()
+    process.communicate()
+    kept = _count(folder)
+    assert 5 <= kept < 3 * ROWS
+    told = predict(*MANY, "--ray_address", address)
+    assert told.exit_code == 0 and f"{3 * ROWS - kept} of {3 * ROWS} to do" in told.stdout, told.output
+    assert _by_id(folder, read_untimed) == whole
+
+
+def test_an_interrupt_ends_everything_within_ten_seconds(command, folder, predict, repo, read_rows) -> None:
+    process = _start(repo, command(*MANY, "--workers", "2"))
+    _await_rows(process, folder, 3)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert {"raylet", "gcs_server"} <= {child.name() for child in started}
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, stderr = process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=max(0, 10 - (time.monotonic() - began)))
+    assert time.monotonic() - began < 10 and not alive
+    assert process.returncode == 130
+    assert "Stopped. Finished rows are kept" in stderr and "Traceback" not in stderr
+    before = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+    assert predict(*MANY, "--max_samples", "1").exit_code == 0
+    for name, content in before.items():
+        assert (folder / name).read_bytes().startswith(content)
+
+
+def _start(repo: Path, arguments: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, str(repo / "longbench_pred.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(repo)},
+        start_new_session=True,
+    )
+
+
+def _count(folder: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl"))
+
+
+def _await_rows(process: "subprocess.Popen[str]", folder: Path, rows: int) -> None:
+    deadline = time.monotonic() + 100
+    while _count(folder) < rows:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--workers", "64", "--device", "cpu"], ["64 workers need 64 CPUs", "has 2 (1 machine with 2)", "--workers"]),
+        (["--workers", "2", "--device", "cuda"], ["2 workers need 2 GPUs", "has 0 (1 machine with 0)"]),
+    ],
+    ids=["CPUs", "GPUs"],
+)
+def test_a_cluster_with_too_few_is_refused_with_the_numbers(arguments, parts, address, predict, folder) -> None:
+    began = time.monotonic()
+    told = predict(*arguments, "--ray_address", address)
+    assert told.exit_code == 2 and time.monotonic() - began < 15
+    (error,) = (line for line in told.stderr.splitlines() if line.startswith("Error: "))
+    assert all(part in error for part in (*parts, address))
+    assert _count(folder) == 0
+
+
+def test_an_address_where_no_cluster_answers_is_refused_at_once(predict) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        began = time.monotonic()
+        told = predict("--ray_address", address)
+    assert told.exit_code == 2 and time.monotonic() - began < 10
+    assert f"Error: No Ray cluster answers at {address}" in told.stderr and "ray start --head" in told.stderr
+
+
+def test_a_worker_that_finds_something_else_is_refused_with_both_values(address, predict, folder, monkeypatch) -> None:
+    from sparsecache.plan import Plan
+
+    whole = Plan.identity
+    monkeypatch.setattr(Plan, "identity", lambda self: {**whole(self), "checkpoint": "mine"})
+    told = predict("--ray_address", address)
+    assert told.exit_code == 2
+    assert "checkpoint is " in told.stderr and ", not mine." in told.stderr and "the same checkpoint" in told.stderr
+
+
+def test_a_finished_run_needs_no_cluster(predict, monkeypatch) -> None:
+    assert predict().exit_code == 0
+    monkeypatch.setattr("sparsecache.cluster.connection.Cluster.connect", lambda self: pytest.fail("connected"))
+    assert predict("--workers", "2", "--device", "cpu").exit_code == 0
