@@ -3,7 +3,7 @@
 import gc
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -29,16 +29,16 @@ from sparsecache.provenance import new_session, now
 from sparsecache.settings import Settings
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, make_plan: Callable[[Settings], Plan] = Plan) -> int:
     """Runs what the settings ask for, from where an earlier run of the same name left off.
 
-    The settings must have passed their own check. Returns the exit code: 0, or 1 when a row failed or the method
-    did nothing. Raises UsageError for anything the user can put right, before any weights are read where that is
-    possible.
+    The settings must have passed their own check; `make_plan` brings them together with a checkpoint. Returns the
+    exit code: 0, or 1 when a row failed or the method did nothing. Raises UsageError for anything the user can put
+    right, before any weights are read where that is possible.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    return _Run(settings).execute()
+    return _Run(settings, make_plan).execute()
 
 
 _SAVE_EVERY_S = 10.0  # what a kill may cost of the speed figures; rows are never lost
@@ -66,10 +66,10 @@ class _Work:
 
 
 class _Run:
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, make_plan: Callable[[Settings], Plan]):
         self.settings = settings
         self.source = _source(settings)
-        self.plan = Plan(settings)
+        self.plan = make_plan(settings)
         self.folder = RunFolder(settings.pred_dir / self.plan.model.name / settings.run_name)
         self.failed = 0
 
