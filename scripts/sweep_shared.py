@@ -5,8 +5,8 @@ not its method's own, since only the first run reads the prompt; decode_s is. Pr
 at a time (the bundled checkpoint: 62 MB for 2,048 tokens).
 """
 
-import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.remembering import Memory, RememberingDecoder
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights
+from sparsecache.errors import UsageError
 from sparsecache.longbench.tasks import select_tasks
 from sparsecache.plan import Plan
 from sparsecache.run import run as predict
@@ -49,11 +50,33 @@ def settings_of(run: Run, arguments: list[str], pred_dir: Path) -> Settings:
     return settings
 
 
-def predict_quietly(settings: Settings, memory: Memory, log: Path) -> int:
-    """Runs it, its output at the end of a log; returns its exit code."""
+def predict_all(
+    runs: list[Run], arguments: list[str], pred_dir: Path, plan_type: type[SharedPlan] = SharedPlan
+) -> None:
+    """Predicts all runs, dataset by dataset, their output in logs below `pred_dir`.
+
+    Raises UsageError for what the user can put right, and at the end if rows failed or a method did nothing.
+    """
+    wanted = [settings_of(run, arguments, pred_dir) for run in runs]
+    failed = set()
+    for model in dict.fromkeys(settings.model for settings in wanted):
+        mine = [settings for settings in wanted if settings.model == model]
+        for task in select_tasks(mine[0].datasets, mine[0].e):
+            began, memory = time.perf_counter(), Memory()
+            for settings in mine:
+                log = pred_dir / "logs" / f"{Path(model).name}-{settings.run_name}.log"
+                make_plan = partial(plan_type, memory=memory)
+                if _predict_quietly(replace(settings, datasets=task.name), make_plan, log):
+                    failed.add(str(log))
+            click.echo(f"{model} {task.name}: {len(mine)} runs, {time.perf_counter() - began:.0f} s", err=True)
+    if failed:
+        raise UsageError(f"Rows failed, or the method did nothing; see {', '.join(sorted(failed))}.")
+
+
+def _predict_quietly(settings: Settings, make_plan: Callable[[Settings], Plan], log: Path) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as out, redirect_stdout(out), redirect_stderr(out):
-        return predict(settings, partial(SharedPlan, memory=memory))
+        return predict(settings, make_plan)
 
 
 @click.command()
@@ -62,23 +85,10 @@ def predict_quietly(settings: Settings, memory: Memory, log: Path) -> int:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the tables as Markdown and JSON.")
 def main(file: Path, pred_dir: Path, out: Path | None) -> None:
     """Run the sweep in FILE, dataset by dataset, and print a table of its runs."""
-    failed = set()
     with report_usage_errors():
         runs, arguments = read_sweep(file)
-        wanted = [settings_of(run, arguments, pred_dir) for run in runs]
-        for model in dict.fromkeys(settings.model for settings in wanted):
-            mine = [settings for settings in wanted if settings.model == model]
-            for task in select_tasks(mine[0].datasets, mine[0].e):
-                began, memory = time.perf_counter(), Memory()
-                for settings in mine:
-                    log = pred_dir / "logs" / f"{Path(model).name}-{settings.run_name}.log"
-                    if predict_quietly(replace(settings, datasets=task.name), memory, log):
-                        failed.add(log)
-                click.echo(f"{model} {task.name}: {len(mine)} runs, {time.perf_counter() - began:.0f} s")
-        for log in sorted(failed):
-            click.echo(f"Rows failed, or the method did nothing; see {log}.", err=True)
+        predict_all(runs, arguments, pred_dir)
         conclude(runs, pred_dir, out)
-    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
