@@ -139,10 +139,11 @@ def document(runs: list[Run], pred_dir: Path) -> Document:
             rows = np.nanmean(values, 1)
             rows = rows[~np.isnan(rows)]
             error = float(rows.std(ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else None
-            means = [float(mean) for mean in np.nanmean(values, 0)]
-            lines.append([words(run.name), *(number(mean, 1) for mean in means), _mean(float(rows.mean()), error)])
+            means, mean = np.nanmean(values, 0).tolist(), float(rows.mean())
+            lines.append([words(run.name), *(number(value, 1) for value in means), _mean(mean, error)])
             fact: dict[str, Value] = {"run": run.name, "measure": name, "rows": len(rows)}
-            facts.append(fact | dict(zip(layers, means, strict=True)) | {"mean": float(rows.mean()), "error": error})
+            numbers = {**dict(zip(layers, means, strict=True)), "mean": mean, "error": error}
+            facts.append(fact | {key: None if value is None else round(value, 3) for key, value in numbers.items()})
         unit = "%" if name in _SHARES else "tokens"
         tables.append(Table(f"{name}, {unit}", ["run", *layers, "mean"], lines))
     steps = sum(row["sparse_steps"] for file in folders[0].glob("*.jsonl") for row in read_rows(file))
