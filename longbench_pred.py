@@ -84,7 +84,7 @@ def main(options: tuple[str, ...], **values: Any) -> None:
     A run that was stopped goes on where it left off when the same command is given again (without --overwrite).
     """
     with report_usage_errors():
-        settings = Settings(options=_parse_options(options), **values)
+        settings = Settings(options=parse_options(options), **values)
         settings.check()
         check_versions()
         from sparsecache.run import run  # torch and transformers, only now
@@ -97,7 +97,8 @@ def main(options: tuple[str, ...], **values: Any) -> None:
             sys.exit(130)
 
 
-def _parse_options(options: tuple[str, ...]) -> dict[str, str]:
+def parse_options(options: tuple[str, ...]) -> dict[str, str]:
+    """The values of -o by key. Raises click.UsageError for one that is not KEY=VALUE."""
     pairs = [text.partition("=") for text in options]
     for (key, equals, _), text in zip(pairs, options, strict=True):
         if not key or not equals:

@@ -160,6 +160,14 @@ def conclude(runs: list[Run], pred_dir: Path, out: Path | None, html: bool) -> N
             click.echo(f"Written: {out / Path(model).name}.* ({', '.join(['md', 'json', *['html'] * html])})")
 
 
+def check_report(out: Path | None, html: bool) -> None:
+    """Raises UsageError for a report that has no place or cannot be drawn."""
+    if html and out is None:
+        raise UsageError("--html needs --out, the folder for the report.")
+    if html:
+        require_matplotlib()
+
+
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--pred_dir", type=click.Path(path_type=Path), default=Path("pred"), show_default=True)
@@ -170,10 +178,7 @@ def conclude(runs: list[Run], pred_dir: Path, out: Path | None, html: bool) -> N
 def main(file: Path, pred_dir: Path, jobs: int, threads: int, out: Path | None, html: bool) -> None:
     """Run the sweep in FILE and print a table of its runs."""
     with report_usage_errors():
-        if html and out is None:
-            raise UsageError("--html needs --out, the folder for the report.")
-        if html:
-            require_matplotlib()
+        check_report(out, html)
         runs, arguments = read_sweep(file)
     failed = 0
     with ThreadPoolExecutor(jobs) as pool:

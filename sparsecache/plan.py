@@ -11,9 +11,11 @@ from sparsecache.calibration import calibrate
 from sparsecache.engine.catalog import Model, checkpoint_folder, find_model
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
+from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.generator import Engine, Generator
 from sparsecache.engine.loading import DTYPES, Checkpoint
 from sparsecache.engine.rope import Rope
+from sparsecache.engine.weights import Weights
 from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.tasks import Task
@@ -100,9 +102,14 @@ class Plan:
                 f"{' and '.join(map(str, self.devices))}: {one_line(error)} Choose another --device, a smaller --dtype "
                 f"or more --gpus_per_worker."
             ) from error
-        decoder = Decoder(architecture, weights, Rope(self.checkpoint.config, self.device), self.method)
+        rope = Rope(self.checkpoint.config, self.device)
+        decoder = self.make_decoder(architecture, weights, rope)
         self._calibrate(decoder)
         return Generator(decoder, self.method, min(self.settings.batch_size, most_rows))
+
+    def make_decoder(self, architecture: Architecture, weights: Weights, rope: Rope) -> Decoder:
+        """The decoder over loaded weights; for subclasses with one of their own."""
+        return Decoder(architecture, weights, rope, self.method)
 
     def _calibrate(self, decoder: Decoder) -> None:
         if self.calibration_text is not None:

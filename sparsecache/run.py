@@ -3,7 +3,7 @@
 import gc
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from sparsecache.cluster.connection import Cluster
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, make_plan: Callable[[Settings], Plan] = Plan) -> int:
     """Runs what the settings ask for, from where an earlier run of the same name left off.
 
-    The settings must have passed their own check. Returns the exit code: 0, or 1 when a row failed or the method
-    did nothing. Raises UsageError for anything the user can put right, before any weights are read where that is
-    possible.
+    The settings must have passed their own check; `make_plan` brings them together with a checkpoint. Returns the
+    exit code: 0, or 1 when a row failed or the method did nothing. Raises UsageError for anything the user can put
+    right, before any weights are read where that is possible.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -45,7 +45,7 @@ def run(settings: Settings) -> int:
         if cluster is not None:
             settings = replace(settings, device=cluster.device(settings.device))
             settings.check()  # once more, now that "auto" is decided
-        return _Run(settings, cluster).execute()
+        return _Run(settings, make_plan, cluster).execute()
 
 
 _SAVE_EVERY_S = 10.0  # what a kill may cost of the speed figures; rows are never lost
@@ -53,10 +53,10 @@ _ROWS_PER_SECOND = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {r
 
 
 class _Run:
-    def __init__(self, settings: Settings, cluster: "Cluster | None"):
+    def __init__(self, settings: Settings, make_plan: Callable[[Settings], Plan], cluster: "Cluster | None"):
         self.settings, self.cluster = settings, cluster
         self.source = _source(settings)
-        self.plan = Plan(settings)
+        self.plan = make_plan(settings)
         self.folder = RunFolder(settings.pred_dir / self.plan.model.name / settings.run_name)
         self.failed = 0
 
