@@ -21,6 +21,15 @@ _HELP = {
 }
 
 
+class BatchSize(click.ParamType[int | None]):
+    """A number of sequences from 1 on, or auto, which is None."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        return None if value == "auto" else click.IntRange(1).convert(value, param, ctx)
+
+
 def _list_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
         for line in describe_methods():
@@ -58,7 +67,12 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
 @option(Settings, "max_samples", type=click.IntRange(1), help="Only the first rows of each dataset.")
 @option(Settings, "max_length", type=click.IntRange(2), help="Cut the middle of raw prompts longer than this.")
 @option(Settings, "window", type=click.IntRange(8), help="Tokens for prompt and answer, over the checkpoint's own.")
-@option(Settings, "batch_size", type=click.IntRange(1), help="Sequences decoded together.")
+@option(
+    Settings,
+    "batch_size",
+    type=BatchSize(),
+    help="Sequences decoded together at most; auto (the default): 16 on a GPU, 1 on a CPU. Fewer if memory is short.",
+)
 @option(Settings, "workers", type=click.IntRange(1), help="Processes that decode at once, on Ray; 1: this one alone.")
 @option(Settings, "ray_address", help="HOST:PORT of a running Ray cluster, or auto; without it one is started here.")
 @option(Settings, "gpus_per_worker", type=click.IntRange(1), help="Split the layers over so many GPUs of one machine.")

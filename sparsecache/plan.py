@@ -58,6 +58,11 @@ class Plan:
         return (self.model.dtype or own) if self.device.type == "cuda" else "float32"
 
     @property
+    def slots(self) -> int:
+        """Sequences decoded together at most."""
+        return self.settings.slots(self.device.type)
+
+    @property
     def chat(self) -> str:
         """How prompts are wrapped (Prompter.chat): as the model's table says, else by the tokenizer's template."""
         if self.model.chat is not None:
@@ -105,7 +110,7 @@ class Plan:
         rope = Rope(self.checkpoint.config, self.device)
         decoder = self.make_decoder(architecture, weights, rope)
         self._calibrate(decoder)
-        return Generator(decoder, self.method, min(self.settings.batch_size, most_rows))
+        return Generator(decoder, self.method, min(self.slots, most_rows))
 
     def make_decoder(self, architecture: Architecture, weights: Weights, rope: Rope) -> Decoder:
         """The decoder over loaded weights; for subclasses with one of their own."""

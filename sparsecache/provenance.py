@@ -29,7 +29,7 @@ def new_session(settings: Settings, devices: Sequence[torch.device], source: dic
         "device": str(devices[0]),
         "gpu": None if settings.on_ray else gpu_name(devices),
         "gpus_per_worker": settings.gpus_per_worker,
-        "batch_size": settings.batch_size,
+        "batch_size": settings.slots(devices[0].type),
         "max_samples": settings.max_samples,
         "data": source,
         "clock": None,

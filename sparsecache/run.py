@@ -131,7 +131,7 @@ class _Run:
     def _predict_together(self, engine: Engine, works: list[Work]) -> Iterator[None]:
         """Does what is missing of these datasets, and yields after every row."""
         requests = self._requests(longest_first(works) if self.cluster else in_order(works))
-        if self.settings.batch_size > 1:
+        if self.plan.slots > 1:
             if self.cluster:
                 known = list(self._requests(largest(works), quietly=True))
             else:

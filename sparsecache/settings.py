@@ -10,6 +10,7 @@ from sparsecache.longbench.tasks import select_tasks
 from sparsecache.methods import check_method_name
 
 ENGINES = ("sparsecache", "transformers")
+GPU_SLOTS = 16  # what decode kernels take at once; fewer where memory does not suffice
 DTYPE_CHOICES = ("auto", *DTYPES)
 
 
@@ -32,7 +33,7 @@ class Settings:
     max_samples: int | None = None
     max_length: int | None = None
     window: int | None = None
-    batch_size: int = 1
+    batch_size: int | None = None
     workers: int = 1
     ray_address: str | None = None
     gpus_per_worker: int = 1
@@ -55,6 +56,12 @@ class Settings:
         """Where rows come from: `data`, else what the model's table says, else the hub."""
         return self.data if self.data is not None else find_model(self.model).data or "hub"
 
+    def slots(self, device_type: str) -> int:
+        """Sequences decoded together at most: `batch_size`, or what suits our engine on a device of this type."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return GPU_SLOTS if device_type == "cuda" and self.engine == "sparsecache" else 1
+
     @property
     def on_ray(self) -> bool:
         """Whether workers of a Ray cluster decode, instead of this process."""
@@ -74,7 +81,7 @@ class Settings:
             raise UsageError(f"--engine transformers decodes vanilla only, not --method {self.method}.")
         if self.engine == "transformers" and self.verify:
             raise UsageError("--verify compares with transformers, so --engine transformers has nothing to verify.")
-        if self.engine == "transformers" and self.batch_size != 1:
+        if self.engine == "transformers" and self.batch_size not in (None, 1):
             raise UsageError(f"--engine transformers decodes one prompt at a time, not --batch_size {self.batch_size}.")
         if self.gpus_per_worker > 1 and (self.engine == "transformers" or self.device == "cpu"):
             what = "--engine transformers" if self.engine == "transformers" else "--device cpu"

@@ -134,6 +134,7 @@ BAD = {
     "engine": (["--engine", "vllm"], ["'vllm'", "transformers"]),
     "batch of transformers": (["--engine", "transformers", "--batch_size", "2"], ["--batch_size 2"]),
     "verify of transformers": (["--engine", "transformers", "--verify", "2"], ["--verify"]),
+    "batch of a word": (["--batch_size", "many"], ["'many' is not a valid"]),
     "zero batch": (["--batch_size", "0"], ["0 is not in the range x>=1"]),
     "negative samples": (["--max_samples", "-1"], ["-1 is not in the range x>=1"]),
     "text for a number": (["--max_length", "long"], ["'long'"]),

@@ -237,7 +237,7 @@ def hire(cluster: Cluster, settings: Settings, identity: dict[str, Any], most_ro
     cluster.check_room(settings.workers, kind, each)
     threads = cluster.threads(settings.workers if kind == "CPU" else cluster.total("GPU") // each)
     orders = Orders(settings, identity, installed_versions(), most_rows, threads, os.getcwd())
-    return Workers(cluster, orders, min(settings.batch_size, most_rows))
+    return Workers(cluster, orders, min(settings.slots(settings.device), most_rows))
 
 
 def _reason(error: RayError) -> str:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsecache.demo.sample import make_rows
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.longbench.tasks import load_tasks
+from sparsecache.settings import Settings
 
 ROWS = 3  # as conftest.py asks for
 
@@ -125,3 +126,15 @@ def test_beyond_the_checkpoints_window_is_warned_of(predict) -> None:
     assert told.exit_code == 0
     assert "Warning: --window 9000 is beyond the 8192 tokens" in told.stderr
     assert "beyond" not in predict("--window", "8000", "--max_samples", "1", "--name", "within").stderr
+
+
+@pytest.mark.parametrize(("given", "on_gpu", "on_cpu"), [(None, 16, 1), (3, 3, 3)])
+def test_how_many_are_decoded_together(given, on_gpu, on_cpu) -> None:
+    settings = Settings(batch_size=given)
+    assert (settings.slots("cuda"), settings.slots("cpu")) == (on_gpu, on_cpu)
+    assert given or Settings(engine="transformers").slots("cuda") == 1
+
+
+def test_auto_is_a_batch_size(predict, folder, read_record) -> None:
+    assert predict("--max_samples", "1", "--batch_size", "auto").exit_code == 0
+    assert read_record(folder)["sessions"][0]["batch_size"] == 1
