@@ -63,6 +63,11 @@ class Cluster:
                 f"RAY_AUTH_TOKEN or ~/.ray/auth_token must hold it. Without --ray_address one is started here."
             ) from error
 
+    @property
+    def machines(self) -> int:
+        """How many there are."""
+        return len(self._by_machine("CPU"))
+
     def total(self, kind: str) -> int:
         """How many GPUs or CPUs the machines have together."""
         return sum(self._by_machine(kind))
