@@ -9,7 +9,8 @@ A sweep is a small TOML file (configs/sweeps/ has examples):
     method = ["infinigen", "oracle"]
     budget = [0.02, 0.1]                     # each combination of the lists' values is a run
 
-A sweep that was stopped goes on where it was: finished runs are only looked at again.
+A sweep that was stopped goes on where it was: finished runs are only looked at again. What depends on the machine is
+given behind --, for every run: `sweep.py FILE --jobs 8 -- --ray_address auto`.
 """
 
 import itertools
@@ -170,16 +171,20 @@ def check_report(out: Path | None, html: bool) -> None:
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@click.argument("more", nargs=-1, type=click.UNPROCESSED)
 @click.option("--pred_dir", type=click.Path(path_type=Path), default=Path("pred"), show_default=True)
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads of each run; 0: torch's own choice.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the tables as Markdown and JSON.")
 @click.option("--html", is_flag=True, help="Write a report with pictures to --out, too.")
-def main(file: Path, pred_dir: Path, jobs: int, threads: int, out: Path | None, html: bool) -> None:
-    """Run the sweep in FILE and print a table of its runs."""
+def main(
+    file: Path, more: tuple[str, ...], pred_dir: Path, jobs: int, threads: int, out: Path | None, html: bool
+) -> None:
+    """Run the sweep in FILE and print a table of its runs; MORE, behind --, are arguments of every run."""
     with report_usage_errors():
         check_report(out, html)
         runs, arguments = read_sweep(file)
+        arguments += more
     failed = 0
     with ThreadPoolExecutor(jobs) as pool:
         results = pool.map(lambda run: predict(run, arguments, pred_dir, threads), runs)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a sweep from a small file (configs/sweeps/) and prints one table of its runs: scripts/sweep.sh FILE [--jobs N].
+# Runs a sweep from a small file (configs/sweeps/) and prints one table of its runs: scripts/sweep.sh FILE [--jobs N] [-- MORE].
 set -euo pipefail
 here="$PWD"
 . "$(dirname "$0")/environment.sh"

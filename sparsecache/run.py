@@ -21,6 +21,7 @@ from sparsecache.longbench.kept import dropped_nothing, kept_of
 from sparsecache.longbench.records import PredictionFile, RunFolder, read_rows
 from sparsecache.longbench.report import health_table, speed_lines
 from sparsecache.longbench.scores import load_metric
+from sparsecache.longbench.sessions import workers_lines
 from sparsecache.longbench.tasks import Task, load_tasks, select_tasks
 from sparsecache.plan import Plan
 from sparsecache.provenance import new_session, now
@@ -119,6 +120,8 @@ class _Run:
             session |= engine.session()
         session["ended"] = now()
         self._save(session, works)
+        for line in workers_lines(session):
+            print(line)
 
     def _engine(self, most_rows: int) -> AbstractContextManager[Engine]:
         """This process's own, or the workers of a cluster."""

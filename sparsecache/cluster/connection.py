@@ -59,9 +59,15 @@ class Cluster:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **started)
         except (Exception, SystemExit) as error:  # other versions, a missing token; Ray ends the process after a while
             raise UsageError(
-                f"{self} cannot be used: {one_line(error)}. Look at it with `ray status`; if it asks for a token, "
-                f"RAY_AUTH_TOKEN or ~/.ray/auth_token must hold it. Without --ray_address one is started here."
+                f"{self} cannot be used: {one_line(error)}. Look at it with `ray status`; if it asks for a token, set "
+                f"RAY_AUTH_MODE=token, with the token in RAY_AUTH_TOKEN or ~/.ray/auth_token. Without --ray_address "
+                f"one is started here."
             ) from error
+
+    @property
+    def machines(self) -> int:
+        """How many there are."""
+        return len(self._by_machine("CPU"))
 
     def total(self, kind: str) -> int:
         """How many GPUs or CPUs the machines have together."""

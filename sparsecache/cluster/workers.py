@@ -69,6 +69,7 @@ class Workers:
         self._room = 0
         self._gone: list[_Seat] = []
         self._deaths = 0  # since a row ended
+        self._began = self._latest = 0.0  # when the first worker was ready, and when the latest row ended
         self._seats = [self._start(number) for number in range(orders.settings.workers)]
 
     def __enter__(self) -> "Workers":
@@ -93,12 +94,13 @@ class Workers:
         return Clock(**totals, peak_gpu_bytes=max(peaks, default=None))
 
     def session(self) -> dict[str, Any]:
-        """The clock, and a line for every worker that came to work: where, on which GPU, rows, seconds."""
+        """The clock, a line for every worker that came to work, and the seconds from the first one to the last row."""
         seats = sorted((seat for seat in self._gone + self._seats if seat.place), key=lambda seat: seat.number)
         gpus = sorted({seat.place.gpu for seat in seats if seat.place and seat.place.gpu})
         return {
             "clock": asdict(self.clock),
             "gpu": ", ".join(gpus) or None,
+            "seconds": round(max(0.0, self._latest - self._began), 3),
             "workers": [seat.record() for seat in seats],
         }
 
@@ -166,6 +168,7 @@ class Workers:
         seat.calls.popleft()
         if isinstance(answer, Place):
             seat.place, seat.failed_starts = answer, 0
+            self._began = self._began or time.monotonic()
         else:
             yield from self._note(seat, answer)
 
@@ -175,6 +178,7 @@ class Workers:
             tqdm.write(f"On {seat}: {reply.said.rstrip()}", file=sys.stderr)
         if reply.completion is not None and reply.ticket is not None:
             self._deaths = 0
+            self._latest = time.monotonic()
             seat.rows += 1
             yield replace(reply.completion, request=seat.load.requests.pop(reply.ticket))
 

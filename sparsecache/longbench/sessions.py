@@ -1,5 +1,6 @@
 """What the sessions in run.json say of the machine that a run's speed was measured on."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from sparsecache.longbench.jsonl import figure
@@ -20,6 +21,18 @@ def clock(run: dict[str, Any]) -> dict[str, float] | None:
     clocks = [session["clock"] for session in _decoding(run)]
     keys = ("prefill_s", "prefill_tokens", "decode_s", "decode_tokens")
     return {key: sum(figure(one, key) or 0.0 for one in clocks) for key in keys} if clocks else None
+
+
+def workers_lines(session: dict[str, Any]) -> Iterator[str]:
+    """One line on the workers that a session had, if it had any: rows, seconds, and how busy they were."""
+    workers, seconds = session.get("workers"), session.get("seconds")
+    if workers and seconds:
+        rows, busy = (sum(worker[key] for worker in workers) for key in ("rows", "seconds"))
+        count, died = len({worker["worker"] for worker in workers}), sum(worker["died"] for worker in workers)
+        yield (
+            f"Workers: {rows} rows in {seconds:.1f} s by {count}, {rows / seconds:.3g} rows/s; "
+            f"busy for {100 * busy / (count * seconds):.1f}% of that time" + (f"; {died} died." if died else ".")
+        )
 
 
 def _decoding(run: dict[str, Any]) -> list[dict[str, Any]]:

@@ -107,6 +107,7 @@ def test_workers_killed_at_random_moments_lose_no_row_and_write_none_twice(
     assert all(w["node"] == os.uname().nodename and w["seconds"] > 0 for w in workers if w["rows"])
     for pid in killed:
         assert f"(process {pid}) died, it is replaced" in told.stderr
+    assert f"Workers: {3 * ROWS} rows in " in told.stdout and "; 2 died." in told.stdout
     clock = read_record(folder)["sessions"][0]["clock"]
     assert clock["decode_tokens"] >= sum(row["new_tokens"] - 1 for rows in whole.values() for row in rows.values()) // 2
 
