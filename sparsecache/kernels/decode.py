@@ -150,8 +150,11 @@ def _kernel(
     marks = torch.empty((2, batch, heads, splits), device=q.device, dtype=torch.float32)  # maxima, sums of weights
     out = torch.empty((batch, heads, 1, head_dim), device=q.device, dtype=q.dtype)
     wide = up_to_power(head_dim, 16)
-    chosen, number = (slots, lengths) if selected is None else (selected, counts)
-    rows_apart = 0 if selected is not None and selected.stride(1) == 0 else chosen.shape[-1]  # one list for all
+    chosen, number, rows_apart = slots, lengths, 0
+    if selected is not None and counts is not None:
+        one_for_all = selected.stride(0) == selected.stride(1) == 0
+        chosen, number = selected if one_for_all else selected.contiguous(), counts.contiguous()
+        rows_apart = 0 if one_for_all else selected.shape[2]
     _attend[(batch * kv_heads, splits)](
         q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), keys, values, *keys.stride()[:3],
         slots, chosen, number, sums, marks, 1 / math.sqrt(head_dim),

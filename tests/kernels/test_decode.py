@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparsecache.kernels import decode
+from sparsecache.kernels._triton import running
 from sparsecache.kernels.decode import attend_and_append, attend_selected
 
 CASES = {  # slots, KV heads, group, head size, room, lengths of the slots in the batch
@@ -48,6 +49,18 @@ def test_attend_selected(case, most, device, dtype, agree) -> None:
     counts = torch.randint(0, selected.shape[2] + 1, (batch, kv_heads), generator=generator).to(device)
     counts[0, 0] = selected.shape[2]
     agree(attend_selected, q, k, v, keys, values, order, selected, counts)
+
+
+def test_a_part_of_a_wider_list_is_read_as_what_it_is(device, dtype) -> None:
+    q, k, v, keys, values, _, order, generator = _cache(CASES["around a block"], device, dtype)
+    wider = torch.rand(5, 2, 140, generator=generator).argsort(-1).to(device)
+    counts = torch.full((5, 4), 30, device=device)[:, ::2]
+    with running("kernels"):
+        part, whole = (
+            attend_selected(q, k, v, keys, values, order, selected, number)
+            for selected, number in ((wider[..., :30], counts), (wider[..., :30].clone(), counts.clone()))
+        )
+    assert torch.equal(part, whole)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 33, 64])
