@@ -239,7 +239,9 @@ def hire(cluster: Cluster, settings: Settings, identity: dict[str, Any], most_ro
     cluster.connect()
     kind, each = _need(settings)
     cluster.check_room(settings.workers, kind, each)
-    threads = cluster.threads(settings.workers if kind == "CPU" else cluster.total("GPU") // each)
+    stated = os.environ.get("OMP_NUM_THREADS", "")  # for each process: several runs may share the cluster
+    sharing = settings.workers if kind == "CPU" else cluster.total("GPU") // each
+    threads = int(stated) if stated.isdecimal() and int(stated) else cluster.threads(sharing)
     orders = Orders(settings, identity, installed_versions(), most_rows, threads, os.getcwd())
     return Workers(cluster, orders, min(settings.slots(settings.device), most_rows))
 

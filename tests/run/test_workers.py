@@ -17,6 +17,7 @@ import pytest
 
 from sparsecache.cluster.handout import STRIKES
 from sparsecache.cluster.worker import Worker
+from sparsecache.methods.vanilla import Vanilla
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra [ray]")
 psutil = pytest.importorskip("psutil", reason="needs the extra [ray]")
@@ -122,14 +123,19 @@ def test_a_row_that_kills_three_workers_is_an_error_row_and_the_next_run_retries
     import ray
     from ray import cloudpickle
 
-    deadly = "0123456789abcdef"  # replaced below, before the class travels
+    deadly = 0  # set below, before the class travels
 
     class Deadly(Worker):
-        def _requests(self):
-            for request in super()._requests():
-                if len(request.token_ids) == deadly:
+        def load(self, orders):
+            whole = Vanilla.prefill
+
+            def prefill(method, layer, slot, q, k, *others):
+                if k.shape[1] == deadly:
                     os.kill(os.getpid(), signal.SIGKILL)
-                yield request
+                whole(method, layer, slot, q, k, *others)
+
+            Vanilla.prefill = prefill
+            return super().load(orders)
 
     arguments = ("--sample_rows", "12", "--workers", "2", "--ray_address", address, "--batch_size", "2")
     assert predict("--sample_rows", "12", "--name", "whole").exit_code == 0
@@ -156,13 +162,13 @@ def test_a_row_that_kills_three_workers_is_an_error_row_and_the_next_run_retries
 def test_a_killed_driver_leaves_a_run_that_goes_on_with_workers(
     address, command, predict, folder, whole, repo, read_untimed
 ) -> None:
-    process = _start(repo, command(*MANY, "--ray_address", address))
+    process = _start(repo, command(*MANY, "--workers", "2", "--ray_address", address))
     _await_rows(process, folder, 5)
     process.kill()
     process.communicate()
     kept = _count(folder)
     assert 5 <= kept < 3 * ROWS
-    told = predict(*MANY, "--ray_address", address)
+    told = predict(*MANY, "--workers", "2", "--ray_address", address)
     assert told.exit_code == 0 and f"{3 * ROWS - kept} of {3 * ROWS} to do" in told.stdout, told.output
     assert _by_id(folder, read_untimed) == whole
 
