@@ -9,7 +9,7 @@ from sparsecache.longbench.records import PredictionFile
 from sparsecache.longbench.tasks import Task
 
 Row = dict[str, Any]
-_STEP_BYTES = 6000  # of a prompt, read in about the time that one more token takes (README: 0.36 s and 60 ms)
+_STEP_BYTES = 6000  # of a prompt, taken to cost as much as one more token
 
 
 @dataclass(frozen=True)

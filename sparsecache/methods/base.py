@@ -40,8 +40,8 @@ class Method(ABC):
     A subclass lives in `methods/<name>.py`; its constructor's annotated arguments, all with defaults, are the
     options of `-o key=value` (raise ValueError, in a full sentence, for a value out of range).
 
-    graphable: whether a decode step may be captured in a CUDA graph (no synchronisation, fixed addresses); not read
-        yet, since every step is eager so far.
+    graphable: whether a decode step may be captured in a CUDA graph (no synchronisation, fixed addresses), which is
+        done on a GPU.
     guesses_from: what the next layer's query is guessed from for `anticipate`; None: it is not called. "input": this
         layer's attention input, normed as it was (InfiniGen). "own_norm": the same before its norm, with the next
         layer's norm. "residual": the residual stream after this layer's attention, with the next layer's norm.
