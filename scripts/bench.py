@@ -17,10 +17,10 @@ import torch
 
 from sparsecache.bench.lines import Line, save, table
 from sparsecache.bench.models import SHAPES, load_subject
-from sparsecache.bench.modes import OWN, PEERS, Job, Way, decode, freed, prefill, profile, replay
+from sparsecache.bench.modes import OWN, PEERS, Job, Way, decode, free_memory, prefill, profile, replay
 from sparsecache.cli import FlexibleCommand, report_usage_errors
 from sparsecache.engine.loading import DTYPES
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
 
 
@@ -73,16 +73,21 @@ def main(
             )
         kind = DTYPES[dtype or ("bfloat16" if where.type == "cuda" else "float32")]
         subject = load_subject(model, where, kind)
-        if workload is not None:
-            measured = replay(subject, workload, rows, slots, names)
-        elif mode == "decode":
-            measured = decode(subject, jobs, names, way)
-        else:
-            measured = prefill(subject, jobs, names)
         lines: list[Line] = []
-        for line in freed(measured):
-            lines.append(line)
-            click.echo(table([line]).strip("\n"))
+        for job in jobs if workload is None else jobs[:1]:
+            if workload is not None:
+                measured = replay(subject, workload, rows, slots, names)
+            elif mode == "decode":
+                measured = decode(subject, [job], names, way)
+            else:
+                measured = prefill(subject, [job], names)
+            try:
+                for line in measured:
+                    lines.append(line)
+                    click.echo(table([line]).strip("\n"))
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                click.echo(f"{mode} of {job.tokens} tokens was not measured: {one_line(error)}", err=True)
+            free_memory()
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             save(lines, out / f"{mode}-{Path(model).name}.json", model=model, dtype=str(kind), method=str(way))

@@ -5,8 +5,9 @@ import gc
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sparsecache.bench.limits import copy_rate, link_rate, prompt_limit, sparse_
 from sparsecache.bench.lines import Line
 from sparsecache.bench.models import Subject
 from sparsecache.engine.generator import Clock, Engine, Request
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
 
 PEERS: dict[str, dict[str, Any]] = {
@@ -63,7 +64,8 @@ def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], way: Way
     link = link_rate(subject.device) if offloaded else None
     for job in jobs:
         clock, reports = run(subject.engine(way.method, way.options, job.batch), subject, job)
-        others = {name: _peer_step(name, subject, job) for name in peers if job.batch == 1 or name in OWN}
+        measured = [name for name in peers if job.batch == 1 or name in OWN]
+        others = _each(measured, partial(_peer_step, subject, job))
         fetched = sum(report.get("fetched_bytes") or 0 for report in reports) / (job.new_tokens - 1)
         notes = {
             "copy_bytes_per_s": rate,
@@ -84,10 +86,14 @@ def _limit(subject: Subject, job: Job, way: Way, rate: float) -> float:
     return step_limit(subject, tokens, job.batch, rate)
 
 
-def _peer_step(name: str, subject: Subject, job: Job) -> float:
+def _peer_step(subject: Subject, job: Job, name: str) -> float:
     if name in OWN:
         return job.batch * _step(run(subject.engine("vanilla", OWN[name], job.batch), subject, job)[0])
     return _step(run(subject.reference(**PEERS[name]), subject, job)[0])
+
+
+def _peer_prefill(subject: Subject, job: Job, name: str) -> float:
+    return run(subject.reference(**PEERS[name]), subject, job)[0].prefill_s
 
 
 def prefill(subject: Subject, jobs: Sequence[Job], peers: Sequence[str]) -> Iterator[Line]:
@@ -95,7 +101,7 @@ def prefill(subject: Subject, jobs: Sequence[Job], peers: Sequence[str]) -> Iter
     for job in jobs:
         short = Job(job.tokens, 2)
         clock, _ = run(subject.engine(), subject, short)
-        others = {name: run(subject.reference(**PEERS[name]), subject, short)[0].prefill_s for name in peers}
+        others = _each(peers, partial(_peer_prefill, subject, short))
         notes = {"peak_gpu_bytes": clock.peak_gpu_bytes, "weights_bytes": subject.nbytes}
         limit = prompt_limit(subject, job.tokens)
         yield Line(f"prefill, {job.tokens} tokens", clock.prefill_s, limit, others, notes)
@@ -112,7 +118,7 @@ def replay(subject: Subject, workload: Path, rows: int, slots: int, peers: Seque
         for key, job in enumerate(jobs)
     ]
     ours, clock = _timed(subject.engine(slots=slots), requests)
-    others = {name: _timed(subject.reference(**PEERS[name]), requests)[0] / len(requests) for name in peers}
+    others = _each(peers, lambda name: _timed(subject.reference(**PEERS[name]), requests)[0] / len(requests))
     notes = {
         "prompts_per_s": len(requests) / ours,
         "prefill_share": clock.prefill_s / ours,
@@ -201,17 +207,20 @@ def _step(clock: Clock) -> float:
     return clock.decode_s / clock.decode_tokens
 
 
-def freed(lines: Iterator[Line]) -> Iterator[Line]:
-    """Lines, memory given back between them; one that fails is told and left out."""
-    while True:
+def _each(names: Sequence[str], measure: Callable[[str], float]) -> dict[str, float]:
+    """What is measured of each peer; one that fails, for want of memory say, is told and left out."""
+    found = {}
+    for name in names:
         try:
-            line = next(lines, None)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            print(f"Not measured: {error}", file=sys.stderr)
-            return
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if line is None:
-            return
-        yield line
+            found[name] = measure(name)
+        except Exception as error:  # a peer's failure is no reason to lose our own measurement
+            print(f"{name} was not measured: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        free_memory()
+    return found
+
+
+def free_memory() -> None:
+    """Gives back what nothing uses any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import LayerWeights, Weights
+from sparsecache.kernels._triton import in_kernels
 from sparsecache.kernels.attention import prompt_attention, prompt_room
 from sparsecache.kernels.linear import linear, rotated, swiglu
 from sparsecache.kernels.norm import Norm, rms_norm
@@ -43,7 +44,7 @@ class Decoder:
         self._asking = [_queries(layer, rows) for layer in weights.layers]
         # Whether a step may be captured in a CUDA graph.
         alone = self.device.type == "cuda" and len(self.devices) == 1
-        self.graphable = alone and method.graphable and rope.graphable
+        self.graphable = alone and in_kernels(self.device) and method.graphable and rope.graphable
 
     def prefill(self, token_ids: Tensor, slot: int, max_new_tokens: int) -> Tensor:
         """Runs a prompt, token_ids: [L], into an empty slot; returns the last token's logits [V].
@@ -96,6 +97,7 @@ class Decoder:
         norm = self._norm(self._weights.layers[normed_as].input_norm.to(x.device))
         q = self._turned(x, norm, self._asking[index], rotation)
         self._method.anticipate(index, q[:, :, None], slots)
+        _beside(self._weights.layers[index - 1])  # kernels run there again
 
     def _qkv(self, x: Tensor, layer: LayerWeights, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Each row's q [B, H, 1, D] and k, v [B, G, 1, D], rotated."""

@@ -172,10 +172,14 @@ class Generator:
         """Makes room, and says whether it leaves enough for a prompt to pass."""
         try:
             self._allocate(max_tokens)
+            devices, needed = self._decoder.devices, self._decoder.prompt_nbytes(max_tokens)
+            if self._slots > 1 and any(_unused(device) <= needed for device in devices):
+                return False
+            self._prepare(max_tokens)
         except torch.OutOfMemoryError:  # a request that is too long will say so itself
             self._room = 0
             return False
-        return all(_unused(device) > self._decoder.prompt_nbytes(max_tokens) for device in self._decoder.devices)
+        return True
 
     def reset_clock(self) -> None:
         """Starts the totals and the peak of GPU memory anew."""
@@ -190,6 +194,7 @@ class Generator:
         queue = _Queue(requests)
         active: dict[int, _Sequence] = {}
         while active or queue.first is not None:
+            short_of_memory = False
             try:
                 while (upcoming := queue.first) is not None and self._can_start(upcoming, active):
                     started = self._start(upcoming, active)
@@ -200,6 +205,8 @@ class Generator:
                         yield started
                 yield from self._step(active, tick)
             except torch.OutOfMemoryError:
+                short_of_memory = True
+            if short_of_memory:  # only now, since the error holds the frames, and the frames the tensors
                 self._shrink(queue, active)
 
     def _can_start(self, request: Request, active: dict[int, _Sequence]) -> bool:
@@ -229,6 +236,7 @@ class Generator:
         try:
             if _needed(request) > self._room:
                 self._allocate(_needed(request))
+                self._prepare(_needed(request))
             began = time.perf_counter()
             token_ids = torch.tensor(request.token_ids, device=self._decoder.device)
             logits = self._decoder.prefill(token_ids, slot, request.max_new_tokens)[None]
@@ -311,6 +319,9 @@ class Generator:
         shape, device, dtype = self._decoder.shape, self._decoder.device, self._decoder.dtype
         self._steps = EagerSteps(self._decoder)  # frees graphs of the old room
         self._method.allocate(shape, self._slots, max_tokens, device, dtype)
+
+    def _prepare(self, max_tokens: int) -> None:
+        """Makes steps over the room there is."""
         self._steps = make_steps(self._decoder, self._slots)
         self._room = max_tokens
 

@@ -198,7 +198,7 @@ def _attend(  # type: ignore[no-untyped-def]
     asked = (query < GROUP)[:, None] & inside[None, :]
     head = kv * GROUP + query
     question = tl.load(q + row * q_row + head[:, None] * q_head + at[None, :], mask=asked, other=0.0)
-    base = slot * slot_stride + kv * head_stride
+    base = slot * slot_stride + kv.to(tl.int64) * head_stride
 
     best = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
     weight = tl.zeros((QUERIES,), dtype=tl.float32)

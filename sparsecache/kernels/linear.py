@@ -55,7 +55,8 @@ def rotated(
 
 
 def _few(x: Tensor) -> bool:
-    return len(x) <= MOST_ROWS and fast(x)
+    """Whether a kernel is the fastest: not for float32 on a GPU, which has no tensor cores for it."""
+    return len(x) <= MOST_ROWS and fast(x) and not (x.is_cuda and x.dtype == torch.float32)
 
 
 def _normed(x: Tensor, norm: Norm | None) -> Tensor:
@@ -74,6 +75,8 @@ def _kernel(
     rotation: Rotation | None = None,
     turning: int = 0,
 ) -> Tensor:
+    if norm is not None and x.dtype == torch.float16:  # before it is divided by its norm, x times a weight may overflow
+        x, norm = rms_norm(x, norm), None
     rows, size = x.shape
     out = torch.empty((rows, width), device=x.device, dtype=x.dtype)
     pairs = len(weight) if kind == _PLAIN else len(weight) // 2  # a pair: two rows of weights that are used together

@@ -1,13 +1,15 @@
 """Memory for keys and values: on the device, or in host memory that the device reads and writes by itself."""
 
+import contextlib
 import math
-import os
 import weakref
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 _GIB = 2**30
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def make_room(*size: int, dtype: torch.dtype, device: torch.device, offload: bool = False) -> Tensor:
@@ -45,12 +47,19 @@ def _pin(tensor: Tensor) -> None:
 
 
 def _available() -> int | None:
-    """Bytes that the host can still give, where it says so."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
+    """Bytes that the host, or the container on it, can still give, where that is said."""
+    said = [available for available in (_of_host(), _of_container()) if available is not None]
+    return min(said, default=None)
+
+
+def _of_host() -> int | None:
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as file:
+        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")), None)
+    return None
+
+
+def _of_container() -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        most, used = ((_CGROUP / f"memory.{name}").read_text() for name in ("max", "current"))
+        return max(0, int(most) - int(used))  # "max", which is no number, is no limit
+    return None

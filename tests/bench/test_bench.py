@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from sparsecache.bench.lines import Line, table
-from sparsecache.bench.models import SHAPES, load_subject
+from sparsecache.bench.models import SHAPES, Subject, load_subject
 from sparsecache.bench.modes import Job, stratified
 from sparsecache.demo.checkpoint import MODEL_TYPES, make_random_checkpoint
 from sparsecache.errors import UsageError
@@ -95,6 +95,21 @@ def test_every_mode_runs_and_saves_what_it_printed(mode, main, tmp_path, monkeyp
     assert len(saved["lines"]) == (1 if mode == "replay" else 2)
     for line in saved["lines"]:
         assert line["what"] in told.output and line["seconds"] > 0 and line["peers"]["transformers"] > 0
+
+
+def test_a_peer_that_fails_is_told_and_the_rest_is_measured(main, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sparsecache.bench.limits._SECONDS", 0.01)
+    folder = make_random_checkpoint(tmp_path / "tiny")
+
+    def reference(self, **generation):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(Subject, "reference", reference)
+    told = CliRunner().invoke(main, ["decode", "--model", str(folder), "--device", "cpu", "--tokens", "20,30", "--out",
+                                     str(tmp_path), "--new_tokens", "3"])  # fmt: skip
+    assert told.exit_code == 0, told.output
+    lines = json.loads((tmp_path / "decode-tiny.json").read_text())["lines"]
+    assert [line["peers"] for line in lines] == [{}, {}] and "transformers was not measured" in told.output
 
 
 def test_a_method_is_measured_beside_our_own_vanilla(main, tmp_path, monkeypatch) -> None:

@@ -71,3 +71,9 @@ def test_each_row_of_the_output_is_written(draw, agree, monkeypatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan))
     agree(linear, draw(3, 100), draw(35, 100))
     agree(swiglu, draw(16, 100), draw(70, 100) / 10)
+
+
+def test_large_values_before_a_norm_do_not_overflow(draw, agree) -> None:
+    x = draw(2, 64)
+    x[0, 3] = 12_000
+    agree(linear, x, draw(20, 64) / 8, norm=Norm(8 * draw(64), 1e-5))

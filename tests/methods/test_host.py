@@ -44,3 +44,11 @@ def test_host_memory_is_pinned_and_let_go() -> None:
         assert torch.equal(room[:, :1000], rows.cpu())
         del room
         gc.collect()
+
+
+def test_a_containers_limit_counts(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(_host, "_CGROUP", tmp_path)
+    for most, used, left in (("1000", "400", 600), ("1000", "1400", 0), ("max", "400", _host._of_host())):
+        (tmp_path / "memory.max").write_text(f"{most}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+        assert _host._available() == pytest.approx(left, rel=0.2)

@@ -89,7 +89,10 @@ class Unbounded:
 
     def selected(self, layer: int) -> Tensor:
         """What is selected for a layer that has not attended yet: [B, G, N], ascending, then -1."""
-        positions, counts = self._guesses[layer].selected
+        guess = self._guesses[layer]
+        if guess.made is not None:
+            guess.made.synchronize()
+        positions, counts = guess.selected
         return positions.masked_fill(torch.arange(positions.shape[2], device=counts.device) >= counts[..., None], -1)
 
     def _side(self, device: torch.device) -> Any:
