@@ -27,7 +27,17 @@ _SCORING = (
     click.option("--official_recursion", is_flag=True, help="Give 0.0 where the reference hits the recursion limit."),
 )
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_HTML = click.option("--html", type=_FILE, metavar="FILE", help="Also write a report with tables and pictures to FILE.")
+
+
+def _page(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
+    """Refuses a name under which predictions or a baseline might lie."""
+    if file is not None and file.suffix.lower() not in (".html", ".htm"):
+        raise click.BadParameter(f"{file} must end in .html or .htm, so that no other file is overwritten.")
+    return file
+
+
+_REPORT: dict[str, Any] = {"type": _FILE, "metavar": "FILE", "callback": _page}
+_HTML = click.option("--html", **_REPORT, help="Also write a report with tables and pictures to FILE (.html).")
 _FORMAT = click.option("--format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True)
 
 
@@ -197,7 +207,7 @@ def plot(runs: tuple[str, ...], kind: str, out: Path, **scoring: Any) -> None:
 @click.option("--max_kept", type=float, help="Share of past tokens attended to, 0 to 1: the mean over datasets.")
 @click.option("--min_speedup", type=float, help="Decode speed over the baseline's, on the same device.")
 @click.option("--save_baseline", type=click.Path(path_type=Path), help="Save RUN as a baseline unless the gate fails.")
-@click.option("--html", type=_FILE, metavar="FILE", help="Also write the verdict as a report to FILE.")
+@click.option("--html", **_REPORT, help="Also write the verdict as a report to FILE (.html).")
 @click.option("--allow_partial", is_flag=True, help="Gate the rows that both have, though some miss or failed.")
 @click.option("--allow_unlike", is_flag=True, help="Warn of other data, prompts or checkpoints, and go on.")
 @_scoring

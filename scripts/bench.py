@@ -10,6 +10,7 @@ r"""Measures our engine beside transformers' generate and the machine's limits, 
 A named shape has random weights, made on the device; any checkpoint that longbench_pred.py takes can be named too.
 """
 
+import sys
 from pathlib import Path
 
 import click
@@ -22,6 +23,7 @@ from sparsecache.cli import FlexibleCommand, report_usage_errors
 from sparsecache.engine.loading import DTYPES
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
+from sparsecache.plan import find_device
 
 
 @click.command(cls=FlexibleCommand)
@@ -66,14 +68,17 @@ def main(
         jobs = [
             Job(length, new_tokens, size) for size in _numbers("batch", batch) for length in _numbers("tokens", tokens)
         ]
-        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        where = find_device(device)
         if (mode == "replay") != (workload is not None):
             raise UsageError(
                 "A replay, and nothing else, needs --workload: a CSV (dataset, prompt_tokens, new_tokens)."
             )
+        if out is not None:
+            _make_folder(out)
         kind = DTYPES[dtype or ("bfloat16" if where.type == "cuda" else "float32")]
         subject = load_subject(model, where, kind)
         lines: list[Line] = []
+        failed = False
         for job in jobs if workload is None else jobs[:1]:
             if workload is not None:
                 measured = replay(subject, workload, rows, slots, names)
@@ -87,12 +92,20 @@ def main(
                     click.echo(table([line]).strip("\n"))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 click.echo(f"{mode} of {job.tokens} tokens was not measured: {one_line(error)}", err=True)
+                failed = True
             free_memory()
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
             save(lines, out / f"{mode}-{Path(model).name}.json", model=model, dtype=str(kind), method=str(way))
             if profiled:
                 profile(subject, jobs[0], out / f"{mode}-{Path(model).name}-profile.txt", way)
+    sys.exit(1 if failed else 0)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {path} is no folder to write to ({error.strerror}). Name another one.") from error
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -72,6 +72,11 @@ def read_sweep(file: Path) -> tuple[list[Run], list[str]]:
     unknown = sweep.keys() - {"models", "methods", "arguments"}
     if unknown or not sweep.get("models") or not sweep.get("methods"):
         raise UsageError(f"{file} needs `models` and [[methods]], may have `arguments`, and nothing else.")
+    lists = (("models", str), ("methods", dict))
+    if any(not isinstance(sweep[key], list) or not all(isinstance(x, kind) for x in sweep[key]) for key, kind in lists):
+        raise UsageError(
+            f'{file}: `models` is a list of texts (models = ["demo"]), and methods are tables ([[methods]]).'
+        )
     runs = [run for model in sweep["models"] for table in sweep["methods"] for run in _runs(model, table, file)]
     repeated = {run.name for run in runs if runs.count(run) > 1}
     if repeated:
@@ -84,6 +89,9 @@ def _runs(model: str, table: dict[str, Any], file: Path) -> Iterator[Run]:
         raise UsageError(f"{file}: each of [[methods]] needs a `method`.")
     keys = ["method", *(key for key in table if key != "method")]
     values = [table[key] if isinstance(table[key], list) else [table[key]] for key in keys]
+    for key, choices in zip(keys, values, strict=True):
+        if not choices or any(isinstance(choice, dict | list) for choice in choices):
+            raise UsageError(f"{file}: {key} = {table[key]!r} must be a value, or a list of some.")
     for method, *chosen in itertools.product(*values):
         yield Run(model, method, tuple(zip(keys[1:], map(show, chosen), strict=True)))
 
@@ -91,14 +99,16 @@ def _runs(model: str, table: dict[str, Any], file: Path) -> Iterator[Run]:
 def predict(run: Run, arguments: list[str], pred_dir: Path, threads: int) -> tuple[int, float]:
     """Runs it, its output in a log below `pred_dir`; returns the exit code and the seconds it took."""
     log = pred_dir / "logs" / f"{Path(run.model).name}-{run.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(log.parent)
     began = time.perf_counter()
     with log.open("a", encoding="utf-8") as out:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
         command = run.command(arguments, pred_dir)
         done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode:
-        click.echo(f"{run.name} failed (exit code {done.returncode}); see {log}.", err=True)
+        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "Error" in line]
+        reason = f" {said[-1].strip()}" if said else ""
+        click.echo(f"{run.name} failed (exit code {done.returncode}); see {log}.{reason}", err=True)
     return done.returncode, time.perf_counter() - began
 
 
@@ -151,7 +161,7 @@ def conclude(runs: list[Run], pred_dir: Path, out: Path | None, html: bool) -> N
         document = sweep_table(comparison)
         click.echo(f"\n{render(document, 'terminal')}")
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             for suffix, form in (("md", "markdown"), ("json", "json")):
                 text = render(document, form)
                 write_atomically(out / f"{Path(model).name}.{suffix}", text.rstrip("\n") + "\n")
@@ -159,6 +169,14 @@ def conclude(runs: list[Run], pred_dir: Path, out: Path | None, html: bool) -> N
                 page = compare_page(comparison, scored, pictures(common_rows(scored).runs))
                 write_atomically(out / f"{Path(model).name}.html", page)
             click.echo(f"Written: {out / Path(model).name}.* ({', '.join(['md', 'json', *['html'] * html])})")
+
+
+def make_folder(path: Path) -> None:
+    """Raises UsageError where there can be none."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} is no folder to write to ({error.strerror}). Name another one.") from error
 
 
 def check_report(out: Path | None, html: bool) -> None:
@@ -184,6 +202,7 @@ def main(
     with report_usage_errors():
         check_report(out, html)
         runs, arguments = read_sweep(file)
+        make_folder(pred_dir / "logs")
         arguments += more
     failed = 0
     with ThreadPoolExecutor(jobs) as pool:

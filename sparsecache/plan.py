@@ -38,7 +38,7 @@ class Plan:
         self.options: dict[str, Any] = parse_options(settings.method, settings.options)
         self.method: Method = make_method(settings.method, self.options)
         # Which GPUs there are is the workers' business where others decode.
-        self.device = torch.device(settings.device) if settings.on_ray else _device(settings.device)
+        self.device = torch.device(settings.device) if settings.on_ray else find_device(settings.device)
         self.devices = [self.device] if settings.on_ray else _devices(self.device, settings.gpus_per_worker)
         folder = checkpoint_folder(self.model, settings.offline)
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
@@ -243,7 +243,8 @@ class Plan:
             )
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a `--device`. Raises UsageError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

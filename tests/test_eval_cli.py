@@ -326,6 +326,13 @@ def test_a_report_is_written_beside_the_tables(evaluate: Evaluate, tmp_path: Pat
         assert heading in page and page.count("<svg") == {"compare": 3, "score": 4, "gate": 0}[kind]
     saving = evaluate("gate", "m/old", "--save_baseline", "base.json", "--html", "a.html")
     assert "--html writes a verdict, for which --baseline is missing." in one_sentence(saving)
+    before = (tmp_path / "base.json").read_text() if (tmp_path / "base.json").exists() else None
+    overwriting = evaluate("gate", "m/old", "--baseline", "m/new", "--html", "base.json")
+    assert overwriting.returncode == 2 and "base.json must end in .html or .htm" in overwriting.stderr
+    assert before is None or (tmp_path / "base.json").read_text() == before
+    (tmp_path / "file").write_text("")
+    below = evaluate("compare", "m/old", "m/new", "--html", "file/a.html")
+    assert below.returncode == 2 and "file/a.html cannot be written" in below.stderr and "Traceback" not in below.stderr
     refused = evaluate("compare", "m/old", "m/new", "--html", "missing/a.html")
     assert refused.returncode == 2 and "missing/a.html cannot be written: No such file" in refused.stderr
 

@@ -65,6 +65,10 @@ def test_a_sweep_ends_in_a_table_and_a_report(sweep: Sweep, tmp_path: Path) -> N
         ('models = ["demo"]\nbudget = 1\n[[methods]]\nmethod = "h2o"', "and nothing else"),
         ('models = ["demo"]\n[[methods]]\nbudget = 1', "each of [[methods]] needs a `method`"),
         ('models = ["demo"]\n[[methods]]\nmethod = ["h2o", "h2o"]', "names a run twice: h2o"),
+        ('models = "demo"\n[[methods]]\nmethod = "h2o"', "`models` is a list of texts"),
+        ('models = ["demo"]\nmethods = "h2o"', "methods are tables ([[methods]])"),
+        ('models = ["demo"]\n[[methods]]\nmethod = "h2o"\nbudget = []', "budget = [] must be a value"),
+        ('models = ["demo"]\n[[methods]]\nmethod = "h2o"\nbudget = {a = 1}', "budget = {'a': 1} must be a value"),
     ],
 )
 def test_a_bad_file_is_refused_before_anything_runs(sweep: Sweep, tmp_path: Path, text: str, told: str) -> None:
@@ -82,5 +86,6 @@ def test_a_run_that_fails_is_said_with_its_log(sweep: Sweep, tmp_path: Path) -> 
     done = sweep(FILE.replace("[0.1]", "[-1]").replace('[[methods]]\nmethod = "vanilla"\n', ""))
     assert done.returncode == 2 and done.stdout.startswith("[1/1] demo streaming-budget=-1: failed, ")
     assert "streaming-budget=-1 failed (exit code 2); see pred/logs/demo-streaming-budget=-1.log." in done.stderr
+    assert "budget=-1.0 must be a share" in done.stderr, "the reason stands in the log's last error, and is repeated"
     assert "Fewer than two runs of demo have predictions" in done.stderr
     assert "budget" in (tmp_path / "pred" / "logs" / "demo-streaming-budget=-1.log").read_text()

@@ -146,6 +146,8 @@ def stratified(workload: Path, rows: int) -> list[Job]:
             f"{workload} is no workload ({error!r}): a CSV with the columns dataset, prompt_tokens, new_tokens."
         ) from error
     total = sum(map(len, by_dataset.values()))
+    if not total or any(job.tokens < 1 for jobs in by_dataset.values() for job in jobs):
+        raise UsageError(f"{workload} needs rows, and prompt_tokens from 1 on in each.")
     chosen: list[Job] = []
     for jobs in by_dataset.values():
         jobs.sort(key=lambda job: (job.tokens, job.new_tokens))

@@ -302,7 +302,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             f"and run the same command again."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where there is no such folder, there is no such file
+            temporary.unlink()
 
 
 def _make_folder(path: Path) -> None:

@@ -66,6 +66,13 @@ def test_a_subset_has_of_each_dataset_its_share_evenly_over_its_lengths(tmp_path
     assert sum(long) / len(long) == pytest.approx(1149.5, abs=2) and min(long) < 1010 < 1290 < max(long)
 
 
+@pytest.mark.parametrize("text", ["dataset,prompt_tokens,new_tokens\n", "dataset,prompt_tokens,new_tokens\nx,-4,0\n"])
+def test_a_workload_without_prompts_is_refused(text, tmp_path) -> None:
+    (tmp_path / "w.csv").write_text(text)
+    with pytest.raises(UsageError, match="needs rows, and prompt_tokens from 1 on"):
+        stratified(tmp_path / "w.csv", 10)
+
+
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "dataset,prompt_tokens,new_tokens\nx,many,3\n"], ids=repr)
 def test_what_is_no_workload_is_refused(text, tmp_path) -> None:
     (tmp_path / "w.csv").write_text(text or "\0")
@@ -139,6 +146,8 @@ def test_a_method_is_measured_beside_our_own_vanilla(main, tmp_path, monkeypatch
         (["decode", "--method", "infinigen", "-o", "alpha=-1"], "alpha=-1"),
         (["decode", "-o", "alpha"], "is not of the form KEY=VALUE"),
         (["replay"], "needs --workload"),
+        (["decode", "--device", "tpu"], "--device 'tpu' is no device to decode on"),
+        (["decode", "--out", "/proc/x"], "--out /proc/x is no folder to write to"),
         (["decode", "--model", "nothing"], "neither a folder"),
     ],
     ids=str,
