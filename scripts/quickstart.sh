@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a comparison: installs, has the bundled checkpoint answer the bundled sample with each method,
-# scores the answers, compares them and draws the comparison. Each run is made afresh below pred/quickstart; other predictions stay.
+# scores the answers, compares them and draws the comparison. Each run is made afresh below pred/quickstart; other
+# predictions stay.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 install_environment
@@ -18,10 +19,13 @@ for method in "${methods[@]}"; do
         --method "$method" --name "$method" --pred_dir "$pred_dir" --overwrite >"$pred_dir/$method.log" 2>&1 &
     processes+=($!)
 done
-echo "42 rows are being predicted by ${methods[*]}; their progress is in $pred_dir/*.log ..."
+echo "42 rows are being predicted by ${methods[*]}; about a minute and a half; progress is in $pred_dir/*.log ..."
 for index in "${!methods[@]}"; do
     wait "${processes[index]}" || { cat "$pred_dir/${methods[index]}.log" >&2; exit 1; }
 done
 runs=("${methods[@]/#/$pred_dir/demo/}")
 "$VENV/bin/python" longbench_eval.py "${runs[@]}"
 "$VENV/bin/python" longbench_eval.py compare "${runs[@]}" --html "$pred_dir/report.html"
+echo
+echo "Two rows a dataset show that it works, not how well; speeds of so small a model on a CPU say little. Open"
+echo "$pred_dir/report.html for the pictures, and ask for more: longbench_pred.py --sample_rows 50 (see README.md)."
