@@ -4,7 +4,6 @@ import unicodedata
 from itertools import accumulate
 
 _SIGNS = {"\n": "⏎", "\t": "⇥"}
-_NOWHERE = "\ufffe\uffff"  # no characters, and not allowed in XML
 _ACTIVE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (direction marks too), lone surrogates, line separators
 
 
@@ -39,9 +38,14 @@ def cut(text: str, columns: int) -> str:
 
 
 def _shown(character: str) -> str:
-    if unicodedata.category(character) not in _ACTIVE and character not in _NOWHERE:
+    if unicodedata.category(character) not in _ACTIVE and not _no_character(ord(character)):
         return character
     return _SIGNS.get(character) or character.encode("unicode_escape").decode()
+
+
+def _no_character(point: int) -> bool:
+    """Whether Unicode says that a code point is no character, which neither XML nor HTML allows."""
+    return point & 0xFFFE == 0xFFFE or 0xFDD0 <= point <= 0xFDEF
 
 
 def _columns(character: str) -> int:

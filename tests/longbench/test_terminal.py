@@ -23,6 +23,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()))
         ("a\u2028b\u2029c\x85d", "a\\u2028b\\u2029c\\x85d"),
         ("half \ud800", "half \\ud800"),
         ("no character \ufffe\uffff", "no character \\ufffe\\uffff"),
+        ("nor \U0002fffe\ufdd0\ufdef", "nor \\U0002fffe\\ufdd0\\ufdef"),
         ("full\u3000width", "full\u3000width"),
     ],
 )
