@@ -19,7 +19,7 @@ import torch
 from sparsecache.bench.lines import Line, save, table
 from sparsecache.bench.models import SHAPES, load_subject
 from sparsecache.bench.modes import OWN, PEERS, Job, Way, decode, free_memory, prefill, profile, replay
-from sparsecache.cli import FlexibleCommand, report_usage_errors
+from sparsecache.cli import FlexibleCommand, make_folder, report_usage_errors
 from sparsecache.engine.loading import DTYPES
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
@@ -74,7 +74,7 @@ def main(
                 "A replay, and nothing else, needs --workload: a CSV (dataset, prompt_tokens, new_tokens)."
             )
         if out is not None:
-            _make_folder(out)
+            make_folder(out, "--out")
         kind = DTYPES[dtype or ("bfloat16" if where.type == "cuda" else "float32")]
         subject = load_subject(model, where, kind)
         lines: list[Line] = []
@@ -99,13 +99,6 @@ def main(
             if profiled:
                 profile(subject, jobs[0], out / f"{mode}-{Path(model).name}-profile.txt", way)
     sys.exit(1 if failed else 0)
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {path} is no folder to write to ({error.strerror}). Name another one.") from error
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -27,7 +27,7 @@ from typing import Any
 
 import click
 
-from sparsecache.cli import report_usage_errors
+from sparsecache.cli import make_folder, report_usage_errors
 from sparsecache.errors import UsageError
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.comparison import Comparison
@@ -169,14 +169,6 @@ def conclude(runs: list[Run], pred_dir: Path, out: Path | None, html: bool) -> N
                 page = compare_page(comparison, scored, pictures(common_rows(scored).runs))
                 write_atomically(out / f"{Path(model).name}.html", page)
             click.echo(f"Written: {out / Path(model).name}.* ({', '.join(['md', 'json', *['html'] * html])})")
-
-
-def make_folder(path: Path) -> None:
-    """Raises UsageError where there can be none."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{path} is no folder to write to ({error.strerror}). Name another one.") from error
 
 
 def check_report(out: Path | None, html: bool) -> None:

@@ -77,6 +77,15 @@ def report_usage_errors() -> Iterator[None]:
         sys.exit(130)
 
 
+def make_folder(path: Path, option: str = "") -> None:
+    """Makes a folder that `option` names. Raises UsageError where there can be none."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        named = f"{option} {path}".strip()
+        raise UsageError(f"{named} is no folder to write to ({error.strerror}). Name another one.") from error
+
+
 def _with_underscores(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
