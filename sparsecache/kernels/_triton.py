@@ -4,6 +4,7 @@ It is imported only where it is of use: with a CUDA device, or under TRITON_INTE
 kernels on the CPU, slowly.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,30 @@ def running(which: Literal["kernels", "twins"]) -> Iterator[None]:
         _forced = before
 
 
+@functools.cache
+def launching() -> dict[str, Any]:
+    """What every kernel is launched with: EARLY, whether it may be set up, and read what does not depend on the kernel
+    before it, while that one still runs (programmatic dependent launch, from Hopper on)."""
+    early = AVAILABLE and not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
 def up_to_power(number: int, least: int = 1) -> int:
     """The next power of two from `number` on, and from `least` on: the size of a block."""
     return max(least, 1 << (number - 1).bit_length())
+
+
+@triton.jit
+def after_previous(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Waits until all that earlier kernels write can be read; the kernel after this one may be set up meanwhile."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers):  # type: ignore[no-untyped-def]
+    """Asks for the 128 bytes at each of the pointers to be brought to the L2 cache; waits for nothing."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import fast, tl, triton, up_to_power
+from sparsecache.kernels._triton import after_previous, fast, launching, tl, triton, up_to_power
 from sparsecache.kernels.attention import attention
 
 _TOKENS = 64  # that a program reads at a time
@@ -39,7 +39,7 @@ class Ledger(NamedTuple):
         """
         if cap is None and fast(counts):
             kv_heads = counts.shape[1]
-            sizes = {"SOME": up_to_power(kv_heads), "num_warps": 1}
+            sizes = {"SOME": up_to_power(kv_heads), "num_warps": 1, **launching()}
             _note[(len(slots),)](*self, slots, counts, kv_heads, len(self.caps) - 2, **sizes)
             return
         past = self.past[slots].clamp(max=len(self.caps) - 2)  # a slot not in flight may have run full
@@ -116,7 +116,7 @@ def gather(store: Tensor, slots: Tensor, selected: Tensor, counts: Tensor) -> Te
         grid = (batch * kv_heads, split_count(batch * kv_heads, selected.device))
         _gather[grid](
             store, slots, selected.contiguous(), counts.contiguous(), rows, kv_heads, room, size, most,
-            TOKENS=16, WIDE=up_to_power(size), SPLITS=grid[1], num_warps=4,
+            TOKENS=16, WIDE=up_to_power(size), SPLITS=grid[1], num_warps=4, **launching(),
         )  # fmt: skip
         return rows
     held = torch.arange(most, device=selected.device) < counts[..., None]
@@ -160,11 +160,11 @@ def _kernel(
         slots, chosen, number, sums, marks, 1 / math.sqrt(head_dim),
         kv_heads, room, head_dim, batch * heads * splits, rows_apart,
         SELECTED=selected is not None, GROUP=heads // kv_heads, QUERIES=up_to_power(heads // kv_heads, 16),
-        TOKENS=_TOKENS, WIDE=wide, SPLITS=splits, num_warps=4, num_stages=3,
+        TOKENS=_TOKENS, WIDE=wide, SPLITS=splits, num_warps=4, num_stages=3, **launching(),
     )  # fmt: skip
     _merge[(batch, heads)](
         sums, marks, out, slots, number, room, head_dim, batch * heads * splits,
-        APPENDED=selected is None, SPLITS=splits, MOST=up_to_power(splits), WIDE=wide, num_warps=2,
+        APPENDED=selected is None, SPLITS=splits, MOST=up_to_power(splits), WIDE=wide, num_warps=2, **launching(),
     )  # fmt: skip
     return out
 
@@ -176,7 +176,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def split_count(programs: int, device: torch.device) -> int:
     """Into how many parts sequences are split, so that `programs` times as many programs fill the GPU."""
-    return max(1, min(64, -(-_WAVES * _multiprocessors(device) // programs)))
+    return max(1, min(64, _WAVES * _multiprocessors(device) // programs))
 
 
 @triton.jit
@@ -184,9 +184,10 @@ def _attend(  # type: ignore[no-untyped-def]
     q, q_row, q_head, new_key, new_value, new_row, new_head, keys, values, slot_stride, head_stride, row_stride,
     slots, selected, numbers, sums, marks, scale, kv_heads, room, size, all_marks, width,
     SELECTED: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
-    TOKENS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program attends, for the heads of a KV head, to one part of a slot; the last part's takes the new token."""
+    after_previous(EARLY)
     row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
     if SELECTED:
@@ -242,9 +243,10 @@ def _attend(  # type: ignore[no-untyped-def]
 @triton.jit
 def _merge(  # type: ignore[no-untyped-def]
     sums, marks, out, slots, lengths, room, size, all_marks,
-    APPENDED: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, WIDE: tl.constexpr,
+    APPENDED: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program adds up the parts of one head, and the first of a row counts the new token."""
+    after_previous(EARLY)
     row, head = tl.program_id(0), tl.program_id(1)
     split, at = tl.arange(0, MOST), tl.arange(0, WIDE)
     mark = (row * tl.num_programs(1) + head) * SPLITS + split
@@ -264,9 +266,10 @@ def _merge(  # type: ignore[no-untyped-def]
 @triton.jit
 def _gather(  # type: ignore[no-untyped-def]
     store, slots, selected, counts, rows, kv_heads, room, size, most,
-    TOKENS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Copies a part of a KV head's selected rows, in order: ascending rows are what a link to the host likes."""
+    after_previous(EARLY)
     row, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     count = tl.load(counts + tl.program_id(0))
     base = (tl.load(slots + row).to(tl.int64) * kv_heads + kv) * room
@@ -282,9 +285,10 @@ def _gather(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _note(  # type: ignore[no-untyped-def]
-    past, kept, fetched, steps, capped, caps, slots, counts, kv_heads, most, SOME: tl.constexpr
+    past, kept, fetched, steps, capped, caps, slots, counts, kv_heads, most, SOME: tl.constexpr, EARLY: tl.constexpr
 ):
     """One row's step."""
+    after_previous(EARLY)
     row, head = tl.program_id(0), tl.arange(0, SOME)
     slot = tl.load(slots + row)
     held = tl.minimum(tl.load(past + slot), most)

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecache.kernels import swiglu as gating
-from sparsecache.kernels._triton import fast, tl, triton
+from sparsecache.kernels._triton import after_previous, fast, launching, prefetch, tl, triton
 from sparsecache.kernels.norm import Norm, rms_norm
 from sparsecache.kernels.rotation import Rotation, rotate
 
 MOST_ROWS = 16
 _PLAIN, _SWIGLU, _ROTATED = 0, 1, 2
 _WIDTH = 256  # columns of the weights that a program reads at a time
+_AHEAD = 4096  # columns that a program asks for before the kernel before it has ended
 
 
 def linear(
@@ -90,7 +91,8 @@ def _kernel(
         rotation.cos if rotation is not None else none, rotation.sin if rotation is not None else none,
         out, rows, size, pairs, half, turning,
         KIND=kind, BIAS=bias is not None, NORM=norm is not None, RESIDUAL=residual is not None,
-        BATCH=MOST_ROWS, BLOCK=block, WIDTH=_WIDTH, num_warps=4, num_stages=4 if kind == _PLAIN else 3,
+        BATCH=MOST_ROWS, BLOCK=block, WIDTH=_WIDTH, AHEAD=_AHEAD, num_warps=4, num_stages=4 if kind == _PLAIN else 3,
+        **launching(),
     )  # fmt: skip
     return out
 
@@ -99,7 +101,7 @@ def _kernel(
 def _project(  # type: ignore[no-untyped-def]
     x, x_stride, weight, bias, norm, eps, residual, cos, sin, out, rows, size, pairs, half, turning,
     KIND: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    BATCH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    BATCH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program makes BLOCK columns of the output, or pairs of them, for all rows of x.
 
@@ -112,6 +114,16 @@ def _project(  # type: ignore[no-untyped-def]
     second = first + (half if KIND == 2 else pairs)
     batch = tl.arange(0, BATCH)
     there = (pair < pairs)[:, None]
+    if EARLY:  # weights depend on nothing; a line is 64 columns
+        line = tl.arange(0, WIDTH // 64) * 64
+        rows_of_one = weight + tl.where(pair < pairs, first, 0).to(tl.int64)[:, None] * size
+        rows_of_two = weight + tl.where(pair < pairs, second, 0).to(tl.int64)[:, None] * size
+        for start in tl.static_range(0, AHEAD, WIDTH):
+            at_line = tl.minimum(start + line, size - 1)[None, :]
+            prefetch(rows_of_one + at_line)
+            if KIND != 0:
+                prefetch(rows_of_two + at_line)
+    after_previous(EARLY)
     one = tl.zeros((BLOCK, BATCH), dtype=tl.float32)
     two = tl.zeros((BLOCK, BATCH), dtype=tl.float32)
     squares = tl.zeros((BATCH,), dtype=tl.float32)

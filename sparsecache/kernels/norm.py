@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import fast, tl, triton, up_to_power
+from sparsecache.kernels._triton import after_previous, fast, launching, tl, triton, up_to_power
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,17 @@ def _kernel(x: Tensor, norm: Norm) -> Tensor:
         return out.view(x.shape)
     block = up_to_power(rows.shape[1])
     warps = min(16, max(1, block // 512))
-    _rms_norm[(len(rows),)](rows, rows.stride(0), norm.weight, out, rows.shape[1], norm.eps, block, num_warps=warps)
+    _rms_norm[(len(rows),)](
+        rows, rows.stride(0), norm.weight, out, rows.shape[1], norm.eps, BLOCK=block, num_warps=warps, **launching()
+    )
     return out.view(x.shape)
 
 
 @triton.jit
-def _rms_norm(x, stride, weight, out, size, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rms_norm(  # type: ignore[no-untyped-def]
+    x, stride, weight, out, size, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    after_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     there = at < size

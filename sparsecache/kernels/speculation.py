@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import fast, tl, triton, up_to_power
+from sparsecache.kernels._triton import after_previous, fast, launching, tl, triton, up_to_power
 from sparsecache.kernels.decode import split_count
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import count_near, distance_to_best, highest
@@ -72,7 +72,7 @@ def remember(k: Tensor, v: Tensor, columns: Tensor, keys: Tensor, store: Tensor,
         _remember[(batch * kv_heads,)](
             k, v, k.stride(0), k.stride(1), columns, keys, store, past, slots,
             kv_heads, store.shape[2], head_dim, keys.shape[3],
-            SIZE=up_to_power(head_dim), WIDE=up_to_power(keys.shape[3]), num_warps=4,
+            SIZE=up_to_power(head_dim), WIDE=up_to_power(keys.shape[3]), num_warps=4, **launching(),
         )  # fmt: skip
         return
     row = past[slots].clamp(max=store.shape[2] - 1)
@@ -97,7 +97,7 @@ def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tens
         torch.empty((batch, kv_heads, width), device=device, dtype=torch.int64),
         torch.empty((batch, kv_heads), device=device, dtype=torch.int64),
     )
-    sizes = {"GROUP": group, "QUERIES": up_to_power(group, 16), "TOKENS": _TOKENS, "SPLITS": splits}
+    sizes = {"GROUP": group, "QUERIES": up_to_power(group, 16), "TOKENS": _TOKENS, "SPLITS": splits, **launching()}
     _score[grid](
         q, q.stride(0), q.stride(1), columns, keys, past, slots, scores, maxima, counts, above,
         1 / math.sqrt(head_dim), kv_heads, room, head_dim, wide,
@@ -108,6 +108,7 @@ def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tens
         COUNTS=1 + _DIGITS * 256, MOST=up_to_power(splits), **sizes,
     )  # fmt: skip
     choice = {"MEAN": rule.mean, "KV_HEADS": kv_heads, "SOME": up_to_power(kv_heads), "TOKENS": 512, "SPLITS": splits}
+    choice |= launching()
     for digit in range(1, _DIGITS):
         _refine[grid](
             distance, past, slots, rule.caps, counts, ends, above, room,
@@ -131,9 +132,10 @@ def _part(count, split, TOKENS: tl.constexpr, SPLITS: tl.constexpr):  # type: ig
 def _score(  # type: ignore[no-untyped-def]
     q, q_row, q_head, columns, keys, past, slots, scores, maxima, counts, above, scale, kv_heads, room, size, wide,
     SIZE: tl.constexpr, WIDE: tl.constexpr, COUNTS: tl.constexpr,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Speculated scores of a part of a slot for the heads of a KV head, and each head's highest."""
+    after_previous(EARLY)
     row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
     count = tl.load(past + slot)
@@ -171,9 +173,10 @@ def _score(  # type: ignore[no-untyped-def]
 def _measure(  # type: ignore[no-untyped-def]
     scores, maxima, distance, past, slots, counts, alpha, sinks, recent, kv_heads, room,
     COUNTS: tl.constexpr, MOST: tl.constexpr,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """How near each token comes to a head's best; counts those within alpha, and the first digits of all."""
+    after_previous(EARLY)
     row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     count = tl.load(past + tl.load(slots + row))
     query, other = tl.arange(0, QUERIES), tl.arange(0, MOST)
@@ -244,9 +247,10 @@ def _next_digit(counts, prefix, wanted):  # type: ignore[no-untyped-def]
 def _refine(  # type: ignore[no-untyped-def]
     distance, past, slots, caps, counts, ends, above, room,
     DIGIT: tl.constexpr, LAST: tl.constexpr, COUNTS: tl.constexpr, MEAN: tl.constexpr, KV_HEADS: tl.constexpr,
-    SOME: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
+    SOME: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Counts digit number DIGIT of the tokens whose digits before it are right, and those that are surely taken."""
+    after_previous(EARLY)
     row, kv, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     wanted, count = _wanted(past, slots, caps, counts, row, kv, COUNTS, MEAN, KV_HEADS, SOME)
     base = counts + tl.program_id(0) * COUNTS + 1
@@ -277,9 +281,10 @@ def _refine(  # type: ignore[no-untyped-def]
 def _write(  # type: ignore[no-untyped-def]
     distance, past, slots, caps, counts, ends, above, positions, taken_counts, room, width,
     DIGITS: tl.constexpr, COUNTS: tl.constexpr, MOST: tl.constexpr, MEAN: tl.constexpr, KV_HEADS: tl.constexpr,
-    SOME: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
+    SOME: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Writes the taken of a part behind those of the parts before it; of equals at the cut the lowest positions."""
+    after_previous(EARLY)
     row, kv, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     number, count = _wanted(past, slots, caps, counts, row, kv, COUNTS, MEAN, KV_HEADS, SOME)
     wanted, prefix = number, tl.zeros((), dtype=tl.uint32)
@@ -317,9 +322,10 @@ def _write(  # type: ignore[no-untyped-def]
 @triton.jit
 def _remember(  # type: ignore[no-untyped-def]
     k, v, k_row, k_head, columns, keys, store, past, slots, kv_heads, room, size, wide,
-    SIZE: tl.constexpr, WIDE: tl.constexpr,
+    SIZE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One KV head's new token."""
+    after_previous(EARLY)
     row, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     slot = tl.load(slots + row).to(tl.int64)
     owner = slot * kv_heads + kv

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import family_names, load_family
@@ -13,6 +12,9 @@ from sparsecache.engine.generator import Generator, Request
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope
+from sparsecache.engine.steps import GraphedSteps
+from sparsecache.methods import make_method, parse_options
+from sparsecache.methods.base import Method
 from sparsecache.methods.vanilla import Vanilla
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
@@ -20,8 +22,10 @@ GPU = torch.device("cuda")
 LENGTHS = (1, 5, 95, 96, 97, 300, 33)
 
 
-def _engine(folder: Path, slots: int, dtype: torch.dtype) -> tuple[Generator, Decoder]:
-    checkpoint, method = Checkpoint(folder), Vanilla()
+def _engine(
+    folder: Path, slots: int, dtype: torch.dtype, method: Method | None = None
+) -> tuple[Generator, Decoder]:
+    checkpoint, method = Checkpoint(folder), method or Vanilla()
     architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
     decoder = Decoder(architecture, checkpoint.load(architecture, GPU, dtype), Rope(checkpoint.config, GPU), method)
     return Generator(decoder, method, slots), decoder
@@ -64,9 +68,41 @@ def test_half_precision_logits_are_as_near_to_float32_as_those_of_transformers(
     assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
 
 
-def test_prefill_needs_no_backend_that_builds_the_whole_score_matrix(make_checkpoint: Any) -> None:
-    engine, _ = _engine(make_checkpoint("llama"), 1, torch.bfloat16)
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        (done,) = engine.generate([Request(0, list(range(3, 1003)), 1, ())])
-    assert done.error is None
-    assert len(done.token_ids) == 1
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("slots", [1, 3, 17])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vanilla", {}),
+        ("vanilla", {"offload": "true"}),
+        ("infinigen", {"budget": "0.2", "alpha": "4", "skew": "false", "dense_layers": "1"}),
+        ("infinigen", {"budget": "0.2", "alpha": "inf", "skew": "false", "dense_layers": "1", "offload": "true"}),
+        ("infinigen", {"budget": "9", "skew": "false", "dense_layers": "1", "guess": "residual", "fetch": "per_head"}),
+    ],
+    ids=str,
+)
+def test_a_graph_replays_what_is_launched_call_by_call(
+    name: str, options: dict[str, str], slots: int, dtype: torch.dtype, make_checkpoint: Any
+) -> None:
+    """The same kernels in the same order, hence the same bits; rooms grow on the way, so that graphs are made anew."""
+    folder, found = make_checkpoint("llama", num_hidden_layers=3), []
+    for graphed in (True, False):
+        engine, decoder = _engine(folder, slots, dtype, make_method(name, parse_options(name, options)))
+        decoder.graphable = decoder.graphable and graphed
+        done = {each.key: each for each in engine.generate(_requests())}
+        assert isinstance(engine._steps, GraphedSteps) == graphed
+        assert [each.error for each in done.values()] == [None] * len(LENGTHS)
+        found.append({key: (each.token_ids, each.report) for key, each in done.items()})
+    assert found[0] == found[1]
+
+
+def test_a_prompt_is_attended_to_without_its_whole_score_matrix(make_checkpoint: Any) -> None:
+    engine, decoder = _engine(make_checkpoint("llama"), 1, torch.bfloat16)
+    length = 30_000
+    engine.reserve(length + 1)
+    engine.reset_clock()
+    before = torch.cuda.memory_allocated()
+    (done,) = engine.generate([Request(0, torch.randint(3, 1024, (length,)).tolist(), 1, ())])
+    assert done.error is None and engine.clock.peak_gpu_bytes is not None
+    assert engine.clock.peak_gpu_bytes - before < length**2 / 2  # one head's scores take four times as much
+    assert engine.clock.peak_gpu_bytes - before < 2 * decoder.prompt_nbytes(length)

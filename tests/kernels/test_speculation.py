@@ -16,6 +16,13 @@ CASES = {  # slots, KV heads, group, head size, columns, room, tokens in the slo
     "very unlike": (4, 3, 1, 32, 16, 1300, [1, 1200]),
     "wide group": (2, 1, 8, 64, 32, 700, [690, 257]),
 }
+if torch.cuda.is_available():  # the interpreter would take minutes for each
+    CASES |= {
+        "longest": (1, 8, 4, 128, 32, 131_073, [131_072]),
+        "long, no groups": (3, 32, 1, 64, 16, 33_000, [32_769, 1, 32_999]),
+        "a full batch": (16, 4, 2, 128, 32, 5000, [*range(1, 5000, 333), 4999]),
+        "long, wide group": (2, 2, 8, 64, 32, 70_001, [70_000, 65_537]),
+    }
 RULES = {  # alpha, budget, mean, sinks, recent
     "plain": (2.0, 0.2, True, 0, 0),
     "nothing is near": (0.0, 5, False, 0, 0),
