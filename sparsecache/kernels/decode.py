@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsecache.kernels._triton import after_previous, fast, launching, tl, triton, up_to_power
 from sparsecache.kernels.attention import attention
 
-_TOKENS = 64  # that a program reads at a time
+_TILE = 32768  # bytes of keys, and of values, that a program reads at a time
 _WAVES = 2  # programs for each multiprocessor
 
 
@@ -150,6 +150,7 @@ def _kernel(
     marks = torch.empty((2, batch, heads, splits), device=q.device, dtype=torch.float32)  # maxima, sums of weights
     out = torch.empty((batch, heads, 1, head_dim), device=q.device, dtype=q.dtype)
     wide = up_to_power(head_dim, 16)
+    tokens = min(128, _TILE // (wide * keys.element_size()))
     chosen, number, rows_apart = slots, lengths, 0
     if selected is not None and counts is not None:
         one_for_all = selected.stride(0) == selected.stride(1) == 0
@@ -160,7 +161,7 @@ def _kernel(
         slots, chosen, number, sums, marks, 1 / math.sqrt(head_dim),
         kv_heads, room, head_dim, batch * heads * splits, rows_apart,
         SELECTED=selected is not None, GROUP=heads // kv_heads, QUERIES=up_to_power(heads // kv_heads, 16),
-        TOKENS=_TOKENS, WIDE=wide, SPLITS=splits, num_warps=4, num_stages=3, **launching(),
+        TOKENS=tokens, WIDE=wide, SPLITS=splits, num_warps=4, num_stages=2, **launching(),
     )  # fmt: skip
     _merge[(batch, heads)](
         sums, marks, out, slots, number, room, head_dim, batch * heads * splits,

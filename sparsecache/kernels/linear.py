@@ -1,8 +1,8 @@
-"""Projections of a decode step, each one kernel: a norm before it and what follows it ride along.
+"""Projections of a decode step, each one kernel: what comes before and after it rides along.
 
 With few rows a projection takes as long as its weights take to be read. The kernels therefore read each weight once,
-and do everything else (RMS norm, bias, RoPE, SwiGLU, residual) on the way. More than MOST_ROWS rows, as a prompt has,
-go through torch's own matrix product.
+and do everything else (RMS norm, bias, RoPE, SwiGLU, residual) on the way: one row is multiplied element by element,
+up to MOST_ROWS by tensor cores. More rows, as a prompt has, go through torch's own matrix product.
 """
 
 import torch
@@ -16,8 +16,11 @@ from sparsecache.kernels.rotation import Rotation, rotate
 
 MOST_ROWS = 16
 _PLAIN, _SWIGLU, _ROTATED = 0, 1, 2
-_WIDTH = 256  # columns of the weights that a program reads at a time
-_AHEAD = 4096  # columns that a program asks for before the kernel before it has ended
+# Per kind, of a program: rows (or pairs of rows) of the weights, columns read at a time.
+_ONE = {"BLOCK": 2, "WIDTH": 2048, "AHEAD": 2048, "num_warps": 4}
+_ONE_OF_PAIRS = {"BLOCK": 1, "WIDTH": 2048, "AHEAD": 2048, "num_warps": 4}
+_FEW = {"BLOCK": 16, "WIDTH": 256, "num_warps": 4, "num_stages": 4}
+_FEW_OF_PAIRS = {"BLOCK": 16, "WIDTH": 256, "num_warps": 4, "num_stages": 3}
 
 
 def linear(
@@ -76,82 +79,58 @@ def _kernel(
     rotation: Rotation | None = None,
     turning: int = 0,
 ) -> Tensor:
-    if norm is not None and x.dtype == torch.float16:  # before it is divided by its norm, x times a weight may overflow
-        x, norm = rms_norm(x, norm), None
     rows, size = x.shape
+    if rows > 1:
+        x, norm = _normed(x, norm), None
     out = torch.empty((rows, width), device=x.device, dtype=x.dtype)
     pairs = len(weight) if kind == _PLAIN else len(weight) // 2  # a pair: two rows of weights that are used together
     half = rotation.cos.shape[1] // 2 if rotation is not None else 1
-    block = 16 if kind != _PLAIN or pairs < 8192 else 32
     none = weight  # is not read where its flag is off
-    _project[(-(-pairs // block),)](
-        x, x.stride(0), weight, bias if bias is not None else none,
-        norm.weight if norm is not None else none, norm.eps if norm is not None else 0.0,
-        residual if residual is not None else none,
+    flags = {"KIND": kind, "BIAS": bias is not None, "RESIDUAL": residual is not None, **launching()}
+    after = (
+        bias if bias is not None else none, residual if residual is not None else none,
         rotation.cos if rotation is not None else none, rotation.sin if rotation is not None else none,
         out, rows, size, pairs, half, turning,
-        KIND=kind, BIAS=bias is not None, NORM=norm is not None, RESIDUAL=residual is not None,
-        BATCH=MOST_ROWS, BLOCK=block, WIDTH=_WIDTH, AHEAD=_AHEAD, num_warps=4, num_stages=4 if kind == _PLAIN else 3,
-        **launching(),
     )  # fmt: skip
+    if rows == 1:
+        sizes = _ONE if kind == _PLAIN else _ONE_OF_PAIRS
+        scale, eps = (none, 0.0) if norm is None else (norm.weight, norm.eps)
+        _project_one[(-(-pairs // sizes["BLOCK"]),)](
+            x, weight, scale, eps, *after, NORM=norm is not None, **flags, **sizes
+        )
+    else:
+        sizes = _FEW if kind == _PLAIN else _FEW_OF_PAIRS
+        _project_few[(-(-pairs // sizes["BLOCK"]),)](x, x.stride(0), weight, *after, BATCH=MOST_ROWS, **flags, **sizes)
     return out
 
 
 @triton.jit
-def _project(  # type: ignore[no-untyped-def]
-    x, x_stride, weight, bias, norm, eps, residual, cos, sin, out, rows, size, pairs, half, turning,
-    KIND: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    BATCH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """One program makes BLOCK columns of the output, or pairs of them, for all rows of x.
+def _pair_rows(pair, pairs, half, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The two rows of the weights that are used together.
 
-    KIND 0: column n of row n of the weights. 1 (SwiGLU): column n of the rows n and pairs + n. 2 (RoPE): columns i and
-    half + i of a head, of the rows of that head.
+    KIND 0: row n alone. 1 (SwiGLU): rows n and pairs + n. 2 (RoPE): rows i and half + i of a head.
     """
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    head = pair // half
-    first = pair if KIND != 2 else head * 2 * half + pair % half
-    second = first + (half if KIND == 2 else pairs)
-    batch = tl.arange(0, BATCH)
-    there = (pair < pairs)[:, None]
-    if EARLY:  # weights depend on nothing; a line is 64 columns
-        line = tl.arange(0, WIDTH // 64) * 64
-        rows_of_one = weight + tl.where(pair < pairs, first, 0).to(tl.int64)[:, None] * size
-        rows_of_two = weight + tl.where(pair < pairs, second, 0).to(tl.int64)[:, None] * size
-        for start in tl.static_range(0, AHEAD, WIDTH):
-            at_line = tl.minimum(start + line, size - 1)[None, :]
-            prefetch(rows_of_one + at_line)
-            if KIND != 0:
-                prefetch(rows_of_two + at_line)
-    after_previous(EARLY)
-    one = tl.zeros((BLOCK, BATCH), dtype=tl.float32)
-    two = tl.zeros((BLOCK, BATCH), dtype=tl.float32)
-    squares = tl.zeros((BATCH,), dtype=tl.float32)
-    for start in tl.range(0, size, WIDTH):
-        at = start + tl.arange(0, WIDTH)
-        inside = at < size
-        part = tl.load(
-            x + batch[None, :] * x_stride + at[:, None], mask=(batch < rows)[None, :] & inside[:, None], other=0.0
-        )
-        if NORM:
-            wide = part.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=0)
-            part = (wide * tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)[:, None]).to(part.dtype)
-        seen = there & inside[None, :]
-        one_weight = tl.load(weight + first.to(tl.int64)[:, None] * size + at[None, :], mask=seen, other=0.0)
-        one = tl.dot(one_weight, part, one, input_precision="ieee")
-        if KIND != 0:
-            two_weight = tl.load(weight + second.to(tl.int64)[:, None] * size + at[None, :], mask=seen, other=0.0)
-            two = tl.dot(two_weight, part, two, input_precision="ieee")
-    if NORM:
-        scale = (1.0 / tl.sqrt(squares / size + eps))[None, :]
-        one *= scale
-        two *= scale
+    if KIND == 2:
+        first = pair // half * 2 * half + pair % half
+        second = first + half
+    else:
+        first = pair
+        second = pair + pairs
+    return first.to(tl.int64), second.to(tl.int64)
+
+
+@triton.jit
+def _finish(  # type: ignore[no-untyped-def]
+    one, two, bias, residual, cos, sin, out, rows, pairs, half, turning, pair, batch,
+    KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Stores the products one and two [BLOCK, BATCH] of rows of the weights as what comes after them wants them."""
+    first, second = _pair_rows(pair, pairs, half, KIND)
     if BIAS:
         one += tl.load(bias + first, mask=pair < pairs, other=0.0).to(tl.float32)[:, None]
         if KIND != 0:
             two += tl.load(bias + second, mask=pair < pairs, other=0.0).to(tl.float32)[:, None]
-    stored = there & (batch < rows)[None, :]
+    stored = (pair < pairs)[:, None] & (batch < rows)[None, :]
     if KIND == 0:
         target = batch[None, :] * pairs + pair[:, None]
         if RESIDUAL:
@@ -161,9 +140,79 @@ def _project(  # type: ignore[no-untyped-def]
         tl.store(out + batch[None, :] * pairs + pair[:, None], one / (1.0 + tl.exp(-one)) * two, mask=stored)
     else:
         angle = batch[None, :] * 2 * half + (pair % half)[:, None]
-        turns = stored & (head < turning)[:, None]
+        turns = stored & (pair // half < turning)[:, None]
         c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
         s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
         target = batch[None, :] * 2 * pairs + first[:, None]
         tl.store(out + target, one * c - two * s, mask=stored)
         tl.store(out + target + half, two * c + one * s, mask=stored)
+
+
+@triton.jit
+def _project_one(  # type: ignore[no-untyped-def]
+    x, weight, norm, eps, bias, residual, cos, sin, out, rows, size, pairs, half, turning,
+    KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program makes BLOCK columns of the output, or pairs of them, for the one row of x."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first, second = _pair_rows(tl.minimum(pair, pairs - 1), pairs, half, KIND)
+    rows_of_one, rows_of_two = weight + first[:, None] * size, weight + second[:, None] * size
+    if EARLY:  # weights depend on nothing; a line is 64 columns
+        for start in tl.static_range(0, AHEAD, WIDTH):
+            line = tl.minimum(start + tl.arange(0, WIDTH // 64) * 64, size - 1)[None, :]
+            prefetch(rows_of_one + line)
+            if KIND != 0:
+                prefetch(rows_of_two + line)
+    after_previous(EARLY)
+    one = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+    two = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+    squares = tl.zeros((WIDTH,), dtype=tl.float32)
+    for start in tl.range(0, size, WIDTH):
+        at = start + tl.arange(0, WIDTH)
+        inside = at < size
+        part = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            squares += part * part
+            part *= tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
+        one += tl.load(rows_of_one + at[None, :], mask=inside[None, :], other=0.0).to(tl.float32) * part[None, :]
+        if KIND != 0:
+            two += tl.load(rows_of_two + at[None, :], mask=inside[None, :], other=0.0).to(tl.float32) * part[None, :]
+    one_sum, two_sum = tl.sum(one, axis=1)[:, None], tl.sum(two, axis=1)[:, None]
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / size + eps)
+        one_sum *= scale
+        two_sum *= scale
+    _finish(
+        one_sum, two_sum, bias, residual, cos, sin, out, rows, pairs, half, turning, pair, tl.arange(0, 1),
+        KIND, BIAS, RESIDUAL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _project_few(  # type: ignore[no-untyped-def]
+    x, x_stride, weight, bias, residual, cos, sin, out, rows, size, pairs, half, turning,
+    KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BATCH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program makes BLOCK columns of the output, or pairs of them, for all rows of x."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first, second = _pair_rows(pair, pairs, half, KIND)
+    batch = tl.arange(0, BATCH)
+    there = (pair < pairs)[:, None]
+    after_previous(EARLY)
+    one = tl.zeros((BLOCK, BATCH), dtype=tl.float32)
+    two = tl.zeros((BLOCK, BATCH), dtype=tl.float32)
+    for start in tl.range(0, size, WIDTH):
+        at = start + tl.arange(0, WIDTH)
+        inside = at < size
+        part = tl.load(
+            x + batch[None, :] * x_stride + at[:, None], mask=(batch < rows)[None, :] & inside[:, None], other=0.0
+        )
+        seen = there & inside[None, :]
+        one_weight = tl.load(weight + first[:, None] * size + at[None, :], mask=seen, other=0.0)
+        one = tl.dot(one_weight, part, one, input_precision="ieee")
+        if KIND != 0:
+            two_weight = tl.load(weight + second[:, None] * size + at[None, :], mask=seen, other=0.0)
+            two = tl.dot(two_weight, part, two, input_precision="ieee")
+    _finish(one, two, bias, residual, cos, sin, out, rows, pairs, half, turning, pair, batch, KIND, BIAS, RESIDUAL)

@@ -15,7 +15,8 @@ from sparsecache.kernels.decode import split_count
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import count_near, distance_to_best, highest
 
-_TOKENS = 128  # that a program looks at at a time
+_TOKENS = 256  # that a program scores at a time
+_FEWEST, _MOST = 512, 4096  # tokens that a program counts at a time: counting costs about as much for few as for many
 _DIGITS = 4  # of eight bits
 
 
@@ -86,9 +87,12 @@ def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tens
     group, device = heads // kv_heads, q.device
     splits = split_count(batch * kv_heads, device)
     grid = (batch * kv_heads, splits)
-    scores = torch.empty((batch, heads, room), device=device, dtype=torch.float32)
+    apart = (
+        -(-room // 16) * 16
+    )  # rows of scores begin, and end, where wide reads may; behind the last token lies anything
+    scores = torch.empty((batch, heads, apart), device=device, dtype=torch.float32)
     maxima = torch.empty((batch, heads, splits), device=device, dtype=torch.float32)
-    distance = torch.empty((batch, kv_heads, room), device=device, dtype=torch.float32)
+    distance = torch.empty((batch, kv_heads, apart), device=device, dtype=torch.float32)
     # Per KV head: how many are near, then how many have each value of each digit, the digits before it being right.
     counts = torch.empty((batch, kv_heads, 1 + _DIGITS * 256), device=device, dtype=torch.int32)
     ends = torch.empty((batch, kv_heads, splits, 256), device=device, dtype=torch.int32)  # the last digit's, by split
@@ -97,25 +101,28 @@ def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tens
         torch.empty((batch, kv_heads, width), device=device, dtype=torch.int64),
         torch.empty((batch, kv_heads), device=device, dtype=torch.int64),
     )
-    sizes = {"GROUP": group, "QUERIES": up_to_power(group, 16), "TOKENS": _TOKENS, "SPLITS": splits, **launching()}
+    sizes = {"GROUP": group, "QUERIES": up_to_power(group, 16), "SPLITS": splits, **launching()}
+    counted = min(_MOST, up_to_power(-(-room // splits), _FEWEST))
+    at_a_time = {"TOKENS": counted, "num_warps": 4 if counted == _FEWEST else 8}
     _score[grid](
         q, q.stride(0), q.stride(1), columns, keys, past, slots, scores, maxima, counts, above,
-        1 / math.sqrt(head_dim), kv_heads, room, head_dim, wide,
-        SIZE=up_to_power(head_dim, 16), WIDE=up_to_power(wide, 16), COUNTS=1 + _DIGITS * 256, **sizes,
+        1 / math.sqrt(head_dim), kv_heads, room, apart, head_dim, wide,
+        SIZE=up_to_power(head_dim, 16), WIDE=up_to_power(wide, 16), COUNTS=1 + _DIGITS * 256,
+        TOKENS=_TOKENS, num_warps=8, **sizes,
     )  # fmt: skip
     _measure[grid](
-        scores, maxima, distance, past, slots, counts, min(rule.alpha, 3e38), rule.sinks, rule.recent, kv_heads, room,
-        COUNTS=1 + _DIGITS * 256, MOST=up_to_power(splits), **sizes,
+        scores, maxima, distance, past, slots, counts, min(rule.alpha, 3e38), rule.sinks, rule.recent, kv_heads, apart,
+        COUNTS=1 + _DIGITS * 256, MOST=up_to_power(splits), **at_a_time, **sizes,
     )  # fmt: skip
-    choice = {"MEAN": rule.mean, "KV_HEADS": kv_heads, "SOME": up_to_power(kv_heads), "TOKENS": 512, "SPLITS": splits}
-    choice |= launching()
+    choice = {"MEAN": rule.mean, "KV_HEADS": kv_heads, "SOME": up_to_power(kv_heads), "SPLITS": splits}
+    choice |= at_a_time | launching()
     for digit in range(1, _DIGITS):
         _refine[grid](
-            distance, past, slots, rule.caps, counts, ends, above, room,
+            distance, past, slots, rule.caps, counts, ends, above, apart,
             DIGIT=digit, LAST=digit == _DIGITS - 1, COUNTS=1 + _DIGITS * 256, **choice,
         )  # fmt: skip
     _write[grid](
-        distance, past, slots, rule.caps, counts, ends, above, *found, room, width,
+        distance, past, slots, rule.caps, counts, ends, above, *found, apart, width,
         DIGITS=_DIGITS, COUNTS=1 + _DIGITS * 256, MOST=up_to_power(splits), **choice,
     )  # fmt: skip
     return found
@@ -123,14 +130,15 @@ def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tens
 
 @triton.jit
 def _part(count, split, TOKENS: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The tokens, from and to, that a split of `count` looks at."""
+    """The tokens, from and to, that a split of `count` looks at: none where it begins behind them."""
     part = tl.cdiv(tl.cdiv(count, SPLITS), TOKENS) * TOKENS
-    return tl.minimum(split * part, count), tl.minimum(split * part + part, count)
+    return split * part, tl.minimum(split * part + part, count)
 
 
 @triton.jit
 def _score(  # type: ignore[no-untyped-def]
-    q, q_row, q_head, columns, keys, past, slots, scores, maxima, counts, above, scale, kv_heads, room, size, wide,
+    q, q_row, q_head, columns, keys, past, slots, scores, maxima, counts, above, scale, kv_heads, room, apart,
+    size, wide,
     SIZE: tl.constexpr, WIDE: tl.constexpr, COUNTS: tl.constexpr,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -160,8 +168,8 @@ def _score(  # type: ignore[no-untyped-def]
         score = tl.dot(rest, tl.trans(key), score, input_precision="ieee") * scale
         seen = (query < GROUP)[:, None] & (token < end)[None, :]
         best = tl.maximum(best, tl.max(tl.where(seen, score, float("-inf")), axis=1))
-        target = scores + (row * kv_heads * GROUP + head[:, None]).to(tl.int64) * room + token[None, :]
-        tl.store(target, score, mask=seen)
+        target = scores + (row * kv_heads * GROUP + head[:, None]).to(tl.int64) * apart + token[None, :]
+        tl.store(target, score, mask=(query < GROUP)[:, None] & (token < apart)[None, :])
     tl.store(maxima + (row * kv_heads * GROUP + head) * SPLITS + split, best, mask=query < GROUP)
     tl.store(above + tl.program_id(0) * SPLITS + split, 0)
     if split == 0:  # what later kernels count in
@@ -171,7 +179,7 @@ def _score(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _measure(  # type: ignore[no-untyped-def]
-    scores, maxima, distance, past, slots, counts, alpha, sinks, recent, kv_heads, room,
+    scores, maxima, distance, past, slots, counts, alpha, sinks, recent, kv_heads, apart,
     COUNTS: tl.constexpr, MOST: tl.constexpr,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -190,15 +198,19 @@ def _measure(  # type: ignore[no-untyped-def]
     for first in tl.range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
         seen = (query < GROUP)[:, None] & (token < end)[None, :]
-        score = tl.load(scores + head[:, None].to(tl.int64) * room + token[None, :], mask=seen, other=float("-inf"))
+        score = tl.load(
+            scores + head[:, None].to(tl.int64) * apart + token[None, :],
+            mask=(query < GROUP)[:, None] & (token < apart)[None, :],
+            other=float("-inf"),
+        )
         r = tl.max(tl.where(seen, score - best[:, None], float("-inf")), axis=0)
         r = tl.where((token < sinks) | (token >= count - recent), float("inf"), r)
-        tl.store(distance + tl.program_id(0).to(tl.int64) * room + token, r, mask=token < end)
+        tl.store(distance + tl.program_id(0).to(tl.int64) * apart + token, r, mask=token < apart)
         near += ((r > -alpha) & (token < end)).to(tl.int32)
         digits += _histogram(_ordered(r) >> 24, token < end)
     base = counts + tl.program_id(0) * COUNTS
-    tl.atomic_add(base, tl.sum(near))
-    tl.atomic_add(base + 1 + tl.arange(0, 256), digits)
+    tl.atomic_add(base, tl.sum(near), sem="relaxed")
+    tl.atomic_add(base + 1 + tl.arange(0, 256), digits, mask=digits > 0, sem="relaxed")
 
 
 @triton.jit
@@ -211,9 +223,7 @@ def _ordered(r):  # type: ignore[no-untyped-def]
 @triton.jit
 def _histogram(digit, there):  # type: ignore[no-untyped-def]
     """How often each of 256 digits is there."""
-    counted = tl.histogram(tl.where(there, digit.to(tl.int32), 256), 512)
-    pairs = tl.reshape(counted, (2, 256))
-    return tl.sum(tl.where(tl.arange(0, 2)[:, None] == 0, pairs, 0), axis=0)
+    return tl.histogram(digit.to(tl.int32), 256, mask=there)
 
 
 @triton.jit
@@ -245,7 +255,7 @@ def _next_digit(counts, prefix, wanted):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _refine(  # type: ignore[no-untyped-def]
-    distance, past, slots, caps, counts, ends, above, room,
+    distance, past, slots, caps, counts, ends, above, apart,
     DIGIT: tl.constexpr, LAST: tl.constexpr, COUNTS: tl.constexpr, MEAN: tl.constexpr, KV_HEADS: tl.constexpr,
     SOME: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -262,7 +272,7 @@ def _refine(  # type: ignore[no-untyped-def]
     start, end = _part(count, split, TOKENS, SPLITS)
     for first in tl.range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        r = tl.load(distance + tl.program_id(0).to(tl.int64) * room + token, mask=token < end, other=float("-inf"))
+        r = tl.load(distance + tl.program_id(0).to(tl.int64) * apart + token, mask=token < apart, other=float("-inf"))
         key = _ordered(r)
         so_far = key >> (32 - 8 * DIGIT)
         right = (so_far == prefix) & (token < end)
@@ -270,7 +280,7 @@ def _refine(  # type: ignore[no-untyped-def]
         same = (so_far >> 8 == prefix >> 8) if DIGIT > 1 else (so_far >= 0)
         higher += (same & (so_far > prefix) & (token < end)).to(tl.int32)
         digits += _histogram((key >> (24 - 8 * DIGIT)) & 255, right)
-    tl.atomic_add(base + DIGIT * 256 + tl.arange(0, 256), digits)
+    tl.atomic_add(base + DIGIT * 256 + tl.arange(0, 256), digits, mask=digits > 0, sem="relaxed")
     mark = above + tl.program_id(0) * SPLITS + split
     tl.store(mark, tl.load(mark) + tl.sum(higher))
     if LAST:
@@ -279,7 +289,7 @@ def _refine(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _write(  # type: ignore[no-untyped-def]
-    distance, past, slots, caps, counts, ends, above, positions, taken_counts, room, width,
+    distance, past, slots, caps, counts, ends, above, positions, taken_counts, apart, width,
     DIGITS: tl.constexpr, COUNTS: tl.constexpr, MOST: tl.constexpr, MEAN: tl.constexpr, KV_HEADS: tl.constexpr,
     SOME: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -306,7 +316,7 @@ def _write(  # type: ignore[no-untyped-def]
         end = start
     for first in tl.range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        r = tl.load(distance + tl.program_id(0).to(tl.int64) * room + token, mask=token < end, other=float("-inf"))
+        r = tl.load(distance + tl.program_id(0).to(tl.int64) * apart + token, mask=token < apart, other=float("-inf"))
         key = _ordered(r)
         higher = ((key > prefix) & (token < end)).to(tl.int32)
         equal = ((key == prefix) & (token < end)).to(tl.int32)

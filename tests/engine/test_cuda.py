@@ -22,9 +22,7 @@ GPU = torch.device("cuda")
 LENGTHS = (1, 5, 95, 96, 97, 300, 33)
 
 
-def _engine(
-    folder: Path, slots: int, dtype: torch.dtype, method: Method | None = None
-) -> tuple[Generator, Decoder]:
+def _engine(folder: Path, slots: int, dtype: torch.dtype, method: Method | None = None) -> tuple[Generator, Decoder]:
     checkpoint, method = Checkpoint(folder), method or Vanilla()
     architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
     decoder = Decoder(architecture, checkpoint.load(architecture, GPU, dtype), Rope(checkpoint.config, GPU), method)

@@ -10,7 +10,7 @@ from sparsecache.kernels.norm import Norm, rms_norm
 from sparsecache.kernels.rotation import Rotation, split_and_rotate
 from sparsecache.kernels.swiglu import swiglu as gated
 
-SIZES = [(1, 64, 48), (2, 256, 16), (5, 300, 33), (16, 257, 130), (MOST_ROWS + 3, 40, 24)]
+SIZES = [(1, 64, 48), (1, 4100, 37), (2, 256, 16), (5, 300, 33), (16, 257, 130), (MOST_ROWS + 3, 40, 24)]
 sizes = pytest.mark.parametrize(("rows", "size", "width"), SIZES, ids=["x".join(map(str, each)) for each in SIZES])
 
 
