@@ -16,7 +16,7 @@ from sparsecache.engine.weights import LayerWeights, Weights
 from sparsecache.kernels._triton import in_kernels
 from sparsecache.kernels.attention import prompt_attention, prompt_room
 from sparsecache.kernels.linear import linear, rotated, swiglu
-from sparsecache.kernels.norm import Norm, rms_norm
+from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, rotate, split_and_rotate
 from sparsecache.methods.base import Method
 
@@ -77,51 +77,57 @@ class Decoder:
         for index, layer in enumerate(self._weights.layers):
             x, *turning, slots = _beside(layer, x, *rotation, slots)
             rotation = Rotation(*turning)
-            if guesses_from in ("input", "own_norm"):
-                self._anticipate(index + 1, x, rotation, slots)
-            q, k, v = self._qkv(x, layer, rotation)  # [B, H or G, 1, D]
+            normed = self._normed(x, layer.input_norm)
+            if guesses_from == "input":
+                self._anticipate(index + 1, normed, rotation, slots)
+            elif guesses_from == "own_norm":
+                self._anticipate_normed(index + 1, x, rotation, slots)
+            q, k, v = self._qkv(normed, layer, rotation)  # [B, H or G, 1, D]
             out = self._method.attend(index, q, k, v, slots)
             x = linear(out.flatten(1), layer.output, layer.output_bias, residual=x)
             if guesses_from == "residual":
-                self._anticipate(index + 1, x, rotation, slots)
+                self._anticipate_normed(index + 1, x, rotation, slots)
             x = self._feed_forward(x, layer)
         return self._head(x)
 
-    def _anticipate(self, index: int, x: Tensor, rotation: Rotation, slots: Tensor) -> None:
-        """Tells the method what layer `index`, if there is one, would ask of x, which the layer before has."""
+    def _anticipate_normed(self, index: int, x: Tensor, rotation: Rotation, slots: Tensor) -> None:
+        """As `_anticipate`, of x as layer `index` would norm it."""
+        if index < len(self._weights.layers):
+            norm = self._weights.layers[index].input_norm.to(x.device)
+            self._anticipate(index, self._normed(x, norm), rotation, slots)
+
+    def _anticipate(self, index: int, normed: Tensor, rotation: Rotation, slots: Tensor) -> None:
+        """Tells the method what layer `index`, if there is one, would ask of its input, which is guessed."""
         if index == len(self._weights.layers):
             return
-        x, *turning, slots = _beside(self._weights.layers[index], x, *rotation, slots)
-        rotation = Rotation(*turning)
-        normed_as = index - 1 if self._method.guesses_from == "input" else index
-        norm = self._norm(self._weights.layers[normed_as].input_norm.to(x.device))
-        q = self._turned(x, norm, self._asking[index], rotation)
+        normed, *turning, slots = _beside(self._weights.layers[index], normed, *rotation, slots)
+        q = self._turned(normed, self._asking[index], Rotation(*turning))
         self._method.anticipate(index, q[:, :, None], slots)
         _beside(self._weights.layers[index - 1])  # kernels run there again
 
-    def _qkv(self, x: Tensor, layer: LayerWeights, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, normed: Tensor, layer: LayerWeights, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Each row's q [B, H, 1, D] and k, v [B, G, 1, D], rotated."""
         shape = self.shape
-        heads = self._turned(x, self._norm(layer.input_norm), layer, rotation)
+        heads = self._turned(normed, layer, rotation)
         q, k, v = heads[:, :, None].tensor_split((shape.heads, shape.heads + shape.kv_heads), dim=1)
         return q, k, v
 
-    def _turned(self, x: Tensor, norm: Norm, layer: LayerWeights, rotation: Rotation) -> Tensor:
+    def _turned(self, normed: Tensor, layer: LayerWeights, rotation: Rotation) -> Tensor:
         """As `_heads`, and queries and keys rotated."""
         turning = self.shape.heads + self.shape.kv_heads
         if layer.q_norm is None:
-            return rotated(x, layer.qkv, layer.qkv_bias, norm=norm, rotation=rotation, turning=turning)
-        heads = self._heads(x, norm, layer)
+            return rotated(normed, layer.qkv, layer.qkv_bias, rotation, turning)
+        heads = self._heads(normed, layer)
         return torch.cat((rotate(heads[:, :turning], rotation), heads[:, turning:]), dim=1)
 
-    def _heads(self, x: Tensor, norm: Norm, layer: LayerWeights) -> Tensor:
-        """The heads of q, k and v, or of q alone, that a layer projects of x [N, hidden]: [N, heads, D]."""
+    def _heads(self, normed: Tensor, layer: LayerWeights) -> Tensor:
+        """The heads of q, k and v, or of q alone, that a layer projects of [N, hidden]: [N, heads, D]."""
         shape = self.shape
-        heads = linear(x, layer.qkv, layer.qkv_bias, norm=norm).view(len(x), -1, shape.head_dim)
+        heads = linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, shape.head_dim)
         if layer.q_norm is None or layer.k_norm is None:
             return heads
         q, k, v = heads.tensor_split((shape.heads, shape.heads + shape.kv_heads), dim=1)
-        return torch.cat((rms_norm(q, self._norm(layer.q_norm)), rms_norm(k, self._norm(layer.k_norm)), v), dim=1)
+        return torch.cat((self._normed(q, layer.q_norm), self._normed(k, layer.k_norm), v), dim=1)
 
     def prompt_nbytes(self, tokens: int) -> int:
         """About how many bytes a prompt's pass takes at its peak, beside weights and cache."""
@@ -149,7 +155,7 @@ class Decoder:
     def _attended_prompt(self, index: int, x: Tensor, rotation: Rotation, take: TakeLayer, asked: int) -> Tensor:
         """A layer's attention over a prompt x [L, hidden], for its last `asked` tokens, all or one: [asked, H * D]."""
         length, layer = len(x), self._weights.layers[index]
-        heads = self._heads(x, self._norm(layer.input_norm), layer)
+        heads = self._heads(self._normed(x, layer.input_norm), layer)
         q, k, v = split_and_rotate(heads, rotation, self.shape.kv_heads, prompt_room(x))  # [H or G, room, D]
         del heads
         take(index, q[:, :length], k[:, :length], v[:, :length])
@@ -162,14 +168,14 @@ class Decoder:
         return self._feed_forward(linear(heads, layer.output, layer.output_bias, residual=x), layer)
 
     def _feed_forward(self, x: Tensor, layer: LayerWeights) -> Tensor:
-        middle = swiglu(x, layer.gate_up, layer.gate_up_bias, norm=self._norm(layer.mlp_norm))
+        middle = swiglu(self._normed(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
         return linear(middle, layer.down, layer.down_bias, residual=x)
 
     def _head(self, x: Tensor) -> Tensor:
-        return linear(x, self._weights.head, norm=self._norm(self._weights.norm))
+        return linear(self._normed(x, self._weights.norm), self._weights.head)
 
-    def _norm(self, weight: Tensor) -> Norm:
-        return Norm(weight, self._eps)
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self._eps)
 
 
 def _queries(layer: LayerWeights, rows: int) -> LayerWeights:

@@ -29,13 +29,20 @@ class EagerSteps:
         return logits, logits.argmax(dim=-1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Graph:
-    """A captured step: what it reads and what it writes."""
+    """A captured step of some batch size.
+
+    inputs [3, size], on the device, are those of the next step once the graph has run: what was most likely, one
+    position on. greedy [size] is that choice in pinned memory. `left` are the inputs as they then stand, where the host
+    knows them.
+    """
 
     graph: Any
     inputs: Tensor
-    outputs: tuple[Tensor, Tensor]
+    logits: Tensor
+    greedy: Tensor
+    left: Tensor | None = None
 
 
 class GraphedSteps:
@@ -55,10 +62,16 @@ class GraphedSteps:
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         rows = inputs.shape[1]
         captured = self._graphs[min(size for size in self._graphs if size >= rows)]
-        captured.inputs.copy_(self._filled_up(inputs, captured.inputs.shape[1]))
+        if captured.left is None or not torch.equal(captured.left, inputs):
+            captured.inputs.copy_(self._filled_up(inputs, captured.inputs.shape[1]))
         captured.graph.replay()
-        logits, greedy = captured.outputs
-        return logits[:rows], greedy[:rows]
+        self._wait()
+        greedy = captured.greedy[:rows]
+        captured.left = torch.stack((greedy, inputs[1] + 1, inputs[2]))
+        return captured.logits[:rows], greedy.clone()
+
+    def _wait(self) -> None:
+        torch.cuda.current_stream(self._decoder.device).synchronize()
 
     def _filled_up(self, inputs: Tensor, size: int) -> Tensor:
         """inputs [3, B] to [3, size]: the first token at position 0 in idle slots."""
@@ -75,10 +88,17 @@ class GraphedSteps:
         with torch.cuda.stream(stream):  # compiles kernels, and makes what libraries make at their first call
             self._eager(idle)
         torch.cuda.current_stream(self._decoder.device).wait_stream(stream)
-        inputs = idle.to(self._decoder.device)
+        inputs, greedy = idle.to(self._decoder.device), torch.empty(size, dtype=torch.int64, pin_memory=True)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):
-            logits = self._decoder.step(*inputs)
-            outputs = logits, logits.argmax(dim=-1)
-        return _Graph(graph, inputs, outputs)
+            logits = self._run(inputs, greedy)
+        return _Graph(graph, inputs, logits, greedy)
+
+    def _run(self, inputs: Tensor, greedy: Tensor) -> Tensor:
+        """One step, which leaves in `inputs` those of the next, and its choice in `greedy`; logits [size, V]."""
+        logits = self._decoder.step(*inputs)
+        inputs[0] = logits.argmax(dim=-1)
+        inputs[1] += 1
+        greedy.copy_(inputs[0], non_blocking=True)
+        return logits

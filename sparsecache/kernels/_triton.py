@@ -52,8 +52,10 @@ def running(which: Literal["kernels", "twins"]) -> Iterator[None]:
 
 @functools.cache
 def launching() -> dict[str, Any]:
-    """What every kernel is launched with: EARLY, whether it may be set up, and read what does not depend on the kernel
-    before it, while that one still runs (programmatic dependent launch, from Hopper on)."""
+    """What every kernel is launched with: whether it may be set up while the kernel before it still runs.
+
+    That is programmatic dependent launch, from Hopper on.
+    """
     early = AVAILABLE and not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
@@ -65,15 +67,13 @@ def up_to_power(number: int, least: int = 1) -> int:
 
 @triton.jit
 def after_previous(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Waits until all that earlier kernels write can be read; the kernel after this one may be set up meanwhile."""
+    """Waits until all that earlier kernels write can be read."""
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def prefetch(pointers):  # type: ignore[no-untyped-def]
-    """Asks for the 128 bytes at each of the pointers to be brought to the L2 cache; waits for nothing."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
+def before_next(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The kernel after this one may be set up from here on; it waits itself for what this one still writes."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()

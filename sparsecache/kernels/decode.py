@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import after_previous, fast, launching, tl, triton, up_to_power
+from sparsecache.kernels._triton import after_previous, before_next, fast, launching, tl, triton, up_to_power
 from sparsecache.kernels.attention import attention
 
 _TILE = 32768  # bytes of keys, and of values, that a program reads at a time
 _WAVES = 2  # programs for each multiprocessor
+_LINK = 64  # programs that keep a link to the host busy; more would be in the way of what runs beside them
 
 
 class Ledger(NamedTuple):
@@ -113,7 +114,7 @@ def gather(store: Tensor, slots: Tensor, selected: Tensor, counts: Tensor) -> Te
     rows = torch.empty((batch, kv_heads, most, *store.shape[3:]), device=selected.device, dtype=store.dtype)
     if fast(selected):
         size, room = 2 * store.shape[4], store.shape[2]
-        grid = (batch * kv_heads, split_count(batch * kv_heads, selected.device))
+        grid = (batch * kv_heads, max(1, _LINK // (batch * kv_heads)))
         _gather[grid](
             store, slots, selected.contiguous(), counts.contiguous(), rows, kv_heads, room, size, most,
             TOKENS=16, WIDE=up_to_power(size), SPLITS=grid[1], num_warps=4, **launching(),
@@ -235,6 +236,7 @@ def _attend(  # type: ignore[no-untyped-def]
         total = tl.dot(weights.to(value_part.dtype), value_part, total * fade[:, None], input_precision="ieee")
         best = now
 
+    before_next(EARLY)
     mark = (row * kv_heads * GROUP + head) * SPLITS + split
     tl.store(marks + mark, best, mask=query < GROUP)
     tl.store(marks + all_marks + mark, weight, mask=query < GROUP)
@@ -256,6 +258,7 @@ def _merge(  # type: ignore[no-untyped-def]
     share = tl.exp(best - tl.max(best, axis=0))
     there = (split < SPLITS)[:, None] & (at < size)[None, :]
     parts = tl.load(sums + mark[:, None] * size + at[None, :], mask=there, other=0.0)
+    before_next(EARLY)
     total = tl.sum(parts * share[:, None], axis=0) / tl.sum(weight * share, axis=0)
     tl.store(out + (row * tl.num_programs(1) + head) * size + at, total, mask=at < size)
     if APPENDED:

@@ -1,8 +1,8 @@
-"""Projections of a decode step, each one kernel: what comes before and after it rides along.
+"""Projections of a decode step, each one kernel: what follows the product rides along.
 
 With few rows a projection takes as long as its weights take to be read. The kernels therefore read each weight once,
-and do everything else (RMS norm, bias, RoPE, SwiGLU, residual) on the way: one row is multiplied element by element,
-up to MOST_ROWS by tensor cores. More rows, as a prompt has, go through torch's own matrix product.
+and do what follows (bias, RoPE, SwiGLU, residual) on the way: one row is multiplied element by element, up to MOST_ROWS
+by tensor cores. More rows, as a prompt has, go through torch's own matrix product.
 """
 
 import torch
@@ -10,51 +10,40 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecache.kernels import swiglu as gating
-from sparsecache.kernels._triton import after_previous, fast, launching, prefetch, tl, triton
-from sparsecache.kernels.norm import Norm, rms_norm
+from sparsecache.kernels._triton import after_previous, before_next, fast, launching, tl, triton
 from sparsecache.kernels.rotation import Rotation, rotate
 
 MOST_ROWS = 16
 _PLAIN, _SWIGLU, _ROTATED = 0, 1, 2
-# Per kind, of a program: rows (or pairs of rows) of the weights, columns read at a time.
-_ONE = {"BLOCK": 2, "WIDTH": 2048, "AHEAD": 2048, "num_warps": 4}
-_ONE_OF_PAIRS = {"BLOCK": 1, "WIDTH": 2048, "AHEAD": 2048, "num_warps": 4}
+# Of a program: rows (or pairs of rows) of the weights, columns read at a time.
+_ONE = {"BLOCK": 2, "WIDTH": 2048, "num_warps": 4}
+_ONE_OF_PAIRS = {"BLOCK": 1, "WIDTH": 2048, "num_warps": 4}
 _FEW = {"BLOCK": 16, "WIDTH": 256, "num_warps": 4, "num_stages": 4}
-_FEW_OF_PAIRS = {"BLOCK": 16, "WIDTH": 256, "num_warps": 4, "num_stages": 3}
+_FEW_OF_PAIRS = {"BLOCK": 64, "WIDTH": 128, "num_warps": 8, "num_stages": 4}
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """norm(x) weight^T + bias + residual. x: [N, K], weight: [M, K], bias: [M], residual: [N, M]; returns [N, M]."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x weight^T + bias + residual. x: [N, K], weight: [M, K], bias: [M], residual: [N, M]; returns [N, M]."""
     if _few(x):
-        return _kernel(_PLAIN, x, weight, bias, norm, len(weight), residual=residual)
-    out = functional.linear(_normed(x, norm), weight, bias)
+        return _kernel(_PLAIN, x, weight, bias, len(weight), residual=residual)
+    out = functional.linear(x, weight, bias)
     return out if residual is None else residual + out
 
 
-def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None) -> Tensor:
-    """silu(gate) * up of gate and up = norm(x) weight^T + bias. x: [N, K], weight: [2 * I, K]; returns [N, I]."""
+def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of gate and up = x weight^T + bias. x: [N, K], weight: [2 * I, K]; returns [N, I]."""
     if _few(x):
-        return _kernel(_SWIGLU, x, weight, bias, norm, len(weight) // 2)
-    return gating.swiglu(functional.linear(_normed(x, norm), weight, bias))
+        return _kernel(_SWIGLU, x, weight, bias, len(weight) // 2)
+    return gating.swiglu(functional.linear(x, weight, bias))
 
 
-def rotated(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    rotation: Rotation,
-    turning: int,
-    norm: Norm | None = None,
-) -> Tensor:
-    """norm(x) weight^T + bias of x [N, K] and weight [M, K] as heads [N, M / D, D], the first `turning` rotated."""
+def rotated(x: Tensor, weight: Tensor, bias: Tensor | None, rotation: Rotation, turning: int) -> Tensor:
+    """x weight^T + bias of x [N, K] and weight [M, K] as heads [N, M / D, D], the first `turning` rotated."""
     head_dim = rotation.cos.shape[1]
     if _few(x):
-        out = _kernel(_ROTATED, x, weight, bias, norm, len(weight), rotation=rotation, turning=turning)
+        out = _kernel(_ROTATED, x, weight, bias, len(weight), rotation=rotation, turning=turning)
         return out.view(len(x), -1, head_dim)
-    heads = functional.linear(_normed(x, norm), weight, bias).view(len(x), -1, head_dim)
+    heads = functional.linear(x, weight, bias).view(len(x), -1, head_dim)
     return torch.cat((rotate(heads[:, :turning], rotation), heads[:, turning:]), dim=1)
 
 
@@ -63,16 +52,11 @@ def _few(x: Tensor) -> bool:
     return len(x) <= MOST_ROWS and fast(x) and not (x.is_cuda and x.dtype == torch.float32)
 
 
-def _normed(x: Tensor, norm: Norm | None) -> Tensor:
-    return x if norm is None else rms_norm(x, norm)
-
-
 def _kernel(
     kind: int,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm: Norm | None,
     width: int,
     *,
     residual: Tensor | None = None,
@@ -80,27 +64,22 @@ def _kernel(
     turning: int = 0,
 ) -> Tensor:
     rows, size = x.shape
-    if rows > 1:
-        x, norm = _normed(x, norm), None
+    x = x.contiguous()
     out = torch.empty((rows, width), device=x.device, dtype=x.dtype)
     pairs = len(weight) if kind == _PLAIN else len(weight) // 2  # a pair: two rows of weights that are used together
     half = rotation.cos.shape[1] // 2 if rotation is not None else 1
     none = weight  # is not read where its flag is off
-    flags = {"KIND": kind, "BIAS": bias is not None, "RESIDUAL": residual is not None, **launching()}
-    after = (
-        bias if bias is not None else none, residual if residual is not None else none,
+    if rows == 1:
+        kernel, sizes = _project_one, _ONE if kind == _PLAIN else _ONE_OF_PAIRS
+    else:
+        kernel, sizes = _project_few, _FEW if kind == _PLAIN else _FEW_OF_PAIRS
+    kernel[(-(-pairs // sizes["BLOCK"]),)](
+        x, weight, bias if bias is not None else none, residual if residual is not None else none,
         rotation.cos if rotation is not None else none, rotation.sin if rotation is not None else none,
         out, rows, size, pairs, half, turning,
+        KIND=kind, BIAS=bias is not None, RESIDUAL=residual is not None, BATCH=1 if rows == 1 else MOST_ROWS,
+        **sizes, **launching(),
     )  # fmt: skip
-    if rows == 1:
-        sizes = _ONE if kind == _PLAIN else _ONE_OF_PAIRS
-        scale, eps = (none, 0.0) if norm is None else (norm.weight, norm.eps)
-        _project_one[(-(-pairs // sizes["BLOCK"]),)](
-            x, weight, scale, eps, *after, NORM=norm is not None, **flags, **sizes
-        )
-    else:
-        sizes = _FEW if kind == _PLAIN else _FEW_OF_PAIRS
-        _project_few[(-(-pairs // sizes["BLOCK"]),)](x, x.stride(0), weight, *after, BATCH=MOST_ROWS, **flags, **sizes)
     return out
 
 
@@ -150,69 +129,55 @@ def _finish(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _project_one(  # type: ignore[no-untyped-def]
-    x, weight, norm, eps, bias, residual, cos, sin, out, rows, size, pairs, half, turning,
-    KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    x, weight, bias, residual, cos, sin, out, rows, size, pairs, half, turning,
+    KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BATCH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program makes BLOCK columns of the output, or pairs of them, for the one row of x."""
+    after_previous(EARLY)
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first, second = _pair_rows(tl.minimum(pair, pairs - 1), pairs, half, KIND)
-    rows_of_one, rows_of_two = weight + first[:, None] * size, weight + second[:, None] * size
-    if EARLY:  # weights depend on nothing; a line is 64 columns
-        for start in tl.static_range(0, AHEAD, WIDTH):
-            line = tl.minimum(start + tl.arange(0, WIDTH // 64) * 64, size - 1)[None, :]
-            prefetch(rows_of_one + line)
-            if KIND != 0:
-                prefetch(rows_of_two + line)
-    after_previous(EARLY)
     one = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
     two = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-    squares = tl.zeros((WIDTH,), dtype=tl.float32)
     for start in tl.range(0, size, WIDTH):
         at = start + tl.arange(0, WIDTH)
         inside = at < size
-        part = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            squares += part * part
-            part *= tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
-        one += tl.load(rows_of_one + at[None, :], mask=inside[None, :], other=0.0).to(tl.float32) * part[None, :]
+        part = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        seen = inside[None, :]
+        one += tl.load(weight + first[:, None] * size + at[None, :], mask=seen, other=0.0).to(tl.float32) * part
         if KIND != 0:
-            two += tl.load(rows_of_two + at[None, :], mask=inside[None, :], other=0.0).to(tl.float32) * part[None, :]
-    one_sum, two_sum = tl.sum(one, axis=1)[:, None], tl.sum(two, axis=1)[:, None]
-    if NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / size + eps)
-        one_sum *= scale
-        two_sum *= scale
-    _finish(
-        one_sum, two_sum, bias, residual, cos, sin, out, rows, pairs, half, turning, pair, tl.arange(0, 1),
-        KIND, BIAS, RESIDUAL,
-    )  # fmt: skip
+            two += tl.load(weight + second[:, None] * size + at[None, :], mask=seen, other=0.0).to(tl.float32) * part
+    before_next(EARLY)
+    one_sum, two_sum, batch = tl.sum(one, axis=1)[:, None], tl.sum(two, axis=1)[:, None], tl.arange(0, BATCH)
+    _finish(one_sum, two_sum, bias, residual, cos, sin, out, rows, pairs, half, turning, pair, batch,
+            KIND, BIAS, RESIDUAL)  # fmt: skip
 
 
 @triton.jit
 def _project_few(  # type: ignore[no-untyped-def]
-    x, x_stride, weight, bias, residual, cos, sin, out, rows, size, pairs, half, turning,
+    x, weight, bias, residual, cos, sin, out, rows, size, pairs, half, turning,
     KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BATCH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program makes BLOCK columns of the output, or pairs of them, for all rows of x."""
+    after_previous(EARLY)
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first, second = _pair_rows(pair, pairs, half, KIND)
     batch = tl.arange(0, BATCH)
     there = (pair < pairs)[:, None]
-    after_previous(EARLY)
     one = tl.zeros((BLOCK, BATCH), dtype=tl.float32)
     two = tl.zeros((BLOCK, BATCH), dtype=tl.float32)
     for start in tl.range(0, size, WIDTH):
         at = start + tl.arange(0, WIDTH)
         inside = at < size
-        part = tl.load(
-            x + batch[None, :] * x_stride + at[:, None], mask=(batch < rows)[None, :] & inside[:, None], other=0.0
-        )
+        asked = (batch < rows)[None, :] & inside[:, None]
+        part = tl.load(x + batch[None, :] * size + at[:, None], mask=asked, other=0.0)
         seen = there & inside[None, :]
         one_weight = tl.load(weight + first[:, None] * size + at[None, :], mask=seen, other=0.0)
         one = tl.dot(one_weight, part, one, input_precision="ieee")
         if KIND != 0:
             two_weight = tl.load(weight + second[:, None] * size + at[None, :], mask=seen, other=0.0)
             two = tl.dot(two_weight, part, two, input_precision="ieee")
-    _finish(one, two, bias, residual, cos, sin, out, rows, pairs, half, turning, pair, batch, KIND, BIAS, RESIDUAL)
+    before_next(EARLY)
+    _finish(one, two, bias, residual, cos, sin, out, rows, pairs, half, turning, pair, batch,
+            KIND, BIAS, RESIDUAL)  # fmt: skip

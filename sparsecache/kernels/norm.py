@@ -1,31 +1,21 @@
 """RMS norm (arXiv 1910.07467), in float32, over the last dimension."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import after_previous, fast, launching, tl, triton, up_to_power
+from sparsecache.kernels._triton import after_previous, before_next, fast, launching, tl, triton, up_to_power
 
 
-@dataclass(frozen=True)
-class Norm:
-    """An RMS norm: its weight [D] and what keeps its root from zero."""
-
-    weight: Tensor
-    eps: float
-
-
-def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight for x [.., D], rounded to its dtype before the weight, as in transformers."""
     if fast(x):
-        return _kernel(x, norm)
+        return _kernel(x, weight, eps)
     wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
-    return norm.weight * wide.to(x.dtype)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
 
 
-def _kernel(x: Tensor, norm: Norm) -> Tensor:
+def _kernel(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = rows.new_empty(rows.shape)
     if not rows.numel():
@@ -33,7 +23,7 @@ def _kernel(x: Tensor, norm: Norm) -> Tensor:
     block = up_to_power(rows.shape[1])
     warps = min(16, max(1, block // 512))
     _rms_norm[(len(rows),)](
-        rows, rows.stride(0), norm.weight, out, rows.shape[1], norm.eps, BLOCK=block, num_warps=warps, **launching()
+        rows, rows.stride(0), weight, out, rows.shape[1], eps, BLOCK=block, num_warps=warps, **launching()
     )
     return out.view(x.shape)
 
@@ -42,11 +32,13 @@ def _kernel(x: Tensor, norm: Norm) -> Tensor:
 def _rms_norm(  # type: ignore[no-untyped-def]
     x, stride, weight, out, size, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):
-    after_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     there = at < size
+    gain = tl.load(weight + at, mask=there, other=0.0)
+    after_previous(EARLY)
     wide = tl.load(x + row * stride + at, mask=there, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps)
+    before_next(EARLY)
     normed = (wide * scale).to(out.dtype.element_ty)
-    tl.store(out + row * size + at, normed * tl.load(weight + at, mask=there, other=0.0), mask=there)
+    tl.store(out + row * size + at, normed * gain, mask=there)

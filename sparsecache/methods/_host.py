@@ -1,6 +1,7 @@
 """Memory for keys and values: on the device, or in host memory that the device reads and writes by itself."""
 
 import contextlib
+import ctypes
 import math
 import weakref
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 _GIB = 2**30
+_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for all GPUs
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -39,11 +41,11 @@ def put(rows: Tensor, target: Tensor) -> None:
 
 
 def _pin(tensor: Tensor) -> None:
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    pointer = tensor.data_ptr()
-    if int(runtime.cudaHostRegister(pointer, tensor.nbytes, 0)):
+    """By the driver itself: of a failure in its runtime, CUDA would remind every later call."""
+    driver, pointer = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(tensor.data_ptr())
+    if driver.cuMemHostRegister_v2(pointer, ctypes.c_size_t(tensor.nbytes), _PORTABLE):
         raise torch.OutOfMemoryError(f"{tensor.nbytes / _GIB:.1f} GiB of host memory could not be pinned.")
-    weakref.finalize(tensor.untyped_storage(), runtime.cudaHostUnregister, pointer)
+    weakref.finalize(tensor.untyped_storage(), driver.cuMemHostUnregister, pointer)
 
 
 def _available() -> int | None:

@@ -56,13 +56,23 @@ class Unbounded:
         self._guesses: dict[int, _Guess] = {}
         streams: Any = torch.cuda.Stream
         self._sides: dict[int | None, Any] = {
-            device.index: streams(device) for device in set(devices) if device.type == "cuda"
+            device.index: streams(device, priority=-1) for device in set(devices) if device.type == "cuda"
         }
 
     def fill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Takes a prompt's q [H, L, D], k and v [G, L, D] into an empty slot."""
         self._partial.keep(layer, slot, self._partial.fill(layer, slot, q, k))
-        put(torch.stack((k, v), 2), self.store[layer, slot])
+        rows, side = torch.stack((k, v), 2), self._side(k.device)
+        if not self._offload or side is None:
+            put(rows, self.store[layer, slot])
+            return
+        main = torch.cuda.current_stream(k.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):  # while the next layer computes
+            put(rows, self.store[layer, slot])
+        rows.record_stream(side)
+        if layer == len(self.store) - 1:
+            main.wait_stream(side)
 
     def anticipate(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> None:
         """Selects for a layer, of past [slots] tokens, by the guessed q [B, H, 1, D]."""
