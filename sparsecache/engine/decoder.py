@@ -101,8 +101,9 @@ class Decoder:
         if index == len(self._weights.layers):
             return
         normed, *turning, slots = _beside(self._weights.layers[index], normed, *rotation, slots)
-        q = self._turned(normed, self._asking[index], Rotation(*turning))
-        self._method.anticipate(index, q[:, :, None], slots)
+        with self._method.beside(normed, *turning, slots):
+            q = self._turned(normed, self._asking[index], Rotation(*turning))
+            self._method.anticipate(index, q[:, :, None], slots)
         _beside(self._weights.layers[index - 1])  # kernels run there again
 
     def _qkv(self, normed: Tensor, layer: LayerWeights, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:

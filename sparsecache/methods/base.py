@@ -7,6 +7,7 @@ A step is, for each layer i in order: `anticipate(i + 1)`, if the method guesses
 """
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -101,6 +102,10 @@ class Method(ABC):
         At most max_new_tokens more tokens will follow. The inputs must not be changed.
         The attention over the prompt itself is dense and exact, and not the method's business.
         """
+
+    def beside(self, *tensors: Tensor) -> AbstractContextManager[None]:
+        """Where a guess, its query and `anticipate`, is to be made of tensors on one device; as they come if not said."""
+        return nullcontext()
 
     def anticipate(self, layer: int, q: Tensor, slots: Tensor) -> None:  # noqa: B027 (a no-op unless it guesses)
         """Is told, before `layer` runs, what it will ask, guessed in the layer before from `guesses_from`.

@@ -4,6 +4,7 @@ The guess is the next layer's query made of this layer's input; it meets a few t
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -175,6 +176,9 @@ class InfiniGen(SparseMethod):
             distance = self._with_always(distance, selections.positions[None, :, :at], past)
             selections.note(highest(distance, count_near(distance, self._alpha, cap, self._fetch))[0], at)
         return selections
+
+    def beside(self, *tensors: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self._unbounded is None else self._unbounded.sides.reading(*tensors)
 
     def anticipate(self, layer: int, q: Tensor, slots: Tensor) -> None:
         if layer < self.first:

@@ -1,7 +1,7 @@
 """The sparse layers where no token is ever evicted: kernels from the guess to the attention, the host is asked nothing.
 
-A layer's selection, and with `offload` the fetching of what it selected, is made on a stream of its own while the layer
-before attends and feeds forward. A step can therefore be a CUDA graph.
+A layer's selection, and with `offload` the fetching of what it selected, is made beside the main stream while the layer
+before attends and feeds forward; so is a new token put away. A step can be a CUDA graph.
 """
 
 from collections.abc import Sequence
@@ -15,27 +15,25 @@ from sparsecache.kernels.decode import Ledger, attend_gathered, attend_selected,
 from sparsecache.kernels.speculation import Rule, Selected, remember, speculate
 from sparsecache.methods._host import put
 from sparsecache.methods._layers import Everywhere, per_layer
+from sparsecache.methods._side import Sides
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen.speculation import PartialKeys
 
 
 @dataclass(frozen=True)
 class _Guess:
-    """What is ready for a layer: its selection, fetched rows with offload, and when the side stream has made them.
-
-    `asked` is only held so that its memory stays until then.
-    """
+    """What is ready for a layer: its selection, fetched rows with offload, and when, on a GPU, they are made."""
 
     selected: Selected
     rows: Tensor | None
     made: Any
-    asked: Tensor
 
 
 class Unbounded:
     """Keys and values of the sparse layers and all slots, and what their guesses select.
 
     store: [layers, slots, G, T, 2, D], key and value side by side, on the device or in pinned host memory.
+    sides: where guesses are to be made.
     """
 
     def __init__(
@@ -54,33 +52,25 @@ class Unbounded:
         self._caps = Everywhere(rule.caps, devices)
         self._width = min(partial.rows, int(rule.caps.max()))
         self._guesses: dict[int, _Guess] = {}
-        streams: Any = torch.cuda.Stream
-        self._sides: dict[int | None, Any] = {
-            device.index: streams(device, priority=-1) for device in set(devices) if device.type == "cuda"
-        }
+        self.sides = Sides(devices)
+        self._ends = [here != after for here, after in zip(devices, [*devices[1:], None], strict=True)]
 
     def fill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Takes a prompt's q [H, L, D], k and v [G, L, D] into an empty slot."""
         self._partial.keep(layer, slot, self._partial.fill(layer, slot, q, k))
-        rows, side = torch.stack((k, v), 2), self._side(k.device)
-        if not self._offload or side is None:
+        rows = torch.stack((k, v), 2)
+        with self.sides.reading(rows):  # to the host while the next layer computes
             put(rows, self.store[layer, slot])
-            return
-        main = torch.cuda.current_stream(k.device)
-        side.wait_stream(main)
-        with torch.cuda.stream(side):  # while the next layer computes
-            put(rows, self.store[layer, slot])
-        rows.record_stream(side)
-        if layer == len(self.store) - 1:
-            main.wait_stream(side)
+        self._end(layer, k.device)
 
     def anticipate(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> None:
         """Selects for a layer, of past [slots] tokens, by the guessed q [B, H, 1, D]."""
-        side = self._side(q.device)
-        if side is not None:
-            side.wait_stream(torch.cuda.current_stream(q.device))
-        with torch.cuda.stream(side):  # None: where it is
-            self._guesses[layer] = self._guess(layer, q, slots, past, side)
+        mixing, keys = self._partial.mixing[layer], self._partial.keys[layer]
+        rule = self._rule._replace(caps=self._caps.on(past))
+        selected = speculate(q, mixing, keys, past, slots, rule, self._width)
+        rows = gather(self.store[layer], slots, *selected) if self._offload else None
+        made = torch.cuda.current_stream(q.device).record_event() if q.is_cuda else None
+        self._guesses[layer] = _Guess(selected, rows, made)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, ledger: Ledger) -> Tensor:
         """Attention of q [B, H, 1, D] over the layer's selection and the new token k, v [B, G, 1, D], which is kept."""
@@ -88,14 +78,21 @@ class Unbounded:
         if guess.made is not None:
             torch.cuda.current_stream(q.device).wait_event(guess.made)
         counts, store = guess.selected.counts, self.store[layer]
+        with self.sides.reading(k, v, slots, counts):  # only the next step reads what is written here
+            remember(k, v, self._partial.mixing[layer], self._partial.keys[layer], store, ledger.past, slots)
+            ledger.note(slots, counts)
         if guess.rows is not None:
             out = attend_gathered(q, k, v, guess.rows, counts)
         else:
             positions = guess.selected.positions
             out = attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], slots, positions, counts)
-        remember(k, v, self._partial.mixing[layer], self._partial.keys[layer], store, ledger.past, slots)
-        ledger.note(slots, counts)
+        self._end(layer, q.device)
         return out
+
+    def _end(self, layer: int, device: torch.device) -> None:
+        """At the last layer on a device, waits for all that is done beside it."""
+        if self._ends[layer]:
+            self.sides.join(device)
 
     def selected(self, layer: int) -> Tensor:
         """What is selected for a layer that has not attended yet: [B, G, N], ascending, then -1."""
@@ -104,14 +101,3 @@ class Unbounded:
             guess.made.synchronize()
         positions, counts = guess.selected
         return positions.masked_fill(torch.arange(positions.shape[2], device=counts.device) >= counts[..., None], -1)
-
-    def _side(self, device: torch.device) -> Any:
-        """The stream on which a device's guesses are made; None on the CPU."""
-        return self._sides.get(device.index, self._sides.get(None)) if device.type == "cuda" else None
-
-    def _guess(self, layer: int, q: Tensor, slots: Tensor, past: Tensor, side: Any) -> _Guess:
-        mixing, keys = self._partial.mixing[layer], self._partial.keys[layer]
-        rule = self._rule._replace(caps=self._caps.on(past))
-        selected = speculate(q, mixing, keys, past, slots, rule, self._width)
-        rows = gather(self.store[layer], slots, *selected) if self._offload else None
-        return _Guess(selected, rows, side and side.record_event(), q)

@@ -1,0 +1,39 @@
+"""Work beside the main stream of a GPU: what a later layer needs, and what only the next step reads."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Sides:
+    """One more stream on each GPU of `devices`, whose kernels go before those of the main one; on a CPU none."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        streams: Any = torch.cuda.Stream
+        gpus = {device for device in devices if device.type == "cuda"}
+        self._streams: dict[int | None, Any] = {device.index: streams(device, priority=-1) for device in gpus}
+
+    @contextmanager
+    def reading(self, *tensors: Tensor) -> Iterator[None]:
+        """Work within runs beside the main stream, after all that is there by now; it may read the tensors."""
+        side = self._of(tensors[0].device)
+        if side is None:
+            yield
+            return
+        side.wait_stream(torch.cuda.current_stream(tensors[0].device))
+        for tensor in tensors:
+            tensor.record_stream(side)
+        with torch.cuda.stream(side):
+            yield
+
+    def join(self, device: torch.device) -> None:
+        """Work on the main stream goes on when all beside it is done."""
+        side = self._of(device)
+        if side is not None:
+            torch.cuda.current_stream(device).wait_stream(side)
+
+    def _of(self, device: torch.device) -> Any:
+        return self._streams.get(device.index, self._streams.get(None)) if device.type == "cuda" else None
