@@ -3,6 +3,8 @@ r"""Measures our engine beside transformers' generate and the machine's limits, 
     python scripts/bench.py decode --model llama-3.1-8b --tokens 8192,32768
     python scripts/bench.py prefill --model llama-3.1-8b --tokens 8192
     python scripts/bench.py replay --model llama-3.1-8b --workload workload.csv --rows 100
+    python scripts/bench.py replay --model llama-3.1-8b --workload workload.csv --workers 2
+    python scripts/bench.py decode --model llama-3.1-70b --gpus 2 --peers none
     python scripts/bench.py decode --model llama-3.1-8b --tokens 131072 --method infinigen -o budget=0.1 -o alpha=inf \
         --peers vanilla
     python scripts/bench.py decode --model demo --device cpu --tokens 2048
@@ -11,6 +13,7 @@ A named shape has random weights, made on the device; any checkpoint that longbe
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -23,7 +26,7 @@ from sparsecache.cli import FlexibleCommand, make_folder, report_usage_errors
 from sparsecache.engine.loading import DTYPES
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
-from sparsecache.plan import find_device
+from sparsecache.plan import find_device, find_devices
 
 
 @click.command(cls=FlexibleCommand)
@@ -42,6 +45,12 @@ from sparsecache.plan import find_device
 @click.option("--workload", type=click.Path(path_type=Path), help="Of a replay: dataset, prompt_tokens, new_tokens.")
 @click.option("--rows", type=click.IntRange(1), default=100, show_default=True, help="Prompts of a replay.")
 @click.option("--slots", type=click.IntRange(1), default=16, show_default=True, help="Most at once in a replay.")
+@click.option(
+    "--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share the layers, in decode."
+)
+@click.option(
+    "--workers", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share a replay's prompts."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the lines as JSON, and a profile.")
 @click.option("--profile", "profiled", is_flag=True, help="Also write which kernels the time of the first job goes to.")
 def main(
@@ -58,6 +67,8 @@ def main(
     workload: Path | None,
     rows: int,
     slots: int,
+    gpus: int,
+    workers: int,
     out: Path | None,
     profiled: bool,
 ) -> None:
@@ -75,8 +86,14 @@ def main(
             )
         if out is not None:
             make_folder(out, "--out")
-        kind = DTYPES[dtype or ("bfloat16" if where.type == "cuda" else "float32")]
-        subject = load_subject(model, where, kind)
+        dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+        if workload is not None and workers > 1:
+            shared = list(_by_many(workers, model, dtype, where.type, slots, workload, rows))
+            click.echo(table(shared).strip("\n"))
+            if out is not None:
+                save(shared, out / f"{mode}-{Path(model).name}-{workers}.json", model=model, dtype=dtype)
+            return
+        subject = load_subject(model, find_devices(where, gpus, "--gpus"), DTYPES[dtype])
         lines: list[Line] = []
         failed = False
         for job in jobs if workload is None else jobs[:1]:
@@ -95,10 +112,18 @@ def main(
                 failed = True
             free_memory()
         if out is not None:
-            save(lines, out / f"{mode}-{Path(model).name}.json", model=model, dtype=str(kind), method=str(way))
+            save(lines, out / f"{mode}-{Path(model).name}.json", model=model, dtype=dtype, method=str(way))
             if profiled:
                 profile(subject, jobs[0], out / f"{mode}-{Path(model).name}-profile.txt", way)
     sys.exit(1 if failed else 0)
+
+
+def _by_many(
+    workers: int, model: str, dtype: str, device: str, slots: int, workload: Path, rows: int
+) -> Iterator[Line]:
+    from sparsecache.bench.many import Crew, replay_by_many  # only where it is asked for: it imports Ray
+
+    return replay_by_many(Crew(workers, model, dtype, device, slots), workload, rows)
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -39,7 +39,11 @@ class Plan:
         self.method: Method = make_method(settings.method, self.options)
         # Which GPUs there are is the workers' business where others decode.
         self.device = torch.device(settings.device) if settings.on_ray else find_device(settings.device)
-        self.devices = [self.device] if settings.on_ray else _devices(self.device, settings.gpus_per_worker)
+        self.devices = (
+            [self.device]
+            if settings.on_ray
+            else find_devices(self.device, settings.gpus_per_worker, "--gpus_per_worker")
+        )
         folder = checkpoint_folder(self.model, settings.offline)
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
         self.window = settings.window or self.model.window or self._own_window()
@@ -259,14 +263,14 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _devices(first: torch.device, count: int) -> list[torch.device]:
-    """`count` devices from the first on, whose layers come in their order."""
+def find_devices(first: torch.device, count: int, option: str) -> list[torch.device]:
+    """`count` devices from the first on, whose layers come in their order; UsageError, naming the option, without."""
     if count == 1:
         return [first]
     found, start = torch.cuda.device_count(), first.index or 0
     if first.type != "cuda" or start + count > found:
         raise UsageError(
-            f"--gpus_per_worker {count} needs the GPUs {start} to {start + count - 1}: torch sees {found}. Ask for "
+            f"{option} {count} needs the GPUs {start} to {start + count - 1}: torch sees {found}. Ask for "
             f"fewer, or leave it out."
         )
     return [torch.device("cuda", start + at) for at in range(count)]

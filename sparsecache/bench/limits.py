@@ -32,25 +32,31 @@ def link_rate(device: torch.device) -> float:
     return 2**30 / seconds_each(lambda: target.copy_(source, non_blocking=True), device)
 
 
-def step_limit(subject: Subject, tokens: int, batch: int, rate: float) -> float:
-    """Seconds of a decode step at `rate` bytes a second: weights once, keys and values of every sequence."""
-    return (subject.nbytes + batch * tokens * subject.kv_nbytes) / rate
+def step_limit(subject: Subject, tokens: int, batch: int, rate: float, link: float | None = None) -> float:
+    """Seconds of a decode step at `rate` bytes a second: weights once, keys and values of every sequence.
+
+    link: the rate at which keys and values come instead, beside the weights, where they are in host memory.
+    """
+    cache = batch * tokens * subject.kv_nbytes
+    return max(subject.nbytes / rate, cache / link) if link else (subject.nbytes + cache) / rate
 
 
-def sparse_limit(subject: Subject, tokens: int, batch: int, rate: float, options: dict[str, Any]) -> float:
+def sparse_limit(
+    subject: Subject, tokens: int, batch: int, rate: float, link: float | None, kept: float, options: dict[str, Any]
+) -> float:
     """The same of InfiniGen: the sparse layers read their partial keys, what they fetch, and the next query weights.
 
-    options: the method's, of which the budget is taken to be what is fetched; offloaded rows are not counted.
+    kept: the share of the past that was attended to; options: the method's.
     """
     shape, layers = subject.architecture.shape, subject.weights.layers
     sparse = shape.layers - options["dense_layers"]
     columns = min(32, shape.head_dim) / shape.head_dim if (ratio := options["partial_weight_ratio"]) is None else ratio
-    fetched = min(1.0, options["budget"] if options["budget"] <= 1 else options["budget"] / tokens)
-    read = columns / 2 + (0 if options["offload"] else fetched)
     of_layer = batch * tokens * subject.kv_nbytes / shape.layers
     query = layers[0].qkv.nbytes * shape.heads // (shape.heads + 2 * shape.kv_heads)
-    nbytes: float = subject.nbytes + sparse * (query + read * of_layer) + options["dense_layers"] * of_layer
-    return nbytes / rate
+    fetched = sparse * kept * of_layer
+    on_device = subject.nbytes + sparse * (query + columns / 2 * of_layer) + options["dense_layers"] * of_layer
+    seconds: float = max(on_device / rate, fetched / link) if link else (on_device + fetched) / rate
+    return seconds
 
 
 def prompt_limit(subject: Subject, tokens: int) -> float:

@@ -1,5 +1,6 @@
 """Models to measure with: a checkpoint, or random weights in a named shape; once for us and transformers alike."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,21 +120,29 @@ class Subject:
         return state
 
 
-def load_subject(model: str, device: torch.device, dtype: torch.dtype) -> Subject:
-    """A shape of SHAPES with random weights made on the device, or what `--model` names elsewhere.
+def vocabulary_of(model: str) -> int:
+    """How many token ids a model knows; nothing else of it is loaded."""
+    if model in SHAPES:
+        return int(LlamaConfig(**SHAPES[model]).vocab_size)
+    checkpoint = Checkpoint(Path(checkpoint_folder(find_model(model), offline=False, weights=False)))
+    return load_family(checkpoint.model_type).architecture(checkpoint.config).vocabulary
+
+
+def load_subject(model: str, devices: Sequence[torch.device], dtype: torch.dtype) -> Subject:
+    """A shape of SHAPES with random weights made on the devices, or what `--model` names elsewhere.
 
     Raises UsageError for an unknown model.
     """
     if model in SHAPES:
-        return _random(model, LlamaConfig(**SHAPES[model], max_position_embeddings=262144), device, dtype)
+        return _random(model, LlamaConfig(**SHAPES[model], max_position_embeddings=262144), devices, dtype)
     folder = checkpoint_folder(find_model(model), offline=False, weights=True)
     checkpoint = Checkpoint(Path(folder))
     architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
-    return Subject(model, checkpoint.config, architecture, checkpoint.load(architecture, device, dtype))
+    return Subject(model, checkpoint.config, architecture, checkpoint.load(architecture, devices, dtype))
 
 
-def _random(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> Subject:
-    architecture = load_family(config.model_type).architecture(config)
+def _random(name: str, config: Any, devices: Sequence[torch.device], dtype: torch.dtype) -> Subject:
+    architecture, device = load_family(config.model_type).architecture(config), devices[0]
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(tensor: str) -> Tensor:
@@ -142,4 +151,4 @@ def _random(name: str, config: Any, device: torch.device, dtype: torch.dtype) ->
             return torch.ones(shape, device=device, dtype=dtype)
         return torch.randn(shape, device=device, dtype=dtype, generator=generator).mul_(shape[1] ** -0.5)
 
-    return Subject(name, config, architecture, read_weights(draw, architecture, [device], dtype))
+    return Subject(name, config, architecture, read_weights(draw, architecture, devices, dtype))

@@ -20,6 +20,8 @@ from sparsecache.engine.generator import Clock, Engine, Request
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
 
+_RUNS, _SECONDS = 3, 8.0
+
 PEERS: dict[str, dict[str, Any]] = {
     "transformers": {},
     "static": {"cache_implementation": "static"},
@@ -63,44 +65,44 @@ def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], way: Way
     offloaded = way.options.get("offload") == "true" and subject.device.type == "cuda"
     link = link_rate(subject.device) if offloaded else None
     for job in jobs:
-        clock, reports = run(subject.engine(way.method, way.options, job.batch), subject, job)
+        clock, reports = run(subject.engine(way.method, way.options, job.batch), subject, job, _step)
+        free_memory()
         measured = [name for name in peers if job.batch == 1 or name in OWN]
         others = _each(measured, partial(_peer_step, subject, job))
-        fetched = sum(report.get("fetched_bytes") or 0 for report in reports) / (job.new_tokens - 1)
+        kept = [report["kept"] for report in reports if report.get("kept") is not None]
         notes = {
             "copy_bytes_per_s": rate,
             "link_bytes_per_s": link,
-            "fetched_bytes_per_step": fetched,
-            "kept": [report.get("kept") for report in reports],
+            "fetched_bytes_per_step": sum(report.get("fetched_bytes") or 0 for report in reports)
+            / (job.new_tokens - 1),
+            "kept": kept,
             "gpu_cache_hit": [report.get("gpu_cache_hit") for report in reports],
             "peak_gpu_bytes": clock.peak_gpu_bytes,
         }
-        limit = max(_limit(subject, job, way, rate), fetched / link if link else 0)
+        tokens = job.tokens + job.new_tokens // 2
+        if way.method == "infinigen":
+            options = parse_options(way.method, way.options)
+            limit = sparse_limit(subject, tokens, job.batch, rate, link, sum(kept) / len(kept), options)
+        else:
+            limit = step_limit(subject, tokens, job.batch, rate, link)
         yield Line(f"{way}, {job.tokens} tokens, batch {job.batch}", job.batch * _step(clock), limit, others, notes)
-
-
-def _limit(subject: Subject, job: Job, way: Way, rate: float) -> float:
-    tokens = job.tokens + job.new_tokens // 2
-    if way.method == "infinigen":
-        return sparse_limit(subject, tokens, job.batch, rate, parse_options(way.method, way.options))
-    return step_limit(subject, tokens, job.batch, rate)
 
 
 def _peer_step(subject: Subject, job: Job, name: str) -> float:
     if name in OWN:
-        return job.batch * _step(run(subject.engine("vanilla", OWN[name], job.batch), subject, job)[0])
-    return _step(run(subject.reference(**PEERS[name]), subject, job)[0])
+        return job.batch * _step(run(subject.engine("vanilla", OWN[name], job.batch), subject, job, _step)[0])
+    return _step(run(subject.reference(**PEERS[name]), subject, job, _step)[0])
 
 
 def _peer_prefill(subject: Subject, job: Job, name: str) -> float:
-    return run(subject.reference(**PEERS[name]), subject, job)[0].prefill_s
+    return run(subject.reference(**PEERS[name]), subject, job, _first_token)[0].prefill_s
 
 
 def prefill(subject: Subject, jobs: Sequence[Job], peers: Sequence[str]) -> Iterator[Line]:
     """Milliseconds from a prompt to its first token."""
     for job in jobs:
         short = Job(job.tokens, 2)
-        clock, _ = run(subject.engine(), subject, short)
+        clock, _ = run(subject.engine(), subject, short, _first_token)
         others = _each(peers, partial(_peer_prefill, subject, short))
         notes = {"peak_gpu_bytes": clock.peak_gpu_bytes, "weights_bytes": subject.nbytes}
         limit = prompt_limit(subject, job.tokens)
@@ -112,13 +114,9 @@ def replay(subject: Subject, workload: Path, rows: int, slots: int, peers: Seque
 
     workload: a CSV with the columns dataset, prompt_tokens, new_tokens.
     """
-    jobs = stratified(workload, rows)
-    requests = [
-        Request(key, job.requests(subject.architecture.vocabulary, key)[0].token_ids, job.new_tokens, ())
-        for key, job in enumerate(jobs)
-    ]
-    ours, clock = _timed(subject.engine(slots=slots), requests)
-    others = _each(peers, lambda name: _timed(subject.reference(**PEERS[name]), requests)[0] / len(requests))
+    requests = requests_of(subject.architecture.vocabulary, workload, rows)
+    ours, clock = timed(subject.engine(slots=slots), requests)
+    others = _each(peers, lambda name: timed(subject.reference(**PEERS[name]), requests)[0] / len(requests))
     notes = {
         "prompts_per_s": len(requests) / ours,
         "prefill_share": clock.prefill_s / ours,
@@ -128,6 +126,14 @@ def replay(subject: Subject, workload: Path, rows: int, slots: int, peers: Seque
         "slots": slots,
     }
     yield Line(f"replay of {len(requests)} prompts, up to {slots} at once", ours / len(requests), None, others, notes)
+
+
+def requests_of(vocabulary: int, workload: Path, rows: int) -> list[Request]:
+    """A stratified subset of a workload as random prompts, longest first."""
+    return [
+        Request(key, job.requests(vocabulary, key)[0].token_ids, job.new_tokens, ())
+        for key, job in enumerate(stratified(workload, rows))
+    ]
 
 
 def stratified(workload: Path, rows: int) -> list[Job]:
@@ -156,19 +162,24 @@ def stratified(workload: Path, rows: int) -> list[Job]:
     return sorted(chosen, key=lambda job: -job.tokens)
 
 
-def run(engine: Engine, subject: Subject, job: Job, repeats: int = 3) -> tuple[Clock, list[dict[str, Any]]]:
+def run(
+    engine: Engine, subject: Subject, job: Job, seconds: Callable[[Clock], float]
+) -> tuple[Clock, list[dict[str, Any]]]:
     """The engine's clock over a job, and what the method reports of each sequence.
 
-    A first run is not counted (it compiles); of `repeats` the fastest is taken.
+    A first run is not counted (it compiles); of those in the next _SECONDS, _RUNS at most, the fastest by `seconds` is
+    taken.
     """
     requests = job.requests(subject.architecture.vocabulary)
     found: list[tuple[Clock, list[dict[str, Any]]]] = []
     engine.reserve(job.tokens + job.new_tokens)
-    for _ in range(1 + repeats):
+    _all(engine, requests)
+    began = time.perf_counter()
+    while not found or (len(found) < _RUNS and time.perf_counter() - began < _SECONDS):
         engine.reset_clock()
         reports = _all(engine, requests)
         found.append((engine.clock, reports))
-    return min(found[1:], key=lambda each: each[0].prefill_s + each[0].decode_s)
+    return min(found, key=lambda each: seconds(each[0]))
 
 
 def profile(subject: Subject, job: Job, path: Path, way: Way) -> None:
@@ -187,7 +198,7 @@ def profile(subject: Subject, job: Job, path: Path, way: Way) -> None:
     path.write_text(profiled.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=60))
 
 
-def _timed(engine: Engine, requests: list[Request]) -> tuple[float, Clock]:
+def timed(engine: Engine, requests: list[Request]) -> tuple[float, Clock]:
     """Seconds of all requests, after the first two alone, which are not counted, and the clock."""
     engine.reserve(max(len(request.token_ids) + request.max_new_tokens for request in requests))
     _all(engine, requests[:2])
@@ -207,6 +218,10 @@ def _all(engine: Engine, requests: list[Request]) -> list[dict[str, Any]]:
 
 def _step(clock: Clock) -> float:
     return clock.decode_s / clock.decode_tokens
+
+
+def _first_token(clock: Clock) -> float:
+    return clock.prefill_s
 
 
 def _each(names: Sequence[str], measure: Callable[[str], float]) -> dict[str, float]:

@@ -97,6 +97,9 @@ class Worker:
         """As Engine.reset_clock."""
         self._engine.reset_clock()
 
+    def rest(self) -> None:
+        """Does nothing, once all before it is done."""
+
     def work(self, handed: Handed) -> Reply:
         """Takes requests in, and returns the next completion of all that are in hand."""
         began = time.perf_counter()

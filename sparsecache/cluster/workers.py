@@ -61,9 +61,9 @@ class Workers:
     worker that dies three times in a row before it has loaded the model is not replaced any more.
     """
 
-    def __init__(self, cluster: Cluster, orders: Orders, slots: int):
+    def __init__(self, cluster: Cluster, orders: Orders, slots: int, worker: type[Worker] = Worker):
         """Starts the workers; the cluster must have room for them."""
-        self._cluster, self._slots = cluster, slots
+        self._cluster, self._slots, self._remote = cluster, slots, ray.remote(worker)
         self._kind, self._each = _need(orders.settings)
         self._orders = ray.put(orders)
         self._room = 0
@@ -103,6 +103,10 @@ class Workers:
             "seconds": round(max(0.0, self._latest - self._began), 3),
             "workers": [seat.record() for seat in seats],
         }
+
+    def wait(self) -> None:
+        """Until every worker has loaded the model and done all that it was told by now."""
+        ray.get([seat.actor.rest.remote() for seat in self._seats])
 
     def reserve(self, max_tokens: int) -> None:
         """Makes room in every worker."""
@@ -206,7 +210,7 @@ class Workers:
             )
 
     def _start(self, number: int, failed_starts: int = 0) -> _Seat:
-        actor = _REMOTE.options(**self._needs()).remote()
+        actor = self._remote.options(**self._needs()).remote()
         seat = _Seat(number, actor, deque([actor.load.remote(self._orders)]), failed_starts)
         if self._room:
             actor.reserve.remote(self._room)
@@ -229,9 +233,6 @@ class Workers:
             f"are free in {self._cluster}.",
             file=sys.stderr,
         )
-
-
-_REMOTE: Any = ray.remote(Worker)
 
 
 def hire(cluster: Cluster, settings: Settings, identity: dict[str, Any], most_rows: int) -> Workers:

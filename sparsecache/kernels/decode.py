@@ -176,9 +176,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
 
 
-def split_count(programs: int, device: torch.device) -> int:
+def split_count(programs: int, device: torch.device, waves: int = _WAVES) -> int:
     """Into how many parts sequences are split, so that `programs` times as many programs fill the GPU."""
-    return max(1, min(64, _WAVES * _multiprocessors(device) // programs))
+    return max(1, min(64, waves * _multiprocessors(device) // programs))
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import count_near, distance_to_best, highest
 
 _TOKENS = 256  # that a program scores at a time
+_WAVES = 2  # programs for each multiprocessor
 _FEWEST, _MOST = 512, 4096  # tokens that a program counts at a time: counting costs about as much for few as for many
 _DIGITS = 4  # of eight bits
 
@@ -85,7 +86,7 @@ def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tens
     batch, heads, _, head_dim = q.shape
     kv_heads, room, wide = keys.shape[1:]
     group, device = heads // kv_heads, q.device
-    splits = split_count(batch * kv_heads, device)
+    splits = split_count(batch * kv_heads, device, _WAVES)
     grid = (batch * kv_heads, splits)
     apart = (
         -(-room // 16) * 16
@@ -203,7 +204,7 @@ def _measure(  # type: ignore[no-untyped-def]
             mask=(query < GROUP)[:, None] & (token < apart)[None, :],
             other=float("-inf"),
         )
-        r = tl.max(tl.where(seen, score - best[:, None], float("-inf")), axis=0)
+        r = tl.max(tl.where(seen, score, float("-inf")) - best[:, None], axis=0)
         r = tl.where((token < sinks) | (token >= count - recent), float("inf"), r)
         tl.store(distance + tl.program_id(0).to(tl.int64) * apart + token, r, mask=token < apart)
         near += ((r > -alpha) & (token < end)).to(tl.int32)

@@ -18,7 +18,7 @@ class Sides:
 
     @contextmanager
     def reading(self, *tensors: Tensor) -> Iterator[None]:
-        """Work within runs beside the main stream, after all that is there by now; it may read the tensors."""
+        """Work within runs beside the current stream, after all that is there by now; it may read the tensors."""
         side = self._of(tensors[0].device)
         if side is None:
             yield
@@ -30,7 +30,7 @@ class Sides:
             yield
 
     def join(self, device: torch.device) -> None:
-        """Work on the main stream goes on when all beside it is done."""
+        """Work on the current stream goes on when all beside it is done."""
         side = self._of(device)
         if side is not None:
             torch.cuda.current_stream(device).wait_stream(side)

@@ -104,7 +104,7 @@ class Method(ABC):
         """
 
     def beside(self, *tensors: Tensor) -> AbstractContextManager[None]:
-        """Where a guess, its query and `anticipate`, is to be made of tensors on one device; as they come if not said."""
+        """Within it a guess, its query and `anticipate`, is made of tensors on one device: in a stream, say."""
         return nullcontext()
 
     def anticipate(self, layer: int, q: Tensor, slots: Tensor) -> None:  # noqa: B027 (a no-op unless it guesses)

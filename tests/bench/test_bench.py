@@ -28,7 +28,7 @@ def main(repo):
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_reference_shares_our_weights_and_writes_our_text(model_type, tmp_path) -> None:
     folder = make_random_checkpoint(tmp_path / model_type, model_type=model_type, initializer_range=0.25)
-    subject = load_subject(str(folder), CPU, torch.float32)
+    subject = load_subject(str(folder), [CPU], torch.float32)
     requests = Job(30, 20, 2).requests(1024)
     theirs, ours = (
         {done.key: done.token_ids for done in engine.generate(requests)}
@@ -102,6 +102,20 @@ def test_every_mode_runs_and_saves_what_it_printed(mode, main, tmp_path, monkeyp
     assert len(saved["lines"]) == (1 if mode == "replay" else 2)
     for line in saved["lines"]:
         assert line["what"] in told.output and line["seconds"] > 0 and line["peers"]["transformers"] > 0
+
+
+def test_a_replay_is_shared_by_workers(repo, tmp_path, run_python) -> None:
+    pytest.importorskip("psutil", reason="workers need Ray and psutil")
+    folder = make_random_checkpoint(tmp_path / "tiny")
+    (tmp_path / "w.csv").write_text("dataset,prompt_tokens,new_tokens\n" + "a,40,3\nb,9,2\n" * 4)
+    told = run_python(
+        repo / "scripts" / "bench.py", "replay", "--model", folder, "--device", "cpu", "--out", tmp_path,
+        "--workload", tmp_path / "w.csv", "--rows", "8", "--workers", "2", "--slots", "2",
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    (line,) = json.loads((tmp_path / "replay-tiny-2.json").read_text())["lines"]
+    assert line["what"] == "replay of 8 prompts by 2 workers" and line["peers"]["one worker"] > 0
+    assert line["notes"]["prompt_tokens"] == 4 * 49
 
 
 def test_a_peer_that_fails_is_told_and_the_rest_is_measured(main, tmp_path, monkeypatch) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from sparsecache.bench.models import load_subject
+from sparsecache.bench.modes import Job
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import family_names, load_family
 from sparsecache.engine.generator import Generator, Request
@@ -104,3 +106,26 @@ def test_a_prompt_is_attended_to_without_its_whole_score_matrix(make_checkpoint:
     assert done.error is None and engine.clock.peak_gpu_bytes is not None
     assert engine.clock.peak_gpu_bytes - before < length**2 / 2  # one head's scores take four times as much
     assert engine.clock.peak_gpu_bytes - before < 2 * decoder.prompt_nbytes(length)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("vanilla", {}), ("infinigen", {"budget": "0.2", "dense_layers": "1"}), ("infinigen", {"offload": "true"})],
+    ids=str,
+)
+@pytest.mark.parametrize("model", ["tiny", "llama-3.1-8b"])
+def test_a_model_split_over_two_gpus_writes_the_text_of_one(
+    model: str, name: str, options: dict[str, str], make_checkpoint: Any
+) -> None:
+    if model == "tiny":
+        model = str(make_checkpoint("llama", num_hidden_layers=4))
+    texts = []
+    for gpus in (1, 2):
+        subject = load_subject(model, [torch.device("cuda", at) for at in range(gpus)], torch.bfloat16)
+        prompts = Job(3000, 40, 2).requests(subject.architecture.vocabulary)
+        engine = subject.engine(name, options, slots=2)
+        texts.append({done.key: done.token_ids for done in engine.generate(prompts)})
+        assert len(engine._decoder.devices) == gpus
+        del subject, engine
+    assert texts[0] == texts[1] and all(len(text) == 40 for text in texts[0].values())

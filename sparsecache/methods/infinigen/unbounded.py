@@ -52,14 +52,14 @@ class Unbounded:
         self._caps = Everywhere(rule.caps, devices)
         self._width = min(partial.rows, int(rule.caps.max()))
         self._guesses: dict[int, _Guess] = {}
-        self.sides = Sides(devices)
+        self.sides, self._links = Sides(devices), Sides(devices)  # rows may still be fetched when the next guess begins
         self._ends = [here != after for here, after in zip(devices, [*devices[1:], None], strict=True)]
 
     def fill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Takes a prompt's q [H, L, D], k and v [G, L, D] into an empty slot."""
         self._partial.keep(layer, slot, self._partial.fill(layer, slot, q, k))
         rows = torch.stack((k, v), 2)
-        with self.sides.reading(rows):  # to the host while the next layer computes
+        with self._links.reading(rows):  # to the host while the next layer computes
             put(rows, self.store[layer, slot])
         self._end(layer, k.device)
 
@@ -68,9 +68,12 @@ class Unbounded:
         mixing, keys = self._partial.mixing[layer], self._partial.keys[layer]
         rule = self._rule._replace(caps=self._caps.on(past))
         selected = speculate(q, mixing, keys, past, slots, rule, self._width)
-        rows = gather(self.store[layer], slots, *selected) if self._offload else None
-        made = torch.cuda.current_stream(q.device).record_event() if q.is_cuda else None
-        self._guesses[layer] = _Guess(selected, rows, made)
+        if not self._offload:
+            self._guesses[layer] = _Guess(selected, None, _now(q.device))
+            return
+        with self._links.reading(slots, *selected):
+            rows = gather(self.store[layer], slots, *selected)
+            self._guesses[layer] = _Guess(selected, rows, _now(q.device))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, ledger: Ledger) -> Tensor:
         """Attention of q [B, H, 1, D] over the layer's selection and the new token k, v [B, G, 1, D], which is kept."""
@@ -93,6 +96,7 @@ class Unbounded:
         """At the last layer on a device, waits for all that is done beside it."""
         if self._ends[layer]:
             self.sides.join(device)
+            self._links.join(device)
 
     def selected(self, layer: int) -> Tensor:
         """What is selected for a layer that has not attended yet: [B, G, N], ascending, then -1."""
@@ -101,3 +105,8 @@ class Unbounded:
             guess.made.synchronize()
         positions, counts = guess.selected
         return positions.masked_fill(torch.arange(positions.shape[2], device=counts.device) >= counts[..., None], -1)
+
+
+def _now(device: torch.device) -> Any:
+    """An event of the current stream of a GPU; None on the CPU."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None

@@ -1,0 +1,70 @@
+"""The replay over several GPUs: workers as a run has them, over the bench's own models."""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sparsecache.bench.lines import Line
+from sparsecache.bench.models import load_subject, vocabulary_of
+from sparsecache.bench.modes import requests_of, timed
+from sparsecache.cluster.connection import Cluster
+from sparsecache.cluster.worker import Orders, Place, Worker
+from sparsecache.cluster.workers import Workers
+from sparsecache.engine.generator import Engine, Request
+from sparsecache.engine.loading import DTYPES
+from sparsecache.plan import find_device
+from sparsecache.provenance import gpu_name
+from sparsecache.settings import Settings
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Workers to be: how many, over which model, with how many sequences at once each."""
+
+    workers: int
+    model: str
+    dtype: str
+    device: str
+    slots: int
+
+
+def replay_by_many(crew: Crew, workload: Path, rows: int) -> Iterator[Line]:
+    """Milliseconds a prompt of a replay by workers on GPUs of their own, beside one alone."""
+    requests = requests_of(vocabulary_of(crew.model), workload, rows)
+    seconds = {}
+    for workers in (1, crew.workers):
+        with _working(replace(crew, workers=workers), requests) as engine:
+            seconds[workers], clock = timed(engine, requests)
+    ours = seconds[crew.workers]
+    notes = {"prompts_per_s": len(requests) / ours, "prompt_tokens": clock.prefill_tokens, "slots": crew.slots}
+    what = f"replay of {len(requests)} prompts by {crew.workers} workers"
+    yield Line(what, ours / len(requests), None, {"one worker": seconds[1] / len(requests)}, notes)
+
+
+class _BenchWorker(Worker):
+    def load(self, orders: Orders) -> Place:
+        torch.set_num_threads(orders.threads)
+        settings = orders.settings
+        self._device = find_device(settings.device)
+        subject = load_subject(settings.model, [self._device], DTYPES[settings.dtype])
+        self._engine = subject.engine(slots=orders.most_rows)
+        return Place(platform.node(), os.getpid(), gpu_name([self._device]), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+@contextmanager
+def _working(crew: Crew, requests: list[Request]) -> Iterator[Engine]:
+    """The crew on a cluster of this machine's, loaded, with room for the longest of the requests and warm."""
+    settings = Settings(crew.model, workers=crew.workers, dtype=crew.dtype, device=crew.device)
+    with Cluster(None) as cluster:
+        cluster.connect()
+        cluster.check_room(crew.workers, "GPU" if crew.device == "cuda" else "CPU", 1)
+        orders = Orders(settings, {}, {}, crew.slots, cluster.threads(crew.workers), os.getcwd())
+        with Workers(cluster, orders, crew.slots, _BenchWorker) as workers:
+            workers.reserve(max(len(request.token_ids) + request.max_new_tokens for request in requests))
+            workers.wait()
+            yield workers
