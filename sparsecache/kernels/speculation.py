@@ -17,7 +17,7 @@ from sparsecache.kernels.selection import count_near, distance_to_best, highest
 
 _TOKENS = 256  # that a program scores at a time
 _WAVES = 2  # programs for each multiprocessor
-_FEWEST, _MOST = 512, 4096  # tokens that a program counts at a time: counting costs about as much for few as for many
+_FEWEST, _MOST = 512, 2048  # tokens that a program counts at a time: counting costs about as much for few as for many
 _DIGITS = 4  # of eight bits
 
 
