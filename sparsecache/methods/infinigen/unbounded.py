@@ -53,6 +53,7 @@ class Unbounded:
         self._width = min(partial.rows, int(rule.caps.max()))
         self._guesses: dict[int, _Guess] = {}
         self.sides, self._links = Sides(devices), Sides(devices)  # rows may still be fetched when the next guess begins
+        # Of each layer, whether it is the last on its device, which waits for all that is done beside it.
         self._ends = [here != after for here, after in zip(devices, [*devices[1:], None], strict=True)]
 
     def fill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -61,7 +62,8 @@ class Unbounded:
         rows = torch.stack((k, v), 2)
         with self._links.reading(rows):  # to the host while the next layer computes
             put(rows, self.store[layer, slot])
-        self._end(layer, k.device)
+        if self._ends[layer]:
+            self._links.join(k.device)
 
     def anticipate(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> None:
         """Selects for a layer, of past [slots] tokens, by the guessed q [B, H, 1, D]."""
@@ -89,14 +91,11 @@ class Unbounded:
         else:
             positions = guess.selected.positions
             out = attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], slots, positions, counts)
-        self._end(layer, q.device)
-        return out
-
-    def _end(self, layer: int, device: torch.device) -> None:
-        """At the last layer on a device, waits for all that is done beside it."""
         if self._ends[layer]:
-            self.sides.join(device)
-            self._links.join(device)
+            self.sides.join(q.device)
+            if self._offload:
+                self._links.join(q.device)
+        return out
 
     def selected(self, layer: int) -> Tensor:
         """What is selected for a layer that has not attended yet: [B, G, N], ascending, then -1."""
