@@ -116,6 +116,8 @@ def replay(subject: Subject, workload: Path, rows: int, slots: int, peers: Seque
     """
     requests = requests_of(subject.architecture.vocabulary, workload, rows)
     ours, clock = timed(subject.engine(slots=slots), requests)
+    print(f"{len(requests)} prompts took {ours:.1f} s; now the peers.", file=sys.stderr)  # which may take minutes
+    free_memory()
     others = _each(peers, lambda name: timed(subject.reference(**PEERS[name]), requests)[0] / len(requests))
     notes = {
         "prompts_per_s": len(requests) / ours,
