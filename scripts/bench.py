@@ -84,6 +84,10 @@ def main(
             raise UsageError(
                 "A replay, and nothing else, needs --workload: a CSV (dataset, prompt_tokens, new_tokens)."
             )
+        if workers > 1 and (mode != "replay" or gpus > 1 or profiled):
+            raise UsageError("--workers share a replay, and nothing else: leave out --gpus and --profile.")
+        if gpus > 1 and mode != "decode":
+            raise UsageError(f"--gpus {gpus} split a model in decode; a replay is shared by --workers.")
         if out is not None:
             make_folder(out, "--out")
         dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")

@@ -82,7 +82,9 @@ def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], way: Way
         tokens = job.tokens + job.new_tokens // 2
         if way.method == "infinigen":
             options = parse_options(way.method, way.options)
-            limit = sparse_limit(subject, tokens, job.batch, rate, link, sum(kept) / len(kept), options)
+            limit = sparse_limit(
+                subject, tokens, job.batch, rate, link, sum(kept) / len(kept) if kept else 0.0, options
+            )
         else:
             limit = step_limit(subject, tokens, job.batch, rate, link)
         yield Line(f"{way}, {job.tokens} tokens, batch {job.batch}", job.batch * _step(clock), limit, others, notes)

@@ -61,7 +61,7 @@ class Workers:
     worker that dies three times in a row before it has loaded the model is not replaced any more.
     """
 
-    def __init__(self, cluster: Cluster, orders: Orders, slots: int, worker: type[Worker] = Worker):
+    def __init__(self, cluster: Cluster, orders: Orders, slots: int, worker: type[Worker]):
         """Starts the workers; the cluster must have room for them."""
         self._cluster, self._slots, self._remote = cluster, slots, ray.remote(worker)
         self._kind, self._each = _need(orders.settings)
@@ -244,7 +244,7 @@ def hire(cluster: Cluster, settings: Settings, identity: dict[str, Any], most_ro
     sharing = settings.workers if kind == "CPU" else cluster.total("GPU") // each
     threads = int(stated) if stated.isdecimal() and int(stated) else cluster.threads(sharing)
     orders = Orders(settings, identity, installed_versions(), most_rows, threads, os.getcwd())
-    return Workers(cluster, orders, min(settings.slots(settings.device), most_rows))
+    return Workers(cluster, orders, min(settings.slots(settings.device), most_rows), Worker)
 
 
 def _reason(error: RayError) -> str:

@@ -10,7 +10,10 @@ from torch import Tensor
 from sparsecache.engine.decoder import Decoder
 
 Steps = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From token ids, positions and slots, [3, B] on the CPU, to logits [B, V] and the most likely tokens [B]."""
+"""From token ids, positions and slots, [3, B] on the CPU, to logits [B, V] and the most likely tokens [B].
+
+The logits stand until the next step; the tokens, on the CPU or the device, are the caller's.
+"""
 
 
 def make_steps(decoder: Decoder, slots: int) -> Steps:
@@ -62,7 +65,8 @@ class GraphedSteps:
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         rows = inputs.shape[1]
         captured = self._graphs[min(size for size in self._graphs if size >= rows)]
-        if captured.left is None or not torch.equal(captured.left, inputs):
+        left, captured.left = captured.left, None  # not known while the graph runs, should that be cut off
+        if left is None or not torch.equal(left, inputs):
             captured.inputs.copy_(self._filled_up(inputs, captured.inputs.shape[1]))
         captured.graph.replay()
         self._wait()
@@ -74,7 +78,7 @@ class GraphedSteps:
         torch.cuda.current_stream(self._decoder.device).synchronize()
 
     def _filled_up(self, inputs: Tensor, size: int) -> Tensor:
-        """inputs [3, B] to [3, size]: the first token at position 0 in idle slots."""
+        """inputs [3, B] to [3, size]: the first token at position 0 in idle slots, which then go on by themselves."""
         taken = set(inputs[2].tolist())
         idle = [slot for slot in range(self._slots) if slot not in taken][: size - inputs.shape[1]]
         more = torch.tensor([[0] * len(idle), [0] * len(idle), idle], dtype=inputs.dtype)

@@ -52,12 +52,23 @@ def running(which: Literal["kernels", "twins"]) -> Iterator[None]:
 
 @functools.cache
 def launching() -> dict[str, Any]:
-    """What every kernel is launched with: whether it may be set up while the kernel before it still runs.
+    """What the kernels of a step are launched with: whether they may be set up while the kernel before still runs.
 
-    That is programmatic dependent launch, from Hopper on.
+    That is programmatic dependent launch, from Hopper on. Such a kernel calls `after_previous` before it reads, or
+    writes, what another one touches.
     """
-    early = AVAILABLE and not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
+    nvidia = AVAILABLE and not INTERPRETED and torch.version.hip is None
+    early = nvidia and torch.cuda.get_device_capability() >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@functools.cache
+def is_roomy(device: torch.device) -> bool:
+    """Whether a program can have 160 KiB of shared memory; GPUs of compute capability 8.6, 8.9 and 12 give it 99."""
+    if device.type != "cuda":
+        return True
+    capability = torch.cuda.get_device_capability(device)
+    return capability not in ((8, 6), (8, 9)) and capability < (12, 0)
 
 
 def up_to_power(number: int, least: int = 1) -> int:

@@ -15,7 +15,7 @@ from sparsecache.kernels._triton import after_previous, before_next, fast, launc
 from sparsecache.kernels.attention import attention
 
 _TILE = 32768  # bytes of keys, and of values, that a program reads at a time
-_WAVES = 2  # programs for each multiprocessor
+_WAVES = 2  # programs for each multiprocessor, at most
 _LINK = 64  # programs that keep a link to the host busy; more would be in the way of what runs beside them
 
 
@@ -151,7 +151,7 @@ def _kernel(
     marks = torch.empty((2, batch, heads, splits), device=q.device, dtype=torch.float32)  # maxima, sums of weights
     out = torch.empty((batch, heads, 1, head_dim), device=q.device, dtype=q.dtype)
     wide = up_to_power(head_dim, 16)
-    tokens = min(128, _TILE // (wide * keys.element_size()))
+    tokens = max(16, min(128, _TILE // (wide * keys.element_size())))
     chosen, number, rows_apart = slots, lengths, 0
     if selected is not None and counts is not None:
         one_for_all = selected.stride(0) == selected.stride(1) == 0
@@ -176,9 +176,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
 
 
-def split_count(programs: int, device: torch.device, waves: int = _WAVES) -> int:
+def split_count(programs: int, device: torch.device) -> int:
     """Into how many parts sequences are split, so that `programs` times as many programs fill the GPU."""
-    return max(1, min(64, waves * _multiprocessors(device) // programs))
+    return max(1, min(64, _WAVES * _multiprocessors(device) // programs))
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecache.kernels import swiglu as gating
-from sparsecache.kernels._triton import after_previous, before_next, fast, launching, tl, triton
+from sparsecache.kernels._triton import after_previous, before_next, fast, is_roomy, launching, tl, triton
 from sparsecache.kernels.rotation import Rotation, rotate
 
 MOST_ROWS = 16
@@ -20,6 +20,7 @@ _ONE = {"BLOCK": 2, "WIDTH": 2048, "num_warps": 4}
 _ONE_OF_PAIRS = {"BLOCK": 1, "WIDTH": 2048, "num_warps": 4}
 _FEW = {"BLOCK": 16, "WIDTH": 256, "num_warps": 4, "num_stages": 4}
 _FEW_OF_PAIRS = {"BLOCK": 64, "WIDTH": 128, "num_warps": 8, "num_stages": 4}
+_FEW_OF_PAIRS_SMALL = {**_FEW_OF_PAIRS, "num_stages": 3}  # for GPUs with less shared memory
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -72,7 +73,8 @@ def _kernel(
     if rows == 1:
         kernel, sizes = _project_one, _ONE if kind == _PLAIN else _ONE_OF_PAIRS
     else:
-        kernel, sizes = _project_few, _FEW if kind == _PLAIN else _FEW_OF_PAIRS
+        of_pairs = _FEW_OF_PAIRS if is_roomy(x.device) else _FEW_OF_PAIRS_SMALL
+        kernel, sizes = _project_few, _FEW if kind == _PLAIN else of_pairs
     kernel[(-(-pairs // sizes["BLOCK"]),)](
         x, weight, bias if bias is not None else none, residual if residual is not None else none,
         rotation.cos if rotation is not None else none, rotation.sin if rotation is not None else none,

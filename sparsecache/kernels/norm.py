@@ -35,8 +35,8 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     there = at < size
-    gain = tl.load(weight + at, mask=there, other=0.0)
     after_previous(EARLY)
+    gain = tl.load(weight + at, mask=there, other=0.0)
     wide = tl.load(x + row * stride + at, mask=there, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps)
     before_next(EARLY)

@@ -16,7 +16,6 @@ from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import count_near, distance_to_best, highest
 
 _TOKENS = 256  # that a program scores at a time
-_WAVES = 2  # programs for each multiprocessor
 _FEWEST, _MOST = 512, 2048  # tokens that a program counts at a time: counting costs about as much for few as for many
 _DIGITS = 4  # of eight bits
 
@@ -86,11 +85,10 @@ def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tens
     batch, heads, _, head_dim = q.shape
     kv_heads, room, wide = keys.shape[1:]
     group, device = heads // kv_heads, q.device
-    splits = split_count(batch * kv_heads, device, _WAVES)
+    splits = split_count(batch * kv_heads, device)
     grid = (batch * kv_heads, splits)
-    apart = (
-        -(-room // 16) * 16
-    )  # rows of scores begin, and end, where wide reads may; behind the last token lies anything
+    # Rows of scores begin, and end, where wide reads may; behind the last token lies anything.
+    apart = -(-room // 16) * 16
     scores = torch.empty((batch, heads, apart), device=device, dtype=torch.float32)
     maxima = torch.empty((batch, heads, splits), device=device, dtype=torch.float32)
     distance = torch.empty((batch, kv_heads, apart), device=device, dtype=torch.float32)

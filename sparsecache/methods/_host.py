@@ -41,10 +41,12 @@ def put(rows: Tensor, target: Tensor) -> None:
 
 
 def _pin(tensor: Tensor) -> None:
-    """By the driver itself: of a failure in its runtime, CUDA would remind every later call."""
+    """By the driver: the runtime would keep an error, and raise it at the next call that has nothing to do with it."""
     driver, pointer = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(tensor.data_ptr())
-    if driver.cuMemHostRegister_v2(pointer, ctypes.c_size_t(tensor.nbytes), _PORTABLE):
-        raise torch.OutOfMemoryError(f"{tensor.nbytes / _GIB:.1f} GiB of host memory could not be pinned.")
+    if code := driver.cuMemHostRegister_v2(pointer, ctypes.c_size_t(tensor.nbytes), _PORTABLE):
+        raise torch.OutOfMemoryError(
+            f"{tensor.nbytes / _GIB:.1f} GiB of host memory could not be pinned (the driver's error {code})."
+        )
     weakref.finalize(tensor.untyped_storage(), driver.cuMemHostUnregister, pointer)
 
 

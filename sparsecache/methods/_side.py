@@ -18,7 +18,11 @@ class Sides:
 
     @contextmanager
     def reading(self, *tensors: Tensor) -> Iterator[None]:
-        """Work within runs beside the current stream, after all that is there by now; it may read the tensors."""
+        """Work within runs beside the current stream, after all that is there by now; it may read the tensors.
+
+        What it makes may be used outside, after it is done, until the next `reading`: only then is its memory given to
+        others. So nothing is made within while something made earlier is still being read outside.
+        """
         side = self._of(tensors[0].device)
         if side is None:
             yield

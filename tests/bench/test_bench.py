@@ -105,7 +105,8 @@ def test_every_mode_runs_and_saves_what_it_printed(mode, main, tmp_path, monkeyp
 
 
 def test_a_replay_is_shared_by_workers(repo, tmp_path, run_python) -> None:
-    pytest.importorskip("psutil", reason="workers need Ray and psutil")
+    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("psutil") is None:
+        pytest.skip("workers need Ray and psutil")
     folder = make_random_checkpoint(tmp_path / "tiny")
     (tmp_path / "w.csv").write_text("dataset,prompt_tokens,new_tokens\n" + "a,40,3\nb,9,2\n" * 4)
     told = run_python(

@@ -71,6 +71,27 @@ def test_batches_are_filled_up_with_idle_slots(
     assert max(map(len, batches)) == slots
 
 
+@torch.inference_mode()
+def test_a_step_that_is_cut_off_can_be_done_again(folder, make_engine, our_texts, make_prompts, monkeypatch) -> None:
+    made: list[_Recorded] = []
+    monkeypatch.setattr(generator, "make_steps", lambda *arguments: made.append(_Recorded(*arguments)) or made[-1])
+    our_texts(make_engine(folder), make_prompts(9), 3)
+    (steps,) = made
+    inputs = torch.tensor([[5], [12], [0]])
+    first = steps(inputs)[1]
+    after = torch.tensor([first.tolist(), [13], [0]])
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "_wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        steps(after)
+    monkeypatch.setattr(steps, "_wait", lambda: None)
+    steps(after)
+    assert steps.batches[-1].tolist() == after.tolist()
+
+
 class _Small(Vanilla):
     """Memory for `most` sequences of 40 tokens: to be in flight, or to have room made for."""
 

@@ -77,6 +77,22 @@ def test_ties_at_the_cut_go_to_the_lowest_positions(case, rule, device, dtype) -
     assert kernel == twin
 
 
+def test_memory_that_nothing_wrote_is_not_believed(device, monkeypatch) -> None:
+    """Behind the last token, rows of scores and distances are filled with what would win."""
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        made = empty(*size, **options)
+        return made.fill_(torch.inf if made.is_floating_point() else 1_000_000)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for case in (CASES["around a block"], CASES["very unlike"]):
+        inputs = _inputs(case, device, torch.float32, ties=True)
+        rule, width = _rule(RULES["plain"], case[5], device)
+        kernel, twin = _both(*inputs, rule, width=width)
+        assert kernel == twin
+
+
 @cases
 @rules
 def test_random_scores(case, rule, device) -> None:

@@ -120,7 +120,6 @@ def _record_or_none(folder: Path, read_record: Callable[[Path], dict[str, Any]])
 def test_a_row_that_kills_three_workers_is_an_error_row_and_the_next_run_retries_it(
     address, predict, folder, monkeypatch, read_untimed, read_record
 ) -> None:
-    import ray
     from ray import cloudpickle
 
     deadly = 0  # set below, before the class travels
@@ -143,7 +142,7 @@ def test_a_row_that_kills_three_workers_is_an_error_row_and_the_next_run_retries
     lengths = [row["prompt_tokens"] for row in expected]
     deadly = next(length for length in lengths if lengths.count(length) == 1)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr("sparsecache.cluster.workers._REMOTE", ray.remote(Deadly))
+    monkeypatch.setattr("sparsecache.cluster.workers.Worker", Deadly)
     told = predict(*arguments)
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert told.exit_code == 1, told.output
