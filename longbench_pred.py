@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from sparsecache.cli import FlexibleCommand, option, report_usage_errors
+from sparsecache.cli import FlexibleCommand, option, option_pairs, report_usage_errors
 from sparsecache.methods import describe_methods
 from sparsecache.settings import DTYPE_CHOICES, ENGINES, Settings
 from sparsecache.versions import check_versions
@@ -98,7 +98,7 @@ def main(options: tuple[str, ...], **values: Any) -> None:
     A run that was stopped goes on where it left off when the same command is given again (without --overwrite).
     """
     with report_usage_errors():
-        settings = Settings(options=parse_options(options), **values)
+        settings = Settings(options=option_pairs(options), **values)
         settings.check()
         check_versions()
         from sparsecache.run import run  # torch and transformers, only now
@@ -109,15 +109,6 @@ def main(options: tuple[str, ...], **values: Any) -> None:
             same = "the same command without --overwrite" if settings.overwrite else "the same command"
             click.echo(f"Stopped. Finished rows are kept; {same} goes on from there.", err=True)
             sys.exit(130)
-
-
-def parse_options(options: tuple[str, ...]) -> dict[str, str]:
-    """The values of -o by key. Raises click.UsageError for one that is not KEY=VALUE."""
-    pairs = [text.partition("=") for text in options]
-    for (key, equals, _), text in zip(pairs, options, strict=True):
-        if not key or not equals:
-            raise click.UsageError(f"-o {text!r} is not of the form KEY=VALUE.")
-    return {key.replace("-", "_"): value for key, _, value in pairs}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from sparsecache.bench.lines import Line, save, table
 from sparsecache.bench.models import SHAPES, load_subject
 from sparsecache.bench.modes import OWN, PEERS, Job, Way, decode, free_memory, prefill, profile, replay
-from sparsecache.cli import FlexibleCommand, make_folder, report_usage_errors
+from sparsecache.cli import FlexibleCommand, make_folder, option_pairs, report_usage_errors
 from sparsecache.engine.loading import DTYPES
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
@@ -74,7 +74,7 @@ def main(
 ) -> None:
     """Measure MODE and print each line as time, share of the limit and ratio to each peer."""
     with report_usage_errors():
-        names, way = _peers(peers, mode), Way(method, dict(_pair(option) for option in options))
+        names, way = _peers(peers, mode), Way(method, option_pairs(options))
         parse_options(way.method, way.options)
         jobs = [
             Job(length, new_tokens, size) for size in _numbers("batch", batch) for length in _numbers("tokens", tokens)
@@ -146,13 +146,6 @@ def _peers(text: str, mode: str) -> list[str]:
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"--peers {unknown[0]!r} is no peer in {mode}. Peers: {', '.join(sorted(known))}, or none.")
     return names
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise UsageError(f"-o {text!r} is not of the form KEY=VALUE.")
-    return key, value
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ import click
 from sweep import Run, check_report, conclude, read_sweep
 
 from longbench_pred import main as predict_command
-from longbench_pred import parse_options
-from sparsecache.cli import report_usage_errors
+from sparsecache.cli import option_pairs, report_usage_errors
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.remembering import Memory, RememberingDecoder
@@ -45,7 +44,7 @@ def settings_of(run: Run, arguments: list[str], pred_dir: Path) -> Settings:
     """What longbench_pred.py makes of the run's command line, checked."""
     command = run.command(arguments, pred_dir)[2:]
     values = predict_command.make_context("longbench_pred.py", command).params
-    settings = Settings(**{**values, "options": parse_options(values["options"])})
+    settings = Settings(**{**values, "options": option_pairs(values["options"])})
     settings.check()
     return settings
 
