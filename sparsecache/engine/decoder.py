@@ -92,19 +92,22 @@ class Decoder:
 
     def _anticipate_normed(self, index: int, x: Tensor, rotation: Rotation, slots: Tensor) -> None:
         """As `_anticipate`, of x as layer `index` would norm it."""
-        if index < len(self._weights.layers):
+        if self._is_guessed(index):
             norm = self._weights.layers[index].input_norm.to(x.device)
             self._anticipate(index, self._normed(x, norm), rotation, slots)
 
     def _anticipate(self, index: int, normed: Tensor, rotation: Rotation, slots: Tensor) -> None:
-        """Tells the method what layer `index`, if there is one, would ask of its input, which is guessed."""
-        if index == len(self._weights.layers):
+        """Tells the method what layer `index`, if it is guessed, would ask of an input."""
+        if not self._is_guessed(index):
             return
         normed, *turning, slots = _beside(self._weights.layers[index], normed, *rotation, slots)
         with self._method.beside(normed, *turning, slots):
             q = self._turned(normed, self._asking[index], Rotation(*turning))
             self._method.anticipate(index, q[:, :, None], slots)
         _beside(self._weights.layers[index - 1])  # kernels run there again
+
+    def _is_guessed(self, index: int) -> bool:
+        return index < len(self._weights.layers) and self._method.guesses(index)
 
     def _qkv(self, normed: Tensor, layer: LayerWeights, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Each row's q [B, H, 1, D] and k, v [B, G, 1, D], rotated."""

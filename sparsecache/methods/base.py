@@ -2,7 +2,7 @@
 
 One instance of a method serves one engine and owns the keys and values of all its slots; a slot is one
 sequence in flight. The decoder knows weights and tokens, the method knows KV; neither looks into the other.
-A step is, for each layer i in order: `anticipate(i + 1)`, if the method guesses and i is not the last, and
+A step is, for each layer i in order: `anticipate(i + 1)`, if there is one and the method guesses it, and
 `attend(i)`; which of the two comes first depends on what is guessed from (`guesses_from`).
 """
 
@@ -106,6 +106,10 @@ class Method(ABC):
     def beside(self, *tensors: Tensor) -> AbstractContextManager[None]:
         """Within it a guess, its query and `anticipate`, is made of tensors on one device: in a stream, say."""
         return nullcontext()
+
+    def guesses(self, layer: int) -> bool:
+        """Whether `anticipate` is to be called for a layer."""
+        return self.guesses_from is not None
 
     def anticipate(self, layer: int, q: Tensor, slots: Tensor) -> None:  # noqa: B027 (a no-op unless it guesses)
         """Is told, before `layer` runs, what it will ask, guessed in the layer before from `guesses_from`.

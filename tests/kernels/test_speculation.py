@@ -7,7 +7,8 @@ import torch
 
 from sparsecache.kernels import decode, speculation
 from sparsecache.kernels._triton import running
-from sparsecache.kernels.speculation import Rule, remember, speculate
+from sparsecache.kernels.cut import Rule
+from sparsecache.kernels.speculation import remember, speculate
 
 CASES = {  # slots, KV heads, group, head size, columns, room, tokens in the slots of the batch
     "empty": (2, 1, 2, 16, 8, 70, [0, 0]),

@@ -169,7 +169,7 @@ def _check_shapes(method: Method) -> None:
     for layer in range(2):
         token = [torch.randn(1, heads, 1, 8) for heads in (4, 2, 2)]
         copies = [tensor.clone() for tensor in token]
-        if method.guesses_from and layer:
+        if layer and method.guesses(layer):
             method.anticipate(layer, token[0], torch.tensor([1]))
         out = method.attend(layer, *token, torch.tensor([1]))
         assert out.shape == (1, 4, 1, 8) and out.dtype == torch.float32 and out.isfinite().all()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sparsecache.kernels._triton import in_kernels
 from sparsecache.kernels.attention import attention
+from sparsecache.kernels.cut import Rule
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import Fetch, count_near, distance_to_best, highest
-from sparsecache.kernels.speculation import Rule
 from sparsecache.methods._sparse import SparseMethod, is_share_or_count
 from sparsecache.methods.base import GuessFrom, Shape
 from sparsecache.methods.infinigen.gpu_cache import GpuCache
@@ -180,9 +180,10 @@ class InfiniGen(SparseMethod):
     def beside(self, *tensors: Tensor) -> AbstractContextManager[None]:
         return nullcontext() if self._unbounded is None else self._unbounded.sides.reading(*tensors)
 
+    def guesses(self, layer: int) -> bool:
+        return layer >= self.first
+
     def anticipate(self, layer: int, q: Tensor, slots: Tensor) -> None:
-        if layer < self.first:
-            return
         layer -= self.first
         if self._unbounded is not None:
             self._unbounded.anticipate(layer, q, slots, self.ledger(layer).past)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsecache.kernels.cut import Rule, Selected
 from sparsecache.kernels.decode import Ledger, attend_gathered, attend_selected, gather
-from sparsecache.kernels.speculation import Rule, Selected, remember, speculate
+from sparsecache.kernels.speculation import remember, speculate
 from sparsecache.methods._host import put
 from sparsecache.methods._layers import Everywhere, per_layer
 from sparsecache.methods._side import Sides
@@ -52,7 +53,8 @@ class Unbounded:
         self._caps = Everywhere(rule.caps, devices)
         self._width = min(partial.rows, int(rule.caps.max()))
         self._guesses: dict[int, _Guess] = {}
-        self.sides, self._links = Sides(devices), Sides(devices)  # rows may still be fetched when the next guess begins
+        # Rows may still be fetched, and new tokens put away, when the next guess begins.
+        self.sides, self._links, self._keeping = Sides(devices), Sides(devices), Sides(devices)
         # Of each layer, whether it is the last on its device, which waits for all that is done beside it.
         self._ends = [here != after for here, after in zip(devices, [*devices[1:], None], strict=True)]
 
@@ -86,7 +88,7 @@ class Unbounded:
         if guess.made is not None:
             torch.cuda.current_stream(q.device).wait_event(guess.made)
         counts, store = guess.selected.counts, self.store[layer]
-        with self.sides.reading(k, v, slots, counts):  # only the next step reads what is written here
+        with self._keeping.reading(k, v, slots, counts):  # only the next step reads what is written here
             remember(k, v, self._partial.mixing[layer], self._partial.keys[layer], store, ledger.past, slots)
             ledger.note(slots, counts)
         if guess.rows is not None:
@@ -95,9 +97,8 @@ class Unbounded:
             positions = guess.selected.positions
             out = attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], slots, positions, counts)
         if self._ends[layer]:
-            self.sides.join(q.device)
-            if self._offload:
-                self._links.join(q.device)
+            for beside in (self.sides, self._keeping, *([self._links] if self._offload else [])):
+                beside.join(q.device)
         return out
 
     def selected(self, layer: int) -> Tensor:

@@ -268,7 +268,7 @@ class Play:
                 self.draw(len(rows), heads, 1, shape.head_dim) for heads in (*[shape.heads] * 2, *[shape.kv_heads] * 2)
             ]
             guess, q, k, v = (x.to(self.device, self.dtype) for x in batch)
-            if layer:
+            if self.method.guesses(layer):
                 self.method.anticipate(layer, guess, slots)
             if layer not in self.sparse_layers:
                 self.method.attend(layer, q, k, v, slots)

@@ -109,7 +109,7 @@ def test_a_row_that_holds_another_token_now_is_fetched_anew() -> None:
         outs = []
         for _ in range(9):
             for layer in range(2):
-                if layer:
+                if method.guesses(layer):
                     method.anticipate(layer, torch.randn(1, 1, 1, 8), slots)
                 outs.append(method.attend(layer, *torch.randn(3, 1, 1, 1, 8), slots))
         runs.append(torch.stack(outs))
@@ -134,7 +134,7 @@ def test_steps_that_name_an_empty_slot_leave_nothing_in_the_cache(play) -> None:
     method.release(1)
     for _ in range(5):
         for layer in range(3):
-            if layer:
+            if method.guesses(layer):
                 method.anticipate(layer, torch.randn(1, 4, 1, 32), slots)
             method.attend(layer, torch.randn(1, 4, 1, 32), *torch.randn(2, 1, 2, 1, 32), slots)
     again = play(SHAPE, (12,), options, new_tokens=9, method=method)

@@ -1,0 +1,271 @@
+"""Which past tokens come near enough to a head's best score: found by counting, on the device alone.
+
+Nothing is sorted and the host is asked nothing. Tokens are counted by how near they come, in 256 steps; those of the
+one step in which the cut falls, a few in a hundred, are put aside; the lowest value that is still taken is found among
+them, eight bits at a time; then the taken are written in ascending order.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecache.kernels._triton import after_previous, launching, tl, triton, up_to_power
+
+_FEWEST, _MOST = 512, 2048  # tokens that a program counts at a time: counting costs about as much for few as for many
+
+
+class Rule(NamedTuple):
+    """What is near enough: InfiniGen's options, and the most tokens to take of so many past ones, caps [T + 1]."""
+
+    alpha: float
+    caps: Tensor
+    mean: bool  # one count for all KV heads, the mean over them, rounded up
+    sinks: int = 0
+    recent: int = 0
+
+
+class Selected(NamedTuple):
+    """Ascending positions [B, G, N] int64, of which the first counts [B, G] (int64) are meant."""
+
+    positions: Tensor
+    counts: Tensor
+
+
+def take_nearest(
+    scores: Tensor,
+    extremes: Tensor,
+    finished: Tensor,
+    past: Tensor,
+    slots: Tensor,
+    rule: Rule,
+    kv_heads: int,
+    width: int,
+) -> Selected:
+    """The tokens of each slot and KV head that a rule takes by their scores, in kernels.
+
+    scores: [B, H, T] float32, T a multiple of 16, beyond the slot's past tokens anything; extremes: [2, B, H, splits],
+    the highest and the lowest of each part of a slot's tokens; finished: [B, G] int32 zeros; past: [slots] int64;
+    slots: [B] int64. width: room for the positions, the highest cap there can be.
+    """
+    batch, heads, apart = scores.shape
+    splits, device = extremes.shape[3], scores.device
+    grid = (batch * kv_heads, splits)
+
+    def room(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty((batch, kv_heads, *size), device=device, dtype=dtype)
+
+    distance, lowest = room(apart, dtype=torch.float32), room(dtype=torch.float32)
+    near, steps = room(splits), room(splits, 256)  # how many of a part are within alpha, and in each step
+    before, aside, cut = room(2, splits), room(apart), room(3)
+    found = Selected(room(width, dtype=torch.int64), room(dtype=torch.int64))
+    counted = min(_MOST, up_to_power(-(-apart // splits), _FEWEST))
+    sizes = {"SPLITS": splits, "MOST": up_to_power(splits), "TOKENS": counted, **launching()}
+    sizes["num_warps"] = 4 if counted == _FEWEST else 8
+    group = heads // kv_heads
+    _measure[grid](
+        scores, extremes, distance, lowest, past, slots, near, steps, min(rule.alpha, 3e38), rule.sinks, rule.recent,
+        kv_heads, apart, extremes[0].numel(), GROUP=group, QUERIES=up_to_power(group), **sizes,
+    )  # fmt: skip
+    _set_aside[grid](
+        distance, lowest, past, slots, rule.caps, near, steps, before, aside, cut, finished, apart,
+        MEAN=rule.mean, KV_HEADS=kv_heads, EVERY=up_to_power(kv_heads * splits), **sizes,
+    )  # fmt: skip
+    _write[grid](distance, past, slots, before, aside, cut, *found, kv_heads, apart, width, **sizes)
+    return found
+
+
+@triton.jit
+def part_of(count, split, TOKENS: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tokens, from and to, that a split of `count` looks at: none where it begins behind them."""
+    part = tl.cdiv(tl.cdiv(count, SPLITS), TOKENS) * TOKENS
+    return split * part, tl.minimum(split * part + part, count)
+
+
+@triton.jit
+def _step(r, lowest):  # type: ignore[no-untyped-def]
+    """In which of 256 equal steps from the lowest to 0 a distance lies; it never falls where the distance rises."""
+    scale = 255.0 / tl.maximum(-lowest, 1e-30)
+    step = tl.maximum(tl.minimum((r - lowest) * scale, 255.0), 0.0).to(tl.int32)
+    return tl.maximum(tl.minimum(step, 255), 0)  # whatever a score that is no number gives
+
+
+@triton.jit
+def _ordered(r):  # type: ignore[no-untyped-def]
+    """float32 as a whole number in the same order; -0.0 counts as 0.0."""
+    bits = (r + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _from_above(counts, wanted):  # type: ignore[no-untyped-def]
+    """In which of 256 bins the wanted-th highest lies, and how many are in those above it."""
+    bins = tl.arange(0, 256)
+    reached = tl.sum(counts) - tl.cumsum(counts, axis=0)  # in the bins above each
+    found = tl.min(tl.where(reached < wanted, bins, 255))
+    return found, tl.sum(tl.where(bins > found, counts, 0))
+
+
+@triton.jit
+def _measure(  # type: ignore[no-untyped-def]
+    scores, extremes, distance, lowest, past, slots, near, steps, alpha, sinks, recent, kv_heads, apart, all_extremes,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """How near each token of a part comes to a head's best; counts those within alpha, and all by steps."""
+    after_previous(EARLY)
+    owner, split = tl.program_id(0), tl.program_id(1)
+    count = tl.load(past + tl.load(slots + owner // kv_heads)).to(tl.int32)
+    query, other = tl.arange(0, QUERIES), tl.arange(0, MOST)
+    head = owner * GROUP + query
+    there = (query < GROUP)[:, None] & (other < SPLITS)[None, :]
+    place = extremes + head[:, None] * SPLITS + other[None, :]
+    best = tl.max(tl.load(place, mask=there, other=float("-inf")), axis=1)
+    worst = tl.min(tl.load(place + all_extremes, mask=there, other=float("inf")), axis=1)
+    best = tl.where(query < GROUP, best, 0.0)
+    low = tl.max(tl.where(query < GROUP, worst - best, float("-inf")))  # no token is farther from every head's best
+    tl.store(lowest + owner, low)
+    nearby = tl.zeros((TOKENS,), dtype=tl.int32)
+    counts = tl.zeros((256,), dtype=tl.int32)
+    start, end = part_of(count, split, TOKENS, SPLITS)
+    for first in tl.range(start, end, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        seen = (query < GROUP)[:, None] & (token < end)[None, :]
+        score = tl.load(
+            scores + head[:, None].to(tl.int64) * apart + token[None, :],
+            mask=(query < GROUP)[:, None] & (token < apart)[None, :],
+            other=float("-inf"),
+        )
+        r = tl.max(tl.where(seen, score, float("-inf")) - best[:, None], axis=0)
+        r = tl.where((token < sinks) | (token >= count - recent), float("inf"), r)
+        tl.store(distance + owner.to(tl.int64) * apart + token, r, mask=token < apart)
+        nearby += ((r > -alpha) & (token < end)).to(tl.int32)
+        counts += tl.histogram(_step(r, low), 256, mask=token < end)
+    tl.store(near + owner * SPLITS + split, tl.sum(nearby))
+    tl.store(steps + (owner * SPLITS + split) * 256 + tl.arange(0, 256), counts)
+
+
+@triton.jit
+def _set_aside(  # type: ignore[no-untyped-def]
+    distance, lowest, past, slots, caps, near, steps, before, aside, cut, finished, apart,
+    MEAN: tl.constexpr, KV_HEADS: tl.constexpr, EVERY: tl.constexpr,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Puts the tokens of a part that are in the cut's step aside; the last program of a KV head finds the cut.
+
+    cut: how many are taken, the lowest value taken, and how many of those that have it. before: of each part, how many
+    surely taken ones, and how many put aside, lie in the parts before it.
+    """
+    after_previous(EARLY)
+    owner, split = tl.program_id(0), tl.program_id(1)
+    row, kv = owner // KV_HEADS, owner % KV_HEADS
+    count = tl.load(past + tl.load(slots + row)).to(tl.int32)
+    every = tl.arange(0, EVERY)
+    is_meant = every < KV_HEADS * SPLITS
+    nearby = tl.load(near + row * KV_HEADS * SPLITS + every, mask=is_meant, other=0)
+    if MEAN:
+        wanted = (tl.sum(nearby) + KV_HEADS - 1) // KV_HEADS
+    else:
+        wanted = tl.sum(tl.where(every // SPLITS == kv, nearby, 0))
+    wanted = tl.minimum(wanted, tl.load(caps + count).to(tl.int32))
+
+    other, bins = tl.arange(0, MOST), tl.arange(0, 256)
+    of_parts = tl.load(
+        steps + (owner * SPLITS + other[:, None]) * 256 + bins[None, :], mask=(other < SPLITS)[:, None], other=0
+    )
+    step, surely = _from_above(tl.sum(of_parts, axis=0), wanted)
+    earlier = tl.where((other < split)[:, None], of_parts, 0)
+    mark = before + owner * 2 * SPLITS + split
+    tl.store(mark, tl.sum(tl.where(bins[None, :] > step, earlier, 0)))
+    place = tl.sum(tl.where(bins[None, :] == step, earlier, 0))
+    tl.store(mark + SPLITS, place)
+
+    low = tl.load(lowest + owner)
+    mine = aside + owner.to(tl.int64) * apart
+    start, end = part_of(count, split, TOKENS, SPLITS)
+    if wanted == 0:
+        end = start
+    for first in tl.range(start, end, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        r = tl.load(distance + owner.to(tl.int64) * apart + token, mask=token < apart, other=float("-inf"))
+        undecided = ((_step(r, low) == step) & (token < end)).to(tl.int32)
+        tl.store(mine + place + tl.cumsum(undecided, axis=0) - 1, _ordered(r), mask=undecided > 0)
+        place += tl.sum(undecided)
+
+    tl.debug_barrier()  # all of the program has written before it says so
+    if tl.atomic_add(finished + owner, 1, sem="acq_rel") == SPLITS - 1:
+        value, equals = _lowest_taken(
+            mine, tl.sum(tl.where(bins[None, :] == step, of_parts, 0)), wanted - surely, TOKENS
+        )
+        tl.store(cut + owner * 3, wanted)
+        tl.store(cut + owner * 3 + 1, value)
+        tl.store(cut + owner * 3 + 2, equals)
+
+
+@triton.jit
+def _lowest_taken(values, number, wanted, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The wanted-th highest of a number of values, and how many of those that equal it are taken."""
+    at = tl.arange(0, TOKENS)
+    most = tl.full((TOKENS,), 0x7FFFFFFF, dtype=tl.int32)
+    low, high = most, -most
+    for first in tl.range(0, number, TOKENS):
+        there = first + at < number
+        value = tl.load(values + first + at, mask=there, other=0, cache_modifier=".cg")
+        low = tl.minimum(low, tl.where(there, value, most))
+        high = tl.maximum(high, tl.where(there, value, -most))
+    base = tl.min(low)
+    apart = (tl.max(high) - base).to(tl.uint32, bitcast=True)  # which may be more than int32 holds
+    shift = 8 * ((apart > 0xFF).to(tl.int32) + (apart > 0xFFFF).to(tl.int32) + (apart > 0xFFFFFF).to(tl.int32))
+    prefix = apart * 0
+    while shift >= 0:
+        counts = tl.zeros((256,), dtype=tl.int32)
+        for first in tl.range(0, number, TOKENS):
+            there = first + at < number
+            value = tl.load(values + first + at, mask=there, other=0, cache_modifier=".cg") - base
+            leading = value.to(tl.uint32, bitcast=True) >> shift
+            counts += tl.histogram((leading & 255).to(tl.int32), 256, mask=there & (leading >> 8 == prefix))
+        digit, above = _from_above(counts, wanted)
+        prefix = (prefix << 8) | digit.to(tl.uint32)
+        wanted -= above
+        shift -= 8
+    return base + prefix.to(tl.int32, bitcast=True), wanted
+
+
+@triton.jit
+def _write(  # type: ignore[no-untyped-def]
+    distance, past, slots, before, aside, cut, positions, taken_counts, kv_heads, apart, width,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Writes the taken of a part behind those of the parts before it; of equals at the cut the lowest positions."""
+    after_previous(EARLY)
+    owner, split = tl.program_id(0), tl.program_id(1)
+    count = tl.load(past + tl.load(slots + owner // kv_heads)).to(tl.int32)
+    number, lowest, wanted = tl.load(cut + owner * 3), tl.load(cut + owner * 3 + 1), tl.load(cut + owner * 3 + 2)
+    if split == 0:
+        tl.store(taken_counts + owner, number)
+    mark = before + owner * 2 * SPLITS + split
+    taken, equals, undecided = tl.load(mark), number * 0, tl.load(mark + SPLITS)
+    start, end = part_of(count, split, TOKENS, SPLITS)
+    if number == 0:
+        end = start
+    if start >= end:
+        undecided = 0
+    for first in tl.range(0, undecided, TOKENS):  # those put aside in the parts before
+        place = first + tl.arange(0, TOKENS)
+        there = place < undecided
+        value = tl.load(aside + owner.to(tl.int64) * apart + place, mask=there, other=0)
+        taken += tl.sum((there & (value > lowest)).to(tl.int32))
+        equals += tl.sum((there & (value == lowest)).to(tl.int32))
+    for first in tl.range(start, end, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        r = tl.load(distance + owner.to(tl.int64) * apart + token, mask=token < apart, other=float("-inf"))
+        key = _ordered(r)
+        higher = ((key > lowest) & (token < end)).to(tl.int32)
+        equal = ((key == lowest) & (token < end)).to(tl.int32)
+        rank = equals + tl.cumsum(equal, axis=0)  # of an equal one, from 1 on
+        also = equal * (rank <= wanted).to(tl.int32)
+        # Before a token stand all higher ones so far, and as many equals as are wanted.
+        place = taken + tl.cumsum(higher, axis=0) + tl.minimum(rank, wanted) - 1
+        tl.store(positions + owner.to(tl.int64) * width + place, token.to(tl.int64), mask=(higher + also) > 0)
+        taken += tl.sum(higher)
+        equals += tl.sum(equal)
