@@ -7,6 +7,7 @@ r"""Measures our engine beside transformers' generate and the machine's limits, 
     python scripts/bench.py decode --model llama-3.1-70b --gpus 2 --peers none
     python scripts/bench.py decode --model llama-3.1-8b --tokens 131072 --method infinigen -o budget=0.1 -o alpha=inf \
         --peers vanilla
+    python scripts/bench.py startup --model llama-3.1-8b
     python scripts/bench.py decode --model demo --device cpu --tokens 2048
 
 A named shape has random weights, made on the device; any checkpoint that longbench_pred.py takes can be named too.
@@ -14,13 +15,14 @@ A named shape has random weights, made on the device; any checkpoint that longbe
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import torch
 
-from sparsecache.bench.lines import Line, save, table
-from sparsecache.bench.models import SHAPES, load_subject
+from sparsecache.bench.lines import Line, save, save_picture, table
+from sparsecache.bench.models import SHAPES, Subject, load_subject
 from sparsecache.bench.modes import OWN, PEERS, Job, Way, decode, free_memory, prefill, profile, replay
 from sparsecache.cli import FlexibleCommand, make_folder, option_pairs, report_usage_errors
 from sparsecache.engine.loading import DTYPES
@@ -28,9 +30,11 @@ from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
 from sparsecache.plan import find_device, find_devices
 
+MODES = ("decode", "prefill", "replay", "startup")
+
 
 @click.command(cls=FlexibleCommand)
-@click.argument("mode", type=click.Choice(("decode", "prefill", "replay")))
+@click.argument("mode", type=click.Choice(MODES))
 @click.option("--model", default="demo", show_default=True, help=f"A shape ({', '.join(SHAPES)}) or a checkpoint.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="bfloat16 on a GPU, float32 on a CPU, if not given.")
@@ -51,8 +55,15 @@ from sparsecache.plan import find_device, find_devices
 @click.option(
     "--workers", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share a replay's prompts."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the lines as JSON, and a profile.")
-@click.option("--profile", "profiled", is_flag=True, help="Also write which kernels the time of the first job goes to.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the lines as JSON and a picture, and a profile."
+)
+@click.option(
+    "--profile",
+    "profiled",
+    is_flag=True,
+    help="Also tell the stages that the time of the first decode goes to; --out has them by kernel.",
+)
 def main(
     mode: str,
     model: str,
@@ -80,54 +91,87 @@ def main(
             Job(length, new_tokens, size) for size in _numbers("batch", batch) for length in _numbers("tokens", tokens)
         ]
         where = find_device(device)
-        if (mode == "replay") != (workload is not None):
-            raise UsageError(
-                "A replay, and nothing else, needs --workload: a CSV (dataset, prompt_tokens, new_tokens)."
-            )
-        if workers > 1 and (mode != "replay" or gpus > 1 or profiled):
-            raise UsageError("--workers share a replay, and nothing else: leave out --gpus and --profile.")
-        if gpus > 1 and mode != "decode":
-            raise UsageError(f"--gpus {gpus} split a model in decode; a replay is shared by --workers.")
+        _check(mode, workload, gpus, workers, profiled)
         if out is not None:
             make_folder(out, "--out")
         dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
-        if workload is not None and workers > 1:
-            shared = list(_by_many(workers, model, dtype, where.type, slots, workload, rows))
-            click.echo(table(shared).strip("\n"))
-            if out is not None:
-                save(shared, out / f"{mode}-{Path(model).name}-{workers}.json", model=model, dtype=dtype)
-            return
-        subject = load_subject(model, find_devices(where, gpus, "--gpus"), DTYPES[dtype])
-        lines: list[Line] = []
-        failed = False
-        for job in jobs if workload is None else jobs[:1]:
+        bench = _Bench(mode, model, dtype, device, jobs, names, way)
+        devices = find_devices(where, gpus, "--gpus")
+        if mode == "startup":
+            from sparsecache.bench.startup import startup
+
+            bench.take(startup(model, device, dtype, jobs[0].tokens, bool(names)))
+        elif workload is not None and workers > 1:
+            from sparsecache.bench.many import Crew, replay_by_many  # only where it is asked for: it imports Ray
+
+            bench.take(replay_by_many(Crew(workers, model, dtype, where.type, slots), workload, rows))
+        else:
+            subject = load_subject(model, devices, DTYPES[dtype])
             if workload is not None:
-                measured = replay(subject, workload, rows, slots, names)
-            elif mode == "decode":
-                measured = decode(subject, [job], names, way)
+                bench.take(replay(subject, workload, rows, slots, names))
             else:
-                measured = prefill(subject, [job], names)
-            try:
-                for line in measured:
-                    lines.append(line)
-                    click.echo(table([line]).strip("\n"))
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                click.echo(f"{mode} of {job.tokens} tokens was not measured: {one_line(error)}", err=True)
-                failed = True
-            free_memory()
-        if out is not None:
-            save(lines, out / f"{mode}-{Path(model).name}.json", model=model, dtype=dtype, method=str(way))
+                bench.take_each(subject)
             if profiled:
-                profile(subject, jobs[0], out / f"{mode}-{Path(model).name}-profile.txt", way)
-    sys.exit(1 if failed else 0)
+                kernels = out / f"{bench.name}-profile.txt" if out is not None else None
+                click.echo(profile(subject, jobs[0], kernels, way))
+        if out is not None:
+            bench.save(out / (bench.name if workers == 1 else f"{bench.name}-{workers}"))
+    sys.exit(1 if bench.failed else 0)
 
 
-def _by_many(
-    workers: int, model: str, dtype: str, device: str, slots: int, workload: Path, rows: int
-) -> Iterator[Line]:
-    from sparsecache.bench.many import Crew, replay_by_many  # only where it is asked for: it imports Ray
+@dataclass
+class _Bench:
+    """What is asked for, and the lines so far."""
 
-    return replay_by_many(Crew(workers, model, dtype, device, slots), workload, rows)
+    mode: str
+    model: str
+    dtype: str
+    device: str
+    jobs: list[Job]
+    peers: list[str]
+    way: Way
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.mode}-{Path(self.model).name}"
+        self.lines: list[Line] = []
+        self.failed = False
+
+    def take(self, measured: Iterator[Line]) -> None:
+        """Prints and keeps each line as it comes; a failure is told, and the lines before it stay."""
+        try:
+            for line in measured:
+                self.lines.append(line)
+                click.echo(table([line]).strip("\n"))
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            click.echo(f"{self.mode} was not measured to its end: {one_line(error)}", err=True)
+            self.failed = True
+        free_memory()
+
+    def take_each(self, subject: Subject) -> None:
+        """Each job's lines."""
+        for job in self.jobs:
+            if self.mode == "decode":
+                self.take(decode(subject, [job], self.peers, self.way))
+            else:
+                self.take(prefill(subject, [job], self.peers))
+
+    def save(self, stem: Path) -> None:
+        """Writes the lines as JSON and, where matplotlib is installed, as a picture."""
+        save(self.lines, Path(f"{stem}.json"), model=self.model, dtype=self.dtype, method=str(self.way))
+        if self.lines:
+            save_picture(self.lines, Path(f"{stem}.svg"))
+
+
+def _check(mode: str, workload: Path | None, gpus: int, workers: int, profiled: bool) -> None:
+    """Raises UsageError for options that do not go together."""
+    if (mode == "replay") != (workload is not None):
+        raise UsageError("A replay, and nothing else, needs --workload: a CSV (dataset, prompt_tokens, new_tokens).")
+    if workers > 1 and (mode != "replay" or gpus > 1):
+        raise UsageError("--workers share a replay, and nothing else: leave out --gpus.")
+    if gpus > 1 and mode != "decode":
+        raise UsageError(f"--gpus {gpus} split a model in decode; a replay is shared by --workers.")
+    if profiled and mode != "decode":
+        raise UsageError(f"--profile tells where a decode's time goes, not a {mode}'s.")
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -142,7 +186,7 @@ def _numbers(name: str, text: str) -> list[int]:
 
 def _peers(text: str, mode: str) -> list[str]:
     names = [] if text == "none" else text.split(",")
-    known = {*PEERS, *OWN} if mode == "decode" else PEERS.keys()
+    known = {"decode": {*PEERS, *OWN}, "startup": {"transformers"}}.get(mode, {*PEERS})
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"--peers {unknown[0]!r} is no peer in {mode}. Peers: {', '.join(sorted(known))}, or none.")
     return names

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.records import write_atomically
 from sparsecache.longbench.tables import Cell, Document, Table, number, records, render, words
 from sparsecache.versions import installed_versions
@@ -39,7 +40,36 @@ def table(lines: Sequence[Line]) -> str:
         limit = None if line.limit is None else 1000 * line.limit
         ratios = [number(line.peers[peer] / line.seconds if peer in line.peers else None, 2) for peer in peers]
         rows.append([words(line.what), number(1000 * line.seconds, 2), number(limit, 2), number(share, 1), *ratios])
-    return render(Document([Table("", head, rows)], records("", [])), "terminal")
+    said = [told for line in lines if (told := _said(line.notes))]
+    return "\n".join([render(Document([Table("", head, rows)], records("", [])), "terminal").rstrip("\n"), *said, ""])
+
+
+def _said(notes: dict[str, Any]) -> str:
+    """What a method's step moved, and where its memory is, in words."""
+    parts = []
+    if kept := notes.get("kept"):
+        parts.append(f"attended to {100 * sum(kept) / len(kept):.1f} % of the past in sparse layers")
+    if fetched := notes.get("fetched_bytes_per_step"):
+        hits = [hit for hit in notes["gpu_cache_hit"] if hit is not None]
+        parts.append(
+            f"fetched {fetched / 1e6:.1f} MB a step, and found {100 * sum(hits) / len(hits):.1f} % in gpu_cache"
+        )
+    for where, name in (("cache_gpu_bytes", "GPU"), ("cache_host_bytes", "pinned host memory")):
+        if notes.get(where):
+            parts.append(f"cache in {name} {notes[where] / 2**30:.2f} GiB")
+    if notes.get("peak_gpu_bytes"):
+        parts.append(f"peak of GPU memory {notes['peak_gpu_bytes'] / 2**30:.2f} GiB")
+    return "; ".join(parts)
+
+
+def save_picture(lines: Sequence[Line], path: Path) -> None:
+    """Draws lines, or says that matplotlib is missing."""
+    try:
+        from sparsecache.bench.picture import draw
+    except UsageError as error:
+        print(f"{path} was not drawn: {one_line(error)}", file=sys.stderr)
+        return
+    draw(lines).save(path)
 
 
 def save(lines: Iterable[Line], path: Path, **facts: Any) -> None:

@@ -1,11 +1,13 @@
 """Models to measure with: a checkpoint, or random weights in a named shape; once for us and transformers alike."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -87,6 +89,21 @@ class Subject:
         if missing:
             raise RuntimeError(f"transformers' model has weights that ours has not: {', '.join(missing)}.")
         return TransformersEngine(model, self.device, **generation)
+
+    def save(self, folder: Path) -> None:
+        """Writes a checkpoint that longbench_pred.py takes, but for a tokenizer, which it has not: a file a layer."""
+        folder.mkdir(parents=True)
+        self.config.save_pretrained(folder)
+        files: dict[str, list[str]] = {}
+        state = self._state()
+        for name in state:
+            layer = name.split(".")[2] if name.startswith("model.layers.") else "ends"
+            files.setdefault(f"model-{layer}.safetensors", []).append(name)
+        for file, names in files.items():
+            save_file({name: state[name].cpu().contiguous() for name in names}, folder / file, {"format": "pt"})
+        places = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
     def _state(self) -> dict[str, Tensor]:
         """Views of the weights under transformers' names."""

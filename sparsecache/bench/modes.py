@@ -6,19 +6,21 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sparsecache.bench.limits import copy_rate, link_rate, prompt_limit, sparse_limit, step_limit
 from sparsecache.bench.lines import Line
 from sparsecache.bench.models import Subject
+from sparsecache.bench.stages import profiled
 from sparsecache.engine.generator import Clock, Engine, Request
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
+from sparsecache.methods._host import pinned_bytes
 
 _RUNS, _SECONDS = 3, 8.0
 
@@ -65,7 +67,7 @@ def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], way: Way
     offloaded = way.options.get("offload") == "true" and subject.device.type == "cuda"
     link = link_rate(subject.device) if offloaded else None
     for job in jobs:
-        clock, reports = run(subject.engine(way.method, way.options, job.batch), subject, job, _step)
+        clock, reports, caches = run(subject.engine(way.method, way.options, job.batch), subject, job, _step)
         free_memory()
         measured = [name for name in peers if job.batch == 1 or name in OWN]
         others = _each(measured, partial(_peer_step, subject, job))
@@ -78,6 +80,8 @@ def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], way: Way
             "kept": kept,
             "gpu_cache_hit": [report.get("gpu_cache_hit") for report in reports],
             "peak_gpu_bytes": clock.peak_gpu_bytes,
+            "cache_gpu_bytes": caches[0],
+            "cache_host_bytes": caches[1],
         }
         tokens = job.tokens + job.new_tokens // 2
         if way.method == "infinigen":
@@ -92,19 +96,19 @@ def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], way: Way
 
 def _peer_step(subject: Subject, job: Job, name: str) -> float:
     if name in OWN:
-        return job.batch * _step(run(subject.engine("vanilla", OWN[name], job.batch), subject, job, _step)[0])
-    return _step(run(subject.reference(**PEERS[name]), subject, job, _step)[0])
+        return job.batch * _step(run(subject.engine("vanilla", OWN[name], job.batch), subject, job, _step).clock)
+    return _step(run(subject.reference(**PEERS[name]), subject, job, _step).clock)
 
 
 def _peer_prefill(subject: Subject, job: Job, name: str) -> float:
-    return run(subject.reference(**PEERS[name]), subject, job, _first_token)[0].prefill_s
+    return run(subject.reference(**PEERS[name]), subject, job, _first_token).clock.prefill_s
 
 
 def prefill(subject: Subject, jobs: Sequence[Job], peers: Sequence[str]) -> Iterator[Line]:
     """Milliseconds from a prompt to its first token."""
     for job in jobs:
         short = Job(job.tokens, 2)
-        clock, _ = run(subject.engine(), subject, short, _first_token)
+        clock = run(subject.engine(), subject, short, _first_token).clock
         others = _each(peers, partial(_peer_prefill, subject, short))
         notes = {"peak_gpu_bytes": clock.peak_gpu_bytes, "weights_bytes": subject.nbytes}
         limit = prompt_limit(subject, job.tokens)
@@ -166,40 +170,48 @@ def stratified(workload: Path, rows: int) -> list[Job]:
     return sorted(chosen, key=lambda job: -job.tokens)
 
 
-def run(
-    engine: Engine, subject: Subject, job: Job, seconds: Callable[[Clock], float]
-) -> tuple[Clock, list[dict[str, Any]]]:
-    """The engine's clock over a job, and what the method reports of each sequence.
+class Ran(NamedTuple):
+    """An engine's clock over a job, what the method reports of each sequence, and bytes of its room: GPU, pinned."""
+
+    clock: Clock
+    reports: list[dict[str, Any]]
+    room: tuple[int, int]
+
+
+def run(engine: Engine, subject: Subject, job: Job, seconds: Callable[[Clock], float]) -> Ran:
+    """An engine does a job.
 
     A first run is not counted (it compiles); of those in the next _SECONDS, _RUNS at most, the fastest by `seconds` is
     taken.
     """
     requests = job.requests(subject.architecture.vocabulary)
-    found: list[tuple[Clock, list[dict[str, Any]]]] = []
+    found: list[Ran] = []
+    before = _held(subject.device)
     engine.reserve(job.tokens + job.new_tokens)
+    on_gpu, pinned = (now - then for now, then in zip(_held(subject.device), before, strict=True))
     _all(engine, requests)
     began = time.perf_counter()
     while not found or (len(found) < _RUNS and time.perf_counter() - began < _SECONDS):
         engine.reset_clock()
         reports = _all(engine, requests)
-        found.append((engine.clock, reports))
-    return min(found, key=lambda each: seconds(each[0]))
+        found.append(Ran(engine.clock, reports, (on_gpu, pinned)))
+    return min(found, key=lambda each: seconds(each.clock))
 
 
-def profile(subject: Subject, job: Job, path: Path, way: Way) -> None:
-    """Writes where the time of a job's steps goes, by kernel, as torch.profiler tells it."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
+def _held(device: torch.device) -> tuple[int, int]:
+    """Bytes of tensors on a GPU, and of pinned keys and values."""
+    return (torch.cuda.memory_allocated(device) if device.type == "cuda" else 0), pinned_bytes()
 
+
+def profile(subject: Subject, job: Job, path: Path | None, way: Way) -> str:
+    """A table of where the time of a job's steps goes, by stage; by kernel it is written to `path`."""
     engine = subject.engine(way.method, way.options, job.batch)
-    requests = job.requests(subject.architecture.vocabulary)
-    engine.reserve(job.tokens + job.new_tokens)
-    _all(engine, requests)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if subject.device.type == "cuda" else [])]
-    with profiler(activities=activities) as profiled:
-        _all(engine, requests)
-    key = "self_cuda_time_total" if subject.device.type == "cuda" else "self_cpu_time_total"
-    path.write_text(profiled.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=60))
+    engine.reserve(job.tokens + job.new_tokens + 2)
+
+    def decode(new_tokens: int) -> None:
+        _all(engine, replace(job, new_tokens=new_tokens).requests(subject.architecture.vocabulary))
+
+    return profiled(decode, job.new_tokens, subject.device.type == "cuda", path)
 
 
 def timed(engine: Engine, requests: list[Request]) -> tuple[float, Clock]:

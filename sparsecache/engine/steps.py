@@ -27,9 +27,9 @@ def most_likely(logits: Tensor) -> Tensor:
     """logits.argmax(dim=-1) of [B, V], the first of equals: [B]; in parts, each of which a GPU gives a program."""
     if logits.shape[1] % _PARTS:
         return logits.argmax(dim=-1)
-    best, at = logits.unflatten(1, (_PARTS, -1)).max(dim=-1)  # [B, parts]
+    best, at = logits.view(len(logits), _PARTS, -1).max(dim=-1)  # [B, parts]
     part = best.argmax(dim=-1, keepdim=True)
-    return (part * (logits.shape[1] // _PARTS) + at.gather(1, part))[:, 0]
+    return (part * (logits.shape[1] // _PARTS) + at.gather(1, part)).flatten()
 
 
 class EagerSteps:

@@ -16,7 +16,6 @@ from sparsecache.kernels.attention import attention
 
 _TILE = 32768  # bytes of keys, and of values, that a program reads at a time
 _WAVES = 2  # programs for each multiprocessor, at most
-_LINK = 64  # programs that keep a link to the host busy; more would be in the way of what runs beside them
 
 
 class Ledger(NamedTuple):
@@ -103,33 +102,6 @@ def attend_selected(
     index = (slots[:, None, None], torch.arange(k.shape[1], device=q.device)[:, None], rows)
     places = ranks.expand(*counts.shape, -1).masked_fill((ranks >= counts[..., None]) & (ranks < len(ranks) - 1), -1)
     return attention(q, torch.cat((keys[index], k), 2), torch.cat((values[index], v), 2), selected=places)
-
-
-def gather(store: Tensor, slots: Tensor, selected: Tensor, counts: Tensor) -> Tensor:
-    """The rows that attend_selected would read of store [slots, G, T, 2, D], keys and values: [B, G, N, 2, D].
-
-    store may lie in pinned host memory, all else on the GPU. Rows from counts [B, G] on are undefined.
-    """
-    batch, kv_heads, most = selected.shape
-    rows = torch.empty((batch, kv_heads, most, *store.shape[3:]), device=selected.device, dtype=store.dtype)
-    if fast(selected):
-        size, room = 2 * store.shape[4], store.shape[2]
-        grid = (batch * kv_heads, max(1, _LINK // (batch * kv_heads)))
-        _gather[grid](
-            store, slots, selected.contiguous(), counts.contiguous(), rows, kv_heads, room, size, most,
-            TOKENS=16, WIDE=up_to_power(size), SPLITS=grid[1], num_warps=4, **launching(),
-        )  # fmt: skip
-        return rows
-    held = torch.arange(most, device=selected.device) < counts[..., None]
-    heads = torch.arange(kv_heads, device=selected.device)[:, None]
-    return torch.where(held[..., None, None], store[slots[:, None, None], heads, selected.masked_fill(~held, 0)], 0)
-
-
-def attend_gathered(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
-    """attend_selected over rows [B, G, N, 2, D] that `gather` fetched."""
-    places = torch.arange(rows.shape[2], device=q.device)
-    slots = torch.arange(len(q), device=q.device)
-    return attend_selected(q, k, v, rows[..., 0, :], rows[..., 1, :], slots, places.expand(*counts.shape, -1), counts)
 
 
 def _kernel(
@@ -265,26 +237,6 @@ def _merge(  # type: ignore[no-untyped-def]
         if head == 0:
             slot = tl.load(slots + row)
             tl.store(lengths + slot, tl.minimum(tl.load(lengths + slot), room - 1) + 1)
-
-
-@triton.jit
-def _gather(  # type: ignore[no-untyped-def]
-    store, slots, selected, counts, rows, kv_heads, room, size, most,
-    TOKENS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """Copies a part of a KV head's selected rows, in order: ascending rows are what a link to the host likes."""
-    after_previous(EARLY)
-    row, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
-    count = tl.load(counts + tl.program_id(0))
-    base = (tl.load(slots + row).to(tl.int64) * kv_heads + kv) * room
-    at = tl.arange(0, WIDE)[None, :]
-    for first in tl.range(tl.program_id(1) * TOKENS, count, SPLITS * TOKENS):
-        place = first + tl.arange(0, TOKENS)
-        there = place < count
-        token = tl.load(selected + tl.program_id(0) * most + place, mask=there, other=0)
-        seen = there[:, None] & (at < size)
-        part = tl.load(store + (base + token[:, None]) * size + at, mask=seen, other=0.0)
-        tl.store(rows + (tl.program_id(0).to(tl.int64) * most + place[:, None]) * size + at, part, mask=seen)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _GIB = 2**30
 _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for all GPUs
+_pinned = 0
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -40,14 +41,27 @@ def put(rows: Tensor, target: Tensor) -> None:
         to_head[: len(of_head)].copy_(of_head, non_blocking=True)
 
 
+def pinned_bytes() -> int:
+    """Host memory that is pinned for keys and values now: what was asked for, since it is pinned where it lies."""
+    return _pinned
+
+
 def _pin(tensor: Tensor) -> None:
     """By the driver: the runtime would keep an error, and raise it at the next call that has nothing to do with it."""
+    global _pinned
     driver, pointer = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(tensor.data_ptr())
     if code := driver.cuMemHostRegister_v2(pointer, ctypes.c_size_t(tensor.nbytes), _PORTABLE):
         raise torch.OutOfMemoryError(
             f"{tensor.nbytes / _GIB:.1f} GiB of host memory could not be pinned (the driver's error {code})."
         )
-    weakref.finalize(tensor.untyped_storage(), driver.cuMemHostUnregister, pointer)
+    _pinned += tensor.nbytes
+    weakref.finalize(tensor.untyped_storage(), _unpin, driver, pointer, tensor.nbytes)
+
+
+def _unpin(driver: ctypes.CDLL, pointer: ctypes.c_void_p, size: int) -> None:
+    global _pinned
+    driver.cuMemHostUnregister(pointer)
+    _pinned -= size
 
 
 def _available() -> int | None:

@@ -77,6 +77,7 @@ def test_half_precision_logits_are_as_near_to_float32_as_those_of_transformers(
         ("vanilla", {"offload": "true"}),
         ("infinigen", {"budget": "0.2", "alpha": "4", "skew": "false", "dense_layers": "1"}),
         ("infinigen", {"budget": "0.2", "alpha": "inf", "skew": "false", "dense_layers": "1", "offload": "true"}),
+        ("infinigen", {"budget": "0.2", "skew": "false", "dense_layers": "1", "offload": "true", "gpu_cache": "20"}),
         ("infinigen", {"budget": "9", "skew": "false", "dense_layers": "1", "guess": "residual", "fetch": "per_head"}),
     ],
     ids=str,

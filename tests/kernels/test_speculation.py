@@ -152,30 +152,3 @@ def test_what_is_written_down_of_a_step(device) -> None:
         torch.testing.assert_close(kernel, twin, rtol=1e-15, atol=0)
     assert found[1].past.tolist() == [4, 7, 12] and found[1].steps.tolist() == [4, 0, 4]
     assert found[1].capped.tolist() == [2, 0, 4] and found[1].fetched[2].tolist() == [12, 20]
-
-
-@pytest.mark.parametrize("most", [1, 130])
-def test_gathered_rows_are_attended_to(most, device, dtype, agree) -> None:
-    """Fetched in one kernel, attended to in the next: as attending to them where they lie."""
-    slots, kv_heads, group, head_dim, room, batch = 3, 2, 4, 32, 200, 2
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    q, k, v = draw(batch, kv_heads * group, 1, head_dim), *draw(2, batch, kv_heads, 1, head_dim)
-    store = draw(slots, kv_heads, room, 2, head_dim)
-    order = torch.tensor([2, 0], device=device)
-    selected = torch.rand(batch, kv_heads, room, generator=generator).argsort(-1)[..., :most].contiguous().to(device)
-    counts = torch.randint(0, most + 1, (batch, kv_heads), generator=generator).to(device)
-    counts[0, 0] = most
-
-    def fetched(q, k, v, store, order, selected, counts):
-        rows = decode.gather(store, order, selected, counts)
-        return decode.attend_gathered(q, k, v, rows, counts)
-
-    agree(fetched, q, k, v, store, order, selected, counts)
-    with running("twins"):
-        there = decode.attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], order, selected, counts)
-        here = fetched(q, k, v, store, order, selected, counts)
-    torch.testing.assert_close(here, there)

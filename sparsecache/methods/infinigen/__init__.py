@@ -59,7 +59,7 @@ class InfiniGen(SparseMethod):
     ) -> None:
         super().__init__(budget, dense_layers)
         self.guesses_from = guess
-        self.graphable = self._never_evicts = capacity == 1 and not gpu_cache
+        self.graphable = self._never_evicts = capacity == 1
         self._alpha, self._ratio, self._fetch, self._skew = alpha, partial_weight_ratio, fetch, skew
         self._sinks, self._recent = sinks, recent
         self._share, self._eviction = capacity, eviction
@@ -129,14 +129,16 @@ class InfiniGen(SparseMethod):
         self._partial = PartialKeys(matrices, self._columns(self.shape), slots, rows, self.shape, self.devices, dtype)
         self._unbounded: Unbounded | None = None
         self._gpu_cache: GpuCache | None = None
+        if self._gpu_tokens:
+            self._gpu_cache = GpuCache(self.devices, slots, min(self._gpu_tokens, rows), rows, self.shape, dtype)
         if self._never_evicts and in_kernels(device):
             caps = self.budget.caps(max_tokens)
             rule = Rule(self._alpha, caps, self._fetch == "mean", self._sinks, self._recent)
-            self._unbounded = Unbounded(self._partial, rule, self.devices, slots, self.shape, self._offload)
+            self._unbounded = Unbounded(
+                self._partial, rule, self.devices, slots, self.shape, self._offload, self._gpu_cache
+            )
             return
         self._pool = Pool(self.devices, slots, rows, self.shape, self._eviction, self._offload, dtype)
-        if self._offload:
-            self._gpu_cache = GpuCache(self.devices, slots, self._gpu_tokens, self.shape, dtype)
 
     def _skewing_matrices(self) -> Tensor:
         """Of the sparse layers, [layers, G, D, D]."""
@@ -152,13 +154,13 @@ class InfiniGen(SparseMethod):
         return max(1, math.ceil(self._share * tokens - 1e-6)) if self._share <= 1 else min(tokens, int(self._share))
 
     def take_prompt(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
+        if layer == 0 and self._gpu_cache is not None:
+            self._gpu_cache.release(slot)  # steps that named the slot while it was empty may have left something
         if self._unbounded is not None:
             self._unbounded.fill(layer, slot, q, k, v)
             return
         length = k.shape[1]
         capacity = self._capacity(length + max_new_tokens)
-        if layer == 0 and self._gpu_cache is not None:
-            self._gpu_cache.release(slot)  # steps that named the slot while it was empty may have left something
         partial_k = self._partial.fill(layer, slot, q, k)
         replayed = self._replay(self._partial.of(layer, slot, q), partial_k) if length > capacity else None
         kept = self._pool.fill(layer, slot, k, v, capacity, replayed)
@@ -221,7 +223,7 @@ class InfiniGen(SparseMethod):
     ) -> tuple[Tensor, Tensor]:
         rows = self._selected.pop(layer)
         if self._gpu_cache is not None:
-            keys, values = self._gpu_cache.fetch(self._pool, layer, slots, rows, past)
+            keys, values = self._gpu_cache.fetch(self._pool, layer, slots, rows)
         else:
             keys, values = self._pool.fetch(layer, slots, rows)
         if self._share != 1:
@@ -247,8 +249,12 @@ class InfiniGen(SparseMethod):
             self._gpu_cache.release(slot)
 
     def report(self, slot: int) -> dict[str, Any]:
-        if self._gpu_cache is not None:
-            return {**super().report(slot), **self._gpu_cache.report(slot)}
-        fetched = 2 * self.shape.head_dim * self._partial.dtype.itemsize * self.fetched(slot)
-        offloaded = {"fetched_bytes": fetched, "gpu_cache_hit": 0.0 if fetched else None} if self._offload else {}
-        return {**super().report(slot), **offloaded}
+        if not self._offload:
+            return super().report(slot)
+        read, hits = self.fetched(slot), self._gpu_cache.hits(slot) if self._gpu_cache is not None else 0
+        each = 2 * self.shape.head_dim * self._partial.dtype.itemsize
+        return {
+            **super().report(slot),
+            "fetched_bytes": (read - hits) * each,
+            "gpu_cache_hit": hits / read if read else None,
+        }

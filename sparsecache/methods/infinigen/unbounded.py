@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels.cut import Rule, Selected
-from sparsecache.kernels.decode import Ledger, attend_gathered, attend_selected, gather
+from sparsecache.kernels.decode import Ledger, attend_selected
+from sparsecache.kernels.fetch import attend_gathered, gather
 from sparsecache.kernels.speculation import remember, speculate
 from sparsecache.methods._host import put
 from sparsecache.methods._layers import Everywhere, per_layer
 from sparsecache.methods._side import Sides
 from sparsecache.methods.base import Shape
+from sparsecache.methods.infinigen.gpu_cache import GpuCache
 from sparsecache.methods.infinigen.speculation import PartialKeys
 
 
@@ -45,11 +47,12 @@ class Unbounded:
         slots: int,
         shape: Shape,
         offload: bool,
+        gpu_cache: GpuCache | None,
     ) -> None:
-        """`devices` of the sparse layers; `rule` with the caps on any of them."""
+        """`devices` of the sparse layers; `rule` with the caps on any of them; `gpu_cache` with `offload` alone."""
         size = (slots, shape.kv_heads, partial.rows, 2, shape.head_dim)
         self.store = per_layer(devices, *size, dtype=partial.dtype, offload=offload)
-        self._partial, self._rule, self._offload = partial, rule, offload
+        self._partial, self._rule, self._offload, self._gpu_cache = partial, rule, offload, gpu_cache
         self._caps = Everywhere(rule.caps, devices)
         self._width = min(partial.rows, int(rule.caps.max()))
         self._guesses: dict[int, _Guess] = {}
@@ -72,15 +75,21 @@ class Unbounded:
 
     def anticipate(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> None:
         """Selects for a layer, of past [slots] tokens, by the guessed q [B, H, 1, D]."""
-        mixing, keys = self._partial.mixing[layer], self._partial.keys[layer]
-        rule = self._rule._replace(caps=self._caps.on(past))
-        selected = speculate(q, mixing, keys, past, slots, rule, self._width)
+        selected = self.select(layer, q, slots, past)
         if not self._offload:
             self._guesses[layer] = _Guess(selected, None, _now(q.device))
             return
-        with self._links.reading(slots, *selected):
-            rows = gather(self.store[layer], slots, *selected)
+        recent = self._gpu_cache.of(layer) if self._gpu_cache is not None else None
+        sources = recent.look_up(slots, *selected) if recent is not None else None
+        with self._links.reading(slots, *selected, *([] if sources is None else [sources])):
+            rows = gather(self.store[layer], slots, *selected, recent, sources)
             self._guesses[layer] = _Guess(selected, rows, _now(q.device))
+
+    def select(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> Selected:
+        """What a layer's guessed q asks for, as `anticipate`."""
+        mixing, keys = self._partial.mixing[layer], self._partial.keys[layer]
+        rule = self._rule._replace(caps=self._caps.on(past))
+        return speculate(q, mixing, keys, past, slots, rule, self._width)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, ledger: Ledger) -> Tensor:
         """Attention of q [B, H, 1, D] over the layer's selection and the new token k, v [B, G, 1, D], which is kept."""

@@ -1,0 +1,136 @@
+"""Rows fetched in one kernel and attended to in the next; those fetched before are found as in a textbook LRU cache."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from sparsecache.kernels._triton import running
+from sparsecache.kernels.decode import attend_selected
+from sparsecache.kernels.fetch import Recent, attend_gathered, gather
+
+CASES = {  # slots, KV heads, room, places, most selected at a time
+    "one place": (2, 1, 20, 1, 5),
+    "fewer places than are selected": (3, 2, 50, 7, 20),
+    "as many": (2, 3, 130, 64, 64),
+    "places for everything": (1, 2, 40, 40, 40),
+}
+if torch.cuda.is_available():
+    CASES |= {"several blocks": (2, 8, 9000, 5000, 3001), "more than a block is new": (1, 4, 70_001, 3000, 7003)}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def _recent(case, device) -> Recent:
+    slots, kv_heads, room, places, _ = case
+
+    def of(*size: int, fill: int = -1) -> torch.Tensor:
+        return torch.full((slots, kv_heads, *size), fill, dtype=torch.int32, device=device)
+
+    order = torch.arange(places, dtype=torch.int32, device=device).expand(slots, kv_heads, -1).contiguous()
+    rows = torch.full((slots, kv_heads, places, 2, 16), torch.nan, device=device)
+    return Recent(rows, of(room), of(places), order, torch.zeros(slots, kv_heads, dtype=torch.int64, device=device))
+
+
+def _selections(case, steps: int):
+    """For each step the slots, and what their heads select: ascending, many of them as in the step before."""
+    slots, kv_heads, room, _, most = case
+    generator = torch.Generator().manual_seed(3)
+    liked = torch.rand(slots, kv_heads, room, generator=generator)
+    for step in range(steps):
+        order = torch.randperm(slots, generator=generator)[: 1 + step % slots]
+        liked += torch.rand(liked.shape, generator=generator) * 0.3
+        counts = torch.randint(0, most + 1, (len(order), kv_heads), generator=generator)
+        chosen = liked[order].topk(most).indices
+        ranks = torch.arange(most)
+        chosen = chosen.masked_fill(ranks >= counts[..., None], room).sort(-1).values
+        yield order, chosen.masked_fill(ranks >= counts[..., None], 0), counts
+
+
+@cases
+@pytest.mark.parametrize("which", ["kernels", "twins"])
+def test_what_is_found_is_what_a_textbook_lru_holds(case, which, device) -> None:
+    recent, found, held = _recent(case, device), 0, {}
+    for order, selected, counts in _selections(case, 9):
+        with running(which):
+            sources = recent.look_up(order.to(device), selected.to(device), counts.to(device)).tolist()
+        for row, slot in enumerate(order.tolist()):
+            for kv in range(case[1]):
+                cache = held.setdefault((slot, kv), OrderedDict())  # token to place, the least recently used first
+                meant = selected[row, kv, : counts[row, kv]].tolist()
+                hits = [token for token in meant if token in cache]
+                for token in hits:
+                    cache.move_to_end(token)
+                free = sorted(set(range(case[3])) - set(cache.values()))
+                new = [token for token in meant if token not in hits][: case[3] - len(hits)]
+                told = dict(zip(meant, sources[row][kv], strict=False))
+                assert all(told[token] == cache[token] for token in hits)
+                for token in new:
+                    place = free.pop(0) if free else cache.popitem(last=False)[1]
+                    assert told[token] == -2 - place
+                    cache[token] = place
+                assert all(told[token] == -1 for token in meant if token not in hits and token not in new)
+                found += len(hits)
+    assert int(recent.hits.sum()) == found > 0
+
+
+@cases
+def test_every_step_leaves_what_its_twin_leaves(case, device, agree) -> None:
+    recent = _recent(case, device)
+    for order, selected, counts in _selections(case, 6):
+        order, selected, counts = (x.to(device) for x in (order, selected, counts))
+
+        def look_up(where, tokens, ages, hits, *asked):
+            sources = Recent(recent.rows, where, tokens, ages, hits).look_up(*asked)
+            meant = torch.arange(sources.shape[2], device=device) < asked[2][..., None]
+            return sources.masked_fill(~meant, 0)
+
+        agree(look_up, *recent[1:], order, selected, counts)
+        recent.look_up(order, selected, counts)
+
+
+@cases
+@pytest.mark.parametrize("which", ["kernels", "twins"])
+def test_rows_are_the_same_wherever_they_are_read(case, which, device) -> None:
+    slots, kv_heads, room, _, most = case
+    store = torch.randn(slots, kv_heads, room, 2, 16, generator=torch.Generator().manual_seed(1)).to(device)
+    recent = _recent(case, device)
+    for order, selected, counts in _selections(case, 6):
+        order, selected, counts = (x.to(device) for x in (order, selected, counts))
+        with running(which):
+            sources = recent.look_up(order, selected, counts)
+            # What is found must not be read from the store: there, it is gone.
+            gone = store.clone()
+            index = torch.arange(kv_heads, device=device)[:, None].expand(len(order), -1, most)
+            here = (sources >= 0) & (torch.arange(most, device=device) < counts[..., None])
+            gone[order[:, None, None].expand_as(here)[here], index[here], selected[here]] = torch.nan
+            rows = gather(gone, order, selected, counts, recent, sources)
+            plain = gather(store, order, selected, counts)
+        meant = torch.arange(most, device=device) < counts[..., None]
+        assert torch.equal(rows[meant], plain[meant])
+
+
+@pytest.mark.parametrize("most", [1, 130])
+def test_gathered_rows_are_attended_to(most, device, dtype, agree) -> None:
+    """Fetched in one kernel, attended to in the next: as attending to them where they lie."""
+    slots, kv_heads, group, head_dim, room, batch = 3, 2, 4, 32, 200, 2
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    q, k, v = draw(batch, kv_heads * group, 1, head_dim), *draw(2, batch, kv_heads, 1, head_dim)
+    store = draw(slots, kv_heads, room, 2, head_dim)
+    order = torch.tensor([2, 0], device=device)
+    selected = torch.rand(batch, kv_heads, room, generator=generator).argsort(-1)[..., :most].contiguous().to(device)
+    counts = torch.randint(0, most + 1, (batch, kv_heads), generator=generator).to(device)
+    counts[0, 0] = most
+
+    def fetched(q, k, v, store, order, selected, counts):
+        rows = gather(store, order, selected, counts)
+        return attend_gathered(q, k, v, rows, counts)
+
+    agree(fetched, q, k, v, store, order, selected, counts)
+    with running("twins"):
+        there = attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], order, selected, counts)
+        here = fetched(q, k, v, store, order, selected, counts)
+    torch.testing.assert_close(here, there)
