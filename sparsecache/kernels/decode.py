@@ -15,6 +15,8 @@ from sparsecache.kernels._triton import after_previous, before_next, fast, launc
 from sparsecache.kernels.attention import attention
 
 _TILE = 32768  # bytes of keys, and of values, that a program reads at a time
+_STAGES, _SELECTED_STAGES = 2, 2  # such blocks on their way; of chosen rows, whose places are read before
+_SELECTED_TILE = 32768
 _WAVES = 2  # programs for each multiprocessor, at most
 
 
@@ -59,7 +61,7 @@ def attend_and_append(
     changed; slots: [B] int64, none twice. Returns [B, H, 1, D]. In a slot that is full the last row is written again.
     """
     if fast(q):
-        return _kernel(q, k, v, keys, values, slots, lengths=lengths)
+        return _kernel(q, k, v, keys, values, slots, lengths)
     append(k, v, keys, values, lengths, slots)
     longest = int(lengths.max())
     keys, values = keys[:, :, :longest], values[:, :, :longest]
@@ -96,12 +98,20 @@ def attend_selected(
     none twice. keys and values may be strided, but for their last dimension.
     """
     if fast(q):
-        return _kernel(q, k, v, keys, values, slots, selected=selected, counts=counts)
+        return _kernel(q, k, v, keys, values, slots, counts, selected)
     ranks = torch.arange(selected.shape[2] + 1, device=q.device)
     rows = selected.masked_fill(ranks[:-1] >= counts[..., None], 0)
     index = (slots[:, None, None], torch.arange(k.shape[1], device=q.device)[:, None], rows)
     places = ranks.expand(*counts.shape, -1).masked_fill((ranks >= counts[..., None]) & (ranks < len(ranks) - 1), -1)
     return attention(q, torch.cat((keys[index], k), 2), torch.cat((values[index], v), 2), selected=places)
+
+
+def attend_first(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
+    """attend_selected over the first counts [B, G] rows of keys and values, which belong to each row: [B, G, T, D]."""
+    if fast(q):
+        return _kernel(q, k, v, keys, values, None, counts)
+    slots, ranks = (torch.arange(size, device=q.device) for size in (len(q), keys.shape[2]))
+    return attend_selected(q, k, v, keys, values, slots, ranks.expand(*counts.shape, -1), counts)
 
 
 def _kernel(
@@ -110,12 +120,14 @@ def _kernel(
     v: Tensor,
     keys: Tensor,
     values: Tensor,
-    slots: Tensor,
-    *,
-    lengths: Tensor | None = None,
+    slots: Tensor | None,
+    numbers: Tensor,
     selected: Tensor | None = None,
-    counts: Tensor | None = None,
 ) -> Tensor:
+    """numbers: lengths [slots], and the new token is appended; or counts [B, G], of rows or, if given, of `selected`.
+
+    slots: None where keys and values have a slot for each row.
+    """
     batch, heads, _, head_dim = q.shape
     kv_heads, room = k.shape[1], keys.shape[2]
     splits = split_count(batch * kv_heads, q.device)
@@ -123,22 +135,21 @@ def _kernel(
     marks = torch.empty((2, batch, heads, splits), device=q.device, dtype=torch.float32)  # maxima, sums of weights
     out = torch.empty((batch, heads, 1, head_dim), device=q.device, dtype=q.dtype)
     wide = up_to_power(head_dim, 16)
-    tokens = max(16, min(128, _TILE // (wide * keys.element_size())))
-    chosen, number, rows_apart = slots, lengths, 0
-    if selected is not None and counts is not None:
-        one_for_all = selected.stride(0) == selected.stride(1) == 0
-        chosen, number = selected if one_for_all else selected.contiguous(), counts.contiguous()
-        rows_apart = 0 if one_for_all else selected.shape[2]
+    tile, stages = (_TILE, _STAGES) if selected is None else (_SELECTED_TILE, _SELECTED_STAGES)
+    tokens = max(16, min(128, tile // (wide * keys.element_size())))
+    numbers, appended = numbers.contiguous(), numbers.dim() == 1
     _attend[(batch * kv_heads, splits)](
         q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), keys, values, *keys.stride()[:3],
-        slots, chosen, number, sums, marks, 1 / math.sqrt(head_dim),
-        kv_heads, room, head_dim, batch * heads * splits, rows_apart,
-        SELECTED=selected is not None, GROUP=heads // kv_heads, QUERIES=up_to_power(heads // kv_heads, 16),
-        TOKENS=tokens, WIDE=wide, SPLITS=splits, num_warps=4, num_stages=2, **launching(),
+        numbers if slots is None else slots, numbers if selected is None else selected.contiguous(), numbers,
+        sums, marks, 1 / math.sqrt(head_dim),
+        kv_heads, room, head_dim, batch * heads * splits, 0 if selected is None else selected.shape[2],
+        APPENDED=appended, SLOTS=slots is not None, SELECTED=selected is not None,
+        GROUP=heads // kv_heads, QUERIES=up_to_power(heads // kv_heads, 16),
+        TOKENS=tokens, WIDE=wide, SPLITS=splits, num_warps=4, num_stages=stages, **launching(),
     )  # fmt: skip
     _merge[(batch, heads)](
-        sums, marks, out, slots, number, room, head_dim, batch * heads * splits,
-        APPENDED=selected is None, SPLITS=splits, MOST=up_to_power(splits), WIDE=wide, num_warps=2, **launching(),
+        sums, marks, out, numbers if slots is None else slots, numbers, room, head_dim, batch * heads * splits,
+        APPENDED=appended, SPLITS=splits, MOST=up_to_power(splits), WIDE=wide, num_warps=2, **launching(),
     )  # fmt: skip
     return out
 
@@ -157,17 +168,17 @@ def split_count(programs: int, device: torch.device) -> int:
 def _attend(  # type: ignore[no-untyped-def]
     q, q_row, q_head, new_key, new_value, new_row, new_head, keys, values, slot_stride, head_stride, row_stride,
     slots, selected, numbers, sums, marks, scale, kv_heads, room, size, all_marks, width,
-    SELECTED: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    APPENDED: tl.constexpr, SLOTS: tl.constexpr, SELECTED: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
     TOKENS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program attends, for the heads of a KV head, to one part of a slot; the last part's takes the new token."""
     after_previous(EARLY)
     row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
-    slot = tl.load(slots + row).to(tl.int64)
-    if SELECTED:
-        count = tl.load(numbers + row * kv_heads + kv)
-    else:
+    slot = tl.load(slots + row).to(tl.int64) if SLOTS else row.to(tl.int64)
+    if APPENDED:
         count = tl.minimum(tl.load(numbers + slot), room - 1)
+    else:
+        count = tl.load(numbers + row * kv_heads + kv)
     query, at = tl.arange(0, QUERIES), tl.arange(0, WIDE)
     inside = at < size
     asked = (query < GROUP)[:, None] & inside[None, :]
@@ -184,7 +195,7 @@ def _attend(  # type: ignore[no-untyped-def]
         best = tl.sum(question.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
         weight += 1.0
         total += value.to(tl.float32)[None, :]
-        if not SELECTED:
+        if APPENDED:
             tl.store(keys + base + count * row_stride + at, key, mask=inside)
             tl.store(values + base + count * row_stride + at, value, mask=inside)
 

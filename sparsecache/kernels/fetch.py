@@ -6,10 +6,23 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import after_previous, fast, launching, tl, triton, up_to_power
-from sparsecache.kernels.decode import attend_selected
+from sparsecache.kernels.decode import attend_first
 
 _LINK = 64  # programs that keep a link to the host busy; more would be in the way of what runs beside them
-_LOOKED_UP = 2048  # tokens at a time
+_LOOKED_UP = 4096  # tokens at a time
+
+
+class Sources(NamedTuple):
+    """Where selected rows come from.
+
+    places: [B, G, N] int32: a place among the kept, from 0 on; -2 - place for a row that is to be kept in a place, that
+    of the row longest unused; -1 for one that finds none beside the others of this step. new: [B, G, N] int32, the
+    ranks of those that are not among the kept, ascending, of which the first number [B, G] (int32) are meant.
+    """
+
+    places: Tensor
+    new: Tensor
+    number: Tensor
 
 
 class Recent(NamedTuple):
@@ -26,12 +39,10 @@ class Recent(NamedTuple):
     order: Tensor
     hits: Tensor
 
-    def look_up(self, slots: Tensor, selected: Tensor, counts: Tensor) -> Tensor:
-        """Where each selected row is to come from, and is to be kept: [B, G, N] int32. Whoever asks must `gather` then.
+    def look_up(self, slots: Tensor, selected: Tensor, counts: Tensor) -> Sources:
+        """Where each selected row is to come from, and is to be kept: whoever asks must `gather` them then.
 
-        slots: [B]; selected: [B, G, N] int64, of which the first counts [B, G] are meant, none twice. A place, from 0
-        on, for a row that is here; -2 - place for one that is to be kept in a place, that of the row longest unused;
-        -1 for one that finds no place beside the others of this step.
+        slots: [B]; selected: [B, G, N] int64, of which the first counts [B, G] are meant, none twice.
         """
         if fast(selected):
             return self._looked_up(slots, selected, counts)
@@ -73,26 +84,29 @@ class Recent(NamedTuple):
         latest.scatter_(2, torch.cat(places, 2), torch.cat((order, place, spare), 2))
         self.order[index] = latest[..., :-1].int()
         self.hits[index] += found
-        return sources.int()
+        return Sources(sources.int(), (~new).int().argsort(dim=-1, stable=True).int(), new.sum(2).int())
 
-    def _looked_up(self, slots: Tensor, selected: Tensor, counts: Tensor) -> Tensor:
+    def _looked_up(self, slots: Tensor, selected: Tensor, counts: Tensor) -> Sources:
         batch, kv_heads, most = selected.shape
         size = self.tokens.shape[2]
-        sources = torch.empty((batch, kv_heads, most), device=slots.device, dtype=torch.int32)
+        told = torch.empty((2, batch, kv_heads, most), device=slots.device, dtype=torch.int32)
+        number = torch.empty((batch, kv_heads), device=slots.device, dtype=torch.int32)
+        sources = Sources(told[0], told[1], number)
         notes = torch.empty((2, batch, kv_heads, size), device=slots.device, dtype=torch.int32)
+        tokens = min(_LOOKED_UP, up_to_power(max(size, most), 128))
         _look_up[(batch * kv_heads,)](
-            *self[1:], notes, slots, selected.contiguous(), counts.contiguous(), sources,
+            *self[1:], notes, slots, selected.contiguous(), counts.contiguous(), *sources,
             kv_heads, self.where.shape[2], most, size, batch * kv_heads * size,
-            TOKENS=min(_LOOKED_UP, up_to_power(max(size, most), 64)), num_warps=8, num_stages=1, **launching(),
+            TOKENS=tokens, num_warps=max(4, tokens // 256), num_stages=1, **launching(),
         )  # fmt: skip
         return sources
 
-    def read(self, slots: Tensor, sources: Tensor, rows: Tensor) -> Tensor:
+    def read(self, slots: Tensor, places: Tensor, rows: Tensor) -> Tensor:
         """Rows [B, G, N, 2, D] that were fetched, with those that are here in their place; keeps what is to be kept."""
-        owner = [x.expand(sources.shape) for x in (slots[:, None, None], _heads(sources)[:, None])]
-        rows = torch.where((sources >= 0)[..., None, None], self.rows[*owner, sources.clamp(min=0).long()], rows)
-        keeps = sources < -1
-        self.rows[owner[0][keeps], owner[1][keeps], -2 - sources[keeps].long()] = rows[keeps]
+        owner = [x.expand(places.shape) for x in (slots[:, None, None], _heads(places)[:, None])]
+        rows = torch.where((places >= 0)[..., None, None], self.rows[*owner, places.clamp(min=0).long()], rows)
+        keeps = places < -1
+        self.rows[owner[0][keeps], owner[1][keeps], -2 - places[keeps].long()] = rows[keeps]
         return rows
 
 
@@ -102,7 +116,7 @@ def gather(
     selected: Tensor,
     counts: Tensor,
     recent: Recent | None = None,
-    sources: Tensor | None = None,
+    sources: Sources | None = None,
 ) -> Tensor:
     """The rows that attend_selected would read of store [slots, G, T, 2, D], keys and values: [B, G, N, 2, D].
 
@@ -112,26 +126,25 @@ def gather(
     batch, kv_heads, most = selected.shape
     if fast(selected):
         rows = torch.empty((batch, kv_heads, most, *store.shape[3:]), device=selected.device, dtype=store.dtype)
-        size, room = 2 * store.shape[4], store.shape[2]
-        grid = (batch * kv_heads, max(1, _LINK // (batch * kv_heads)))
-        kept, places = (rows, 0) if recent is None else (recent.rows, recent.rows.shape[2])
-        _gather[grid](
-            store, slots, selected.contiguous(), counts.contiguous(), rows,
-            kept, selected if sources is None else sources, kv_heads, room, size, most, places,
-            KEPT=recent is not None, TOKENS=16, WIDE=up_to_power(size), SPLITS=grid[1], num_warps=4, **launching(),
+        size, room, splits = 2 * store.shape[4], store.shape[2], max(1, _LINK // (batch * kv_heads))
+        selected, counts = selected.contiguous(), counts.contiguous()
+        kept, asked, copies = rows, (selected, selected, counts), 0
+        if recent is not None and sources is not None:
+            kept, asked, copies = recent.rows, sources, splits
+        _gather[(batch * kv_heads, splits + copies)](
+            store, slots, selected, counts, rows, kept, *asked, kv_heads, room, size, most, kept.shape[2],
+            KEPT=copies > 0, TOKENS=16, WIDE=up_to_power(size), SPLITS=splits, num_warps=4, **launching(),
         )  # fmt: skip
         return rows
     held = torch.arange(most, device=selected.device) < counts[..., None]
     fetched = store[slots[:, None, None], _heads(selected)[:, None], selected.masked_fill(~held, 0)]
     rows = torch.where(held[..., None, None], fetched, 0)
-    return rows if recent is None or sources is None else recent.read(slots, sources, rows)
+    return rows if recent is None or sources is None else recent.read(slots, sources.places, rows)
 
 
 def attend_gathered(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
     """attend_selected over rows [B, G, N, 2, D] that `gather` fetched."""
-    places = torch.arange(rows.shape[2], device=q.device)
-    slots = torch.arange(len(q), device=q.device)
-    return attend_selected(q, k, v, rows[..., 0, :], rows[..., 1, :], slots, places.expand(*counts.shape, -1), counts)
+    return attend_first(q, k, v, rows[..., 0, :], rows[..., 1, :], counts)
 
 
 def _heads(selected: Tensor) -> Tensor:
@@ -140,44 +153,54 @@ def _heads(selected: Tensor) -> Tensor:
 
 @triton.jit
 def _gather(  # type: ignore[no-untyped-def]
-    store, slots, selected, counts, rows, kept, sources, kv_heads, room, size, most, places,
+    store, slots, selected, counts, rows, kept, places, new, number, kv_heads, room, size, most, kept_room,
     KEPT: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Copies a part of a KV head's selected rows, in order: ascending rows are what a link to the host likes."""
+    """Copies a part of a KV head's selected rows, in order: ascending rows are what a link to the host likes.
+
+    With KEPT, the first SPLITS programs copy those that are new, and the others those that are among the kept.
+    """
     after_previous(EARLY)
-    row, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
-    count = tl.load(counts + tl.program_id(0))
+    row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     owner = tl.load(slots + row).to(tl.int64) * kv_heads + kv
-    base, at = owner * room, tl.arange(0, WIDE)[None, :]
-    for first in tl.range(tl.program_id(1) * TOKENS, count, SPLITS * TOKENS):
-        place = first + tl.arange(0, TOKENS)
-        there = place < count
-        token = tl.load(selected + tl.program_id(0) * most + place, mask=there, other=0)
-        if KEPT:
-            source = tl.load(sources + tl.program_id(0) * most + place, mask=there, other=-1).to(tl.int64)
-            is_here = (source >= 0)[:, None] & (at < size)
-            seen = (there & (source < 0))[:, None] & (at < size)
-            part = tl.load(store + (base + token[:, None]) * size + at, mask=seen, other=0.0)
-            mine = kept + owner * places * size + at
-            part = tl.where(is_here, tl.load(mine + source[:, None] * size, mask=is_here, other=0.0), part)
-            tl.store(mine + (-2 - source)[:, None] * size, part, mask=(source < -1)[:, None] & (at < size))
-        else:
+    at, asked = tl.arange(0, WIDE)[None, :], tl.program_id(0) * most
+    source, mine = store + owner * room * size + at, kept + owner * kept_room * size + at
+    target = rows + asked.to(tl.int64) * size + at
+    if split < SPLITS:
+        count = tl.load((number if KEPT else counts) + tl.program_id(0)).to(tl.int32)
+        for first in tl.range(split * TOKENS, count, SPLITS * TOKENS):
+            rank = first + tl.arange(0, TOKENS)
+            there = rank < count
             seen = there[:, None] & (at < size)
-            part = tl.load(store + (base + token[:, None]) * size + at, mask=seen, other=0.0)
-        target = rows + (tl.program_id(0).to(tl.int64) * most + place[:, None]) * size + at
-        tl.store(target, part, mask=there[:, None] & (at < size))
+            if KEPT:
+                rank = tl.load(new + asked + rank, mask=there, other=0)
+            token = tl.load(selected + asked + rank, mask=there, other=0)
+            part = tl.load(source + token[:, None] * size, mask=seen, other=0.0)
+            tl.store(target + rank.to(tl.int64)[:, None] * size, part, mask=seen)
+            if KEPT:
+                place = -2 - tl.load(places + asked + rank, mask=there, other=-1).to(tl.int64)
+                tl.store(mine + place[:, None] * size, part, mask=seen & (place >= 0)[:, None])
+    elif KEPT:
+        count = tl.load(counts + tl.program_id(0)).to(tl.int32)
+        for first in tl.range((split - SPLITS) * TOKENS, count, SPLITS * TOKENS):
+            rank = first + tl.arange(0, TOKENS)
+            place = tl.load(places + asked + rank, mask=rank < count, other=-1).to(tl.int64)
+            seen = (place >= 0)[:, None] & (at < size)
+            part = tl.load(mine + place[:, None] * size, mask=seen, other=0.0)
+            tl.store(target + rank.to(tl.int64)[:, None] * size, part, mask=seen)
 
 
 @triton.jit
 def _look_up(  # type: ignore[no-untyped-def]
-    where, tokens, order, hits, notes, slots, selected, counts, sources, kv_heads, room, most, size, all_notes,
+    where, tokens, order, hits, notes, slots, selected, counts, sources, new, number,
+    kv_heads, room, most, size, all_notes,
     TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program for a KV head: marks what is here, passes over the rest by age, gives places to what is new."""
     after_previous(EARLY)
     program, at = tl.program_id(0), tl.arange(0, TOKENS)
     owner = tl.load(slots + program // kv_heads).to(tl.int64) * kv_heads + program % kv_heads
-    number = tl.load(counts + program).to(tl.int32)
+    count = tl.load(counts + program).to(tl.int32)
     places, mine, asked = where + owner * room, owner * size, program.to(tl.int64) * most
     marks = notes + program * size  # whether the row in a place is read now
     spares = marks + all_notes  # the places that new rows take
@@ -185,14 +208,14 @@ def _look_up(  # type: ignore[no-untyped-def]
         tl.store(marks + first + at, 0, mask=first + at < size)
     tl.debug_barrier()
     found = 0
-    for first in tl.range(0, number, TOKENS):
-        meant = first + at < number
+    for first in tl.range(0, count, TOKENS):
+        meant = first + at < count
         token = tl.load(selected + asked + first + at, mask=meant, other=0)
         place = tl.load(places + token, mask=meant, other=-1)
         tl.store(sources + asked + first + at, place, mask=meant)
         tl.store(marks + place, 1, mask=place >= 0)
         found += tl.sum((place >= 0).to(tl.int32))
-    kept = tl.minimum(number, size) - found
+    kept = tl.minimum(count, size) - found
     tl.debug_barrier()
     passed = 0
     for first in tl.range(0, size, TOKENS):
@@ -206,24 +229,25 @@ def _look_up(  # type: ignore[no-untyped-def]
         passed += tl.sum(unused)
     tl.debug_barrier()
     hits_before, new_before = 0, 0
-    for first in tl.range(0, number, TOKENS):
-        meant = first + at < number
+    for first in tl.range(0, count, TOKENS):
+        meant = first + at < count
         token = tl.load(selected + asked + first + at, mask=meant, other=0).to(tl.int32)
         place = tl.load(sources + asked + first + at, mask=meant, other=-1)
         is_here = (place >= 0).to(tl.int32)
         is_new = meant.to(tl.int32) - is_here
         rank = new_before + tl.cumsum(is_new, axis=0) - 1
-        tl.store(
-            order + mine + size - found - kept + hits_before + tl.cumsum(is_here, axis=0) - 1, place, mask=place >= 0
-        )
+        tl.store(new + asked + rank, first + at, mask=is_new > 0)
+        later = order + mine + size - found - kept
+        tl.store(later + hits_before + tl.cumsum(is_here, axis=0) - 1, place, mask=place >= 0)
         keeps = (is_new > 0) & (rank < kept)
         spare = tl.load(spares + rank, mask=keeps, other=0)
         old = tl.load(tokens + mine + spare, mask=keeps, other=-1)
         tl.store(places + old, -1, mask=old >= 0)
         tl.store(places + token, spare, mask=keeps)
         tl.store(tokens + mine + spare, token, mask=keeps)
-        tl.store(order + mine + size - kept + rank, spare, mask=keeps)
+        tl.store(later + found + rank, spare, mask=keeps)
         tl.store(sources + asked + first + at, -2 - spare, mask=keeps)
         hits_before += tl.sum(is_here)
         new_before += tl.sum(is_new)
+    tl.store(number + program, count - found)
     tl.store(hits + owner, tl.load(hits + owner) + found)

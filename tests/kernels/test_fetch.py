@@ -52,7 +52,7 @@ def test_what_is_found_is_what_a_textbook_lru_holds(case, which, device) -> None
     recent, found, held = _recent(case, device), 0, {}
     for order, selected, counts in _selections(case, 9):
         with running(which):
-            sources = recent.look_up(order.to(device), selected.to(device), counts.to(device)).tolist()
+            sources = recent.look_up(order.to(device), selected.to(device), counts.to(device))
         for row, slot in enumerate(order.tolist()):
             for kv in range(case[1]):
                 cache = held.setdefault((slot, kv), OrderedDict())  # token to place, the least recently used first
@@ -62,7 +62,9 @@ def test_what_is_found_is_what_a_textbook_lru_holds(case, which, device) -> None
                     cache.move_to_end(token)
                 free = sorted(set(range(case[3])) - set(cache.values()))
                 new = [token for token in meant if token not in hits][: case[3] - len(hits)]
-                told = dict(zip(meant, sources[row][kv], strict=False))
+                told = dict(zip(meant, sources.places[row, kv].tolist(), strict=False))
+                fresh = sources.new[row, kv, : sources.number[row, kv]].tolist()
+                assert fresh == [rank for rank, token in enumerate(meant) if token not in hits]
                 assert all(told[token] == cache[token] for token in hits)
                 for token in new:
                     place = free.pop(0) if free else cache.popitem(last=False)[1]
@@ -80,9 +82,10 @@ def test_every_step_leaves_what_its_twin_leaves(case, device, agree) -> None:
         order, selected, counts = (x.to(device) for x in (order, selected, counts))
 
         def look_up(where, tokens, ages, hits, *asked):
-            sources = Recent(recent.rows, where, tokens, ages, hits).look_up(*asked)
-            meant = torch.arange(sources.shape[2], device=device) < asked[2][..., None]
-            return sources.masked_fill(~meant, 0)
+            places, new, number = Recent(recent.rows, where, tokens, ages, hits).look_up(*asked)
+            ranks = torch.arange(places.shape[2], device=device)
+            meant = (ranks < each[..., None] for each in (asked[2], number))
+            return *(x.where(is_meant, 0) for x, is_meant in zip((places, new), meant, strict=True)), number
 
         agree(look_up, *recent[1:], order, selected, counts)
         recent.look_up(order, selected, counts)
@@ -101,7 +104,7 @@ def test_rows_are_the_same_wherever_they_are_read(case, which, device) -> None:
             # What is found must not be read from the store: there, it is gone.
             gone = store.clone()
             index = torch.arange(kv_heads, device=device)[:, None].expand(len(order), -1, most)
-            here = (sources >= 0) & (torch.arange(most, device=device) < counts[..., None])
+            here = (sources.places >= 0) & (torch.arange(most, device=device) < counts[..., None])
             gone[order[:, None, None].expand_as(here)[here], index[here], selected[here]] = torch.nan
             rows = gather(gone, order, selected, counts, recent, sources)
             plain = gather(store, order, selected, counts)

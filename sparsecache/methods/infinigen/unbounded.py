@@ -81,7 +81,7 @@ class Unbounded:
             return
         recent = self._gpu_cache.of(layer) if self._gpu_cache is not None else None
         sources = recent.look_up(slots, *selected) if recent is not None else None
-        with self._links.reading(slots, *selected, *([] if sources is None else [sources])):
+        with self._links.reading(slots, *selected, *(sources or [])):
             rows = gather(self.store[layer], slots, *selected, recent, sources)
             self._guesses[layer] = _Guess(selected, rows, _now(q.device))
 
