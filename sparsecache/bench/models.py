@@ -1,6 +1,7 @@
 """Models to measure with: a checkpoint, or random weights in a named shape; once for us and transformers alike."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +92,12 @@ class Subject:
         return TransformersEngine(model, self.device, **generation)
 
     def save(self, folder: Path) -> None:
-        """Writes a checkpoint that longbench_pred.py takes, but for a tokenizer, which it has not: a file a layer."""
+        """Writes a checkpoint that longbench_pred.py takes, a file a layer, with the bundled checkpoint's tokenizer."""
         folder.mkdir(parents=True)
         self.config.save_pretrained(folder)
+        bundled = checkpoint_folder(find_model("demo"), offline=True)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(bundled / name, folder)
         files: dict[str, list[str]] = {}
         state = self._state()
         for name in state:

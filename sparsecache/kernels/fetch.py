@@ -6,23 +6,38 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import after_previous, fast, launching, tl, triton, up_to_power
-from sparsecache.kernels.decode import attend_first
+from sparsecache.kernels.decode import attend_first, attend_selected
 
-_LINK = 64  # programs that keep a link to the host busy; more would be in the way of what runs beside them
+# Programs that keep a link to the host busy, and rows that each asks for at a time: other loads of a multiprocessor
+# wait behind those from the host, so that few programs with many rows are least in the way.
+_LINK, _ROWS, _WARPS = 32, 32, 8
 _LOOKED_UP = 4096  # tokens at a time
+
+
+class Fetched(NamedTuple):
+    """Selected rows on the device: the first of rows [B, G, N, 2, D], or places [B, G, N] in [slots, G, C, 2, D]."""
+
+    rows: Tensor
+    places: Tensor | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, counts: Tensor) -> Tensor:
+        """What attend_selected would give where the rows came from."""
+        keys, values = self.rows[..., 0, :], self.rows[..., 1, :]
+        if self.places is None:
+            return attend_first(q, k, v, keys, values, counts)
+        return attend_selected(q, k, v, keys, values, slots, self.places, counts)
 
 
 class Sources(NamedTuple):
     """Where selected rows come from.
 
-    places: [B, G, N] int32: a place among the kept, from 0 on; -2 - place for a row that is to be kept in a place, that
-    of the row longest unused; -1 for one that finds none beside the others of this step. new: [B, G, N] int32, the
-    ranks of those that are not among the kept, ascending, of which the first number [B, G] (int32) are meant.
+    places: [B, G, N] int32, where each is to be found among the kept, or -1. ranks: [B, G, N] int32, which of the rows
+    were not there yet, ascending, and then which were. new: [B, G] int32, how many were not.
     """
 
     places: Tensor
+    ranks: Tensor
     new: Tensor
-    number: Tensor
 
 
 class Recent(NamedTuple):
@@ -40,28 +55,29 @@ class Recent(NamedTuple):
     hits: Tensor
 
     def look_up(self, slots: Tensor, selected: Tensor, counts: Tensor) -> Sources:
-        """Where each selected row is to come from, and is to be kept: whoever asks must `gather` them then.
+        """Finds places for selected rows; whoever asks must then `gather` them.
 
-        slots: [B]; selected: [B, G, N] int64, of which the first counts [B, G] are meant, none twice.
+        Rows that are here stay; new ones take the places that are longest unused, as long as there are any that this
+        step does not read. slots: [B]; selected: [B, G, N] int64, of which the first counts [B, G] are meant, none
+        twice.
         """
         if fast(selected):
             return self._looked_up(slots, selected, counts)
-        size, heads = self.tokens.shape[2], torch.arange(selected.shape[1], device=slots.device)
-        index = (slots[:, None], heads)
-        meant = torch.arange(selected.shape[2], device=slots.device) < counts[..., None]
+        size, device = self.tokens.shape[2], slots.device
+        index = (slots[:, None], _heads(selected))
+        meant = torch.arange(selected.shape[2], device=device) < counts[..., None]
         where = self.where[index].long()
         place = where.gather(2, selected.masked_fill(~meant, 0)).masked_fill(~meant, -1)
         hit, new = place >= 0, meant & (place < 0)
-        found, kept = hit.sum(2), torch.minimum(new.sum(2), size - hit.sum(2))
+        found, kept = hit.sum(2, keepdim=True), torch.minimum(new.sum(2), size - hit.sum(2))[..., None]
 
         order = self.order[index].long()
-        used = torch.zeros(*order.shape[:2], size + 1, dtype=torch.bool, device=slots.device)
+        used = torch.zeros(*order.shape[:2], size + 1, dtype=torch.bool, device=device)
         used = used.scatter(2, place.masked_fill(~hit, size), True)[..., :-1].gather(2, order)
         order = order.gather(2, used.int().argsort(dim=-1, stable=True))  # the unused, the longest first; then the used
         rank = new.cumsum(2) - 1
-        keeps = new & (rank < kept[..., None])
+        keeps = new & (rank < kept)
         spare = order.gather(2, rank.clamp(0, size - 1))
-        sources = torch.where(hit, place, torch.where(keeps, -2 - spare, -1))
 
         # A column more, for what is not meant.
         where, tokens = (torch.cat((x, x[..., :1]), 2) for x in (where, self.tokens[index].long()))
@@ -72,41 +88,45 @@ class Recent(NamedTuple):
         tokens.scatter_(2, there, selected)
         self.where[index], self.tokens[index] = where[..., :-1].int(), tokens[..., :-1].int()
 
-        unused = torch.arange(size, device=slots.device) - kept[..., None]
-        unused = unused.masked_fill((unused < 0) | (unused >= (size - found - kept)[..., None]), size)
-        first_hit, first_new = (size - found - kept)[..., None], (size - kept)[..., None]
-        places = (
-            unused,
-            (first_hit + hit.cumsum(2) - 1).masked_fill(~hit, size),
-            (first_new + rank).masked_fill(~keeps, size),
+        unused = torch.arange(size, device=device) - kept
+        targets = (
+            unused.masked_fill((unused < 0) | (unused >= size - found - kept), size),
+            (size - found - kept + hit.cumsum(2) - 1).masked_fill(~hit, size),
+            (size - kept + rank).masked_fill(~keeps, size),
         )
         latest = order.new_zeros(*order.shape[:2], size + 1)
-        latest.scatter_(2, torch.cat(places, 2), torch.cat((order, place, spare), 2))
+        latest.scatter_(2, torch.cat(targets, 2), torch.cat((order, place, spare), 2))
         self.order[index] = latest[..., :-1].int()
-        self.hits[index] += found
-        return Sources(sources.int(), (~new).int().argsort(dim=-1, stable=True).int(), new.sum(2).int())
+        self.hits[index] += found[..., 0]
+        ranks = (2 * ~meant + hit).int().argsort(dim=-1, stable=True)  # the new, the found, the rest
+        return Sources(torch.where(keeps, spare, place).int(), ranks.int(), new.sum(2).int())
 
     def _looked_up(self, slots: Tensor, selected: Tensor, counts: Tensor) -> Sources:
         batch, kv_heads, most = selected.shape
         size = self.tokens.shape[2]
         told = torch.empty((2, batch, kv_heads, most), device=slots.device, dtype=torch.int32)
-        number = torch.empty((batch, kv_heads), device=slots.device, dtype=torch.int32)
-        sources = Sources(told[0], told[1], number)
+        new = torch.empty((batch, kv_heads), device=slots.device, dtype=torch.int32)
         notes = torch.empty((2, batch, kv_heads, size), device=slots.device, dtype=torch.int32)
         tokens = min(_LOOKED_UP, up_to_power(max(size, most), 128))
         _look_up[(batch * kv_heads,)](
-            *self[1:], notes, slots, selected.contiguous(), counts.contiguous(), *sources,
-            kv_heads, self.where.shape[2], most, size, batch * kv_heads * size,
+            *self[1:], notes, slots, selected.contiguous(), counts.contiguous(), told, new,
+            kv_heads, self.where.shape[2], most, size, batch * kv_heads * size, batch * kv_heads * most,
             TOKENS=tokens, num_warps=max(4, tokens // 256), num_stages=1, **launching(),
         )  # fmt: skip
-        return sources
+        return Sources(told[0], told[1], new)
 
-    def read(self, slots: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-        """Rows [B, G, N, 2, D] that were fetched, with those that are here in their place; keeps what is to be kept."""
-        owner = [x.expand(places.shape) for x in (slots[:, None, None], _heads(places)[:, None])]
-        rows = torch.where((places >= 0)[..., None, None], self.rows[*owner, places.clamp(min=0).long()], rows)
-        keeps = places < -1
-        self.rows[owner[0][keeps], owner[1][keeps], -2 - places[keeps].long()] = rows[keeps]
+    def read(self, slots: Tensor, sources: Sources, rows: Tensor) -> Tensor:
+        """Rows [B, G, N, 2, D] that were fetched, with those that were here in their place; keeps what is to be kept.
+
+        Of those that were here, anything may have been fetched.
+        """
+        slot, head = (x.expand(sources.places.shape) for x in (slots[:, None, None], _heads(rows)[:, None]))
+        is_new = torch.arange(rows.shape[2], device=rows.device) < sources.new[..., None]
+        is_new = torch.zeros_like(is_new).scatter(2, sources.ranks.long(), is_new)
+        places = sources.places.long()
+        found, keeps = (places >= 0) & ~is_new, (places >= 0) & is_new
+        rows = torch.where(found[..., None, None], self.rows[slot, head, places.clamp(min=0)], rows)
+        self.rows[slot[keeps], head[keeps], places[keeps]] = rows[keeps]
         return rows
 
 
@@ -117,34 +137,37 @@ def gather(
     counts: Tensor,
     recent: Recent | None = None,
     sources: Sources | None = None,
-) -> Tensor:
-    """The rows that attend_selected would read of store [slots, G, T, 2, D], keys and values: [B, G, N, 2, D].
+) -> Fetched:
+    """The rows that attend_selected would read of store [slots, G, T, 2, D], keys and values.
 
-    store may lie in pinned host memory, all else on the GPU. Rows from counts [B, G] on are undefined. recent, sources:
-    what is kept of the store, and where it said that the rows are to come from.
+    store may lie in pinned host memory, all else on the GPU. recent, sources: what is kept of the store, and where it
+    said that the rows are to come from; they are then attended to in their places, if there is one for each.
     """
     batch, kv_heads, most = selected.shape
+    in_place = recent is not None and recent.tokens.shape[2] >= most
     if fast(selected):
-        rows = torch.empty((batch, kv_heads, most, *store.shape[3:]), device=selected.device, dtype=store.dtype)
-        size, room, splits = 2 * store.shape[4], store.shape[2], max(1, _LINK // (batch * kv_heads))
+        size, copied = (batch, kv_heads, 0 if in_place else most, *store.shape[3:]), 0
+        rows = torch.empty(size, device=selected.device, dtype=store.dtype)
         selected, counts = selected.contiguous(), counts.contiguous()
-        kept, asked, copies = rows, (selected, selected, counts), 0
+        kept, asked = rows, (selected, selected, counts)
+        heads = min(batch * kv_heads, _LINK)
+        splits = _LINK // heads
         if recent is not None and sources is not None:
-            kept, asked, copies = recent.rows, sources, splits
-        _gather[(batch * kv_heads, splits + copies)](
-            store, slots, selected, counts, rows, kept, *asked, kv_heads, room, size, most, kept.shape[2],
-            KEPT=copies > 0, TOKENS=16, WIDE=up_to_power(size), SPLITS=splits, num_warps=4, **launching(),
+            kept, asked, copied = recent.rows, sources, 0 if in_place else splits
+        _gather[(heads, splits + copied)](
+            store, slots, selected, counts, rows, kept, *asked, batch * kv_heads, kv_heads, store.shape[2],
+            2 * store.shape[4], most, kept.shape[2], KEPT=recent is not None, IN_PLACE=in_place, ROWS=_ROWS,
+            WIDE=up_to_power(2 * store.shape[4]), SPLITS=splits, num_warps=_WARPS, **launching(),
         )  # fmt: skip
-        return rows
-    held = torch.arange(most, device=selected.device) < counts[..., None]
-    fetched = store[slots[:, None, None], _heads(selected)[:, None], selected.masked_fill(~held, 0)]
-    rows = torch.where(held[..., None, None], fetched, 0)
-    return rows if recent is None or sources is None else recent.read(slots, sources.places, rows)
-
-
-def attend_gathered(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
-    """attend_selected over rows [B, G, N, 2, D] that `gather` fetched."""
-    return attend_first(q, k, v, rows[..., 0, :], rows[..., 1, :], counts)
+    else:
+        held = torch.arange(most, device=selected.device) < counts[..., None]
+        fetched = store[slots[:, None, None], _heads(selected)[:, None], selected.masked_fill(~held, 0)]
+        rows = torch.where(held[..., None, None], fetched, 0)
+        if recent is not None and sources is not None:
+            rows = recent.read(slots, sources, rows)
+    if recent is not None and sources is not None and in_place:
+        return Fetched(recent.rows, sources.places)
+    return Fetched(rows, None)
 
 
 def _heads(selected: Tensor) -> Tensor:
@@ -153,55 +176,60 @@ def _heads(selected: Tensor) -> Tensor:
 
 @triton.jit
 def _gather(  # type: ignore[no-untyped-def]
-    store, slots, selected, counts, rows, kept, places, new, number, kv_heads, room, size, most, kept_room,
-    KEPT: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    store, slots, selected, counts, rows, kept, places, ranks, new, owners, kv_heads, room, size, most, kept_room,
+    KEPT: tl.constexpr, IN_PLACE: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Copies a part of a KV head's selected rows, in order: ascending rows are what a link to the host likes.
+    """Copies selected rows, KV head by KV head, in order: ascending rows are what a link to the host likes.
 
-    With KEPT, the first SPLITS programs copy those that are new, and the others those that are among the kept.
+    With KEPT, the first SPLITS programs of each head take the new ones, and the others, if any, those that were kept.
     """
     after_previous(EARLY)
-    row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
-    owner = tl.load(slots + row).to(tl.int64) * kv_heads + kv
-    at, asked = tl.arange(0, WIDE)[None, :], tl.program_id(0) * most
-    source, mine = store + owner * room * size + at, kept + owner * kept_room * size + at
-    target = rows + asked.to(tl.int64) * size + at
-    if split < SPLITS:
-        count = tl.load((number if KEPT else counts) + tl.program_id(0)).to(tl.int32)
-        for first in tl.range(split * TOKENS, count, SPLITS * TOKENS):
-            rank = first + tl.arange(0, TOKENS)
+    split, at = tl.program_id(1), tl.arange(0, WIDE)[None, :]
+    for owner in tl.range(tl.program_id(0), owners, tl.num_programs(0)):
+        head = tl.load(slots + owner // kv_heads).to(tl.int64) * kv_heads + owner % kv_heads
+        source, mine = store + head * room * size + at, kept + head * kept_room * size + at
+        asked = tl.zeros((), dtype=tl.int64) + owner * most
+        target = rows + asked * size + at
+        begin, count = split * ROWS, tl.load(counts + owner).to(tl.int32)
+        fresh = count  # of those it takes, how many come from the store
+        if KEPT:
+            fresh = tl.load(new + owner)
+            if split < SPLITS:
+                count = fresh
+            else:
+                begin = fresh + (split - SPLITS) * ROWS
+        for first in tl.range(begin, count, SPLITS * ROWS):
+            rank = first + tl.arange(0, ROWS)
             there = rank < count
             seen = there[:, None] & (at < size)
+            is_new = (rank < fresh)[:, None] & seen
             if KEPT:
-                rank = tl.load(new + asked + rank, mask=there, other=0)
+                rank = tl.load(ranks + asked + rank, mask=there, other=0)
+                place = tl.load(places + asked + rank, mask=there, other=-1).to(tl.int64)[:, None]
             token = tl.load(selected + asked + rank, mask=there, other=0)
-            part = tl.load(source + token[:, None] * size, mask=seen, other=0.0)
-            tl.store(target + rank.to(tl.int64)[:, None] * size, part, mask=seen)
+            part = tl.load(source + token[:, None] * size, mask=is_new, other=0.0)
             if KEPT:
-                place = -2 - tl.load(places + asked + rank, mask=there, other=-1).to(tl.int64)
-                tl.store(mine + place[:, None] * size, part, mask=seen & (place >= 0)[:, None])
-    elif KEPT:
-        count = tl.load(counts + tl.program_id(0)).to(tl.int32)
-        for first in tl.range((split - SPLITS) * TOKENS, count, SPLITS * TOKENS):
-            rank = first + tl.arange(0, TOKENS)
-            place = tl.load(places + asked + rank, mask=rank < count, other=-1).to(tl.int64)
-            seen = (place >= 0)[:, None] & (at < size)
-            part = tl.load(mine + place[:, None] * size, mask=seen, other=0.0)
-            tl.store(target + rank.to(tl.int64)[:, None] * size, part, mask=seen)
+                tl.store(mine + place * size, part, mask=is_new & (place >= 0))
+            if not IN_PLACE:
+                if KEPT:
+                    part = tl.where(is_new, part, tl.load(mine + place * size, mask=seen & ~is_new, other=0.0))
+                tl.store(target + rank.to(tl.int64)[:, None] * size, part, mask=seen)
 
 
 @triton.jit
 def _look_up(  # type: ignore[no-untyped-def]
-    where, tokens, order, hits, notes, slots, selected, counts, sources, new, number,
-    kv_heads, room, most, size, all_notes,
-    TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    where, tokens, order, hits, notes, slots, selected, counts, places, new,
+    kv_heads, room, most, size, all_notes, all_places, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program for a KV head: marks what is here, passes over the rest by age, gives places to what is new."""
     after_previous(EARLY)
     program, at = tl.program_id(0), tl.arange(0, TOKENS)
     owner = tl.load(slots + program // kv_heads).to(tl.int64) * kv_heads + program % kv_heads
     count = tl.load(counts + program).to(tl.int32)
-    places, mine, asked = where + owner * room, owner * size, program.to(tl.int64) * most
+    asked = program.to(tl.int64) * most
+    theirs, mine, chosen, given = where + owner * room, owner * size, selected + asked, places + asked
+    ranks = given + all_places
     marks = notes + program * size  # whether the row in a place is read now
     spares = marks + all_notes  # the places that new rows take
     for first in tl.range(0, size, TOKENS):
@@ -210,9 +238,8 @@ def _look_up(  # type: ignore[no-untyped-def]
     found = 0
     for first in tl.range(0, count, TOKENS):
         meant = first + at < count
-        token = tl.load(selected + asked + first + at, mask=meant, other=0)
-        place = tl.load(places + token, mask=meant, other=-1)
-        tl.store(sources + asked + first + at, place, mask=meant)
+        place = tl.load(theirs + tl.load(chosen + first + at, mask=meant, other=0), mask=meant, other=-1)
+        tl.store(given + first + at, place, mask=meant)
         tl.store(marks + place, 1, mask=place >= 0)
         found += tl.sum((place >= 0).to(tl.int32))
     kept = tl.minimum(count, size) - found
@@ -228,26 +255,28 @@ def _look_up(  # type: ignore[no-untyped-def]
         tl.store(order + mine + rank - kept, place, mask=(unused > 0) & (rank >= kept))
         passed += tl.sum(unused)
     tl.debug_barrier()
+    latest = order + mine + size - found - kept
     hits_before, new_before = 0, 0
     for first in tl.range(0, count, TOKENS):
         meant = first + at < count
-        token = tl.load(selected + asked + first + at, mask=meant, other=0).to(tl.int32)
-        place = tl.load(sources + asked + first + at, mask=meant, other=-1)
+        place = tl.load(given + first + at, mask=meant, other=-1)
         is_here = (place >= 0).to(tl.int32)
         is_new = meant.to(tl.int32) - is_here
+        hit_rank = hits_before + tl.cumsum(is_here, axis=0) - 1
         rank = new_before + tl.cumsum(is_new, axis=0) - 1
-        tl.store(new + asked + rank, first + at, mask=is_new > 0)
-        later = order + mine + size - found - kept
-        tl.store(later + hits_before + tl.cumsum(is_here, axis=0) - 1, place, mask=place >= 0)
+        tl.store(ranks + rank, first + at, mask=is_new > 0)
+        tl.store(ranks + count - found + hit_rank, first + at, mask=is_here > 0)
+        tl.store(latest + hit_rank, place, mask=is_here > 0)
         keeps = (is_new > 0) & (rank < kept)
+        token = tl.load(chosen + first + at, mask=keeps, other=0).to(tl.int32)
         spare = tl.load(spares + rank, mask=keeps, other=0)
         old = tl.load(tokens + mine + spare, mask=keeps, other=-1)
-        tl.store(places + old, -1, mask=old >= 0)
-        tl.store(places + token, spare, mask=keeps)
+        tl.store(theirs + old, -1, mask=old >= 0)
+        tl.store(theirs + token, spare, mask=keeps)
         tl.store(tokens + mine + spare, token, mask=keeps)
-        tl.store(later + found + rank, spare, mask=keeps)
-        tl.store(sources + asked + first + at, -2 - spare, mask=keeps)
+        tl.store(latest + found + rank, spare, mask=keeps)
+        tl.store(given + first + at, spare, mask=keeps)
         hits_before += tl.sum(is_here)
         new_before += tl.sum(is_new)
-    tl.store(number + program, count - found)
+    tl.store(new + program, count - found)
     tl.store(hits + owner, tl.load(hits + owner) + found)

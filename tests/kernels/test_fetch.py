@@ -7,7 +7,7 @@ import torch
 
 from sparsecache.kernels._triton import running
 from sparsecache.kernels.decode import attend_selected
-from sparsecache.kernels.fetch import Recent, attend_gathered, gather
+from sparsecache.kernels.fetch import Recent, gather
 
 CASES = {  # slots, KV heads, room, places, most selected at a time
     "one place": (2, 1, 20, 1, 5),
@@ -20,14 +20,15 @@ if torch.cuda.is_available():
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def _recent(case, device) -> Recent:
+def _recent(case, device, head_dim=16, dtype=torch.float32) -> Recent:
     slots, kv_heads, room, places, _ = case
 
     def of(*size: int, fill: int = -1) -> torch.Tensor:
         return torch.full((slots, kv_heads, *size), fill, dtype=torch.int32, device=device)
 
     order = torch.arange(places, dtype=torch.int32, device=device).expand(slots, kv_heads, -1).contiguous()
-    rows = torch.full((slots, kv_heads, places, 2, 16), torch.nan, device=device)
+    rows = torch.full((slots, kv_heads, places, 2, head_dim), 100.0, device=device, dtype=dtype)  # nothing
+
     return Recent(rows, of(room), of(places), order, torch.zeros(slots, kv_heads, dtype=torch.int64, device=device))
 
 
@@ -61,16 +62,14 @@ def test_what_is_found_is_what_a_textbook_lru_holds(case, which, device) -> None
                 for token in hits:
                     cache.move_to_end(token)
                 free = sorted(set(range(case[3])) - set(cache.values()))
-                new = [token for token in meant if token not in hits][: case[3] - len(hits)]
+                new = [token for token in meant if token not in hits]
                 told = dict(zip(meant, sources.places[row, kv].tolist(), strict=False))
-                fresh = sources.new[row, kv, : sources.number[row, kv]].tolist()
-                assert fresh == [rank for rank, token in enumerate(meant) if token not in hits]
-                assert all(told[token] == cache[token] for token in hits)
-                for token in new:
-                    place = free.pop(0) if free else cache.popitem(last=False)[1]
-                    assert told[token] == -2 - place
-                    cache[token] = place
-                assert all(told[token] == -1 for token in meant if token not in hits and token not in new)
+                assert [meant[rank] for rank in sources.ranks[row, kv, : len(meant)].tolist()] == new + hits
+                assert int(sources.new[row, kv]) == len(new)
+                places = case[3] - len(hits)
+                for token in new[:places]:
+                    cache[token] = free.pop(0) if free else cache.popitem(last=False)[1]
+                assert told == {token: cache.get(token, -1) for token in meant}
                 found += len(hits)
     assert int(recent.hits.sum()) == found > 0
 
@@ -82,10 +81,9 @@ def test_every_step_leaves_what_its_twin_leaves(case, device, agree) -> None:
         order, selected, counts = (x.to(device) for x in (order, selected, counts))
 
         def look_up(where, tokens, ages, hits, *asked):
-            places, new, number = Recent(recent.rows, where, tokens, ages, hits).look_up(*asked)
-            ranks = torch.arange(places.shape[2], device=device)
-            meant = (ranks < each[..., None] for each in (asked[2], number))
-            return *(x.where(is_meant, 0) for x, is_meant in zip((places, new), meant, strict=True)), number
+            places, ranks, new = Recent(recent.rows, where, tokens, ages, hits).look_up(*asked)
+            meant = torch.arange(places.shape[2], device=device) < asked[2][..., None]
+            return places.where(meant, 0), ranks.where(meant, 0), new
 
         agree(look_up, *recent[1:], order, selected, counts)
         recent.look_up(order, selected, counts)
@@ -100,20 +98,22 @@ def test_rows_are_the_same_wherever_they_are_read(case, which, device) -> None:
     for order, selected, counts in _selections(case, 6):
         order, selected, counts = (x.to(device) for x in (order, selected, counts))
         with running(which):
-            sources = recent.look_up(order, selected, counts)
             # What is found must not be read from the store: there, it is gone.
-            gone = store.clone()
-            index = torch.arange(kv_heads, device=device)[:, None].expand(len(order), -1, most)
-            here = (sources.places >= 0) & (torch.arange(most, device=device) < counts[..., None])
-            gone[order[:, None, None].expand_as(here)[here], index[here], selected[here]] = torch.nan
-            rows = gather(gone, order, selected, counts, recent, sources)
-            plain = gather(store, order, selected, counts)
-        meant = torch.arange(most, device=device) < counts[..., None]
-        assert torch.equal(rows[meant], plain[meant])
+            gone, meant = store.clone(), torch.arange(most, device=device) < counts[..., None]
+            slot, head = order[:, None, None].expand_as(meant), torch.arange(kv_heads, device=device)[:, None]
+            head = head.expand_as(meant)
+            here = (recent.where[slot, head, selected] >= 0) & meant
+            gone[slot[here], head[here], selected[here]] = torch.nan
+            sources = recent.look_up(order, selected, counts)
+            rows, places = gather(gone, order, selected, counts, recent, sources)
+        assert (places is None) == (case[3] < most)
+        found = rows[meant] if places is None else rows[slot[meant], head[meant], places[meant].long()]
+        assert torch.equal(found, store[slot[meant], head[meant], selected[meant]])
 
 
+@pytest.mark.parametrize("kept", [None, 40, 131])
 @pytest.mark.parametrize("most", [1, 130])
-def test_gathered_rows_are_attended_to(most, device, dtype, agree) -> None:
+def test_fetched_rows_are_attended_to(most, kept, device, dtype, agree) -> None:
     """Fetched in one kernel, attended to in the next: as attending to them where they lie."""
     slots, kv_heads, group, head_dim, room, batch = 3, 2, 4, 32, 200, 2
     generator = torch.Generator().manual_seed(1)
@@ -129,8 +129,13 @@ def test_gathered_rows_are_attended_to(most, device, dtype, agree) -> None:
     counts[0, 0] = most
 
     def fetched(q, k, v, store, order, selected, counts):
-        rows = gather(store, order, selected, counts)
-        return attend_gathered(q, k, v, rows, counts)
+        if kept is None:
+            return gather(store, order, selected, counts).attend(q, k, v, order, counts)
+        recent = _recent((slots, kv_heads, room, kept, most), device, head_dim, dtype)
+        for _ in range(2):
+            sources = recent.look_up(order, selected, counts)
+            rows = gather(store, order, selected, counts, recent, sources)
+        return rows.attend(q, k, v, order, counts)
 
     agree(fetched, q, k, v, store, order, selected, counts)
     with running("twins"):

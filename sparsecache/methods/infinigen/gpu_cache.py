@@ -40,9 +40,11 @@ class GpuCache:
     def fetch(self, pool: Pool, layer: int, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As `Pool.fetch`: rows that are here are not fetched."""
         recent = self.of(layer)
-        places = recent.look_up(slots, rows.clamp(min=0), (rows >= 0).sum(2)).places
-        fetched = torch.stack(pool.fetch(layer, slots, rows.masked_fill(places >= 0, -1)), 3)
-        k, v = recent.read(slots, places, fetched).unbind(3)
+        asked = rows.clamp(min=0)
+        known = recent.where[slots[:, None, None], self._heads.on(slots)[:, None], asked] >= 0
+        sources = recent.look_up(slots, asked, (rows >= 0).sum(2))
+        fetched = torch.stack(pool.fetch(layer, slots, rows.masked_fill(known, -1)), 3)
+        k, v = recent.read(slots, sources, fetched).unbind(3)
         return k, v
 
     def forget(self, layer: int, slots: Tensor, rows: Tensor) -> None:

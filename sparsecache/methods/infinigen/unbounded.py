@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsecache.kernels.cut import Rule, Selected
 from sparsecache.kernels.decode import Ledger, attend_selected
-from sparsecache.kernels.fetch import attend_gathered, gather
+from sparsecache.kernels.fetch import Fetched, gather
 from sparsecache.kernels.speculation import remember, speculate
 from sparsecache.methods._host import put
 from sparsecache.methods._layers import Everywhere, per_layer
@@ -28,7 +28,7 @@ class _Guess:
     """What is ready for a layer: its selection, fetched rows with offload, and when, on a GPU, they are made."""
 
     selected: Selected
-    rows: Tensor | None
+    fetched: Fetched | None
     made: Any
 
 
@@ -82,8 +82,8 @@ class Unbounded:
         recent = self._gpu_cache.of(layer) if self._gpu_cache is not None else None
         sources = recent.look_up(slots, *selected) if recent is not None else None
         with self._links.reading(slots, *selected, *(sources or [])):
-            rows = gather(self.store[layer], slots, *selected, recent, sources)
-            self._guesses[layer] = _Guess(selected, rows, _now(q.device))
+            fetched = gather(self.store[layer], slots, *selected, recent, sources)
+            self._guesses[layer] = _Guess(selected, fetched, _now(q.device))
 
     def select(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> Selected:
         """What a layer's guessed q asks for, as `anticipate`."""
@@ -100,8 +100,8 @@ class Unbounded:
         with self._keeping.reading(k, v, slots, counts):  # only the next step reads what is written here
             remember(k, v, self._partial.mixing[layer], self._partial.keys[layer], store, ledger.past, slots)
             ledger.note(slots, counts)
-        if guess.rows is not None:
-            out = attend_gathered(q, k, v, guess.rows, counts)
+        if guess.fetched is not None:
+            out = guess.fetched.attend(q, k, v, slots, counts)
         else:
             positions = guess.selected.positions
             out = attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], slots, positions, counts)
