@@ -100,7 +100,7 @@ def main(
         if mode == "startup":
             from sparsecache.bench.startup import startup
 
-            bench.take(startup(model, device, dtype, jobs[0].tokens, bool(names)))
+            bench.take(startup(model, device, dtype, jobs[0].tokens, names))
         elif workload is not None and workers > 1:
             from sparsecache.bench.many import Crew, replay_by_many  # only where it is asked for: it imports Ray
 
