@@ -10,7 +10,8 @@ from sparsecache.kernels.decode import attend_first, attend_selected
 
 # Programs that keep a link to the host busy, and rows that each asks for at a time: other loads of a multiprocessor
 # wait behind those from the host, so that few programs with many rows are least in the way.
-_LINK, _ROWS, _WARPS = 32, 32, 8
+_LINK, _ROWS, _WARPS = 16, 32, 8
+_COPY = 64  # programs that copy what is on the device
 _LOOKED_UP = 4096  # tokens at a time
 
 
@@ -153,11 +154,11 @@ def gather(
         heads = min(batch * kv_heads, _LINK)
         splits = _LINK // heads
         if recent is not None and sources is not None:
-            kept, asked, copied = recent.rows, sources, 0 if in_place else splits
+            kept, asked, copied = recent.rows, sources, 0 if in_place else -(-_COPY // heads)
         _gather[(heads, splits + copied)](
             store, slots, selected, counts, rows, kept, *asked, batch * kv_heads, kv_heads, store.shape[2],
             2 * store.shape[4], most, kept.shape[2], KEPT=recent is not None, IN_PLACE=in_place, ROWS=_ROWS,
-            WIDE=up_to_power(2 * store.shape[4]), SPLITS=splits, num_warps=_WARPS, **launching(),
+            WIDE=up_to_power(2 * store.shape[4]), SPLITS=splits, COPIES=copied, num_warps=_WARPS, **launching(),
         )  # fmt: skip
     else:
         held = torch.arange(most, device=selected.device) < counts[..., None]
@@ -178,7 +179,7 @@ def _heads(selected: Tensor) -> Tensor:
 def _gather(  # type: ignore[no-untyped-def]
     store, slots, selected, counts, rows, kept, places, ranks, new, owners, kv_heads, room, size, most, kept_room,
     KEPT: tl.constexpr, IN_PLACE: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, COPIES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Copies selected rows, KV head by KV head, in order: ascending rows are what a link to the host likes.
 
@@ -191,15 +192,15 @@ def _gather(  # type: ignore[no-untyped-def]
         source, mine = store + head * room * size + at, kept + head * kept_room * size + at
         asked = tl.zeros((), dtype=tl.int64) + owner * most
         target = rows + asked * size + at
-        begin, count = split * ROWS, tl.load(counts + owner).to(tl.int32)
+        begin, count, apart = split * ROWS, tl.load(counts + owner).to(tl.int32), SPLITS * ROWS
         fresh = count  # of those it takes, how many come from the store
         if KEPT:
             fresh = tl.load(new + owner)
             if split < SPLITS:
                 count = fresh
             else:
-                begin = fresh + (split - SPLITS) * ROWS
-        for first in tl.range(begin, count, SPLITS * ROWS):
+                begin, apart = fresh + (split - SPLITS) * ROWS, COPIES * ROWS
+        for first in tl.range(begin, count, apart):
             rank = first + tl.arange(0, ROWS)
             there = rank < count
             seen = there[:, None] & (at < size)
