@@ -34,16 +34,18 @@ class Crew:
 
 
 def replay_by_many(crew: Crew, workload: Path, rows: int) -> Iterator[Line]:
-    """Milliseconds a prompt of a replay by workers on GPUs of their own, beside one alone."""
+    """Milliseconds a prompt of a replay by 2, 4, .. and all workers, on GPUs of their own, beside one alone."""
     requests = requests_of(vocabulary_of(crew.model), workload, rows)
-    seconds = {}
-    for workers in (1, crew.workers):
+    alone = None
+    for workers in sorted({crew.workers, *(2**power for power in range(crew.workers.bit_length()))}):
         with _working(replace(crew, workers=workers), requests) as engine:
-            seconds[workers], clock = timed(engine, requests)
-    ours = seconds[crew.workers]
-    notes = {"prompts_per_s": len(requests) / ours, "prompt_tokens": clock.prefill_tokens, "slots": crew.slots}
-    what = f"replay of {len(requests)} prompts by {crew.workers} workers"
-    yield Line(what, ours / len(requests), None, {"one worker": seconds[1] / len(requests)}, notes)
+            seconds, clock = timed(engine, requests)
+        if alone is None:
+            alone = seconds
+            continue
+        notes = {"prompts_per_s": len(requests) / seconds, "prompt_tokens": clock.prefill_tokens, "slots": crew.slots}
+        what = f"replay of {len(requests)} prompts by {workers} workers"
+        yield Line(what, seconds / len(requests), None, {"one worker": alone / len(requests)}, notes)
 
 
 class _BenchWorker(Worker):
