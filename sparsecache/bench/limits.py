@@ -42,20 +42,27 @@ def step_limit(subject: Subject, tokens: int, batch: int, rate: float, link: flo
 
 
 def sparse_limit(
-    subject: Subject, tokens: int, batch: int, rate: float, link: float | None, kept: float, options: dict[str, Any]
+    subject: Subject,
+    tokens: int,
+    batch: int,
+    rate: float,
+    link: float | None,
+    options: dict[str, Any],
+    kept: float,
+    hit: float,
 ) -> float:
     """The same of InfiniGen: the sparse layers read their partial keys, what they fetch, and the next query weights.
 
-    kept: the share of the past that was attended to; options: the method's.
+    options: the method's; kept: the share of the past that was attended to; hit: that of it that was on the GPU.
     """
     shape, layers = subject.architecture.shape, subject.weights.layers
     sparse = shape.layers - options["dense_layers"]
     columns = min(32, shape.head_dim) / shape.head_dim if (ratio := options["partial_weight_ratio"]) is None else ratio
     of_layer = batch * tokens * subject.kv_nbytes / shape.layers
     query = layers[0].qkv.nbytes * shape.heads // (shape.heads + 2 * shape.kv_heads)
-    fetched = sparse * kept * of_layer
+    read = sparse * kept * of_layer
     on_device = subject.nbytes + sparse * (query + columns / 2 * of_layer) + options["dense_layers"] * of_layer
-    seconds: float = max(on_device / rate, fetched / link) if link else (on_device + fetched) / rate
+    seconds: float = max((on_device + read) / rate, (1 - hit) * read / link) if link else (on_device + read) / rate
     return seconds
 
 

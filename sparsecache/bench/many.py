@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,7 +40,9 @@ def replay_by_many(crew: Crew, workload: Path, rows: int) -> Iterator[Line]:
     alone = None
     for workers in sorted({crew.workers, *(2**power for power in range(crew.workers.bit_length()))}):
         with _working(replace(crew, workers=workers), requests) as engine:
+            print(f"{workers} loaded; now {len(requests)} prompts.", file=sys.stderr)
             seconds, clock = timed(engine, requests)
+        print(f"They took {seconds:.1f} s.", file=sys.stderr)
         if alone is None:
             alone = seconds
             continue

@@ -86,12 +86,15 @@ def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], way: Way
         tokens = job.tokens + job.new_tokens // 2
         if way.method == "infinigen":
             options = parse_options(way.method, way.options)
-            limit = sparse_limit(
-                subject, tokens, job.batch, rate, link, sum(kept) / len(kept) if kept else 0.0, options
-            )
+            hits = [report.get("gpu_cache_hit") or 0.0 for report in reports]
+            limit = sparse_limit(subject, tokens, job.batch, rate, link, options, _mean(kept), _mean(hits))
         else:
             limit = step_limit(subject, tokens, job.batch, rate, link)
-        yield Line(f"{way}, {job.tokens} tokens, batch {job.batch}", job.batch * _step(clock), limit, others, notes)
+        yield Line(f"{job.tokens} tokens, batch {job.batch}, {way}", job.batch * _step(clock), limit, others, notes)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0
 
 
 def _peer_step(subject: Subject, job: Job, name: str) -> float:
@@ -145,8 +148,9 @@ def requests_of(vocabulary: int, workload: Path, rows: int) -> list[Request]:
 
 
 def stratified(workload: Path, rows: int) -> list[Job]:
-    """About `rows` rows of a workload, of each dataset its share, evenly over its lengths; longest prompt first.
+    """`rows` rows of a workload, of each dataset its share, evenly over its lengths; longest prompt first.
 
+    Fewer where the workload has fewer, more where it has more datasets, of which each gives one at least.
     Raises UsageError for a file without the columns.
     """
     by_dataset: dict[str, list[Job]] = {}
@@ -163,9 +167,12 @@ def stratified(workload: Path, rows: int) -> list[Job]:
     if not total or any(job.tokens < 1 for jobs in by_dataset.values() for job in jobs):
         raise UsageError(f"{workload} needs rows, and prompt_tokens from 1 on in each.")
     chosen: list[Job] = []
+    before = 0.0  # of the rows so far, those that are wanted; what rounding takes from one dataset, the next one gets
     for jobs in by_dataset.values():
         jobs.sort(key=lambda job: (job.tokens, job.new_tokens))
-        count = min(len(jobs), max(1, round(rows * len(jobs) / total)))
+        wanted = before + rows * len(jobs) / total
+        count = min(len(jobs), max(1, round(wanted) - round(before)))
+        before = wanted
         chosen += [jobs[(2 * at + 1) * len(jobs) // (2 * count)] for at in range(count)]
     return sorted(chosen, key=lambda job: -job.tokens)
 

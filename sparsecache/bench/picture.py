@@ -1,6 +1,7 @@
 """Lines as a picture: how long ours, each peer and the limit take, one group of bars for each thing measured."""
 
 from collections.abc import Sequence
+from textwrap import shorten
 
 from sparsecache.bench.lines import Line
 from sparsecache.longbench.pictures._axes import legend_above
@@ -27,7 +28,8 @@ def draw(lines: Sequence[Line]) -> Picture:
         for place, time in zip(places, times, strict=True):
             axis.text(time, place, f" {time:.3g}", color=MUTED, va="center", fontsize=6)
     for start, line in zip(starts, lines, strict=True):
-        axis.text(0, start - _NAME / 2, line.what, va="center")
+        name = axis.text(0, start - _NAME / 2, shorten(line.what, 62, placeholder=" .."), va="center")
+        name.set_in_layout(False)  # it may be wider than the bars
         if line.limit is not None:
             axis.plot([1000 * line.limit] * 2, [start, start + height], color=INK, linewidth=1.2)
     axis.set_ylim(end, 0)

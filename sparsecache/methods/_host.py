@@ -3,14 +3,13 @@
 import contextlib
 import ctypes
 import math
-import mmap
 import weakref
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_GIB, _HUGE = 2**30, 2**21
+_GIB = 2**30
 _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for all GPUs
 _pinned = 0
 _CGROUP = Path("/sys/fs/cgroup")
@@ -30,10 +29,7 @@ def make_room(*size: int, dtype: torch.dtype, device: torch.device, offload: boo
             f"offload needs {needed / _GIB:.1f} GiB of host memory, and {free / _GIB:.1f} GiB are available. Decode "
             f"fewer or shorter sequences at a time."
         )
-    room = torch.empty(size, dtype=dtype)
-    if device.type == "cuda" and needed:
-        _want_huge_pages(room)
-    room.zero_()
+    room = torch.zeros(size, dtype=dtype)
     if device.type == "cuda" and needed:
         _pin(room)
     return room
@@ -43,14 +39,6 @@ def put(rows: Tensor, target: Tensor) -> None:
     """Copies rows [G, L, ..] to the first L of target [G, T, ..], which may lie in pinned host memory."""
     for of_head, to_head in zip(rows, target, strict=True):  # each is whole memory, as copies over a link should be
         to_head[: len(of_head)].copy_(of_head, non_blocking=True)
-
-
-def _want_huge_pages(tensor: Tensor) -> None:
-    """Asks the kernel for pages of 2 MiB, of which a GPU has to look up fewer; whether it has any is its business."""
-    first = -(-tensor.data_ptr() // _HUGE) * _HUGE
-    size = (tensor.data_ptr() + tensor.nbytes - first) // _HUGE * _HUGE
-    if size > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
 
 
 def pinned_bytes() -> int:

@@ -3,14 +3,18 @@
 import csv
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+import sparsecache.kernels
 from sparsecache.bench.lines import Line, table
 from sparsecache.bench.models import SHAPES, Subject, load_subject
 from sparsecache.bench.modes import Job, stratified
+from sparsecache.bench.stages import _STAGES, profiled, stage_of
 from sparsecache.demo.checkpoint import MODEL_TYPES, make_random_checkpoint
 from sparsecache.errors import UsageError
 
@@ -98,10 +102,58 @@ def test_every_mode_runs_and_saves_what_it_printed(mode, main, tmp_path, monkeyp
         main, [mode, "--model", str(folder), "--new_tokens", "4", "--device", "cpu", "--out", str(tmp_path), *more]
     )
     assert told.exit_code == 0, told.output
+    assert (tmp_path / f"{mode}-tiny.svg").read_bytes().startswith(b"<?xml")
     saved = json.loads((tmp_path / f"{mode}-tiny.json").read_text())
     assert len(saved["lines"]) == (1 if mode == "replay" else 2)
     for line in saved["lines"]:
         assert line["what"] in told.output and line["seconds"] > 0 and line["peers"]["transformers"] > 0
+
+
+def test_a_start_is_told_stage_by_stage(repo, tmp_path, run_python) -> None:
+    """A shape whose weights are saved first, so that what is written can be loaded by both engines."""
+    program = (
+        "from sparsecache.bench import models, startup\n"
+        "models.SHAPES['tiny'] = dict(vocab_size=3000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)\n"
+        "for line in startup.startup('tiny', 'cpu', 'float32', 200, ['transformers']): print(line.notes, line.peers)"
+    )
+    told = run_python("-c", program)
+    assert told.returncode == 0, told.stderr
+    stages = ("imports", "weights", "room", "first token")
+    for line in told.stdout.splitlines():
+        seconds = [float(re.search(rf"'sparsecache': .*?'{stage}': ([0-9.]+)", line)[1]) for stage in stages]
+        assert seconds[0] > 0 and seconds == sorted(seconds)
+        assert line.count("'first token'") == 2 and "{'transformers': " in line
+    assert len(told.stdout.splitlines()) == 2
+
+
+def test_a_profile_tells_what_a_step_takes_and_leaves_the_prompt_out() -> None:
+    def decode(new_tokens: int) -> None:
+        torch.ones(300, 300) @ torch.ones(300, 300)  # a prompt
+        for _ in range(new_tokens - 1):
+            torch.ones(40).cumsum(0)
+
+    rows = [line.split() for line in profiled(decode, 8, False, None).splitlines()]
+    operations = {row[0]: float(row[-1]) for row in rows if row and row[0].startswith("aten::")}
+    assert operations["aten::cumsum"] == 1 and "aten::mm" not in operations
+
+
+def test_kernels_belong_to_the_stages_that_launch_them() -> None:
+    assert [stage_of(name) for name in ("_attend", "_write", "_gather", "void at::native::reduce_kernel")] == [
+        "attention", "the cut", "fetching rows", "all else",
+    ]  # fmt: skip
+    kernels = {name for stage in _STAGES.values() for name in stage}
+    written = "".join(path.read_text() for path in Path(sparsecache.kernels.__file__).parent.glob("*.py"))
+    assert all(f"def {name}(" in written for name in kernels)
+
+
+def test_what_a_step_moved_is_said() -> None:
+    notes = {"kept": [0.05, 0.15], "fetched_bytes_per_step": 2e6, "gpu_cache_hit": [0.5, None, 0.7]}
+    told = table([Line("decode", 0.004, notes={**notes, "cache_host_bytes": 3 * 2**30})])
+    assert (
+        "attended to 10.0 % of the past in sparse layers; fetched 2.0 MB a step, and found 60.0 % in gpu_cache; "
+        in told
+    )
+    assert "cache in pinned host memory 3.00 GiB" in told and "GPU memory" not in told
 
 
 def test_a_replay_is_shared_by_workers(repo, tmp_path, run_python) -> None:
@@ -143,7 +195,10 @@ def test_a_method_is_measured_beside_our_own_vanilla(main, tmp_path, monkeypatch
     told = CliRunner().invoke(main, [*arguments, *way, *more])
     assert told.exit_code == 0, told.output
     (line,) = json.loads((tmp_path / "decode-tiny.json").read_text())["lines"]
-    assert line["what"].startswith("infinigen budget=0.1 alpha=inf") and line["peers"].keys() == {"vanilla", "streamed"}
+    assert line["what"].startswith("60 tokens, batch 2, infinigen budget=0.1 alpha=inf") and line["peers"].keys() == {
+        "vanilla",
+        "streamed",
+    }
     assert all(0.07 < kept <= 0.1 for kept in line["notes"]["kept"])
     assert line["notes"]["fetched_bytes_per_step"] == pytest.approx(2 * 6 * 2 * 2 * 2 * 16 * 4, rel=0.01)
 
