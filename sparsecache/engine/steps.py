@@ -15,21 +15,10 @@ Steps = Callable[[Tensor], tuple[Tensor, Tensor]]
 The logits stand until the next step; the tokens, on the CPU or the device, are the caller's.
 """
 
-_PARTS = 128
-
 
 def make_steps(decoder: Decoder, slots: int) -> Steps:
     """Steps of up to `slots` sequences. The method must have room for them, and nothing in flight."""
     return GraphedSteps(decoder, slots) if decoder.graphable else EagerSteps(decoder)
-
-
-def most_likely(logits: Tensor) -> Tensor:
-    """logits.argmax(dim=-1) of [B, V], the first of equals: [B]; in parts, each of which a GPU gives a program."""
-    if logits.shape[1] % _PARTS:
-        return logits.argmax(dim=-1)
-    best, at = logits.view(len(logits), _PARTS, -1).max(dim=-1)  # [B, parts]
-    part = best.argmax(dim=-1, keepdim=True)
-    return (part * (logits.shape[1] // _PARTS) + at.gather(1, part)).flatten()
 
 
 class EagerSteps:
@@ -113,7 +102,7 @@ class GraphedSteps:
     def _run(self, inputs: Tensor, greedy: Tensor) -> Tensor:
         """One step, which leaves in `inputs` those of the next, and its choice in `greedy`; logits [size, V]."""
         logits = self._decoder.step(*inputs)
-        inputs[0] = most_likely(logits)
+        inputs[0] = logits.argmax(dim=-1)
         inputs[1] += 1
         greedy.copy_(inputs[0], non_blocking=True)
         return logits

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsecache.engine import generator
-from sparsecache.engine.steps import GraphedSteps, most_likely
+from sparsecache.engine.steps import GraphedSteps
 from sparsecache.kernels._triton import INTERPRETED, running
 from sparsecache.methods.vanilla import Vanilla
 
@@ -130,10 +130,3 @@ def test_out_of_memory_shrinks_the_batch_and_goes_on(
     assert ("out of memory" in capfd.readouterr().err) == (where != "allocate")
     engine.reserve(40)  # the next dataset may fit again
     assert method.rooms[-1] == 5 or where == "allocate"
-
-
-@pytest.mark.parametrize("vocabulary", [128, 1000, 1024, 128 * 501])
-def test_the_most_likely_is_the_first_of_equals(vocabulary) -> None:
-    logits = torch.randint(-3, 3, (5, vocabulary), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    logits[0, [vocabulary // 2, vocabulary - 1]] = 9
-    assert torch.equal(most_likely(logits), logits.argmax(dim=-1))
