@@ -111,11 +111,11 @@ def main(
                 bench.take(replay(subject, workload, rows, slots, names))
             else:
                 bench.take_each(subject)
-            if profiled:
-                kernels = out / f"{bench.name}-profile.txt" if out is not None else None
-                click.echo(profile(subject, jobs[0], kernels, way))
         if out is not None:
             bench.save(out / (bench.name if workers == 1 else f"{bench.name}-{workers}"))
+        if profiled and not bench.failed:
+            kernels = out / f"{bench.name}-profile.txt" if out is not None else None
+            click.echo(profile(subject, jobs[0], kernels, way))
     sys.exit(1 if bench.failed else 0)
 
 
@@ -136,24 +136,25 @@ class _Bench:
         self.lines: list[Line] = []
         self.failed = False
 
-    def take(self, measured: Iterator[Line]) -> None:
+    def take(self, measured: Iterator[Line], what: str = "it") -> None:
         """Prints and keeps each line as it comes; a failure is told, and the lines before it stay."""
         try:
             for line in measured:
                 self.lines.append(line)
                 click.echo(table([line]).strip("\n"))
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            click.echo(f"{self.mode} was not measured to its end: {one_line(error)}", err=True)
+            click.echo(f"{self.mode}: {what} was not measured to its end: {one_line(error)}", err=True)
             self.failed = True
         free_memory()
 
     def take_each(self, subject: Subject) -> None:
         """Each job's lines."""
         for job in self.jobs:
+            what = f"{job.tokens} tokens, batch {job.batch},"
             if self.mode == "decode":
-                self.take(decode(subject, [job], self.peers, self.way))
+                self.take(decode(subject, [job], self.peers, self.way), what)
             else:
-                self.take(prefill(subject, [job], self.peers))
+                self.take(prefill(subject, [job], self.peers), what)
 
     def save(self, stem: Path) -> None:
         """Writes the lines as JSON and, where matplotlib is installed, as a picture."""

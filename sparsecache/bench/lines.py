@@ -51,9 +51,9 @@ def _said(notes: dict[str, Any]) -> str:
         parts.append(f"attended to {100 * sum(kept) / len(kept):.1f} % of the past in sparse layers")
     if fetched := notes.get("fetched_bytes_per_step"):
         hits = [hit for hit in notes["gpu_cache_hit"] if hit is not None]
-        parts.append(
-            f"fetched {fetched / 1e6:.1f} MB a step, and found {100 * sum(hits) / len(hits):.1f} % in gpu_cache"
-        )
+        parts.append(f"fetched {fetched / 1e6:.1f} MB a step")
+        if any(hits):
+            parts.append(f"found {100 * sum(hits) / len(hits):.1f} % in gpu_cache")
     for where, name in (("cache_gpu_bytes", "GPU"), ("cache_host_bytes", "pinned host memory")):
         if notes.get(where):
             parts.append(f"cache in {name} {notes[where] / 2**30:.2f} GiB")

@@ -64,7 +64,7 @@ class Job:
 def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], way: Way) -> Iterator[Line]:
     """Milliseconds of a decode step of each job, beside the peers' (those of transformers only without a batch)."""
     rate = copy_rate(subject.device)
-    offloaded = way.options.get("offload") == "true" and subject.device.type == "cuda"
+    offloaded = parse_options(way.method, way.options).get("offload") and subject.device.type == "cuda"
     link = link_rate(subject.device) if offloaded else None
     for job in jobs:
         clock, reports, caches = run(subject.engine(way.method, way.options, job.batch), subject, job, _step)

@@ -167,7 +167,7 @@ def _set_aside(  # type: ignore[no-untyped-def]
         wanted = (tl.sum(nearby) + KV_HEADS - 1) // KV_HEADS
     else:
         wanted = tl.sum(tl.where(every // SPLITS == kv, nearby, 0))
-    wanted = tl.minimum(wanted, tl.load(caps + count).to(tl.int32))
+    wanted = tl.minimum(wanted.to(tl.int64), tl.load(caps + count)).to(tl.int32)  # a cap may be any count
 
     other, bins = tl.arange(0, MOST), tl.arange(0, 256)
     of_parts = tl.load(

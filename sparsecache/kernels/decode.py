@@ -15,8 +15,6 @@ from sparsecache.kernels._triton import after_previous, before_next, fast, launc
 from sparsecache.kernels.attention import attention
 
 _TILE = 32768  # bytes of keys, and of values, that a program reads at a time
-_STAGES, _SELECTED_STAGES = 2, 2  # such blocks on their way; of chosen rows, whose places are read before
-_SELECTED_TILE = 32768
 _WAVES = 2  # programs for each multiprocessor, at most
 
 
@@ -94,8 +92,8 @@ def attend_selected(
 ) -> Tensor:
     """Attention over chosen rows of a slot and the new token, which is not appended.
 
-    As attend_and_append, but for selected: [B, G, N] int64, of which the first counts [B, G] are rows to attend to,
-    none twice. keys and values may be strided, but for their last dimension.
+    As attend_and_append, but for selected: [B, G, N] int64 or int32, of which the first counts [B, G] are rows to
+    attend to, none twice. keys and values may be strided, but for their last dimension.
     """
     if fast(q):
         return _kernel(q, k, v, keys, values, slots, counts, selected)
@@ -135,8 +133,7 @@ def _kernel(
     marks = torch.empty((2, batch, heads, splits), device=q.device, dtype=torch.float32)  # maxima, sums of weights
     out = torch.empty((batch, heads, 1, head_dim), device=q.device, dtype=q.dtype)
     wide = up_to_power(head_dim, 16)
-    tile, stages = (_TILE, _STAGES) if selected is None else (_SELECTED_TILE, _SELECTED_STAGES)
-    tokens = max(16, min(128, tile // (wide * keys.element_size())))
+    tokens = max(16, min(128, _TILE // (wide * keys.element_size())))
     numbers, appended = numbers.contiguous(), numbers.dim() == 1
     _attend[(batch * kv_heads, splits)](
         q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), keys, values, *keys.stride()[:3],
@@ -145,7 +142,7 @@ def _kernel(
         kv_heads, room, head_dim, batch * heads * splits, 0 if selected is None else selected.shape[2],
         APPENDED=appended, SLOTS=slots is not None, SELECTED=selected is not None,
         GROUP=heads // kv_heads, QUERIES=up_to_power(heads // kv_heads, 16),
-        TOKENS=tokens, WIDE=wide, SPLITS=splits, num_warps=4, num_stages=stages, **launching(),
+        TOKENS=tokens, WIDE=wide, SPLITS=splits, num_warps=4, num_stages=2, **launching(),
     )  # fmt: skip
     _merge[(batch, heads)](
         sums, marks, out, numbers if slots is None else slots, numbers, room, head_dim, batch * heads * splits,

@@ -149,10 +149,7 @@ def test_kernels_belong_to_the_stages_that_launch_them() -> None:
 def test_what_a_step_moved_is_said() -> None:
     notes = {"kept": [0.05, 0.15], "fetched_bytes_per_step": 2e6, "gpu_cache_hit": [0.5, None, 0.7]}
     told = table([Line("decode", 0.004, notes={**notes, "cache_host_bytes": 3 * 2**30})])
-    assert (
-        "attended to 10.0 % of the past in sparse layers; fetched 2.0 MB a step, and found 60.0 % in gpu_cache; "
-        in told
-    )
+    assert "attended to 10.0 % of the past in sparse layers; fetched 2.0 MB a step; found 60.0 % in gpu_cache; " in told
     assert "cache in pinned host memory 3.00 GiB" in told and "GPU memory" not in told
 
 

@@ -30,6 +30,7 @@ RULES = {  # alpha, budget, mean, sinks, recent
     "everything": (math.inf, 1.0, True, 0, 0),
     "each its own": (1.0, 0.5, False, 2, 3),
     "a count": (5.0, 30, True, 1, 0),
+    "a count beyond int32": (math.inf, 2**32 + 5, True, 0, 0),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
