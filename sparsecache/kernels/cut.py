@@ -35,7 +35,6 @@ class Selected(NamedTuple):
 def take_nearest(
     scores: Tensor,
     extremes: Tensor,
-    finished: Tensor,
     past: Tensor,
     slots: Tensor,
     rule: Rule,
@@ -45,8 +44,8 @@ def take_nearest(
     """The tokens of each slot and KV head that a rule takes by their scores, in kernels.
 
     scores: [B, H, T] float32, T a multiple of 16, beyond the slot's past tokens anything; extremes: [2, B, H, splits],
-    the highest and the lowest of each part of a slot's tokens; finished: [B, G] int32 zeros; past: [slots] int64;
-    slots: [B] int64. width: room for the positions, the highest cap there can be.
+    the highest and the lowest of each part of a slot's tokens; past: [slots] int64; slots: [B] int64.
+    width: room for the positions, the highest cap there can be.
     """
     batch, heads, apart = scores.shape
     splits, device = extremes.shape[3], scores.device
@@ -57,15 +56,15 @@ def take_nearest(
 
     distance, lowest = room(apart, dtype=torch.float32), room(dtype=torch.float32)
     near, steps = room(splits), room(splits, 256)  # how many of a part are within alpha, and in each step
-    before, aside, cut = room(2, splits), room(apart), room(3)
+    before, aside, cut, finished = room(2, splits), room(apart), room(3), room()
     found = Selected(room(width, dtype=torch.int64), room(dtype=torch.int64))
     counted = min(_MOST, up_to_power(-(-apart // splits), _FEWEST))
     sizes = {"SPLITS": splits, "MOST": up_to_power(splits), "TOKENS": counted, **launching()}
     sizes["num_warps"] = 4 if counted == _FEWEST else 8
     group = heads // kv_heads
     _measure[grid](
-        scores, extremes, distance, lowest, past, slots, near, steps, min(rule.alpha, 3e38), rule.sinks, rule.recent,
-        kv_heads, apart, extremes[0].numel(), GROUP=group, QUERIES=up_to_power(group), **sizes,
+        scores, extremes, distance, lowest, past, slots, near, steps, finished, min(rule.alpha, 3e38), rule.sinks,
+        rule.recent, kv_heads, apart, extremes[0].numel(), GROUP=group, QUERIES=up_to_power(group), **sizes,
     )  # fmt: skip
     _set_aside[grid](
         distance, lowest, past, slots, rule.caps, near, steps, before, aside, cut, finished, apart,
@@ -108,7 +107,8 @@ def _from_above(counts, wanted):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _measure(  # type: ignore[no-untyped-def]
-    scores, extremes, distance, lowest, past, slots, near, steps, alpha, sinks, recent, kv_heads, apart, all_extremes,
+    scores, extremes, distance, lowest, past, slots, near, steps, finished, alpha, sinks, recent, kv_heads, apart,
+    all_extremes,
     GROUP: tl.constexpr, QUERIES: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -125,6 +125,8 @@ def _measure(  # type: ignore[no-untyped-def]
     best = tl.where(query < GROUP, best, 0.0)
     low = tl.max(tl.where(query < GROUP, worst - best, float("-inf")))  # no token is farther from every head's best
     tl.store(lowest + owner, low)
+    if split == 0:  # what the next kernel counts its programs in
+        tl.store(finished + owner, 0)
     nearby = tl.zeros((TOKENS,), dtype=tl.int32)
     counts = tl.zeros((256,), dtype=tl.int32)
     start, end = part_of(count, split, TOKENS, SPLITS)

@@ -32,13 +32,29 @@ class Fetched(NamedTuple):
 class Sources(NamedTuple):
     """Where selected rows come from.
 
-    places: [B, G, N] int32, where each is to be found among the kept, or -1. ranks: [B, G, N] int32, which of the rows
-    were not there yet, ascending, and then which were. new: [B, G] int32, how many were not.
+    kept: [slots, G, C, 2, D], the rows of a `Recent`. places: [B, G, N] int32, where each is there, or -1. ranks:
+    [B, G, N] int32, which of the selected were not there yet, ascending, and then which were. new: [B, G] int32, how
+    many were not.
     """
 
+    kept: Tensor
     places: Tensor
     ranks: Tensor
     new: Tensor
+
+    def read(self, slots: Tensor, rows: Tensor) -> Tensor:
+        """Rows [B, G, N, 2, D] that were fetched, with those that were here in their place; keeps what is to be kept.
+
+        Of those that were here, anything may have been fetched.
+        """
+        slot, head = (x.expand(self.places.shape) for x in (slots[:, None, None], _heads(rows)[:, None]))
+        is_new = torch.arange(rows.shape[2], device=rows.device) < self.new[..., None]
+        is_new = torch.zeros_like(is_new).scatter(2, self.ranks.long(), is_new)
+        places = self.places.long()
+        found, keeps = (places >= 0) & ~is_new, (places >= 0) & is_new
+        rows = torch.where(found[..., None, None], self.kept[slot, head, places.clamp(min=0)], rows)
+        self.kept[slot[keeps], head[keeps], places[keeps]] = rows[keeps]
+        return rows
 
 
 class Recent(NamedTuple):
@@ -100,7 +116,7 @@ class Recent(NamedTuple):
         self.order[index] = latest[..., :-1].int()
         self.hits[index] += found[..., 0]
         ranks = (2 * ~meant + hit).int().argsort(dim=-1, stable=True)  # the new, the found, the rest
-        return Sources(torch.where(keeps, spare, place).int(), ranks.int(), new.sum(2).int())
+        return Sources(self.rows, torch.where(keeps, spare, place).int(), ranks.int(), new.sum(2).int())
 
     def _looked_up(self, slots: Tensor, selected: Tensor, counts: Tensor) -> Sources:
         batch, kv_heads, most = selected.shape
@@ -114,61 +130,37 @@ class Recent(NamedTuple):
             kv_heads, self.where.shape[2], most, size, batch * kv_heads * size, batch * kv_heads * most,
             TOKENS=tokens, num_warps=max(4, tokens // 256), num_stages=1, **launching(),
         )  # fmt: skip
-        return Sources(told[0], told[1], new)
-
-    def read(self, slots: Tensor, sources: Sources, rows: Tensor) -> Tensor:
-        """Rows [B, G, N, 2, D] that were fetched, with those that were here in their place; keeps what is to be kept.
-
-        Of those that were here, anything may have been fetched.
-        """
-        slot, head = (x.expand(sources.places.shape) for x in (slots[:, None, None], _heads(rows)[:, None]))
-        is_new = torch.arange(rows.shape[2], device=rows.device) < sources.new[..., None]
-        is_new = torch.zeros_like(is_new).scatter(2, sources.ranks.long(), is_new)
-        places = sources.places.long()
-        found, keeps = (places >= 0) & ~is_new, (places >= 0) & is_new
-        rows = torch.where(found[..., None, None], self.rows[slot, head, places.clamp(min=0)], rows)
-        self.rows[slot[keeps], head[keeps], places[keeps]] = rows[keeps]
-        return rows
+        return Sources(self.rows, told[0], told[1], new)
 
 
-def gather(
-    store: Tensor,
-    slots: Tensor,
-    selected: Tensor,
-    counts: Tensor,
-    recent: Recent | None = None,
-    sources: Sources | None = None,
-) -> Fetched:
+def gather(store: Tensor, slots: Tensor, selected: Tensor, counts: Tensor, sources: Sources | None = None) -> Fetched:
     """The rows that attend_selected would read of store [slots, G, T, 2, D], keys and values.
 
-    store may lie in pinned host memory, all else on the GPU. recent, sources: what is kept of the store, and where it
-    said that the rows are to come from; they are then attended to in their places, if there is one for each.
+    store may lie in pinned host memory, all else on the GPU. sources: where a `Recent` of the store said that they are
+    to come from; where it has a place for each, that is where they are then attended to.
     """
     batch, kv_heads, most = selected.shape
-    in_place = recent is not None and recent.tokens.shape[2] >= most
+    in_place = sources is not None and sources.kept.shape[2] >= most
     if fast(selected):
-        size, copied = (batch, kv_heads, 0 if in_place else most, *store.shape[3:]), 0
-        rows = torch.empty(size, device=selected.device, dtype=store.dtype)
+        rows = torch.empty(
+            (batch, kv_heads, 0 if in_place else most, *store.shape[3:]), device=selected.device, dtype=store.dtype
+        )
         selected, counts = selected.contiguous(), counts.contiguous()
-        kept, asked = rows, (selected, selected, counts)
+        asked = sources or (rows, selected, selected, counts)
         heads = min(batch * kv_heads, _LINK)
-        splits = _LINK // heads
-        if recent is not None and sources is not None:
-            kept, asked, copied = recent.rows, sources, 0 if in_place else -(-_COPY // heads)
-        _gather[(heads, splits + copied)](
-            store, slots, selected, counts, rows, kept, *asked, batch * kv_heads, kv_heads, store.shape[2],
-            2 * store.shape[4], most, kept.shape[2], KEPT=recent is not None, IN_PLACE=in_place, ROWS=_ROWS,
-            WIDE=up_to_power(2 * store.shape[4]), SPLITS=splits, COPIES=copied, num_warps=_WARPS, **launching(),
+        splits, copies = _LINK // heads, 0 if sources is None or in_place else -(-_COPY // heads)
+        _gather[(heads, splits + copies)](
+            store, slots, selected, counts, rows, *asked, batch * kv_heads, kv_heads, store.shape[2],
+            2 * store.shape[4], most, asked[0].shape[2], KEPT=sources is not None, IN_PLACE=in_place, ROWS=_ROWS,
+            WIDE=up_to_power(2 * store.shape[4]), SPLITS=splits, COPIES=copies, num_warps=_WARPS, **launching(),
         )  # fmt: skip
     else:
         held = torch.arange(most, device=selected.device) < counts[..., None]
         fetched = store[slots[:, None, None], _heads(selected)[:, None], selected.masked_fill(~held, 0)]
         rows = torch.where(held[..., None, None], fetched, 0)
-        if recent is not None and sources is not None:
-            rows = recent.read(slots, sources, rows)
-    if recent is not None and sources is not None and in_place:
-        return Fetched(recent.rows, sources.places)
-    return Fetched(rows, None)
+        if sources is not None:
+            rows = sources.read(slots, rows)
+    return Fetched(sources.kept, sources.places) if sources is not None and in_place else Fetched(rows, None)
 
 
 def _heads(selected: Tensor) -> Tensor:

@@ -67,19 +67,18 @@ def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tens
     apart = -(-room // 16) * 16
     scores = torch.empty((batch, heads, apart), device=device, dtype=torch.float32)
     extremes = torch.empty((2, batch, heads, splits), device=device, dtype=torch.float32)
-    finished = torch.empty((batch, kv_heads), device=device, dtype=torch.int32)
     _score[(batch * kv_heads, splits)](
-        q, q.stride(0), q.stride(1), columns, keys, past, slots, scores, extremes, finished,
+        q, q.stride(0), q.stride(1), columns, keys, past, slots, scores, extremes,
         1 / math.sqrt(head_dim), kv_heads, room, apart, head_dim, wide, extremes[0].numel(),
         SIZE=up_to_power(head_dim, 16), WIDE=up_to_power(wide, 16), GROUP=group, QUERIES=up_to_power(group, 16),
         TOKENS=_TOKENS, SPLITS=splits, num_warps=8, num_stages=_STAGES, **launching(),
     )  # fmt: skip
-    return take_nearest(scores, extremes, finished, past, slots, rule, kv_heads, width)
+    return take_nearest(scores, extremes, past, slots, rule, kv_heads, width)
 
 
 @triton.jit
 def _score(  # type: ignore[no-untyped-def]
-    q, q_row, q_head, columns, keys, past, slots, scores, extremes, finished, scale, kv_heads, room, apart,
+    q, q_row, q_head, columns, keys, past, slots, scores, extremes, scale, kv_heads, room, apart,
     size, wide, all_extremes,
     SIZE: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
@@ -117,8 +116,6 @@ def _score(  # type: ignore[no-untyped-def]
     mark = extremes + (row * kv_heads * GROUP + head) * SPLITS + split
     tl.store(mark, best, mask=query < GROUP)
     tl.store(mark + all_extremes, worst, mask=query < GROUP)
-    if split == 0:
-        tl.store(finished + tl.program_id(0), 0)
 
 
 @triton.jit

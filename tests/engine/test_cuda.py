@@ -112,7 +112,12 @@ def test_a_prompt_is_attended_to_without_its_whole_score_matrix(make_checkpoint:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("vanilla", {}), ("infinigen", {"budget": "0.2", "dense_layers": "1"}), ("infinigen", {"offload": "true"})],
+    [
+        ("vanilla", {}),
+        ("infinigen", {"budget": "0.2", "dense_layers": "1"}),
+        ("infinigen", {"offload": "true"}),
+        ("infinigen", {"offload": "true", "gpu_cache": "64", "budget": "32"}),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("model", ["tiny", "llama-3.1-8b"])

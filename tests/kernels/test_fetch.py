@@ -5,6 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from sparsecache.kernels import fetch
 from sparsecache.kernels._triton import running
 from sparsecache.kernels.decode import attend_selected
 from sparsecache.kernels.fetch import Recent, gather
@@ -17,7 +18,16 @@ CASES = {  # slots, KV heads, room, places, most selected at a time
 }
 if torch.cuda.is_available():
     CASES |= {"several blocks": (2, 8, 9000, 5000, 3001), "more than a block is new": (1, 4, 70_001, 3000, 7003)}
+    CASES |= {"a full batch": (16, 8, 900, 200, 128)}
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@pytest.fixture(autouse=True, params=["blocks as they are", "small blocks"])
+def _blocks(request, monkeypatch) -> None:
+    """Small ones make every loop of the kernels go round: over blocks, and over more KV heads than programs."""
+    if request.param == "small blocks":
+        for name, size in {"_LOOKED_UP": 16, "_LINK": 2, "_ROWS": 8, "_COPY": 4}.items():
+            monkeypatch.setattr(fetch, name, size)
 
 
 def _recent(case, device, head_dim=16, dtype=torch.float32) -> Recent:
@@ -81,7 +91,7 @@ def test_every_step_leaves_what_its_twin_leaves(case, device, agree) -> None:
         order, selected, counts = (x.to(device) for x in (order, selected, counts))
 
         def look_up(where, tokens, ages, hits, *asked):
-            places, ranks, new = Recent(recent.rows, where, tokens, ages, hits).look_up(*asked)
+            _, places, ranks, new = Recent(recent.rows, where, tokens, ages, hits).look_up(*asked)
             meant = torch.arange(places.shape[2], device=device) < asked[2][..., None]
             return places.where(meant, 0), ranks.where(meant, 0), new
 
@@ -105,7 +115,7 @@ def test_rows_are_the_same_wherever_they_are_read(case, which, device) -> None:
             here = (recent.where[slot, head, selected] >= 0) & meant
             gone[slot[here], head[here], selected[here]] = torch.nan
             sources = recent.look_up(order, selected, counts)
-            rows, places = gather(gone, order, selected, counts, recent, sources)
+            rows, places = gather(gone, order, selected, counts, sources)
         assert (places is None) == (case[3] < most)
         found = rows[meant] if places is None else rows[slot[meant], head[meant], places[meant].long()]
         assert torch.equal(found, store[slot[meant], head[meant], selected[meant]])
@@ -134,7 +144,7 @@ def test_fetched_rows_are_attended_to(most, kept, device, dtype, agree) -> None:
         recent = _recent((slots, kv_heads, room, kept, most), device, head_dim, dtype)
         for _ in range(2):
             sources = recent.look_up(order, selected, counts)
-            rows = gather(store, order, selected, counts, recent, sources)
+            rows = gather(store, order, selected, counts, sources)
         return rows.attend(q, k, v, order, counts)
 
     agree(fetched, q, k, v, store, order, selected, counts)

@@ -29,8 +29,8 @@ class GpuCache:
         self._hits = per_layer(devices, *size)
         self._layers, self._heads = len(devices), Everywhere(torch.arange(shape.kv_heads), devices)
         self._unused = Everywhere(torch.arange(tokens, dtype=torch.int32), devices)
-        for slot in range(slots):
-            self.release(slot)
+        for layer in range(self._layers):
+            self._order[layer, :] = self._unused.on(self._order[layer])
 
     def of(self, layer: int) -> Recent:
         """What is kept of one layer."""
@@ -44,7 +44,7 @@ class GpuCache:
         known = recent.where[slots[:, None, None], self._heads.on(slots)[:, None], asked] >= 0
         sources = recent.look_up(slots, asked, (rows >= 0).sum(2))
         fetched = torch.stack(pool.fetch(layer, slots, rows.masked_fill(known, -1)), 3)
-        k, v = recent.read(slots, sources, fetched).unbind(3)
+        k, v = sources.read(slots, fetched).unbind(3)
         return k, v
 
     def forget(self, layer: int, slots: Tensor, rows: Tensor) -> None:

@@ -75,21 +75,17 @@ class Unbounded:
 
     def anticipate(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> None:
         """Selects for a layer, of past [slots] tokens, by the guessed q [B, H, 1, D]."""
-        selected = self.select(layer, q, slots, past)
+        mixing, keys = self._partial.mixing[layer], self._partial.keys[layer]
+        rule = self._rule._replace(caps=self._caps.on(past))
+        selected = speculate(q, mixing, keys, past, slots, rule, self._width)
         if not self._offload:
             self._guesses[layer] = _Guess(selected, None, _now(q.device))
             return
-        recent = self._gpu_cache.of(layer) if self._gpu_cache is not None else None
-        sources = recent.look_up(slots, *selected) if recent is not None else None
+        cache = self._gpu_cache
+        sources = cache.of(layer).look_up(slots, *selected) if cache is not None else None
         with self._links.reading(slots, *selected, *(sources or [])):
-            fetched = gather(self.store[layer], slots, *selected, recent, sources)
+            fetched = gather(self.store[layer], slots, *selected, sources)
             self._guesses[layer] = _Guess(selected, fetched, _now(q.device))
-
-    def select(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> Selected:
-        """What a layer's guessed q asks for, as `anticipate`."""
-        mixing, keys = self._partial.mixing[layer], self._partial.keys[layer]
-        rule = self._rule._replace(caps=self._caps.on(past))
-        return speculate(q, mixing, keys, past, slots, rule, self._width)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, ledger: Ledger) -> Tensor:
         """Attention of q [B, H, 1, D] over the layer's selection and the new token k, v [B, G, 1, D], which is kept."""
