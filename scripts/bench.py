@@ -1,4 +1,4 @@
-r"""Measures our engine beside transformers' generate and the machine's limits, in one process, on the same prompts.
+r"""Measures our engine beside transformers' generate and the machine's limits, in the same run, on the same prompts.
 
     python scripts/bench.py decode --model llama-3.1-8b --tokens 8192,32768
     python scripts/bench.py prefill --model llama-3.1-8b --tokens 8192
@@ -95,7 +95,7 @@ def main(
         if out is not None:
             make_folder(out, "--out")
         dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
-        bench = _Bench(mode, model, dtype, device, jobs, names, way)
+        bench = _Bench(mode, model, dtype, jobs, names, way)
         devices = find_devices(where, gpus, "--gpus")
         if mode == "startup":
             from sparsecache.bench.startup import startup
@@ -126,7 +126,6 @@ class _Bench:
     mode: str
     model: str
     dtype: str
-    device: str
     jobs: list[Job]
     peers: list[str]
     way: Way

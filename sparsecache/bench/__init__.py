@@ -1,1 +1,1 @@
-"""Speed, measured: our engine beside its peers and the machine's limits, in one process, on the same prompts."""
+"""Speed, measured: our engine beside its peers and the machine's limits, in the same run, on the same prompts."""

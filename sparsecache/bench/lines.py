@@ -20,7 +20,7 @@ from sparsecache.versions import installed_versions
 class Line:
     """One thing measured: `seconds` each, what it could take at best, and what the peers take for the same.
 
-    rate: where prompts (or tokens) a second say more than seconds; notes: anything else worth keeping, JSON.
+    notes: anything else worth keeping, JSON.
     """
 
     what: str
@@ -50,10 +50,10 @@ def _said(notes: dict[str, Any]) -> str:
     if kept := notes.get("kept"):
         parts.append(f"attended to {100 * sum(kept) / len(kept):.1f} % of the past in sparse layers")
     if fetched := notes.get("fetched_bytes_per_step"):
-        hits = [hit for hit in notes["gpu_cache_hit"] if hit is not None]
         parts.append(f"fetched {fetched / 1e6:.1f} MB a step")
-        if any(hits):
-            parts.append(f"found {100 * sum(hits) / len(hits):.1f} % in gpu_cache")
+    hits = [hit for hit in notes.get("gpu_cache_hit", ()) if hit is not None]
+    if any(hits):
+        parts.append(f"found {100 * sum(hits) / len(hits):.1f} % in gpu_cache")
     for where, name in (("cache_gpu_bytes", "GPU"), ("cache_host_bytes", "pinned host memory")):
         if notes.get(where):
             parts.append(f"cache in {name} {notes[where] / 2**30:.2f} GiB")

@@ -38,11 +38,8 @@ def replay_by_many(crew: Crew, workload: Path, rows: int) -> Iterator[Line]:
     """Milliseconds a prompt of a replay by 2, 4, .. and all workers, on GPUs of their own, beside one alone."""
     requests = requests_of(vocabulary_of(crew.model), workload, rows)
     alone = None
-    with Cluster(None) as cluster:  # before anything is measured
-        cluster.connect()
-        cluster.check_room(crew.workers, "GPU" if crew.device == "cuda" else "CPU", 1)
     for workers in sorted({crew.workers, *(2**power for power in range(crew.workers.bit_length()))}):
-        with _working(replace(crew, workers=workers), requests) as engine:
+        with _working(replace(crew, workers=workers), requests, crew.workers) as engine:
             print(f"{workers} loaded; now {len(requests)} prompts.", file=sys.stderr)
             seconds, clock = timed(engine, requests)
         print(f"They took {seconds:.1f} s.", file=sys.stderr)
@@ -65,11 +62,15 @@ class _BenchWorker(Worker):
 
 
 @contextmanager
-def _working(crew: Crew, requests: list[Request]) -> Iterator[Engine]:
-    """The crew on a cluster of this machine's, loaded, with room for the longest of the requests and warm."""
+def _working(crew: Crew, requests: list[Request], most: int) -> Iterator[Engine]:
+    """The crew on a cluster of this machine's, loaded, with room for the longest of the requests.
+
+    Raises UsageError where the machine has no room for the `most` workers that are still to come.
+    """
     settings = Settings(crew.model, workers=crew.workers, dtype=crew.dtype, device=crew.device)
     with Cluster(None) as cluster:
         cluster.connect()
+        cluster.check_room(most, "GPU" if crew.device == "cuda" else "CPU", 1)
         orders = Orders(settings, {}, {}, crew.slots, cluster.threads(crew.workers), os.getcwd())
         with Workers(cluster, orders, crew.slots, _BenchWorker) as workers:
             workers.reserve(max(len(request.token_ids) + request.max_new_tokens for request in requests))

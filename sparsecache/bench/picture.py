@@ -37,5 +37,5 @@ def draw(lines: Sequence[Line]) -> Picture:
     axis.set_xlim(0, 1.15 * 1000 * max(seconds or 0 for of_line in bars for _, seconds in of_line))
     axis.set_xlabel("ms (a line: what the machine's limits allow)")
     legend_above(sheet, handles, [*peers, "sparsecache"])
-    caption = "Milliseconds of sparsecache and its peers, measured in one process on the same prompts."
+    caption = "Milliseconds of sparsecache and its peers, measured in the same run, on the same prompts."
     return Picture("Speed", caption, sheet)

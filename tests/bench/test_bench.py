@@ -109,7 +109,7 @@ def test_every_mode_runs_and_saves_what_it_printed(mode, main, tmp_path, monkeyp
         assert line["what"] in told.output and line["seconds"] > 0 and line["peers"]["transformers"] > 0
 
 
-def test_a_start_is_told_stage_by_stage(repo, tmp_path, run_python) -> None:
+def test_a_start_is_told_stage_by_stage(run_python) -> None:
     """A shape whose weights are saved first, so that what is written can be loaded by both engines."""
     program = (
         "from sparsecache.bench import models, startup\n"
