@@ -246,28 +246,33 @@ def _write(  # type: ignore[no-untyped-def]
     if split == 0:
         tl.store(taken_counts + owner, number)
     mark = before + owner * 2 * SPLITS + split
-    taken, equals, undecided = tl.load(mark), number * 0, tl.load(mark + SPLITS)
+    taken, undecided = tl.load(mark), tl.load(mark + SPLITS)
     start, end = part_of(count, split, TOKENS, SPLITS)
     if number == 0:
         end = start
     if start >= end:
         undecided = 0
+    above, same = tl.zeros((TOKENS,), dtype=tl.int32), tl.zeros((TOKENS,), dtype=tl.int32)
     for first in tl.range(0, undecided, TOKENS):  # those put aside in the parts before
         place = first + tl.arange(0, TOKENS)
         there = place < undecided
         value = tl.load(aside + owner.to(tl.int64) * apart + place, mask=there, other=0)
-        taken += tl.sum((there & (value > lowest)).to(tl.int32))
-        equals += tl.sum((there & (value == lowest)).to(tl.int32))
+        above += (there & (value > lowest)).to(tl.int32)
+        same += (there & (value == lowest)).to(tl.int32)
+    taken += tl.sum(above)
+    equals = tl.sum(same)
     for first in tl.range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
         r = tl.load(distance + owner.to(tl.int64) * apart + token, mask=token < apart, other=float("-inf"))
         key = _ordered(r)
-        higher = ((key > lowest) & (token < end)).to(tl.int32)
-        equal = ((key == lowest) & (token < end)).to(tl.int32)
-        rank = equals + tl.cumsum(equal, axis=0)  # of an equal one, from 1 on
-        also = equal * (rank <= wanted).to(tl.int32)
+        is_higher, is_equal = (key > lowest) & (token < end), (key == lowest) & (token < end)
+        both = is_higher.to(tl.int32) + (is_equal.to(tl.int32) << 16)  # two counts in one: TOKENS are fewer than 2^16
+        so_far = tl.cumsum(both, axis=0)
+        rank = equals + (so_far >> 16)  # of an equal one, from 1 on
         # Before a token stand all higher ones so far, and as many equals as are wanted.
-        place = taken + tl.cumsum(higher, axis=0) + tl.minimum(rank, wanted) - 1
-        tl.store(positions + owner.to(tl.int64) * width + place, token.to(tl.int64), mask=(higher + also) > 0)
-        taken += tl.sum(higher)
-        equals += tl.sum(equal)
+        place = taken + (so_far & 0xFFFF) + tl.minimum(rank, wanted) - 1
+        is_taken = is_higher | (is_equal & (rank <= wanted))
+        tl.store(positions + owner.to(tl.int64) * width + place, token.to(tl.int64), mask=is_taken)
+        all_both = tl.sum(both)
+        taken += all_both & 0xFFFF
+        equals += all_both >> 16

@@ -253,14 +253,14 @@ def _look_up(  # type: ignore[no-untyped-def]
     for first in tl.range(0, count, TOKENS):
         meant = first + at < count
         place = tl.load(given + first + at, mask=meant, other=-1)
-        is_here = (place >= 0).to(tl.int32)
-        is_new = meant.to(tl.int32) - is_here
-        hit_rank = hits_before + tl.cumsum(is_here, axis=0) - 1
-        rank = new_before + tl.cumsum(is_new, axis=0) - 1
-        tl.store(ranks + rank, first + at, mask=is_new > 0)
-        tl.store(ranks + count - found + hit_rank, first + at, mask=is_here > 0)
-        tl.store(latest + hit_rank, place, mask=is_here > 0)
-        keeps = (is_new > 0) & (rank < kept)
+        is_here, is_new = meant & (place >= 0), meant & (place < 0)
+        both = is_here.to(tl.int32) + (is_new.to(tl.int32) << 16)  # two counts in one: TOKENS are fewer than 2^16
+        so_far = tl.cumsum(both, axis=0)
+        hit_rank, rank = hits_before + (so_far & 0xFFFF) - 1, new_before + (so_far >> 16) - 1
+        tl.store(ranks + rank, first + at, mask=is_new)
+        tl.store(ranks + count - found + hit_rank, first + at, mask=is_here)
+        tl.store(latest + hit_rank, place, mask=is_here)
+        keeps = is_new & (rank < kept)
         token = tl.load(chosen + first + at, mask=keeps, other=0).to(tl.int32)
         spare = tl.load(spares + rank, mask=keeps, other=0)
         old = tl.load(tokens + mine + spare, mask=keeps, other=-1)
@@ -269,7 +269,8 @@ def _look_up(  # type: ignore[no-untyped-def]
         tl.store(tokens + mine + spare, token, mask=keeps)
         tl.store(latest + found + rank, spare, mask=keeps)
         tl.store(given + first + at, spare, mask=keeps)
-        hits_before += tl.sum(is_here)
-        new_before += tl.sum(is_new)
+        all_both = tl.sum(both)
+        hits_before += all_both & 0xFFFF
+        new_before += all_both >> 16
     tl.store(new + program, count - found)
     tl.store(hits + owner, tl.load(hits + owner) + found)

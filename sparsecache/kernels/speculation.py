@@ -11,7 +11,7 @@ from sparsecache.kernels.decode import split_count
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import count_near, distance_to_best, highest
 
-_TOKENS, _STAGES = 256, 3  # that a program scores at a time, and how many such blocks are on their way
+_TOKENS, _WARPS, _STAGES = 256, 8, 3  # that a program scores at a time, by so many warps, so many blocks ahead
 
 
 def speculate(
@@ -70,8 +70,8 @@ def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tens
     _score[(batch * kv_heads, splits)](
         q, q.stride(0), q.stride(1), columns, keys, past, slots, scores, extremes,
         1 / math.sqrt(head_dim), kv_heads, room, apart, head_dim, wide, extremes[0].numel(),
-        SIZE=up_to_power(head_dim, 16), WIDE=up_to_power(wide, 16), GROUP=group, QUERIES=up_to_power(group, 16),
-        TOKENS=_TOKENS, SPLITS=splits, num_warps=8, num_stages=_STAGES, **launching(),
+        SIZE=up_to_power(head_dim, 16), WIDE=up_to_power(wide, 16), GROUP=group, QUERIES=up_to_power(group, 8),
+        TOKENS=_TOKENS, SPLITS=splits, num_warps=_WARPS, num_stages=_STAGES, **launching(),
     )  # fmt: skip
     return take_nearest(scores, extremes, past, slots, rule, kv_heads, width)
 
@@ -88,34 +88,33 @@ def _score(  # type: ignore[no-untyped-def]
     row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
     count = tl.load(past + slot)
-    query, at, column = tl.arange(0, QUERIES), tl.arange(0, SIZE), tl.arange(0, WIDE)
+    query, at, column = tl.arange(0, QUERIES)[None, :], tl.arange(0, SIZE), tl.arange(0, WIDE)
     head = kv * GROUP + query
-    asked = (query < GROUP)[:, None] & (at < size)[None, :]
-    question = tl.load(q + row * q_row + head[:, None] * q_head + at[None, :], mask=asked, other=0.0).to(tl.float32)
-    mixed = (at < size)[:, None] & (column < wide)[None, :]
+    asked = (query < GROUP) & (at < size)[:, None]
+    question = tl.load(q + row * q_row + head * q_head + at[:, None], mask=asked, other=0.0).to(tl.float32)
+    mixed = (at < size)[None, :] & (column < wide)[:, None]
     owner = slot * kv_heads + kv
-    mixing = tl.load(columns + (owner * size + at[:, None]) * wide + column[None, :], mask=mixed, other=0.0)
-    partial = tl.dot(question, mixing, input_precision="ieee")
+    mixing = tl.load(columns + (owner * size + at[None, :]) * wide + column[:, None], mask=mixed, other=0.0)
+    partial = tl.dot(mixing, question, input_precision="ieee")  # [WIDE, QUERIES]
     whole = partial.to(keys.dtype.element_ty)
     rest = (partial - whole.to(tl.float32)).to(keys.dtype.element_ty)  # so that rounding q does not cost a choice
 
-    best = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
-    worst = tl.full((QUERIES,), float("inf"), dtype=tl.float32)
+    best = tl.full((TOKENS, QUERIES), float("-inf"), dtype=tl.float32)  # of every TOKENS-th token: reduced at the end
+    worst = tl.full((TOKENS, QUERIES), float("inf"), dtype=tl.float32)
     start, end = part_of(count, split, TOKENS, SPLITS)
     for first in tl.range(start, end, TOKENS):
-        token = first + tl.arange(0, TOKENS)
-        there = (token < end)[:, None] & (column < wide)[None, :]
-        key = tl.load(keys + (owner * room + token[:, None]) * wide + column[None, :], mask=there, other=0.0)
-        score = tl.dot(whole, tl.trans(key), input_precision="ieee")
-        score = tl.dot(rest, tl.trans(key), score, input_precision="ieee") * scale
-        seen = (query < GROUP)[:, None] & (token < end)[None, :]
-        best = tl.maximum(best, tl.max(tl.where(seen, score, float("-inf")), axis=1))
-        worst = tl.minimum(worst, tl.min(tl.where(seen, score, float("inf")), axis=1))
-        target = scores + (row * kv_heads * GROUP + head[:, None]).to(tl.int64) * apart + token[None, :]
-        tl.store(target, score, mask=(query < GROUP)[:, None] & (token < apart)[None, :])
-    mark = extremes + (row * kv_heads * GROUP + head) * SPLITS + split
-    tl.store(mark, best, mask=query < GROUP)
-    tl.store(mark + all_extremes, worst, mask=query < GROUP)
+        token = (first + tl.arange(0, TOKENS))[:, None]
+        there = (token < end) & (column < wide)[None, :]
+        key = tl.load(keys + (owner * room + token) * wide + column[None, :], mask=there, other=0.0)
+        score = tl.dot(key, whole, input_precision="ieee")
+        score = tl.dot(key, rest, score, input_precision="ieee") * scale
+        best = tl.maximum(best, tl.where(token < end, score, float("-inf")))
+        worst = tl.minimum(worst, tl.where(token < end, score, float("inf")))
+        target = scores + (row * kv_heads * GROUP + head).to(tl.int64) * apart + token
+        tl.store(target, score, mask=(query < GROUP) & (token < apart))
+    mark = extremes + (row * kv_heads * GROUP + kv * GROUP + tl.arange(0, QUERIES)) * SPLITS + split
+    tl.store(mark, tl.max(best, axis=0), mask=tl.arange(0, QUERIES) < GROUP)
+    tl.store(mark + all_extremes, tl.min(worst, axis=0), mask=tl.arange(0, QUERIES) < GROUP)
 
 
 @triton.jit
