@@ -43,8 +43,8 @@ def take_nearest(
 ) -> Selected:
     """The tokens of each slot and KV head that a rule takes by their scores, in kernels.
 
-    scores: [B, H, T] float32, T a multiple of 16, beyond the slot's past tokens anything; extremes: [2, B, H, splits],
-    the highest and the lowest of each part of a slot's tokens; past: [slots] int64; slots: [B] int64.
+    scores: [B, H, T] float32, T a multiple of 16, beyond the slot's past tokens anything; changed. extremes: [2, B, H,
+    splits], the highest and the lowest of each part of a slot's tokens; past: [slots] int64; slots: [B] int64.
     width: room for the positions, the highest cap there can be.
     """
     batch, heads, apart = scores.shape
@@ -54,23 +54,24 @@ def take_nearest(
     def room(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty((batch, kv_heads, *size), device=device, dtype=dtype)
 
-    distance, lowest = room(apart, dtype=torch.float32), room(dtype=torch.float32)
+    lowest = room(dtype=torch.float32)
     near, steps = room(splits), room(splits, 256)  # how many of a part are within alpha, and in each step
     before, aside, cut, finished = room(2, splits), room(apart), room(3), room()
     found = Selected(room(width, dtype=torch.int64), room(dtype=torch.int64))
     counted = min(_MOST, up_to_power(-(-apart // splits), _FEWEST))
-    sizes = {"SPLITS": splits, "MOST": up_to_power(splits), "TOKENS": counted, **launching()}
-    sizes["num_warps"] = 4 if counted == _FEWEST else 8
     group = heads // kv_heads
+    sizes = {"GROUP": group, "SPLITS": splits, "MOST": up_to_power(splits), "TOKENS": counted, **launching()}
+    sizes["num_warps"] = 4 if counted == _FEWEST else 8
+    # Where a KV head's first head had its scores, its distances are from here on.
     _measure[grid](
-        scores, extremes, distance, lowest, past, slots, near, steps, finished, min(rule.alpha, 3e38), rule.sinks,
-        rule.recent, kv_heads, apart, extremes[0].numel(), GROUP=group, QUERIES=up_to_power(group), **sizes,
+        scores, extremes, lowest, past, slots, near, steps, finished, min(rule.alpha, 3e38), rule.sinks,
+        rule.recent, kv_heads, apart, extremes[0].numel(), QUERIES=up_to_power(group), **sizes,
     )  # fmt: skip
     _set_aside[grid](
-        distance, lowest, past, slots, rule.caps, near, steps, before, aside, cut, finished, apart,
+        scores, lowest, past, slots, rule.caps, near, steps, before, aside, cut, finished, apart,
         MEAN=rule.mean, KV_HEADS=kv_heads, EVERY=up_to_power(kv_heads * splits), **sizes,
     )  # fmt: skip
-    _write[grid](distance, past, slots, before, aside, cut, *found, kv_heads, apart, width, **sizes)
+    _write[grid](scores, past, slots, before, aside, cut, *found, kv_heads, apart, width, **sizes)
     return found
 
 
@@ -107,9 +108,8 @@ def _from_above(counts, wanted):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _measure(  # type: ignore[no-untyped-def]
-    scores, extremes, distance, lowest, past, slots, near, steps, finished, alpha, sinks, recent, kv_heads, apart,
-    all_extremes,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    scores, extremes, lowest, past, slots, near, steps, finished, alpha, sinks, recent, kv_heads, apart, all_extremes,
+    QUERIES: tl.constexpr, GROUP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """How near each token of a part comes to a head's best; counts those within alpha, and all by steps."""
@@ -140,7 +140,9 @@ def _measure(  # type: ignore[no-untyped-def]
         )
         r = tl.max(tl.where(seen, score, float("-inf")) - best[:, None], axis=0)
         r = tl.where((token < sinks) | (token >= count - recent), float("inf"), r)
-        tl.store(distance + owner.to(tl.int64) * apart + token, r, mask=token < apart)
+        tl.debug_barrier()  # all scores of these tokens have been read
+        target = scores + owner.to(tl.int64) * GROUP * apart + token
+        tl.store(target, r, mask=token < apart, eviction_policy="evict_last")
         nearby += ((r > -alpha) & (token < end)).to(tl.int32)
         counts += tl.histogram(_step(r, low), 256, mask=token < end)
     tl.store(near + owner * SPLITS + split, tl.sum(nearby))
@@ -150,7 +152,7 @@ def _measure(  # type: ignore[no-untyped-def]
 @triton.jit
 def _set_aside(  # type: ignore[no-untyped-def]
     distance, lowest, past, slots, caps, near, steps, before, aside, cut, finished, apart,
-    MEAN: tl.constexpr, KV_HEADS: tl.constexpr, EVERY: tl.constexpr,
+    MEAN: tl.constexpr, KV_HEADS: tl.constexpr, EVERY: tl.constexpr, GROUP: tl.constexpr,
     SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Puts the tokens of a part that are in the cut's step aside; the last program of a KV head finds the cut.
@@ -189,7 +191,7 @@ def _set_aside(  # type: ignore[no-untyped-def]
         end = start
     for first in tl.range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        r = tl.load(distance + owner.to(tl.int64) * apart + token, mask=token < apart, other=float("-inf"))
+        r = tl.load(distance + owner.to(tl.int64) * GROUP * apart + token, mask=token < apart, other=float("-inf"))
         undecided = ((_step(r, low) == step) & (token < end)).to(tl.int32)
         tl.store(mine + place + tl.cumsum(undecided, axis=0) - 1, _ordered(r), mask=undecided > 0)
         place += tl.sum(undecided)
@@ -236,7 +238,7 @@ def _lowest_taken(values, number, wanted, TOKENS: tl.constexpr):  # type: ignore
 @triton.jit
 def _write(  # type: ignore[no-untyped-def]
     distance, past, slots, before, aside, cut, positions, taken_counts, kv_heads, apart, width,
-    SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Writes the taken of a part behind those of the parts before it; of equals at the cut the lowest positions."""
     after_previous(EARLY)
@@ -263,7 +265,7 @@ def _write(  # type: ignore[no-untyped-def]
     equals = tl.sum(same)
     for first in tl.range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        r = tl.load(distance + owner.to(tl.int64) * apart + token, mask=token < apart, other=float("-inf"))
+        r = tl.load(distance + owner.to(tl.int64) * GROUP * apart + token, mask=token < apart, other=float("-inf"))
         key = _ordered(r)
         is_higher, is_equal = (key > lowest) & (token < end), (key == lowest) & (token < end)
         both = is_higher.to(tl.int32) + (is_equal.to(tl.int32) << 16)  # two counts in one: TOKENS are fewer than 2^16

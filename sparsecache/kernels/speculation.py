@@ -111,7 +111,8 @@ def _score(  # type: ignore[no-untyped-def]
         best = tl.maximum(best, tl.where(token < end, score, float("-inf")))
         worst = tl.minimum(worst, tl.where(token < end, score, float("inf")))
         target = scores + (row * kv_heads * GROUP + head).to(tl.int64) * apart + token
-        tl.store(target, score, mask=(query < GROUP) & (token < apart))
+        kept = (query < GROUP) & (token < apart)
+        tl.store(target, score, mask=kept, eviction_policy="evict_last")  # is read at once; weights pass by meanwhile
     mark = extremes + (row * kv_heads * GROUP + kv * GROUP + tl.arange(0, QUERIES)) * SPLITS + split
     tl.store(mark, tl.max(best, axis=0), mask=tl.arange(0, QUERIES) < GROUP)
     tl.store(mark + all_extremes, tl.min(worst, axis=0), mask=tl.arange(0, QUERIES) < GROUP)
