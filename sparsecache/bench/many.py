@@ -1,7 +1,6 @@
 """The replay over several GPUs: workers as a run has them, over the bench's own models."""
 
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +11,13 @@ import torch
 
 from sparsecache.bench.lines import Line
 from sparsecache.bench.models import load_subject, vocabulary_of
-from sparsecache.bench.modes import requests_of, timed
+from sparsecache.bench.modes import Job, requests_of, timed
 from sparsecache.cluster.connection import Cluster
-from sparsecache.cluster.worker import Orders, Place, Worker
+from sparsecache.cluster.worker import Orders, Worker
 from sparsecache.cluster.workers import Workers
 from sparsecache.engine.generator import Engine, Request
 from sparsecache.engine.loading import DTYPES
 from sparsecache.plan import find_device
-from sparsecache.provenance import gpu_name
 from sparsecache.settings import Settings
 
 
@@ -52,13 +50,20 @@ def replay_by_many(crew: Crew, workload: Path, rows: int) -> Iterator[Line]:
 
 
 class _BenchWorker(Worker):
-    def load(self, orders: Orders) -> Place:
-        torch.set_num_threads(orders.threads)
+    def make_engine(self, orders: Orders) -> tuple[Engine, list[torch.device]]:
         settings = orders.settings
-        self._device = find_device(settings.device)
-        subject = load_subject(settings.model, [self._device], DTYPES[settings.dtype])
-        self._engine = subject.engine(slots=orders.most_rows)
-        return Place(platform.node(), os.getpid(), gpu_name([self._device]), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        device = find_device(settings.device)
+        subject = load_subject(settings.model, [device], DTYPES[settings.dtype])
+        self._vocabulary, self._reserved = subject.architecture.vocabulary, 0
+        return subject.engine(slots=orders.most_rows), [device]
+
+    def reserve(self, max_tokens: int) -> None:
+        """As Engine.reserve; a first prompt of that length is decoded, so that every worker is warm."""
+        if max_tokens > self._reserved:
+            super().reserve(max_tokens)
+            self._reserved = max_tokens
+            for _ in self._engine.generate(Job(max_tokens - 2, 2).requests(self._vocabulary)):
+                pass
 
 
 @contextmanager
@@ -74,5 +79,5 @@ def _working(crew: Crew, requests: list[Request], most: int) -> Iterator[Engine]
         orders = Orders(settings, {}, {}, crew.slots, cluster.threads(crew.workers), os.getcwd())
         with Workers(cluster, orders, crew.slots, _BenchWorker) as workers:
             workers.reserve(max(len(request.token_ids) + request.max_new_tokens for request in requests))
-            workers.wait()
+            workers.wait()  # all are loaded and warm
             yield workers

@@ -74,20 +74,25 @@ class Worker:
         torch.set_num_threads(orders.threads)
         with contextlib.suppress(OSError):
             os.chdir(orders.folder)
+        with contextlib.redirect_stderr(io.StringIO()):  # bars, on the way to a log
+            self._engine, devices = self.make_engine(orders)
+        self._device = devices[0]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or None
+        return Place(platform.node(), os.getpid(), gpu_name(devices), visible)
+
+    def make_engine(self, orders: Orders) -> tuple[Engine, list[torch.device]]:
+        """What `load` loads, and the devices that it is on."""
         node = platform.node()
         _compare(orders.versions, installed_versions(), f"The versions on {node}", "Install the same on every machine.")
-        with contextlib.redirect_stderr(io.StringIO()):  # bars, on the way to a log
-            plan = Plan(replace(orders.settings, workers=1, ray_address=None))
-            plan.fetch_weights()
-            _compare(
-                orders.identity,
-                plan.identity(),
-                f"What {node} finds",
-                "Give every machine the same clone and the same checkpoint, at the same path.",
-            )
-            self._engine: Engine = plan.engine(orders.most_rows)
-        self._device = plan.device
-        return Place(node, os.getpid(), gpu_name(plan.devices), os.environ.get("CUDA_VISIBLE_DEVICES") or None)
+        plan = Plan(replace(orders.settings, workers=1, ray_address=None))
+        plan.fetch_weights()
+        _compare(
+            orders.identity,
+            plan.identity(),
+            f"What {node} finds",
+            "Give every machine the same clone and the same checkpoint, at the same path.",
+        )
+        return plan.engine(orders.most_rows), plan.devices
 
     def reserve(self, max_tokens: int) -> None:
         """As Engine.reserve."""
