@@ -106,7 +106,10 @@ class Workers:
 
     def wait(self) -> None:
         """Until every worker has loaded the model and done all that it was told by now."""
-        ray.get([seat.actor.rest.remote() for seat in self._seats])
+        resting = [seat.actor.rest.remote() for seat in self._seats]
+        while missing := ray.wait(resting, num_returns=len(resting), timeout=_PATIENCE_S)[1]:
+            self._say_who_is_missing(len(missing))
+        ray.get(resting)
 
     def reserve(self, max_tokens: int) -> None:
         """Makes room in every worker."""
@@ -134,7 +137,7 @@ class Workers:
             if all(seat.place for seat in self._seats):
                 complete = time.monotonic()
             elif time.monotonic() - complete > _PATIENCE_S:
-                self._say_who_is_missing()
+                self._say_who_is_missing(sum(seat.place is None for seat in self._seats))
                 complete = time.monotonic()
             for seat in answered:
                 for completion in self._hear(seat, handout):
@@ -221,11 +224,10 @@ class Workers:
             "num_cpus": 1,
             "num_gpus": self._each if self._kind == "GPU" else 0,
             "scheduling_strategy": "SPREAD",
-            "runtime_env": {"env_vars": {"PYTHONPATH": str(project_dir())}},  # the same code, where the path is there
+            "runtime_env": {"env_vars": {"PYTHONPATH": _import_path()}},
         }
 
-    def _say_who_is_missing(self) -> None:
-        missing = sum(seat.place is None for seat in self._seats)
+    def _say_who_is_missing(self, missing: int) -> None:
         self._cluster.check_room(1, self._kind, self._each)
         tqdm.write(
             f"{missing} of {len(self._seats)} workers are not ready after {_PATIENCE_S:.0f} s: they load the model, or "
@@ -251,6 +253,11 @@ def _reason(error: RayError) -> str:
     """What Ray says of a death, without whose it was and what it often is."""
     text = one_line(error)
     return text.partition("The actor is dead because ")[2].partition(" Some common causes")[0] or text
+
+
+def _import_path() -> str:
+    """PYTHONPATH of a worker: the same code, where the path is there, and the same packages, where they come by it."""
+    return os.pathsep.join([str(project_dir()), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _need(settings: Settings) -> tuple[str, int]:

@@ -1,5 +1,6 @@
 """Runs over a Ray cluster of this machine: what one process writes, whoever dies on the way."""
 
+import importlib
 import os
 import random
 import signal
@@ -248,6 +249,23 @@ def test_a_worker_that_finds_something_else_is_refused_with_both_values(address,
     told = predict("--ray_address", address)
     assert told.exit_code == 2
     assert "checkpoint is " in told.stderr and ", not mine." in told.stderr and "the same checkpoint" in told.stderr
+
+
+def test_workers_import_what_the_driver_finds_by_its_path(address, predict, tmp_path, monkeypatch) -> None:
+    from ray import cloudpickle
+
+    class Needy(Worker):
+        def load(self, orders):
+            importlib.import_module("only_here")
+            return super().load(orders)
+
+    (tmp_path / "only_here.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("sparsecache.cluster.workers.Worker", Needy)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    told = predict("--sample_rows", "3", "--workers", "1", "--ray_address", address)
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert told.exit_code == 0, told.output
 
 
 def test_a_finished_run_needs_no_cluster(predict, monkeypatch) -> None:
