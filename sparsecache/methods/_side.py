@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Sides:
-    """One more stream on each GPU of `devices`; on a CPU none."""
+    """One more stream on each GPU of `devices`, whose kernels go first, or take their turn; on a CPU none."""
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    def __init__(self, devices: Iterable[torch.device], first: bool) -> None:
         streams: Any = torch.cuda.Stream
         gpus = {device for device in devices if device.type == "cuda"}
-        self._streams: dict[int | None, Any] = {device.index: streams(device) for device in gpus}
+        self._streams: dict[int | None, Any] = {device.index: streams(device, priority=-first) for device in gpus}
 
     @contextmanager
     def reading(self, *tensors: Tensor) -> Iterator[None]:

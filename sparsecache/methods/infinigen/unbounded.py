@@ -56,8 +56,9 @@ class Unbounded:
         self._caps = Everywhere(rule.caps, devices)
         self._width = min(partial.rows, int(rule.caps.max()))
         self._guesses: dict[int, _Guess] = {}
-        # Rows may still be fetched, and new tokens put away, when the next guess begins.
-        self.sides, self._links, self._keeping = Sides(devices), Sides(devices), Sides(devices)
+        # Rows may still be fetched, and new tokens put away, when the next guess begins. What is to be fetched is found
+        # first of all, for the link is what a step then waits for; else the main stream is.
+        self.sides, self._links, self._keeping = (Sides(devices, first=offload) for _ in range(3))
         # Of each layer, whether it is the last on its device, which waits for all that is done beside it.
         self._ends = [here != after for here, after in zip(devices, [*devices[1:], None], strict=True)]
 
