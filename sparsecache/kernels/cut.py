@@ -13,8 +13,6 @@ from torch import Tensor
 from sparsecache.kernels._triton import after_previous, launching, tl, triton, up_to_power
 
 _FEWEST, _MOST = 512, 2048  # tokens that a program counts at a time: counting costs about as much for few as for many
-_FINER = 2  # parts that the cut makes of each part that was scored
-TALLIES = 257  # of a slot and KV head: tokens in each of 256 steps, and those within alpha; begun at 0
 
 
 class Rule(NamedTuple):
@@ -37,7 +35,6 @@ class Selected(NamedTuple):
 def take_nearest(
     scores: Tensor,
     extremes: Tensor,
-    tallies: Tensor,
     past: Tensor,
     slots: Tensor,
     rule: Rule,
@@ -47,35 +44,34 @@ def take_nearest(
     """The tokens of each slot and KV head that a rule takes by their scores, in kernels.
 
     scores: [B, H, T] float32, T a multiple of 16, beyond the slot's past tokens anything; changed. extremes: [2, B, H,
-    splits], the highest and the lowest of each part of a slot's tokens; tallies: [B, G, TALLIES] int32, zeros; changed.
-    past: [slots] int64; slots: [B] int64. width: room for the positions, the highest cap there can be.
+    splits], the highest and the lowest of each part of a slot's tokens; past: [slots] int64; slots: [B] int64.
+    width: room for the positions, the highest cap there can be.
     """
     batch, heads, apart = scores.shape
-    scored, device = extremes.shape[3], scores.device
-    splits, group = _FINER * scored, heads // kv_heads
+    splits, device = extremes.shape[3], scores.device
     grid = (batch * kv_heads, splits)
 
     def room(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty((batch, kv_heads, *size), device=device, dtype=dtype)
 
-    lowest, steps = room(dtype=torch.float32), room(splits, 256)  # steps: how many of a part are in each
-    aside, cut, before, counters = room(2, apart), room(3), room(3, splits), room(2)
+    lowest = room(dtype=torch.float32)
+    near, steps = room(splits), room(splits, 256)  # how many of a part are within alpha, and in each step
+    before, aside, cut, finished = room(2, splits), room(apart), room(3), room()
     found = Selected(room(width, dtype=torch.int64), room(dtype=torch.int64))
     counted = min(_MOST, up_to_power(-(-apart // splits), _FEWEST))
-    sizes = {"GROUP": group, "SPLITS": splits, "TOKENS": counted, **launching()}
+    group = heads // kv_heads
+    sizes = {"GROUP": group, "SPLITS": splits, "MOST": up_to_power(splits), "TOKENS": counted, **launching()}
     sizes["num_warps"] = 4 if counted == _FEWEST else 8
     # Where a KV head's first head had its scores, its distances are from here on.
     _measure[grid](
-        scores, extremes, lowest, past, slots, tallies, steps, counters, min(rule.alpha, 3e38), rule.sinks,
-        rule.recent, kv_heads, apart, extremes[0].numel(),
-        QUERIES=up_to_power(group), SCORED=scored, MOST=up_to_power(scored), TALLIES=TALLIES, **sizes,
+        scores, extremes, lowest, past, slots, near, steps, finished, min(rule.alpha, 3e38), rule.sinks,
+        rule.recent, kv_heads, apart, extremes[0].numel(), QUERIES=up_to_power(group), **sizes,
     )  # fmt: skip
     _set_aside[grid](
-        scores, lowest, past, slots, rule.caps, tallies, steps, counters, aside, cut, before, apart,
-        MEAN=rule.mean, KV_HEADS=kv_heads, HEADS=up_to_power(kv_heads), MOST=up_to_power(splits, 32), TALLIES=TALLIES,
-        FEW=_FEWEST, **sizes,
+        scores, lowest, past, slots, rule.caps, near, steps, before, aside, cut, finished, apart,
+        MEAN=rule.mean, KV_HEADS=kv_heads, EVERY=up_to_power(kv_heads * splits), **sizes,
     )  # fmt: skip
-    _write[grid](scores, past, slots, cut, before, *found, kv_heads, apart, width, **sizes)
+    _write[grid](scores, past, slots, before, aside, cut, *found, kv_heads, apart, width, **sizes)
     return found
 
 
@@ -112,26 +108,25 @@ def _from_above(counts, wanted):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _measure(  # type: ignore[no-untyped-def]
-    scores, extremes, lowest, past, slots, tallies, steps, counters, alpha, sinks, recent, kv_heads, apart,
-    all_extremes,
-    QUERIES: tl.constexpr, SCORED: tl.constexpr, MOST: tl.constexpr, TALLIES: tl.constexpr,
-    GROUP: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    scores, extremes, lowest, past, slots, near, steps, finished, alpha, sinks, recent, kv_heads, apart, all_extremes,
+    QUERIES: tl.constexpr, GROUP: tl.constexpr,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """How near each token of a part comes to a head's best; counts those within alpha, and all by steps."""
     after_previous(EARLY)
     owner, split = tl.program_id(0), tl.program_id(1)
     count = tl.load(past + tl.load(slots + owner // kv_heads)).to(tl.int32)
-    query, other, bins = tl.arange(0, QUERIES), tl.arange(0, MOST), tl.arange(0, 256)
+    query, other = tl.arange(0, QUERIES), tl.arange(0, MOST)
     head = owner * GROUP + query
-    there = (query < GROUP)[:, None] & (other < SCORED)[None, :]
-    place = extremes + head[:, None] * SCORED + other[None, :]
+    there = (query < GROUP)[:, None] & (other < SPLITS)[None, :]
+    place = extremes + head[:, None] * SPLITS + other[None, :]
     best = tl.max(tl.load(place, mask=there, other=float("-inf")), axis=1)
     worst = tl.min(tl.load(place + all_extremes, mask=there, other=float("inf")), axis=1)
     best = tl.where(query < GROUP, best, 0.0)
     low = tl.max(tl.where(query < GROUP, worst - best, float("-inf")))  # no token is farther from every head's best
     tl.store(lowest + owner, low)
-    if split == 0:  # what the next kernel counts in
-        tl.store(counters + owner * 2 + tl.arange(0, 2), 0)
+    if split == 0:  # what the next kernel counts its programs in
+        tl.store(finished + owner, 0)
     nearby = tl.zeros((TOKENS,), dtype=tl.int32)
     counts = tl.zeros((256,), dtype=tl.int32)
     start, end = part_of(count, split, TOKENS, SPLITS)
@@ -150,76 +145,65 @@ def _measure(  # type: ignore[no-untyped-def]
         tl.store(target, r, mask=token < apart, eviction_policy="evict_last")
         nearby += ((r > -alpha) & (token < end)).to(tl.int32)
         counts += tl.histogram(_step(r, low), 256, mask=token < end)
-    tl.store(steps + (owner * SPLITS + split) * 256 + bins, counts)
-    if start < end:
-        tl.atomic_add(tallies + owner * TALLIES + bins, counts, sem="relaxed")
-        tl.atomic_add(tallies + owner * TALLIES + 256, tl.sum(nearby), sem="relaxed")
+    tl.store(near + owner * SPLITS + split, tl.sum(nearby))
+    tl.store(steps + (owner * SPLITS + split) * 256 + tl.arange(0, 256), counts)
 
 
 @triton.jit
 def _set_aside(  # type: ignore[no-untyped-def]
-    distance, lowest, past, slots, caps, tallies, steps, counters, aside, cut, before, apart,
-    MEAN: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, MOST: tl.constexpr, TALLIES: tl.constexpr,
-    FEW: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    distance, lowest, past, slots, caps, near, steps, before, aside, cut, finished, apart,
+    MEAN: tl.constexpr, KV_HEADS: tl.constexpr, EVERY: tl.constexpr, GROUP: tl.constexpr,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Puts the tokens of a part that are in the cut's step aside; the last program of a KV head finds the cut.
 
-    aside: their values and parts. cut: how many are taken, the lowest value taken, and how many of those that have it.
-    before: of each part, how many lie in the parts before it that are above that value, and that equal it; and how many
-    of its own are above the cut's step. counters: how many are aside, and how many programs have ended.
+    cut: how many are taken, the lowest value taken, and how many of those that have it. before: of each part, how many
+    surely taken ones, and how many put aside, lie in the parts before it.
     """
     after_previous(EARLY)
     owner, split = tl.program_id(0), tl.program_id(1)
-    row = owner // KV_HEADS
+    row, kv = owner // KV_HEADS, owner % KV_HEADS
     count = tl.load(past + tl.load(slots + row)).to(tl.int32)
-    bins = tl.arange(0, 256)
+    every = tl.arange(0, EVERY)
+    is_meant = every < KV_HEADS * SPLITS
+    nearby = tl.load(near + row * KV_HEADS * SPLITS + every, mask=is_meant, other=0)
     if MEAN:
-        head = tl.arange(0, HEADS)
-        nearby = tl.load(tallies + (row * KV_HEADS + head) * TALLIES + 256, mask=head < KV_HEADS, other=0)
         wanted = (tl.sum(nearby) + KV_HEADS - 1) // KV_HEADS
     else:
-        wanted = tl.load(tallies + owner * TALLIES + 256)
+        wanted = tl.sum(tl.where(every // SPLITS == kv, nearby, 0))
     wanted = tl.minimum(wanted.to(tl.int64), tl.load(caps + count)).to(tl.int32)  # a cap may be any count
-    counts = tl.load(tallies + owner * TALLIES + bins)
-    step, surely = _from_above(counts, wanted)
-    of_part = tl.load(steps + (owner * SPLITS + split) * 256 + bins)
-    marks, other = before + owner * 3 * SPLITS, tl.arange(0, MOST)
-    tl.store(marks + 2 * SPLITS + split, tl.sum(tl.where(bins > step, of_part, 0)))
+
+    other, bins = tl.arange(0, MOST), tl.arange(0, 256)
+    of_parts = tl.load(
+        steps + (owner * SPLITS + other[:, None]) * 256 + bins[None, :], mask=(other < SPLITS)[:, None], other=0
+    )
+    step, surely = _from_above(tl.sum(of_parts, axis=0), wanted)
+    earlier = tl.where((other < split)[:, None], of_parts, 0)
+    mark = before + owner * 2 * SPLITS + split
+    tl.store(mark, tl.sum(tl.where(bins[None, :] > step, earlier, 0)))
+    place = tl.sum(tl.where(bins[None, :] == step, earlier, 0))
+    tl.store(mark + SPLITS, place)
 
     low = tl.load(lowest + owner)
-    values = aside + owner.to(tl.int64) * 2 * apart
-    parts = values + apart
+    mine = aside + owner.to(tl.int64) * apart
     start, end = part_of(count, split, TOKENS, SPLITS)
     if wanted == 0:
         end = start
-    if start < end:
-        place = tl.atomic_add(counters + owner * 2, tl.sum(tl.where(bins == step, of_part, 0)), sem="relaxed")
-        for first in tl.range(start, end, TOKENS):
-            token = first + tl.arange(0, TOKENS)
-            r = tl.load(distance + owner.to(tl.int64) * GROUP * apart + token, mask=token < apart, other=float("-inf"))
-            undecided = ((_step(r, low) == step) & (token < end)).to(tl.int32)
-            target = place + tl.cumsum(undecided, axis=0) - 1
-            tl.store(values + target, _ordered(r), mask=undecided > 0)
-            tl.store(parts + target, token * 0 + split, mask=undecided > 0)
-            place += tl.sum(undecided)
+    for first in tl.range(start, end, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        r = tl.load(distance + owner.to(tl.int64) * GROUP * apart + token, mask=token < apart, other=float("-inf"))
+        undecided = ((_step(r, low) == step) & (token < end)).to(tl.int32)
+        tl.store(mine + place + tl.cumsum(undecided, axis=0) - 1, _ordered(r), mask=undecided > 0)
+        place += tl.sum(undecided)
 
     tl.debug_barrier()  # all of the program has written before it says so
-    if tl.atomic_add(counters + owner * 2 + 1, 1, sem="acq_rel") == SPLITS - 1:
-        number = tl.load(counters + owner * 2, cache_modifier=".cg")
-        value, equals = _lowest_taken(values, number, wanted - surely, FEW)
+    if tl.atomic_add(finished + owner, 1, sem="acq_rel") == SPLITS - 1:
+        value, equals = _lowest_taken(
+            mine, tl.sum(tl.where(bins[None, :] == step, of_parts, 0)), wanted - surely, TOKENS
+        )
         tl.store(cut + owner * 3, wanted)
         tl.store(cut + owner * 3 + 1, value)
         tl.store(cut + owner * 3 + 2, equals)
-        above = tl.load(marks + 2 * SPLITS + other, mask=other < SPLITS, other=0, cache_modifier=".cg")
-        same = tl.zeros((MOST,), dtype=tl.int32)
-        for first in tl.range(0, number, FEW):
-            at = first + tl.arange(0, FEW)
-            found = tl.load(values + at, mask=at < number, other=0, cache_modifier=".cg")
-            part = tl.load(parts + at, mask=at < number, other=0, cache_modifier=".cg")
-            above += tl.histogram(part, MOST, mask=(at < number) & (found > value))
-            same += tl.histogram(part, MOST, mask=(at < number) & (found == value))
-        tl.store(marks + other, tl.cumsum(above, axis=0) - above, mask=other < SPLITS)
-        tl.store(marks + SPLITS + other, tl.cumsum(same, axis=0) - same, mask=other < SPLITS)
 
 
 @triton.jit
@@ -253,8 +237,8 @@ def _lowest_taken(values, number, wanted, TOKENS: tl.constexpr):  # type: ignore
 
 @triton.jit
 def _write(  # type: ignore[no-untyped-def]
-    distance, past, slots, cut, before, positions, taken_counts, kv_heads, apart, width,
-    GROUP: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    distance, past, slots, before, aside, cut, positions, taken_counts, kv_heads, apart, width,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Writes the taken of a part behind those of the parts before it; of equals at the cut the lowest positions."""
     after_previous(EARLY)
@@ -263,11 +247,22 @@ def _write(  # type: ignore[no-untyped-def]
     number, lowest, wanted = tl.load(cut + owner * 3), tl.load(cut + owner * 3 + 1), tl.load(cut + owner * 3 + 2)
     if split == 0:
         tl.store(taken_counts + owner, number)
-    mark = before + owner * 3 * SPLITS + split
-    taken, equals = tl.load(mark), tl.load(mark + SPLITS)
+    mark = before + owner * 2 * SPLITS + split
+    taken, undecided = tl.load(mark), tl.load(mark + SPLITS)
     start, end = part_of(count, split, TOKENS, SPLITS)
     if number == 0:
         end = start
+    if start >= end:
+        undecided = 0
+    above, same = tl.zeros((TOKENS,), dtype=tl.int32), tl.zeros((TOKENS,), dtype=tl.int32)
+    for first in tl.range(0, undecided, TOKENS):  # those put aside in the parts before
+        place = first + tl.arange(0, TOKENS)
+        there = place < undecided
+        value = tl.load(aside + owner.to(tl.int64) * apart + place, mask=there, other=0)
+        above += (there & (value > lowest)).to(tl.int32)
+        same += (there & (value == lowest)).to(tl.int32)
+    taken += tl.sum(above)
+    equals = tl.sum(same)
     for first in tl.range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
         r = tl.load(distance + owner.to(tl.int64) * GROUP * apart + token, mask=token < apart, other=float("-inf"))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import after_previous, fast, launching, tl, triton, up_to_power
-from sparsecache.kernels.cut import TALLIES, Rule, Selected, part_of, take_nearest
+from sparsecache.kernels.cut import Rule, Selected, part_of, take_nearest
 from sparsecache.kernels.decode import split_count
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import count_near, distance_to_best, highest
@@ -67,31 +67,27 @@ def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tens
     apart = -(-room // 16) * 16
     scores = torch.empty((batch, heads, apart), device=device, dtype=torch.float32)
     extremes = torch.empty((2, batch, heads, splits), device=device, dtype=torch.float32)
-    tallies = torch.empty((batch, kv_heads, TALLIES), device=device, dtype=torch.int32)
     _score[(batch * kv_heads, splits)](
-        q, q.stride(0), q.stride(1), columns, keys, past, slots, scores, extremes, tallies,
+        q, q.stride(0), q.stride(1), columns, keys, past, slots, scores, extremes,
         1 / math.sqrt(head_dim), kv_heads, room, apart, head_dim, wide, extremes[0].numel(),
         SIZE=up_to_power(head_dim, 16), WIDE=up_to_power(wide, 16), GROUP=group, QUERIES=up_to_power(group, 8),
-        TOKENS=_TOKENS, SPLITS=splits, TALLIES=TALLIES, num_warps=_WARPS, num_stages=_STAGES, **launching(),
+        TOKENS=_TOKENS, SPLITS=splits, num_warps=_WARPS, num_stages=_STAGES, **launching(),
     )  # fmt: skip
-    return take_nearest(scores, extremes, tallies, past, slots, rule, kv_heads, width)
+    return take_nearest(scores, extremes, past, slots, rule, kv_heads, width)
 
 
 @triton.jit
 def _score(  # type: ignore[no-untyped-def]
-    q, q_row, q_head, columns, keys, past, slots, scores, extremes, tallies, scale, kv_heads, room, apart,
+    q, q_row, q_head, columns, keys, past, slots, scores, extremes, scale, kv_heads, room, apart,
     size, wide, all_extremes,
-    SIZE: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
-    TOKENS: tl.constexpr, SPLITS: tl.constexpr, TALLIES: tl.constexpr, EARLY: tl.constexpr,
+    SIZE: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Speculated scores of a part of a slot for the heads of a KV head, and each head's highest and lowest."""
     after_previous(EARLY)
     row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
     count = tl.load(past + slot)
-    if split == 0:  # what the cut counts in
-        tally = tl.arange(0, 512)
-        tl.store(tallies + tl.program_id(0) * TALLIES + tally, 0, mask=tally < TALLIES)
     query, at, column = tl.arange(0, QUERIES)[None, :], tl.arange(0, SIZE), tl.arange(0, WIDE)
     head = kv * GROUP + query
     asked = (query < GROUP) & (at < size)[:, None]
