@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from sparsecache.engine.decoder import Decoder
-from sparsecache.engine.steps import EagerSteps, Steps, make_steps
+from sparsecache.engine.steps import EagerSteps, Flight, Steps, make_steps
 from sparsecache.methods.base import Method
 
 
@@ -97,7 +97,7 @@ def no_tick(tokens: int) -> None:
     """Nobody watches."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sequence:
     """A request in flight."""
 
@@ -117,6 +117,14 @@ class _Sequence:
         if self.new_ids[-1] in self.request.stop_ids and len(self.new_ids) > self.request.min_new_tokens:
             return "stop"
         return "length" if len(self.new_ids) >= self.request.max_new_tokens else ""
+
+
+@dataclass
+class _Step:
+    """A step under way, and whose."""
+
+    rows: list[_Sequence]
+    flight: Flight
 
 
 class _Queue:
@@ -148,6 +156,9 @@ class Generator:
     `slots` sequences at most are in flight at once: fewer where memory does not suffice. A request that fails comes
     back as a completion with an error, and the others go on; when a step fails, that is every request in flight.
     Out of memory is a failure only when nothing else is in flight; else all of them start over, half as many at once.
+
+    Where steps can go on by themselves, a step is launched before the one before it is read, so that the device does
+    not wait for the host. A sequence that a stop id ends has then been decoded one step too far, which is retracted.
     """
 
     def __init__(self, decoder: Decoder, method: Method, slots: int):
@@ -157,6 +168,7 @@ class Generator:
         self._most_slots = self._slots = slots
         self._room = 0  # tokens that each slot can take
         self._steps: Steps = EagerSteps(decoder)
+        self._under_way: _Step | None = None  # launched ahead
 
     @torch.inference_mode()
     def reserve(self, max_tokens: int) -> None:
@@ -193,10 +205,14 @@ class Generator:
         """Yields a completion for every request, in the order in which they end."""
         queue = _Queue(requests)
         active: dict[int, _Sequence] = {}
+        self._forget_ahead()  # what an earlier call left, that was cut off
         while active or queue.first is not None:
             short_of_memory = False
             try:
                 while (upcoming := queue.first) is not None and self._can_start(upcoming, active):
+                    if self._under_way is not None:
+                        yield from self._step(active, tick, ahead=False)
+                        continue
                     started = self._start(upcoming, active)
                     queue.drop_first()
                     if started is None or started.error is None:
@@ -222,6 +238,7 @@ class Generator:
         )
         queue.put_back([row.request for row in active.values()])
         active.clear()
+        self._forget_ahead()
         self._room = 0
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -255,37 +272,62 @@ class Generator:
         return None
 
     @torch.inference_mode()
-    def _step(self, active: dict[int, _Sequence], tick: Tick) -> list[Completion]:
+    def _step(self, active: dict[int, _Sequence], tick: Tick, ahead: bool = True) -> list[Completion]:
         """One token for every sequence in flight; returns the completions of those that end.
 
-        Raises OutOfMemoryError where fewer slots could help.
+        What is under way is read, for the sequences that it was launched for. ahead: whether the next step may be
+        launched before that. Raises OutOfMemoryError where fewer slots could help.
         """
         if not active:
             return []
         began = time.perf_counter()
         rows = list(active.values())
         try:
-            chosen = self._decode(rows)
+            step, self._under_way = self._under_way or _Step(rows, self._launch(rows)), None
+            if ahead and self._goes_on(step, active):
+                flight = self._steps.go_on()
+                self._under_way = None if flight is None else _Step(step.rows, flight)
+            chosen = self._read(step)
         except Exception as error:
+            self._forget_ahead()
             if isinstance(error, torch.OutOfMemoryError) and self._slots > 1:
                 raise
             active.clear()
             return [self._fail(row.request, row.slot, error) for row in rows]
         now = time.perf_counter()
-        self.clock.decode_s += now - began
-        self.clock.decode_tokens += len(rows)
-        tick(len(rows))
-        ended = []
-        for row, token_id in zip(rows, chosen, strict=True):
+        in_flight = [(row, token_id) for row, token_id in zip(step.rows, chosen, strict=True) if row in rows]
+        for row, token_id in in_flight:  # the others had ended when this was launched
             row.new_ids.append(token_id)
-            if row.finish_reason:
-                ended.append(self._finish(active.pop(row.slot), now))
-        return ended
+        ended = [active.pop(row.slot) for row, _ in in_flight if row.finish_reason]
+        too_far = self._under_way is not None
+        if not active and self._under_way is not None:  # nobody wants it, but the device is busy with it
+            self._under_way.flight.read()
+            self._forget_ahead()
+        self.clock.decode_s += time.perf_counter() - began
+        self.clock.decode_tokens += len(in_flight)
+        tick(len(in_flight))
+        return [self._finish(row, now, too_far) for row in ended]
 
-    def _decode(self, rows: list[_Sequence]) -> list[int]:
+    def _forget_ahead(self) -> None:
+        self._under_way = None
+
+    def _goes_on(self, step: _Step, active: dict[int, _Sequence]) -> bool:
+        """Whether the sequences of a step, before it is read, are known to be those of the next one, with its tokens.
+
+        Not if one begins or ends with it, or must not take its most likely token; that a stop id ends one is not known.
+        """
+        return list(active.values()) == step.rows and all(
+            row.request.min_new_tokens <= len(row.new_ids) < row.request.max_new_tokens - 1 for row in step.rows
+        )
+
+    def _launch(self, rows: list[_Sequence]) -> Flight:
         newest = [row.new_ids[-1] for row in rows]
-        logits, greedy = self._steps(torch.tensor([newest, [row.position for row in rows], [row.slot for row in rows]]))
-        return self._choose([row.request for row in rows], [len(row.new_ids) for row in rows], logits, greedy)
+        places = [[row.position for row in rows], [row.slot for row in rows]]
+        return self._steps.launch(torch.tensor([newest, *places]))
+
+    def _read(self, step: _Step) -> list[int]:
+        logits, greedy = step.flight.read()
+        return self._choose([row.request for row in step.rows], [len(row.new_ids) for row in step.rows], logits, greedy)
 
     def _choose(
         self, requests: list[Request], produced: list[int], logits: torch.Tensor, greedy: torch.Tensor
@@ -299,8 +341,11 @@ class Generator:
         chosen: list[int] = greedy.tolist()
         return chosen
 
-    def _finish(self, row: _Sequence, now: float) -> Completion:
+    def _finish(self, row: _Sequence, now: float, too_far: bool = False) -> Completion:
+        """too_far: whether a step was launched after the one that ended the sequence."""
         try:
+            if too_far:
+                self._method.retract(row.slot)
             report = self._method.report(row.slot)
         except Exception as error:
             return self._fail(row.request, row.slot, error)
@@ -316,6 +361,7 @@ class Generator:
 
     def _allocate(self, max_tokens: int) -> None:
         self._room = 0
+        self._forget_ahead()
         shape, device, dtype = self._decoder.shape, self._decoder.device, self._decoder.dtype
         self._steps = EagerSteps(self._decoder)  # frees graphs of the old room
         self._method.allocate(shape, self._slots, max_tokens, device, dtype)

@@ -1,19 +1,35 @@
 """Decode steps: as CUDA graphs where the decoder allows it, else call by call."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sparsecache.engine.decoder import Decoder
 
-Steps = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From token ids, positions and slots, [3, B] on the CPU, to logits [B, V] and the most likely tokens [B].
 
-The logits stand until the next step; the tokens, on the CPU or the device, are the caller's.
-"""
+class Flight(Protocol):
+    """A step under way."""
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Waits for the logits [B, V] and the most likely tokens [B].
+
+        The logits stand until the step after it is launched; the tokens, on the CPU or the device, are the caller's.
+        """
+
+
+class Steps(Protocol):
+    """Decode steps, each of which is launched and then read."""
+
+    def launch(self, inputs: Tensor) -> Flight:
+        """A step from token ids, positions and slots: [3, B] on the CPU."""
+
+    def go_on(self) -> Flight | None:
+        """The step after the latest one, of the same sequences, from the tokens that it finds most likely.
+
+        It is launched before that one is read. None where it cannot be: nothing has happened then.
+        """
 
 
 def make_steps(decoder: Decoder, slots: int) -> Steps:
@@ -21,31 +37,85 @@ def make_steps(decoder: Decoder, slots: int) -> Steps:
     return GraphedSteps(decoder, slots) if decoder.graphable else EagerSteps(decoder)
 
 
+class Landed(NamedTuple):
+    """A step that is done."""
+
+    logits: Tensor
+    greedy: Tensor
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """As Flight.read."""
+        return self
+
+
 class EagerSteps:
-    """Every step is launched operation by operation."""
+    """Every step is launched operation by operation, and done before anything else."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
 
-    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def launch(self, inputs: Tensor) -> Landed:
+        """As Steps.launch."""
         logits = self._decoder.step(*inputs.to(self._decoder.device))
-        return logits, logits.argmax(dim=-1)
+        return Landed(logits, logits.argmax(dim=-1))
+
+    def go_on(self) -> None:
+        """Never: the device is not waited for."""
 
 
-@dataclass
+class _Told:
+    """Tokens on their way to the host."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._tokens = torch.empty(size, dtype=torch.int64, pin_memory=on_gpu)
+        self._event: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def take(self, tokens: Tensor) -> None:
+        """Begins to copy tokens, after all that is on the current stream by now."""
+        self._tokens.copy_(tokens, non_blocking=True)
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(tokens.device))
+
+    def read(self, rows: int) -> Tensor:
+        """Waits for the first `rows` of them: a copy."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tokens[:rows].clone()
+
+
+@dataclass(eq=False)
 class _Graph:
     """A captured step of some batch size.
 
     inputs [3, size], on the device, are those of the next step once the graph has run: what was most likely, one
-    position on. greedy [size] is that choice in pinned memory. `left` are the inputs as they then stand, where the host
-    knows them.
+    position on. told: where that choice is told, of one step and of the next. `left` are the inputs as they then stand,
+    where the host knows them; `latest` is the step that it ran last.
     """
 
     graph: Any
     inputs: Tensor
     logits: Tensor
-    greedy: Tensor
+    told: tuple[_Told, _Told]
     left: Tensor | None = None
+    latest: "_Replay | None" = None
+
+
+@dataclass(eq=False)
+class _Replay:
+    """A step of a graph's. places: positions and slots, [2, B]."""
+
+    graph: _Graph
+    told: _Told
+    places: Tensor
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """As Flight.read."""
+        rows = self.places.shape[1]
+        greedy = self.told.read(rows)
+        if self.graph.latest is self:
+            self.graph.left = torch.stack((greedy, self.places[0] + 1, self.places[1]))
+        return self.graph.logits[:rows], greedy
 
 
 class GraphedSteps:
@@ -57,25 +127,36 @@ class GraphedSteps:
     def __init__(self, decoder: Decoder, slots: int) -> None:
         self._decoder, self._slots = decoder, slots
         self._eager = EagerSteps(decoder)
+        self._latest: _Replay | None = None
         sizes = sorted({*(2**power for power in range(slots.bit_length())), slots}, reverse=True)
         self._graphs: dict[int, _Graph] = {}
         for size in sizes:  # the largest first: the others fit into its memory
             self._graphs[size] = self._capture(size)
 
-    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def launch(self, inputs: Tensor) -> Flight:
+        """As Steps.launch."""
         rows = inputs.shape[1]
-        captured = self._graphs[min(size for size in self._graphs if size >= rows)]
-        left, captured.left = captured.left, None  # not known while the graph runs, should that be cut off
+        graph = self._graphs[min(size for size in self._graphs if size >= rows)]
+        left, graph.left = graph.left, None  # not known while the graph runs, should that be cut off
         if left is None or not torch.equal(left, inputs):
-            captured.inputs.copy_(self._filled_up(inputs, captured.inputs.shape[1]))
-        captured.graph.replay()
-        self._wait()
-        greedy = captured.greedy[:rows]
-        captured.left = torch.stack((greedy, inputs[1] + 1, inputs[2]))
-        return captured.logits[:rows], greedy.clone()
+            graph.inputs.copy_(self._filled_up(inputs, graph.inputs.shape[1]))
+        return self._replay(graph, inputs[1:])
 
-    def _wait(self) -> None:
-        torch.cuda.current_stream(self._decoder.device).synchronize()
+    def go_on(self) -> Flight | None:
+        """As Steps.go_on."""
+        if self._latest is None:
+            return None
+        positions, slots = self._latest.places
+        self._latest.graph.left = None
+        return self._replay(self._latest.graph, torch.stack((positions + 1, slots)))
+
+    def _replay(self, graph: _Graph, places: Tensor) -> "_Replay":
+        told, other = graph.told
+        graph.told = other, told
+        graph.graph.replay()
+        told.take(graph.inputs[0])
+        self._latest = graph.latest = _Replay(graph, told, places)
+        return self._latest
 
     def _filled_up(self, inputs: Tensor, size: int) -> Tensor:
         """inputs [3, B] to [3, size]: the first token at position 0 in idle slots, which then go on by themselves."""
@@ -90,19 +171,18 @@ class GraphedSteps:
         stream: Any = torch.cuda.Stream(self._decoder.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._decoder.device))
         with torch.cuda.stream(stream):  # compiles kernels, and makes what libraries make at their first call
-            self._eager(idle)
+            self._eager.launch(idle)
         torch.cuda.current_stream(self._decoder.device).wait_stream(stream)
-        inputs, greedy = idle.to(self._decoder.device), torch.empty(size, dtype=torch.int64, pin_memory=True)
+        inputs = idle.to(self._decoder.device)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):
-            logits = self._run(inputs, greedy)
-        return _Graph(graph, inputs, logits, greedy)
+            logits = self._run(inputs)
+        return _Graph(graph, inputs, logits, (_Told(size, inputs.device), _Told(size, inputs.device)))
 
-    def _run(self, inputs: Tensor, greedy: Tensor) -> Tensor:
-        """One step, which leaves in `inputs` those of the next, and its choice in `greedy`; logits [size, V]."""
+    def _run(self, inputs: Tensor) -> Tensor:
+        """One step, which leaves in `inputs` those of the next; logits [size, V]."""
         logits = self._decoder.step(*inputs)
         inputs[0] = logits.argmax(dim=-1)
         inputs[1] += 1
-        greedy.copy_(inputs[0], non_blocking=True)
         return logits

@@ -42,7 +42,7 @@ class Method(ABC):
     options of `-o key=value` (raise ValueError, in a full sentence, for a value out of range).
 
     graphable: whether a decode step may be captured in a CUDA graph (no synchronisation, fixed addresses), which is
-        done on a GPU.
+        done on a GPU. A sequence may then be decoded one step too far before it is known to have ended (`retract`).
     guesses_from: what the next layer's query is guessed from for `anticipate`; None: it is not called. "input": this
         layer's attention input, normed as it was (InfiniGen). "own_norm": the same before its norm, with the next
         layer's norm. "residual": the residual stream after this layer's attention, with the next layer's norm.
@@ -129,6 +129,9 @@ class Method(ABC):
     @abstractmethod
     def release(self, slot: int) -> None:
         """Forgets a sequence completely; releasing an empty slot does nothing."""
+
+    def retract(self, slot: int) -> None:  # noqa: B027 (a no-op where nothing is reported of a step)
+        """Forgets of the last step what `report` would say of it; `release` follows. Called where `graphable`."""
 
     def report(self, slot: int) -> dict[str, Any]:
         """What was kept of the sequence in `slot`, for its record: JSON values under keys of the method's own.

@@ -1,15 +1,19 @@
 """Steps: kernels and graphs give the text of plain operations, whatever fills up a batch, whatever memory there is."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sparsecache.engine import generator
-from sparsecache.engine.steps import GraphedSteps
+from sparsecache.engine.generator import Request
+from sparsecache.engine.steps import GraphedSteps, _Graph, _Told
 from sparsecache.kernels._triton import INTERPRETED, running
+from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.methods.vanilla import Vanilla
 
+CPU = torch.device("cpu")
 LENGTHS = (9, 30, 4, 17, 12)
 
 
@@ -35,33 +39,43 @@ class _Recorded(GraphedSteps):
 
     batches: list[torch.Tensor]
 
-    def _capture(self, size: int) -> SimpleNamespace:
+    def _capture(self, size: int) -> _Graph:
         self.batches = []
         inputs = torch.zeros(3, size, dtype=torch.int64)
         inputs[2] = torch.arange(size)
-        greedy = torch.zeros(size, dtype=torch.int64)
-        logits = self._run(inputs, greedy)
+        logits = self._run(inputs)
 
         def replay() -> None:
             self.batches.append(inputs.clone())
-            logits.copy_(self._run(inputs, greedy))
+            logits.copy_(self._run(inputs))
 
-        return SimpleNamespace(
-            graph=SimpleNamespace(replay=replay), inputs=inputs, logits=logits, greedy=greedy, left=None
-        )
+        return _Graph(SimpleNamespace(replay=replay), inputs, logits, (_Told(size, CPU), _Told(size, CPU)))
 
-    def _wait(self) -> None:
-        pass
+
+class _Hesitant(_Recorded):
+    """Launches nothing ahead."""
+
+    def go_on(self) -> None:
+        return None
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> Callable[..., list[_Recorded]]:
+    """Makes engines step as recorded; the steps that they then make."""
+
+    def record(kind: type[_Recorded] = _Recorded) -> list[_Recorded]:
+        made: list[_Recorded] = []
+        monkeypatch.setattr(generator, "make_steps", lambda *arguments: made.append(kind(*arguments)) or made[-1])
+        return made
+
+    return record
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 5])
-def test_batches_are_filled_up_with_idle_slots(
-    slots, folder, make_engine, our_texts, make_prompts, monkeypatch
-) -> None:
+def test_batches_are_filled_up_with_idle_slots(slots, folder, make_engine, our_texts, make_prompts, recorded) -> None:
     prompts = make_prompts(*LENGTHS)
     alone = our_texts(make_engine(folder), prompts)
-    made: list[_Recorded] = []
-    monkeypatch.setattr(generator, "make_steps", lambda *arguments: made.append(_Recorded(*arguments)) or made[-1])
+    made = recorded()
     engine = make_engine(folder, slots)
     engine.reserve(100)
     assert our_texts(engine, prompts) == alone
@@ -72,24 +86,77 @@ def test_batches_are_filled_up_with_idle_slots(
 
 
 @torch.inference_mode()
-def test_a_step_that_is_cut_off_can_be_done_again(folder, make_engine, our_texts, make_prompts, monkeypatch) -> None:
-    made: list[_Recorded] = []
-    monkeypatch.setattr(generator, "make_steps", lambda *arguments: made.append(_Recorded(*arguments)) or made[-1])
+def test_a_step_that_is_cut_off_can_be_done_again(folder, make_engine, our_texts, make_prompts, recorded) -> None:
+    made = recorded()
     our_texts(make_engine(folder), make_prompts(9), 3)
     (steps,) = made
     inputs = torch.tensor([[5], [12], [0]])
-    first = steps(inputs)[1]
+    first = steps.launch(inputs).read()[1]
     after = torch.tensor([first.tolist(), [13], [0]])
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(steps, "_wait", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        steps(after)
-    monkeypatch.setattr(steps, "_wait", lambda: None)
-    steps(after)
+    steps.launch(after)  # and never read
+    steps.launch(after)
     assert steps.batches[-1].tolist() == after.tolist()
+
+
+@torch.inference_mode()
+def test_a_step_launched_ahead_is_the_one_that_would_have_been_asked_for(
+    folder, make_engine, our_texts, make_prompts, recorded
+) -> None:
+    made = recorded()
+    our_texts(make_engine(folder), make_prompts(9), 3)
+    (steps,) = made
+    flight = steps.launch(torch.tensor([[5], [12], [0]]))
+    ahead = steps.go_on()
+    first, second = flight.read()[1].tolist(), ahead.read()[1].tolist()
+    assert steps.batches[-1].tolist() == [first, [13], [0]]
+    asked = len(steps.batches)
+    steps.launch(torch.tensor([second, [14], [0]]))
+    assert len(steps.batches) == asked + 1 and steps.batches[-1].tolist() == [second, [14], [0]]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("least", [0, 6])
+def test_text_is_the_same_whatever_is_launched_ahead(
+    slots, least, folder, make_engine, our_texts, make_prompts, recorded
+) -> None:
+    """Stop ids end sequences while the next step is under way, and the slots go to others."""
+    prompts = make_prompts(*LENGTHS, 5, 21)
+    texts = our_texts(make_engine(folder), prompts, 30)
+    stops = [text[3 + 2 * at] for at, text in enumerate(texts)]
+    requests = [Request(at, prompt, 30 - at, (stops[at],), least) for at, prompt in enumerate(prompts)]
+    alone = {done.key: done.token_ids for done in make_engine(folder).generate(requests)}
+    made = recorded()
+    engine, ticks = make_engine(folder, slots), []
+    engine.reserve(100)
+    assert {done.key: done.token_ids for done in engine.generate(requests, ticks.append)} == alone
+    assert {len(text) for text in alone.values()} - {30 - at for at in range(len(prompts))}, "some are stopped"
+    assert sum(ticks) == sum(map(len, alone.values()))
+    assert engine.clock.decode_tokens == sum(map(len, alone.values())) - len(alone)
+    ahead = sum(len(steps.batches) for steps in made)
+    hesitant = recorded(_Hesitant)
+    engine = make_engine(folder, slots)
+    engine.reserve(100)
+    list(engine.generate(requests))
+    asked = sum(len(steps.batches) for steps in hesitant)
+    assert ahead > asked if slots == 1 else ahead >= asked, "some steps went too far"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels in test_cuda.py; a CPU needs the package triton")
+@pytest.mark.parametrize("gpu_cache", [0, 8])
+def test_a_step_too_far_is_not_reported(gpu_cache, folder, make_engine, our_texts, make_prompts, recorded) -> None:
+    options = {"budget": 0.5, "dense_layers": 1, "skew": False, "offload": True, "gpu_cache": gpu_cache}
+    prompts, reports = make_prompts(9, 12), []
+    with running("kernels"):
+        texts = our_texts(make_engine(folder, 1, InfiniGen(**options)), prompts, 6)
+        requests = [Request(at, prompt, 6, (texts[at][3],)) for at, prompt in enumerate(prompts)]
+        for kind in (_Recorded, _Hesitant):
+            made = recorded(kind)
+            engine = make_engine(folder, 2, InfiniGen(**options))
+            engine.reserve(20)
+            done = {each.key: each for each in engine.generate(requests)}
+            reports.append([(done[at].token_ids, done[at].report, done[at].error) for at in (0, 1)])
+            assert len(made[-1].batches) == (4 if kind is _Recorded else 3)
+    assert reports[0] == reports[1] and reports[0][0][1]["fetched_bytes"] > 0
 
 
 class _Small(Vanilla):

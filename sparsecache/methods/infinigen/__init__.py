@@ -188,6 +188,10 @@ class InfiniGen(SparseMethod):
     def anticipate(self, layer: int, q: Tensor, slots: Tensor) -> None:
         layer -= self.first
         if self._unbounded is not None:
+            if layer == 0:  # before this step writes anything down
+                self._tally.mark()
+                if self._gpu_cache is not None:
+                    self._gpu_cache.mark()
             self._unbounded.anticipate(layer, q, slots, self.ledger(layer).past)
             return
         past, cap = self.past_and_cap(layer, slots)
@@ -247,6 +251,11 @@ class InfiniGen(SparseMethod):
             self._pool.release(slot)
         if self._gpu_cache is not None:
             self._gpu_cache.release(slot)
+
+    def retract(self, slot: int) -> None:
+        self._tally.retract(slot)
+        if self._gpu_cache is not None:
+            self._gpu_cache.retract(slot)
 
     def report(self, slot: int) -> dict[str, Any]:
         if not self._offload:

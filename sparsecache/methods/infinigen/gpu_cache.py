@@ -27,6 +27,7 @@ class GpuCache:
         self._tokens = per_layer(devices, *size, tokens, dtype=torch.int32, fill=-1)
         self._order = per_layer(devices, *size, tokens, dtype=torch.int32)
         self._hits = per_layer(devices, *size)
+        self._marked = [(x, torch.zeros_like(x)) for x in (self._hits,) if isinstance(x, Tensor)]
         self._layers, self._heads = len(devices), Everywhere(torch.arange(shape.kv_heads), devices)
         self._unused = Everywhere(torch.arange(tokens, dtype=torch.int32), devices)
         for layer in range(self._layers):
@@ -65,6 +66,16 @@ class GpuCache:
         self._hits[:, slot] = 0
         for layer in range(self._layers):
             self._order[layer, slot] = self._unused.on(self._order[layer])
+
+    def mark(self) -> None:
+        """Remembers the hits by now, for `retract`: on one device alone."""
+        for hits, mark in self._marked:
+            mark.copy_(hits)
+
+    def retract(self, slot: int) -> None:
+        """Of a slot, the hits are again those that were marked."""
+        for hits, mark in self._marked:
+            hits[:, slot] = mark[:, slot]
 
     def hits(self, slot: int) -> int:
         """How many tokens were found here."""
