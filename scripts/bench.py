@@ -20,6 +20,7 @@ from pathlib import Path
 
 import click
 import torch
+from click.core import ParameterSource
 
 from sparsecache.bench.lines import Line, save, save_picture, table
 from sparsecache.bench.models import SHAPES, Subject, load_subject
@@ -31,6 +32,14 @@ from sparsecache.methods import parse_options
 from sparsecache.plan import find_device, find_devices
 
 MODES = ("decode", "prefill", "replay", "startup")
+_MEANT_FOR = {
+    "tokens": ("decode", "prefill", "startup"),
+    "workload": ("replay",),
+    "rows": ("replay",),
+    "slots": ("replay",),
+    "workers": ("replay",),
+    **dict.fromkeys(("batch", "new_tokens", "method", "options", "gpus", "profiled"), ("decode",)),
+}
 
 
 @click.command(cls=FlexibleCommand)
@@ -90,8 +99,8 @@ def main(
         jobs = [
             Job(length, new_tokens, size) for size in _numbers("batch", batch) for length in _numbers("tokens", tokens)
         ]
+        _check(mode, workload, jobs)
         where = find_device(device)
-        _check(mode, workload, gpus, workers, profiled)
         if out is not None:
             make_folder(out, "--out")
         dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
@@ -162,16 +171,24 @@ class _Bench:
             save_picture(self.lines, Path(f"{stem}.svg"))
 
 
-def _check(mode: str, workload: Path | None, gpus: int, workers: int, profiled: bool) -> None:
-    """Raises UsageError for options that do not go together."""
-    if (mode == "replay") != (workload is not None):
-        raise UsageError("A replay, and nothing else, needs --workload: a CSV (dataset, prompt_tokens, new_tokens).")
-    if workers > 1 and (mode != "replay" or gpus > 1):
-        raise UsageError("--workers share a replay, and nothing else: leave out --gpus.")
-    if gpus > 1 and mode != "decode":
-        raise UsageError(f"--gpus {gpus} split a model in decode; a replay is shared by --workers.")
-    if profiled and mode != "decode":
-        raise UsageError(f"--profile tells where a decode's time goes, not a {mode}'s.")
+def _check(mode: str, workload: Path | None, jobs: list[Job]) -> None:
+    """Raises UsageError for options that say nothing in a mode, and for what a mode needs."""
+    context = click.get_current_context()
+    given = {
+        option.name: option.opts[0]
+        for option in context.command.params
+        if option.name and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    }
+    for name, flag in given.items():
+        modes = _MEANT_FOR.get(name, MODES)
+        if mode not in modes:
+            raise UsageError(f"{flag} says nothing in mode {mode}: leave it out. It is for {' and '.join(modes)}.")
+    if context.params["workers"] > 1 and "peers" in given:
+        raise UsageError("A replay that workers share is compared with one of them alone: leave out --peers.")
+    if mode == "replay" and workload is None:
+        raise UsageError("A replay needs --workload: a CSV with the columns dataset, prompt_tokens, new_tokens.")
+    if mode == "startup" and len(jobs) > 1:
+        raise UsageError(f"A start-up ends with one prompt, not {len(jobs)}: give one number of --tokens.")
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -45,8 +45,11 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def _said(notes: dict[str, Any]) -> str:
-    """What a method's step moved, and where its memory is, in words."""
-    parts = []
+    """What a start's stages took, what a method's step moved, and where its memory is, in words."""
+    parts, before = [], 0.0
+    for stage, seconds in notes.get("stages", {}).items():  # since the beginning, in order
+        parts.append(f"{stage} {seconds - before:.1f} s")
+        before = seconds
     if kept := notes.get("kept"):
         parts.append(f"attended to {100 * sum(kept) / len(kept):.1f} % of the past in sparse layers")
     if fetched := notes.get("fetched_bytes_per_step"):

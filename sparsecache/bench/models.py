@@ -52,6 +52,11 @@ class Subject:
         return self.weights.embedding.device
 
     @property
+    def devices(self) -> list[torch.device]:
+        """Where the layers are, each device once."""
+        return list(dict.fromkeys(layer.qkv.device for layer in self.weights.layers))
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the weights are in."""
         return self.weights.embedding.dtype

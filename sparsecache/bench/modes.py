@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from sparsecache.methods import parse_options
 from sparsecache.methods._host import pinned_bytes
 
 _RUNS, _SECONDS = 3, 8.0
+Found = TypeVar("Found")
 
 PEERS: dict[str, dict[str, Any]] = {
     "transformers": {},
@@ -70,7 +71,7 @@ def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], way: Way
         clock, reports, caches = run(subject.engine(way.method, way.options, job.batch), subject, job, _step)
         free_memory()
         measured = [name for name in peers if job.batch == 1 or name in OWN]
-        others = _each(measured, partial(_peer_step, subject, job))
+        others = each_peer(measured, partial(_peer_step, subject, job))
         kept = [report["kept"] for report in reports if report.get("kept") is not None]
         notes = {
             "copy_bytes_per_s": rate,
@@ -112,7 +113,7 @@ def prefill(subject: Subject, jobs: Sequence[Job], peers: Sequence[str]) -> Iter
     for job in jobs:
         short = Job(job.tokens, 2)
         clock = run(subject.engine(), subject, short, _first_token).clock
-        others = _each(peers, partial(_peer_prefill, subject, short))
+        others = each_peer(peers, partial(_peer_prefill, subject, short))
         notes = {"peak_gpu_bytes": clock.peak_gpu_bytes, "weights_bytes": subject.nbytes}
         limit = prompt_limit(subject, job.tokens)
         yield Line(f"prefill, {job.tokens} tokens", clock.prefill_s, limit, others, notes)
@@ -127,7 +128,7 @@ def replay(subject: Subject, workload: Path, rows: int, slots: int, peers: Seque
     ours, clock = timed(subject.engine(slots=slots), requests)
     print(f"{len(requests)} prompts took {ours:.1f} s; now the peers.", file=sys.stderr)  # which may take minutes
     free_memory()
-    others = _each(peers, lambda name: timed(subject.reference(**PEERS[name]), requests)[0] / len(requests))
+    others = each_peer(peers, lambda name: timed(subject.reference(**PEERS[name]), requests)[0] / len(requests))
     notes = {
         "prompts_per_s": len(requests) / ours,
         "prefill_share": clock.prefill_s / ours,
@@ -193,9 +194,9 @@ def run(engine: Engine, subject: Subject, job: Job, seconds: Callable[[Clock], f
     """
     requests = job.requests(subject.architecture.vocabulary)
     found: list[Ran] = []
-    before = _held(subject.device)
+    before = _held(subject.devices)
     engine.reserve(job.tokens + job.new_tokens)
-    on_gpu, pinned = (now - then for now, then in zip(_held(subject.device), before, strict=True))
+    on_gpu, pinned = (now - then for now, then in zip(_held(subject.devices), before, strict=True))
     _all(engine, requests)
     began = time.perf_counter()
     while not found or (len(found) < _RUNS and time.perf_counter() - began < _SECONDS):
@@ -205,9 +206,9 @@ def run(engine: Engine, subject: Subject, job: Job, seconds: Callable[[Clock], f
     return min(found, key=lambda each: seconds(each.clock))
 
 
-def _held(device: torch.device) -> tuple[int, int]:
-    """Bytes of tensors on a GPU, and of pinned keys and values."""
-    return (torch.cuda.memory_allocated(device) if device.type == "cuda" else 0), pinned_bytes()
+def _held(devices: Sequence[torch.device]) -> tuple[int, int]:
+    """Bytes of tensors on GPUs, and of pinned keys and values."""
+    return sum(torch.cuda.memory_allocated(device) for device in devices if device.type == "cuda"), pinned_bytes()
 
 
 def profile(subject: Subject, job: Job, path: Path | None, way: Way) -> str:
@@ -247,7 +248,7 @@ def _first_token(clock: Clock) -> float:
     return clock.prefill_s
 
 
-def _each(names: Sequence[str], measure: Callable[[str], float]) -> dict[str, float]:
+def each_peer(names: Sequence[str], measure: Callable[[str], Found]) -> dict[str, Found]:
     """What is measured of each peer; one that fails, for want of memory say, is told and left out."""
     found = {}
     for name in names:

@@ -11,11 +11,13 @@ from tempfile import TemporaryDirectory
 
 from sparsecache.bench.lines import Line
 from sparsecache.bench.models import SHAPES, load_subject
-from sparsecache.bench.modes import free_memory
+from sparsecache.bench.modes import each_peer, free_memory
 from sparsecache.engine.catalog import checkpoint_folder, find_model
 from sparsecache.engine.loading import DTYPES
 from sparsecache.errors import one_line
 from sparsecache.plan import find_device
+
+_READ = 2**24  # bytes at a time
 
 
 def startup(model: str, device: str, dtype: str, tokens: int, peers: list[str]) -> Iterator[Line]:
@@ -30,13 +32,23 @@ def startup(model: str, device: str, dtype: str, tokens: int, peers: list[str]) 
             free_memory()
         else:
             folder = Path(checkpoint_folder(find_model(model), offline=False, weights=True))
+        _read_through(folder)
         cache = str(Path(scratch) / "triton")
         job = [str(folder), device, dtype, str(tokens)]
-        found = {engine: [_first_token(engine, job, cache) for _ in range(2)] for engine in ("sparsecache", *peers)}
+        ours = [_first_token("sparsecache", job, cache) for _ in range(2)]
+        theirs = each_peer(peers, lambda peer: [_first_token(peer, job, cache) for _ in range(2)])
     for number, what in enumerate(("first run", "second run")):
-        seconds = {engine: runs[number]["first token"] for engine, runs in found.items()}
-        notes = {engine: runs[number] for engine, runs in found.items()}
-        yield Line(f"start to first token, {tokens} tokens, {what}", seconds.pop("sparsecache"), None, seconds, notes)
+        notes = {"stages": ours[number], "peers_stages": {peer: runs[number] for peer, runs in theirs.items()}}
+        seconds = {peer: runs[number]["first token"] for peer, runs in theirs.items()}
+        yield Line(f"start to first token, {tokens} tokens, {what}", ours[number]["first token"], None, seconds, notes)
+
+
+def _read_through(folder: Path) -> None:
+    """Reads all weights once, so that no engine finds them colder than another."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            while file.read(_READ):
+                pass
 
 
 def _first_token(engine: str, job: list[str], cache: str) -> dict[str, float]:

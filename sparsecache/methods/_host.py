@@ -31,6 +31,7 @@ def make_room(*size: int, dtype: torch.dtype, device: torch.device, offload: boo
         )
     room = torch.zeros(size, dtype=dtype)
     if device.type == "cuda" and needed:
+        torch.cuda.synchronize(device)  # makes this thread one that the driver knows
         _pin(room)
     return room
 
