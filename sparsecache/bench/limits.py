@@ -1,6 +1,6 @@
 """What the machine could do at best, measured in the same run: copies, products at the model's shapes, attention.
 
-Every rate is a mean over at least `_SECONDS`, since a rate over less says what a cool chip does.
+Every rate is a mean over about `_SECONDS`, since a rate over less says what a cool chip does.
 """
 
 import time

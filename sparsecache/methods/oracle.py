@@ -1,6 +1,6 @@
 """Oracle: the tokens with the highest true scores, the ceiling of any selection (InfiniGen's rule without guessing).
 
-It reads every key to choose, so it saves nothing; it shows what a perfect guess would keep.
+It reads every key to choose, so it saves nothing; it shows what a perfect guess would keep. GQA: as in `infinigen`.
 """
 
 import math

@@ -1,6 +1,12 @@
 """InfiniGen: guess, one layer ahead, which past tokens matter, and attend to those alone (OSDI'24, arXiv 2406.19707).
 
 The guess is the next layer's query made of this layer's input; it meets a few telling columns of that layer's keys.
+
+GQA: the paper has one KV head a query head. Here a token is as near to a KV head as to the query head, of those that
+share it, to whose best score it comes nearest; and a KV head has one skewing matrix and one set of columns.
+
+What differs: keys are rotated by RoPE, so the skewing matrix is made and used behind it; as many columns as make 32
+(`partial_weight_ratio`), where the paper takes 0.3 of them; and what was not in the paper is off by default.
 """
 
 import math
