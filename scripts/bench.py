@@ -62,7 +62,11 @@ _MEANT_FOR = {
     "--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share the layers, in decode."
 )
 @click.option(
-    "--workers", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share a replay's prompts."
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="GPUs or CPUs that share a replay's prompts.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for the lines as JSON and a picture, and a profile."

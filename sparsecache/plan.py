@@ -24,6 +24,8 @@ from sparsecache.methods.base import Method
 from sparsecache.options import show
 from sparsecache.settings import Settings
 
+_NO_TEXT = "The calibration text is empty. Name another one, of about 2,000 tokens."
+
 
 class Plan:
     """One run's checkpoint, method, device, dtype and prompts.
@@ -124,7 +126,7 @@ class Plan:
         if self.calibration_text is not None:
             token_ids = self.checkpoint.tokenizer(self.calibration_text, verbose=False)["input_ids"]
             if not token_ids:
-                raise UsageError("The calibration text is empty. Name another one.")
+                raise UsageError(_NO_TEXT)
             calibrate(self.method, decoder, token_ids, self.checkpoint.fingerprint)
 
     def reference(self) -> Engine:
@@ -230,6 +232,8 @@ class Plan:
         with refusals(self.settings.method):
             self.method.check(shape)
             self.calibration_text = self.method.calibration_text()
+        if self.calibration_text is not None and not self.calibration_text.strip():
+            raise UsageError(_NO_TEXT)
         try:
             Rope(self.checkpoint.config, torch.device("cpu"))
         except UsageError:

@@ -348,9 +348,16 @@ def test_a_text_that_cannot_be_read_is_refused_before_weights_are_read(content, 
     assert not (tmp_path / "pred" / "tiny" / "refused").exists()
 
 
-def test_an_empty_text_is_refused(tiny, tmp_path) -> None:
-    """By a tokenizer that puts no token before it; ours does, and one token is a text."""
-    (tmp_path / "text.txt").write_text("")
+@pytest.mark.parametrize("text", ["", " \n\t"], ids=repr)
+def test_an_empty_text_is_refused_before_anything_is_loaded(text, tiny, tmp_path) -> None:
+    (tmp_path / "text.txt").write_text(text)
+    options = {"dense_layers": "1", "calibration_file": str(tmp_path / "text.txt")}
+    with pytest.raises(UsageError, match="calibration text is empty"):
+        Plan(Settings(model=str(tiny), method="infinigen", options=options, device="cpu"))
+
+
+def test_a_text_without_tokens_is_refused(tiny, tmp_path) -> None:
+    (tmp_path / "text.txt").write_text("x")
     options = {"dense_layers": "1", "calibration_file": str(tmp_path / "text.txt")}
     plan = Plan(Settings(model=str(tiny), method="infinigen", options=options, device="cpu"))
     plan.checkpoint.tokenizer  # noqa: B018 (cached, to be replaced)

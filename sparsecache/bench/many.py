@@ -40,6 +40,8 @@ def replay_by_many(crew: Crew, workload: Path, rows: int) -> Iterator[Line]:
         with _working(replace(crew, workers=workers), requests, crew.workers) as engine:
             print(f"{workers} loaded; now {len(requests)} prompts.", file=sys.stderr)
             seconds, clock = timed(engine, requests)
+            if any(worker["died"] for worker in engine.session()["workers"]):
+                raise RuntimeError(f"of {workers} workers one died and was replaced, so that the time says nothing.")
         print(f"They took {seconds:.1f} s.", file=sys.stderr)
         if alone is None:
             alone = seconds

@@ -21,7 +21,8 @@ from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights, read_weights
-from sparsecache.methods import make_method, parse_options
+from sparsecache.methods import make_method, parse_options, refusals
+from sparsecache.methods.base import Method
 
 _LLAMA_3 = {"rope_theta": 500000.0, "rope_type": "default"}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -75,14 +76,21 @@ class Subject:
 
     def engine(self, method: str = "vanilla", options: dict[str, str] | None = None, slots: int = 1) -> Generator:
         """Our engine over a method, which is calibrated, if it wants to be, with random tokens."""
-        made = make_method(method, parse_options(method, options or {}))
+        made, text = self.method(method, options or {})
         decoder = Decoder(self.architecture, self.weights, Rope(self.config, self.device), made)
-        if made.calibration_text() is not None:
+        if text is not None:
             drawn = torch.Generator().manual_seed(0)
             with torch.inference_mode():
-                text = torch.randint(3, self.architecture.vocabulary, (1024,), generator=drawn)
-                decoder.calibrate(text.to(self.device), lambda layers: None)
+                token_ids = torch.randint(3, self.architecture.vocabulary, (1024,), generator=drawn)
+                decoder.calibrate(token_ids.to(self.device), lambda layers: None)
         return Generator(decoder, made, slots)
+
+    def method(self, name: str, options: dict[str, str]) -> tuple[Method, str | None]:
+        """A method for this model, and what it wants to be calibrated with; UsageError where it refuses its options."""
+        made = make_method(name, parse_options(name, options))
+        with refusals(name):
+            made.check(self.architecture.shape)
+            return made, made.calibration_text()
 
     def reference(self, **generation: Any) -> TransformersEngine:
         """transformers' engine over the same memory; `generation` are fields of its GenerationConfig."""

@@ -64,6 +64,7 @@ class Job:
 
 def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], way: Way) -> Iterator[Line]:
     """Milliseconds of a decode step of each job, beside the peers' (those of transformers only without a batch)."""
+    subject.method(way.method, way.options)  # refuses options before anything is measured
     rate = copy_rate(subject.device)
     offloaded = parse_options(way.method, way.options).get("offload") and subject.device.type == "cuda"
     link = link_rate(subject.device) if offloaded else None
@@ -126,7 +127,8 @@ def replay(subject: Subject, workload: Path, rows: int, slots: int, peers: Seque
     """
     requests = requests_of(subject.architecture.vocabulary, workload, rows)
     ours, clock = timed(subject.engine(slots=slots), requests)
-    print(f"{len(requests)} prompts took {ours:.1f} s; now the peers.", file=sys.stderr)  # which may take minutes
+    if peers:  # which may take minutes
+        print(f"{len(requests)} prompts took {ours:.1f} s; now the peers.", file=sys.stderr)
     free_memory()
     others = each_peer(peers, lambda name: timed(subject.reference(**PEERS[name]), requests)[0] / len(requests))
     notes = {
@@ -156,17 +158,17 @@ def stratified(workload: Path, rows: int) -> list[Job]:
     """
     by_dataset: dict[str, list[Job]] = {}
     try:
-        with workload.open(encoding="utf-8", newline="") as file:
+        with workload.open(encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file):
-                job = Job(int(row["prompt_tokens"]), max(1, int(row["new_tokens"])))
+                job = Job(int(row["prompt_tokens"]), int(row["new_tokens"]))
                 by_dataset.setdefault(row["dataset"], []).append(job)
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise UsageError(
             f"{workload} is no workload ({error!r}): a CSV with the columns dataset, prompt_tokens, new_tokens."
         ) from error
     total = sum(map(len, by_dataset.values()))
-    if not total or any(job.tokens < 1 for jobs in by_dataset.values() for job in jobs):
-        raise UsageError(f"{workload} needs rows, and prompt_tokens from 1 on in each.")
+    if not total or any(job.tokens < 1 or job.new_tokens < 0 for jobs in by_dataset.values() for job in jobs):
+        raise UsageError(f"{workload} needs rows, and in each prompt_tokens from 1 and new_tokens from 0 on.")
     chosen: list[Job] = []
     before = 0.0  # of the rows so far, those that are wanted; what rounding takes from one dataset, the next one gets
     for jobs in by_dataset.values():
@@ -175,7 +177,7 @@ def stratified(workload: Path, rows: int) -> list[Job]:
         count = min(len(jobs), max(1, round(wanted) - round(before)))
         before = wanted
         chosen += [jobs[(2 * at + 1) * len(jobs) // (2 * count)] for at in range(count)]
-    return sorted(chosen, key=lambda job: -job.tokens)
+    return [Job(job.tokens, max(1, job.new_tokens)) for job in sorted(chosen, key=lambda job: -job.tokens)]
 
 
 class Ran(NamedTuple):

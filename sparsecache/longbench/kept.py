@@ -12,8 +12,9 @@ from sparsecache.longbench.jsonl import figure
 class Kept:
     """The rows that report `kept`, the mean share of past tokens attended to.
 
-    share: its mean over `rows` rows, None if there are none; idle_rows: rows without a sparse step, which are in no
-    mean. sparse_steps, capped_steps and fetched_bytes are sums, gpu_cache_hit is a mean over the rows that have it.
+    share: its mean over `rows` rows, None if there are none; idle_rows: rows without a sparse step, and odd_rows: those
+    that say something else than a share from 0 to 1, both of which are in no mean. sparse_steps, capped_steps and
+    fetched_bytes are sums, gpu_cache_hit is a mean over the rows that have it.
     capped_rows: rows that had more past tokens than the method's cap at some step; dropping_rows: how many of these
     kept less than everything. dense_layers: the values found.
     """
@@ -21,6 +22,7 @@ class Kept:
     share: float | None
     rows: int
     idle_rows: int
+    odd_rows: int
     sparse_steps: int
     capped_steps: int
     capped_rows: int
@@ -49,17 +51,19 @@ def kept_of(rows: Iterable[dict[str, Any]]) -> Kept | None:
     rows = [row for row in rows if "kept" in row and "error" not in row]
     if not rows:
         return None
-    shares = _figures(rows, "kept")
+    shares = [share for row in rows if (share := _share(row)) is not None]
+    idle = sum(row["kept"] is None for row in rows)
     capped = [row for row in rows if figure(row, "capped_steps")]
     fetched = _figures(rows, "fetched_bytes")
     return Kept(
         share=_mean(shares),
         rows=len(shares),
-        idle_rows=len(rows) - len(shares),
+        idle_rows=idle,
+        odd_rows=len(rows) - len(shares) - idle,
         sparse_steps=int(sum(_figures(rows, "sparse_steps"))),
         capped_steps=int(sum(_figures(rows, "capped_steps"))),
         capped_rows=len(capped),
-        dropping_rows=sum(share < 1 for share in _figures(capped, "kept")),
+        dropping_rows=sum(share < 1 for row in capped if (share := _share(row)) is not None),
         dense_layers=frozenset(int(layers) for layers in _figures(rows, "dense_layers")),
         fetched_bytes=int(sum(fetched)) if fetched else None,
         gpu_cache_hit=_mean(_figures(rows, "gpu_cache_hit")),
@@ -76,11 +80,14 @@ def kept_lines(parts: Iterable[Kept | None]) -> Iterator[str]:
     found = [part for part in parts if part is not None]
     if not found:
         return
-    steps, rows, idle = (sum(getattr(part, name) for part in found) for name in ("sparse_steps", "rows", "idle_rows"))
+    steps, rows, idle, odd = (
+        sum(getattr(part, name) for part in found) for name in ("sparse_steps", "rows", "idle_rows", "odd_rows")
+    )
     layers = sorted(layers for layers in frozenset().union(*(part.dense_layers for part in found)) if layers)
     yield (
         f"Kept: mean share of past tokens attended to, over {steps} sparse steps of {rows} rows"
         + (f" ({idle} more had no sparse step)" if idle else "")
+        + (f" ({odd} more say something else than a share from 0 to 1, and are left out)" if odd else "")
         + (f"; dense layers: {' or '.join(map(str, layers))}" if layers else "")
         + "."
     )
@@ -93,6 +100,12 @@ def dropped_nothing(parts: Iterable[Kept | None]) -> int:
     """
     found = [part for part in parts if part is not None]
     return 0 if any(part.dropping_rows for part in found) else sum(part.capped_rows for part in found)
+
+
+def _share(row: dict[str, Any]) -> float | None:
+    """What a row kept; None where it says something else."""
+    share = figure(row, "kept")
+    return share if share is not None and 0 <= share <= 1 else None
 
 
 def _figures(rows: Iterable[dict[str, Any]], key: str) -> list[float]:

@@ -20,7 +20,10 @@ from sparsecache.longbench.jsonl import dumps, read_objects
 RUN_FILE = "run.json"
 BY_DATASET = ("templates", "protocol", "data")  # the tables of an identity that have an entry per dataset
 _RUN_ADVICE = "Correct it, or start the run afresh with --overwrite."
-_ADVICE = "Repair or delete that line, or start the run afresh with --overwrite."
+_ADVICE = (
+    "Repair or delete that line, or give the run's own command again: it cuts off a last line that was left half "
+    "written, and starts afresh with --overwrite."
+)
 
 
 class PredictionFile:

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sparsecache.bench.models import SHAPES, Subject, load_subject
 from sparsecache.bench.modes import Job, stratified
 from sparsecache.bench.stages import _STAGES, profiled, stage_of
 from sparsecache.demo.checkpoint import MODEL_TYPES, make_random_checkpoint
+from sparsecache.engine.generator import Clock
 from sparsecache.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -70,20 +72,29 @@ def test_a_subset_has_of_each_dataset_its_share_evenly_over_its_lengths(tmp_path
     assert sum(long) / len(long) == pytest.approx(1149.5, abs=2) and min(long) < 1010 < 1290 < max(long)
 
 
-@pytest.mark.parametrize("text", ["dataset,prompt_tokens,new_tokens\n", "dataset,prompt_tokens,new_tokens\nx,-4,0\n"])
-def test_a_workload_without_prompts_is_refused(text, tmp_path) -> None:
-    (tmp_path / "w.csv").write_text(text)
-    with pytest.raises(UsageError, match="needs rows, and prompt_tokens from 1 on"):
+@pytest.mark.parametrize("rows", ["", "x,-4,0\n", "x,4,-1\n"], ids=repr)
+def test_a_workload_without_prompts_is_refused(rows, tmp_path) -> None:
+    (tmp_path / "w.csv").write_text(f"dataset,prompt_tokens,new_tokens\n{rows}")
+    with pytest.raises(UsageError, match="needs rows, and in each prompt_tokens from 1 and new_tokens from 0 on"):
         stratified(tmp_path / "w.csv", 10)
 
 
-@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "dataset,prompt_tokens,new_tokens\nx,many,3\n"], ids=repr)
+@pytest.mark.parametrize(
+    "text",
+    ["", "a,b\n1,2\n", "dataset,prompt_tokens,new_tokens\nx,many,3\n", f"dataset\n{'x' * 200_000}\n"],
+    ids=["none", "other columns", "no number", "a field too long"],
+)
 def test_what_is_no_workload_is_refused(text, tmp_path) -> None:
     (tmp_path / "w.csv").write_text(text or "\0")
     if not text:
         (tmp_path / "w.csv").unlink()
     with pytest.raises(UsageError, match="dataset, prompt_tokens, new_tokens"):
         stratified(tmp_path / "w.csv", 10)
+
+
+def test_a_workload_saved_by_a_spreadsheet_is_read(tmp_path) -> None:
+    (tmp_path / "w.csv").write_text("dataset,prompt_tokens,new_tokens\r\na,7,2\r\n", encoding="utf-8-sig")
+    assert stratified(tmp_path / "w.csv", 10) == [Job(7, 2)]
 
 
 def test_a_line_is_told_as_time_share_of_limit_and_ratios() -> None:
@@ -169,6 +180,21 @@ def test_a_replay_is_shared_by_workers(repo, tmp_path, run_python) -> None:
     assert line["notes"]["prompt_tokens"] == 4 * 49
 
 
+def test_a_replay_in_which_a_worker_died_is_no_measurement(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("ray"), pytest.importorskip("psutil")
+    from sparsecache.bench import many
+
+    class Engine:
+        def session(self):
+            return {"workers": [{"died": False}, {"died": True}]}
+
+    (tmp_path / "w.csv").write_text("dataset,prompt_tokens,new_tokens\na,4,3\n")
+    monkeypatch.setattr(many, "_working", lambda *arguments: nullcontext(Engine()))
+    monkeypatch.setattr(many, "timed", lambda *arguments: (1.0, Clock()))
+    with pytest.raises(RuntimeError, match="of 1 workers one died"):
+        list(many.replay_by_many(many.Crew(2, "demo", "float32", "cpu", 1), tmp_path / "w.csv", 1))
+
+
 def test_a_peer_that_fails_is_told_and_the_rest_is_measured(main, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("sparsecache.bench.limits._SECONDS", 0.01)
     folder = make_random_checkpoint(tmp_path / "tiny")
@@ -226,6 +252,11 @@ def test_a_method_is_measured_beside_our_own_vanilla(main, tmp_path, monkeypatch
         (["decode", "--device", "tpu"], "--device 'tpu' is no device to decode on"),
         (["decode", "--out", "/proc/x"], "--out /proc/x is no folder to write to"),
         (["decode", "--model", "nothing"], "neither a folder"),
+        (["decode", "--method", "infinigen", "-o", "dense_layers=40"], "refuses its options: dense_layers=40 must be"),
+        (
+            ["decode", "--method", "infinigen", "-o", "calibration_file=/no"],
+            "refuses its options: calibration_file=/no",
+        ),
     ],
     ids=str,
 )

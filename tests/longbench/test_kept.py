@@ -20,6 +20,7 @@ def test_rows_without_a_number_are_counted_and_left_out_of_the_mean() -> None:
         share=0.2,
         rows=2,
         idle_rows=1,
+        odd_rows=0,
         sparse_steps=20,
         capped_steps=20,
         capped_rows=2,
@@ -52,11 +53,13 @@ def test_what_offload_reports_is_summed_and_averaged_where_it_is() -> None:
     assert plain is not None and not {"fetched_bytes", "gpu_cache_hit"} & plain.as_json().keys()
 
 
-@pytest.mark.parametrize("kept", ["0.5", True, float("nan"), float("inf"), [1], {"x": 1}])
-def test_what_is_no_number_in_files_from_elsewhere_counts_as_none(kept: Any) -> None:
+@pytest.mark.parametrize("kept", ["0.5", True, float("nan"), float("inf"), [1], {"x": 1}, -4, 1.01])
+def test_what_is_no_share_in_files_from_elsewhere_is_left_out_and_said(kept: Any) -> None:
     found = kept_of([row(kept), row(0.5)])
     assert found is not None
-    assert (found.share, found.rows, found.idle_rows) == (0.5, 1, 1)
+    assert (found.share, found.rows, found.idle_rows, found.odd_rows, found.dropping_rows) == (0.5, 1, 0, 1, 1)
+    (line,) = kept_lines([found])
+    assert "of 1 rows (1 more say something else than a share from 0 to 1, and are left out)" in line
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,9 @@ def _drive(worker: Worker, requests: list[Request]) -> dict[str, Completion]:
 
 def _steps(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> list[int]:
     """How many sequences each decode step of `run` had."""
-    seen, whole = [], Generator._decode
+    seen, whole = [], Generator._launch
     with monkeypatch.context() as patch:
-        patch.setattr(Generator, "_decode", lambda self, rows: seen.append(len(rows)) or whole(self, rows))
+        patch.setattr(Generator, "_launch", lambda self, rows: seen.append(len(rows)) or whole(self, rows))
         run()
     return seen
 

@@ -151,7 +151,9 @@ def test_a_row_that_kills_three_workers_is_an_error_row_and_the_next_run_retries
     failed = {key: row for key, row in rows.items() if "error" in row}
     ((row_id, row),) = failed.items()
     assert row["prompt_tokens"] == deadly and row["error"].startswith("WorkerDied: 3 workers died on this row")
-    assert sum(worker["died"] for worker in _workers(read_record(folder))) == STRIKES
+    died = sum(worker["died"] for worker in _workers(read_record(folder)))
+    # One more where a death overtook the news that the row before had ended: the row was not yet seen as in flight.
+    assert died in (STRIKES, STRIKES + 1)
     monkeypatch.undo()
     told = predict("--sample_rows", "12")
     assert told.exit_code == 0 and "1 of 12 to do" in told.stdout

@@ -31,6 +31,7 @@ from sparsecache.methods.infinigen.speculation import PartialKeys
 from sparsecache.methods.infinigen.unbounded import Unbounded
 
 _COLUMNS = 32
+_ALL = 2**31 - 1  # tokens, as many as a kernel counts to
 _REPLAYED = 32  # last prompt positions whose selections decide what a full pool keeps
 _BUNDLED = Path(__file__).parent / "calibration.txt"
 
@@ -67,7 +68,7 @@ class InfiniGen(SparseMethod):
         self.guesses_from = guess
         self.graphable = self._never_evicts = capacity == 1
         self._alpha, self._ratio, self._fetch, self._skew = alpha, partial_weight_ratio, fetch, skew
-        self._sinks, self._recent = sinks, recent
+        self._sinks, self._recent = (min(tokens, _ALL) for tokens in (sinks, recent))
         self._share, self._eviction = capacity, eviction
         self._offload, self._gpu_tokens = offload, gpu_cache
         self._calibration_file = calibration_file
