@@ -37,7 +37,7 @@ CHOICES: list[dict[str, Any]] = [
     {"alpha": math.inf, "budget": 0.15, "fetch": "per_head"},
     {"alpha": 0.0, "budget": 0.5},
     {"alpha": 2.0, "budget": 3, "sinks": 2, "recent": 4},  # more than the budget: the lower positions
-    {"alpha": 2.0, "budget": 5, "sinks": 10**30, "recent": 10**30},
+    {"alpha": 2.0, "budget": 3, "sinks": 10**30, "recent": 10**30},
 ]
 every_family = pytest.mark.parametrize("model_type", family_names())
 every_eviction = pytest.mark.parametrize("eviction", ["fifo", "lru", "counter"])
