@@ -2,8 +2,12 @@
 
 import contextlib
 import os
+import signal
 import socket
+import sys
+import threading
 from types import TracebackType
+from typing import Any
 
 import psutil
 import ray
@@ -21,6 +25,7 @@ class Cluster:
     def __init__(self, address: str | None):
         self.address = address
         self._before: list[psutil.Process] | None = None  # this process's children, before Ray's were started
+        self._on_term: Any = None  # what SIGTERM did before, to be done again
 
     def __enter__(self) -> "Cluster":
         return self
@@ -30,6 +35,8 @@ class Cluster:
     ) -> None:
         children = [] if self._before is None else psutil.Process().children(recursive=True)
         ray.shutdown()
+        if self._on_term is not None:
+            signal.signal(signal.SIGTERM, self._on_term)
         for child in children:
             if child not in (self._before or ()):  # helpers that would wait a minute for a head that is gone
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -55,6 +62,7 @@ class Cluster:
             self._before = psutil.Process().children(recursive=True)
         elif address != "auto":
             _probe(address)
+        on_term = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **started)
         except (Exception, SystemExit) as error:  # other versions, a missing token; Ray ends the process after a while
@@ -63,6 +71,9 @@ class Cluster:
                 f"RAY_AUTH_MODE=token, with the token in RAY_AUTH_TOKEN or ~/.ray/auth_token. Without --ray_address "
                 f"one is started here."
             ) from error
+        if threading.current_thread() is threading.main_thread():  # Ray's own handler aborts, and tells where it was
+            self._on_term = on_term
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
     @property
     def machines(self) -> int:

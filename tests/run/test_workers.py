@@ -175,18 +175,23 @@ def test_a_killed_driver_leaves_a_run_that_goes_on_with_workers(
     assert _by_id(folder, read_untimed) == whole
 
 
-def test_an_interrupt_ends_everything_within_ten_seconds(command, folder, predict, repo, read_rows) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+def test_a_signal_ends_everything_within_ten_seconds(sent, command, folder, predict, repo) -> None:
     process = _start(repo, command(*MANY, "--workers", "2"))
     _await_rows(process, folder, 3)
     started = psutil.Process(process.pid).children(recursive=True)
     assert {"raylet", "gcs_server"} <= {child.name() for child in started}
     began = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # as a terminal does
+    else:
+        process.send_signal(sent)
     _, stderr = process.communicate(timeout=60)
     _, alive = psutil.wait_procs(started, timeout=max(0, 10 - (time.monotonic() - began)))
     assert time.monotonic() - began < 10 and not alive
-    assert process.returncode == 130
-    assert "Stopped. Finished rows are kept" in stderr and "Traceback" not in stderr
+    assert process.returncode == 128 + sent
+    assert ("Stopped. Finished rows are kept" in stderr) == (sent == signal.SIGINT)
+    assert "Traceback" not in stderr and "SIGTERM" not in stderr
     before = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
     assert predict(*MANY, "--max_samples", "1").exit_code == 0
     for name, content in before.items():
