@@ -9,7 +9,8 @@ from sparsecache.longbench.records import PredictionFile
 from sparsecache.longbench.tasks import Task
 
 Row = dict[str, Any]
-_STEP_BYTES = 6000  # of a prompt, taken to cost as much as one more token
+STEP_BYTES = 6000
+"""Of a prompt, taken to cost as much as one more token of its answer."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def longest_first(works: Iterable[Work]) -> Iterator[tuple[Work, Row]]:
 
     It goes by the size of the text and the dataset's cap: no prompt has to be made to know what comes first.
     """
-    sized = [(size + _STEP_BYTES * work.task.max_new_tokens, work, at) for work in works for at, size in work.sizes()]
+    sized = [(size + STEP_BYTES * work.task.max_new_tokens, work, at) for work in works for at, size in work.sizes()]
     for _, work, at in sorted(sized, key=lambda each: each[0], reverse=True):
         yield work, work.rows.dataset[at]
 

@@ -21,8 +21,10 @@ from sparsecache.engine.generator import Clock, Engine, Request
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
 from sparsecache.methods._host import pinned_bytes
+from sparsecache.work import STEP_BYTES
 
 _RUNS, _SECONDS = 3, 8.0
+_TOKEN_BYTES = 4  # of a prompt's text, about
 Found = TypeVar("Found")
 
 PEERS: dict[str, dict[str, Any]] = {
@@ -123,7 +125,7 @@ def prefill(subject: Subject, jobs: Sequence[Job], peers: Sequence[str]) -> Iter
 def replay(subject: Subject, workload: Path, rows: int, slots: int, peers: Sequence[str]) -> Iterator[Line]:
     """Milliseconds a prompt over a stratified subset of a benchmark, longest first, with its natural answers' lengths.
 
-    workload: a CSV with the columns dataset, prompt_tokens, new_tokens.
+    workload: a CSV with the columns dataset, prompt_tokens, new_tokens, and max_new_tokens if the caps are known.
     """
     requests = requests_of(subject.architecture.vocabulary, workload, rows)
     ours, clock = timed(subject.engine(slots=slots), requests)
@@ -151,33 +153,43 @@ def requests_of(vocabulary: int, workload: Path, rows: int) -> list[Request]:
 
 
 def stratified(workload: Path, rows: int) -> list[Job]:
-    """`rows` rows of a workload, of each dataset its share, evenly over its lengths; longest prompt first.
+    """`rows` rows of a workload, of each dataset its share, evenly over its lengths; what may take longest first.
 
-    Fewer where the workload has fewer, more where it has more datasets, of which each gives one at least.
+    That goes by prompt and cap, as a run on workers hands out its rows (work.py): answers are not known before. Fewer
+    rows where the workload has fewer, more where it has more datasets, of which each gives one at least.
     Raises UsageError for a file without the columns.
     """
-    by_dataset: dict[str, list[Job]] = {}
+    by_dataset: dict[str, list[_Sized]] = {}
     try:
         with workload.open(encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file):
-                job = Job(int(row["prompt_tokens"]), int(row["new_tokens"]))
-                by_dataset.setdefault(row["dataset"], []).append(job)
+                sized = _Sized(int(row["prompt_tokens"]), int(row["new_tokens"]), int(row.get("max_new_tokens") or 0))
+                by_dataset.setdefault(row["dataset"], []).append(sized)
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise UsageError(
             f"{workload} is no workload ({error!r}): a CSV with the columns dataset, prompt_tokens, new_tokens."
         ) from error
     total = sum(map(len, by_dataset.values()))
-    if not total or any(job.tokens < 1 or job.new_tokens < 0 for jobs in by_dataset.values() for job in jobs):
+    if not total or any(sized.prompt < 1 or sized.answer < 0 for part in by_dataset.values() for sized in part):
         raise UsageError(f"{workload} needs rows, and in each prompt_tokens from 1 and new_tokens from 0 on.")
-    chosen: list[Job] = []
+    chosen: list[_Sized] = []
     before = 0.0  # of the rows so far, those that are wanted; what rounding takes from one dataset, the next one gets
-    for jobs in by_dataset.values():
-        jobs.sort(key=lambda job: (job.tokens, job.new_tokens))
-        wanted = before + rows * len(jobs) / total
-        count = min(len(jobs), max(1, round(wanted) - round(before)))
+    for part in by_dataset.values():
+        part.sort()
+        wanted = before + rows * len(part) / total
+        count = min(len(part), max(1, round(wanted) - round(before)))
         before = wanted
-        chosen += [jobs[(2 * at + 1) * len(jobs) // (2 * count)] for at in range(count)]
-    return [Job(job.tokens, max(1, job.new_tokens)) for job in sorted(chosen, key=lambda job: -job.tokens)]
+        chosen += [part[(2 * at + 1) * len(part) // (2 * count)] for at in range(count)]
+    chosen.sort(key=lambda sized: -(sized.prompt + STEP_BYTES / _TOKEN_BYTES * sized.cap))
+    return [Job(sized.prompt, max(1, sized.answer)) for sized in chosen]
+
+
+class _Sized(NamedTuple):
+    """A row of a workload, in tokens."""
+
+    prompt: int
+    answer: int
+    cap: int
 
 
 class Ran(NamedTuple):

@@ -92,6 +92,12 @@ def test_what_is_no_workload_is_refused(text, tmp_path) -> None:
         stratified(tmp_path / "w.csv", 10)
 
 
+def test_what_may_be_answered_at_length_comes_first(tmp_path) -> None:
+    rows = "long,900,1,2\nshort,30,3,512\nshort,40,4,512\nlong,800,5,2\n"
+    (tmp_path / "w.csv").write_text(f"dataset,prompt_tokens,new_tokens,max_new_tokens\n{rows}")
+    assert [job.tokens for job in stratified(tmp_path / "w.csv", 4)] == [40, 30, 900, 800]
+
+
 def test_a_workload_saved_by_a_spreadsheet_is_read(tmp_path) -> None:
     (tmp_path / "w.csv").write_text("dataset,prompt_tokens,new_tokens\r\na,7,2\r\n", encoding="utf-8-sig")
     assert stratified(tmp_path / "w.csv", 10) == [Job(7, 2)]
