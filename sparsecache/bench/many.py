@@ -15,7 +15,7 @@ from sparsecache.bench.modes import Job, requests_of, timed
 from sparsecache.cluster.connection import Cluster
 from sparsecache.cluster.worker import Orders, Worker
 from sparsecache.cluster.workers import Workers
-from sparsecache.engine.generator import Engine, Request
+from sparsecache.engine.generator import Completion, Engine, Request
 from sparsecache.engine.loading import DTYPES
 from sparsecache.plan import find_device
 from sparsecache.settings import Settings
@@ -57,6 +57,7 @@ class _BenchWorker(Worker):
         device = find_device(settings.device)
         subject = load_subject(settings.model, [device], DTYPES[settings.dtype])
         self._vocabulary, self._reserved = subject.architecture.vocabulary, 0
+        self._first: Completion | None = None
         return subject.engine(slots=orders.most_rows), [device]
 
     def reserve(self, max_tokens: int) -> None:
@@ -64,8 +65,12 @@ class _BenchWorker(Worker):
         if max_tokens > self._reserved:
             super().reserve(max_tokens)
             self._reserved = max_tokens
-            for _ in self._engine.generate(Job(max_tokens - 2, 2).requests(self._vocabulary)):
-                pass
+            (self._first,) = self._engine.generate(Job(max(1, max_tokens - 2), 2).requests(self._vocabulary))
+
+    def rest(self) -> None:
+        """As Worker.rest; raises RuntimeError where that prompt failed, since the worker is not warm."""
+        if self._first is not None and self._first.error is not None:
+            raise RuntimeError(f"a worker's first prompt failed: {self._first.error}")
 
 
 @contextmanager

@@ -33,14 +33,16 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._on_term is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
         children = [] if self._before is None else psutil.Process().children(recursive=True)
         ray.shutdown()
-        if self._on_term is not None:
-            signal.signal(signal.SIGTERM, self._on_term)
         for child in children:
             if child not in (self._before or ()):  # helpers that would wait a minute for a head that is gone
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
+        if self._on_term is not None:
+            signal.signal(signal.SIGTERM, self._on_term)
 
     def device(self, name: str) -> str:
         """What `--device` means here: of "auto", cuda where there are GPUs. Connects, if there is an address."""
@@ -62,7 +64,7 @@ class Cluster:
             self._before = psutil.Process().children(recursive=True)
         elif address != "auto":
             _probe(address)
-        on_term = signal.getsignal(signal.SIGTERM)
+        on_term = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **started)
         except (Exception, SystemExit) as error:  # other versions, a missing token; Ray ends the process after a while

@@ -5,6 +5,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -56,7 +57,10 @@ class Completion:
 
 @dataclass
 class Clock:
-    """The engine's own totals: seconds spent in prefill and in decode steps, never overlapping."""
+    """The engine's own totals: seconds spent in prefill and in decode steps, never overlapping.
+
+    A device may go on with a step while whoever asked has a completion to deal with: that time is in neither.
+    """
 
     prefill_tokens: int = 0
     prefill_s: float = 0.0
@@ -205,7 +209,7 @@ class Generator:
         """Yields a completion for every request, in the order in which they end."""
         queue = _Queue(requests)
         active: dict[int, _Sequence] = {}
-        self._forget_ahead()  # what an earlier call left, that was cut off
+        self._drain()  # what an earlier call left, that was cut off
         while active or queue.first is not None:
             short_of_memory = False
             try:
@@ -238,7 +242,7 @@ class Generator:
         )
         queue.put_back([row.request for row in active.values()])
         active.clear()
-        self._forget_ahead()
+        self._drain()
         self._room = 0
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -283,13 +287,9 @@ class Generator:
         began = time.perf_counter()
         rows = list(active.values())
         try:
-            step, self._under_way = self._under_way or _Step(rows, self._launch(rows)), None
-            if ahead and self._goes_on(step, active):
-                flight = self._steps.go_on()
-                self._under_way = None if flight is None else _Step(step.rows, flight)
-            chosen = self._read(step)
+            step, chosen = self._advance(rows, ahead)
         except Exception as error:
-            self._forget_ahead()
+            self._under_way = None
             if isinstance(error, torch.OutOfMemoryError) and self._slots > 1:
                 raise
             active.clear()
@@ -300,23 +300,38 @@ class Generator:
             row.new_ids.append(token_id)
         ended = [active.pop(row.slot) for row, _ in in_flight if row.finish_reason]
         too_far = self._under_way is not None
-        if not active and self._under_way is not None:  # nobody wants it, but the device is busy with it
-            self._under_way.flight.read()
-            self._forget_ahead()
-        self.clock.decode_s += time.perf_counter() - began
+        completions = [self._finish(row, now, too_far) for row in ended]
+        if not active:
+            self._drain()
+        # With a step under way, what the ended ones tell is waited for until that is done.
+        self.clock.decode_s += (time.perf_counter() if ended and too_far else now) - began
         self.clock.decode_tokens += len(in_flight)
         tick(len(in_flight))
-        return [self._finish(row, now, too_far) for row in ended]
+        return completions
 
-    def _forget_ahead(self) -> None:
+    def _advance(self, rows: list[_Sequence], ahead: bool) -> tuple[_Step, list[int]]:
+        """The step that is under way, or one launched now, and what it chose; before that the next one is launched."""
+        step = self._under_way or _Step(rows, self._launch(rows))
+        self._under_way = None
+        if ahead and self._goes_on(step, rows):
+            flight = self._steps.go_on()
+            self._under_way = None if flight is None else _Step(step.rows, flight)
+        return step, self._read(step)
+
+    def _drain(self) -> None:
+        """Waits for a step that nobody wants any more, whatever becomes of it."""
+        if self._under_way is not None:
+            with suppress(Exception):
+                self._under_way.flight.read()
         self._under_way = None
 
-    def _goes_on(self, step: _Step, active: dict[int, _Sequence]) -> bool:
+    def _goes_on(self, step: _Step, rows: list[_Sequence]) -> bool:
         """Whether the sequences of a step, before it is read, are known to be those of the next one, with its tokens.
 
+        rows: what is in flight now.
         Not if one begins or ends with it, or must not take its most likely token; that a stop id ends one is not known.
         """
-        return list(active.values()) == step.rows and all(
+        return rows == step.rows and all(
             row.request.min_new_tokens <= len(row.new_ids) < row.request.max_new_tokens - 1 for row in step.rows
         )
 
@@ -361,7 +376,10 @@ class Generator:
 
     def _allocate(self, max_tokens: int) -> None:
         self._room = 0
-        self._forget_ahead()
+        self._drain()
+        for place in self._decoder.devices:  # a step may still be in the room, of which host memory is freed at once
+            if place.type == "cuda":
+                torch.cuda.synchronize(place)
         shape, device, dtype = self._decoder.shape, self._decoder.device, self._decoder.dtype
         self._steps = EagerSteps(self._decoder)  # frees graphs of the old room
         self._method.allocate(shape, self._slots, max_tokens, device, dtype)

@@ -37,8 +37,8 @@ def make_steps(decoder: Decoder, slots: int) -> Steps:
     return GraphedSteps(decoder, slots) if decoder.graphable else EagerSteps(decoder)
 
 
-class Landed(NamedTuple):
-    """A step that is done."""
+class Launched(NamedTuple):
+    """A step whose operations are launched one by one: what is read waits for itself."""
 
     logits: Tensor
     greedy: Tensor
@@ -49,21 +49,21 @@ class Landed(NamedTuple):
 
 
 class EagerSteps:
-    """Every step is launched operation by operation, and done before anything else."""
+    """Every step is launched operation by operation."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
 
-    def launch(self, inputs: Tensor) -> Landed:
+    def launch(self, inputs: Tensor) -> Launched:
         """As Steps.launch."""
         logits = self._decoder.step(*inputs.to(self._decoder.device))
-        return Landed(logits, logits.argmax(dim=-1))
+        return Launched(logits, logits.argmax(dim=-1))
 
     def go_on(self) -> None:
-        """Never: the device is not waited for."""
+        """Never: with so many launches the host has no time to be ahead of the device."""
 
 
-class _Told:
+class _HostTokens:
     """Tokens on their way to the host."""
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -71,7 +71,7 @@ class _Told:
         self._tokens = torch.empty(size, dtype=torch.int64, pin_memory=on_gpu)
         self._event: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
 
-    def take(self, tokens: Tensor) -> None:
+    def copy(self, tokens: Tensor) -> None:
         """Begins to copy tokens, after all that is on the current stream by now."""
         self._tokens.copy_(tokens, non_blocking=True)
         if self._event is not None:
@@ -89,16 +89,16 @@ class _Graph:
     """A captured step of some batch size.
 
     inputs [3, size], on the device, are those of the next step once the graph has run: what was most likely, one
-    position on. told: where that choice is told, of one step and of the next. `left` are the inputs as they then stand,
-    where the host knows them; `latest` is the step that it ran last.
+    position on. told: where that choice is told, of one step and, by turns, of the next. latest: the places of the
+    step that it ran last; left: the inputs as that one leaves them, where the host knows them.
     """
 
     graph: Any
     inputs: Tensor
     logits: Tensor
-    told: tuple[_Told, _Told]
+    told: tuple[_HostTokens, _HostTokens]
+    latest: Tensor | None = None
     left: Tensor | None = None
-    latest: "_Replay | None" = None
 
 
 @dataclass(eq=False)
@@ -106,14 +106,14 @@ class _Replay:
     """A step of a graph's. places: positions and slots, [2, B]."""
 
     graph: _Graph
-    told: _Told
+    told: _HostTokens
     places: Tensor
 
     def read(self) -> tuple[Tensor, Tensor]:
         """As Flight.read."""
         rows = self.places.shape[1]
         greedy = self.told.read(rows)
-        if self.graph.latest is self:
+        if self.graph.latest is self.places:
             self.graph.left = torch.stack((greedy, self.places[0] + 1, self.places[1]))
         return self.graph.logits[:rows], greedy
 
@@ -127,7 +127,7 @@ class GraphedSteps:
     def __init__(self, decoder: Decoder, slots: int) -> None:
         self._decoder, self._slots = decoder, slots
         self._eager = EagerSteps(decoder)
-        self._latest: _Replay | None = None
+        self._latest: _Graph | None = None
         sizes = sorted({*(2**power for power in range(slots.bit_length())), slots}, reverse=True)
         self._graphs: dict[int, _Graph] = {}
         for size in sizes:  # the largest first: the others fit into its memory
@@ -144,19 +144,20 @@ class GraphedSteps:
 
     def go_on(self) -> Flight | None:
         """As Steps.go_on."""
-        if self._latest is None:
+        graph = self._latest
+        if graph is None or graph.latest is None:
             return None
-        positions, slots = self._latest.places
-        self._latest.graph.left = None
-        return self._replay(self._latest.graph, torch.stack((positions + 1, slots)))
+        positions, slots = graph.latest
+        graph.left = None
+        return self._replay(graph, torch.stack((positions + 1, slots)))
 
     def _replay(self, graph: _Graph, places: Tensor) -> "_Replay":
         told, other = graph.told
         graph.told = other, told
         graph.graph.replay()
-        told.take(graph.inputs[0])
-        self._latest = graph.latest = _Replay(graph, told, places)
-        return self._latest
+        told.copy(graph.inputs[0])
+        self._latest, graph.latest = graph, places
+        return _Replay(graph, told, places)
 
     def _filled_up(self, inputs: Tensor, size: int) -> Tensor:
         """inputs [3, B] to [3, size]: the first token at position 0 in idle slots, which then go on by themselves."""
@@ -178,7 +179,7 @@ class GraphedSteps:
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):
             logits = self._run(inputs)
-        return _Graph(graph, inputs, logits, (_Told(size, inputs.device), _Told(size, inputs.device)))
+        return _Graph(graph, inputs, logits, (_HostTokens(size, inputs.device), _HostTokens(size, inputs.device)))
 
     def _run(self, inputs: Tensor) -> Tensor:
         """One step, which leaves in `inputs` those of the next; logits [size, V]."""

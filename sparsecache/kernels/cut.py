@@ -268,7 +268,7 @@ def _write(  # type: ignore[no-untyped-def]
         r = tl.load(distance + owner.to(tl.int64) * GROUP * apart + token, mask=token < apart, other=float("-inf"))
         key = _ordered(r)
         is_higher, is_equal = (key > lowest) & (token < end), (key == lowest) & (token < end)
-        both = is_higher.to(tl.int32) + (is_equal.to(tl.int32) << 16)  # two counts in one: TOKENS are fewer than 2^16
+        both = is_higher.to(tl.int32) + (is_equal.to(tl.int32) << 16)  # two counts in one: TOKENS are fewer than 2^15
         so_far = tl.cumsum(both, axis=0)
         rank = equals + (so_far >> 16)  # of an equal one, from 1 on
         # Before a token stand all higher ones so far, and as many equals as are wanted.

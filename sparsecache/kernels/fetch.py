@@ -254,7 +254,7 @@ def _look_up(  # type: ignore[no-untyped-def]
         meant = first + at < count
         place = tl.load(given + first + at, mask=meant, other=-1)
         is_here, is_new = meant & (place >= 0), meant & (place < 0)
-        both = is_here.to(tl.int32) + (is_new.to(tl.int32) << 16)  # two counts in one: TOKENS are fewer than 2^16
+        both = is_here.to(tl.int32) + (is_new.to(tl.int32) << 16)  # two counts in one: TOKENS are fewer than 2^15
         so_far = tl.cumsum(both, axis=0)
         hit_rank, rank = hits_before + (so_far & 0xFFFF) - 1, new_before + (so_far >> 16) - 1
         tl.store(ranks + rank, first + at, mask=is_new)

@@ -58,6 +58,26 @@ def spread(value: Tensor, devices: Sequence[torch.device]) -> PerLayer:
     return Layered([part.to(device) for part, device in zip(value, devices, strict=True)])
 
 
+class Marks:
+    """What counters [layers, slots, ..] held before a step, so that a slot can forget the step again.
+
+    Of a model on one device alone: where it is split, no step is a graph, and none goes too far.
+    """
+
+    def __init__(self, counters: Sequence[PerLayer]) -> None:
+        self._marked = [(counter, torch.zeros_like(counter)) for counter in counters if isinstance(counter, Tensor)]
+
+    def take(self) -> None:
+        """Remembers what the counters hold now."""
+        for counter, mark in self._marked:
+            torch.add(counter, 0, out=mark)  # a kernel, as the one behind it in a graph expects before it
+
+    def restore(self, slot: int) -> None:
+        """Of a slot they hold that again."""
+        for counter, mark in self._marked:
+            counter[:, slot] = mark[:, slot]
+
+
 class Everywhere:
     """A tensor that every layer reads: a copy on each device."""
 

@@ -53,30 +53,20 @@ class Tally:
         self.past, self.steps, self.capped = (per_layer(devices, slots) for _ in range(3))
         self.kept = per_layer(devices, slots, kv_heads, dtype=torch.float64)
         self.fetched = per_layer(devices, slots, kv_heads)
-        self._marked = [(x, torch.zeros_like(x)) for x in self._counters if isinstance(x, Tensor)]
 
     def of(self, layer: int) -> Ledger:
         """What one layer writes into."""
-        past, kept, fetched, steps, capped = (counter[layer] for counter in self._counters)
+        past, kept, fetched, steps, capped = (counter[layer] for counter in self.counters)
         return Ledger(past, kept, fetched, steps, capped, self.caps.on(past))
 
     @property
-    def _counters(self) -> tuple[PerLayer, ...]:
+    def counters(self) -> tuple[PerLayer, ...]:
+        """All that is counted."""
         return self.past, self.kept, self.fetched, self.steps, self.capped
-
-    def mark(self) -> None:
-        """Remembers what is written down by now, for `retract`: on one device alone."""
-        for counter, mark in self._marked:
-            mark.copy_(counter)
-
-    def retract(self, slot: int) -> None:
-        """Of a slot, all is again as it was when it was marked."""
-        for counter, mark in self._marked:
-            counter[:, slot] = mark[:, slot]
 
     def release(self, slot: int) -> None:
         """Starts a slot anew."""
-        for counter in self._counters:
+        for counter in self.counters:
             counter[:, slot] = 0
 
     def report(self, slot: int) -> dict[str, Any]:

@@ -131,7 +131,11 @@ class Method(ABC):
         """Forgets a sequence completely; releasing an empty slot does nothing."""
 
     def retract(self, slot: int) -> None:  # noqa: B027 (a no-op where nothing is reported of a step)
-        """Forgets of the last step what `report` would say of it; `release` follows. Called where `graphable`."""
+        """Forgets of the last step what `report` would say of it; `report` and `release` follow.
+
+        Called where a step was a graph. Whoever reports anything of steps remembers, as one begins, what it would
+        report without it: `Marks` (methods/_layers.py).
+        """
 
     def report(self, slot: int) -> dict[str, Any]:
         """What was kept of the sequence in `slot`, for its record: JSON values under keys of the method's own.

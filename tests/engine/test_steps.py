@@ -1,5 +1,7 @@
 """Steps: kernels and graphs give the text of plain operations, whatever fills up a batch, whatever memory there is."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import torch
 
 from sparsecache.engine import generator
 from sparsecache.engine.generator import Request
-from sparsecache.engine.steps import GraphedSteps, _Graph, _Told
+from sparsecache.engine.steps import GraphedSteps, _Graph, _HostTokens
 from sparsecache.kernels._triton import INTERPRETED, running
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.methods.vanilla import Vanilla
@@ -45,11 +47,13 @@ class _Recorded(GraphedSteps):
         inputs[2] = torch.arange(size)
         logits = self._run(inputs)
 
-        def replay() -> None:
-            self.batches.append(inputs.clone())
-            logits.copy_(self._run(inputs))
+        steps = weakref.proxy(self)  # a graph knows nothing of who replays it
 
-        return _Graph(SimpleNamespace(replay=replay), inputs, logits, (_Told(size, CPU), _Told(size, CPU)))
+        def replay() -> None:
+            steps.batches.append(inputs.clone())
+            logits.copy_(steps._run(inputs))
+
+        return _Graph(SimpleNamespace(replay=replay), inputs, logits, (_HostTokens(size, CPU), _HostTokens(size, CPU)))
 
 
 class _Hesitant(_Recorded):
@@ -112,6 +116,22 @@ def test_a_step_launched_ahead_is_the_one_that_would_have_been_asked_for(
     asked = len(steps.batches)
     steps.launch(torch.tensor([second, [14], [0]]))
     assert len(steps.batches) == asked + 1 and steps.batches[-1].tolist() == [second, [14], [0]]
+
+
+@torch.inference_mode()
+def test_graphs_are_gone_with_the_steps(folder, make_engine, our_texts, make_prompts, recorded) -> None:
+    """At once, without the garbage collector: the next room may need the memory."""
+    made = recorded()
+    engine = make_engine(folder)
+    our_texts(engine, make_prompts(9), 5)
+    graphs = [weakref.ref(graph) for graph in made[-1]._graphs.values()]
+    gc.disable()
+    try:
+        made.clear()
+        engine._steps = None
+        assert graphs and not any(graph() for graph in graphs)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])

@@ -22,6 +22,7 @@ from sparsecache.kernels.attention import attention
 from sparsecache.kernels.cut import Rule
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import Fetch, count_near, distance_to_best, highest
+from sparsecache.methods._layers import Marks
 from sparsecache.methods._sparse import SparseMethod, is_share_or_count
 from sparsecache.methods.base import GuessFrom, Shape
 from sparsecache.methods.infinigen.gpu_cache import GpuCache
@@ -138,6 +139,7 @@ class InfiniGen(SparseMethod):
         self._gpu_cache: GpuCache | None = None
         if self._gpu_tokens:
             self._gpu_cache = GpuCache(self.devices, slots, min(self._gpu_tokens, rows), rows, self.shape, dtype)
+        self._marks = Marks([*self._tally.counters, *([self._gpu_cache.found] if self._gpu_cache else [])])
         if self._never_evicts and in_kernels(device):
             caps = self.budget.caps(max_tokens)
             rule = Rule(self._alpha, caps, self._fetch == "mean", self._sinks, self._recent)
@@ -196,9 +198,7 @@ class InfiniGen(SparseMethod):
         layer -= self.first
         if self._unbounded is not None:
             if layer == 0:  # before this step writes anything down
-                self._tally.mark()
-                if self._gpu_cache is not None:
-                    self._gpu_cache.mark()
+                self._marks.take()
             self._unbounded.anticipate(layer, q, slots, self.ledger(layer).past)
             return
         past, cap = self.past_and_cap(layer, slots)
@@ -260,9 +260,7 @@ class InfiniGen(SparseMethod):
             self._gpu_cache.release(slot)
 
     def retract(self, slot: int) -> None:
-        self._tally.retract(slot)
-        if self._gpu_cache is not None:
-            self._gpu_cache.retract(slot)
+        self._marks.restore(slot)
 
     def report(self, slot: int) -> dict[str, Any]:
         if not self._offload:

@@ -16,7 +16,10 @@ from sparsecache.methods.infinigen.pool import Pool
 
 
 class GpuCache:
-    """`tokens` rows, 1 at least, of every layer, slot and KV head, in front of `rows` in host memory."""
+    """`tokens` rows, 1 at least, of every layer, slot and KV head, in front of `rows` in host memory.
+
+    found: [layers, slots, G] int64, how many of the tokens asked for were here.
+    """
 
     def __init__(
         self, devices: Sequence[torch.device], slots: int, tokens: int, rows: int, shape: Shape, dtype: torch.dtype
@@ -26,8 +29,7 @@ class GpuCache:
         self._where = per_layer(devices, *size, rows, dtype=torch.int32, fill=-1)
         self._tokens = per_layer(devices, *size, tokens, dtype=torch.int32, fill=-1)
         self._order = per_layer(devices, *size, tokens, dtype=torch.int32)
-        self._hits = per_layer(devices, *size)
-        self._marked = [(x, torch.zeros_like(x)) for x in (self._hits,) if isinstance(x, Tensor)]
+        self.found = per_layer(devices, *size)
         self._layers, self._heads = len(devices), Everywhere(torch.arange(shape.kv_heads), devices)
         self._unused = Everywhere(torch.arange(tokens, dtype=torch.int32), devices)
         for layer in range(self._layers):
@@ -35,7 +37,7 @@ class GpuCache:
 
     def of(self, layer: int) -> Recent:
         """What is kept of one layer."""
-        parts = (self._kept, self._where, self._tokens, self._order, self._hits)
+        parts = (self._kept, self._where, self._tokens, self._order, self.found)
         return Recent(*(part[layer] for part in parts))
 
     def fetch(self, pool: Pool, layer: int, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,20 +65,10 @@ class GpuCache:
         """Forgets a slot."""
         self._where[:, slot] = -1
         self._tokens[:, slot] = -1
-        self._hits[:, slot] = 0
+        self.found[:, slot] = 0
         for layer in range(self._layers):
             self._order[layer, slot] = self._unused.on(self._order[layer])
 
-    def mark(self) -> None:
-        """Remembers the hits by now, for `retract`: on one device alone."""
-        for hits, mark in self._marked:
-            mark.copy_(hits)
-
-    def retract(self, slot: int) -> None:
-        """Of a slot, the hits are again those that were marked."""
-        for hits, mark in self._marked:
-            hits[:, slot] = mark[:, slot]
-
     def hits(self, slot: int) -> int:
         """How many tokens were found here."""
-        return int(self._hits[:, slot].sum())
+        return int(self.found[:, slot].sum())
