@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import json
 import re
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from sparsecache.bench.models import SHAPES, Subject, load_subject
 from sparsecache.bench.modes import Job, stratified
 from sparsecache.bench.stages import _STAGES, profiled, stage_of
 from sparsecache.demo.checkpoint import MODEL_TYPES, make_random_checkpoint
-from sparsecache.engine.generator import Clock
 from sparsecache.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -186,19 +184,22 @@ def test_a_replay_is_shared_by_workers(repo, tmp_path, run_python) -> None:
     assert line["notes"]["prompt_tokens"] == 4 * 49
 
 
-def test_a_replay_in_which_a_worker_died_is_no_measurement(tmp_path, monkeypatch) -> None:
-    pytest.importorskip("ray"), pytest.importorskip("psutil")
-    from sparsecache.bench import many
-
-    class Engine:
-        def session(self):
-            return {"workers": [{"died": False}, {"died": True}]}
-
+def test_a_replay_in_which_a_worker_died_is_no_measurement(tmp_path, run_python) -> None:
+    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("psutil") is None:
+        pytest.skip("workers need Ray and psutil")
     (tmp_path / "w.csv").write_text("dataset,prompt_tokens,new_tokens\na,4,3\n")
-    monkeypatch.setattr(many, "_working", lambda *arguments: nullcontext(Engine()))
-    monkeypatch.setattr(many, "timed", lambda *arguments: (1.0, Clock()))
-    with pytest.raises(RuntimeError, match="of 1 workers one died"):
-        list(many.replay_by_many(many.Crew(2, "demo", "float32", "cpu", 1), tmp_path / "w.csv", 1))
+    program = f"""
+import pathlib
+from contextlib import nullcontext
+from types import SimpleNamespace
+from sparsecache.bench import many
+many.timed = lambda *arguments: (1.0, None)
+many._working = lambda *arguments: nullcontext(
+    SimpleNamespace(session=lambda: dict(workers=[dict(died=False), dict(died=True)])))
+list(many.replay_by_many(many.Crew(2, "demo", "float32", "cpu", 1), pathlib.Path({str(tmp_path / "w.csv")!r}), 1))
+"""
+    told = run_python("-c", program)  # a process that may import Ray
+    assert "RuntimeError: of 1 workers one died and was replaced" in told.stderr
 
 
 def test_a_peer_that_fails_is_told_and_the_rest_is_measured(main, tmp_path, monkeypatch) -> None:
