@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import threading
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import psutil
@@ -26,6 +26,7 @@ class Cluster:
         self.address = address
         self._before: list[psutil.Process] | None = None  # this process's children, before Ray's were started
         self._on_term: Any = None  # what SIGTERM did before, to be done again
+        self._terminated = False
 
     def __enter__(self) -> "Cluster":
         return self
@@ -43,6 +44,8 @@ class Cluster:
                     child.kill()
         if self._on_term is not None:
             signal.signal(signal.SIGTERM, self._on_term)
+        if self._terminated:
+            sys.exit(128 + signal.SIGTERM)
 
     def device(self, name: str) -> str:
         """What `--device` means here: of "auto", cuda where there are GPUs. Connects, if there is an address."""
@@ -64,7 +67,9 @@ class Cluster:
             self._before = psutil.Process().children(recursive=True)
         elif address != "auto":
             _probe(address)
-        on_term = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+        handled = threading.current_thread() is threading.main_thread()
+        if handled:
+            self._on_term = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **started)
         except (Exception, SystemExit) as error:  # other versions, a missing token; Ray ends the process after a while
@@ -73,9 +78,13 @@ class Cluster:
                 f"RAY_AUTH_MODE=token, with the token in RAY_AUTH_TOKEN or ~/.ray/auth_token. Without --ray_address "
                 f"one is started here."
             ) from error
-        if threading.current_thread() is threading.main_thread():  # Ray's own handler aborts, and tells where it was
-            self._on_term = on_term
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        if handled:
+            signal.signal(signal.SIGTERM, self._terminate)  # Ray's own handler aborts, and tells where it was
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        """Ends as Ctrl-C does: of what a handler raises, Ray hands on that alone while it waits."""
+        self._terminated = True
+        raise KeyboardInterrupt
 
     @property
     def machines(self) -> int:

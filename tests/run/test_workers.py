@@ -197,6 +197,27 @@ def test_a_signal_ends_everything_within_ten_seconds(sent, command, folder, pred
         assert (folder / name).read_bytes().startswith(content)
 
 
+def test_sigterm_ends_a_driver_that_waits_in_ray(repo) -> None:
+    code = """
+import ray, time
+from sparsecache.cluster.connection import Cluster
+with Cluster(None) as cluster:
+    cluster.connect()
+    nap = ray.remote(lambda: time.sleep(60)).remote()
+    print("waits", flush=True)
+    ray.get(nap)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(repo)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None and process.stdout.readline() == "waits\n"
+    time.sleep(1)  # where Ray asks for signals itself, not Python
+    process.terminate()
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM and not stderr
+
+
 def _start(repo: Path, arguments: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, str(repo / "longbench_pred.py"), *arguments],
