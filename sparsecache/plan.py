@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from sparsecache.calibration import calibrate
+from sparsecache.engine.base import Engine
 from sparsecache.engine.catalog import Model, checkpoint_folder, find_model
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
 from sparsecache.engine.families.base import Architecture
-from sparsecache.engine.generator import Engine, Generator
+from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import DTYPES, Checkpoint
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from sparsecache.engine.generator import Completion
+from sparsecache.engine.base import Completion
 from sparsecache.errors import one_line
 from sparsecache.longbench.jsonl import dumps
 from sparsecache.longbench.prompts import Prompt

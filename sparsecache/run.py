@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from sparsecache.demo.source import SampleSource
-from sparsecache.engine.generator import Completion, Engine, Request
+from sparsecache.engine.base import Completion, Engine, Request
 from sparsecache.errors import UsageError
 from sparsecache.longbench.data import Rows, Source, load_rows, open_source
 from sparsecache.longbench.kept import dropped_nothing, kept_of

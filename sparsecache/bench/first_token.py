@@ -17,7 +17,7 @@ Tell = Callable[[str], None]
 
 def sparsecache(folder: Path, device: str, dtype: str, tokens: int, tell: Tell) -> None:
     """As longbench_pred.py: the plan of a run, its engine, room for its longest prompt, a prompt."""
-    from sparsecache.engine.generator import Request
+    from sparsecache.engine.base import Request
     from sparsecache.plan import Plan
     from sparsecache.settings import Settings
 

@@ -15,7 +15,7 @@ from sparsecache.bench.modes import Job, requests_of, timed
 from sparsecache.cluster.connection import Cluster
 from sparsecache.cluster.worker import Orders, Worker
 from sparsecache.cluster.workers import Workers
-from sparsecache.engine.generator import Completion, Engine, Request
+from sparsecache.engine.base import Completion, Engine, Request
 from sparsecache.engine.loading import DTYPES
 from sparsecache.plan import find_device
 from sparsecache.settings import Settings

@@ -17,7 +17,7 @@ from sparsecache.bench.limits import copy_rate, link_rate, prompt_limit, sparse_
 from sparsecache.bench.lines import Line
 from sparsecache.bench.models import Subject
 from sparsecache.bench.stages import profiled
-from sparsecache.engine.generator import Clock, Engine, Request
+from sparsecache.engine.base import Clock, Engine, Request
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
 from sparsecache.methods._host import pinned_bytes

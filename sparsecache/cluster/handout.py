@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
-from sparsecache.engine.generator import Request
+from sparsecache.engine.base import Request
 
 STRIKES = 3
 Handed = list[tuple[int, Request]]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsecache.cluster.handout import Handed
-from sparsecache.engine.generator import Clock, Completion, Engine, Request
+from sparsecache.engine.base import Clock, Completion, Engine, Request
 from sparsecache.errors import UsageError
 from sparsecache.plan import Plan
 from sparsecache.provenance import gpu_name

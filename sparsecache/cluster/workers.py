@@ -17,7 +17,7 @@ from sparsecache.cluster.connection import Cluster
 from sparsecache.cluster.handout import STRIKES, Handout, Load
 from sparsecache.cluster.worker import Orders, Place, Reply, Worker
 from sparsecache.configs import project_dir
-from sparsecache.engine.generator import Clock, Completion, Request, Tick, no_tick
+from sparsecache.engine.base import Clock, Completion, Request, Tick, no_tick
 from sparsecache.errors import UsageError, one_line
 from sparsecache.settings import Settings
 from sparsecache.versions import installed_versions

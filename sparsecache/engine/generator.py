@@ -3,102 +3,18 @@
 import math
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from sparsecache.engine.base import Completion, Request, Tick, failure, fresh_clock, no_tick
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.steps import EagerSteps, Flight, Steps, make_steps
 from sparsecache.methods.base import Method
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to be continued greedily.
-
-    Generation ends after a stop id (which is kept) or max_new_tokens; before min_new_tokens stop ids are
-    masked. `key` is the caller's own.
-    """
-
-    key: Any
-    token_ids: list[int]
-    max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    min_new_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What became of a request.
-
-    token_ids: new tokens, the stop id included. finish_reason: "stop" or "length". prefill_s: start of the
-    prompt to first token; decode_s: first to last token, on the wall clock. report: what the method kept.
-    error: set instead of all these when the request failed.
-    """
-
-    request: Request
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    report: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
-
-    @property
-    def key(self) -> Any:
-        """The request's key."""
-        return self.request.key
-
-
-@dataclass
-class Clock:
-    """The engine's own totals: seconds spent in prefill and in decode steps, never overlapping.
-
-    A device may go on with a step while whoever asked has a completion to deal with: that time is in neither.
-    """
-
-    prefill_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_tokens: int = 0
-    decode_s: float = 0.0
-    peak_gpu_bytes: int | None = None
-
-    def note_memory(self, *devices: torch.device) -> None:
-        """Takes down the peak of GPU memory so far, of the device where it is highest."""
-        if devices[0].type == "cuda":
-            self.peak_gpu_bytes = max(map(torch.cuda.max_memory_allocated, devices))
-
-
-class Engine(Protocol):
-    """Anything that continues prompts."""
-
-    @property
-    def clock(self) -> Clock:
-        """Its own totals."""
-
-    def reserve(self, max_tokens: int) -> None:
-        """Makes room for sequences of max_tokens, where that helps."""
-
-    def reset_clock(self) -> None:
-        """Starts the totals and the peak of GPU memory anew."""
-
-    def session(self) -> dict[str, Any]:
-        """What run.json records of the work so far: the clock, and whatever else is known of who did it."""
-
-    def generate(self, requests: Iterable[Request], tick: "Tick" = ...) -> Iterator[Completion]:
-        """Yields a completion for every request, in the order in which they end."""
-
-
-Tick = Callable[[int], None]
-
-
-def no_tick(tokens: int) -> None:
-    """Nobody watches."""
 
 
 @dataclass(eq=False)
@@ -388,24 +304,6 @@ class Generator:
         """Makes steps over the room there is."""
         self._steps = make_steps(self._decoder, self._slots)
         self._room = max_tokens
-
-
-def failure(request: Request, error: Exception) -> Completion:
-    """The completion of a request that raised: its traceback goes to stderr, one line of it to the record."""
-    traceback.print_exception(error, file=sys.stderr)
-    error.__traceback__ = None  # it holds the frames, and the frames hold the tensors that did not fit
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    first_line = (str(error).splitlines() or [""])[0]
-    return Completion(request, error=f"{type(error).__name__}: {first_line}")
-
-
-def fresh_clock(*devices: torch.device) -> Clock:
-    """A clock at zero, with the peak of GPU memory forgotten."""
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-    return Clock()
 
 
 def _unused(device: torch.device) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sparsecache.engine.generator import Completion, Request, Tick, failure, fresh_clock, no_tick
+from sparsecache.engine.base import Completion, Request, Tick, failure, fresh_clock, no_tick
 from sparsecache.errors import UsageError
 
 

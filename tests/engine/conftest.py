@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sparsecache.demo.checkpoint import make_random_checkpoint
+from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
-from sparsecache.engine.generator import Completion, Generator, Request
+from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
 from sparsecache.methods.base import Method

@@ -8,9 +8,10 @@ import torch
 
 from sparsecache.bench.models import load_subject
 from sparsecache.bench.modes import Job
+from sparsecache.engine.base import Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import family_names, load_family
-from sparsecache.engine.generator import Generator, Request
+from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecache.engine.generator import Completion, Generator, Request
+from sparsecache.engine.base import Completion, Request
+from sparsecache.engine.generator import Generator
 from sparsecache.methods.vanilla import Vanilla
 
 STOPS = (5, 1)

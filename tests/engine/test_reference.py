@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma3TextConfig, GPT2Config
 
+from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.families import family_names
-from sparsecache.engine.generator import Completion, Request
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.errors import UsageError
 

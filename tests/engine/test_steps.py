@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsecache.engine import generator
-from sparsecache.engine.generator import Request
+from sparsecache.engine.base import Request
 from sparsecache.engine.steps import GraphedSteps, _Graph, _HostTokens
 from sparsecache.kernels._triton import INTERPRETED, running
 from sparsecache.methods.infinigen import InfiniGen

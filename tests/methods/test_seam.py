@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from sparsecache.engine.base import Request
 from sparsecache.engine.families import family_names
-from sparsecache.engine.generator import Generator, Request
+from sparsecache.engine.generator import Generator
 from sparsecache.methods.base import GuessFrom
 from sparsecache.methods.vanilla import Vanilla
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from sparsecache.demo.checkpoint import make_random_checkpoint
+from sparsecache.engine.base import Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
-from sparsecache.engine.generator import Generator, Request
+from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
 from sparsecache.methods import load_method, make_method, method_names, parse_options

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from sparsecache.cluster.handout import STRIKES, Handout, Load
-from sparsecache.engine.generator import Request
+from sparsecache.engine.base import Request
 
 
 def _requests(count: int) -> list[Request]:

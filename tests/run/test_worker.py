@@ -11,7 +11,8 @@ import torch
 from sparsecache.cluster import worker as module
 from sparsecache.cluster.handout import Handout, Load
 from sparsecache.cluster.worker import Orders, Worker
-from sparsecache.engine.generator import Completion, Generator, Request
+from sparsecache.engine.base import Completion, Request
+from sparsecache.engine.generator import Generator
 from sparsecache.errors import UsageError
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.plan import Plan

@@ -10,9 +10,10 @@ from torch import Tensor
 import sparsecache.kernels.attention
 import sparsecache.kernels.decode
 import sparsecache.methods.infinigen
+from sparsecache.engine.base import Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import family_names, load_family
-from sparsecache.engine.generator import Generator, Request
+from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
 from sparsecache.kernels._triton import INTERPRETED, running
