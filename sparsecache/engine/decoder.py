@@ -14,7 +14,7 @@ from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import LayerWeights, Weights
 from sparsecache.kernels._triton import in_kernels
-from sparsecache.kernels.attention import prompt_attention, prompt_room
+from sparsecache.kernels.attention import plan_prompt, prompt_attention, prompt_room
 from sparsecache.kernels.linear import linear, rotated, swiglu
 from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, rotate, split_and_rotate
@@ -56,6 +56,12 @@ class Decoder:
             self._method.prefill(layer, slot, q, k, v, max_new_tokens)
 
         return self._head(self._prompt(token_ids, keep))[0]
+
+    def expect(self, tokens: int) -> None:
+        """Makes ready on the host, for a prompt of so many tokens, what the first of its size would wait for."""
+        shape = self.shape
+        for device in self.devices:
+            plan_prompt(tokens, shape.heads, shape.kv_heads, shape.head_dim, device, self.dtype)
 
     def calibrate(self, token_ids: Tensor, tick: Callable[[int], None]) -> None:
         """Runs a text, token_ids: [L], and shows the method each layer's queries; keeps nothing.

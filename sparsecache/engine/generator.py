@@ -48,7 +48,7 @@ class _Step:
 
 
 class _Queue:
-    """Requests that wait: the first can be looked at, and some may come back."""
+    """Requests that wait: the first two can be looked at, and some may come back."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self._rest = iter(requests)
@@ -57,9 +57,16 @@ class _Queue:
     @property
     def first(self) -> Request | None:
         """The next request; None if there is none."""
-        if not self._back:
-            self._back.extend(islice(self._rest, 1))
-        return self._back[0] if self._back else None
+        return self._at(0)
+
+    @property
+    def second(self) -> Request | None:
+        """The one after it."""
+        return self._at(1)
+
+    def _at(self, place: int) -> Request | None:
+        self._back.extend(islice(self._rest, max(0, place + 1 - len(self._back))))
+        return self._back[place] if place < len(self._back) else None
 
     def drop_first(self) -> None:
         """The first is done with."""
@@ -133,7 +140,7 @@ class Generator:
                     if self._under_way is not None:
                         yield from self._step(active, tick, ahead=False)
                         continue
-                    started = self._start(upcoming, active)
+                    started = self._start(upcoming, queue.second, active)
                     queue.drop_first()
                     if started is None or started.error is None:
                         tick(1)
@@ -164,10 +171,10 @@ class Generator:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _start(self, request: Request, active: dict[int, _Sequence]) -> Completion | None:
+    def _start(self, request: Request, following: Request | None, active: dict[int, _Sequence]) -> Completion | None:
         """Prefills a request; returns its completion if it ends at once or fails.
 
-        Raises OutOfMemoryError where fewer slots could help.
+        Meanwhile the following one is made ready for. Raises OutOfMemoryError where fewer slots could help.
         """
         slot = next(slot for slot in range(self._slots) if slot not in active)
         try:
@@ -177,7 +184,11 @@ class Generator:
             began = time.perf_counter()
             token_ids = torch.tensor(request.token_ids, device=self._decoder.device)
             logits = self._decoder.prefill(token_ids, slot, request.max_new_tokens)[None]
-            first = self._choose([request], [0], logits, logits.argmax(dim=-1))[0]
+            greedy = logits.argmax(dim=-1)
+            if following is not None:  # the device is busy, and would else wait for it later
+                with suppress(torch.OutOfMemoryError):
+                    self._decoder.expect(len(following.token_ids))
+            first = self._choose([request], [0], logits, greedy)[0]
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) and self._slots > 1:
                 raise

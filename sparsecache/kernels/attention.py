@@ -1,14 +1,18 @@
 """Plain torch attention with grouped-query heads: what prefill and decode go through without a faster kernel."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsecache.kernels._triton import fast
+from sparsecache.kernels._triton import in_kernels
 
-_ROUND = 512  # tokens: cuDNN makes a plan for every new length, which takes as long as a prompt or two
+# cuDNN makes a plan for every new length, on the host, which takes long enough to be felt.
+_ROUND = 512  # tokens
 _FASTEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(
@@ -46,15 +50,14 @@ def attention(
         return _selected_attention(q, k, v, selected, mask, causal)
     group = heads // kv_heads
     if queries == 1:  # the heads of a group are as good as queries: K and V are read once, not repeated
-        folded = q.reshape(batch, kv_heads, group, head_dim)
-        return scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
+        return _of_one_query(q.reshape(batch, kv_heads, group, head_dim), k, v, mask).reshape(q.shape)
     k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 def prompt_room(x: Tensor) -> int:
     """How many tokens a prompt's q, k and v should have room for to be attended to fast; x: [L, ..] is the prompt."""
-    return -(-len(x) // _ROUND) * _ROUND if fast(x) and _half(x) else len(x)
+    return _room(len(x)) if _in_plans(x.device, x.dtype) else len(x)
 
 
 def prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -63,14 +66,41 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     On a GPU in half precision through the fastest backend that takes the shape; no L x L tensor is built.
     """
     causal = q.shape[1] > 1
-    if not (fast(q) and _half(q) and causal):
+    if not (_in_plans(q.device, q.dtype) and causal):
         return attention(q[None], k[None], v[None], causal=causal)[0]
     with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
         return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=len(q) > len(k))[0]
 
 
-def _half(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16)
+def plan_prompt(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Makes what the attention of a prompt of so many tokens takes for the first time: while a GPU is busy, say."""
+    if _in_plans(device, dtype):
+        _plan(_room(tokens), heads, kv_heads, head_dim, device, dtype)
+
+
+@functools.cache
+def _plan(room: int, heads: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    anything = torch.empty((heads + 2 * kv_heads, room, head_dim), device=device, dtype=dtype)
+    prompt_attention(*anything.tensor_split((heads, heads + kv_heads)))
+
+
+def _room(tokens: int) -> int:
+    return -(-tokens // _ROUND) * _ROUND
+
+
+def _in_plans(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether prompts are attended to by what makes plans."""
+    return in_kernels(device) and dtype in (torch.bfloat16, torch.float16)
+
+
+def _of_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of the heads of a group, q [B, G, H / G, D]; what is attended to grows, so nothing that makes plans."""
+    if not q.is_cuda:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with sdpa_kernel(_WITHOUT_PLANS):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def _selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -87,5 +117,4 @@ def _selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, mask:
     rows = selected.clamp(min=0)[..., None].expand(-1, -1, -1, head_dim)
     folded = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     seen = (selected >= 0)[:, :, None]  # [B, G, 1, N]
-    out = scaled_dot_product_attention(folded, k.gather(2, rows), v.gather(2, rows), attn_mask=seen)
-    return out.reshape(q.shape)
+    return _of_one_query(folded, k.gather(2, rows), v.gather(2, rows), seen).reshape(q.shape)

@@ -16,6 +16,7 @@ from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.steps import GraphedSteps
+from sparsecache.kernels import attention
 from sparsecache.methods import make_method, parse_options
 from sparsecache.methods.base import Method
 from sparsecache.methods.vanilla import Vanilla
@@ -102,6 +103,21 @@ def test_a_graph_replays_what_is_launched_call_by_call(
         assert [each.error for each in done.values()] == [None] * len(LENGTHS)
         found.append({key: (each.token_ids, each.report) for key, each in done.items()})
     assert found[0] == found[1]
+
+
+def test_cudnn_attends_to_prompts_alone(make_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes a plan for every new length, and what single tokens attend to grows with every step."""
+    seen: dict[bool, set[bool]] = {True: set(), False: set()}
+    whole = attention.scaled_dot_product_attention
+
+    def attend(q: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        seen[bool(options.get("is_causal"))].add(torch.backends.cuda.cudnn_sdp_enabled())
+        return whole(q, *others, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", attend)
+    engine, _ = _engine(make_checkpoint(), 2, torch.bfloat16, make_method("snapkv", parse_options("snapkv", {})))
+    assert all(done.error is None for done in engine.generate(_requests()))
+    assert seen == {True: {True}, False: {False}}
 
 
 def test_a_prompt_is_attended_to_without_its_whole_score_matrix(make_checkpoint: Any) -> None:

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 from sparsecache.engine.base import Completion, Request
+from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.generator import Generator
 from sparsecache.methods.vanilla import Vanilla
 
@@ -36,6 +38,26 @@ def _run(engine: Generator, *requests: Request) -> dict[int, Completion]:
 
 def _same(first: Completion, second: Completion) -> bool:
     return replace(first, prefill_s=0, decode_s=0) == replace(second, prefill_s=0, decode_s=0)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_the_prompt_after_one_is_made_ready_for_while_that_is_read(
+    slots, folder, make_engine, make_prompts, monkeypatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+    whole = Decoder.prefill
+
+    def prefill(decoder, token_ids, *others):
+        seen.append(("prompt", len(token_ids)))
+        return whole(decoder, token_ids, *others)
+
+    monkeypatch.setattr(Decoder, "prefill", prefill)
+    monkeypatch.setattr(Decoder, "expect", lambda decoder, tokens: seen.append(("expect", tokens)))
+    lengths = (9, 30, 4, 17)
+    requests = [Request(at, prompt, 5, ()) for at, prompt in enumerate(make_prompts(*lengths))]
+    assert len(_run(make_engine(folder, slots), *requests)) == len(lengths)
+    wanted = [each for first, then in pairwise(lengths) for each in (("prompt", first), ("expect", then))]
+    assert seen == [*wanted, ("prompt", lengths[-1])]
 
 
 def test_ends_with_the_first_stop_id_which_is_kept(folder, make_engine, free_text) -> None:
