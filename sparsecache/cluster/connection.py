@@ -83,6 +83,7 @@ class Cluster:
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         """Ends as Ctrl-C does: of what a handler raises, Ray hands on that alone while it waits."""
+        signal.signal(number, signal.SIG_IGN)  # once is enough
         self._terminated = True
         raise KeyboardInterrupt
 

@@ -1,7 +1,6 @@
 """InfiniGen on a GPU: the selections of the CPU on the same scores, outputs to tolerance, pinned memory."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -26,12 +25,6 @@ def test_the_same_selection_from_the_same_scores(length, alpha, fetch) -> None:
     assert torch.equal(here, there)
 
 
-def _small_numbers() -> Any:
-    """-1, 0 and 1: with 64 columns all scores are exact on every device, and many are equal."""
-    generator = torch.Generator().manual_seed(2)
-    return lambda *size: torch.randint(-1, 2, size, generator=generator).float()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",
@@ -45,12 +38,12 @@ def _small_numbers() -> Any:
     ],
     ids=str,
 )
-def test_every_step_is_that_of_the_page(options, dtype, play) -> None:
+def test_every_step_is_that_of_the_page(options, dtype, play, small_numbers) -> None:
     played = play(
         SHAPE,
         (45, 12),
         {"alpha": 1.0, "skew": False, **options},
-        draw=_small_numbers(),
+        draw=small_numbers(2),
         device=GPU,
         dtype=dtype,
         new_tokens=16,
