@@ -11,6 +11,7 @@ from sparsecache.kernels._triton import in_kernels
 
 # cuDNN makes a plan for every new length, on the host, which takes long enough to be felt.
 _ROUND = 512  # tokens
+_MOST_PLANNED = 32768  # tokens: it is made by attending once, which of more takes longer than what it saves
 _FASTEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 _WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -76,7 +77,7 @@ def plan_prompt(
     tokens: int, heads: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Makes what the attention of a prompt of so many tokens takes for the first time: while a GPU is busy, say."""
-    if _in_plans(device, dtype):
+    if tokens <= _MOST_PLANNED and _in_plans(device, dtype):
         _plan(_room(tokens), heads, kv_heads, head_dim, device, dtype)
 
 

@@ -38,6 +38,9 @@ def make_room(*size: int, dtype: torch.dtype, device: torch.device, offload: boo
 
 def put(rows: Tensor, target: Tensor) -> None:
     """Copies rows [G, L, ..] to the first L of target [G, T, ..], which may lie in pinned host memory."""
+    if target.device == rows.device:
+        target[:, : rows.shape[1]].copy_(rows)
+        return
     for of_head, to_head in zip(rows, target, strict=True):  # each is whole memory, as copies over a link should be
         to_head[: len(of_head)].copy_(of_head, non_blocking=True)
 

@@ -65,10 +65,12 @@ class Unbounded:
     def fill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Takes a prompt's q [H, L, D], k and v [G, L, D] into an empty slot."""
         self._partial.keep(layer, slot, self._partial.fill(layer, slot, q, k))
-        rows, room = torch.stack((k, v), 2), self.store[layer, slot]
+        room = self.store[layer, slot]
         if not self._offload:
-            put(rows, room)
+            put(k, room[:, :, 0])
+            put(v, room[:, :, 1])
             return
+        rows = torch.stack((k, v), 2)
         with self._links.reading(rows):  # to the host while the next layer computes
             put(rows, room)
         if self._ends[layer]:
