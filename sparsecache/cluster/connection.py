@@ -17,6 +17,7 @@ from sparsecache.errors import UsageError, one_line
 
 _OBJECT_STORE = 128 * 2**20  # bytes; what goes through it are prompts
 _PROBE_S = 5.0
+_TERMINATED = 128 + signal.SIGTERM  # the exit code
 
 
 class Cluster:
@@ -34,18 +35,20 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._on_term is not None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
-        children = [] if self._before is None else psutil.Process().children(recursive=True)
-        ray.shutdown()
-        for child in children:
-            if child not in (self._before or ()):  # helpers that would wait a minute for a head that is gone
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-        if self._on_term is not None:
-            signal.signal(signal.SIGTERM, self._on_term)
-        if self._terminated:
-            sys.exit(128 + signal.SIGTERM)
+        try:
+            if self._on_term is not None:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
+            children = [] if self._before is None else psutil.Process().children(recursive=True)
+            ray.shutdown()
+            for child in children:
+                if child not in (self._before or ()):  # helpers that would wait a minute for a head that is gone
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+            if self._on_term is not None:
+                signal.signal(signal.SIGTERM, self._on_term)
+        finally:
+            if self._terminated:
+                sys.exit(_TERMINATED)
 
     def device(self, name: str) -> str:
         """What `--device` means here: of "auto", cuda where there are GPUs. Connects, if there is an address."""
@@ -73,6 +76,8 @@ class Cluster:
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **started)
         except (Exception, SystemExit) as error:  # other versions, a missing token; Ray ends the process after a while
+            if isinstance(error, SystemExit) and error.code == signal.SIGTERM:  # as Ray answers it
+                sys.exit(_TERMINATED)
             raise UsageError(
                 f"{self} cannot be used: {one_line(error)}. Look at it with `ray status`; if it asks for a token, set "
                 f"RAY_AUTH_MODE=token, with the token in RAY_AUTH_TOKEN or ~/.ray/auth_token. Without --ray_address "
@@ -82,8 +87,7 @@ class Cluster:
             signal.signal(signal.SIGTERM, self._terminate)  # Ray's own handler aborts, and tells where it was
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
-        """Ends as Ctrl-C does: of what a handler raises, Ray hands on that alone while it waits."""
-        signal.signal(number, signal.SIG_IGN)  # once is enough
+        """Ends as Ctrl-C does, by the one exception of a handler that Ray's waits pass on as it is."""
         self._terminated = True
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""What an engine is asked and what it answers: the words between whoever decodes and whoever wants it decoded."""
+"""What an engine is asked and what it answers, and what all engines answer alike."""
 
 import sys
 import traceback
@@ -66,6 +66,10 @@ class Clock:
             self.peak_gpu_bytes = max(map(torch.cuda.max_memory_allocated, devices))
 
 
+Tick = Callable[[int], None]
+"""Is told how many new tokens there are, whenever there are some."""
+
+
 class Engine(Protocol):
     """Anything that continues prompts."""
 
@@ -82,11 +86,8 @@ class Engine(Protocol):
     def session(self) -> dict[str, Any]:
         """What run.json records of the work so far: the clock, and whatever else is known of who did it."""
 
-    def generate(self, requests: Iterable[Request], tick: "Tick" = ...) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], tick: Tick = ...) -> Iterator[Completion]:
         """Yields a completion for every request, in the order in which they end."""
-
-
-Tick = Callable[[int], None]
 
 
 def no_tick(tokens: int) -> None:

@@ -58,7 +58,10 @@ class Decoder:
         return self._head(self._prompt(token_ids, keep))[0]
 
     def expect(self, tokens: int) -> None:
-        """Makes ready on the host, for a prompt of so many tokens, what the first of its size would wait for."""
+        """Has cuDNN plan the attention of a prompt of so many tokens, on the host, unless it has: for the next prompt.
+
+        That runs the attention of one layer once, over anything.
+        """
         shape = self.shape
         for device in self.devices:
             plan_prompt(tokens, shape.heads, shape.kv_heads, shape.head_dim, device, self.dtype)

@@ -13,7 +13,7 @@ import torch
 
 from sparsecache.engine.base import Completion, Request, Tick, failure, fresh_clock, no_tick
 from sparsecache.engine.decoder import Decoder
-from sparsecache.engine.steps import EagerSteps, Flight, Steps, make_steps
+from sparsecache.engine.steps import EagerSteps, Flight, HostTokens, Steps, make_steps
 from sparsecache.methods.base import Method
 
 
@@ -48,23 +48,14 @@ class _Step:
 
 
 class _Queue:
-    """Requests that wait: the first two can be looked at, and some may come back."""
+    """Requests that wait: they can be looked at before they are taken, and some may come back."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self._rest = iter(requests)
         self._back: list[Request] = []
 
-    @property
-    def first(self) -> Request | None:
-        """The next request; None if there is none."""
-        return self._at(0)
-
-    @property
-    def second(self) -> Request | None:
-        """The one after it."""
-        return self._at(1)
-
-    def _at(self, place: int) -> Request | None:
+    def peek(self, place: int = 0) -> Request | None:
+        """The request with so many before it; None if there is none."""
         self._back.extend(islice(self._rest, max(0, place + 1 - len(self._back))))
         return self._back[place] if place < len(self._back) else None
 
@@ -78,7 +69,7 @@ class _Queue:
 
 
 class Generator:
-    """The engine over our own decoder.
+    """The engine over our own decoder. It draws one request more than it can begin.
 
     `slots` sequences at most are in flight at once: fewer where memory does not suffice. A request that fails comes
     back as a completion with an error, and the others go on; when a step fails, that is every request in flight.
@@ -133,14 +124,14 @@ class Generator:
         queue = _Queue(requests)
         active: dict[int, _Sequence] = {}
         self._drain()  # what an earlier call left, that was cut off
-        while active or queue.first is not None:
+        while active or queue.peek() is not None:
             short_of_memory = False
             try:
-                while (upcoming := queue.first) is not None and self._can_start(upcoming, active):
+                while (upcoming := queue.peek()) is not None and self._can_start(upcoming, active):
                     if self._under_way is not None:
                         yield from self._step(active, tick, ahead=False)
                         continue
-                    started = self._start(upcoming, queue.second, active)
+                    started = self._start(upcoming, queue.peek(1), active)
                     queue.drop_first()
                     if started is None or started.error is None:
                         tick(1)
@@ -174,7 +165,8 @@ class Generator:
     def _start(self, request: Request, following: Request | None, active: dict[int, _Sequence]) -> Completion | None:
         """Prefills a request; returns its completion if it ends at once or fails.
 
-        Meanwhile the following one is made ready for. Raises OutOfMemoryError where fewer slots could help.
+        While the device reads it, what the following one needs is made ready. Raises OutOfMemoryError where fewer slots
+        could help.
         """
         slot = next(slot for slot in range(self._slots) if slot not in active)
         try:
@@ -184,11 +176,12 @@ class Generator:
             began = time.perf_counter()
             token_ids = torch.tensor(request.token_ids, device=self._decoder.device)
             logits = self._decoder.prefill(token_ids, slot, request.max_new_tokens)[None]
-            greedy = logits.argmax(dim=-1)
-            if following is not None:  # the device is busy, and would else wait for it later
-                with suppress(torch.OutOfMemoryError):
+            told = HostTokens(1, logits.device)
+            told.copy(logits.argmax(dim=-1))
+            if following is not None:
+                with suppress(Exception):  # a prompt that cannot be read will say so itself
                     self._decoder.expect(len(following.token_ids))
-            first = self._choose([request], [0], logits, greedy)[0]
+            first = self._choose([request], [0], logits, told.read(1))[0]
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) and self._slots > 1:
                 raise

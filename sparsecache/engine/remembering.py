@@ -28,6 +28,9 @@ class RememberingDecoder(Decoder):
         super().__init__(architecture, weights, rope, method)
         self._memory = memory
 
+    def expect(self, tokens: int) -> None:
+        """Does nothing: most prompts are not read again."""
+
     def prefill(self, token_ids: Tensor, slot: int, max_new_tokens: int) -> Tensor:
         key = tuple(token_ids.tolist())
         if key not in self._memory:

@@ -63,7 +63,7 @@ class EagerSteps:
         """Never: with so many launches the host has no time to be ahead of the device."""
 
 
-class _HostTokens:
+class HostTokens:
     """Tokens on their way to the host."""
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -96,7 +96,7 @@ class _Graph:
     graph: Any
     inputs: Tensor
     logits: Tensor
-    told: tuple[_HostTokens, _HostTokens]
+    told: tuple[HostTokens, HostTokens]
     latest: Tensor | None = None
     left: Tensor | None = None
 
@@ -106,7 +106,7 @@ class _Replay:
     """A step of a graph's. places: positions and slots, [2, B]."""
 
     graph: _Graph
-    told: _HostTokens
+    told: HostTokens
     places: Tensor
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ class GraphedSteps:
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):
             logits = self._run(inputs)
-        return _Graph(graph, inputs, logits, (_HostTokens(size, inputs.device), _HostTokens(size, inputs.device)))
+        return _Graph(graph, inputs, logits, (HostTokens(size, inputs.device), HostTokens(size, inputs.device)))
 
     def _run(self, inputs: Tensor) -> Tensor:
         """One step, which leaves in `inputs` those of the next; logits [size, V]."""

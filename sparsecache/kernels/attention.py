@@ -1,7 +1,5 @@
 """Plain torch attention with grouped-query heads: what prefill and decode go through without a faster kernel."""
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,11 +7,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsecache.kernels._triton import in_kernels
 
-# cuDNN makes a plan for every new length, on the host, which takes long enough to be felt.
-_ROUND = 512  # tokens
-_MOST_PLANNED = 32768  # tokens: it is made by attending once, which of more takes longer than what it saves
+# cuDNN makes a plan for every new shape, on the host, at the first attention over it.
+_ROUND = 512  # tokens, to which lengths of prompts are rounded for it
+_MOST_PLANNED = 32768  # tokens: beyond them, attending once more costs more than the plan
 _FASTEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 _WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_plans: set[tuple[object, ...]] = set()  # of this process, whose one thread attends: H, G, room, D, device, dtype
 
 
 def attention(
@@ -51,14 +50,16 @@ def attention(
         return _selected_attention(q, k, v, selected, mask, causal)
     group = heads // kv_heads
     if queries == 1:  # the heads of a group are as good as queries: K and V are read once, not repeated
-        return _of_one_query(q.reshape(batch, kv_heads, group, head_dim), k, v, mask).reshape(q.shape)
+        folded = q.reshape(batch, kv_heads, group, head_dim)
+        attend = _without_plans if mask is None else scaled_dot_product_attention
+        return attend(folded, k, v, attn_mask=mask).reshape(q.shape)
     k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 def prompt_room(x: Tensor) -> int:
     """How many tokens a prompt's q, k and v should have room for to be attended to fast; x: [L, ..] is the prompt."""
-    return _room(len(x)) if _in_plans(x.device, x.dtype) else len(x)
+    return _room(len(x)) if _is_planned(x.device, x.dtype) else len(x)
 
 
 def prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -67,8 +68,9 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     On a GPU in half precision through the fastest backend that takes the shape; no L x L tensor is built.
     """
     causal = q.shape[1] > 1
-    if not (_in_plans(q.device, q.dtype) and causal):
+    if not (_is_planned(q.device, q.dtype) and causal):
         return attention(q[None], k[None], v[None], causal=causal)[0]
+    _plans.add((len(q), len(k), *q.shape[1:], q.device, q.dtype))
     with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
         return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=len(q) > len(k))[0]
 
@@ -76,13 +78,11 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def plan_prompt(
     tokens: int, heads: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Makes what the attention of a prompt of so many tokens takes for the first time: while a GPU is busy, say."""
-    if tokens <= _MOST_PLANNED and _in_plans(device, dtype):
-        _plan(_room(tokens), heads, kv_heads, head_dim, device, dtype)
-
-
-@functools.cache
-def _plan(room: int, heads: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Has cuDNN plan what prompt_attention does over so many tokens, unless it has: so that no prompt waits for it."""
+    room = _room(tokens)
+    plan = (heads, kv_heads, room, head_dim, device, dtype)
+    if tokens > _MOST_PLANNED or plan in _plans or not _is_planned(device, dtype):
+        return
     anything = torch.empty((heads + 2 * kv_heads, room, head_dim), device=device, dtype=dtype)
     prompt_attention(*anything.tensor_split((heads, heads + kv_heads)))
 
@@ -91,17 +91,20 @@ def _room(tokens: int) -> int:
     return -(-tokens // _ROUND) * _ROUND
 
 
-def _in_plans(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether prompts are attended to by what makes plans."""
+def _is_planned(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the attention of prompts goes through cuDNN, where that takes the shape."""
     return in_kernels(device) and dtype in (torch.bfloat16, torch.float16)
 
 
-def _of_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of the heads of a group, q [B, G, H / G, D]; what is attended to grows, so nothing that makes plans."""
+def _without_plans(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """torch's attention, on a GPU by whatever makes no plans: for one token, whose past is of a new length each time.
+
+    q: [B, G, H / G, D], the heads of a group as queries.
+    """
     if not q.is_cuda:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
     with sdpa_kernel(_WITHOUT_PLANS):
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
 
 
 def _selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -118,4 +121,4 @@ def _selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, mask:
     rows = selected.clamp(min=0)[..., None].expand(-1, -1, -1, head_dim)
     folded = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     seen = (selected >= 0)[:, :, None]  # [B, G, 1, N]
-    return _of_one_query(folded, k.gather(2, rows), v.gather(2, rows), seen).reshape(q.shape)
+    return _without_plans(folded, k.gather(2, rows), v.gather(2, rows), attn_mask=seen).reshape(q.shape)

@@ -161,7 +161,7 @@ def split_count(programs: int, device: torch.device) -> int:
     return max(1, min(64, _WAVES * _multiprocessors(device) // programs))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room", "width"])
 def _attend(  # type: ignore[no-untyped-def]
     q, q_row, q_head, new_key, new_value, new_row, new_head, keys, values, slot_stride, head_stride, row_stride,
     slots, selected, numbers, sums, marks, scale, kv_heads, room, size, all_marks, width,
@@ -223,7 +223,7 @@ def _attend(  # type: ignore[no-untyped-def]
     tl.store(sums + mark[:, None] * size + at[None, :], total, mask=asked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def _merge(  # type: ignore[no-untyped-def]
     sums, marks, out, slots, lengths, room, size, all_marks,
     APPENDED: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,

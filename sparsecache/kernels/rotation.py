@@ -44,7 +44,7 @@ def split_and_rotate(heads: Tensor, rotation: Rotation, kv_heads: int, room: int
     return q, k, v
 
 
-@triton.jit(do_not_specialize=["tokens"])  # or it is compiled anew in the midst of a run
+@triton.jit(do_not_specialize=["tokens", "room"])  # one kernel for all lengths, not another for multiples of 16
 def _split_and_rotate(  # type: ignore[no-untyped-def]
     heads, cos, sin, out, tokens, count, turning, room, half, TOKENS: tl.constexpr, HALF: tl.constexpr
 ):

@@ -76,7 +76,7 @@ def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tens
     return take_nearest(scores, extremes, past, slots, rule, kv_heads, width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def _score(  # type: ignore[no-untyped-def]
     q, q_row, q_head, columns, keys, past, slots, scores, extremes, scale, kv_heads, room, apart,
     size, wide, all_extremes,
@@ -118,7 +118,7 @@ def _score(  # type: ignore[no-untyped-def]
     tl.store(mark + all_extremes, tl.min(worst, axis=0), mask=tl.arange(0, QUERIES) < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def _remember(  # type: ignore[no-untyped-def]
     k, v, k_row, k_head, columns, keys, store, past, slots, kv_heads, room, size, wide,
     SIZE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,

@@ -105,19 +105,45 @@ def test_a_graph_replays_what_is_launched_call_by_call(
     assert found[0] == found[1]
 
 
-def test_cudnn_attends_to_prompts_alone(make_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It makes a plan for every new length, and what single tokens attend to grows with every step."""
-    seen: dict[bool, set[bool]] = {True: set(), False: set()}
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Every call of torch's attention: what cuDNN's plans are kept by, and whether it may make one."""
+    calls: list[dict[str, Any]] = []
     whole = attention.scaled_dot_product_attention
 
-    def attend(q: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
-        seen[bool(options.get("is_causal"))].add(torch.backends.cuda.cudnn_sdp_enabled())
-        return whole(q, *others, **options)
+    def attend(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        key = [(x.shape, x.stride(), x.dtype, x.device) for x in tensors], options.get("enable_gqa")
+        causal, planned = bool(options.get("is_causal")), torch.backends.cuda.cudnn_sdp_enabled()
+        calls.append({"key": key, "causal": causal, "planned": planned})
+        return whole(*tensors, **options)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", attend)
-    engine, _ = _engine(make_checkpoint(), 2, torch.bfloat16, make_method("snapkv", parse_options("snapkv", {})))
+    return calls
+
+
+def test_cudnn_attends_to_prompts_alone(make_checkpoint: Any, attended: list[dict[str, Any]]) -> None:
+    """What single tokens attend to is of a new length at every step."""
+    method = make_method("infinigen", parse_options("infinigen", {"capacity": "0.5", "skew": "false"}))
+    engine, _ = _engine(make_checkpoint(), 2, torch.bfloat16, method)
     assert all(done.error is None for done in engine.generate(_requests()))
-    assert seen == {True: {True}, False: {False}}
+    assert {(call["causal"], call["planned"]) for call in attended} == {(True, True), (False, False)}
+
+
+@pytest.mark.parametrize("tokens", [1, 511, 600, 1024])
+def test_a_prompt_finds_the_plan_that_was_made_for_it(
+    tokens: int, make_checkpoint: Any, attended: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_plans", set())
+    _, decoder = _engine(make_checkpoint(), 1, torch.bfloat16, method := Vanilla())
+    method.allocate(decoder.shape, 1, tokens + 1, GPU, torch.bfloat16)
+    with torch.inference_mode():
+        decoder.expect(tokens)
+        decoder.prefill(torch.ones(tokens, device=GPU, dtype=torch.int64), 0, 1)
+        planned, *others = [call["key"] for call in attended if call["causal"]]
+        assert others and all(key == planned for key in others)
+        before = len(attended)
+        decoder.expect(tokens)
+        assert len(attended) == before
 
 
 def test_a_prompt_is_attended_to_without_its_whole_score_matrix(make_checkpoint: Any) -> None:

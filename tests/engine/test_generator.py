@@ -60,6 +60,15 @@ def test_the_prompt_after_one_is_made_ready_for_while_that_is_read(
     assert seen == [*wanted, ("prompt", lengths[-1])]
 
 
+def test_what_cannot_be_made_ready_fails_no_other_prompt(folder, make_engine, make_prompts, monkeypatch) -> None:
+    def expect(decoder, tokens):
+        raise RuntimeError("no memory left for a plan")
+
+    monkeypatch.setattr(Decoder, "expect", expect)
+    done = _run(make_engine(folder), *(Request(at, prompt, 5, ()) for at, prompt in enumerate(make_prompts(9, 30))))
+    assert [completion.error for completion in done.values()] == [None, None]
+
+
 def test_ends_with_the_first_stop_id_which_is_kept(folder, make_engine, free_text) -> None:
     prompt, text = free_text(20)
     at = next(at for at in range(5, 40) if text[at] not in text[:at])

@@ -10,7 +10,7 @@ import torch
 
 from sparsecache.engine import generator
 from sparsecache.engine.base import Request
-from sparsecache.engine.steps import GraphedSteps, _Graph, _HostTokens
+from sparsecache.engine.steps import GraphedSteps, HostTokens, _Graph
 from sparsecache.kernels._triton import INTERPRETED, running
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.methods.vanilla import Vanilla
@@ -53,7 +53,7 @@ class _Recorded(GraphedSteps):
             steps.batches.append(inputs.clone())
             logits.copy_(steps._run(inputs))
 
-        return _Graph(SimpleNamespace(replay=replay), inputs, logits, (_HostTokens(size, CPU), _HostTokens(size, CPU)))
+        return _Graph(SimpleNamespace(replay=replay), inputs, logits, (HostTokens(size, CPU), HostTokens(size, CPU)))
 
 
 class _Hesitant(_Recorded):

@@ -211,11 +211,16 @@ with Cluster(None) as cluster:
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    assert process.stdout is not None and process.stdout.readline() == "waits\n"
-    time.sleep(1)  # where Ray asks for signals itself, not Python
-    process.terminate()
-    _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM and not stderr
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waits\n"
+        time.sleep(1)  # where Ray asks for signals itself, not Python
+        process.terminate()
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert not stderr
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def _start(repo: Path, arguments: list[str]) -> "subprocess.Popen[str]":
