@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from sparsecache.longbench.baseline import Baseline, baseline_of
+from sparsecache.longbench.scores import Options, score_run
+
 Rows = list[dict[str, Any]]
 
 
@@ -35,6 +38,36 @@ def row() -> Callable[..., dict[str, Any]]:
 def make_run(tmp_path: Path, write_run: Callable[..., Path]) -> Callable[..., Path]:
     """Writes a run below a folder of the test's own: see write_run."""
     return functools.partial(write_run, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def boiled_down() -> Callable[..., Baseline]:
+    """Makes a baseline of a run's folder, by the scorer's options."""
+
+    def boil(folder: Path, e: bool = False, options: Options = Options()) -> Baseline:
+        return baseline_of(score_run(folder, e, options), options)
+
+    return boil
+
+
+@pytest.fixture
+def made(
+    make_run: Callable[..., Path], row: Callable[..., dict[str, Any]], boiled_down: Callable[..., Baseline]
+) -> Callable[..., Baseline]:
+    """A run whose rows of a dataset score 1 (y), 0 (n), 2/3 (h), or failed (x), as a baseline."""
+    texts = {"y": "yes", "n": "no", "h": "yes maybe"}
+
+    def make(name: str, datasets: dict[str, str], more: dict[str, Any] | None = None, **options: Any) -> Baseline:
+        rows = {
+            stem: [
+                row(at, "", error="x") if letter == "x" else row(at, texts[letter], **(more or {}))
+                for at, letter in enumerate(letters)
+            ]
+            for stem, letters in datasets.items()
+        }
+        return boiled_down(make_run(name, rows, **options))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The gate: planted regressions fail, improvements pass, and what is not comparable is refused."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,35 +7,13 @@ from typing import Any
 import pytest
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.baseline import Baseline, baseline_of, load_baseline
+from sparsecache.longbench.baseline import Baseline
 from sparsecache.longbench.gate import Limits, Verdict, check_savable, gate, lines
-from sparsecache.longbench.scores import Options, score_run
+from sparsecache.longbench.scores import Options
 
 MakeRun = Callable[..., Path]
 Row = Callable[..., dict[str, Any]]
-Make = Callable[..., Baseline]
-
-
-def boiled_down(folder: Path, e: bool = False, options: Options = Options()) -> Baseline:
-    return baseline_of(score_run(folder, e, options), options)
-
-
-@pytest.fixture
-def made(make_run: MakeRun, row: Row) -> Make:
-    """A run whose rows of a dataset score 1 (y), 0 (n), 2/3 (h), or failed (x)."""
-    texts = {"y": "yes", "n": "no", "h": "yes maybe"}
-
-    def make(name: str, datasets: dict[str, str], more: dict[str, Any] | None = None, **options: Any) -> Baseline:
-        rows = {
-            stem: [
-                row(at, "", error="x") if letter == "x" else row(at, texts[letter], **(more or {}))
-                for at, letter in enumerate(letters)
-            ]
-            for stem, letters in datasets.items()
-        }
-        return boiled_down(make_run(name, rows, **options))
-
-    return make
+Make = BoiledDown = Callable[..., Baseline]
 
 
 def texts(verdict: Verdict) -> list[str]:
@@ -108,7 +85,9 @@ def test_what_was_kept_is_limited(made: Make) -> None:
         gate(before, sparse, Limits(max_kept=0.2))
 
 
-def test_kept_is_the_mean_over_the_datasets_that_report_it(make_run: MakeRun, row: Row) -> None:
+def test_kept_is_the_mean_over_the_datasets_that_report_it(
+    make_run: MakeRun, row: Row, boiled_down: BoiledDown
+) -> None:
     rows = {
         "qasper": [row(0, kept=0.1), row(1, kept=0.3), row(2, kept=None)],
         "hotpotqa": [row(0, kept=0.6)],
@@ -222,7 +201,7 @@ def test_other_prompts_are_refused(made: Make) -> None:
         gate(after, before, Limits())
 
 
-def test_other_choices_of_the_scorer_are_refused(make_run: MakeRun, row: Row) -> None:
+def test_other_choices_of_the_scorer_are_refused(make_run: MakeRun, row: Row, boiled_down: BoiledDown) -> None:
     folder = make_run("a", {"lcc": [row(0)]})
     mine = boiled_down(folder, options=Options(edit_backend="fuzzywuzzy"))
     with pytest.raises(UsageError, match=r"the scorer's choice of edit_backend \(fuzzywuzzy, baseline difflib\)"):
@@ -304,7 +283,9 @@ def test_runs_without_common_rows_are_refused_whatever_is_allowed(made: Make) ->
         gate(after, before, Limits(), allow_partial=True, allow_unlike=True)
 
 
-def test_longbench_and_longbench_e_are_not_gated_against_each_other(make_run: MakeRun, row: Row) -> None:
+def test_longbench_and_longbench_e_are_not_gated_against_each_other(
+    make_run: MakeRun, row: Row, boiled_down: BoiledDown
+) -> None:
     plain = boiled_down(make_run("a", {"qasper": [row(0)]}))
     e = boiled_down(make_run("b", {"qasper_e": [row(0)]}), e=True)
     with pytest.raises(UsageError, match=r"of LongBench-E, .* is not\. Give --e"):
@@ -313,7 +294,9 @@ def test_longbench_and_longbench_e_are_not_gated_against_each_other(make_run: Ma
 
 
 @pytest.mark.parametrize("more", [{"_id": ...}, {"_id": None}])
-def test_rows_that_cannot_be_matched_are_refused(make_run: MakeRun, row: Row, more: dict[str, Any]) -> None:
+def test_rows_that_cannot_be_matched_are_refused(
+    make_run: MakeRun, row: Row, more: dict[str, Any], boiled_down: BoiledDown
+) -> None:
     with pytest.raises(UsageError, match="rows without an `_id` or with the same one"):
         boiled_down(make_run("a", {"qasper": [row(0, **more)]}))
 
@@ -328,75 +311,3 @@ def test_limits_are_numbers_from_0_on(name: str, value: float) -> None:
 def test_max_kept_is_a_share() -> None:
     with pytest.raises(UsageError, match="--max_kept 20 is no share"):
         Limits(max_kept=20)
-
-
-# Saved baselines
-
-
-def test_a_saved_baseline_is_the_run(made: Make, tmp_path: Path) -> None:
-    run = made("a", {"qasper": "yhn", "lcc": "yy"}, {"kept": 0.25})
-    path = tmp_path / "baseline.json"
-    run.save(path)
-    run.save(path)  # again, over itself
-    saved = load_baseline(path)
-    assert saved == Baseline(**{**vars(run), "name": str(path)})
-    assert gate(run, saved, Limits(0, 0, 0.25, 1)).passed
-    worse = made("b", {"qasper": "yhn", "lcc": "yn"})
-    assert not gate(worse, saved, Limits()).passed
-    text = path.read_text()
-    assert text.count("\n") < 100 and '   "1": 0.6666666666666666,\n' in text
-
-
-def test_a_full_baseline_is_small(make_run: MakeRun, row: Row, tmp_path: Path) -> None:
-    rows = [row(at, _id=f"{at:048x}", prompt_sha256=f"{at:064x}") for at in range(200)]
-    boiled_down(make_run("a", {"qasper": rows})).save(tmp_path / "b.json")
-    assert (tmp_path / "b.json").stat().st_size < 200 * 150  # 4,750 rows: 700 KB
-
-
-BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda record: [], "is JSON of another kind"),
-    (lambda record: {"a": 1}, "is JSON of another kind"),
-    (lambda record: record | {"sparsecache_baseline": 2}, "has version 2 of the format, not 1"),
-    (lambda record: {key: value for key, value in record.items() if key != "identity"}, "lacks identity"),
-    (lambda record: record | {"datasets": []}, r"has \[\] as datasets"),
-    (lambda record: record | {"e": 0}, "has 0 as e"),
-    (lambda record: record | {"identity": {"data": 1}}, r"has 1 as identity\.data"),
-    (lambda record: record | {"datasets": {"qasper": 1}}, r"has something other than metric, .* as datasets\.qasper"),
-    (
-        lambda record: record | {"datasets": {"qasper": record["datasets"]["qasper"] | {"scores": {"0": "1"}}}},
-        r"has something other than numbers in datasets\.qasper\.scores",
-    ),
-    (
-        lambda record: record | {"datasets": {"qasper": record["datasets"]["qasper"] | {"kept": "x"}}},
-        r"has 'x' as datasets\.qasper\.kept",
-    ),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BROKEN)
-def test_a_broken_baseline_is_refused(
-    made: Make, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
-) -> None:
-    path = tmp_path / "baseline.json"
-    made("a", {"qasper": "y"}).save(path)
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(UsageError, match=rf"baseline\.json {message}.*so it is no baseline"):
-        load_baseline(path)
-
-
-@pytest.mark.parametrize("text", ["", "{", "NaN", '{"sparsecache_baseline": 1, "e": NaN}', "[" * 10**5, "\ud800"])
-def test_a_file_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "b.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(UsageError, match=r"b\.json is not readable as JSON"):
-        load_baseline(tmp_path / "b.json")
-
-
-def test_no_other_file_is_overwritten(made: Make, tmp_path: Path) -> None:
-    run = made("a", {"qasper": "y"})
-    for name, text in (("README.md", "# Title"), ("summary.json", '{"complete": true}')):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(UsageError, match=f"{name} is .*under a free name"):
-            run.save(tmp_path / name)
-        assert (tmp_path / name).read_text() == text
-    with pytest.raises(UsageError, match="cannot be written: No such file"):
-        run.save(tmp_path / "nowhere" / "b.json")

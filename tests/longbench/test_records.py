@@ -138,7 +138,11 @@ def test_a_file_that_is_not_ours_is_refused_and_left_alone(tmp_path: Path, conte
     with pytest.raises(UsageError) as failure:
         PredictionFile(path)
     assert f"{path}" in str(failure.value) and problem in str(failure.value)
-    assert str(failure.value).endswith("left half written, and starts afresh with --overwrite.")
+    advice = (
+        "Repair or delete that line, or give the run's own command again: it cuts off a last line that was left half "
+        "written, and starts afresh with --overwrite."
+    )
+    assert str(failure.value).endswith(advice)
     assert path.read_bytes() == content
 
 

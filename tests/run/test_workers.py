@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extr
 psutil = pytest.importorskip("psutil", reason="needs the extra [ray]")
 DATASETS = ("qasper", "trec", "lcc")
 ROWS = 30
+PREDICT = "longbench_pred.py"
 MANY = ("--datasets", ",".join(DATASETS), "--sample_rows", str(ROWS))
 
 
@@ -163,7 +164,7 @@ def test_a_row_that_kills_three_workers_is_an_error_row_and_the_next_run_retries
 def test_a_killed_driver_leaves_a_run_that_goes_on_with_workers(
     address, command, predict, folder, whole, repo, read_untimed
 ) -> None:
-    process = _start(repo, command(*MANY, "--workers", "2", "--ray_address", address))
+    process = _start(repo, PREDICT, *command(*MANY, "--workers", "2", "--ray_address", address))
     _await_rows(process, folder, 5)
     process.kill()
     process.communicate()
@@ -176,7 +177,7 @@ def test_a_killed_driver_leaves_a_run_that_goes_on_with_workers(
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
 def test_a_signal_ends_everything_within_ten_seconds(sent, command, folder, predict, repo) -> None:
-    process = _start(repo, command(*MANY, "--workers", "2"))
+    process = _start(repo, PREDICT, *command(*MANY, "--workers", "2"))
     _await_rows(process, folder, 3)
     started = psutil.Process(process.pid).children(recursive=True)
     assert {"raylet", "gcs_server"} <= {child.name() for child in started}
@@ -207,10 +208,7 @@ with Cluster(None) as cluster:
     print("waits", flush=True)
     ray.get(nap)
 """
-    environment = {**os.environ, "PYTHONPATH": str(repo)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    process = _start(repo, "-c", code)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "waits\n"
@@ -223,9 +221,11 @@ with Cluster(None) as cluster:
     assert process.returncode == 128 + signal.SIGTERM
 
 
-def _start(repo: Path, arguments: list[str]) -> "subprocess.Popen[str]":
+def _start(repo: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Python, in the project's folder and in a session of its own."""
     return subprocess.Popen(
-        [sys.executable, str(repo / "longbench_pred.py"), *arguments],
+        [sys.executable, *arguments],
+        cwd=repo,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
