@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lints, checks types and runs the whole test suite, two files at a time. Arguments go to pytest (scripts/test.sh -k rope).
+# Lints, checks types and runs the whole test suite, two files at a time.
+# Arguments go to pytest (scripts/test.sh -k rope).
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 install_environment test

@@ -28,9 +28,10 @@ class Request:
 class Completion:
     """What became of a request.
 
-    token_ids: new tokens, the stop id included. finish_reason: "stop" or "length". prefill_s: start of the
-    prompt to first token; decode_s: first to last token, on the wall clock. report: what the method kept.
-    error: set instead of all these when the request failed.
+    token_ids: new tokens, the stop id included. finish_reason: "stop" or "length". prefill_s: start of the prompt to
+    first token, and on a GPU until the next prompt is planned, if that takes longer (`Decoder.expect`); decode_s: first
+    to last token, on the wall clock. report: what the method kept. error: set instead of all these when the request
+    failed.
     """
 
     request: Request

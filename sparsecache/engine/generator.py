@@ -248,8 +248,8 @@ class Generator:
     def _goes_on(self, step: _Step, rows: list[_Sequence]) -> bool:
         """Whether the sequences of a step, before it is read, are known to be those of the next one, with its tokens.
 
-        rows: what is in flight now.
         Not if one begins or ends with it, or must not take its most likely token; that a stop id ends one is not known.
+        rows: what is in flight now.
         """
         return rows == step.rows and all(
             row.request.min_new_tokens <= len(row.new_ids) < row.request.max_new_tokens - 1 for row in step.rows
