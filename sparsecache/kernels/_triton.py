@@ -71,6 +71,12 @@ def is_roomy(device: torch.device) -> bool:
     return capability not in ((8, 6), (8, 9)) and capability < (12, 0)
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+
+
 def up_to_power(number: int, least: int = 1) -> int:
     """The next power of two from `number` on, and from `least` on: the size of a block."""
     return max(least, 1 << (number - 1).bit_length())

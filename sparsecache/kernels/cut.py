@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import after_previous, launching, tl, triton, up_to_power
+from sparsecache.kernels.selection import count_near, distance_to_best, highest
 
 _FEWEST, _MOST = 512, 2048  # tokens that a program counts at a time: counting costs about as much for few as for many
 
@@ -25,6 +26,17 @@ class Rule(NamedTuple):
     recent: int = 0
 
 
+class Scores(NamedTuple):
+    """Scores by token. values: [B, G, H / G, T] float32, beyond a slot's past tokens anything.
+
+    From kernels T is a multiple of 16, and they come with extremes [2, B, H, splits]: each head's highest and lowest in
+    each part of a slot's tokens.
+    """
+
+    values: Tensor
+    extremes: Tensor | None
+
+
 class Selected(NamedTuple):
     """Ascending positions [B, G, N] int64, of which the first counts [B, G] (int64) are meant."""
 
@@ -32,22 +44,28 @@ class Selected(NamedTuple):
     counts: Tensor
 
 
-def take_nearest(
-    scores: Tensor,
-    extremes: Tensor,
-    past: Tensor,
-    slots: Tensor,
-    rule: Rule,
-    kv_heads: int,
-    width: int,
-) -> Selected:
-    """The tokens of each slot and KV head that a rule takes by their scores, in kernels.
+def take_nearest(scores: Scores, past: Tensor, slots: Tensor, rule: Rule, width: int) -> Selected:
+    """The tokens of each slot and KV head that a rule takes by their scores, which may be changed.
 
-    scores: [B, H, T] float32, T a multiple of 16, beyond the slot's past tokens anything; changed. extremes: [2, B, H,
-    splits], the highest and the lowest of each part of a slot's tokens; past: [slots] int64; slots: [B] int64.
-    width: room for the positions, the highest cap there can be.
+    past: [slots] int64, tokens held; slots: [B] int64; width: room for the positions, the highest cap there can be.
     """
-    batch, heads, apart = scores.shape
+    values, extremes = scores
+    if extremes is not None:
+        return _kernels(values, extremes, past, slots, rule, width)
+    position, held = torch.arange(values.shape[3], device=values.device), past[slots][:, None]
+    values = values.masked_fill((position >= held)[:, None, None], -torch.inf)
+    distance = distance_to_best(values.flatten(1, 2), values.shape[1])
+    always = ((position < rule.sinks) | (position >= held - rule.recent)) & (position < held)
+    distance = distance.masked_fill(always[:, None], torch.inf)
+    count = count_near(distance, rule.alpha, rule.caps[held[:, 0]], "mean" if rule.mean else "per_head")
+    chosen = highest(distance, count)
+    positions = chosen.new_zeros((*chosen.shape[:2], width))
+    positions[..., : chosen.shape[2]] = chosen.clamp(min=0)
+    return Selected(positions, (chosen >= 0).sum(2))
+
+
+def _kernels(scores: Tensor, extremes: Tensor, past: Tensor, slots: Tensor, rule: Rule, width: int) -> Selected:
+    batch, kv_heads, group, apart = scores.shape
     splits, device = extremes.shape[3], scores.device
     grid = (batch * kv_heads, splits)
 
@@ -59,7 +77,6 @@ def take_nearest(
     before, aside, cut, finished = room(2, splits), room(apart), room(3), room()
     found = Selected(room(width, dtype=torch.int64), room(dtype=torch.int64))
     counted = min(_MOST, up_to_power(-(-apart // splits), _FEWEST))
-    group = heads // kv_heads
     sizes = {"GROUP": group, "SPLITS": splits, "MOST": up_to_power(splits), "TOKENS": counted, **launching()}
     sizes["num_warps"] = 4 if counted == _FEWEST else 8
     # Where a KV head's first head had its scores, its distances are from here on.

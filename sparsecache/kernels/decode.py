@@ -1,21 +1,32 @@
 """Attention of one new token per sequence over a cache of slots: over all past tokens, or over chosen ones.
 
-A sequence's tokens are split among programs (flash decoding, https://pytorch.org/blog/flash-decoding/), as many as
-fill the GPU; nothing depends on a length that the host would have to know, so that a step can be a CUDA graph.
+The tokens of all sequences are split among programs (flash decoding, https://pytorch.org/blog/flash-decoding/), as many
+as fill the GPU, and in parts of one length, however unlike the sequences are. How long that is, and where a part lies,
+is found on the device: the host need not know a length, so that a step can be a CUDA graph.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import after_previous, before_next, fast, launching, tl, triton, up_to_power
+from sparsecache.kernels._triton import (
+    after_previous,
+    before_next,
+    fast,
+    launching,
+    multiprocessors,
+    tl,
+    triton,
+    up_to_power,
+)
 from sparsecache.kernels.attention import attention
 
 _TILE = 32768  # bytes of keys, and of values, that a program reads at a time
 _WAVES = 2  # programs for each multiprocessor, at most
+_PARTS = 64  # of a sequence, at most
+_EVEN = tl.constexpr(16)  # what the tokens of a part are a multiple of
 
 
 class Ledger(NamedTuple):
@@ -128,54 +139,87 @@ def _kernel(
     """
     batch, heads, _, head_dim = q.shape
     kv_heads, room = k.shape[1], keys.shape[2]
-    splits = split_count(batch * kv_heads, q.device)
-    sums = torch.empty((batch, heads, splits, head_dim), device=q.device, dtype=torch.float32)
-    marks = torch.empty((2, batch, heads, splits), device=q.device, dtype=torch.float32)  # maxima, sums of weights
+    parts = part_count(batch, kv_heads, q.device)
+    sums = torch.empty((heads, parts, head_dim), device=q.device, dtype=torch.float32)
+    marks = torch.empty((2, heads, parts), device=q.device, dtype=torch.float32)  # maxima, sums of weights
+    where = torch.empty((batch, kv_heads, 2), device=q.device, dtype=torch.int32)  # a row's first part, and how many
     out = torch.empty((batch, heads, 1, head_dim), device=q.device, dtype=q.dtype)
     wide = up_to_power(head_dim, 16)
     tokens = max(16, min(128, _TILE // (wide * keys.element_size())))
-    numbers, appended = numbers.contiguous(), numbers.dim() == 1
-    _attend[(batch * kv_heads, splits)](
+    numbers, appended, group = numbers.contiguous(), numbers.dim() == 1, heads // kv_heads
+    _attend[(kv_heads, parts)](
         q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), keys, values, *keys.stride()[:3],
         numbers if slots is None else slots, numbers if selected is None else selected.contiguous(), numbers,
-        sums, marks, 1 / math.sqrt(head_dim),
-        kv_heads, room, head_dim, batch * heads * splits, 0 if selected is None else selected.shape[2],
-        APPENDED=appended, SLOTS=slots is not None, SELECTED=selected is not None,
-        GROUP=heads // kv_heads, QUERIES=up_to_power(heads // kv_heads, 16),
-        TOKENS=tokens, WIDE=wide, SPLITS=splits, num_warps=4, num_stages=2, **launching(),
+        sums, marks, where, 1 / math.sqrt(head_dim),
+        batch, room, head_dim, heads * parts, 0 if selected is None else selected.shape[2],
+        APPENDED=appended, SLOTS=slots is not None, SELECTED=selected is not None, GROUP=group,
+        QUERIES=up_to_power(group, 16), ROWS=up_to_power(batch), TOKENS=tokens, WIDE=wide, PARTS=parts,
+        num_warps=4, num_stages=2, **launching(),
     )  # fmt: skip
     _merge[(batch, heads)](
-        sums, marks, out, numbers if slots is None else slots, numbers, room, head_dim, batch * heads * splits,
-        APPENDED=appended, SPLITS=splits, MOST=up_to_power(splits), WIDE=wide, num_warps=2, **launching(),
+        sums, marks, where, out, numbers if slots is None else slots, numbers, room, head_dim, heads * parts,
+        APPENDED=appended, GROUP=group, ROWS=up_to_power(batch), PARTS=parts, MOST=up_to_power(-(-parts // batch)),
+        WIDE=wide, num_warps=2, **launching(),
     )  # fmt: skip
     return out
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
-
-
 def split_count(programs: int, device: torch.device) -> int:
-    """Into how many parts sequences are split, so that `programs` times as many programs fill the GPU."""
-    return max(1, min(64, _WAVES * _multiprocessors(device) // programs))
+    """Into how many parts a sequence is split, so that `programs` times as many programs fill the GPU."""
+    return max(1, min(_PARTS, _WAVES * multiprocessors(device) // programs))
+
+
+def part_count(batch: int, kv_heads: int, device: torch.device) -> int:
+    """Into how many parts `batch` sequences are split, at least one each, so that all KV heads fill the GPU together."""
+    return max(batch, min(_PARTS * batch, _WAVES * multiprocessors(device) // kv_heads))
+
+
+@triton.jit
+def _part_length(counts, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many tokens a part has, so that PARTS are enough for rows of so many: the least of the lengths tried."""
+    even = tl.cdiv(tl.sum(counts), PARTS)
+    tried = tl.cdiv(even + tl.cdiv(even, 32) * tl.arange(0, 32), _EVEN) * _EVEN
+    needed = tl.sum(tl.cdiv(counts[:, None], tried[None, :]), axis=0)
+    return tl.min(tl.where(needed <= PARTS, tried, tl.cdiv(tl.max(counts), _EVEN) * _EVEN))
 
 
 @triton.jit(do_not_specialize=["room", "width"])
 def _attend(  # type: ignore[no-untyped-def]
     q, q_row, q_head, new_key, new_value, new_row, new_head, keys, values, slot_stride, head_stride, row_stride,
-    slots, selected, numbers, sums, marks, scale, kv_heads, room, size, all_marks, width,
+    slots, selected, numbers, sums, marks, where, scale, batch, room, size, all_marks, width,
     APPENDED: tl.constexpr, SLOTS: tl.constexpr, SELECTED: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
-    TOKENS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program attends, for the heads of a KV head, to one part of a slot; the last part's takes the new token."""
     after_previous(EARLY)
-    row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
-    slot = tl.load(slots + row).to(tl.int64) if SLOTS else row.to(tl.int64)
+    kv, kv_heads, part, rows = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.arange(0, ROWS)
+    inside = rows < batch
+    slot = tl.load(slots + rows, mask=inside, other=0) if SLOTS else rows
     if APPENDED:
-        count = tl.minimum(tl.load(numbers + slot), room - 1)
+        count = tl.minimum(tl.load(numbers + slot, mask=inside, other=0), room - 1)
     else:
-        count = tl.load(numbers + row * kv_heads + kv)
+        count = tl.load(numbers + rows * kv_heads + kv, mask=inside, other=0)
+    count = count.to(tl.int32)
+    row, parts, split = 0, PARTS, part  # of a single row, a part may have no tokens
+    if ROWS == 1:
+        slot, count = tl.sum(slot).to(tl.int64), tl.sum(count)
+        length = tl.cdiv(tl.cdiv(count, PARTS), _EVEN) * _EVEN
+    else:
+        counts = tl.where(inside, tl.maximum(count, 1), 0)  # a row without tokens has one part, for the new token
+        length = _part_length(counts, PARTS)
+        shares = tl.cdiv(counts, length)
+        ends = tl.cumsum(shares, axis=0)
+        row = tl.sum((ends <= part).to(tl.int32))
+        if row >= batch:
+            return
+        mine = rows == row
+        slot = tl.sum(tl.where(mine, slot, 0)).to(tl.int64)
+        count, parts = tl.sum(tl.where(mine, count, 0)), tl.sum(tl.where(mine, shares, 0))
+        split = part - tl.sum(tl.where(mine, ends, 0)) + parts
+        if split == 0:
+            place = where + (row * kv_heads + kv) * 2
+            tl.store(place, part)
+            tl.store(place + 1, parts)
     query, at = tl.arange(0, QUERIES), tl.arange(0, WIDE)
     inside = at < size
     asked = (query < GROUP)[:, None] & inside[None, :]
@@ -186,7 +230,7 @@ def _attend(  # type: ignore[no-untyped-def]
     best = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
     weight = tl.zeros((QUERIES,), dtype=tl.float32)
     total = tl.zeros((QUERIES, WIDE), dtype=tl.float32)
-    if split == SPLITS - 1:
+    if split == parts - 1:
         key = tl.load(new_key + row * new_row + kv * new_head + at, mask=inside, other=0.0)
         value = tl.load(new_value + row * new_row + kv * new_head + at, mask=inside, other=0.0)
         best = tl.sum(question.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
@@ -196,11 +240,10 @@ def _attend(  # type: ignore[no-untyped-def]
             tl.store(keys + base + count * row_stride + at, key, mask=inside)
             tl.store(values + base + count * row_stride + at, value, mask=inside)
 
-    part = tl.cdiv(tl.cdiv(count, SPLITS), TOKENS) * TOKENS
-    start = split * part
-    for first in tl.range(start, tl.minimum(start + part, count), TOKENS):
+    start, end = split * length, tl.minimum(split * length + length, count)
+    for first in tl.range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        there = token < count
+        there = token < end
         if SELECTED:
             token = tl.load(selected + (row * kv_heads + kv) * width + token, mask=there, other=0)
         place = base + token.to(tl.int64)[:, None] * row_stride + at[None, :]
@@ -217,7 +260,7 @@ def _attend(  # type: ignore[no-untyped-def]
         best = now
 
     before_next(EARLY)
-    mark = (row * kv_heads * GROUP + head) * SPLITS + split
+    mark = head * PARTS + part
     tl.store(marks + mark, best, mask=query < GROUP)
     tl.store(marks + all_marks + mark, weight, mask=query < GROUP)
     tl.store(sums + mark[:, None] * size + at[None, :], total, mask=asked)
@@ -225,22 +268,35 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["room"])
 def _merge(  # type: ignore[no-untyped-def]
-    sums, marks, out, slots, lengths, room, size, all_marks,
-    APPENDED: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+    sums, marks, where, out, slots, lengths, room, size, all_marks,
+    APPENDED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, MOST: tl.constexpr,
+    WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the parts of one head, and the first of a row counts the new token."""
+    """One program adds up the parts of one head, MOST at a time, and the first of a row counts the new token."""
     after_previous(EARLY)
-    row, head = tl.program_id(0), tl.program_id(1)
-    split, at = tl.arange(0, MOST), tl.arange(0, WIDE)
-    mark = (row * tl.num_programs(1) + head) * SPLITS + split
-    best = tl.load(marks + mark, mask=split < SPLITS, other=float("-inf"))
-    weight = tl.load(marks + all_marks + mark, mask=split < SPLITS, other=0.0)
-    share = tl.exp(best - tl.max(best, axis=0))
-    there = (split < SPLITS)[:, None] & (at < size)[None, :]
-    parts = tl.load(sums + mark[:, None] * size + at[None, :], mask=there, other=0.0)
+    row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    first, parts = 0, PARTS
+    if ROWS > 1:
+        place = where + (row * heads + head) // GROUP * 2
+        first, parts = tl.load(place), tl.load(place + 1)
+    at = tl.arange(0, WIDE)
+    best, weight = tl.full((), float("-inf"), dtype=tl.float32), tl.zeros((), dtype=tl.float32)
+    total = tl.zeros((WIDE,), dtype=tl.float32)
+    for start in tl.range(0, parts, MOST):
+        part = start + tl.arange(0, MOST)
+        mark = head * PARTS + first + part
+        bests = tl.load(marks + mark, mask=part < parts, other=float("-inf"))
+        weights = tl.load(marks + all_marks + mark, mask=part < parts, other=0.0)
+        there = (part < parts)[:, None] & (at < size)[None, :]
+        some = tl.load(sums + mark[:, None] * size + at[None, :], mask=there, other=0.0)
+        now = tl.maximum(best, tl.max(bests, axis=0))
+        share, fade = tl.exp(bests - now), tl.exp(best - now)
+        weight = weight * fade + tl.sum(weights * share, axis=0)
+        total = total * fade + tl.sum(some * share[:, None], axis=0)
+        best = now
     before_next(EARLY)
-    total = tl.sum(parts * share[:, None], axis=0) / tl.sum(weight * share, axis=0)
-    tl.store(out + (row * tl.num_programs(1) + head) * size + at, total, mask=at < size)
+    total /= weight
+    tl.store(out + (row * heads + head) * size + at, total, mask=at < size)
     if APPENDED:
         if head == 0:
             slot = tl.load(slots + row)

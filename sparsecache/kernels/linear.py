@@ -10,17 +10,29 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecache.kernels import swiglu as gating
-from sparsecache.kernels._triton import after_previous, before_next, fast, is_roomy, launching, tl, triton
+from sparsecache.kernels._triton import (
+    after_previous,
+    before_next,
+    fast,
+    is_roomy,
+    launching,
+    multiprocessors,
+    tl,
+    triton,
+)
 from sparsecache.kernels.rotation import Rotation, rotate
 
 MOST_ROWS = 16
 _PLAIN, _SWIGLU, _ROTATED = 0, 1, 2
-# Of a program: rows (or pairs of rows) of the weights, columns read at a time.
-_ONE = {"BLOCK": 2, "WIDTH": 2048, "num_warps": 4}
-_ONE_OF_PAIRS = {"BLOCK": 1, "WIDTH": 2048, "num_warps": 4}
-_FEW = {"BLOCK": 16, "WIDTH": 256, "num_warps": 4, "num_stages": 4}
-_FEW_OF_PAIRS = {"BLOCK": 64, "WIDTH": 128, "num_warps": 8, "num_stages": 4}
-_FEW_OF_PAIRS_SMALL = {**_FEW_OF_PAIRS, "num_stages": 3}  # for GPUs with less shared memory
+# Of a program: rows (or pairs of rows) of the weights, columns read at a time. For one row many small programs, for a
+# few rows, of which each program reads all, a large one on each multiprocessor: two on some would be two rounds of all.
+_ONE = {"BLOCK": 2, "WIDTH": 1024, "num_warps": 1}
+_ONE_OF_PAIRS = {"BLOCK": 1, "WIDTH": 1024, "num_warps": 1}
+_FEW = {"BLOCK": 64, "WIDTH": 128, "num_warps": 4, "num_stages": 7}
+_FEW_OF_PAIRS = {"BLOCK": 64, "WIDTH": 128, "num_warps": 4, "num_stages": 4}
+_FEW_OF_FEW_PAIRS = {"BLOCK": 32, "WIDTH": 256, "num_warps": 4, "num_stages": 4}
+_FEW_SMALL = {"BLOCK": 16, "WIDTH": 256, "num_warps": 4, "num_stages": 4}  # for GPUs with less shared memory
+_FEW_OF_PAIRS_SMALL = {**_FEW_OF_PAIRS, "num_stages": 3}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -73,8 +85,7 @@ def _kernel(
     if rows == 1:
         kernel, sizes = _project_one, _ONE if kind == _PLAIN else _ONE_OF_PAIRS
     else:
-        of_pairs = _FEW_OF_PAIRS if is_roomy(x.device) else _FEW_OF_PAIRS_SMALL
-        kernel, sizes = _project_few, _FEW if kind == _PLAIN else of_pairs
+        kernel, sizes = _project_few, _sizes(kind, pairs, x.device)
     kernel[(-(-pairs // sizes["BLOCK"]),)](
         x, weight, bias if bias is not None else none, residual if residual is not None else none,
         rotation.cos if rotation is not None else none, rotation.sin if rotation is not None else none,
@@ -83,6 +94,16 @@ def _kernel(
         **sizes, **launching(),
     )  # fmt: skip
     return out
+
+
+def _sizes(kind: int, pairs: int, device: torch.device) -> dict[str, int]:
+    """Those of the programs for a few rows."""
+    if not is_roomy(device):
+        return _FEW_SMALL if kind == _PLAIN else _FEW_OF_PAIRS_SMALL
+    if kind == _PLAIN:
+        return _FEW
+    fits = pairs <= _FEW_OF_FEW_PAIRS["BLOCK"] * multiprocessors(device)  # one each, at most
+    return _FEW_OF_FEW_PAIRS if fits else _FEW_OF_PAIRS
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""From a guessed query to the tokens worth fetching, on the device alone: speculated scores, and a cut (cut.py)."""
+"""A guessed query's scores of a slot's past tokens by partial keys, which a cut (cut.py) then selects by."""
 
 import math
 
@@ -6,37 +6,25 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import after_previous, fast, launching, tl, triton, up_to_power
-from sparsecache.kernels.cut import Rule, Selected, part_of, take_nearest
+from sparsecache.kernels.cut import Scores, part_of
 from sparsecache.kernels.decode import split_count
 from sparsecache.kernels.scores import scaled_scores
-from sparsecache.kernels.selection import count_near, distance_to_best, highest
 
-_TOKENS, _WARPS, _STAGES = 256, 8, 3  # that a program scores at a time, by so many warps, so many blocks ahead
+_TOKENS, _WARPS, _STAGES = 128, 4, 4  # that a program scores at a time, by so many warps, so many blocks ahead
 
 
-def speculate(
-    q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tensor, rule: Rule, width: int
-) -> Selected:
-    """Selects past tokens of each slot by partial scores.
+def speculate(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tensor) -> Scores:
+    """Scores past tokens of each slot by partial keys; behind the last one lies anything.
 
     q: [B, H, 1, D], guessed; columns: [slots, G, D, I] float32, what makes it partial; keys: [slots, G, T, I], partial;
-    past: [slots] int64, tokens held; slots: [B] int64. width: room for the positions, the highest cap there can be.
+    past: [slots] int64, tokens held; slots: [B] int64.
     """
     if fast(q):
-        return _kernels(q, columns, keys, past, slots, rule, width)
+        return _kernel(q, columns, keys, past, slots)
     heads, kv_heads, head_dim = q.shape[1], keys.shape[1], q.shape[3]
     mixing = columns[slots].repeat_interleave(heads // kv_heads, 1)
     scores = scaled_scores(q.float() @ mixing, keys[slots], head_dim)[:, :, 0]  # [B, H, T]
-    position, held = torch.arange(keys.shape[2], device=q.device), past[slots][:, None]
-    scores = scores.masked_fill((position >= held)[:, None], -torch.inf)
-    distance = distance_to_best(scores, kv_heads)
-    always = ((position < rule.sinks) | (position >= held - rule.recent)) & (position < held)
-    distance = distance.masked_fill(always[:, None], torch.inf)
-    count = count_near(distance, rule.alpha, rule.caps[held[:, 0]], "mean" if rule.mean else "per_head")
-    chosen = highest(distance, count)
-    positions = chosen.new_zeros((*chosen.shape[:2], width))
-    positions[..., : chosen.shape[2]] = chosen.clamp(min=0)
-    return Selected(positions, (chosen >= 0).sum(2))
+    return Scores(scores.view(len(q), kv_heads, heads // kv_heads, -1), None)
 
 
 def remember(k: Tensor, v: Tensor, columns: Tensor, keys: Tensor, store: Tensor, past: Tensor, slots: Tensor) -> None:
@@ -58,14 +46,13 @@ def remember(k: Tensor, v: Tensor, columns: Tensor, keys: Tensor, store: Tensor,
     store[slots, :, row] = torch.stack((k, v), 3)[:, :, 0]
 
 
-def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tensor, rule: Rule, width: int) -> Selected:
+def _kernel(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tensor) -> Scores:
     batch, heads, _, head_dim = q.shape
     kv_heads, room, wide = keys.shape[1:]
     group, device = heads // kv_heads, q.device
     splits = split_count(batch * kv_heads, device)
-    # Rows of scores begin, and end, where wide reads may; behind the last token lies anything.
-    apart = -(-room // 16) * 16
-    scores = torch.empty((batch, heads, apart), device=device, dtype=torch.float32)
+    apart = -(-room // 16) * 16  # rows of scores begin, and end, where wide reads may
+    scores = torch.empty((batch, kv_heads, group, apart), device=device, dtype=torch.float32)
     extremes = torch.empty((2, batch, heads, splits), device=device, dtype=torch.float32)
     _score[(batch * kv_heads, splits)](
         q, q.stride(0), q.stride(1), columns, keys, past, slots, scores, extremes,
@@ -73,7 +60,7 @@ def _kernels(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tens
         SIZE=up_to_power(head_dim, 16), WIDE=up_to_power(wide, 16), GROUP=group, QUERIES=up_to_power(group, 8),
         TOKENS=_TOKENS, SPLITS=splits, num_warps=_WARPS, num_stages=_STAGES, **launching(),
     )  # fmt: skip
-    return take_nearest(scores, extremes, past, slots, rule, kv_heads, width)
+    return Scores(scores, extremes)
 
 
 @triton.jit(do_not_specialize=["room"])

@@ -33,6 +33,19 @@ class Sides:
         with torch.cuda.stream(side):
             yield
 
+    @contextmanager
+    def in_turn(self, device: torch.device) -> Iterator[None]:
+        """Work within runs between what is on the current stream and what follows there."""
+        side = self._of(device)
+        if side is None:
+            yield
+            return
+        current = torch.cuda.current_stream(device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            yield
+        current.wait_stream(side)
+
     def join(self, device: torch.device) -> None:
         """Work on the current stream goes on when all beside it is done."""
         side = self._of(device)

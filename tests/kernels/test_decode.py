@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sparsecache.kernels import decode
-from sparsecache.kernels._triton import running
+from sparsecache.kernels._triton import running, tl, triton
+from sparsecache.kernels.decode import _part_length as part_length
 from sparsecache.kernels.decode import attend_and_append, attend_selected
 
 CASES = {  # slots, KV heads, group, head size, room, lengths of the slots in the batch
@@ -71,11 +72,30 @@ def test_a_part_of_a_wider_list_is_read_as_what_it_is(device, dtype) -> None:
     assert torch.equal(part, whole)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 33, 64])
-def test_any_number_of_splits(splits, device, dtype, agree, monkeypatch) -> None:
-    monkeypatch.setattr(decode, "split_count", lambda *_: splits)
+@pytest.mark.parametrize("parts", [3, 4, 33, 200])
+def test_any_number_of_parts(parts, device, dtype, agree, monkeypatch) -> None:
+    monkeypatch.setattr(decode, "part_count", lambda *_: parts)
     q, k, v, keys, values, held, order, _ = _cache(CASES["very unlike"], device, dtype)
     agree(attend_and_append, q, k, v, keys, values, held, order)
+
+
+@triton.jit
+def _tell(counts, out, rows: tl.constexpr, parts: tl.constexpr):
+    tl.store(out, part_length(tl.load(counts + tl.arange(0, rows)), parts))
+
+
+@pytest.mark.parametrize("parts", [8, 24, 33, 500])
+def test_parts_are_as_long_in_short_rows_as_in_long_ones(parts, device) -> None:
+    """So that no program has more than twice its share, if there are three for a row; and there are enough for all."""
+    generator = torch.Generator().manual_seed(7)
+    for longest in (1, 40, 3000, 131_072):
+        counts = torch.randint(1, longest + 1, (8,), generator=generator, dtype=torch.int32)
+        told = torch.zeros(1, dtype=torch.int32, device=device)
+        _tell[(1,)](counts.to(device), told, 8, parts)
+        length = int(told)
+        assert length % 16 == 0 and int((-(-counts // length)).sum()) <= parts
+        if parts >= 24:
+            assert length <= 2 * -(-int(counts.sum()) // parts) + 48
 
 
 def test_large_scores_do_not_overflow(device, dtype, agree) -> None:

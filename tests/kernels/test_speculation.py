@@ -7,7 +7,7 @@ import torch
 
 from sparsecache.kernels import decode, speculation
 from sparsecache.kernels._triton import running
-from sparsecache.kernels.cut import Rule
+from sparsecache.kernels.cut import Rule, take_nearest
 from sparsecache.kernels.speculation import remember, speculate
 
 CASES = {  # slots, KV heads, group, head size, columns, room, tokens in the slots of the batch
@@ -60,11 +60,11 @@ def _rule(rule, room: int, device: torch.device) -> tuple[Rule, int]:
     return Rule(alpha, torch.tensor(caps, device=device), mean, sinks, recent), min(room, max(caps))
 
 
-def _both(*arguments, width: int) -> list[list[list[list[int]]]]:
+def _both(q, columns, keys, past, slots, rule, width: int) -> list[list[list[list[int]]]]:
     found = []
     for which in ("kernels", "twins"):
         with running(which):
-            positions, counts = speculate(*arguments, width)
+            positions, counts = take_nearest(speculate(q, columns, keys, past, slots), past, slots, rule, width)
         rows = zip(positions.tolist(), counts.tolist(), strict=True)
         found.append([[head[:n] for head, n in zip(*row, strict=True)] for row in rows])
     return found

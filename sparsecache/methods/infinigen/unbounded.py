@@ -5,13 +5,14 @@ before attends and feeds forward; so is a new token put away. A step can be a CU
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsecache.kernels.cut import Rule, Selected
+from sparsecache.kernels.cut import Rule, Selected, take_nearest
 from sparsecache.kernels.decode import Ledger, attend_selected
 from sparsecache.kernels.fetch import Fetched, gather
 from sparsecache.kernels.speculation import remember, speculate
@@ -59,6 +60,8 @@ class Unbounded:
         # Rows may still be fetched, and new tokens put away, when the next guess begins. What is to be fetched is found
         # first of all, for the link is what a step then waits for; else the main stream is.
         self.sides, self._links, self._keeping = (Sides(devices, first=offload) for _ in range(3))
+        # The projections of one sequence are thousands of small programs, and a cut would wait until all have begun.
+        self._urgent = Sides(devices, first=True)
         # Of each layer, whether it is the last on its device, which waits for all that is done beside it.
         self._ends = [here != after for here, after in zip(devices, [*devices[1:], None], strict=True)]
 
@@ -80,7 +83,9 @@ class Unbounded:
         """Selects for a layer, of past [slots] tokens, by the guessed q [B, H, 1, D]."""
         mixing, keys = self._partial.mixing[layer], self._partial.keys[layer]
         rule = self._rule._replace(caps=self._caps.on(past))
-        selected = speculate(q, mixing, keys, past, slots, rule, self._width)
+        scores = speculate(q, mixing, keys, past, slots)
+        with self._urgent.in_turn(q.device) if len(slots) == 1 else nullcontext():
+            selected = take_nearest(scores, past, slots, rule, self._width)
         if not self._offload:
             self._guesses[layer] = _Guess(selected, None, _now(q.device))
             return
@@ -96,14 +101,14 @@ class Unbounded:
         if guess.made is not None:
             torch.cuda.current_stream(q.device).wait_event(guess.made)
         counts, store = guess.selected.counts, self.store[layer]
-        with self._keeping.reading(k, v, slots, counts):  # only the next step reads what is written here
-            remember(k, v, self._partial.mixing[layer], self._partial.keys[layer], store, ledger.past, slots)
-            ledger.note(slots, counts)
         if guess.fetched is not None:
             out = guess.fetched.attend(q, k, v, slots, counts)
         else:
             positions = guess.selected.positions
             out = attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], slots, positions, counts)
+        with self._keeping.reading(k, v, slots, counts):  # only the next step reads what is written here
+            remember(k, v, self._partial.mixing[layer], self._partial.keys[layer], store, ledger.past, slots)
+            ledger.note(slots, counts)
         if self._ends[layer]:
             for beside in (self.sides, self._keeping, *([self._links] if self._offload else [])):
                 beside.join(q.device)
