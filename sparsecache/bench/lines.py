@@ -45,8 +45,13 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def _said(notes: dict[str, Any]) -> str:
-    """What a start's stages took, what a method's step moved, and where its memory is, in words."""
+    """Where the time of a start or a replay goes, what a method's step moved, and where its memory is, in words."""
     parts, before = [], 0.0
+    if rate := notes.get("prompts_per_s"):
+        parts.append(f"{rate:.2f} prompts a second")
+    for share, name in (("prefill_share", "prefill"), ("decode_share", "decode")):
+        if share in notes:
+            parts.append(f"{100 * notes[share]:.1f} % {name}")
     for stage, seconds in notes.get("stages", {}).items():  # since the beginning, in order
         parts.append(f"{stage} {seconds - before:.1f} s")
         before = seconds

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from sparsecache.bench.modes import Job, requests_of, timed
 from sparsecache.cluster.connection import Cluster
 from sparsecache.cluster.worker import Orders, Worker
 from sparsecache.cluster.workers import Workers
-from sparsecache.engine.base import Completion, Engine, Request
+from sparsecache.engine.base import Clock, Completion, Engine, Request
 from sparsecache.engine.loading import DTYPES
 from sparsecache.plan import find_device
 from sparsecache.settings import Settings
@@ -33,19 +33,22 @@ class Crew:
 
 
 def replay_by_many(crew: Crew, workload: Path, rows: int) -> Iterator[Line]:
-    """Milliseconds a prompt of a replay by 2, 4, .. and all workers, on GPUs of their own, beside one alone."""
+    """Milliseconds a prompt of a replay by all workers and by half as many, on GPUs of their own, beside one alone.
+
+    They are loaded once: first all work, then some of them are dismissed.
+    """
     requests = requests_of(vocabulary_of(crew.model), workload, rows)
-    alone = None
-    for workers in sorted({crew.workers, *(2**power for power in range(crew.workers.bit_length()))}):
-        with _working(replace(crew, workers=workers), requests, crew.workers) as engine:
-            print(f"{workers} loaded; now {len(requests)} prompts.", file=sys.stderr)
-            seconds, clock = timed(engine, requests)
+    taken: dict[int, tuple[float, Clock]] = {}
+    with _working(crew, requests) as engine:
+        for workers in sorted({crew.workers, *(2**power for power in range(crew.workers.bit_length()))}, reverse=True):
+            engine.dismiss_all_but(workers)
+            print(f"{len(requests)} prompts, by {workers}:", file=sys.stderr)
+            taken[workers] = timed(engine, requests)
             if any(worker["died"] for worker in engine.session()["workers"]):
                 raise RuntimeError(f"of {workers} workers one died and was replaced, so that the time says nothing.")
-        print(f"They took {seconds:.1f} s.", file=sys.stderr)
-        if alone is None:
-            alone = seconds
-            continue
+            print(f"{taken[workers][0]:.1f} s.", file=sys.stderr)
+    alone, _ = taken.pop(1)
+    for workers, (seconds, clock) in sorted(taken.items()):
         notes = {"prompts_per_s": len(requests) / seconds, "prompt_tokens": clock.prefill_tokens, "slots": crew.slots}
         what = f"replay of {len(requests)} prompts by {workers} workers"
         yield Line(what, seconds / len(requests), None, {"one worker": alone / len(requests)}, notes)
@@ -74,15 +77,15 @@ class _BenchWorker(Worker):
 
 
 @contextmanager
-def _working(crew: Crew, requests: list[Request], most: int) -> Iterator[Engine]:
+def _working(crew: Crew, requests: list[Request]) -> Iterator[Workers]:
     """The crew on a cluster of this machine's, loaded, with room for the longest of the requests.
 
-    Raises UsageError where the machine has no room for the `most` workers that are still to come.
+    Raises UsageError where the machine has no room for so many.
     """
     settings = Settings(crew.model, workers=crew.workers, dtype=crew.dtype, device=crew.device)
     with Cluster(None) as cluster:
         cluster.connect()
-        cluster.check_room(most, "GPU" if crew.device == "cuda" else "CPU", 1)
+        cluster.check_room(crew.workers, "GPU" if crew.device == "cuda" else "CPU", 1)
         orders = Orders(settings, {}, {}, crew.slots, cluster.threads(crew.workers), os.getcwd())
         with Workers(cluster, orders, crew.slots, _BenchWorker) as workers:
             workers.reserve(max(len(request.token_ids) + request.max_new_tokens for request in requests))

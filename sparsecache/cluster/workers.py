@@ -124,6 +124,12 @@ class Workers:
             seat.clock, seat.seconds, seat.rows = Clock(), 0.0, 0
             seat.actor.reset_clock.remote()
 
+    def dismiss_all_but(self, number: int) -> None:
+        """Ends workers, until so many are left."""
+        for seat in self._seats[number:]:
+            ray.kill(seat.actor)
+        del self._seats[number:]
+
     def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
         """Yields a completion for every request, in the order in which they end; requests are drawn in theirs."""
         handout = Handout(requests, len(self._seats), self._slots)

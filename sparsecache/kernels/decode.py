@@ -170,7 +170,10 @@ def split_count(programs: int, device: torch.device) -> int:
 
 
 def part_count(batch: int, kv_heads: int, device: torch.device) -> int:
-    """Into how many parts `batch` sequences are split, at least one each, so that all KV heads fill the GPU together."""
+    """Into how many parts `batch` sequences are split, one each at least, so that all KV heads together fill the GPU.
+
+    A part has as many tokens of one sequence as any other, or what is left of it.
+    """
     return max(batch, min(_PARTS * batch, _WAVES * multiprocessors(device) // kv_heads))
 
 

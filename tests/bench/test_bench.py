@@ -166,6 +166,8 @@ def test_what_a_step_moved_is_said() -> None:
     told = table([Line("decode", 0.004, notes={**notes, "cache_host_bytes": 3 * 2**30})])
     assert "attended to 10.0 % of the past in sparse layers; fetched 2.0 MB a step; found 60.0 % in gpu_cache; " in told
     assert "cache in pinned host memory 3.00 GiB" in told and "GPU memory" not in told
+    shares = {"prompts_per_s": 2.5, "prefill_share": 0.75, "decode_share": 0.2}
+    assert "2.50 prompts a second; 75.0 % prefill; 20.0 % decode" in table([Line("replay", 0.4, notes=shares)])
     assert "imports 1.0 s; weights 0.5 s" in table([Line("start", 2, notes={"stages": {"imports": 1, "weights": 1.5}})])
 
 
@@ -195,11 +197,11 @@ from types import SimpleNamespace
 from sparsecache.bench import many
 many.timed = lambda *arguments: (1.0, None)
 many._working = lambda *arguments: nullcontext(
-    SimpleNamespace(session=lambda: dict(workers=[dict(died=False), dict(died=True)])))
+    SimpleNamespace(dismiss_all_but=int, session=lambda: dict(workers=[dict(died=False), dict(died=True)])))
 list(many.replay_by_many(many.Crew(2, "demo", "float32", "cpu", 1), pathlib.Path({str(tmp_path / "w.csv")!r}), 1))
 """
     told = run_python("-c", program)  # a process that may import Ray
-    assert "RuntimeError: of 1 workers one died and was replaced" in told.stderr
+    assert "RuntimeError: of 2 workers one died and was replaced" in told.stderr
 
 
 def test_a_peer_that_fails_is_told_and_the_rest_is_measured(main, tmp_path, monkeypatch) -> None:
