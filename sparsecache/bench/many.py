@@ -33,18 +33,21 @@ class Crew:
 
 
 def replay_by_many(crew: Crew, workload: Path, rows: int) -> Iterator[Line]:
-    """Milliseconds a prompt of a replay by all workers and by half as many, on GPUs of their own, beside one alone.
+    """Milliseconds a prompt of a replay by all workers and by 2, 4, .. of them, on GPUs of their own, beside one alone.
 
-    They are loaded once: first all work, then some of them are dismissed.
+    They are loaded once: first all work, then some of them are dismissed. On a CPU each has its share of the threads,
+    the one alone, too.
     """
     requests = requests_of(vocabulary_of(crew.model), workload, rows)
     taken: dict[int, tuple[float, Clock]] = {}
     with _working(crew, requests) as engine:
         for workers in sorted({crew.workers, *(2**power for power in range(crew.workers.bit_length()))}, reverse=True):
             engine.dismiss_all_but(workers)
+            engine.wait()
             print(f"{len(requests)} prompts, by {workers}:", file=sys.stderr)
             taken[workers] = timed(engine, requests)
-            if any(worker["died"] for worker in engine.session()["workers"]):
+            worked = engine.session()["workers"]
+            if len(worked) != workers or any(worker["died"] for worker in worked):
                 raise RuntimeError(f"of {workers} workers one died and was replaced, so that the time says nothing.")
             print(f"{taken[workers][0]:.1f} s.", file=sys.stderr)
     alone, _ = taken.pop(1)

@@ -125,9 +125,10 @@ class Workers:
             seat.actor.reset_clock.remote()
 
     def dismiss_all_but(self, number: int) -> None:
-        """Ends workers, until so many are left."""
+        """Ends workers, until so many are left; between requests only, for what they have in hand is lost."""
         for seat in self._seats[number:]:
             ray.kill(seat.actor)
+        self._gone += self._seats[number:]
         del self._seats[number:]
 
     def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:

@@ -73,8 +73,13 @@ def is_roomy(device: torch.device) -> bool:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has."""
+    """How many a GPU has; through the interpreter 6."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+
+
+def many_programs(device: torch.device) -> int:
+    """As many as keep a GPU busy that read from memory: two for each multiprocessor."""
+    return 2 * multiprocessors(device)
 
 
 def up_to_power(number: int, least: int = 1) -> int:

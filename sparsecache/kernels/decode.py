@@ -1,8 +1,9 @@
 """Attention of one new token per sequence over a cache of slots: over all past tokens, or over chosen ones.
 
 The tokens of all sequences are split among programs (flash decoding, https://pytorch.org/blog/flash-decoding/), as many
-as fill the GPU, and in parts of one length, however unlike the sequences are. How long that is, and where a part lies,
-is found on the device: the host need not know a length, so that a step can be a CUDA graph.
+as fill the GPU, in parts of one length, however unlike the sequences are, as long as these are fewer than the parts.
+How long that is, and where a part lies, is found on the device: the host need not know a length, so that a step can be
+a CUDA graph.
 """
 
 import math
@@ -16,7 +17,7 @@ from sparsecache.kernels._triton import (
     before_next,
     fast,
     launching,
-    multiprocessors,
+    many_programs,
     tl,
     triton,
     up_to_power,
@@ -24,8 +25,7 @@ from sparsecache.kernels._triton import (
 from sparsecache.kernels.attention import attention
 
 _TILE = 32768  # bytes of keys, and of values, that a program reads at a time
-_WAVES = 2  # programs for each multiprocessor, at most
-_PARTS = 64  # of a sequence, at most
+_MOST_PARTS = 64  # of a sequence
 _EVEN = tl.constexpr(16)  # what the tokens of a part are a multiple of
 
 
@@ -151,78 +151,74 @@ def _kernel(
         q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), keys, values, *keys.stride()[:3],
         numbers if slots is None else slots, numbers if selected is None else selected.contiguous(), numbers,
         sums, marks, where, 1 / math.sqrt(head_dim),
-        batch, room, head_dim, heads * parts, 0 if selected is None else selected.shape[2],
+        batch, parts, room, head_dim, heads * parts, 0 if selected is None else selected.shape[2],
         APPENDED=appended, SLOTS=slots is not None, SELECTED=selected is not None, GROUP=group,
-        QUERIES=up_to_power(group, 16), ROWS=up_to_power(batch), TOKENS=tokens, WIDE=wide, PARTS=parts,
-        num_warps=4, num_stages=2, **launching(),
+        QUERIES=up_to_power(group, 16), ROWS=up_to_power(batch), TOKENS=tokens, WIDE=wide, num_warps=4, num_stages=2,
+        **launching(),
     )  # fmt: skip
     _merge[(batch, heads)](
-        sums, marks, where, out, numbers if slots is None else slots, numbers, room, head_dim, heads * parts,
-        APPENDED=appended, GROUP=group, ROWS=up_to_power(batch), PARTS=parts, MOST=up_to_power(-(-parts // batch)),
-        WIDE=wide, num_warps=2, **launching(),
+        sums, marks, where, out, numbers if slots is None else slots, numbers, parts, room, head_dim, heads * parts,
+        APPENDED=appended, GROUP=group, SEVERAL=batch > 1, MOST=up_to_power(-(-parts // batch)), WIDE=wide, num_warps=2,
+        **launching(),
     )  # fmt: skip
     return out
 
 
-def split_count(programs: int, device: torch.device) -> int:
-    """Into how many parts a sequence is split, so that `programs` times as many programs fill the GPU."""
-    return max(1, min(_PARTS, _WAVES * multiprocessors(device) // programs))
-
-
 def part_count(batch: int, kv_heads: int, device: torch.device) -> int:
-    """Into how many parts `batch` sequences are split, one each at least, so that all KV heads together fill the GPU.
-
-    A part has as many tokens of one sequence as any other, or what is left of it.
-    """
-    return max(batch, min(_PARTS * batch, _WAVES * multiprocessors(device) // kv_heads))
+    """Into how many parts `batch` sequences are split, at least one each, so that with all KV heads they fill the GPU."""
+    return max(batch, min(_MOST_PARTS * batch, many_programs(device) // kv_heads))
 
 
 @triton.jit
-def _part_length(counts, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many tokens a part has, so that PARTS are enough for rows of so many: the least of the lengths tried."""
-    even = tl.cdiv(tl.sum(counts), PARTS)
-    tried = tl.cdiv(even + tl.cdiv(even, 32) * tl.arange(0, 32), _EVEN) * _EVEN
+def _part_length(counts, parts):  # type: ignore[no-untyped-def]
+    """How many tokens a part has, so that `parts` are enough for rows of so many: the least of the lengths tried.
+
+    These are an even share, up to twice that in equal steps, and up to the longest row in equal ratios.
+    """
+    even, most, tries = tl.cdiv(tl.sum(counts), parts), tl.max(counts), tl.arange(0, 64)
+    beyond = tl.exp2(tl.log2(tl.maximum(most / (2.0 * even), 1.0)) * (tries - 31) / 32) * 2 * even
+    tried = tl.where(tries < 32, even + tl.cdiv(even, 32) * tries, beyond.to(tl.int32))
+    tried = tl.cdiv(tried, _EVEN) * _EVEN
     needed = tl.sum(tl.cdiv(counts[:, None], tried[None, :]), axis=0)
-    return tl.min(tl.where(needed <= PARTS, tried, tl.cdiv(tl.max(counts), _EVEN) * _EVEN))
+    return tl.min(tl.where(needed <= parts, tried, tl.cdiv(most, _EVEN) * _EVEN))
 
 
-@triton.jit(do_not_specialize=["room", "width"])
+@triton.jit(do_not_specialize=["batch", "parts", "room", "all_marks", "width"])
 def _attend(  # type: ignore[no-untyped-def]
     q, q_row, q_head, new_key, new_value, new_row, new_head, keys, values, slot_stride, head_stride, row_stride,
-    slots, selected, numbers, sums, marks, where, scale, batch, room, size, all_marks, width,
+    slots, selected, numbers, sums, marks, where, scale, batch, parts, room, size, all_marks, width,
     APPENDED: tl.constexpr, SLOTS: tl.constexpr, SELECTED: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program attends, for the heads of a KV head, to one part of a slot; the last part's takes the new token."""
     after_previous(EARLY)
     kv, kv_heads, part, rows = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.arange(0, ROWS)
-    inside = rows < batch
-    slot = tl.load(slots + rows, mask=inside, other=0) if SLOTS else rows
+    meant = rows < batch
+    of_slots = tl.load(slots + rows, mask=meant, other=0) if SLOTS else rows
     if APPENDED:
-        count = tl.minimum(tl.load(numbers + slot, mask=inside, other=0), room - 1)
+        counts = tl.minimum(tl.load(numbers + of_slots, mask=meant, other=0), room - 1).to(tl.int32)
     else:
-        count = tl.load(numbers + rows * kv_heads + kv, mask=inside, other=0)
-    count = count.to(tl.int32)
-    row, parts, split = 0, PARTS, part  # of a single row, a part may have no tokens
+        counts = tl.load(numbers + rows * kv_heads + kv, mask=meant, other=0).to(tl.int32)
+    row, split, splits = 0, part, parts  # of a single row, a part may have no tokens
     if ROWS == 1:
-        slot, count = tl.sum(slot).to(tl.int64), tl.sum(count)
-        length = tl.cdiv(tl.cdiv(count, PARTS), _EVEN) * _EVEN
+        slot, count = tl.sum(of_slots).to(tl.int64), tl.sum(counts)
+        length = tl.cdiv(tl.cdiv(count, parts), _EVEN) * _EVEN
     else:
-        counts = tl.where(inside, tl.maximum(count, 1), 0)  # a row without tokens has one part, for the new token
-        length = _part_length(counts, PARTS)
-        shares = tl.cdiv(counts, length)
+        sizes = tl.where(meant, tl.maximum(counts, 1), 0)  # a row without tokens has one part, for the new token
+        length = _part_length(sizes, parts)
+        shares = tl.cdiv(sizes, length)
         ends = tl.cumsum(shares, axis=0)
         row = tl.sum((ends <= part).to(tl.int32))
         if row >= batch:
             return
         mine = rows == row
-        slot = tl.sum(tl.where(mine, slot, 0)).to(tl.int64)
-        count, parts = tl.sum(tl.where(mine, count, 0)), tl.sum(tl.where(mine, shares, 0))
-        split = part - tl.sum(tl.where(mine, ends, 0)) + parts
+        slot, count = tl.sum(tl.where(mine, of_slots, 0)).to(tl.int64), tl.sum(tl.where(mine, counts, 0))
+        splits = tl.sum(tl.where(mine, shares, 0))
+        split = part - tl.sum(tl.where(mine, ends, 0)) + splits
         if split == 0:
-            place = where + (row * kv_heads + kv) * 2
-            tl.store(place, part)
-            tl.store(place + 1, parts)
+            mark = where + (row * kv_heads + kv) * 2
+            tl.store(mark, part)
+            tl.store(mark + 1, splits)
     query, at = tl.arange(0, QUERIES), tl.arange(0, WIDE)
     inside = at < size
     asked = (query < GROUP)[:, None] & inside[None, :]
@@ -233,7 +229,7 @@ def _attend(  # type: ignore[no-untyped-def]
     best = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
     weight = tl.zeros((QUERIES,), dtype=tl.float32)
     total = tl.zeros((QUERIES, WIDE), dtype=tl.float32)
-    if split == parts - 1:
+    if split == splits - 1:
         key = tl.load(new_key + row * new_row + kv * new_head + at, mask=inside, other=0.0)
         value = tl.load(new_value + row * new_row + kv * new_head + at, mask=inside, other=0.0)
         best = tl.sum(question.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
@@ -263,34 +259,34 @@ def _attend(  # type: ignore[no-untyped-def]
         best = now
 
     before_next(EARLY)
-    mark = head * PARTS + part
+    mark = head * parts + part
     tl.store(marks + mark, best, mask=query < GROUP)
     tl.store(marks + all_marks + mark, weight, mask=query < GROUP)
     tl.store(sums + mark[:, None] * size + at[None, :], total, mask=asked)
 
 
-@triton.jit(do_not_specialize=["room"])
+@triton.jit(do_not_specialize=["parts", "room", "all_marks"])
 def _merge(  # type: ignore[no-untyped-def]
-    sums, marks, where, out, slots, lengths, room, size, all_marks,
-    APPENDED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, MOST: tl.constexpr,
-    WIDE: tl.constexpr, EARLY: tl.constexpr,
+    sums, marks, where, out, slots, lengths, parts, room, size, all_marks,
+    APPENDED: tl.constexpr, GROUP: tl.constexpr, SEVERAL: tl.constexpr, MOST: tl.constexpr, WIDE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program adds up the parts of one head, MOST at a time, and the first of a row counts the new token."""
     after_previous(EARLY)
     row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    first, parts = 0, PARTS
-    if ROWS > 1:
+    start, number = 0, parts
+    if SEVERAL:
         place = where + (row * heads + head) // GROUP * 2
-        first, parts = tl.load(place), tl.load(place + 1)
+        start, number = tl.load(place), tl.load(place + 1)
     at = tl.arange(0, WIDE)
     best, weight = tl.full((), float("-inf"), dtype=tl.float32), tl.zeros((), dtype=tl.float32)
     total = tl.zeros((WIDE,), dtype=tl.float32)
-    for start in tl.range(0, parts, MOST):
-        part = start + tl.arange(0, MOST)
-        mark = head * PARTS + first + part
-        bests = tl.load(marks + mark, mask=part < parts, other=float("-inf"))
-        weights = tl.load(marks + all_marks + mark, mask=part < parts, other=0.0)
-        there = (part < parts)[:, None] & (at < size)[None, :]
+    for first in tl.range(0, number, MOST):
+        part = first + tl.arange(0, MOST)
+        mark = head * parts + start + part
+        bests = tl.load(marks + mark, mask=part < number, other=float("-inf"))
+        weights = tl.load(marks + all_marks + mark, mask=part < number, other=0.0)
+        there = (part < number)[:, None] & (at < size)[None, :]
         some = tl.load(sums + mark[:, None] * size + at[None, :], mask=there, other=0.0)
         now = tl.maximum(best, tl.max(bests, axis=0))
         share, fade = tl.exp(bests - now), tl.exp(best - now)

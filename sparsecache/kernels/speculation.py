@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import after_previous, fast, launching, tl, triton, up_to_power
+from sparsecache.kernels._triton import after_previous, fast, launching, many_programs, tl, triton, up_to_power
 from sparsecache.kernels.cut import Scores, part_of
-from sparsecache.kernels.decode import split_count
 from sparsecache.kernels.scores import scaled_scores
 
 _TOKENS, _WARPS, _STAGES = 128, 4, 4  # that a program scores at a time, by so many warps, so many blocks ahead
+_MOST_SPLITS = 64
 
 
 def speculate(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tensor) -> Scores:
@@ -50,7 +50,7 @@ def _kernel(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tenso
     batch, heads, _, head_dim = q.shape
     kv_heads, room, wide = keys.shape[1:]
     group, device = heads // kv_heads, q.device
-    splits = split_count(batch * kv_heads, device)
+    splits = _split_count(batch * kv_heads, device)
     apart = -(-room // 16) * 16  # rows of scores begin, and end, where wide reads may
     scores = torch.empty((batch, kv_heads, group, apart), device=device, dtype=torch.float32)
     extremes = torch.empty((2, batch, heads, splits), device=device, dtype=torch.float32)
@@ -61,6 +61,11 @@ def _kernel(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tenso
         TOKENS=_TOKENS, SPLITS=splits, num_warps=_WARPS, num_stages=_STAGES, **launching(),
     )  # fmt: skip
     return Scores(scores, extremes)
+
+
+def _split_count(programs: int, device: torch.device) -> int:
+    """Into how many parts each slot is split, so that `programs` times as many programs fill the GPU."""
+    return max(1, min(_MOST_SPLITS, many_programs(device) // programs))
 
 
 @triton.jit(do_not_specialize=["room"])

@@ -35,7 +35,11 @@ class Sides:
 
     @contextmanager
     def in_turn(self, device: torch.device) -> Iterator[None]:
-        """Work within runs between what is on the current stream and what follows there."""
+        """Work within runs between what is on the current stream and what follows there.
+
+        So it may read what was made there. What it makes may be used on any stream that the current one, when the next
+        work begins here, has waited for.
+        """
         side = self._of(device)
         if side is None:
             yield

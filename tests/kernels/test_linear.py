@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from sparsecache.kernels import linear as projections
 from sparsecache.kernels.linear import MOST_ROWS, linear, rotated, swiglu
 from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, split_and_rotate
@@ -62,6 +63,17 @@ def test_rotated(rows, size, width, heads, kv_heads, head_dim, draw, agree) -> N
 def test_rms_norm(shape, draw, agree) -> None:
     agree(rms_norm, draw(*shape), draw(shape[-1]), 1e-5)
     agree(rms_norm, draw(*shape[:-1], shape[-1] + 3)[..., 3:], draw(shape[-1]), 1e-5)
+
+
+@pytest.mark.parametrize(("multiprocessors", "roomy"), [(0, True), (0, False), (1000, True)])
+def test_programs_of_every_size(multiprocessors, roomy, draw, agree, monkeypatch) -> None:
+    """As a GPU takes them: for many pairs of rows, with little shared memory, for few pairs."""
+    monkeypatch.setattr(projections, "multiprocessors", lambda _: multiprocessors)
+    monkeypatch.setattr(projections, "is_roomy", lambda _: roomy)
+    x, rotation = draw(5, 300), Rotation(*draw(2, 5, 32).repeat(1, 1, 2))
+    agree(linear, x, draw(70, 300) / 300**0.5, residual=draw(5, 70))
+    agree(swiglu, x, draw(2 * 70, 300) / 300**0.5)
+    agree(rotated, x, draw(3 * 64, 300) / 300**0.5, None, rotation, 2)
 
 
 def test_each_row_of_the_output_is_written(draw, agree, monkeypatch) -> None:

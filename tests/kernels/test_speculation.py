@@ -116,7 +116,7 @@ def test_half_precision_keys_cost_no_choice_of_the_query(device) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 9])
 def test_any_number_of_splits(splits, device, monkeypatch) -> None:
-    monkeypatch.setattr(speculation, "split_count", lambda *_: splits)
+    monkeypatch.setattr(speculation, "_split_count", lambda *_: splits)
     inputs = _inputs(CASES["very unlike"], device, torch.float32, ties=True)
     rule, width = _rule(RULES["a count"], 1300, device)
     kernel, twin = _both(*inputs, rule, width=width)

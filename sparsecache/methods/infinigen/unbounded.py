@@ -60,8 +60,9 @@ class Unbounded:
         # Rows may still be fetched, and new tokens put away, when the next guess begins. What is to be fetched is found
         # first of all, for the link is what a step then waits for; else the main stream is.
         self.sides, self._links, self._keeping = (Sides(devices, first=offload) for _ in range(3))
-        # The projections of one sequence are thousands of small programs, and a cut would wait until all have begun.
-        self._urgent = Sides(devices, first=True)
+        # The projections of one sequence are thousands of small programs, and a cut would wait until all have begun,
+        # but for one that goes first with its whole guess.
+        self._urgent = Sides([] if offload else devices, first=True)
         # Of each layer, whether it is the last on its device, which waits for all that is done beside it.
         self._ends = [here != after for here, after in zip(devices, [*devices[1:], None], strict=True)]
 
