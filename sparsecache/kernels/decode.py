@@ -165,7 +165,7 @@ def _kernel(
 
 
 def part_count(batch: int, kv_heads: int, device: torch.device) -> int:
-    """Into how many parts `batch` sequences are split, at least one each, so that with all KV heads they fill the GPU."""
+    """Into how many parts `batch` sequences are split: as many as fill the GPU with all KV heads, at least one each."""
     return max(batch, min(_MOST_PARTS * batch, many_programs(device) // kv_heads))
 
 
