@@ -159,19 +159,20 @@ def test_bfloat16_stays_within_twice_the_error_of_transformers(
 class _Sizes(TorchDispatchMode):
     """Notes the largest tensor that any operation returns, and the row counts of products with the head."""
 
-    def __init__(self, vocabulary: int):
+    def __init__(self, head: torch.Tensor):
         super().__init__()
         self.largest = 0
         self.head_rows: list[int] = []
-        self._vocabulary = vocabulary
+        self._head = head
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
-                if "mm" in str(func) and tensor.shape[-1] == self._vocabulary:
-                    self.head_rows.append(tensor.numel() // self._vocabulary)
+        tensors = [each for each in args if isinstance(each, torch.Tensor)]
+        if "mm" in str(func) and any(each.data_ptr() == self._head.data_ptr() for each in tensors):
+            self.head_rows.append(out.numel() // len(self._head))
         return out
 
 
@@ -181,7 +182,7 @@ def test_prefill_builds_no_square_tensor_and_only_the_last_logits(make_checkpoin
     (prompt,) = make_prompts(length)
     with torch.no_grad():  # inference mode would hide the operations from the recorder
         decoder._method.allocate(decoder.shape, 1, length, decoder.device, decoder.dtype)
-        with _Sizes(vocabulary) as sizes:
+        with _Sizes(decoder._weights.head) as sizes:
             logits = decoder.prefill(torch.tensor(prompt), 0, 1)
     assert logits.shape == (vocabulary,)
     assert length * 64 <= sizes.largest < length * length
@@ -189,8 +190,9 @@ def test_prefill_builds_no_square_tensor_and_only_the_last_logits(make_checkpoin
 
 
 def test_the_recorder_sees_a_square_tensor_where_there_is_one() -> None:
-    with _Sizes(7) as sizes:
-        torch.ones(2, 5) @ torch.ones(5, 7)
+    head = torch.ones(7, 5)
+    with _Sizes(head) as sizes:
+        torch.ones(2, 5) @ head.t()
         torch.ones(300, 2) @ torch.ones(2, 300)
     assert sizes.largest == 300 * 300
     assert 2 in sizes.head_rows

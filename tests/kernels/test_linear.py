@@ -65,6 +65,20 @@ def test_rms_norm(shape, draw, agree) -> None:
     agree(rms_norm, draw(*shape[:-1], shape[-1] + 3)[..., 3:], draw(shape[-1]), 1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 8, 9])
+@pytest.mark.parametrize("shape", [(768, 96), (1001, 70), (20, 4000), (48, 7)], ids=str)
+def test_products_on_a_cpu(rows, shape) -> None:
+    """Large weights in blocks and small ones, those that do not divide, a part of the rows, every other column."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(shape[0], 2 * shape[1], generator=generator)
+    bias, x = torch.randn(shape[0], generator=generator), torch.randn(rows, shape[1], generator=generator)
+    for some in (weight[:, ::2].contiguous(), weight[:, ::2]):
+        for few in (shape[0], shape[0] - 4):
+            expected = x.double() @ some[:few].double().t() + bias[:few].double()
+            torch.testing.assert_close(linear(x, some[:few], bias[:few]).double(), expected, rtol=1e-5, atol=1e-4)
+            assert linear(x, some[:few]).is_contiguous()
+
+
 @pytest.mark.parametrize(("multiprocessors", "roomy"), [(0, True), (0, False), (1000, True)])
 def test_programs_of_every_size(multiprocessors, roomy, draw, agree, monkeypatch) -> None:
     """As a GPU takes them: for many pairs of rows, with little shared memory, for few pairs."""
