@@ -40,12 +40,19 @@ def highest(distance: Tensor, count: Tensor) -> Tensor:
 
     Ties go to the lower position; a token at -inf is never taken.
     """
-    width = int(count.max()) if count.numel() else 0
-    order = distance.sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(width, device=distance.device)
-    taken = (ranks < count[..., None]) & (order.values[..., :width] > -torch.inf)
-    positions = order.indices[..., :width].masked_fill(~taken, distance.shape[-1]).sort(-1).values
-    return positions.masked_fill(positions == distance.shape[-1], -1)
+    length = distance.shape[-1]
+    width = min(int(count.max()), length) if count.numel() else 0
+    positions = torch.full((*count.shape, width + 1), -1, dtype=torch.int64, device=distance.device)  # one for the rest
+    if width:
+        last = (count - 1).clamp(0, width - 1)[..., None]
+        lowest = distance.topk(width, dim=-1).values.gather(-1, last)  # of the taken: all above it are, and some equals
+        higher = distance > lowest
+        equal = (distance == lowest) & (distance > -torch.inf)
+        taken = higher | (equal & (equal.cumsum(-1) <= count[..., None] - higher.sum(-1, keepdim=True)))
+        taken &= count[..., None] > 0
+        ranks = (taken.cumsum(-1) - 1).masked_fill(~taken, width)
+        positions.scatter_(-1, ranks, torch.arange(length, device=distance.device).expand_as(ranks))
+    return positions[..., :width]
 
 
 def select(scores: Tensor, kv_heads: int, alpha: float, cap: Tensor, fetch: Fetch) -> Tensor:

@@ -46,7 +46,10 @@ class FakeDevices(TorchDispatchMode):
             self.crossings.append((*here, target))
         out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
         place = target if target is not None else (_device(found[0]) if found else CPU)
-        return tree_map(lambda x: _Tagged(x, place) if isinstance(x, Tensor) and place.index is not None else x, out)
+        if place.index is None:
+            return out
+        with torch.inference_mode(False):  # or what was made outside that mode could not be viewed inside
+            return tree_map(lambda x: _Tagged(x, place) if isinstance(x, Tensor) else x, out)
 
 
 class _Literals(TorchFunctionMode):
