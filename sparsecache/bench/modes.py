@@ -25,6 +25,7 @@ from sparsecache.work import STEP_BYTES
 
 _RUNS, _SECONDS = 3, 8.0
 _TOKEN_BYTES = 4  # of a prompt's text, about
+_MOST_TOKENS = 2**24  # of a prompt or an answer in a workload
 Found = TypeVar("Found")
 
 PEERS: dict[str, dict[str, Any]] = {
@@ -170,8 +171,10 @@ def stratified(workload: Path, rows: int) -> list[Job]:
             f"{workload} is no workload ({error!r}): a CSV with the columns dataset, prompt_tokens, new_tokens."
         ) from error
     total = sum(map(len, by_dataset.values()))
-    if not total or any(sized.prompt < 1 or sized.answer < 0 for part in by_dataset.values() for sized in part):
-        raise UsageError(f"{workload} needs rows, and in each prompt_tokens from 1 and new_tokens from 0 on.")
+    if not total or not all(sized.fits() for part in by_dataset.values() for sized in part):
+        raise UsageError(
+            f"{workload} needs rows, and in each prompt_tokens from 1 and new_tokens from 0 on, up to {_MOST_TOKENS:,}."
+        )
     chosen: list[_Sized] = []
     before = 0.0  # of the rows so far, those that are wanted; what rounding takes from one dataset, the next one gets
     for part in by_dataset.values():
@@ -190,6 +193,10 @@ class _Sized(NamedTuple):
     prompt: int
     answer: int
     cap: int
+
+    def fits(self) -> bool:
+        """Whether there may be such a row."""
+        return 1 <= self.prompt <= _MOST_TOKENS and 0 <= self.answer <= _MOST_TOKENS
 
 
 class Ran(NamedTuple):

@@ -70,8 +70,8 @@ def test_a_subset_has_of_each_dataset_its_share_evenly_over_its_lengths(tmp_path
     assert sum(long) / len(long) == pytest.approx(1149.5, abs=2) and min(long) < 1010 < 1290 < max(long)
 
 
-@pytest.mark.parametrize("rows", ["", "x,-4,0\n", "x,4,-1\n"], ids=repr)
-def test_a_workload_without_prompts_is_refused(rows, tmp_path) -> None:
+@pytest.mark.parametrize("rows", ["", "x,-4,0\n", "x,4,-1\n", f"x,{10**12},3\n", f"x,3,{10**12}\n"], ids=repr)
+def test_a_workload_without_prompts_or_beyond_reason_is_refused(rows, tmp_path) -> None:
     (tmp_path / "w.csv").write_text(f"dataset,prompt_tokens,new_tokens\n{rows}")
     with pytest.raises(UsageError, match="needs rows, and in each prompt_tokens from 1 and new_tokens from 0 on"):
         stratified(tmp_path / "w.csv", 10)
