@@ -96,7 +96,7 @@ class Decoder:
             x = linear(out.flatten(1), layer.output, layer.output_bias, residual=x)
             if guesses_from == "residual":
                 self._anticipate_normed(index + 1, x, rotation, slots)
-            x = self._feed_forward(x, layer)
+            x = linear(self._middle(x, layer), layer.down, layer.down_bias, residual=x)
         return self._head(x)
 
     def _anticipate_normed(self, index: int, x: Tensor, rotation: Rotation, slots: Tensor) -> None:
@@ -162,7 +162,8 @@ class Decoder:
             x = x[-len(heads) :]
             # In pieces, since the middle of a SwiGLU is several times as wide as everything else.
             for rows, of_rows in zip(torch.split(x, _PIECE), torch.split(heads, _PIECE), strict=True):
-                rows.copy_(self._finish(rows, of_rows, layer))
+                rows += linear(of_rows, layer.output, layer.output_bias)
+                rows += linear(self._middle(rows, layer), layer.down, layer.down_bias)
         return x
 
     def _attended_prompt(self, index: int, x: Tensor, rotation: Rotation, take: TakeLayer, asked: int) -> Tensor:
@@ -176,13 +177,9 @@ class Decoder:
             q, k, v = q[:, length - asked : length], k[:, :length], v[:, :length]
         return prompt_attention(q, k, v)[:, :asked].transpose(0, 1).flatten(1)
 
-    def _finish(self, x: Tensor, heads: Tensor, layer: LayerWeights) -> Tensor:
-        """The rest of a layer after attention. x: [N, hidden], heads: [N, H * D]."""
-        return self._feed_forward(linear(heads, layer.output, layer.output_bias, residual=x), layer)
-
-    def _feed_forward(self, x: Tensor, layer: LayerWeights) -> Tensor:
-        middle = swiglu(self._normed(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
-        return linear(middle, layer.down, layer.down_bias, residual=x)
+    def _middle(self, x: Tensor, layer: LayerWeights) -> Tensor:
+        """What a layer projects down, of x [N, hidden] after attention: [N, intermediate]."""
+        return swiglu(self._normed(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
 
     def _head(self, x: Tensor) -> Tensor:
         return linear(self._normed(x, self._weights.norm), self._weights.head)
