@@ -43,7 +43,7 @@ def replay_by_many(crew: Crew, workload: Path, rows: int) -> Iterator[Line]:
     with _working(crew, requests) as engine:
         for workers in sorted({crew.workers, *(2**power for power in range(crew.workers.bit_length()))}, reverse=True):
             engine.dismiss_all_but(workers)
-            engine.wait()
+            engine.wait()  # all are loaded and warm
             print(f"{len(requests)} prompts, by {workers}:", file=sys.stderr)
             taken[workers] = timed(engine, requests)
             worked = engine.session()["workers"]
@@ -81,7 +81,7 @@ class _BenchWorker(Worker):
 
 @contextmanager
 def _working(crew: Crew, requests: list[Request]) -> Iterator[Workers]:
-    """The crew on a cluster of this machine's, loaded, with room for the longest of the requests.
+    """The crew on a cluster of this machine's, which make room for the longest of the requests.
 
     Raises UsageError where the machine has no room for so many.
     """
@@ -92,5 +92,4 @@ def _working(crew: Crew, requests: list[Request]) -> Iterator[Workers]:
         orders = Orders(settings, {}, {}, crew.slots, cluster.threads(crew.workers), os.getcwd())
         with Workers(cluster, orders, crew.slots, _BenchWorker) as workers:
             workers.reserve(max(len(request.token_ids) + request.max_new_tokens for request in requests))
-            workers.wait()  # all are loaded and warm
             yield workers

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import after_previous, launching, tl, triton, up_to_power
-from sparsecache.kernels.selection import count_near, distance_to_best, highest
+from sparsecache.kernels.selection import count_near, distance_to_best, highest, put_first
 
 _FEWEST, _MOST = 512, 2048  # tokens that a program counts at a time: counting costs about as much for few as for many
 
@@ -52,12 +52,11 @@ def take_nearest(scores: Scores, past: Tensor, slots: Tensor, rule: Rule, width:
     values, extremes = scores
     if extremes is not None:
         return _kernels(values, extremes, past, slots, rule, width)
-    position, held = torch.arange(values.shape[3], device=values.device), past[slots][:, None]
-    values = values.masked_fill((position >= held)[:, None, None], -torch.inf)
+    position, held = torch.arange(values.shape[3], device=values.device), past[slots]
+    values = values.masked_fill(position >= held[:, None, None, None], -torch.inf)
     distance = distance_to_best(values.flatten(1, 2), values.shape[1])
-    always = ((position < rule.sinks) | (position >= held - rule.recent)) & (position < held)
-    distance = distance.masked_fill(always[:, None], torch.inf)
-    count = count_near(distance, rule.alpha, rule.caps[held[:, 0]], "mean" if rule.mean else "per_head")
+    distance = put_first(distance, position, held, rule.sinks, rule.recent)
+    count = count_near(distance, rule.alpha, rule.caps[held], "mean" if rule.mean else "per_head")
     chosen = highest(distance, count)
     positions = chosen.new_zeros((*chosen.shape[:2], width))
     positions[..., : chosen.shape[2]] = chosen.clamp(min=0)

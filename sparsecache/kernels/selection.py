@@ -23,6 +23,17 @@ def distance_to_best(scores: Tensor, kv_heads: int) -> Tensor:
     return (scores - best).view(batch, kv_heads, heads // kv_heads, length).amax(2)
 
 
+def put_first(distance: Tensor, positions: Tensor, past: Tensor, sinks: int, recent: int) -> Tensor:
+    """Puts the first `sinks` and the last `recent` of past [B] tokens before all others: at inf.
+
+    distance: [B, G, T]; positions: [B, G, T], or what broadcasts to it, each token's; at `past` and beyond is none.
+    """
+    if not sinks and not recent:
+        return distance
+    last = past[:, None, None]
+    return distance.masked_fill(((positions < sinks) | (positions >= last - recent)) & (positions < last), torch.inf)
+
+
 def count_near(distance: Tensor, alpha: float, cap: Tensor, fetch: Fetch) -> Tensor:
     """How many tokens each KV head fetches, [B, G]: those within alpha of the best, `cap` [B] at most.
 
@@ -49,7 +60,6 @@ def highest(distance: Tensor, count: Tensor) -> Tensor:
         higher = distance > lowest
         equal = (distance == lowest) & (distance > -torch.inf)
         taken = higher | (equal & (equal.cumsum(-1) <= count[..., None] - higher.sum(-1, keepdim=True)))
-        taken &= count[..., None] > 0
         ranks = (taken.cumsum(-1) - 1).masked_fill(~taken, width)
         positions.scatter_(-1, ranks, torch.arange(length, device=distance.device).expand_as(ranks))
     return positions[..., :width]

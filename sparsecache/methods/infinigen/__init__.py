@@ -21,7 +21,7 @@ from sparsecache.kernels._triton import in_kernels
 from sparsecache.kernels.attention import attention
 from sparsecache.kernels.cut import Rule
 from sparsecache.kernels.scores import scaled_scores
-from sparsecache.kernels.selection import Fetch, count_near, distance_to_best, highest
+from sparsecache.kernels.selection import Fetch, count_near, distance_to_best, highest, put_first
 from sparsecache.methods._layers import Marks
 from sparsecache.methods._sparse import SparseMethod, is_share_or_count
 from sparsecache.methods.base import GuessFrom, Shape
@@ -184,7 +184,7 @@ class InfiniGen(SparseMethod):
             scores = scaled_scores(q[:, at : at + 1], k[:, :at], self.shape.head_dim)[:, 0]
             past, cap = torch.tensor([[at], [self.budget.cap(at)]], device=k.device)
             distance = distance_to_best(scores[None], kv_heads)
-            distance = self._with_always(distance, selections.positions[None, :, :at], past)
+            distance = put_first(distance, selections.positions[None, :, :at], past, self._sinks, self._recent)
             selections.note(highest(distance, count_near(distance, self._alpha, cap, self._fetch))[0], at)
         return selections
 
@@ -206,7 +206,8 @@ class InfiniGen(SparseMethod):
         scores = self._partial.scores(layer, slots, q, rows)
         scores = scores.masked_fill(self._pool.empty(layer, slots, rows)[:, None], -torch.inf)
         distance = distance_to_best(scores, self.shape.kv_heads)
-        distance = self._with_always(distance, self._pool.positions[layer, slots, :, :rows], past)
+        positions = self._pool.positions[layer, slots, :, :rows]
+        distance = put_first(distance, positions, past, self._sinks, self._recent)
         order = self._pool.order(layer, slots, rows)
         if order is not None:
             distance = distance.gather(2, order)
@@ -214,14 +215,6 @@ class InfiniGen(SparseMethod):
         if order is not None:
             chosen = torch.where(chosen >= 0, order.gather(2, chosen.clamp(min=0)), -1)
         self._selected[layer] = chosen
-
-    def _with_always(self, distance: Tensor, positions: Tensor, past: Tensor) -> Tensor:
-        """Puts the sinks and the last tokens before all others. distance, positions: [B, G, rows]; past: [B]."""
-        if not self._sinks and not self._recent:
-            return distance
-        last = past[:, None, None]
-        always = (positions < self._sinks) | ((positions >= last - self._recent) & (positions < last))
-        return distance.masked_fill(always, torch.inf)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         if layer < self.first or self._unbounded is None:
