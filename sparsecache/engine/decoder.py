@@ -15,7 +15,7 @@ from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import LayerWeights, Weights
 from sparsecache.kernels._triton import in_kernels
 from sparsecache.kernels.attention import plan_prompt, prompt_attention, prompt_room
-from sparsecache.kernels.linear import linear, rotated, swiglu
+from sparsecache.kernels.linear import add_linear, linear, rotated, swiglu
 from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, rotate, split_and_rotate
 from sparsecache.methods.base import Method
@@ -162,8 +162,8 @@ class Decoder:
             x = x[-len(heads) :]
             # In pieces, since the middle of a SwiGLU is several times as wide as everything else.
             for rows, of_rows in zip(torch.split(x, _PIECE), torch.split(heads, _PIECE), strict=True):
-                rows += linear(of_rows, layer.output, layer.output_bias)
-                rows += linear(self._middle(rows, layer), layer.down, layer.down_bias)
+                add_linear(rows, of_rows, layer.output, layer.output_bias)
+                add_linear(rows, self._middle(rows, layer), layer.down, layer.down_bias)
         return x
 
     def _attended_prompt(self, index: int, x: Tensor, rotation: Rotation, take: TakeLayer, asked: int) -> Tensor:

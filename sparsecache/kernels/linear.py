@@ -47,6 +47,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return out if residual is None else residual + out
 
 
+def add_linear(target: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Adds x weight^T + bias to target [N, M] in place: for more than MOST_ROWS rows without a bias, within the product.
+
+    x, weight, bias as in `linear`.
+    """
+    if bias is None and len(x) > MOST_ROWS:
+        target.addmm_(x, weight.t())
+    else:
+        target += linear(x, weight, bias)
+
+
 def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """silu(gate) * up of gate and up = x weight^T + bias. x: [N, K], weight: [2 * I, K]; returns [N, I]."""
     if _few(x):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsecache.kernels import linear as projections
-from sparsecache.kernels.linear import MOST_ROWS, linear, rotated, swiglu
+from sparsecache.kernels.linear import MOST_ROWS, add_linear, linear, rotated, swiglu
 from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, split_and_rotate
 from sparsecache.kernels.swiglu import swiglu as gated
@@ -34,6 +34,25 @@ def test_linear(rows, size, width, draw, agree) -> None:
             "residual": draw(rows, width) if has_residual else None,
         }
         agree(linear, draw(rows, size), draw(width, size) / size**0.5, **options)
+
+
+@sizes
+def test_add_linear(rows, size, width, draw, agree) -> None:
+    """To some rows of a tensor, in place: the others stay."""
+
+    def added(target, x, weight, bias):
+        target = target.clone()
+        add_linear(target[2 : 2 + rows], x, weight, bias)
+        return target
+
+    x, weight, target = draw(rows, size), draw(width, size) / size**0.5, draw(rows + 3, width)
+    for bias in (None, draw(width)):
+        agree(added, target, x, weight, bias)
+        expected = target.double()
+        expected[2 : 2 + rows] += x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+        off = (added(target, x, weight, bias).double() - expected).abs()
+        assert off.max() <= 4 * torch.finfo(target.dtype).eps * expected.abs().max()
+        assert not off[:2].any() and not off[2 + rows :].any()
 
 
 @sizes
