@@ -48,9 +48,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
 
 def add_linear(target: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Adds x weight^T + bias to target [N, M] in place: for more than MOST_ROWS rows without a bias, within the product.
+    """Adds x weight^T + bias, as in `linear`, to target [N, M] in place.
 
-    x, weight, bias as in `linear`.
+    For more than MOST_ROWS rows without a bias that is one product, rounded once.
     """
     if bias is None and len(x) > MOST_ROWS:
         target.addmm_(x, weight.t())
