@@ -122,7 +122,7 @@ class SparseMethod(Method):
         sparse = layer - self.first
         if sparse == 0:
             self._tally.release(slot)
-        self._tally.past[sparse, slot] = k.shape[1]
+        self._tally.past[sparse, slot].fill_(k.shape[1])
         self.take_prompt(sparse, slot, q, k, v, max_new_tokens)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:

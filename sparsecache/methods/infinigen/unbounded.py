@@ -63,6 +63,7 @@ class Unbounded:
         # The projections of one sequence are thousands of small programs, and a cut would wait until all have begun,
         # but for one that goes first with its whole guess.
         self._urgent = Sides([] if offload else devices, first=True)
+        self._sent: Any = None  # when, on a GPU, what a layer last sent to the host is there
         # Of each layer, whether it is the last on its device, which waits for all that is done beside it.
         self._ends = [here != after for here, after in zip(devices, [*devices[1:], None], strict=True)]
 
@@ -75,8 +76,12 @@ class Unbounded:
             put(v, room[:, :, 1])
             return
         rows = torch.stack((k, v), 2)
+        before = self._sent
         with self._links.reading(rows):  # to the host while the next layer computes
             put(rows, room)
+            self._sent = _now(k.device)
+        if before is not None:  # else the rows of all layers would wait on the device at once
+            before.synchronize()
         if self._ends[layer]:
             self._links.join(k.device)
 
