@@ -19,7 +19,7 @@ _STAGES = {
     "keeping the new token": ("_remember", "_note"),
 }
 _MOST = 12  # rows
-_Seen = dict[str, tuple[float, int]]
+_Seen = dict[str, tuple[float, float]]  # microseconds, and how often
 
 
 def stage_of(kernel: str) -> str:
@@ -32,33 +32,44 @@ def profiled(decode: Callable[[int], object], new_tokens: int, gpu: bool, path: 
 
     decode: makes so many tokens of a prompt. Kernels that run beside each other count each, so that the stages' sum may
     exceed the step. What the prompt takes is measured with one step and taken off. path: where to write the same by
-    kernel, as torch.profiler tells it.
+    kernel, or of all operations.
     """
-    few, _ = _seen(lambda: decode(2), gpu)
-    many, table = _seen(lambda: decode(2 + new_tokens), gpu)
-    if path is not None:
-        path.write_text(table)
-    stages: dict[str, list[float]] = {}
+    few = _seen(lambda: decode(2), gpu)
+    many = _seen(lambda: decode(2 + new_tokens), gpu)
+    each: _Seen = {}
     for kernel, (microseconds, count) in many.items():
-        before, fewer = few.get(kernel, (0.0, 0))
-        sums = stages.setdefault(stage_of(kernel) if gpu else kernel, [0.0, 0.0])
-        sums[0] += (microseconds - before) / new_tokens
-        sums[1] += (count - fewer) / new_tokens
+        before, fewer = few.get(kernel, (0.0, 0.0))
+        if count > fewer:
+            each[kernel] = (microseconds - before) / new_tokens, (count - fewer) / new_tokens
+    if path is not None:
+        path.write_text(_table(each, gpu))
+    if not gpu:
+        return _table(dict(sorted(each.items(), key=_by_time)[:_MOST]), gpu)
+    stages: _Seen = {}
+    for kernel, (microseconds, count) in each.items():
+        before, fewer = stages.get(stage_of(kernel), (0.0, 0.0))
+        stages[stage_of(kernel)] = before + microseconds, fewer + count
+    return _table(stages, gpu)
+
+
+def _table(seen: _Seen, gpu: bool) -> str:
     rows: list[list[Cell]] = [
-        [words(stage), number(sums[0], 1), number(sums[1], 1)]
-        for stage, sums in sorted(stages.items(), key=lambda each: -each[1][0])[:_MOST]
-        if sums[1] > 0
+        [words(name), number(microseconds, 1), number(count, 1), number(microseconds / count, 1)]
+        for name, (microseconds, count) in sorted(seen.items(), key=_by_time)
     ]
-    head = ["", "microseconds a step", "kernels" if gpu else "operations"]
+    head = ["", "microseconds a step", "kernels" if gpu else "operations", "microseconds each"]
     return render(Document([Table("", head, rows)], records("", [])), "terminal")
 
 
-def _seen(work: Callable[[], object], gpu: bool) -> tuple[_Seen, str]:
-    """Microseconds and calls of each kernel, or operation, and torch.profiler's own table."""
+def _by_time(seen: tuple[str, tuple[float, float]]) -> float:
+    return -seen[1][0]
+
+
+def _seen(work: Callable[[], object], gpu: bool) -> _Seen:
+    """Microseconds and calls of each kernel, or operation."""
     work()  # compiles
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as watched:
         work()
     averages: Any = watched.key_averages()
     key = "self_device_time_total" if gpu else "self_cpu_time_total"
-    seen = {each.key: (float(getattr(each, key)), int(each.count)) for each in averages}
-    return seen, averages.table(sort_by=key, row_limit=40, max_name_column_width=60)
+    return {each.key: (float(getattr(each, key)), float(each.count)) for each in averages}
