@@ -32,7 +32,7 @@ def profiled(decode: Callable[[int], object], new_tokens: int, gpu: bool, path: 
 
     decode: makes so many tokens of a prompt. Kernels that run beside each other count each, so that the stages' sum may
     exceed the step. What the prompt takes is measured with one step and taken off. path: where to write the same by
-    kernel, or of all operations.
+    kernel, or on a CPU of every operation.
     """
     few = _seen(lambda: decode(2), gpu)
     many = _seen(lambda: decode(2 + new_tokens), gpu)
@@ -72,4 +72,4 @@ def _seen(work: Callable[[], object], gpu: bool) -> _Seen:
         work()
     averages: Any = watched.key_averages()
     key = "self_device_time_total" if gpu else "self_cpu_time_total"
-    return {each.key: (float(getattr(each, key)), float(each.count)) for each in averages}
+    return {each.key: (float(getattr(each, key)), each.count) for each in averages}

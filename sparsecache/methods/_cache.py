@@ -35,7 +35,7 @@ class FullCache:
         """Takes a prompt's k and v [G, L, D] into an empty slot."""
         put(k, self.keys[layer, slot])
         put(v, self.values[layer, slot])
-        self.lengths[layer, slot].fill_(k.shape[1])  # of one number, `=` would wait for the device
+        self.lengths[layer, slot].fill_(k.shape[1])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         """Takes one token's k and v [B, G, 1, D] into each slot; attention of q [B, H, 1, D] over all its tokens.

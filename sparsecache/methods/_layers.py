@@ -1,6 +1,9 @@
 """State with a part for each layer, on the device where the layer lies: what the methods' caches are made of.
 
 A model on one device has plain tensors; one that is split (`Shape.devices`) has a tensor for each layer instead.
+
+One number is set by `x[layer, slot].fill_(number)`: `x[layer, slot] = number` would copy it from the host, and wait for
+the device.
 """
 
 from collections.abc import Sequence
@@ -30,8 +33,11 @@ class Layered:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         layer, rest = _apart(index)
-        for part in [self._parts[layer]] if isinstance(layer, int) else self._parts[layer]:
-            part[rest] = value
+        if isinstance(layer, int):
+            self._parts[layer][rest] = value
+            return
+        for part in self._parts[layer]:
+            part[rest].fill_(value)
 
 
 PerLayer = Tensor | Layered

@@ -21,15 +21,23 @@ class Sides:
         """Work within runs beside the current stream, after all that is there by now; it may read the tensors.
 
         What it makes may be used outside, after it is done, until the next `reading`: only then is its memory given to
-        others. So nothing is made within while something made earlier is still being read outside.
+        others. So nothing is made within while something made earlier is still being read outside. The memory of the
+        tensors is given to others when the host finds that work done.
         """
-        side = self._of(tensors[0].device)
+        if (side := self._of(tensors[0].device)) is not None:
+            for tensor in tensors:
+                tensor.record_stream(side)
+        with self.after(tensors[0].device):
+            yield
+
+    @contextmanager
+    def after(self, device: torch.device) -> Iterator[None]:
+        """As `reading`, of tensors that the caller keeps until the current stream has joined."""
+        side = self._of(device)
         if side is None:
             yield
             return
-        side.wait_stream(torch.cuda.current_stream(tensors[0].device))
-        for tensor in tensors:
-            tensor.record_stream(side)
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             yield
 

@@ -56,7 +56,7 @@ class SnapKV(EvictingMethod):
     def take_prompt(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
         length = k.shape[1]
         count = min(self.budget.cap(length), length)
-        self._evicted[layer, slot] = length - count
+        self._evicted[layer, slot].fill_(length - count)
         self.rows[layer].reserve(count + max_new_tokens)
         super().take_prompt(layer, slot, q, k, v, max_new_tokens)
 

@@ -69,8 +69,8 @@ class Pool:
             k, v = (x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])) for x in (k, v))
         held = kept.shape[1]
         self._evicted[slot] = length > capacity
-        self._capacity[layer, slot] = capacity
-        self._held[layer, slot] = held
+        self._capacity[layer, slot].fill_(capacity)
+        self._held[layer, slot].fill_(held)
         where = self._where[layer]
         self.keys[layer, slot, :, :held], self.values[layer, slot, :, :held] = k.to(where), v.to(where)
         self.positions[layer, slot] = _EMPTY

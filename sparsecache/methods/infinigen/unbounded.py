@@ -63,7 +63,7 @@ class Unbounded:
         # The projections of one sequence are thousands of small programs, and a cut would wait until all have begun,
         # but for one that goes first with its whole guess.
         self._urgent = Sides([] if offload else devices, first=True)
-        self._sent: Any = None  # when, on a GPU, what a layer last sent to the host is there
+        self._sent: Tensor | None = None  # rows of a prompt on their way to the host
         # Of each layer, whether it is the last on its device, which waits for all that is done beside it.
         self._ends = [here != after for here, after in zip(devices, [*devices[1:], None], strict=True)]
 
@@ -75,15 +75,14 @@ class Unbounded:
             put(k, room[:, :, 0])
             put(v, room[:, :, 1])
             return
-        rows = torch.stack((k, v), 2)
-        before = self._sent
-        with self._links.reading(rows):  # to the host while the next layer computes
-            put(rows, room)
-            self._sent = _now(k.device)
-        if before is not None:  # else the rows of all layers would wait on the device at once
-            before.synchronize()
+        # The rows of two layers are on the device at most, however far the host is ahead.
+        self._links.join(k.device)
+        self._sent = torch.stack((k, v), 2)
+        with self._links.after(k.device):  # to the host while the next layer computes
+            put(self._sent, room)
         if self._ends[layer]:
             self._links.join(k.device)
+            self._sent = None
 
     def anticipate(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> None:
         """Selects for a layer, of past [slots] tokens, by the guessed q [B, H, 1, D]."""
