@@ -1,0 +1,31 @@
+"""Prediction files of a few made-up rows, and their scores."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsecache.longbench.scores import DatasetScore, Options, score_file
+from sparsecache.longbench.tasks import load_tasks
+
+
+def row(number: int, pred: str = "yes", **more: Any) -> dict[str, Any]:
+    made = {"pred": pred, "answers": ["yes"], "all_classes": None, "length": 100, "_id": str(number)}
+    return {key: value for key, value in {**made, **more}.items() if value is not ...}
+
+
+def save(folder: Path, stem: str, rows: list[dict[str, Any]], end: str = "\n") -> Path:
+    path = folder / f"{stem}.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + end if rows else "", encoding="utf-8", newline="\n")
+    return path
+
+
+def score(folder: Path, rows: list[dict[str, Any]], stem: str = "qasper", **options: Any) -> DatasetScore:
+    """The score of a file of these rows, of which run.json expects just as many."""
+    path = save(folder, stem, rows)
+    task = load_tasks()[stem.removesuffix("_e")]
+    return score_file(path, task, stem.endswith("_e"), len(rows), Options(**options))
+
+
+def expect_rows(folder: Path, **rows: int) -> None:
+    record = {"datasets": {stem: {"expected_rows": count} for stem, count in rows.items()}}
+    (folder / "run.json").write_text(json.dumps(record))
