@@ -30,6 +30,7 @@ from sparsecache.engine.loading import DTYPES
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
 from sparsecache.plan import find_device, find_devices
+from sparsecache.settings import check_for_ray
 
 MODES = ("decode", "prefill", "replay", "startup")
 _MEANT_FOR = {
@@ -115,6 +116,7 @@ def main(
 
             bench.take(startup(model, device, dtype, jobs[0].tokens, names))
         elif workload is not None and workers > 1:
+            check_for_ray()
             from sparsecache.bench.many import Crew, replay_by_many  # only where it is asked for: it imports Ray
 
             bench.take(replay_by_many(Crew(workers, model, dtype, where.type, slots), workload, rows))

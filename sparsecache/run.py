@@ -56,8 +56,8 @@ _ROWS_PER_SECOND = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {r
 class _Run:
     def __init__(self, settings: Settings, make_plan: Callable[[Settings], Plan], cluster: "Cluster | None"):
         self.settings, self.cluster = settings, cluster
+        self.plan = make_plan(settings)  # first: a wrong model is found sooner than data is had
         self.source = _source(settings)
-        self.plan = make_plan(settings)
         self.folder = RunFolder(settings.pred_dir / self.plan.model.name / settings.run_name)
         self.failed = 0
 
@@ -72,6 +72,10 @@ class _Run:
         identity = {**self.plan.identity(), **_tasks_identity(loaded, e)}
         self.folder.make()
         if self.settings.overwrite:
+            if self.cluster is not None:  # else a refusal would cost the old rows
+                from sparsecache.cluster.workers import check_room
+
+                check_room(self.cluster, self.settings)
             self.folder.clear([task.file_stem(flag) for task in load_tasks().values() for flag in (False, True)])
         with ExitStack() as stack:
             self.folder.claim(identity)

@@ -106,7 +106,10 @@ class Settings:
                 f"--ray_address {self.ray_address!r} is no address of a cluster. Give HOST:PORT of its head, as "
                 f"`ray start --head` prints it, or auto for the one that runs on this machine."
             )
-        if find_spec("ray") is None or find_spec("psutil") is None:
-            raise UsageError(
-                "--workers and --ray_address need Ray. Install it: pip install -c constraints.txt -e '.[ray]'"
-            )
+        check_for_ray()
+
+
+def check_for_ray() -> None:
+    """Raises UsageError, saying how to install it, where there is no Ray."""
+    if find_spec("ray") is None or find_spec("psutil") is None:
+        raise UsageError("--workers and --ray_address need Ray. Install it: pip install -c constraints.txt -e '.[ray]'")

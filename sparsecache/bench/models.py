@@ -21,6 +21,7 @@ from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights, read_weights
+from sparsecache.errors import UsageError
 from sparsecache.methods import make_method, parse_options, refusals
 from sparsecache.methods.base import Method
 
@@ -154,11 +155,23 @@ class Subject:
         return state
 
 
+def folder_of(model: str, weights: bool = True) -> Path:
+    """The checkpoint that `--model` names where it is no shape, with its weights if they are wanted.
+
+    Raises UsageError, naming the shapes, too, for an unknown model.
+    """
+    try:
+        found = find_model(model)
+    except UsageError as error:
+        raise UsageError(f"{error} Shapes with random weights are {', '.join(SHAPES)}.") from error
+    return checkpoint_folder(found, offline=False, weights=weights)
+
+
 def vocabulary_of(model: str) -> int:
     """How many token ids a model knows; nothing else of it is loaded."""
     if model in SHAPES:
         return int(LlamaConfig(**SHAPES[model]).vocab_size)
-    checkpoint = Checkpoint(Path(checkpoint_folder(find_model(model), offline=False, weights=False)))
+    checkpoint = Checkpoint(folder_of(model, weights=False))
     return load_family(checkpoint.model_type).architecture(checkpoint.config).vocabulary
 
 
@@ -169,8 +182,7 @@ def load_subject(model: str, devices: Sequence[torch.device], dtype: torch.dtype
     """
     if model in SHAPES:
         return _random(model, LlamaConfig(**SHAPES[model], max_position_embeddings=262144), devices, dtype)
-    folder = checkpoint_folder(find_model(model), offline=False, weights=True)
-    checkpoint = Checkpoint(Path(folder))
+    checkpoint = Checkpoint(folder_of(model))
     architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
     return Subject(model, checkpoint.config, architecture, checkpoint.load(architecture, devices, dtype))
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from sparsecache.bench.lines import Line
-from sparsecache.bench.models import SHAPES, load_subject
+from sparsecache.bench.models import SHAPES, folder_of, load_subject
 from sparsecache.bench.modes import each_peer, free_memory
-from sparsecache.engine.catalog import checkpoint_folder, find_model
 from sparsecache.engine.loading import DTYPES
 from sparsecache.errors import one_line
 from sparsecache.plan import find_device
@@ -31,7 +30,7 @@ def startup(model: str, device: str, dtype: str, tokens: int, peers: list[str]) 
             load_subject(model, [find_device(device)], DTYPES[dtype]).save(folder)
             free_memory()
         else:
-            folder = Path(checkpoint_folder(find_model(model), offline=False, weights=True))
+            folder = folder_of(model)
         _read_through(folder)
         cache = str(Path(scratch) / "triton")
         job = [str(folder), device, dtype, str(tokens)]

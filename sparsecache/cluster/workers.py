@@ -244,11 +244,16 @@ class Workers:
         )
 
 
-def hire(cluster: Cluster, settings: Settings, identity: dict[str, Any], most_rows: int) -> Workers:
-    """The workers that the settings ask for. Raises UsageError, with the numbers, if the cluster has too few GPUs."""
+def check_room(cluster: Cluster, settings: Settings) -> None:
+    """Connects; raises UsageError if there is no cluster or, with the numbers, if it has too few GPUs or CPUs."""
     cluster.connect()
+    cluster.check_room(settings.workers, *_need(settings))
+
+
+def hire(cluster: Cluster, settings: Settings, identity: dict[str, Any], most_rows: int) -> Workers:
+    """The workers that the settings ask for. Raises UsageError as `check_room`."""
+    check_room(cluster, settings)
     kind, each = _need(settings)
-    cluster.check_room(settings.workers, kind, each)
     stated = os.environ.get("OMP_NUM_THREADS", "")  # for each process: several runs may share the cluster
     sharing = settings.workers if kind == "CPU" else cluster.total("GPU") // each
     threads = int(stated) if stated.isdecimal() and int(stated) else cluster.threads(sharing)

@@ -13,7 +13,7 @@ from sparsecache.options import Option, constructor_options
 if TYPE_CHECKING:
     from sparsecache.methods.base import Method
 
-_WAY_OUT = "--list_methods shows every method's options."
+_WAY_OUT = "longbench_pred.py --list_methods shows every method's options."
 
 
 def method_names() -> list[str]:

@@ -265,6 +265,7 @@ def test_a_method_is_measured_beside_our_own_vanilla(main, tmp_path, monkeypatch
         (["decode", "--device", "tpu"], "--device 'tpu' is no device to decode on"),
         (["decode", "--out", "/proc/x"], "--out /proc/x is no folder to write to"),
         (["decode", "--model", "nothing"], "neither a folder"),
+        (["decode", "--model", "nothing"], "Shapes with random weights are llama-2-7b, "),
         (["decode", "--method", "infinigen", "-o", "dense_layers=40"], "refuses its options: dense_layers=40 must be"),
         (
             ["decode", "--method", "infinigen", "-o", "calibration_file=/no"],

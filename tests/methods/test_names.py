@@ -132,7 +132,7 @@ def test_options_are_converted_and_completed(add_method) -> None:
             "budget",
             "many",
             r"Method sieve: budget='many' is not a whole number\. budget: tokens attended to, 1 or more "
-            r"\(default 64\)\. --list_methods shows",
+            r"\(default 64\)\. longbench_pred\.py --list_methods shows",
         ),
         ("budget", "0.5", r"budget='0.5' is not a whole number"),
         ("budget", "inf", r"budget='inf' is not a whole number"),
@@ -143,12 +143,12 @@ def test_options_are_converted_and_completed(add_method) -> None:
         ("window", "wide", r"window='wide' is not a whole number or none\. .*\(default none\)"),
         ("fetch", "max", r"fetch='max' is not one of mean, per_head\. fetch: how many for a layer \(default mean\)"),
         ("rule", "mean", r"rule='mean' is not one of max or none"),
-        ("args", "x", r"args='x' is not a whole number\. --list_methods"),
+        ("args", "x", r"args='x' is not a whole number\. longbench_pred\.py --list_methods"),
         (
             "budgets",
             "1",
             r"no option 'budgets'. Its options: budget=64, share=0.5, exact=false, .*window=none, .*args=1\. "
-            r"--list_methods",
+            r"longbench_pred\.py --list_methods",
         ),
         ("self", "1", r"no option 'self'"),
     ],
@@ -187,7 +187,8 @@ def test_every_method_and_every_option_has_its_meaning_in_one_line(name) -> None
 def test_a_value_out_of_range_is_refused_in_the_methods_words(add_method) -> None:
     add_method("sieve.py", GOOD.format(name="Sieve"))
     with pytest.raises(
-        UsageError, match=r"Method sieve refuses its options: budget is 0; it must be 1 or more\. --list_"
+        UsageError,
+        match=r"Method sieve refuses its options: budget is 0; it must be 1 or more\. longbench_pred\.py --list_",
     ):
         make_method("sieve", parse_options("sieve", {"budget": "0"}))
 

@@ -263,6 +263,14 @@ def test_a_cluster_with_too_few_is_refused_with_the_numbers(arguments, parts, ad
     assert _count(folder) == 0
 
 
+def test_a_refusal_leaves_the_rows_that_overwrite_would_delete(address, predict, folder) -> None:
+    assert predict().exit_code == 0
+    before = (folder / "qasper.jsonl").read_bytes()
+    for arguments in (["--workers", "64", "--ray_address", address], ["--ray_address", "127.0.0.1:9"]):
+        assert predict(*arguments, "--device", "cpu", "--overwrite").exit_code == 2
+        assert (folder / "qasper.jsonl").read_bytes() == before
+
+
 def test_an_address_where_no_cluster_answers_is_refused_at_once(predict) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
