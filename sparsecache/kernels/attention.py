@@ -50,11 +50,19 @@ def attention(
         return _selected_attention(q, k, v, selected, mask, causal)
     group = heads // kv_heads
     if queries == 1:  # the heads of a group are as good as queries: K and V are read once, not repeated
-        folded = q.reshape(batch, kv_heads, group, head_dim)
-        attend = _without_plans if mask is None else scaled_dot_product_attention
-        return attend(folded, k, v, attn_mask=mask).reshape(q.shape)
+        return attention_over_rows(q, k, v, None if mask is None else mask[:, :, 0])
     k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def attention_over_rows(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Attention of one query each, q [B, H, 1, D], over rows k, v [B, G, N, D] of its own, or those that are seen.
+
+    seen: [B, G, N] bool, True for one row of each KV head at least.
+    """
+    folded = q.reshape(len(q), k.shape[1], -1, q.shape[3])
+    mask = None if seen is None else seen[:, :, None]
+    return _without_plans(folded, k, v, attn_mask=mask).reshape(q.shape)
 
 
 def prompt_room(x: Tensor) -> int:
@@ -108,7 +116,7 @@ def _without_plans(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) ->
 
 
 def _selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    batch, heads, queries, head_dim = q.shape
+    batch, _, queries, head_dim = q.shape
     kv_heads = k.shape[1]
     if mask is not None or causal:
         other = "causal" if mask is None else f"mask {tuple(mask.shape)}"
@@ -119,6 +127,4 @@ def _selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, mask:
             f"torch.int64 of shape {(batch, kv_heads)} + (N,), and q have one query."
         )
     rows = selected.clamp(min=0)[..., None].expand(-1, -1, -1, head_dim)
-    folded = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    seen = (selected >= 0)[:, :, None]  # [B, G, 1, N]
-    return _without_plans(folded, k.gather(2, rows), v.gather(2, rows), attn_mask=seen).reshape(q.shape)
+    return attention_over_rows(q, k.gather(2, rows), v.gather(2, rows), selected >= 0)

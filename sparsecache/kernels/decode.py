@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparsecache.kernels._triton import (
     after_previous,
@@ -22,7 +23,8 @@ from sparsecache.kernels._triton import (
     triton,
     up_to_power,
 )
-from sparsecache.kernels.attention import attention
+from sparsecache.kernels.attention import attention, attention_over_rows
+from sparsecache.kernels.rows import take_rows
 
 _TILE = 32768  # bytes of keys, and of values, that a program reads at a time
 _MOST_PARTS = 64  # of a sequence
@@ -108,11 +110,10 @@ def attend_selected(
     """
     if fast(q):
         return _kernel(q, k, v, keys, values, slots, counts, selected)
-    ranks = torch.arange(selected.shape[2] + 1, device=q.device)
-    rows = selected.masked_fill(ranks[:-1] >= counts[..., None], 0)
-    index = (slots[:, None, None], torch.arange(k.shape[1], device=q.device)[:, None], rows)
-    places = ranks.expand(*counts.shape, -1).masked_fill((ranks >= counts[..., None]) & (ranks < len(ranks) - 1), -1)
-    return attention(q, torch.cat((keys[index], k), 2), torch.cat((values[index], v), 2), selected=places)
+    seen = torch.arange(selected.shape[2], device=q.device) < counts[..., None]
+    rows = selected.long().masked_fill(~seen, 0)
+    keys, values = (torch.cat((take_rows(x, slots, rows), new), 2) for x, new in ((keys, k), (values, v)))
+    return attention_over_rows(q, keys, values, pad(seen, (0, 1), value=True))
 
 
 def attend_first(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:

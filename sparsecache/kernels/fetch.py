@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsecache.kernels._triton import after_previous, fast, launching, tl, triton, up_to_power
 from sparsecache.kernels.decode import attend_first, attend_selected
+from sparsecache.kernels.rows import take_rows
 
 # Programs that keep a link to the host busy, and rows that each asks for at a time: other loads of a multiprocessor
 # wait behind those from the host, so that few programs with many rows are least in the way.
@@ -156,7 +157,7 @@ def gather(store: Tensor, slots: Tensor, selected: Tensor, counts: Tensor, sourc
         )  # fmt: skip
     else:
         held = torch.arange(most, device=selected.device) < counts[..., None]
-        fetched = store[slots[:, None, None], _heads(selected)[:, None], selected.masked_fill(~held, 0)]
+        fetched = take_rows(store, slots, selected.masked_fill(~held, 0))
         rows = torch.where(held[..., None, None], fetched, 0)
         if sources is not None:
             rows = sources.read(slots, rows)

@@ -16,10 +16,12 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparsecache.kernels._triton import in_kernels
-from sparsecache.kernels.attention import attention
+from sparsecache.kernels.attention import attention_over_rows
 from sparsecache.kernels.cut import Rule
+from sparsecache.kernels.rows import of_slots
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import Fetch, count_near, distance_to_best, highest, put_first
 from sparsecache.methods._layers import Marks
@@ -204,10 +206,13 @@ class InfiniGen(SparseMethod):
         past, cap = self.past_and_cap(layer, slots)
         rows = self._pool.rows_held(layer)
         scores = self._partial.scores(layer, slots, q, rows)
-        scores = scores.masked_fill(self._pool.empty(layer, slots, rows)[:, None], -torch.inf)
+        empty = self._pool.empty(layer, slots, rows)
+        if empty is not None:
+            scores = scores.masked_fill(empty[:, None], -torch.inf)
         distance = distance_to_best(scores, self.shape.kv_heads)
-        positions = self._pool.positions[layer, slots, :, :rows]
-        distance = put_first(distance, positions, past, self._sinks, self._recent)
+        if self._sinks or self._recent:
+            positions = of_slots(self._pool.positions[layer], slots)[:, :, :rows]
+            distance = put_first(distance, positions, past, self._sinks, self._recent)
         order = self._pool.order(layer, slots, rows)
         if order is not None:
             distance = distance.gather(2, order)
@@ -232,12 +237,11 @@ class InfiniGen(SparseMethod):
             keys, values = self._pool.fetch(layer, slots, rows)
         if self._share != 1:
             self._pool.note_selected(layer, slots, rows, past)
-        places = torch.arange(rows.shape[2] + 1, device=rows.device).expand(*rows.shape[:2], -1)
-        current = rows.new_zeros(*rows.shape[:2], 1)
-        places = places.masked_fill(torch.cat((rows, current), 2) < 0, -1)
-        out = attention(q, torch.cat((keys, k), 2), torch.cat((values, v), 2), selected=places)
+        chosen = rows >= 0
+        seen = None if bool(chosen.all()) else pad(chosen, (0, 1), value=True)
+        out = attention_over_rows(q, torch.cat((keys, k), 2), torch.cat((values, v), 2), seen)
         self._take_token(layer, k, v, slots, past)
-        return out, (rows >= 0).sum(2)
+        return out, chosen.sum(2)
 
     def _take_token(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, position: Tensor) -> None:
         rows = self._pool.append(layer, slots, k, v, position)

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sparsecache.kernels.rows import take_rows
 from sparsecache.methods._layers import Everywhere, per_layer
 from sparsecache.methods.base import Shape
 
@@ -85,19 +86,19 @@ class Pool:
             return None
         return self.positions[layer, slots, :, :rows].argsort(dim=-1, stable=True)
 
-    def empty(self, layer: int, slots: Tensor, rows: int) -> Tensor:
-        """Which of the first `rows` rows hold no token: [B, rows]."""
+    def empty(self, layer: int, slots: Tensor, rows: int) -> Tensor | None:
+        """Which of the first `rows` rows, `rows_held` of them, hold no token: [B, rows]; None where all do."""
+        if len(self._evicted) == 1:
+            return None
         return torch.arange(rows, device=slots.device) >= self._held[layer, slots][:, None]
 
     def fetch(self, layer: int, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of `rows` [B, G, N] (-1: anything): two [B, G, N, D] on the device."""
-        index = tuple(
-            x.to(self._where[layer]) for x in (slots[:, None, None], self._heads.on(slots)[:, None], rows.clamp(min=0))
-        )
-        return (
-            self.keys[layer][index].to(rows.device, non_blocking=True),
-            self.values[layer][index].to(rows.device, non_blocking=True),
-        )
+        device, where = rows.device, self._where[layer]
+        slots, rows = slots.to(where), rows.clamp(min=0).to(where)
+        stores = self.keys[layer], self.values[layer]
+        k, v = (take_rows(store, slots, rows).to(device, non_blocking=True) for store in stores)
+        return k, v
 
     def note_selected(self, layer: int, slots: Tensor, rows: Tensor, at: Tensor) -> None:
         """Counts a selection of `rows` [B, G, N] (-1: none) by the queries at positions `at` [B]."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparsecache.kernels.rows import of_slots
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.methods._layers import per_layer, spread
 from sparsecache.methods.base import Shape
@@ -65,15 +66,15 @@ class PartialKeys:
 
     def put(self, layer: int, slots: Tensor, rows: Tensor, k: Tensor) -> None:
         """Puts a new token's k [B, G, 1, D] into row `rows` [B, G] of each slot and KV head."""
-        partial = k.float() @ self.mixing[layer, slots]  # [B, G, 1, I]
+        partial = k.float() @ of_slots(self.mixing[layer], slots)  # [B, G, 1, I]
         heads = torch.arange(rows.shape[1], device=rows.device)
         self.keys[layer, slots[:, None], heads, rows] = partial[:, :, 0].to(self.dtype)
 
     def scores(self, layer: int, slots: Tensor, q: Tensor, rows: int) -> Tensor:
         """Speculated scores [B, H, rows] of the guessed q [B, H, 1, D] over the first `rows` rows."""
-        group = self._shape.heads // self._shape.kv_heads
-        partial = q.float() @ self.mixing[layer, slots].repeat_interleave(group, 1)  # [B, H, 1, I]
-        return scaled_scores(partial, self.keys[layer, slots, :, :rows], self._shape.head_dim)[:, :, 0]
+        mixing, keys = of_slots(self.mixing[layer], slots), of_slots(self.keys[layer], slots)
+        partial = q.float().view(len(q), self._shape.kv_heads, -1, q.shape[3]) @ mixing  # [B, G, H / G, I]
+        return scaled_scores(partial.flatten(1, 2)[:, :, None], keys[:, :, :rows], self._shape.head_dim)[:, :, 0]
 
     def _weight(self, x: Tensor, matrices: Tensor) -> Tensor:
         """The sum over tokens of |x| skewed: [heads of x, D]."""

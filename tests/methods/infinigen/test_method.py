@@ -17,7 +17,7 @@ from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
 from sparsecache.kernels._triton import INTERPRETED, running
-from sparsecache.kernels.attention import attention
+from sparsecache.kernels.attention import attention, attention_over_rows
 from sparsecache.methods.base import Method, Shape
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.methods.vanilla import Vanilla
@@ -186,20 +186,25 @@ def test_the_trained_checkpoint_loses_nothing_without_limits_and_drops_most_with
 
 
 def test_prefill_and_decode_go_through_the_plain_attention_function(decoder, monkeypatch) -> None:
-    """The one that refuses masks of another shape."""
+    """Those of kernels/attention.py, which know of no backend that a method would choose."""
     asked: list[tuple[int, str | None]] = []
 
     def note(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         asked.append((q.shape[2], next((key for key, value in options.items() if value is not None), None)))
         return attention(q, k, v, **options)
 
-    for module in (sparsecache.kernels.attention, sparsecache.kernels.decode, sparsecache.methods.infinigen):
+    def note_rows(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        asked.append((q.shape[2], "rows"))
+        return attention_over_rows(q, k, v, seen)
+
+    for module in (sparsecache.kernels.attention, sparsecache.kernels.decode):
         monkeypatch.setattr(module, "attention", note)
+    monkeypatch.setattr(sparsecache.methods.infinigen, "attention_over_rows", note_rows)
     method = InfiniGen(dense_layers=1, skew=False)
     (done,) = Generator(decoder("llama", method), method, 1).generate([Request(0, [0, 7, 8, 9], 3, ())])
     assert done.error is None
     prompt = [(4, "causal"), (4, "causal"), (1, "causal")]  # of the last layer only the last token is asked for
-    assert asked == prompt + 2 * [(1, None), (1, "selected"), (1, "selected")]
+    assert asked == prompt + 2 * [(1, None), (1, "rows"), (1, "rows")]
 
 
 # What was done before, beside it, or in another slot.

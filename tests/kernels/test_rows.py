@@ -1,0 +1,25 @@
+"""Rows of slots against torch's own indexing."""
+
+import pytest
+import torch
+
+from sparsecache.kernels.rows import of_slots, take_rows
+
+
+@pytest.mark.parametrize("slots", [[0], [2, 0], [1], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("beyond", [(), (5,), (2, 4)], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 6])
+def test_rows_are_those_of_each_slots_kv_heads(slots: list[int], beyond: tuple[int, ...], count: int) -> None:
+    """Of a store as it is, of one of its halves, and of its first rows."""
+    generator = torch.Generator().manual_seed(count)
+    store = torch.randn(max(slots) + 1, 3, 7, 2, *beyond, generator=generator)
+    rows = torch.randint(0, 4, (len(slots), 3, count), generator=generator)
+    index = torch.tensor(slots)[:, None, None], torch.arange(3)[:, None], rows
+    for part in (store, store[:, :, :, 1], store[:, :, :4]):
+        assert torch.equal(take_rows(part, torch.tensor(slots), rows), part[index])
+        assert torch.equal(of_slots(part, torch.tensor(slots)), part[slots])
+
+
+def test_the_only_slot_is_not_copied() -> None:
+    store = torch.randn(1, 3, 7)
+    assert of_slots(store, torch.tensor([0])).data_ptr() == store.data_ptr()
