@@ -112,4 +112,6 @@ class Settings:
 def check_for_ray() -> None:
     """Raises UsageError, saying how to install it, where there is no Ray."""
     if find_spec("ray") is None or find_spec("psutil") is None:
-        raise UsageError("--workers and --ray_address need Ray. Install it: pip install -c constraints.txt -e '.[ray]'")
+        raise UsageError(
+            "--workers (and --ray_address) need Ray. Install it: pip install -c constraints.txt -e '.[ray]'"
+        )

@@ -21,17 +21,14 @@ def attention(
     v: Tensor,
     *,
     mask: Tensor | None = None,
-    selected: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, query head h reading key/value head h // (H / G).
 
     q: [B, H, Lq, D]; k, v: [B, G, Lk, D] with H a multiple of G; returns [B, H, Lq, D]. Without a mask every
     query sees every key, or with `causal` (Lq == Lk) those up to its own position; no Lq x Lk tensor is built
-    then. `mask` is a bool tensor [B, 1, Lq, Lk], True where a query may look. `selected`, for Lq == 1, is an
-    int64 tensor [B, G, N]: the keys that each key/value head reads, -1 for none, no key twice. A query that may
-    look nowhere gives undefined output. Raises ValueError, naming the shapes, when they do not fit; nothing is
-    reshaped to fit.
+    then. `mask` is a bool tensor [B, 1, Lq, Lk], True where a query may look. A query that may look nowhere
+    gives undefined output. Raises ValueError, naming the shapes, when they do not fit; nothing is reshaped to fit.
     """
     batch, heads, queries, head_dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
@@ -46,8 +43,6 @@ def attention(
             f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be torch.bool of shape "
             f"{(batch, 1, queries, length)} (batch, 1, queries, keys)."
         )
-    if selected is not None:
-        return _selected_attention(q, k, v, selected, mask, causal)
     group = heads // kv_heads
     if queries == 1:  # the heads of a group are as good as queries: K and V are read once, not repeated
         return attention_over_rows(q, k, v, None if mask is None else mask[:, :, 0])
@@ -58,7 +53,7 @@ def attention(
 def attention_over_rows(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     """Attention of one query each, q [B, H, 1, D], over rows k, v [B, G, N, D] of its own, or those that are seen.
 
-    seen: [B, G, N] bool, True for one row of each KV head at least.
+    seen: [B, G or 1, N] bool, True for one row of each KV head at least.
     """
     folded = q.reshape(len(q), k.shape[1], -1, q.shape[3])
     mask = None if seen is None else seen[:, :, None]
@@ -113,18 +108,3 @@ def _without_plans(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) ->
         return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
     with sdpa_kernel(_WITHOUT_PLANS):
         return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-
-
-def _selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    batch, _, queries, head_dim = q.shape
-    kv_heads = k.shape[1]
-    if mask is not None or causal:
-        other = "causal" if mask is None else f"mask {tuple(mask.shape)}"
-        raise ValueError(f"attention takes selected {tuple(selected.shape)} or {other}, not both.")
-    if queries != 1 or selected.shape[:-1] != (batch, kv_heads) or selected.dtype != torch.int64:
-        raise ValueError(
-            f"selected is {selected.dtype} of shape {tuple(selected.shape)} for q {tuple(q.shape)}; it must be "
-            f"torch.int64 of shape {(batch, kv_heads)} + (N,), and q have one query."
-        )
-    rows = selected.clamp(min=0)[..., None].expand(-1, -1, -1, head_dim)
-    return attention_over_rows(q, k.gather(2, rows), v.gather(2, rows), selected >= 0)

@@ -48,13 +48,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
 
 def add_linear(target: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Adds x weight^T + bias, as in `linear`, to target [N, M] in place: to many rows within the product."""
-    if len(x) <= MOST_ROWS:
+    """Adds x weight^T + bias, as in `linear`, to target [N, M] in place: to many rows within the product.
+
+    Not with a bias, which would be lost in half precision beside what it is added to.
+    """
+    if bias is None and len(x) > MOST_ROWS:
+        target.addmm_(x, weight.t())
+    else:
         target += linear(x, weight, bias)
-        return
-    target.addmm_(x, weight.t())
-    if bias is not None:
-        target += bias
 
 
 def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

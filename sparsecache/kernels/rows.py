@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def of_slots(store: Tensor, slots: Tensor) -> Tensor:
-    """store[slots] of store [S, ..] and slots [B]; the store itself, not a copy, where it has one slot."""
+    """store[slots] of store [S, ..] and slots [B], to be read only: where it has one slot, the store itself."""
     return store if len(store) == len(slots) == 1 else store[slots]
 
 
 def take_rows(store: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
-    """Rows of each slot's KV heads: store [S, G, T, ..], slots [B], rows [B, G, N] int64; returns [B, G, N, ..].
+    """Rows of each slot's KV heads: store [S, G, T, ..], slots [B], rows [B, G, N] int64 below T; [B, G, N, ..].
 
     All of a store whose first three dimensions do not lie as one is copied.
     """

@@ -19,7 +19,7 @@ class Layered:
     """Tensors of the same size, one for each layer, used as one of [layers, ...]: the first index picks the layer.
 
     x[layer], x[layer, ...] and x[layer, ...] = value work on that layer's device; x[:, ...] gathers all layers on the
-    CPU, and x[:, ...] = number fills every layer.
+    CPU, and x[:, ...] = number, for whole numbers and slices, fills every layer.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:

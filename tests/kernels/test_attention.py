@@ -1,4 +1,4 @@
-"""attention() against the obvious loop, and its refusals."""
+"""Attention in plain torch against the obvious loop, and its refusals."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsecache.kernels.attention import attention
+from sparsecache.kernels.attention import attention, attention_over_rows
 
 
 def _loop(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -102,76 +102,24 @@ def test_shapes_that_do_not_fit_are_named(k_shape, v_shape) -> None:
     assert all(str(shape) in str(refused.value) for shape in ((2, 4, 5, 8), k_shape, v_shape))
 
 
-def _select(batch: int, kv_heads: int, length: int, seed: int) -> Tensor:
-    """Some keys for each KV head, in any order and at any place among -1s; at least one."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(batch, kv_heads, length, generator=generator).argsort(-1)
-    dropped = torch.rand(batch, kv_heads, length, generator=generator) < 0.5
-    dropped[..., 0] = False
-    return order.masked_fill(dropped, -1)
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(*sizes[:3], sizes[4], st.sampled_from((1, 3, 8, 17)), st.integers(0, 99))
-def test_selected_equals_the_loop_over_those_keys(batch, kv_heads, group, length, head_dim, seed) -> None:
+def test_rows_that_are_seen_are_all_that_counts(batch, kv_heads, group, length, head_dim, seed) -> None:
     q, k, v, _ = _inputs(batch, kv_heads, group, 1, length, head_dim, seed)
-    selected = _select(batch, kv_heads, length, seed)
-    found = attention(q, k, v, selected=selected)
+    seen = torch.rand(batch, kv_heads, length, generator=torch.Generator().manual_seed(seed)) < 0.5
+    seen[..., -1] = True
+    found = attention_over_rows(q, k, v, seen)
     assert found.shape == q.shape and found.dtype == q.dtype
     for b in range(batch):
         for kv in range(kv_heads):
             heads = slice(kv * group, (kv + 1) * group)
-            keys = [at for at in selected[b, kv].tolist() if at >= 0]
-            some = [x[b : b + 1, kv : kv + 1, keys] for x in (k, v)]
+            some = [x[b : b + 1, kv : kv + 1, seen[b, kv]] for x in (k, v)]
             expected = _loop(q[b : b + 1, heads], *some)[0]
             torch.testing.assert_close(found[b, heads].double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_selecting_everything_is_attention_over_everything() -> None:
-    q, k, v, _ = _inputs(3, 2, 4, 1, 9, 8)
-    every = torch.arange(9).expand(3, 2, -1)
-    torch.testing.assert_close(attention(q, k, v, selected=every), attention(q, k, v))
-
-
-def test_selected_says_what_a_mask_of_the_same_keys_says() -> None:
-    q, k, v, mask = _inputs(3, 1, 4, 1, 9, 8)
-    selected = torch.arange(9).masked_fill(~mask[:, :, 0], -1)
-    torch.testing.assert_close(attention(q, k, v, selected=selected), attention(q, k, v, mask=mask))
-
-
-@pytest.mark.parametrize("mask_shape", [(2, 1, 1, 7), (2, 1, 1, 5), (2, 2, 7)])
-def test_a_mask_and_a_selection_are_refused_with_both_shapes(mask_shape) -> None:
-    q, k, v, _ = _inputs(2, 2, 2, 1, 7, 8)
-    selected = torch.zeros(2, 2, 5, dtype=torch.int64)
-    with pytest.raises(ValueError) as refused:  # noqa: PT011
-        attention(q, k, v, mask=torch.ones(mask_shape, dtype=torch.bool), selected=selected)
-    wanted = (2, 1, 1, 7) if mask_shape != (2, 1, 1, 7) else (2, 2, 5)
-    assert str(mask_shape) in str(refused.value) and str(wanted) in str(refused.value)
-
-
-def test_causal_takes_no_selection() -> None:
-    q, k, v, _ = _inputs(2, 2, 2, 1, 1, 8)
-    with pytest.raises(ValueError, match=r"selected \(2, 2, 1\) or causal, not both"):
-        attention(q, k, v, selected=torch.zeros(2, 2, 1, dtype=torch.int64), causal=True)
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 5), (1, 2, 5), (2, 1, 5), (2, 5), (5,), (2, 2, 1, 5)])
-def test_a_selection_of_another_shape_is_refused_with_both_shapes(shape) -> None:
-    q, k, v, _ = _inputs(2, 2, 2, 1, 7, 8)
-    with pytest.raises(ValueError) as refused:  # noqa: PT011
-        attention(q, k, v, selected=torch.zeros(shape, dtype=torch.int64))
-    assert str(shape) in str(refused.value) and "(2, 2) + (N,)" in str(refused.value)
-    assert str(tuple(q.shape)) in str(refused.value)
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float32])
-def test_a_selection_of_another_dtype_is_refused(dtype) -> None:
-    q, k, v, _ = _inputs(2, 2, 2, 1, 7, 8)
-    with pytest.raises(ValueError, match=rf"{dtype}.*torch\.int64"):
-        attention(q, k, v, selected=torch.zeros(2, 2, 5, dtype=dtype))
-
-
-def test_a_selection_takes_one_query() -> None:
-    q, k, v, _ = _inputs(2, 2, 2, 3, 7, 8)
-    with pytest.raises(ValueError, match="one query"):
-        attention(q, k, v, selected=torch.zeros(2, 2, 5, dtype=torch.int64))
+def test_seeing_every_row_is_attention_over_everything() -> None:
+    q, k, v, mask = _inputs(3, 2, 4, 1, 9, 8)
+    for every in (None, torch.ones(3, 2, 9, dtype=torch.bool)):
+        torch.testing.assert_close(attention_over_rows(q, k, v, every), attention(q, k, v))
+    torch.testing.assert_close(attention_over_rows(q, k, v, mask[:, :, 0]), attention(q, k, v, mask=mask))

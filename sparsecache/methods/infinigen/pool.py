@@ -87,7 +87,7 @@ class Pool:
         return self.positions[layer, slots, :, :rows].argsort(dim=-1, stable=True)
 
     def empty(self, layer: int, slots: Tensor, rows: int) -> Tensor | None:
-        """Which of the first `rows` rows, `rows_held` of them, hold no token: [B, rows]; None where all do."""
+        """Which of the first `rows` rows, `rows_held` of them, hold no token: [B, rows]; None if there is one slot."""
         if len(self._evicted) == 1:
             return None
         return torch.arange(rows, device=slots.device) >= self._held[layer, slots][:, None]

@@ -75,8 +75,9 @@ class Unbounded:
             put(k, room[:, :, 0])
             put(v, room[:, :, 1])
             return
-        # The rows of two layers are on the device at most, however far the host is ahead.
+        # The rows of one layer are on the device at most, however far the host is ahead.
         self._links.join(k.device)
+        self._sent = None
         self._sent = torch.stack((k, v), 2)
         with self._links.after(k.device):  # to the host while the next layer computes
             put(self._sent, room)
