@@ -1,5 +1,7 @@
 """Plain torch attention with grouped-query heads: what prefill and decode go through without a faster kernel."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,9 +45,9 @@ def attention(
             f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be torch.bool of shape "
             f"{(batch, 1, queries, length)} (batch, 1, queries, keys)."
         )
-    group = heads // kv_heads
     if queries == 1:  # the heads of a group are as good as queries: K and V are read once, not repeated
         return attention_over_rows(q, k, v, None if mask is None else mask[:, :, 0])
+    group = heads // kv_heads
     k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
@@ -55,9 +57,11 @@ def attention_over_rows(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = N
 
     seen: [B, G or 1, N] bool, True for one row of each KV head at least.
     """
-    folded = q.reshape(len(q), k.shape[1], -1, q.shape[3])
+    folded = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # the heads of a group as queries
     mask = None if seen is None else seen[:, :, None]
-    return _without_plans(folded, k, v, attn_mask=mask).reshape(q.shape)
+    # On a GPU by whatever makes no plans: what one token attends to is of a new length each time.
+    with sdpa_kernel(_WITHOUT_PLANS) if q.is_cuda else nullcontext():
+        return scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
 
 
 def prompt_room(x: Tensor) -> int:
@@ -97,14 +101,3 @@ def _room(tokens: int) -> int:
 def _is_planned(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the attention of prompts goes through cuDNN, where that takes the shape."""
     return in_kernels(device) and dtype in (torch.bfloat16, torch.float16)
-
-
-def _without_plans(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """torch's attention, on a GPU by whatever makes no plans: for one token, whose past is of a new length each time.
-
-    q: [B, G, H / G, D], the heads of a group as queries.
-    """
-    if not q.is_cuda:
-        return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-    with sdpa_kernel(_WITHOUT_PLANS):
-        return scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)

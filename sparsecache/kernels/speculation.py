@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsecache.kernels._triton import after_previous, fast, launching, many_programs, tl, triton, up_to_power
 from sparsecache.kernels.cut import Scores, part_of
-from sparsecache.kernels.scores import scaled_scores
+from sparsecache.kernels.scores import partial_scores
 
 _TOKENS, _WARPS, _STAGES = 128, 4, 4  # that a program scores at a time, by so many warps, so many blocks ahead
 _MOST_SPLITS = 64
@@ -21,10 +21,9 @@ def speculate(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Ten
     """
     if fast(q):
         return _kernel(q, columns, keys, past, slots)
-    heads, kv_heads, head_dim = q.shape[1], keys.shape[1], q.shape[3]
-    mixing = columns[slots].repeat_interleave(heads // kv_heads, 1)
-    scores = scaled_scores(q.float() @ mixing, keys[slots], head_dim)[:, :, 0]  # [B, H, T]
-    return Scores(scores.view(len(q), kv_heads, heads // kv_heads, -1), None)
+    scores = partial_scores(q, columns, keys, slots)
+    kv_heads = keys.shape[1]
+    return Scores(scores.view(len(q), kv_heads, q.shape[1] // kv_heads, keys.shape[2]), None)
 
 
 def remember(k: Tensor, v: Tensor, columns: Tensor, keys: Tensor, store: Tensor, past: Tensor, slots: Tensor) -> None:

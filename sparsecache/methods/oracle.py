@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
+from sparsecache.kernels.rows import of_slots
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import Fetch, select
 from sparsecache.methods._sparse import ChoosingMethod
@@ -34,7 +35,7 @@ class Oracle(ChoosingMethod):
 
     def choose(self, layer: int, q: Tensor, slots: Tensor, past: Tensor, cap: Tensor) -> Tensor:
         length = int(past.max())
-        keys = self.cache.keys[layer, slots, :, :length]
+        keys = of_slots(self.cache.keys[layer], slots)[:, :, :length]
         scores = scaled_scores(q, keys, self.shape.head_dim)[:, :, 0]  # [B, H, length]
         unseen = torch.arange(length, device=q.device) >= past[:, None]
         scores = scores.masked_fill(unseen[:, None], -torch.inf)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparsecache.kernels.rows import of_slots
 from sparsecache.methods._layers import per_layer
 from sparsecache.methods._sparse import ChoosingMethod
 
@@ -80,7 +81,7 @@ class Quest(ChoosingMethod):
 
     def _bounds(self, layer: int, q: Tensor, slots: Tensor, pages: int) -> Tensor:
         """The highest score that each page could give to a head of the KV head: [B, G, pages] float32."""
-        lowest, highest = (x[layer, slots, :, :pages].float().mT for x in (self._lowest, self._highest))
+        lowest, highest = (of_slots(x[layer], slots)[:, :, :pages].float().mT for x in (self._lowest, self._highest))
         grouped = q.float().view(len(slots), self.shape.kv_heads, -1, self.shape.head_dim)  # [B, G, g, D]
         return (grouped.clamp(min=0) @ highest + grouped.clamp(max=0) @ lowest).amax(2)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels.rows import of_slots
-from sparsecache.kernels.scores import scaled_scores
+from sparsecache.kernels.scores import partial_scores
 from sparsecache.methods._layers import per_layer, spread
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen.skewing import skew
@@ -35,7 +35,7 @@ class PartialKeys:
         dtype: torch.dtype,
     ) -> None:
         """`matrices`: [layers, G, D, D] float32, of the sparse layers."""
-        self._shape, self._columns, self.rows, self.dtype = shape, columns, rows, dtype
+        self._columns, self.rows, self.dtype = columns, rows, dtype
         self._matrices = spread(matrices, devices)
         size = (slots, shape.kv_heads)
         self.columns = per_layer(devices, *size, columns)
@@ -72,9 +72,7 @@ class PartialKeys:
 
     def scores(self, layer: int, slots: Tensor, q: Tensor, rows: int) -> Tensor:
         """Speculated scores [B, H, rows] of the guessed q [B, H, 1, D] over the first `rows` rows."""
-        mixing, keys = of_slots(self.mixing[layer], slots), of_slots(self.keys[layer], slots)
-        partial = q.float().view(len(q), self._shape.kv_heads, -1, q.shape[3]) @ mixing  # [B, G, H / G, I]
-        return scaled_scores(partial.flatten(1, 2)[:, :, None], keys[:, :, :rows], self._shape.head_dim)[:, :, 0]
+        return partial_scores(q, self.mixing[layer], self.keys[layer][:, :, :rows], slots)
 
     def _weight(self, x: Tensor, matrices: Tensor) -> Tensor:
         """The sum over tokens of |x| skewed: [heads of x, D]."""

@@ -185,7 +185,7 @@ def test_the_trained_checkpoint_loses_nothing_without_limits_and_drops_most_with
     assert done.error is None and 0 < done.report["kept"] < 0.2
 
 
-def test_prefill_and_decode_go_through_the_plain_attention_function(decoder, monkeypatch) -> None:
+def test_prefill_and_decode_go_through_the_plain_attention_functions(decoder, monkeypatch) -> None:
     """Those of kernels/attention.py, which know of no backend that a method would choose."""
     asked: list[tuple[int, str | None]] = []
 
