@@ -1,8 +1,8 @@
 """Which past tokens come near enough to a head's best score: found by counting, on the device alone.
 
-Nothing is sorted and the host is asked nothing. Tokens are counted by how near they come, in 256 steps; those of the
-one step in which the cut falls, a few in a hundred, are put aside; the lowest value that is still taken is found among
-them, eight bits at a time; then the taken are written in ascending order.
+Nothing is sorted and the host is asked nothing. Tokens are counted by how near they come, in 256 steps. Those above the
+one step in which the cut falls are written in ascending order; those in it, a few in a hundred, are put aside; the
+lowest value that is still taken is found among them, eight bits at a time, and those taken are written behind.
 """
 
 from typing import NamedTuple
@@ -27,10 +27,10 @@ class Rule(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Scores by token. values: [B, G, H / G, T] float32, beyond a slot's past tokens anything.
+    """Scores by token. values: [B, G, H / G, T], beyond a slot's past tokens anything.
 
-    From kernels T is a multiple of 16, and they come with extremes [2, B, H, splits]: each head's highest and lowest in
-    each part of a slot's tokens.
+    float32, from kernels float16 if the keys are in half precision. From kernels T is a multiple of 16, and they come
+    with extremes [2, B, H, splits] float32: each head's highest and lowest in each part of a slot's tokens.
     """
 
     values: Tensor
@@ -38,14 +38,17 @@ class Scores(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """Ascending positions [B, G, N] int64, of which the first counts [B, G] (int64) are meant."""
+    """Positions [B, G, N] int64, of which the first counts [B, G] (int64) are meant.
+
+    They ascend, but that those nearest to the cut, ascending too, may be the last ones.
+    """
 
     positions: Tensor
     counts: Tensor
 
 
 def take_nearest(scores: Scores, past: Tensor, slots: Tensor, rule: Rule, width: int) -> Selected:
-    """The tokens of each slot and KV head that a rule takes by their scores, which may be changed.
+    """The tokens of each slot and KV head that a rule takes by their scores.
 
     past: [slots] int64, tokens held; slots: [B] int64; width: room for the positions, the highest cap there can be.
     """
@@ -53,7 +56,7 @@ def take_nearest(scores: Scores, past: Tensor, slots: Tensor, rule: Rule, width:
     if extremes is not None:
         return _kernels(values, extremes, past, slots, rule, width)
     position, held = torch.arange(values.shape[3], device=values.device), past[slots]
-    values = values.masked_fill(position >= held[:, None, None, None], -torch.inf)
+    values = values.float().masked_fill(position >= held[:, None, None, None], -torch.inf)
     distance = distance_to_best(values.flatten(1, 2), values.shape[1])
     distance = put_first(distance, position, held, rule.sinks, rule.recent)
     count = count_near(distance, rule.alpha, rule.caps[held], "mean" if rule.mean else "per_head")
@@ -71,23 +74,20 @@ def _kernels(scores: Tensor, extremes: Tensor, past: Tensor, slots: Tensor, rule
     def room(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty((batch, kv_heads, *size), device=device, dtype=dtype)
 
-    lowest = room(dtype=torch.float32)
     near, steps = room(splits), room(splits, 256)  # how many of a part are within alpha, and in each step
-    before, aside, cut, finished = room(2, splits), room(apart), room(3), room()
+    aside, finished = room(2, apart), room()
     found = Selected(room(width, dtype=torch.int64), room(dtype=torch.int64))
     counted = min(_MOST, up_to_power(-(-apart // splits), _FEWEST))
-    sizes = {"GROUP": group, "SPLITS": splits, "MOST": up_to_power(splits), "TOKENS": counted, **launching()}
-    sizes["num_warps"] = 4 if counted == _FEWEST else 8
-    # Where a KV head's first head had its scores, its distances are from here on.
-    _measure[grid](
-        scores, extremes, lowest, past, slots, near, steps, finished, min(rule.alpha, 3e38), rule.sinks,
-        rule.recent, kv_heads, apart, extremes[0].numel(), QUERIES=up_to_power(group), **sizes,
-    )  # fmt: skip
-    _set_aside[grid](
-        scores, lowest, past, slots, rule.caps, near, steps, before, aside, cut, finished, apart,
+    sizes = {
+        "GROUP": group, "QUERIES": up_to_power(group), "SPLITS": splits, "MOST": up_to_power(splits),
+        "TOKENS": counted, "num_warps": min(8 if batch == 1 else 4, counted // 128), **launching(),
+    }  # fmt: skip
+    first = (scores, extremes, past, slots, kv_heads, apart, extremes[0].numel(), rule.sinks, rule.recent)
+    _count[grid](*first, min(rule.alpha, 3e38), near, steps, finished, **sizes)
+    _take[grid](
+        *first, rule.caps, near, steps, aside, finished, *found, width,
         MEAN=rule.mean, KV_HEADS=kv_heads, EVERY=up_to_power(kv_heads * splits), **sizes,
     )  # fmt: skip
-    _write[grid](scores, past, slots, before, aside, cut, *found, kv_heads, apart, width, **sizes)
     return found
 
 
@@ -123,24 +123,44 @@ def _from_above(counts, wanted):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _measure(  # type: ignore[no-untyped-def]
-    scores, extremes, lowest, past, slots, near, steps, finished, alpha, sinks, recent, kv_heads, apart, all_extremes,
-    QUERIES: tl.constexpr, GROUP: tl.constexpr,
-    SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """How near each token of a part comes to a head's best; counts those within alpha, and all by steps."""
-    after_previous(EARLY)
-    owner, split = tl.program_id(0), tl.program_id(1)
-    count = tl.load(past + tl.load(slots + owner // kv_heads)).to(tl.int32)
-    query, other = tl.arange(0, QUERIES), tl.arange(0, MOST)
-    head = owner * GROUP + query
-    there = (query < GROUP)[:, None] & (other < SPLITS)[None, :]
-    place = extremes + head[:, None] * SPLITS + other[None, :]
+def _bounds(  # type: ignore[no-untyped-def]
+    extremes, owner, all_extremes, GROUP: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr
+):
+    """Of a KV head, each head's best score [QUERIES], and a distance that no token's is below."""
+    query, part = tl.arange(0, QUERIES), tl.arange(0, MOST)
+    there = (query < GROUP)[:, None] & (part < SPLITS)[None, :]
+    place = extremes + (owner * GROUP + query)[:, None] * SPLITS + part[None, :]
     best = tl.max(tl.load(place, mask=there, other=float("-inf")), axis=1)
     worst = tl.min(tl.load(place + all_extremes, mask=there, other=float("inf")), axis=1)
     best = tl.where(query < GROUP, best, 0.0)
-    low = tl.max(tl.where(query < GROUP, worst - best, float("-inf")))  # no token is farther from every head's best
-    tl.store(lowest + owner, low)
+    return best, tl.max(tl.where(query < GROUP, worst - best, float("-inf")))  # no token is farther from every best
+
+
+@triton.jit
+def _distances(  # type: ignore[no-untyped-def]
+    scores, best, owner, token, end, count, sinks, recent, apart, GROUP: tl.constexpr, QUERIES: tl.constexpr
+):
+    """How near tokens before `end` come to their heads' best scores, by the nearest head; inf if always taken."""
+    query = tl.arange(0, QUERIES)
+    head = (owner * GROUP + query).to(tl.int64)
+    seen = (query < GROUP)[:, None] & (token < end)[None, :]
+    inside = (query < GROUP)[:, None] & (token < apart)[None, :]  # which wide reads are told by
+    score = tl.load(scores + head[:, None] * apart + token[None, :], mask=inside, other=0.0).to(tl.float32)
+    r = tl.max(tl.where(seen, score - best[:, None], float("-inf")), axis=0)
+    return tl.where((token < sinks) | (token >= count - recent), float("inf"), r)
+
+
+@triton.jit
+def _count(  # type: ignore[no-untyped-def]
+    scores, extremes, past, slots, kv_heads, apart, all_extremes, sinks, recent, alpha, near, steps, finished,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
+    TOKENS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Counts the tokens of a part that are within alpha, and all by steps."""
+    after_previous(EARLY)
+    owner, split = tl.program_id(0), tl.program_id(1)
+    count = tl.load(past + tl.load(slots + owner // kv_heads)).to(tl.int32)
+    best, low = _bounds(extremes, owner, all_extremes, GROUP, QUERIES, SPLITS, MOST)
     if split == 0:  # what the next kernel counts its programs in
         tl.store(finished + owner, 0)
     nearby = tl.zeros((TOKENS,), dtype=tl.int32)
@@ -148,17 +168,7 @@ def _measure(  # type: ignore[no-untyped-def]
     start, end = part_of(count, split, TOKENS, SPLITS)
     for first in tl.range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        seen = (query < GROUP)[:, None] & (token < end)[None, :]
-        score = tl.load(
-            scores + head[:, None].to(tl.int64) * apart + token[None, :],
-            mask=(query < GROUP)[:, None] & (token < apart)[None, :],
-            other=float("-inf"),
-        )
-        r = tl.max(tl.where(seen, score, float("-inf")) - best[:, None], axis=0)
-        r = tl.where((token < sinks) | (token >= count - recent), float("inf"), r)
-        tl.debug_barrier()  # all scores of these tokens have been read
-        target = scores + owner.to(tl.int64) * GROUP * apart + token
-        tl.store(target, r, mask=token < apart, eviction_policy="evict_last")
+        r = _distances(scores, best, owner, token, end, count, sinks, recent, apart, GROUP, QUERIES)
         nearby += ((r > -alpha) & (token < end)).to(tl.int32)
         counts += tl.histogram(_step(r, low), 256, mask=token < end)
     tl.store(near + owner * SPLITS + split, tl.sum(nearby))
@@ -166,15 +176,15 @@ def _measure(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _set_aside(  # type: ignore[no-untyped-def]
-    distance, lowest, past, slots, caps, near, steps, before, aside, cut, finished, apart,
-    MEAN: tl.constexpr, KV_HEADS: tl.constexpr, EVERY: tl.constexpr, GROUP: tl.constexpr,
-    SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+def _take(  # type: ignore[no-untyped-def]
+    scores, extremes, past, slots, kv_heads, apart, all_extremes, sinks, recent, caps, near, steps, aside, finished,
+    positions, taken_counts, width, MEAN: tl.constexpr, KV_HEADS: tl.constexpr, EVERY: tl.constexpr,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
+    TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Puts the tokens of a part that are in the cut's step aside; the last program of a KV head finds the cut.
+    """Writes the tokens of a part that are above the cut's step, and puts those in it aside.
 
-    cut: how many are taken, the lowest value taken, and how many of those that have it. before: of each part, how many
-    surely taken ones, and how many put aside, lie in the parts before it.
+    The last program of a KV head finds the cut among all that were put aside, and writes those taken behind the others.
     """
     after_previous(EARLY)
     owner, split = tl.program_id(0), tl.program_id(1)
@@ -188,38 +198,45 @@ def _set_aside(  # type: ignore[no-untyped-def]
     else:
         wanted = tl.sum(tl.where(every // SPLITS == kv, nearby, 0))
     wanted = tl.minimum(wanted.to(tl.int64), tl.load(caps + count)).to(tl.int32)  # a cap may be any count
+    if split == 0:
+        tl.store(taken_counts + owner, wanted)
 
     other, bins = tl.arange(0, MOST), tl.arange(0, 256)
     of_parts = tl.load(
         steps + (owner * SPLITS + other[:, None]) * 256 + bins[None, :], mask=(other < SPLITS)[:, None], other=0
     )
-    step, surely = _from_above(tl.sum(of_parts, axis=0), wanted)
+    of_all = tl.sum(of_parts, axis=0)
+    step, surely = _from_above(of_all, wanted)
     earlier = tl.where((other < split)[:, None], of_parts, 0)
-    mark = before + owner * 2 * SPLITS + split
-    tl.store(mark, tl.sum(tl.where(bins[None, :] > step, earlier, 0)))
-    place = tl.sum(tl.where(bins[None, :] == step, earlier, 0))
-    tl.store(mark + SPLITS, place)
+    taken = tl.sum(tl.where(bins[None, :] > step, earlier, 0))
+    undecided = tl.sum(tl.where(bins[None, :] == step, earlier, 0))
 
-    low = tl.load(lowest + owner)
-    mine = aside + owner.to(tl.int64) * apart
+    best, low = _bounds(extremes, owner, all_extremes, GROUP, QUERIES, SPLITS, MOST)
+    target, values = positions + owner.to(tl.int64) * width, aside + owner.to(tl.int64) * 2 * apart
     start, end = part_of(count, split, TOKENS, SPLITS)
     if wanted == 0:
         end = start
     for first in tl.range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        r = tl.load(distance + owner.to(tl.int64) * GROUP * apart + token, mask=token < apart, other=float("-inf"))
-        undecided = ((_step(r, low) == step) & (token < end)).to(tl.int32)
-        tl.store(mine + place + tl.cumsum(undecided, axis=0) - 1, _ordered(r), mask=undecided > 0)
-        place += tl.sum(undecided)
+        r = _distances(scores, best, owner, token, end, count, sinks, recent, apart, GROUP, QUERIES)
+        its = _step(r, low)
+        is_sure, is_open = (its > step) & (token < end), (its == step) & (token < end)
+        both = is_sure.to(tl.int32) + (is_open.to(tl.int32) << 16)  # two counts in one: TOKENS are fewer than 2^15
+        so_far = tl.cumsum(both, axis=0)
+        tl.store(target + taken + (so_far & 0xFFFF) - 1, token.to(tl.int64), mask=is_sure)
+        place = values + undecided + (so_far >> 16) - 1
+        tl.store(place, _ordered(r), mask=is_open)
+        tl.store(place + apart, token, mask=is_open)
+        all_both = tl.sum(both)
+        taken += all_both & 0xFFFF
+        undecided += all_both >> 16
 
     tl.debug_barrier()  # all of the program has written before it says so
     if tl.atomic_add(finished + owner, 1, sem="acq_rel") == SPLITS - 1:
-        value, equals = _lowest_taken(
-            mine, tl.sum(tl.where(bins[None, :] == step, of_parts, 0)), wanted - surely, TOKENS
-        )
-        tl.store(cut + owner * 3, wanted)
-        tl.store(cut + owner * 3 + 1, value)
-        tl.store(cut + owner * 3 + 2, equals)
+        if wanted > 0:
+            number = tl.sum(tl.where(bins == step, of_all, 0))
+            lowest, equals = _lowest_taken(values, number, wanted - surely, TOKENS)
+            _write_open(values, values + apart, number, lowest, equals, target + surely, TOKENS)
 
 
 @triton.jit
@@ -252,45 +269,20 @@ def _lowest_taken(values, number, wanted, TOKENS: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def _write(  # type: ignore[no-untyped-def]
-    distance, past, slots, before, aside, cut, positions, taken_counts, kv_heads, apart, width,
-    GROUP: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """Writes the taken of a part behind those of the parts before it; of equals at the cut the lowest positions."""
-    after_previous(EARLY)
-    owner, split = tl.program_id(0), tl.program_id(1)
-    count = tl.load(past + tl.load(slots + owner // kv_heads)).to(tl.int32)
-    number, lowest, wanted = tl.load(cut + owner * 3), tl.load(cut + owner * 3 + 1), tl.load(cut + owner * 3 + 2)
-    if split == 0:
-        tl.store(taken_counts + owner, number)
-    mark = before + owner * 2 * SPLITS + split
-    taken, undecided = tl.load(mark), tl.load(mark + SPLITS)
-    start, end = part_of(count, split, TOKENS, SPLITS)
-    if number == 0:
-        end = start
-    if start >= end:
-        undecided = 0
-    above, same = tl.zeros((TOKENS,), dtype=tl.int32), tl.zeros((TOKENS,), dtype=tl.int32)
-    for first in tl.range(0, undecided, TOKENS):  # those put aside in the parts before
-        place = first + tl.arange(0, TOKENS)
-        there = place < undecided
-        value = tl.load(aside + owner.to(tl.int64) * apart + place, mask=there, other=0)
-        above += (there & (value > lowest)).to(tl.int32)
-        same += (there & (value == lowest)).to(tl.int32)
-    taken += tl.sum(above)
-    equals = tl.sum(same)
-    for first in tl.range(start, end, TOKENS):
-        token = first + tl.arange(0, TOKENS)
-        r = tl.load(distance + owner.to(tl.int64) * GROUP * apart + token, mask=token < apart, other=float("-inf"))
-        key = _ordered(r)
-        is_higher, is_equal = (key > lowest) & (token < end), (key == lowest) & (token < end)
-        both = is_higher.to(tl.int32) + (is_equal.to(tl.int32) << 16)  # two counts in one: TOKENS are fewer than 2^15
+def _write_open(values, tokens, number, lowest, wanted, target, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes the tokens of those put aside that are above the lowest taken value, and the first wanted ones at it."""
+    taken, equals = 0, 0
+    for first in tl.range(0, number, TOKENS):
+        at = first + tl.arange(0, TOKENS)
+        value = tl.load(values + at, mask=at < number, other=0, cache_modifier=".cg")
+        token = tl.load(tokens + at, mask=at < number, other=0, cache_modifier=".cg")
+        is_higher, is_equal = (at < number) & (value > lowest), (at < number) & (value == lowest)
+        both = is_higher.to(tl.int32) + (is_equal.to(tl.int32) << 16)
         so_far = tl.cumsum(both, axis=0)
         rank = equals + (so_far >> 16)  # of an equal one, from 1 on
         # Before a token stand all higher ones so far, and as many equals as are wanted.
         place = taken + (so_far & 0xFFFF) + tl.minimum(rank, wanted) - 1
-        is_taken = is_higher | (is_equal & (rank <= wanted))
-        tl.store(positions + owner.to(tl.int64) * width + place, token.to(tl.int64), mask=is_taken)
+        tl.store(target + place, token.to(tl.int64), mask=is_higher | (is_equal & (rank <= wanted)))
         all_both = tl.sum(both)
         taken += all_both & 0xFFFF
         equals += all_both >> 16

@@ -5,12 +5,22 @@ import math
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import after_previous, fast, launching, many_programs, tl, triton, up_to_power
+from sparsecache.kernels._triton import (
+    after_previous,
+    fast,
+    launching,
+    many_programs,
+    multiprocessors,
+    tl,
+    triton,
+    up_to_power,
+)
 from sparsecache.kernels.cut import Scores, part_of
 from sparsecache.kernels.scores import partial_scores
 
 _TOKENS, _WARPS, _STAGES = 128, 4, 4  # that a program scores at a time, by so many warps, so many blocks ahead
 _MOST_SPLITS = 64
+_MOST_HALF = tl.constexpr(65504)  # that float16 holds
 
 
 def speculate(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tensor) -> Scores:
@@ -49,9 +59,11 @@ def _kernel(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tenso
     batch, heads, _, head_dim = q.shape
     kv_heads, room, wide = keys.shape[1:]
     group, device = heads // kv_heads, q.device
-    splits = _split_count(batch * kv_heads, device)
+    splits = _split_count(batch, kv_heads, device)
     apart = -(-room // 16) * 16  # rows of scores begin, and end, where wide reads may
-    scores = torch.empty((batch, kv_heads, group, apart), device=device, dtype=torch.float32)
+    # Rounding to float16 is finer than what keys in half precision have been rounded to, and half as much to move.
+    precise = torch.float32 if keys.dtype == torch.float32 else torch.float16
+    scores = torch.empty((batch, kv_heads, group, apart), device=device, dtype=precise)
     extremes = torch.empty((2, batch, heads, splits), device=device, dtype=torch.float32)
     _score[(batch * kv_heads, splits)](
         q, q.stride(0), q.stride(1), columns, keys, past, slots, scores, extremes,
@@ -62,9 +74,13 @@ def _kernel(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tenso
     return Scores(scores, extremes)
 
 
-def _split_count(programs: int, device: torch.device) -> int:
-    """Into how many parts each slot is split, so that `programs` times as many programs fill the GPU."""
-    return max(1, min(_MOST_SPLITS, many_programs(device) // programs))
+def _split_count(batch: int, kv_heads: int, device: torch.device) -> int:
+    """Into how many parts each slot is split, so that its programs, and those of the cut, fill the GPU.
+
+    One sequence's projections are thousands of small programs: beside those, half as many are less in the way.
+    """
+    programs = multiprocessors(device) if batch == 1 else many_programs(device)
+    return max(1, min(_MOST_SPLITS, programs // (batch * kv_heads)))
 
 
 @triton.jit(do_not_specialize=["room"])
@@ -99,6 +115,8 @@ def _score(  # type: ignore[no-untyped-def]
         key = tl.load(keys + (owner * room + token) * wide + column[None, :], mask=there, other=0.0)
         score = tl.dot(key, whole, input_precision="ieee")
         score = tl.dot(key, rest, score, input_precision="ieee") * scale
+        if scores.dtype.element_ty == tl.float16:
+            score = tl.minimum(tl.maximum(score, -_MOST_HALF), _MOST_HALF).to(tl.float16).to(tl.float32)
         best = tl.maximum(best, tl.where(token < end, score, float("-inf")))
         worst = tl.minimum(worst, tl.where(token < end, score, float("inf")))
         target = scores + (row * kv_heads * GROUP + head).to(tl.int64) * apart + token

@@ -1,5 +1,6 @@
 """Speculation and selection by counting bits against sorting: odd lengths, ties at the cut, every rule."""
 
+import itertools
 import math
 
 import pytest
@@ -60,14 +61,34 @@ def _rule(rule, room: int, device: torch.device) -> tuple[Rule, int]:
     return Rule(alpha, torch.tensor(caps, device=device), mean, sinks, recent), min(room, max(caps))
 
 
-def _both(q, columns, keys, past, slots, rule, width: int) -> list[list[list[list[int]]]]:
+def _cut(which, scores, past, slots, rule, width: int) -> list[list[list[int]]]:
+    with running(which):
+        positions, counts = take_nearest(scores, past, slots, rule, width)
+    rows = zip(positions.tolist(), counts.tolist(), strict=True)
+    return [[_in_order(head[:n]) for head, n in zip(*row, strict=True)] for row in rows]
+
+
+def _in_order(positions: list[int]) -> list[int]:
+    """Checks that they ascend but once, where those nearest to the cut begin."""
+    assert sum(a >= b for a, b in itertools.pairwise(positions)) <= 1
+    return sorted(positions)
+
+
+def _of_same_scores(inputs, rule, width: int) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
+    """What the kernels and the plain twin take by the scores that the kernel makes."""
+    q, columns, keys, past, slots = inputs
+    with running("kernels"):
+        scores = speculate(q, columns, keys, past, slots)
+    return tuple(_cut(which, scores, past, slots, rule, width) for which in ("kernels", "twins"))
+
+
+def _of_own_scores(inputs, rule, width: int) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
     found = []
     for which in ("kernels", "twins"):
         with running(which):
-            positions, counts = take_nearest(speculate(q, columns, keys, past, slots), past, slots, rule, width)
-        rows = zip(positions.tolist(), counts.tolist(), strict=True)
-        found.append([[head[:n] for head, n in zip(*row, strict=True)] for row in rows])
-    return found
+            scores = speculate(*inputs)
+        found.append(_cut(which, scores, *inputs[3:], rule, width))
+    return tuple(found)
 
 
 @cases
@@ -75,12 +96,44 @@ def _both(q, columns, keys, past, slots, rule, width: int) -> list[list[list[lis
 def test_ties_at_the_cut_go_to_the_lowest_positions(case, rule, device, dtype) -> None:
     inputs = _inputs(case, device, dtype, ties=True)
     rule, width = _rule(rule, case[5], device)
-    kernel, twin = _both(*inputs, rule, width=width)
+    kernel, twin = _of_same_scores(inputs, rule, width)
     assert kernel == twin
 
 
+@cases
+def test_scores(case, device, dtype) -> None:
+    """Of keys in half precision rounded once, to float16; each head's extremes are among them."""
+    inputs = _inputs(case, device, dtype, ties=False)
+    past, slots = inputs[3:]
+    with running("kernels"):
+        scores, extremes = speculate(*inputs)
+    with running("twins"):
+        exact, _ = speculate(*inputs)
+    assert scores.dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
+    exact = exact.float()
+    for row, held in enumerate(past[slots].tolist()):
+        ours, theirs = scores[row, :, :, :held].float(), exact[row, :, :, :held]
+        size = theirs.abs().amax() if held else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=2**-11 if scores.dtype == torch.float16 else 0, atol=1e-5 * size)
+        if held:
+            assert torch.equal(extremes[0, row].amax(-1), ours.flatten(0, 1).amax(-1))
+            assert torch.equal(extremes[1, row].amin(-1), ours.flatten(0, 1).amin(-1))
+
+
+def test_scores_beyond_half_precision_stay_numbers(device) -> None:
+    q, columns, keys, past, slots = _inputs(CASES["around a block"], device, torch.float16, ties=True)
+    rule, width = _rule(RULES["plain"], 300, device)
+    inputs = (q * 3e3, columns, keys * 8, past, slots)
+    with running("kernels"):
+        scores, _ = speculate(*inputs)
+    assert scores[0, ..., : past[slots[0]]].abs().max() == torch.finfo(torch.float16).max
+    kernel, twin = _of_same_scores(inputs, rule, width)
+    assert kernel == twin
+    assert all(head for row in kernel for head in row)
+
+
 def test_memory_that_nothing_wrote_is_not_believed(device, monkeypatch) -> None:
-    """Behind the last token, rows of scores and distances are filled with what would win."""
+    """Behind the last token, rows of scores are filled with what would win."""
     empty = torch.empty
 
     def poisoned(*size, **options):
@@ -91,7 +144,7 @@ def test_memory_that_nothing_wrote_is_not_believed(device, monkeypatch) -> None:
     for case in (CASES["around a block"], CASES["very unlike"]):
         inputs = _inputs(case, device, torch.float32, ties=True)
         rule, width = _rule(RULES["plain"], case[5], device)
-        kernel, twin = _both(*inputs, rule, width=width)
+        kernel, twin = _of_same_scores(inputs, rule, width)
         assert kernel == twin
 
 
@@ -100,7 +153,7 @@ def test_memory_that_nothing_wrote_is_not_believed(device, monkeypatch) -> None:
 def test_random_scores(case, rule, device) -> None:
     inputs = _inputs(case, device, torch.float32, ties=False)
     rule, width = _rule(rule, case[5], device)
-    kernel, twin = _both(*inputs, rule, width=width)
+    kernel, twin = _of_own_scores(inputs, rule, width)
     assert kernel == twin
 
 
@@ -109,7 +162,7 @@ def test_half_precision_keys_cost_no_choice_of_the_query(device) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     inputs = _inputs(CASES["very unlike"], device, dtype, ties=False)
     rule, width = _rule(RULES["plain"], 1300, device)
-    kernel, twin = _both(*inputs, rule, width=width)
+    kernel, twin = _of_own_scores(inputs, rule, width)
     pairs = [(set(a), set(b)) for row in zip(kernel, twin, strict=True) for a, b in zip(*row, strict=True)]
     assert sum(len(a ^ b) for a, b in pairs) <= 0.01 * sum(len(b) for _, b in pairs)
 
@@ -119,7 +172,7 @@ def test_any_number_of_splits(splits, device, monkeypatch) -> None:
     monkeypatch.setattr(speculation, "_split_count", lambda *_: splits)
     inputs = _inputs(CASES["very unlike"], device, torch.float32, ties=True)
     rule, width = _rule(RULES["a count"], 1300, device)
-    kernel, twin = _both(*inputs, rule, width=width)
+    kernel, twin = _of_same_scores(inputs, rule, width)
     assert kernel == twin
 
 

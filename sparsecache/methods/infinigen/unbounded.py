@@ -126,7 +126,10 @@ class Unbounded:
         if guess.made is not None:
             guess.made.synchronize()
         positions, counts = guess.selected
-        return positions.masked_fill(torch.arange(positions.shape[2], device=counts.device) >= counts[..., None], -1)
+        behind = torch.arange(positions.shape[2], device=counts.device) >= counts[..., None]
+        last = self._partial.rows  # behind all positions
+        positions = positions.masked_fill(behind, last).sort(dim=2).values
+        return positions.masked_fill(positions == last, -1)
 
 
 def _now(device: torch.device) -> Any:
