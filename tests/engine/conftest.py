@@ -1,6 +1,7 @@
 """Tiny checkpoints whose greedy text varies, our engine over them, and transformers as the outside truth."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def folder(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A llama checkpoint that a test may change."""
+    return shutil.copytree(make_checkpoint(), tmp_path / "llama")
 
 
 def _randomise_vectors(file: Path) -> None:
