@@ -13,7 +13,7 @@ _STAGES = {
     "attention": ("_attend", "_merge"),
     "norms": ("_rms_norm",),
     "speculated scores": ("_score",),
-    "the cut": ("_measure", "_set_aside", "_write"),
+    "the cut": ("_count", "_take"),
     "looking up in gpu_cache": ("_look_up",),
     "fetching rows": ("_gather",),
     "keeping the new token": ("_remember", "_note"),

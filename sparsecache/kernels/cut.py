@@ -40,7 +40,8 @@ class Scores(NamedTuple):
 class Selected(NamedTuple):
     """Positions [B, G, N] int64, of which the first counts [B, G] (int64) are meant.
 
-    They ascend, but that those nearest to the cut, ascending too, may be the last ones.
+    Ascending; from kernels in two runs, those above the step in which the cut falls, then those in it. None twice. They
+    depend on the scores alone, not on the parts that these came in.
     """
 
     positions: Tensor
@@ -79,14 +80,16 @@ def _kernels(scores: Tensor, extremes: Tensor, past: Tensor, slots: Tensor, rule
     found = Selected(room(width, dtype=torch.int64), room(dtype=torch.int64))
     counted = min(_MOST, up_to_power(-(-apart // splits), _FEWEST))
     sizes = {
-        "GROUP": group, "QUERIES": up_to_power(group), "SPLITS": splits, "MOST": up_to_power(splits),
-        "TOKENS": counted, "num_warps": min(8 if batch == 1 else 4, counted // 128), **launching(),
+        "KV_HEADS": kv_heads, "GROUP": group, "QUERIES": up_to_power(group),
+        "SPLITS": splits, "MOST": up_to_power(splits), "TOKENS": counted,
+        # Eight warps count faster; beside the projections of several sequences four find room sooner.
+        "num_warps": 8 if batch == 1 and counted > _FEWEST else 4, **launching(),
     }  # fmt: skip
-    first = (scores, extremes, past, slots, kv_heads, apart, extremes[0].numel(), rule.sinks, rule.recent)
-    _count[grid](*first, min(rule.alpha, 3e38), near, steps, finished, **sizes)
+    scored = (scores, extremes, past, slots, apart, rule.sinks, rule.recent)
+    _count[grid](*scored, min(rule.alpha, 3e38), near, steps, finished, **sizes)
     _take[grid](
-        *first, rule.caps, near, steps, aside, finished, *found, width,
-        MEAN=rule.mean, KV_HEADS=kv_heads, EVERY=up_to_power(kv_heads * splits), **sizes,
+        *scored, rule.caps, near, steps, aside, finished, *found, width,
+        MEAN=rule.mean, EVERY=up_to_power(kv_heads * splits), **sizes,
     )  # fmt: skip
     return found
 
@@ -108,7 +111,7 @@ def _step(r, lowest):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _ordered(r):  # type: ignore[no-untyped-def]
-    """float32 as a whole number in the same order; -0.0 counts as 0.0."""
+    """float32 as a whole number in the same order; -0.0, which a score may be rounded to, counts as 0.0."""
     bits = (r + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -124,14 +127,14 @@ def _from_above(counts, wanted):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _bounds(  # type: ignore[no-untyped-def]
-    extremes, owner, all_extremes, GROUP: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr
+    extremes, owner, GROUP: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr
 ):
     """Of a KV head, each head's best score [QUERIES], and a distance that no token's is below."""
     query, part = tl.arange(0, QUERIES), tl.arange(0, MOST)
     there = (query < GROUP)[:, None] & (part < SPLITS)[None, :]
     place = extremes + (owner * GROUP + query)[:, None] * SPLITS + part[None, :]
     best = tl.max(tl.load(place, mask=there, other=float("-inf")), axis=1)
-    worst = tl.min(tl.load(place + all_extremes, mask=there, other=float("inf")), axis=1)
+    worst = tl.min(tl.load(place + tl.num_programs(0) * GROUP * SPLITS, mask=there, other=float("inf")), axis=1)
     best = tl.where(query < GROUP, best, 0.0)
     return best, tl.max(tl.where(query < GROUP, worst - best, float("-inf")))  # no token is farther from every best
 
@@ -144,7 +147,7 @@ def _distances(  # type: ignore[no-untyped-def]
     query = tl.arange(0, QUERIES)
     head = (owner * GROUP + query).to(tl.int64)
     seen = (query < GROUP)[:, None] & (token < end)[None, :]
-    inside = (query < GROUP)[:, None] & (token < apart)[None, :]  # which wide reads are told by
+    inside = (query < GROUP)[:, None] & (token < apart)[None, :]  # only such bounds let reads be wide
     score = tl.load(scores + head[:, None] * apart + token[None, :], mask=inside, other=0.0).to(tl.float32)
     r = tl.max(tl.where(seen, score - best[:, None], float("-inf")), axis=0)
     return tl.where((token < sinks) | (token >= count - recent), float("inf"), r)
@@ -152,15 +155,15 @@ def _distances(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _count(  # type: ignore[no-untyped-def]
-    scores, extremes, past, slots, kv_heads, apart, all_extremes, sinks, recent, alpha, near, steps, finished,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
+    scores, extremes, past, slots, apart, sinks, recent, alpha, near, steps, finished,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
     TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Counts the tokens of a part that are within alpha, and all by steps."""
     after_previous(EARLY)
     owner, split = tl.program_id(0), tl.program_id(1)
-    count = tl.load(past + tl.load(slots + owner // kv_heads)).to(tl.int32)
-    best, low = _bounds(extremes, owner, all_extremes, GROUP, QUERIES, SPLITS, MOST)
+    count = tl.load(past + tl.load(slots + owner // KV_HEADS)).to(tl.int32)
+    best, low = _bounds(extremes, owner, GROUP, QUERIES, SPLITS, MOST)
     if split == 0:  # what the next kernel counts its programs in
         tl.store(finished + owner, 0)
     nearby = tl.zeros((TOKENS,), dtype=tl.int32)
@@ -177,9 +180,9 @@ def _count(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _take(  # type: ignore[no-untyped-def]
-    scores, extremes, past, slots, kv_heads, apart, all_extremes, sinks, recent, caps, near, steps, aside, finished,
-    positions, taken_counts, width, MEAN: tl.constexpr, KV_HEADS: tl.constexpr, EVERY: tl.constexpr,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
+    scores, extremes, past, slots, apart, sinks, recent, caps, near, steps, aside, finished, positions, taken_counts,
+    width, MEAN: tl.constexpr, EVERY: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
     TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Writes the tokens of a part that are above the cut's step, and puts those in it aside.
@@ -211,10 +214,10 @@ def _take(  # type: ignore[no-untyped-def]
     taken = tl.sum(tl.where(bins[None, :] > step, earlier, 0))
     undecided = tl.sum(tl.where(bins[None, :] == step, earlier, 0))
 
-    best, low = _bounds(extremes, owner, all_extremes, GROUP, QUERIES, SPLITS, MOST)
+    best, low = _bounds(extremes, owner, GROUP, QUERIES, SPLITS, MOST)
     target, values = positions + owner.to(tl.int64) * width, aside + owner.to(tl.int64) * 2 * apart
     start, end = part_of(count, split, TOKENS, SPLITS)
-    if wanted == 0:
+    if wanted == 0:  # none is surely taken then, and what would be put aside is not looked at
         end = start
     for first in tl.range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
@@ -235,8 +238,8 @@ def _take(  # type: ignore[no-untyped-def]
     if tl.atomic_add(finished + owner, 1, sem="acq_rel") == SPLITS - 1:
         if wanted > 0:
             number = tl.sum(tl.where(bins == step, of_all, 0))
-            lowest, equals = _lowest_taken(values, number, wanted - surely, TOKENS)
-            _write_open(values, values + apart, number, lowest, equals, target + surely, TOKENS)
+            lowest, ties = _lowest_taken(values, number, wanted - surely, TOKENS)
+            _write_open(values, values + apart, number, lowest, ties, target + surely, TOKENS)
 
 
 @triton.jit
@@ -269,9 +272,9 @@ def _lowest_taken(values, number, wanted, TOKENS: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def _write_open(values, tokens, number, lowest, wanted, target, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Writes the tokens of those put aside that are above the lowest taken value, and the first wanted ones at it."""
-    taken, equals = 0, 0
+def _write_open(values, tokens, number, lowest, ties, target, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes the tokens put aside whose values are above the lowest taken one, and the first `ties` that equal it."""
+    taken, tied = 0, 0
     for first in tl.range(0, number, TOKENS):
         at = first + tl.arange(0, TOKENS)
         value = tl.load(values + at, mask=at < number, other=0, cache_modifier=".cg")
@@ -279,10 +282,9 @@ def _write_open(values, tokens, number, lowest, wanted, target, TOKENS: tl.const
         is_higher, is_equal = (at < number) & (value > lowest), (at < number) & (value == lowest)
         both = is_higher.to(tl.int32) + (is_equal.to(tl.int32) << 16)
         so_far = tl.cumsum(both, axis=0)
-        rank = equals + (so_far >> 16)  # of an equal one, from 1 on
-        # Before a token stand all higher ones so far, and as many equals as are wanted.
-        place = taken + (so_far & 0xFFFF) + tl.minimum(rank, wanted) - 1
-        tl.store(target + place, token.to(tl.int64), mask=is_higher | (is_equal & (rank <= wanted)))
+        rank = tied + (so_far >> 16)  # of one that ties, from 1 on
+        place = taken + (so_far & 0xFFFF) + tl.minimum(rank, ties) - 1
+        tl.store(target + place, token.to(tl.int64), mask=is_higher | (is_equal & (rank <= ties)))
         all_both = tl.sum(both)
         taken += all_both & 0xFFFF
-        equals += all_both >> 16
+        tied += all_both >> 16

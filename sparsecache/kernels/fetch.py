@@ -174,7 +174,7 @@ def _gather(  # type: ignore[no-untyped-def]
     KEPT: tl.constexpr, IN_PLACE: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr, COPIES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Copies selected rows, KV head by KV head, in order: ascending rows are what a link to the host likes.
+    """Copies selected rows, KV head by KV head, as selected: ascending runs are what a link to the host likes.
 
     With KEPT, the first SPLITS programs of each head take the new ones, and the others, if any, those that were kept.
     """

@@ -61,7 +61,7 @@ def _kernel(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tenso
     group, device = heads // kv_heads, q.device
     splits = _split_count(batch, kv_heads, device)
     apart = -(-room // 16) * 16  # rows of scores begin, and end, where wide reads may
-    # Rounding to float16 is finer than what keys in half precision have been rounded to, and half as much to move.
+    # Half as much to move. It has 11 bits: bfloat16 keys have been rounded to 8, float16 ones as finely as this.
     precise = torch.float32 if keys.dtype == torch.float32 else torch.float16
     scores = torch.empty((batch, kv_heads, group, apart), device=device, dtype=precise)
     extremes = torch.empty((2, batch, heads, splits), device=device, dtype=torch.float32)
@@ -115,7 +115,7 @@ def _score(  # type: ignore[no-untyped-def]
         key = tl.load(keys + (owner * room + token) * wide + column[None, :], mask=there, other=0.0)
         score = tl.dot(key, whole, input_precision="ieee")
         score = tl.dot(key, rest, score, input_precision="ieee") * scale
-        if scores.dtype.element_ty == tl.float16:
+        if scores.dtype.element_ty == tl.float16:  # as it is stored, extremes too; distances to infinity are none
             score = tl.minimum(tl.maximum(score, -_MOST_HALF), _MOST_HALF).to(tl.float16).to(tl.float32)
         best = tl.maximum(best, tl.where(token < end, score, float("-inf")))
         worst = tl.minimum(worst, tl.where(token < end, score, float("inf")))

@@ -157,7 +157,7 @@ def test_a_profile_tells_what_a_step_takes_and_leaves_the_prompt_out(tmp_path) -
 
 
 def test_kernels_belong_to_the_stages_that_launch_them() -> None:
-    assert [stage_of(name) for name in ("_attend", "_write", "_gather", "void at::native::reduce_kernel")] == [
+    assert [stage_of(name) for name in ("_attend", "_take", "_gather", "void at::native::reduce_kernel")] == [
         "attention", "the cut", "fetching rows", "all else",
     ]  # fmt: skip
     kernels = {name for stage in _STAGES.values() for name in stage}

@@ -43,7 +43,7 @@ def _recent(case, device, head_dim=16, dtype=torch.float32) -> Recent:
 
 
 def _selections(case, steps: int):
-    """For each step the slots, and what their heads select: ascending, many of them as in the step before."""
+    """For each step the slots, and what their heads select, many as in the step before: in two ascending runs."""
     slots, kv_heads, room, _, most = case
     generator = torch.Generator().manual_seed(3)
     liked = torch.rand(slots, kv_heads, room, generator=generator)
@@ -53,8 +53,11 @@ def _selections(case, steps: int):
         counts = torch.randint(0, most + 1, (len(order), kv_heads), generator=generator)
         chosen = liked[order].topk(most).indices
         ranks = torch.arange(most)
-        chosen = chosen.masked_fill(ranks >= counts[..., None], room).sort(-1).values
-        yield order, chosen.masked_fill(ranks >= counts[..., None], 0), counts
+        chosen = chosen.masked_fill(ranks >= counts[..., None], room)
+        late = torch.rand(chosen.shape, generator=generator) < 0.3  # in the step of the cut
+        run = torch.where(chosen == room, 2, late.long())
+        chosen = chosen.gather(-1, (chosen + room * run).argsort(-1))
+        yield order, chosen.masked_fill(chosen == room, 0), counts
 
 
 @cases

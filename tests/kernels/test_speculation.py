@@ -8,7 +8,7 @@ import torch
 
 from sparsecache.kernels import decode, speculation
 from sparsecache.kernels._triton import running
-from sparsecache.kernels.cut import Rule, take_nearest
+from sparsecache.kernels.cut import Rule, Scores, take_nearest
 from sparsecache.kernels.speculation import remember, speculate
 
 CASES = {  # slots, KV heads, group, head size, columns, room, tokens in the slots of the batch
@@ -61,9 +61,9 @@ def _rule(rule, room: int, device: torch.device) -> tuple[Rule, int]:
     return Rule(alpha, torch.tensor(caps, device=device), mean, sinks, recent), min(room, max(caps))
 
 
-def _cut(which, scores, past, slots, rule, width: int) -> list[list[list[int]]]:
-    with running(which):
-        positions, counts = take_nearest(scores, past, slots, rule, width)
+def _cut(scores, past, slots, rule, width: int) -> list[list[list[int]]]:
+    """By kernels where the scores have extremes, else by the plain twin."""
+    positions, counts = take_nearest(scores, past, slots, rule, width)
     rows = zip(positions.tolist(), counts.tolist(), strict=True)
     return [[_in_order(head[:n]) for head, n in zip(*row, strict=True)] for row in rows]
 
@@ -75,11 +75,11 @@ def _in_order(positions: list[int]) -> list[int]:
 
 
 def _of_same_scores(inputs, rule, width: int) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
-    """What the kernels and the plain twin take by the scores that the kernel makes."""
+    """What the kernels, and the plain twin, take by the scores that the kernel makes."""
     q, columns, keys, past, slots = inputs
     with running("kernels"):
         scores = speculate(q, columns, keys, past, slots)
-    return tuple(_cut(which, scores, past, slots, rule, width) for which in ("kernels", "twins"))
+    return tuple(_cut(each, past, slots, rule, width) for each in (scores, scores._replace(extremes=None)))
 
 
 def _of_own_scores(inputs, rule, width: int) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
@@ -87,7 +87,7 @@ def _of_own_scores(inputs, rule, width: int) -> tuple[list[list[list[int]]], lis
     for which in ("kernels", "twins"):
         with running(which):
             scores = speculate(*inputs)
-        found.append(_cut(which, scores, *inputs[3:], rule, width))
+        found.append(_cut(scores, *inputs[3:], rule, width))
     return tuple(found)
 
 
@@ -130,6 +130,16 @@ def test_scores_beyond_half_precision_stay_numbers(device) -> None:
     kernel, twin = _of_same_scores(inputs, rule, width)
     assert kernel == twin
     assert all(head for row in kernel for head in row)
+
+
+def test_a_zero_is_as_near_as_one_below_zero(device) -> None:
+    """Scores that are too small for float16 are rounded to either."""
+    zeros = torch.zeros(1, 1, 1, 512, dtype=torch.float16, device=device)
+    signed = torch.where(torch.arange(512, device=device) % 3 == 0, zeros, -zeros)
+    past, slots = torch.tensor([500], device=device), torch.tensor([0], device=device)
+    rule, width = _rule(RULES["a count"], 512, device)
+    found = _cut(Scores(signed, torch.zeros(2, 1, 1, 1, device=device)), past, slots, rule, width)
+    assert found == _cut(Scores(signed, None), past, slots, rule, width) == [[list(range(width))]]
 
 
 def test_memory_that_nothing_wrote_is_not_believed(device, monkeypatch) -> None:
