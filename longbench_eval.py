@@ -286,7 +286,7 @@ def show(run: str, dataset: str | None, rows: int, changed_from: str | None, col
 
 
 def _write_page(path: Path, page: str) -> None:
-    from sparsecache.longbench.records import write_atomically
+    from sparsecache.files import write_atomically
 
     write_atomically(path, page)
     click.echo(visible(f"Written: {path}"), err=True)

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from sparsecache.cli import report_usage_errors
 from sparsecache.errors import UsageError
+from sparsecache.files import write_atomically
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import distance_to_best, highest
-from sparsecache.longbench.records import read_rows, write_atomically
+from sparsecache.longbench.records import read_rows
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
 from sparsecache.methods._cache import FullCache
 from sparsecache.methods.infinigen import InfiniGen

@@ -29,12 +29,12 @@ import click
 
 from sparsecache.cli import make_folder, report_usage_errors
 from sparsecache.errors import UsageError
+from sparsecache.files import write_atomically
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.comparison import Comparison
 from sparsecache.longbench.html import compare_page
 from sparsecache.longbench.paired import common_rows
 from sparsecache.longbench.pictures import pictures, require_matplotlib
-from sparsecache.longbench.records import write_atomically
 from sparsecache.longbench.score_tables import share
 from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words

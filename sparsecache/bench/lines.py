@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparsecache.errors import UsageError, one_line
-from sparsecache.longbench.records import write_atomically
+from sparsecache.files import write_atomically
 from sparsecache.longbench.tables import Cell, Document, Table, number, records, render, words
 from sparsecache.versions import installed_versions
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsecache.errors import UsageError, one_line
-from sparsecache.longbench.records import BY_DATASET, write_atomically
+from sparsecache.files import write_atomically
+from sparsecache.longbench.records import BY_DATASET
 from sparsecache.longbench.report import decode_speed
 from sparsecache.longbench.scores import DatasetScore, Options, RunScore
 from sparsecache.longbench.sessions import batch_sizes, devices

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sparsecache.files import write_atomically
 from sparsecache.longbench.kept import kept_lines, kept_of, percent
-from sparsecache.longbench.records import write_atomically
 from sparsecache.longbench.scores import Average, DatasetScore, Options, RunScore
 from sparsecache.longbench.tables import table
 from sparsecache.longbench.tasks import Task

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.records import PredictionFile, RunFolder, lock, locked, read_rows, write_atomically
+from sparsecache.longbench.records import PredictionFile, RunFolder, read_rows
 
 RunPython = Callable[..., CompletedProcess[str]]
 
@@ -348,34 +348,6 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file" / "run").claim(IDENTITY)
     with pytest.raises(UsageError, match=r"file is no folder to write to \(File exists\)\."):
         PredictionFile(tmp_path / "file" / "qasper.jsonl")
-
-
-def test_writing_atomically_leaves_the_old_file_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.json"
-    write_atomically(path, "old\n\x85é")
-    assert path.read_bytes() == "old\n\x85é".encode()
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(UsageError, match=r"x\.json cannot be written: No space left on device"):
-        write_atomically(path, "new")
-    monkeypatch.undo()
-    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
-    assert path.read_bytes() == "old\n\x85é".encode()
-
-
-def test_a_lock_is_held_by_one_and_waited_for(tmp_path: Path) -> None:
-    release = lock(tmp_path / "lock", wait=False)
-    assert release is not None
-    assert lock(tmp_path / "lock", wait=False) is None
-    release()
-    with locked(tmp_path / "lock"):
-        assert lock(tmp_path / "lock", wait=False) is None
-    again = lock(tmp_path / "lock", wait=True)
-    assert again is not None
-    again()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from sparsecache.errors import UsageError
+from sparsecache.files import write_atomically
 from sparsecache.longbench.pictures import check_suffix
-from sparsecache.longbench.records import write_atomically
 
 try:
     import matplotlib.style
