@@ -14,8 +14,9 @@ _STAGES = {
     "norms": ("_rms_norm",),
     "speculated scores": ("_score",),
     "the cut": ("_count", "_take"),
-    "looking up in gpu_cache": ("_look_up",),
+    "finding in gpu_cache": ("_find",),
     "fetching rows": ("_gather",),
+    "keeping in gpu_cache": ("_renew", "_put"),
     "keeping the new token": ("_remember", "_note"),
 }
 _MOST = 12  # rows

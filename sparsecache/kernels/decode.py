@@ -116,12 +116,37 @@ def attend_selected(
     return attention_over_rows(q, keys, values, pad(seen, (0, 1), value=True))
 
 
-def attend_first(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
-    """attend_selected over the first counts [B, G] rows of keys and values, which belong to each row: [B, G, T, D]."""
+class Kept(NamedTuple):
+    """Where some of a step's rows are kept.
+
+    rows: [slots, G, C, 2, D], keys and values; slots: [B]; places: [B, G, N] int32, which of a slot's rows each of the
+    step's is, or -1 if none.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    places: Tensor
+
+    def merged(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """The step's rows [B, G, N, 2, D], the first counts [B, G] meant, with those that are kept in their place."""
+        slot, head = self.slots[:, None, None], torch.arange(rows.shape[1], device=rows.device)[:, None]
+        meant = torch.arange(rows.shape[2], device=rows.device) < counts[..., None]
+        places = self.places.masked_fill(~meant, -1).long()
+        return torch.where((places >= 0)[..., None, None], self.rows[slot, head, places.clamp(min=0)], rows)
+
+
+def attend_first(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, counts: Tensor, kept: Kept | None = None) -> Tensor:
+    """attend_selected over the first counts [B, G] of rows [B, G, N, 2, D], keys and values.
+
+    kept: which of them are to be read there.
+    """
     if fast(q):
-        return _kernel(q, k, v, keys, values, None, counts)
-    slots, ranks = (torch.arange(size, device=q.device) for size in (len(q), keys.shape[2]))
-    return attend_selected(q, k, v, keys, values, slots, ranks.expand(*counts.shape, -1), counts)
+        return _kernel(q, k, v, rows[..., 0, :], rows[..., 1, :], None, counts, kept=kept)
+    if kept is not None:
+        rows = kept.merged(rows, counts)
+    slots, ranks = (torch.arange(size, device=q.device) for size in (len(q), rows.shape[2]))
+    of_each = ranks.expand(*counts.shape, -1)
+    return attend_selected(q, k, v, rows[..., 0, :], rows[..., 1, :], slots, of_each, counts)
 
 
 def _kernel(
@@ -133,10 +158,11 @@ def _kernel(
     slots: Tensor | None,
     numbers: Tensor,
     selected: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """numbers: lengths [slots], and the new token is appended; or counts [B, G], of rows or, if given, of `selected`.
 
-    slots: None where keys and values have a slot for each row.
+    slots: None where keys and values have a slot for each row, as they must with `kept`.
     """
     batch, heads, _, head_dim = q.shape
     kv_heads, room = k.shape[1], keys.shape[2]
@@ -148,12 +174,16 @@ def _kernel(
     wide = up_to_power(head_dim, 16)
     tokens = max(16, min(128, _TILE // (wide * keys.element_size())))
     numbers, appended, group = numbers.contiguous(), numbers.dim() == 1, heads // kv_heads
+    if selected is not None:
+        selected = selected.contiguous()
+    asked = kept.places if kept is not None else selected  # by rank
+    elsewhere = (keys, numbers, 0) if kept is None else (kept.rows, kept.slots, kept.rows.shape[2])
     _attend[(kv_heads, parts)](
         q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), keys, values, *keys.stride()[:3],
-        numbers if slots is None else slots, numbers if selected is None else selected.contiguous(), numbers,
+        numbers if slots is None else slots, numbers if asked is None else asked, numbers, *elsewhere,
         sums, marks, where, 1 / math.sqrt(head_dim),
-        batch, parts, room, head_dim, heads * parts, 0 if selected is None else selected.shape[2],
-        APPENDED=appended, SLOTS=slots is not None, SELECTED=selected is not None, GROUP=group,
+        batch, parts, room, head_dim, heads * parts, 0 if asked is None else asked.shape[2],
+        APPENDED=appended, SLOTS=slots is not None, SELECTED=selected is not None, KEPT=kept is not None, GROUP=group,
         QUERIES=up_to_power(group, 16), ROWS=up_to_power(batch), TOKENS=tokens, WIDE=wide, num_warps=4, num_stages=2,
         **launching(),
     )  # fmt: skip
@@ -187,9 +217,11 @@ def _part_length(counts, parts):  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["batch", "parts", "room", "all_marks", "width"])
 def _attend(  # type: ignore[no-untyped-def]
     q, q_row, q_head, new_key, new_value, new_row, new_head, keys, values, slot_stride, head_stride, row_stride,
-    slots, selected, numbers, sums, marks, where, scale, batch, parts, room, size, all_marks, width,
-    APPENDED: tl.constexpr, SLOTS: tl.constexpr, SELECTED: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+    slots, selected, numbers, kept, kept_slots, kept_room,
+    sums, marks, where, scale, batch, parts, room, size, all_marks, width,
+    APPENDED: tl.constexpr, SLOTS: tl.constexpr, SELECTED: tl.constexpr, KEPT: tl.constexpr,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program attends, for the heads of a KV head, to one part of a slot; the last part's takes the new token."""
     after_previous(EARLY)
@@ -241,6 +273,8 @@ def _attend(  # type: ignore[no-untyped-def]
             tl.store(values + base + count * row_stride + at, value, mask=inside)
 
     start, end = split * length, tl.minimum(split * length + length, count)
+    if KEPT:
+        keeper = tl.load(kept_slots + row).to(tl.int64) * kv_heads + kv
     for first in tl.range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
         there = token < end
@@ -248,8 +282,14 @@ def _attend(  # type: ignore[no-untyped-def]
             token = tl.load(selected + (row * kv_heads + kv) * width + token, mask=there, other=0)
         place = base + token.to(tl.int64)[:, None] * row_stride + at[None, :]
         seen = there[:, None] & inside[None, :]
-        key_part = tl.load(keys + place, mask=seen, other=0.0)
-        value_part = tl.load(values + place, mask=seen, other=0.0)
+        its_key, its_value = keys + place, values + place
+        if KEPT:
+            kept_at = tl.load(selected + (row * kv_heads + kv) * width + token, mask=there, other=-1)
+            of_kept = kept + (keeper * kept_room + kept_at)[:, None] * (2 * size) + at[None, :]
+            its_key = tl.where((kept_at >= 0)[:, None], of_kept, its_key)
+            its_value = tl.where((kept_at >= 0)[:, None], of_kept + size, its_value)
+        key_part = tl.load(its_key, mask=seen, other=0.0)
+        value_part = tl.load(its_value, mask=seen, other=0.0)
         scores = tl.dot(question, tl.trans(key_part), input_precision="ieee") * scale
         scores = tl.where(there[None, :], scores, float("-inf"))
         now = tl.maximum(best, tl.max(scores, axis=1))

@@ -10,7 +10,6 @@ from sparsecache.kernels._triton import (
     fast,
     launching,
     many_programs,
-    multiprocessors,
     tl,
     triton,
     up_to_power,
@@ -20,17 +19,18 @@ from sparsecache.kernels.scores import partial_scores
 
 _TOKENS, _WARPS, _STAGES = 128, 4, 4  # that a program scores at a time, by so many warps, so many blocks ahead
 _MOST_SPLITS = 64
+_LONG = 1024  # tokens of a part
 _MOST_HALF = tl.constexpr(65504)  # that float16 holds
 
 
-def speculate(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tensor) -> Scores:
+def speculate(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tensor, first: bool = False) -> Scores:
     """Scores past tokens of each slot by partial keys; behind the last one lies anything.
 
     q: [B, H, 1, D], guessed; columns: [slots, G, D, I] float32, what makes it partial; keys: [slots, G, T, I], partial;
-    past: [slots] int64, tokens held; slots: [B] int64.
+    past: [slots] int64, tokens held; slots: [B] int64. first: whether all else waits for it.
     """
     if fast(q):
-        return _kernel(q, columns, keys, past, slots)
+        return _kernel(q, columns, keys, past, slots, first)
     scores = partial_scores(q, columns, keys, slots)
     kv_heads = keys.shape[1]
     return Scores(scores.view(len(q), kv_heads, q.shape[1] // kv_heads, keys.shape[2]), None)
@@ -55,11 +55,11 @@ def remember(k: Tensor, v: Tensor, columns: Tensor, keys: Tensor, store: Tensor,
     store[slots, :, row] = torch.stack((k, v), 3)[:, :, 0]
 
 
-def _kernel(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tensor) -> Scores:
+def _kernel(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tensor, first: bool) -> Scores:
     batch, heads, _, head_dim = q.shape
     kv_heads, room, wide = keys.shape[1:]
     group, device = heads // kv_heads, q.device
-    splits = _split_count(batch, kv_heads, device)
+    splits = _split_count(batch, kv_heads, room, device, first)
     apart = -(-room // 16) * 16  # rows of scores begin, and end, where wide reads may
     # Half as much to move. It has 11 bits: bfloat16 keys have been rounded to 8, float16 ones as finely as this.
     precise = torch.float32 if keys.dtype == torch.float32 else torch.float16
@@ -74,13 +74,16 @@ def _kernel(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tenso
     return Scores(scores, extremes)
 
 
-def _split_count(batch: int, kv_heads: int, device: torch.device) -> int:
+def _split_count(batch: int, kv_heads: int, room: int, device: torch.device, first: bool) -> int:
     """Into how many parts each slot is split, so that its programs, and those of the cut, fill the GPU.
 
-    One sequence's projections are thousands of small programs: beside those, half as many are less in the way.
+    One sequence's projections are thousands of small programs: beside those, half as many are less in the way, unless
+    they go first and have long parts.
     """
-    programs = multiprocessors(device) if batch == 1 else many_programs(device)
-    return max(1, min(_MOST_SPLITS, programs // (batch * kv_heads)))
+    splits = many_programs(device) // (batch * kv_heads)
+    if batch == 1 and not (first and room >= _LONG * splits):
+        splits //= 2
+    return max(1, min(_MOST_SPLITS, splits))
 
 
 @triton.jit(do_not_specialize=["room"])

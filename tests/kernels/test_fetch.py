@@ -26,7 +26,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def _blocks(request, monkeypatch) -> None:
     """Small ones make every loop of the kernels go round: over blocks, and over more KV heads than programs."""
     if request.param == "small blocks":
-        for name, size in {"_LOOKED_UP": 16, "_LINK": 2, "_ROWS": 8, "_COPY": 4}.items():
+        for name, size in {"_FOUND": 16, "_RENEWED": 16, "_LINK": 2, "_ROWS": 8, "_COPY": 4}.items():
             monkeypatch.setattr(fetch, name, size)
 
 
@@ -62,28 +62,33 @@ def _selections(case, steps: int):
 
 @cases
 @pytest.mark.parametrize("which", ["kernels", "twins"])
-def test_what_is_found_is_what_a_textbook_lru_holds(case, which, device) -> None:
+def test_what_is_kept_is_what_a_textbook_lru_holds(case, which, device) -> None:
+    slots, kv_heads, room, size, _ = case
     recent, found, held = _recent(case, device), 0, {}
+    store = torch.randn(slots, kv_heads, room, 2, 16, generator=torch.Generator().manual_seed(1))
     for order, selected, counts in _selections(case, 9):
+        rows = store[order[:, None, None], torch.arange(kv_heads)[:, None], selected]
         with running(which):
-            sources = recent.look_up(order.to(device), selected.to(device), counts.to(device))
+            asked = order.to(device), selected.to(device), counts.to(device)
+            recent.keep(*asked, recent.find(*asked).places, rows.to(device))
         for row, slot in enumerate(order.tolist()):
-            for kv in range(case[1]):
+            for kv in range(kv_heads):
                 cache = held.setdefault((slot, kv), OrderedDict())  # token to place, the least recently used first
                 meant = selected[row, kv, : counts[row, kv]].tolist()
                 hits = [token for token in meant if token in cache]
                 for token in hits:
                     cache.move_to_end(token)
-                free = sorted(set(range(case[3])) - set(cache.values()))
-                new = [token for token in meant if token not in hits]
-                told = dict(zip(meant, sources.places[row, kv].tolist(), strict=False))
-                assert [meant[rank] for rank in sources.ranks[row, kv, : len(meant)].tolist()] == new + hits
-                assert int(sources.new[row, kv]) == len(new)
-                places = case[3] - len(hits)
-                for token in new[:places]:
+                free = sorted(set(range(size)) - set(cache.values()))
+                for token in [token for token in meant if token not in hits][: size - len(hits)]:
                     cache[token] = free.pop(0) if free else cache.popitem(last=False)[1]
-                assert told == {token: cache.get(token, -1) for token in meant}
                 found += len(hits)
+        for (slot, kv), cache in held.items():
+            tokens, places = list(cache), list(cache.values())
+            where, lies, kept = (x[slot, kv].cpu() for x in (recent.where, recent.tokens, recent.rows))
+            expected = torch.full_like(where, -1)
+            expected[tokens] = torch.tensor(places, dtype=torch.int32)
+            assert torch.equal(where, expected) and lies[places].tolist() == tokens
+            assert torch.equal(kept[places], store[slot, kv, tokens])
     assert int(recent.hits.sum()) == found > 0
 
 
@@ -92,14 +97,19 @@ def test_every_step_leaves_what_its_twin_leaves(case, device, agree) -> None:
     recent = _recent(case, device)
     for order, selected, counts in _selections(case, 6):
         order, selected, counts = (x.to(device) for x in (order, selected, counts))
+        rows = torch.randn(*selected.shape, *recent.rows.shape[3:]).to(device)
 
-        def look_up(where, tokens, ages, hits, *asked):
-            _, places, ranks, new = Recent(recent.rows, where, tokens, ages, hits).look_up(*asked)
-            meant = torch.arange(places.shape[2], device=device) < asked[2][..., None]
-            return places.where(meant, 0), ranks.where(meant, 0), new
+        def step(order, selected, counts, rows, *kept):
+            recent = Recent(*kept)
+            places, ranks, tokens, new = recent.find(order, selected, counts)
+            recent.keep(order, selected, counts, places, rows)
+            share = -(-case[4] // new.shape[2])
+            rank = torch.arange(case[4], device=device)
+            listed = rank % share < new.repeat_interleave(share, 2)[..., : case[4]]
+            return places.where(rank < counts[..., None], 0), ranks.where(listed, 0), tokens.where(listed, 0), new
 
-        agree(look_up, *recent[1:], order, selected, counts)
-        recent.look_up(order, selected, counts)
+        agree(step, order, selected, counts, rows, *recent)
+        recent.keep(order, selected, counts, recent.find(order, selected, counts).places, rows)
 
 
 @cases
@@ -117,11 +127,10 @@ def test_rows_are_the_same_wherever_they_are_read(case, which, device) -> None:
             head = head.expand_as(meant)
             here = (recent.where[slot, head, selected] >= 0) & meant
             gone[slot[here], head[here], selected[here]] = torch.nan
-            sources = recent.look_up(order, selected, counts)
-            rows, places = gather(gone, order, selected, counts, sources)
-        assert (places is None) == (case[3] < most)
-        found = rows[meant] if places is None else rows[slot[meant], head[meant], places[meant].long()]
-        assert torch.equal(found, store[slot[meant], head[meant], selected[meant]])
+            fetched = gather(gone, order, selected, counts, recent)
+            read = fetched.kept.merged(fetched.rows, counts)
+            fetched.keep(order, selected, counts)
+        assert torch.equal(read[meant], store[slot[meant], head[meant], selected[meant]])
 
 
 @pytest.mark.parametrize("kept", [None, 40, 131])
@@ -137,21 +146,20 @@ def test_fetched_rows_are_attended_to(most, kept, device, dtype, agree) -> None:
     q, k, v = draw(batch, kv_heads * group, 1, head_dim), *draw(2, batch, kv_heads, 1, head_dim)
     store = draw(slots, kv_heads, room, 2, head_dim)
     order = torch.tensor([2, 0], device=device)
-    selected = torch.rand(batch, kv_heads, room, generator=generator).argsort(-1)[..., :most].contiguous().to(device)
-    counts = torch.randint(0, most + 1, (batch, kv_heads), generator=generator).to(device)
-    counts[0, 0] = most
+    selected = torch.rand(2, batch, kv_heads, room, generator=generator).argsort(-1)[..., :most].contiguous().to(device)
+    counts = torch.randint(0, most + 1, (2, batch, kv_heads), generator=generator).to(device)
+    counts[:, 0, 0] = most
 
     def fetched(q, k, v, store, order, selected, counts):
-        if kept is None:
-            return gather(store, order, selected, counts).attend(q, k, v, order, counts)
-        recent = _recent((slots, kv_heads, room, kept, most), device, head_dim, dtype)
-        for _ in range(2):
-            sources = recent.look_up(order, selected, counts)
-            rows = gather(store, order, selected, counts, sources)
-        return rows.attend(q, k, v, order, counts)
+        recent = None
+        if kept is not None:  # what another step has left
+            recent = _recent((slots, kv_heads, room, kept, most), device, head_dim, dtype)
+            before = gather(store, order, selected[0], counts[0], recent)
+            before.keep(order, selected[0], counts[0])
+        return gather(store, order, selected[1], counts[1], recent).attend(q, k, v, counts[1])
 
     agree(fetched, q, k, v, store, order, selected, counts)
     with running("twins"):
-        there = attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], order, selected, counts)
+        there = attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], order, selected[1], counts[1])
         here = fetched(q, k, v, store, order, selected, counts)
     torch.testing.assert_close(here, there)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparsecache.kernels.decode import Kept
 from sparsecache.kernels.fetch import Recent
 from sparsecache.methods._layers import Everywhere, per_layer
 from sparsecache.methods.base import Shape
@@ -43,12 +44,12 @@ class GpuCache:
 
     def fetch(self, pool: Pool, layer: int, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As `Pool.fetch`: rows that are here are not fetched."""
-        recent = self.of(layer)
-        asked = rows.clamp(min=0)
-        known = recent.where[slots[:, None, None], self._heads.on(slots)[:, None], asked] >= 0
-        sources = recent.look_up(slots, asked, (rows >= 0).sum(2))
-        fetched = torch.stack(pool.fetch(layer, slots, rows.masked_fill(known, -1)), 3)
-        k, v = sources.read(slots, fetched).unbind(3)
+        recent, asked, counts = self.of(layer), rows.clamp(min=0), (rows >= 0).sum(2)
+        places = recent.find(slots, asked, counts).places
+        fetched = torch.stack(pool.fetch(layer, slots, rows.masked_fill(places >= 0, -1)), 3)
+        read = Kept(recent.rows, slots, places).merged(fetched, counts)
+        recent.keep(slots, asked, counts, places, read)
+        k, v = read.unbind(3)
         return k, v
 
     def forget(self, layer: int, slots: Tensor, rows: Tensor) -> None:

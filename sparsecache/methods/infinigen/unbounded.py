@@ -63,6 +63,7 @@ class Unbounded:
         # The projections of one sequence are thousands of small programs, and a cut would wait until all have begun,
         # but for one that goes first with its whole guess.
         self._urgent = Sides([] if offload else devices, first=True)
+        self._kept: Any = None  # when, on a GPU, the latest layer's rows are in the cache
         self._sent: Tensor | None = None  # rows of a prompt on their way to the host
         # Of each layer, whether it is the last on its device, which waits for all that is done beside it.
         self._ends = [here != after for here, after in zip(devices, [*devices[1:], None], strict=True)]
@@ -89,16 +90,17 @@ class Unbounded:
         """Selects for a layer, of past [slots] tokens, by the guessed q [B, H, 1, D]."""
         mixing, keys = self._partial.mixing[layer], self._partial.keys[layer]
         rule = self._rule._replace(caps=self._caps.on(past))
-        scores = speculate(q, mixing, keys, past, slots)
+        scores = speculate(q, mixing, keys, past, slots, first=self._offload)
         with self._urgent.in_turn(q.device) if len(slots) == 1 else nullcontext():
             selected = take_nearest(scores, past, slots, rule, self._width)
         if not self._offload:
             self._guesses[layer] = _Guess(selected, None, _now(q.device))
             return
-        cache = self._gpu_cache
-        sources = cache.of(layer).look_up(slots, *selected) if cache is not None else None
-        with self._links.reading(slots, *selected, *(sources or [])):
-            fetched = gather(self.store[layer], slots, *selected, sources)
+        recent = self._gpu_cache.of(layer) if self._gpu_cache is not None else None
+        with self._links.reading(slots, *selected):
+            if self._kept is not None:  # what the layer before the last fetched, whose memory this takes
+                torch.cuda.current_stream(q.device).wait_event(self._kept)
+            fetched = gather(self.store[layer], slots, *selected, recent)
             self._guesses[layer] = _Guess(selected, fetched, _now(q.device))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, ledger: Ledger) -> Tensor:
@@ -108,14 +110,18 @@ class Unbounded:
             torch.cuda.current_stream(q.device).wait_event(guess.made)
         counts, store = guess.selected.counts, self.store[layer]
         if guess.fetched is not None:
-            out = guess.fetched.attend(q, k, v, slots, counts)
+            out = guess.fetched.attend(q, k, v, counts)
         else:
             positions = guess.selected.positions
             out = attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], slots, positions, counts)
-        with self._keeping.reading(k, v, slots, counts):  # only the next step reads what is written here
+        with self._keeping.reading(k, v, slots, *guess.selected):  # only the next step reads what is written here
             remember(k, v, self._partial.mixing[layer], self._partial.keys[layer], store, ledger.past, slots)
             ledger.note(slots, counts)
+            if self._gpu_cache is not None and guess.fetched is not None:
+                guess.fetched.keep(slots, *guess.selected)
+                self._kept = _now(q.device)
         if self._ends[layer]:
+            self._kept = None
             for beside in (self.sides, self._keeping, *([self._links] if self._offload else [])):
                 beside.join(q.device)
         return out
