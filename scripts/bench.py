@@ -7,6 +7,8 @@ r"""Measures our engine beside transformers' generate and the machine's limits, 
     python scripts/bench.py decode --model llama-3.1-70b --gpus 2 --peers none
     python scripts/bench.py decode --model llama-3.1-8b --tokens 131072 --method infinigen -o budget=0.1 -o alpha=inf \
         --peers vanilla
+    python scripts/bench.py decode --model llama-3.1-8b --tokens 32768 --method infinigen -o alpha=inf -o offload=true \
+        --vary budget=0.02,0.05,0.1,0.2 --peers offloaded,streamed
     python scripts/bench.py startup --model llama-3.1-8b
     python scripts/bench.py decode --model demo --device cpu --tokens 2048
 
@@ -16,6 +18,7 @@ A named shape has random weights, made on the device; any checkpoint that longbe
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import click
@@ -28,7 +31,6 @@ from sparsecache.bench.modes import OWN, PEERS, Job, Way, decode, free_memory, p
 from sparsecache.cli import FlexibleCommand, make_folder, option_pairs, report_usage_errors
 from sparsecache.engine.loading import DTYPES
 from sparsecache.errors import UsageError, one_line
-from sparsecache.methods import parse_options
 from sparsecache.plan import find_device, find_devices
 from sparsecache.settings import check_for_ray
 
@@ -39,7 +41,7 @@ _MEANT_FOR = {
     "rows": ("replay",),
     "slots": ("replay",),
     "workers": ("replay",),
-    **dict.fromkeys(("batch", "new_tokens", "method", "options", "gpus", "profiled"), ("decode",)),
+    **dict.fromkeys(("batch", "new_tokens", "method", "options", "vary", "gpus", "profiled"), ("decode",)),
 }
 
 
@@ -53,6 +55,12 @@ _MEANT_FOR = {
 @click.option("--new_tokens", type=click.IntRange(2), default=64, show_default=True)
 @click.option("--method", default="vanilla", show_default=True, help="What decodes, in mode decode.")
 @click.option("-o", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method; repeatable.")
+@click.option(
+    "--vary",
+    multiple=True,
+    metavar="KEY=VALUE,VALUE,..",
+    help="Measure each of an option's values, beside the same peers; repeatable: all combinations.",
+)
 @click.option(
     "--peers", default="transformers", show_default=True, help=f"Comma list of {', '.join((*PEERS, *OWN))}, or none."
 )
@@ -88,6 +96,7 @@ def main(
     new_tokens: int,
     method: str,
     options: tuple[str, ...],
+    vary: tuple[str, ...],
     peers: str,
     workload: Path | None,
     rows: int,
@@ -99,17 +108,17 @@ def main(
 ) -> None:
     """Measure MODE and print each line as time, share of the limit and ratio to each peer."""
     with report_usage_errors():
-        names, way = _peers(peers, mode), Way(method, option_pairs(options))
-        parse_options(way.method, way.options)
+        names = _peers(peers, mode)
         jobs = [
             Job(length, new_tokens, size) for size in _numbers("batch", batch) for length in _numbers("tokens", tokens)
         ]
         _check(mode, workload, jobs)
+        ways = _ways(method, option_pairs(options), option_pairs(vary, "--vary"))
         where = find_device(device)
         if out is not None:
             make_folder(out, "--out")
         dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
-        bench = _Bench(mode, model, dtype, jobs, names, way)
+        bench = _Bench(mode, model, dtype, jobs, names, ways)
         devices = find_devices(where, gpus, "--gpus")
         if mode == "startup":
             from sparsecache.bench.startup import startup
@@ -130,7 +139,7 @@ def main(
             bench.save(out / (bench.name if workers == 1 else f"{bench.name}-{workers}"))
         if profiled and not bench.failed:
             kernels = out / f"{bench.name}-profile.txt" if out is not None else None
-            click.echo(profile(subject, jobs[0], kernels, way))
+            click.echo(profile(subject, jobs[0], kernels, ways[0]))
     sys.exit(1 if bench.failed else 0)
 
 
@@ -143,7 +152,7 @@ class _Bench:
     dtype: str
     jobs: list[Job]
     peers: list[str]
-    way: Way
+    ways: list[Way]
 
     def __post_init__(self) -> None:
         self.name = f"{self.mode}-{Path(self.model).name}"
@@ -166,13 +175,15 @@ class _Bench:
         for job in self.jobs:
             what = f"{job.tokens} tokens, batch {job.batch},"
             if self.mode == "decode":
-                self.take(decode(subject, [job], self.peers, self.way), what)
+                self.take(decode(subject, [job], self.peers, self.ways), what)
             else:
                 self.take(prefill(subject, [job], self.peers), what)
 
     def save(self, stem: Path) -> None:
         """Writes the lines as JSON and, where matplotlib is installed, as a picture."""
-        save(self.lines, Path(f"{stem}.json"), model=self.model, dtype=self.dtype, method=str(self.way))
+        save(
+            self.lines, Path(f"{stem}.json"), model=self.model, dtype=self.dtype, method=", ".join(map(str, self.ways))
+        )
         if self.lines:
             save_picture(self.lines, Path(f"{stem}.svg"))
 
@@ -195,6 +206,17 @@ def _check(mode: str, workload: Path | None, jobs: list[Job]) -> None:
         raise UsageError("A replay needs --workload: a CSV with the columns dataset, prompt_tokens, new_tokens.")
     if mode == "startup" and len(jobs) > 1:
         raise UsageError(f"A start-up ends with one prompt, not {len(jobs)}: give one number of --tokens.")
+
+
+def _ways(method: str, options: dict[str, str], varied: dict[str, str]) -> list[Way]:
+    """A method with its options and every combination of the values, comma lists, of those that vary."""
+    if both := options.keys() & varied.keys():
+        raise UsageError(f"{min(both)} is given by -o and by --vary: leave one of them out.")
+    values = [text.split(",") for text in varied.values()]
+    ways = [Way(method, {**options, **dict(zip(varied, chosen, strict=True))}) for chosen in product(*values)]
+    for way in ways:
+        way.parsed()
+    return ways
 
 
 def _numbers(name: str, text: str) -> list[int]:

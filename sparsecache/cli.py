@@ -86,12 +86,12 @@ def make_folder(path: Path, option: str = "") -> None:
         raise UsageError(f"{named} is no folder to write to ({error.strerror}). Name another one.") from error
 
 
-def option_pairs(options: tuple[str, ...]) -> dict[str, str]:
-    """The values of -o by key. Raises click.UsageError for one that is not KEY=VALUE."""
+def option_pairs(options: tuple[str, ...], flag: str = "-o") -> dict[str, str]:
+    """The values of `flag` by key. Raises click.UsageError for one that is not KEY=VALUE."""
     pairs = [text.partition("=") for text in options]
     for (key, equals, _), text in zip(pairs, options, strict=True):
         if not key or not equals:
-            raise click.UsageError(f"-o {text!r} is not of the form KEY=VALUE.")
+            raise click.UsageError(f"{flag} {text!r} is not of the form KEY=VALUE.")
     return {key.replace("-", "_"): value for key, _, value in pairs}
 
 

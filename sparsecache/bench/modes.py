@@ -46,6 +46,10 @@ class Way:
     method: str = "vanilla"
     options: dict[str, str] = field(default_factory=dict)
 
+    def parsed(self) -> dict[str, Any]:
+        """The options' values, with the defaults of those not given. Raises UsageError for one that is refused."""
+        return parse_options(self.method, self.options)
+
     def __str__(self) -> str:
         return " ".join([self.method, *(f"{key}={value}" for key, value in self.options.items())])
 
@@ -65,37 +69,56 @@ class Job:
         return [Request(key, prompt, self.new_tokens, ()) for key, prompt in enumerate(prompts)]
 
 
-def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], way: Way) -> Iterator[Line]:
-    """Milliseconds of a decode step of each job, beside the peers' (those of transformers only without a batch)."""
-    subject.method(way.method, way.options)  # refuses options before anything is measured
-    rate = copy_rate(subject.device)
-    offloaded = parse_options(way.method, way.options).get("offload") and subject.device.type == "cuda"
-    link = link_rate(subject.device) if offloaded else None
+def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], ways: Sequence[Way]) -> Iterator[Line]:
+    """Milliseconds of a decode step of each job in each way, beside the peers' (transformers' only without a batch).
+
+    All ways of a job stand beside the same measurement of a peer.
+    """
+    for way in ways:  # options are refused before anything is measured
+        subject.method(way.method, way.options)
+    rates = _Rates(copy_rate(subject.device), None)
+    if subject.device.type == "cuda" and any(way.parsed().get("offload") for way in ways):
+        rates = rates._replace(link=link_rate(subject.device))
     for job in jobs:
-        clock, reports, caches = run(subject.engine(way.method, way.options, job.batch), subject, job, _step)
-        free_memory()
-        measured = [name for name in peers if job.batch == 1 or name in OWN]
-        others = each_peer(measured, partial(_peer_step, subject, job))
-        kept = [report["kept"] for report in reports if report.get("kept") is not None]
-        notes = {
-            "copy_bytes_per_s": rate,
-            "link_bytes_per_s": link,
-            "fetched_bytes_per_step": sum(report.get("fetched_bytes") or 0 for report in reports)
-            / (job.new_tokens - 1),
-            "kept": kept,
-            "gpu_cache_hit": [report.get("gpu_cache_hit") for report in reports],
-            "peak_gpu_bytes": clock.peak_gpu_bytes,
-            "cache_gpu_bytes": caches[0],
-            "cache_host_bytes": caches[1],
-        }
-        tokens = job.tokens + job.new_tokens // 2
-        if way.method == "infinigen":
-            options = parse_options(way.method, way.options)
-            hits = [report.get("gpu_cache_hit") or 0.0 for report in reports]
-            limit = sparse_limit(subject, tokens, job.batch, rate, link, options, _mean(kept), _mean(hits))
-        else:
-            limit = step_limit(subject, tokens, job.batch, rate, link)
-        yield Line(f"{job.tokens} tokens, batch {job.batch}, {way}", job.batch * _step(clock), limit, others, notes)
+        others: dict[str, float] | None = None
+        for way in ways:
+            ran = run(subject.engine(way.method, way.options, job.batch), subject, job, _step)
+            free_memory()
+            if others is None:
+                measured = [name for name in peers if job.batch == 1 or name in OWN]
+                others = each_peer(measured, partial(_peer_step, subject, job))
+            yield _decoded(subject, job, way, ran, rates, others)
+
+
+class _Rates(NamedTuple):
+    """Bytes a second: of copies within the device, and from pinned host memory, if that is read from."""
+
+    copy: float
+    link: float | None
+
+
+def _decoded(subject: Subject, job: Job, way: Way, ran: "Ran", rates: _Rates, others: dict[str, float]) -> Line:
+    clock, reports, (on_gpu, pinned) = ran
+    options, tokens = way.parsed(), job.tokens + job.new_tokens // 2
+    link = rates.link if options.get("offload") else None
+    kept = [report["kept"] for report in reports if report.get("kept") is not None]
+    hits = [report.get("gpu_cache_hit") for report in reports]
+    notes = {
+        "copy_bytes_per_s": rates.copy,
+        "link_bytes_per_s": link,
+        "fetched_bytes_per_step": sum(report.get("fetched_bytes") or 0 for report in reports) / (job.new_tokens - 1),
+        "kept": kept,
+        "gpu_cache_hit": hits,
+        "peak_gpu_bytes": clock.peak_gpu_bytes,
+        "cache_gpu_bytes": on_gpu,
+        "cache_host_bytes": pinned,
+    }
+    if way.method == "infinigen":
+        hit = _mean([each or 0.0 for each in hits])
+        limit = sparse_limit(subject, tokens, job.batch, rates.copy, link, options, _mean(kept), hit)
+    else:
+        limit = step_limit(subject, tokens, job.batch, rates.copy, link)
+    return Line(f"{job.tokens} tokens, batch {job.batch}, {way}", job.batch * _step(clock), limit, others, notes)
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -240,9 +240,35 @@ def test_a_method_is_measured_beside_our_own_vanilla(main, tmp_path, monkeypatch
     assert line["notes"]["fetched_bytes_per_step"] == pytest.approx(2 * 6 * 2 * 2 * 2 * 16 * 4, rel=0.01)
 
 
+def test_options_that_vary_stand_beside_one_measurement_of_a_peer(main, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sparsecache.bench.limits._SECONDS", 0.01)
+    folder, made, reference = make_random_checkpoint(tmp_path / "tiny"), [], Subject.reference
+    monkeypatch.setattr(Subject, "reference", lambda self: made.append(1) or reference(self))
+    arguments = ["decode", "--model", str(folder), "--device", "cpu", "--tokens", "30,40", "--new_tokens", "3"]
+    way = ["--method", "infinigen", "-o", "alpha=inf", "--vary", "budget=3,0.5", "--vary", "skew=true,false"]
+    told = CliRunner().invoke(main, [*arguments, *way, "--out", str(tmp_path)])
+    assert told.exit_code == 0, told.output
+    lines = json.loads((tmp_path / "decode-tiny.json").read_text())["lines"]
+    ways = [f"infinigen alpha=inf budget={budget} skew={skew}" for budget in ("3", "0.5") for skew in ("true", "false")]
+    assert [line["what"] for line in lines] == [f"{n} tokens, batch 1, {way}" for n in (30, 40) for way in ways]
+    assert [line["notes"]["kept"][0] for line in lines[:4:2]] == pytest.approx([3 / 31, 0.5], rel=0.05)
+    for of_job in (lines[:4], lines[4:]):
+        assert len({line["peers"]["transformers"] for line in of_job}) == 1
+    assert len(made) == 2 and lines[0]["peers"] != lines[4]["peers"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
+        (["decode", "--method", "infinigen", "--vary", "budget=0.1,2.5"], "budget=2.5"),
+        (["decode", "--method", "infinigen", "--vary", "budget=0.1,"], "budget=''"),
+        (["decode", "--method", "infinigen", "--vary", "budget"], "--vary 'budget' is not of the form KEY=VALUE"),
+        (["decode", "--method", "infinigen", "--vary", "cap=1"], "cap"),
+        (
+            ["decode", "--method", "infinigen", "-o", "budget=1", "--vary", "budget=1,2"],
+            "budget is given by -o and by --vary: leave one of them out",
+        ),
+        (["prefill", "--vary", "budget=1"], "--vary says nothing in mode prefill"),
         (["decode", "--tokens", "8k"], "--tokens '8k' is no comma list of whole numbers"),
         (["decode", "--tokens", "0"], "numbers from 1 on"),
         (
