@@ -38,9 +38,11 @@ class Rope:
 
     def cos_sin(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Rotation:
         """Cosines and sines [N, D] for positions [N] of sequences that are lengths [N] or [1] tokens long by now."""
-        freqs = positions.to(torch.float32)[:, None] * self._frequencies(lengths)
-        angles = torch.cat((freqs, freqs), dim=-1)
-        return Rotation((angles.cos() * self._scaling).to(dtype), (angles.sin() * self._scaling).to(dtype))
+        angles = positions[:, None] * self._frequencies(lengths)
+        tables = angles.cos(), angles.sin()
+        if self._scaling != 1:
+            tables = tables[0] * self._scaling, tables[1] * self._scaling
+        return Rotation(*(table.to(dtype) for table in tables))
 
     @property
     def graphable(self) -> bool:
@@ -48,7 +50,7 @@ class Rope:
         return self.type != "dynamic"
 
     def _frequencies(self, lengths: Tensor) -> Tensor:
-        """[D/2], or one row of [D/2] for each length where they follow it."""
+        """[D], the second half as the first, or one row of [D] for each length where they follow it."""
         if self.type == "longrope":
             return torch.where((lengths > self._original_window)[:, None], self._long, self._base)
         if self.type == "dynamic":
@@ -65,11 +67,12 @@ class Rope:
         return int(self._parameters["original_max_position_embeddings"])
 
     def _initialise(self, length: int | Tensor | None) -> tuple[Tensor, float]:
+        """Frequencies [D] float32, the second half as the first, and what cosines and sines are multiplied by."""
         if self.type != "default":
             frequencies, scaling = ROPE_INIT_FUNCTIONS[self.type](self._config, self._device, seq_len=length)
-            return frequencies.to(self._device, torch.float32), float(scaling)
+            return frequencies.to(self._device, torch.float32).repeat(2), float(scaling)
         head_dim = getattr(self._config, "head_dim", None) or (
             self._config.hidden_size // self._config.num_attention_heads
         )
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return (1.0 / self._parameters["rope_theta"] ** exponents).to(self._device), 1.0
+        return (1.0 / self._parameters["rope_theta"] ** exponents).repeat(2).to(self._device), 1.0
