@@ -138,7 +138,7 @@ class Kept(NamedTuple):
 def attend_first(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, counts: Tensor, kept: Kept | None = None) -> Tensor:
     """attend_selected over the first counts [B, G] of rows [B, G, N, 2, D], keys and values.
 
-    kept: which of them are to be read there.
+    kept: where some of them are read instead.
     """
     if fast(q):
         return _kernel(q, k, v, rows[..., 0, :], rows[..., 1, :], None, counts, kept=kept)
