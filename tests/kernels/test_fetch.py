@@ -156,7 +156,10 @@ def test_fetched_rows_are_attended_to(most, kept, device, dtype, agree) -> None:
             recent = _recent((slots, kv_heads, room, kept, most), device, head_dim, dtype)
             before = gather(store, order, selected[0], counts[0], recent)
             before.keep(order, selected[0], counts[0])
-        return gather(store, order, selected[1], counts[1], recent).attend(q, k, v, counts[1])
+        rows = gather(store, order, selected[1], counts[1], recent)
+        if recent is not None:  # must be attended to where they are kept
+            rows.rows[(rows.kept.places >= 0) & (torch.arange(most, device=device) < counts[1][..., None])] = torch.nan
+        return rows.attend(q, k, v, counts[1])
 
     agree(fetched, q, k, v, store, order, selected, counts)
     with running("twins"):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from sparsecache.kernels._triton import INTERPRETED, running
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen import InfiniGen
 
@@ -91,6 +92,21 @@ def test_the_least_recently_used_go_first(tokens, play) -> None:
                     cache.popitem(last=False)
         assert hits > 3
         assert method.report(row + 1)["gpu_cache_hit"] == hits / _read(steps, row)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels in test_cuda.py; a CPU needs the package triton")
+@pytest.mark.parametrize(("tokens", "budget"), [(1000, 6), (2, 0.001)], ids=["for everything", "without ties"])
+def test_kernels_find_what_the_plain_path_finds(tokens, budget, play) -> None:
+    """Where no two tokens of a step are as old, so that both have the same order: the same hits, layer by layer."""
+    plain, expected = _run(play, 7, budget=budget, offload=True, gpu_cache=tokens)
+    with running("kernels"):
+        steps, method = _run(play, 7, budget=budget, offload=True, gpu_cache=tokens)
+        assert method._unbounded is not None
+    assert [step.selected for step in steps] == [step.selected for step in plain]
+    for step, other in zip(steps, plain, strict=True):
+        torch.testing.assert_close(step.out, other.out, rtol=1e-4, atol=1e-5)
+    assert torch.equal(method._gpu_cache.found, expected._gpu_cache.found) and expected._gpu_cache.found.any()
+    assert [method.report(slot) for slot in (1, 2)] == [expected.report(slot) for slot in (1, 2)]
 
 
 def test_a_row_that_holds_another_token_now_is_fetched_anew() -> None:
