@@ -20,6 +20,7 @@ _STAGES = {
     "keeping the new token": ("_remember", "_note"),
 }
 _MOST = 12  # rows
+_LONGEST = 100  # characters of a kernel's name: templates have hundreds
 _Seen = dict[str, tuple[float, float]]  # microseconds, and how often
 
 
@@ -55,11 +56,15 @@ def profiled(decode: Callable[[int], object], new_tokens: int, gpu: bool, path: 
 
 def _table(seen: _Seen, gpu: bool) -> str:
     rows: list[list[Cell]] = [
-        [words(name), number(microseconds, 1), number(count, 1), number(microseconds / count, 1)]
+        [words(_cut(name)), number(microseconds, 1), number(count, 1), number(microseconds / count, 1)]
         for name, (microseconds, count) in sorted(seen.items(), key=_by_time)
     ]
     head = ["", "microseconds a step", "kernels" if gpu else "operations", "microseconds each"]
     return render(Document([Table("", head, rows)], records("", [])), "terminal")
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..."
 
 
 def _by_time(seen: tuple[str, tuple[float, float]]) -> float:
@@ -73,4 +78,5 @@ def _seen(work: Callable[[], object], gpu: bool) -> _Seen:
         work()
     averages: Any = watched.key_averages()
     key = "self_device_time_total" if gpu else "self_cpu_time_total"
-    return {each.key: (float(getattr(each, key)), each.count) for each in averages}
+    times = {each.key: (float(getattr(each, key)), each.count) for each in averages}
+    return {name: (time, count) for name, (time, count) in times.items() if time > 0}  # not what the host called
