@@ -18,6 +18,7 @@ from sparsecache.bench.lines import Line
 from sparsecache.bench.models import Subject
 from sparsecache.bench.stages import profiled
 from sparsecache.engine.base import Clock, Engine, Request
+from sparsecache.engine.generator import Generator
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
 from sparsecache.methods._host import pinned_bytes
@@ -152,7 +153,10 @@ def replay(subject: Subject, workload: Path, rows: int, slots: int, peers: Seque
     workload: a CSV with the columns dataset, prompt_tokens, new_tokens, and max_new_tokens if the caps are known.
     """
     requests = requests_of(subject.architecture.vocabulary, workload, rows)
-    ours, clock = timed(subject.engine(slots=slots), requests)
+    engine = subject.engine(slots=slots)
+    ours, clock = timed(engine, requests)
+    slots = engine.slots  # fewer where memory does not suffice
+    del engine
     if peers:  # which may take minutes
         print(f"{len(requests)} prompts took {ours:.1f} s; now the peers.", file=sys.stderr)
     free_memory()
@@ -234,20 +238,30 @@ def run(engine: Engine, subject: Subject, job: Job, seconds: Callable[[Clock], f
     """An engine does a job.
 
     A first run is not counted (it compiles); of those in the next _SECONDS, _RUNS at most, the fastest by `seconds` is
-    taken.
+    taken. Raises RuntimeError where memory does not suffice for all of its sequences at once.
     """
     requests = job.requests(subject.architecture.vocabulary)
     found: list[Ran] = []
     before = _held(subject.devices)
     engine.reserve(job.tokens + job.new_tokens)
     on_gpu, pinned = (now - then for now, then in zip(_held(subject.devices), before, strict=True))
+    _check_room(engine, job)
     _all(engine, requests)
     began = time.perf_counter()
     while not found or (len(found) < _RUNS and time.perf_counter() - began < _SECONDS):
         engine.reset_clock()
         reports = _all(engine, requests)
         found.append(Ran(engine.clock, reports, (on_gpu, pinned)))
+    _check_room(engine, job)  # which runs may have found out
     return min(found, key=lambda each: seconds(each.clock))
+
+
+def _check_room(engine: Engine, job: Job) -> None:
+    if isinstance(engine, Generator) and engine.slots < job.batch:
+        raise RuntimeError(
+            f"memory does not suffice for {job.batch} sequences of {job.tokens + job.new_tokens:,} tokens at once, but "
+            f"for {engine.slots}: give --batch {engine.slots}."
+        )
 
 
 def _held(devices: Sequence[torch.device]) -> tuple[int, int]:

@@ -42,7 +42,8 @@ def profiled(decode: Callable[[int], object], new_tokens: int, gpu: bool, path: 
     for kernel, (microseconds, count) in many.items():
         before, fewer = few.get(kernel, (0.0, 0.0))
         if count > fewer:
-            each[kernel] = (microseconds - before) / new_tokens, (count - fewer) / new_tokens
+            # What a prompt takes varies, so that its copies might seem to have taken less than nothing of a step.
+            each[kernel] = max(0.0, microseconds - before) / new_tokens, (count - fewer) / new_tokens
     if path is not None:
         path.write_text(_table(each, gpu))
     if not gpu:

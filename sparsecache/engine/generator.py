@@ -88,6 +88,11 @@ class Generator:
         self._steps: Steps = EagerSteps(decoder)
         self._under_way: _Step | None = None  # launched ahead
 
+    @property
+    def slots(self) -> int:
+        """How many sequences may be in flight at once by now."""
+        return self._slots
+
     @torch.inference_mode()
     def reserve(self, max_tokens: int) -> None:
         """Makes room for sequences of max_tokens, in as many slots as memory allows.
@@ -291,18 +296,23 @@ class Generator:
 
     def _fail(self, request: Request, slot: int, error: Exception) -> Completion:
         if self._room:
+            self._settle()  # what was launched before the failure may still write to the slot
             self._method.release(slot)
         return failure(request, error)
 
     def _allocate(self, max_tokens: int) -> None:
         self._room = 0
         self._drain()
-        for place in self._decoder.devices:  # a step may still be in the room, of which host memory is freed at once
-            if place.type == "cuda":
-                torch.cuda.synchronize(place)
+        self._settle()  # a step may still be in the room, of which host memory is freed at once
         shape, device, dtype = self._decoder.shape, self._decoder.device, self._decoder.dtype
         self._steps = EagerSteps(self._decoder)  # frees graphs of the old room
         self._method.allocate(shape, self._slots, max_tokens, device, dtype)
+
+    def _settle(self) -> None:
+        """Waits until the devices have done all that was launched."""
+        for device in self._decoder.devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
     def _prepare(self, max_tokens: int) -> None:
         """Makes steps over the room there is."""

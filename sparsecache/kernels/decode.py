@@ -217,7 +217,7 @@ def _part_length(counts, parts):  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["batch", "parts", "room", "all_marks", "width"])
 def _attend(  # type: ignore[no-untyped-def]
     q, q_row, q_head, new_key, new_value, new_row, new_head, keys, values, slot_stride, head_stride, row_stride,
-    slots, selected, numbers, kept, kept_slots, kept_room,
+    slots, asked_rows, numbers, kept, kept_slots, kept_room,
     sums, marks, where, scale, batch, parts, room, size, all_marks, width,
     APPENDED: tl.constexpr, SLOTS: tl.constexpr, SELECTED: tl.constexpr, KEPT: tl.constexpr,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
@@ -279,12 +279,12 @@ def _attend(  # type: ignore[no-untyped-def]
         token = first + tl.arange(0, TOKENS)
         there = token < end
         if SELECTED:
-            token = tl.load(selected + (row * kv_heads + kv) * width + token, mask=there, other=0)
+            token = tl.load(asked_rows + (row * kv_heads + kv) * width + token, mask=there, other=0)
         place = base + token.to(tl.int64)[:, None] * row_stride + at[None, :]
         seen = there[:, None] & inside[None, :]
         its_key, its_value = keys + place, values + place
         if KEPT:
-            kept_at = tl.load(selected + (row * kv_heads + kv) * width + token, mask=there, other=-1)
+            kept_at = tl.load(asked_rows + (row * kv_heads + kv) * width + token, mask=there, other=-1)
             of_kept = kept + (keeper * kept_room + kept_at)[:, None] * (2 * size) + at[None, :]
             its_key = tl.where((kept_at >= 0)[:, None], of_kept, its_key)
             its_value = tl.where((kept_at >= 0)[:, None], of_kept + size, its_value)

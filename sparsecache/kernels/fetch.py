@@ -188,7 +188,7 @@ def _gathered(store: Tensor, slots: Tensor, selected: Tensor, counts: Tensor, fo
     ranks, tokens, numbers = (selected, selected, counts) if found is None else found[1:]
     _gather[(_LINK,)](
         store, slots, tokens.contiguous(), ranks, numbers.contiguous(), rows,
-        batch * kv_heads * parts, kv_heads, store.shape[2], most, -(-most // parts), row, KEPT=found is not None,
+        batch * kv_heads * parts, kv_heads, store.shape[2], most, -(-most // parts), row, LISTED=found is not None,
         PARTS=parts, OWNERS=up_to_power(batch * kv_heads * parts), ROWS=_ROWS, WIDE=up_to_power(row), num_warps=_WARPS,
         **launching(),
     )  # fmt: skip
@@ -222,7 +222,7 @@ def _find(  # type: ignore[no-untyped-def]
 @triton.jit
 def _ask(  # type: ignore[no-untyped-def]
     block, slots, tokens, ranks, of_each, blocks, ends, kv_heads, room, most, share,
-    KEPT: tl.constexpr, PARTS: tl.constexpr, OWNERS: tl.constexpr, ROWS: tl.constexpr,
+    LISTED: tl.constexpr, PARTS: tl.constexpr, OWNERS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The block-th ROWS rows of all: which they are, where they belong, and which of them there are."""
     owner = tl.sum((ends <= block).to(tl.int32))
@@ -235,7 +235,7 @@ def _ask(  # type: ignore[no-untyped-def]
     slot = tl.load(slots + kv // kv_heads, mask=count > 0, other=0).to(tl.int64)
     token = tl.load(tokens + listed, mask=there, other=0)
     target = listed
-    if KEPT:
+    if LISTED:
         target = first + tl.load(ranks + listed, mask=there, other=0)
     return (slot * kv_heads + kv % kv_heads) * room + token, target, there
 
@@ -243,13 +243,14 @@ def _ask(  # type: ignore[no-untyped-def]
 @triton.jit
 def _gather(  # type: ignore[no-untyped-def]
     store, slots, tokens, ranks, numbers, rows, owners, kv_heads, room, most, share, size: tl.constexpr,
-    KEPT: tl.constexpr, PARTS: tl.constexpr, OWNERS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    LISTED: tl.constexpr, PARTS: tl.constexpr, OWNERS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Copies selected rows, or with KEPT those of some ranks, block by block: a link likes ascending runs.
+    """Copies selected rows, or with LISTED those that are listed by rank, block by block: a link likes ascending runs.
 
-    All programs are in the same KV head, or in two. Each has the next block's rows on their way, and knows which those
-    of the one after are, when it writes a block. size is a constant, without which a block was loaded row by row.
+    Programs take blocks in order, so that all are near each other. Each has the next block's rows on their way, and
+    knows which those of the one after are, when it writes a block. size is a constant, without which a block was loaded
+    row by row.
     """
     after_previous(EARLY)
     program, programs, each = tl.program_id(0), tl.num_programs(0), tl.arange(0, OWNERS)
@@ -258,26 +259,26 @@ def _gather(  # type: ignore[no-untyped-def]
     ends, total, at = tl.cumsum(blocks, axis=0), tl.sum(blocks), tl.arange(0, WIDE)[None, :]
     inside = at < size
     token, target, there = _ask(
-        program, slots, tokens, ranks, of_each, blocks, ends, kv_heads, room, most, share, KEPT, PARTS, OWNERS, ROWS,
+        program, slots, tokens, ranks, of_each, blocks, ends, kv_heads, room, most, share, LISTED, PARTS, OWNERS, ROWS,
     )  # fmt: skip
     part = tl.load(store + token[:, None] * size + at, mask=there[:, None] & inside)
     token, next_target, is_next = _ask(
         program + programs, slots, tokens, ranks, of_each, blocks, ends, kv_heads, room, most, share,
-        KEPT, PARTS, OWNERS, ROWS,
+        LISTED, PARTS, OWNERS, ROWS,
     )  # fmt: skip
     # Two blocks in turn: to move one that is on its way, from one name to another, would be to wait for it.
     for block in tl.range(program + 2 * programs, total + 2 * programs, 2 * programs):
         next_part = tl.load(store + token[:, None] * size + at, mask=is_next[:, None] & inside)
         token, later_target, is_later = _ask(
             block, slots, tokens, ranks, of_each, blocks, ends, kv_heads, room, most, share,
-            KEPT, PARTS, OWNERS, ROWS,
+            LISTED, PARTS, OWNERS, ROWS,
         )  # fmt: skip
         tl.store(rows + target[:, None] * size + at, part, mask=there[:, None] & inside)
         part = tl.load(store + token[:, None] * size + at, mask=is_later[:, None] & inside)
         target, there = later_target, is_later
         token, later_target, is_later = _ask(
             block + programs, slots, tokens, ranks, of_each, blocks, ends, kv_heads, room, most, share,
-            KEPT, PARTS, OWNERS, ROWS,
+            LISTED, PARTS, OWNERS, ROWS,
         )  # fmt: skip
         tl.store(rows + next_target[:, None] * size + at, next_part, mask=is_next[:, None] & inside)
         next_target, is_next = later_target, is_later

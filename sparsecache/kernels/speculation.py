@@ -23,39 +23,39 @@ _LONG = 1024  # tokens of a part
 _MOST_HALF = tl.constexpr(65504)  # that float16 holds
 
 
-def speculate(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tensor, first: bool = False) -> Scores:
+def speculate(q: Tensor, mixing: Tensor, keys: Tensor, past: Tensor, slots: Tensor, first: bool = False) -> Scores:
     """Scores past tokens of each slot by partial keys; behind the last one lies anything.
 
-    q: [B, H, 1, D], guessed; columns: [slots, G, D, I] float32, what makes it partial; keys: [slots, G, T, I], partial;
+    q: [B, H, 1, D], guessed; mixing: [slots, G, D, I] float32, what makes it partial; keys: [slots, G, T, I], partial;
     past: [slots] int64, tokens held; slots: [B] int64. first: whether all else waits for it.
     """
     if fast(q):
-        return _kernel(q, columns, keys, past, slots, first)
-    scores = partial_scores(q, columns, keys, slots)
+        return _kernel(q, mixing, keys, past, slots, first)
+    scores = partial_scores(q, mixing, keys, slots)
     kv_heads = keys.shape[1]
     return Scores(scores.view(len(q), kv_heads, q.shape[1] // kv_heads, keys.shape[2]), None)
 
 
-def remember(k: Tensor, v: Tensor, columns: Tensor, keys: Tensor, store: Tensor, past: Tensor, slots: Tensor) -> None:
+def remember(k: Tensor, v: Tensor, mixing: Tensor, keys: Tensor, store: Tensor, past: Tensor, slots: Tensor) -> None:
     """Puts a new token behind each slot's past ones: k and v [B, G, 1, D], and of k the columns that speculate.
 
-    columns, keys, past, slots as in `speculate`; store: [slots, G, T, 2, D], keys and values, may lie in pinned host
+    mixing, keys, past, slots as in `speculate`; store: [slots, G, T, 2, D], keys and values, may lie in pinned host
     memory. `past` is not changed. In a slot that is full the last row is written again.
     """
     batch, kv_heads, _, head_dim = k.shape
     if fast(k):
         _remember[(batch * kv_heads,)](
-            k, v, k.stride(0), k.stride(1), columns, keys, store, past, slots,
+            k, v, k.stride(0), k.stride(1), mixing, keys, store, past, slots,
             kv_heads, store.shape[2], head_dim, keys.shape[3],
             SIZE=up_to_power(head_dim), WIDE=up_to_power(keys.shape[3]), num_warps=4, **launching(),
         )  # fmt: skip
         return
     row = past[slots].clamp(max=store.shape[2] - 1)
-    keys[slots, :, row] = (k.float() @ columns[slots])[:, :, 0].to(keys.dtype)
+    keys[slots, :, row] = (k.float() @ mixing[slots])[:, :, 0].to(keys.dtype)
     store[slots, :, row] = torch.stack((k, v), 3)[:, :, 0]
 
 
-def _kernel(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tensor, first: bool) -> Scores:
+def _kernel(q: Tensor, mixing: Tensor, keys: Tensor, past: Tensor, slots: Tensor, first: bool) -> Scores:
     batch, heads, _, head_dim = q.shape
     kv_heads, room, wide = keys.shape[1:]
     group, device = heads // kv_heads, q.device
@@ -66,7 +66,7 @@ def _kernel(q: Tensor, columns: Tensor, keys: Tensor, past: Tensor, slots: Tenso
     scores = torch.empty((batch, kv_heads, group, apart), device=device, dtype=precise)
     extremes = torch.empty((2, batch, heads, splits), device=device, dtype=torch.float32)
     _score[(batch * kv_heads, splits)](
-        q, q.stride(0), q.stride(1), columns, keys, past, slots, scores, extremes,
+        q, q.stride(0), q.stride(1), mixing, keys, past, slots, scores, extremes,
         1 / math.sqrt(head_dim), kv_heads, room, apart, head_dim, wide, extremes[0].numel(),
         SIZE=up_to_power(head_dim, 16), WIDE=up_to_power(wide, 16), GROUP=group, QUERIES=up_to_power(group, 8),
         TOKENS=_TOKENS, SPLITS=splits, num_warps=_WARPS, num_stages=_STAGES, **launching(),
@@ -88,7 +88,7 @@ def _split_count(batch: int, kv_heads: int, room: int, device: torch.device, fir
 
 @triton.jit(do_not_specialize=["room"])
 def _score(  # type: ignore[no-untyped-def]
-    q, q_row, q_head, columns, keys, past, slots, scores, extremes, scale, kv_heads, room, apart,
+    q, q_row, q_head, mixing, keys, past, slots, scores, extremes, scale, kv_heads, room, apart,
     size, wide, all_extremes,
     SIZE: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
@@ -104,8 +104,8 @@ def _score(  # type: ignore[no-untyped-def]
     question = tl.load(q + row * q_row + head * q_head + at[:, None], mask=asked, other=0.0).to(tl.float32)
     mixed = (at < size)[None, :] & (column < wide)[:, None]
     owner = slot * kv_heads + kv
-    mixing = tl.load(columns + (owner * size + at[None, :]) * wide + column[:, None], mask=mixed, other=0.0)
-    partial = tl.dot(mixing, question, input_precision="ieee")  # [WIDE, QUERIES]
+    mixes = tl.load(mixing + (owner * size + at[None, :]) * wide + column[:, None], mask=mixed, other=0.0)
+    partial = tl.dot(mixes, question, input_precision="ieee")  # [WIDE, QUERIES]
     whole = partial.to(keys.dtype.element_ty)
     rest = (partial - whole.to(tl.float32)).to(keys.dtype.element_ty)  # so that rounding q does not cost a choice
 
@@ -132,7 +132,7 @@ def _score(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["room"])
 def _remember(  # type: ignore[no-untyped-def]
-    k, v, k_row, k_head, columns, keys, store, past, slots, kv_heads, room, size, wide,
+    k, v, k_row, k_head, mixing, keys, store, past, slots, kv_heads, room, size, wide,
     SIZE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One KV head's new token."""
@@ -145,8 +145,8 @@ def _remember(  # type: ignore[no-untyped-def]
     key = tl.load(k + row * k_row + kv * k_head + at, mask=at < size, other=0.0)
     value = tl.load(v + row * k_row + kv * k_head + at, mask=at < size, other=0.0)
     mixed = (at < size)[:, None] & (column < wide)[None, :]
-    mixing = tl.load(columns + (owner * size + at[:, None]) * wide + column[None, :], mask=mixed, other=0.0)
-    partial = tl.sum(key.to(tl.float32)[:, None] * mixing, axis=0)
+    mixes = tl.load(mixing + (owner * size + at[:, None]) * wide + column[None, :], mask=mixed, other=0.0)
+    partial = tl.sum(key.to(tl.float32)[:, None] * mixes, axis=0)
     tl.store(keys + place * wide + column, partial, mask=column < wide)
     tl.store(store + place * 2 * size + at, key, mask=at < size)
     tl.store(store + (place * 2 + 1) * size + at, value, mask=at < size)

@@ -20,8 +20,8 @@ class Sides:
     def reading(self, *tensors: Tensor) -> Iterator[None]:
         """Work within runs beside the current stream, after all that is there by now; it may read the tensors.
 
-        What it makes may be used outside, after it is done, until the next `reading`: only then is its memory given to
-        others. So nothing is made within while something made earlier is still being read outside. The memory of the
+        What it makes may be used outside once it is done. When its last name goes, what is made within next may take
+        its memory: it is let go of only when the next `reading` waits for whatever still reads it. The memory of the
         tensors is given to others when the host finds that work done.
         """
         if (side := self._of(tensors[0].device)) is not None:

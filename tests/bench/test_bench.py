@@ -17,6 +17,7 @@ from sparsecache.bench.modes import Job, stratified
 from sparsecache.bench.stages import _STAGES, profiled, stage_of
 from sparsecache.demo.checkpoint import MODEL_TYPES, make_random_checkpoint
 from sparsecache.errors import UsageError
+from sparsecache.methods.vanilla import Vanilla
 
 CPU = torch.device("cpu")
 
@@ -223,6 +224,34 @@ def test_a_peer_that_fails_is_told_and_the_rest_is_measured(main, tmp_path, monk
     assert told.exit_code == 0, told.output
     lines = json.loads((tmp_path / "decode-tiny.json").read_text())["lines"]
     assert [line["peers"] for line in lines] == [{}, {}] and "transformers was not measured" in told.output
+
+
+@pytest.mark.parametrize("when", ["before", "while it runs"])
+def test_a_batch_that_does_not_fit_is_no_measurement(when, main, tmp_path, monkeypatch) -> None:
+    """Fewer sequences at once than asked for: their time would be told as the batch's."""
+    monkeypatch.setattr("sparsecache.bench.limits._SECONDS", 0.01)
+    folder, attend = make_random_checkpoint(tmp_path / "tiny"), Vanilla.attend
+
+    def crowded(*_) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    def allocate(self, shape, slots, max_tokens, device, dtype) -> None:
+        if slots > 2 and when == "before":
+            crowded()
+        room(self, shape, slots, max_tokens, device, dtype)
+
+    room = Vanilla.allocate
+    monkeypatch.setattr(Vanilla, "allocate", allocate)
+    if when != "before":
+        monkeypatch.setattr(Vanilla, "attend", lambda self, *a: crowded() if len(a[4]) > 2 else attend(self, *a))
+    arguments = ["--model", str(folder), "--device", "cpu", "--tokens", "20", "--batch", "3,2", "--new_tokens", "3"]
+    told = CliRunner().invoke(main, ["decode", *arguments, "--peers", "none", "--out", str(tmp_path)])
+    fits = 2 if when == "before" else 1
+    assert (
+        told.exit_code == 1 and f"does not suffice for 3 sequences of 23 tokens at once, but for {fits}" in told.stderr
+    )
+    (line,) = json.loads((tmp_path / "decode-tiny.json").read_text())["lines"]
+    assert line["what"].startswith("20 tokens, batch 2")
 
 
 def test_a_method_is_measured_beside_our_own_vanilla(main, tmp_path, monkeypatch) -> None:

@@ -201,7 +201,7 @@ class InfiniGen(SparseMethod):
         if self._unbounded is not None:
             if layer == 0:  # before this step writes anything down
                 self._marks.take()
-            self._unbounded.anticipate(layer, q, slots, self.ledger(layer).past)
+            self._unbounded.anticipate(layer, q, slots, self.ledger(layer))
             return
         past, cap = self.past_and_cap(layer, slots)
         rows = self._pool.rows_held(layer)

@@ -1,8 +1,9 @@
 """Recently fetched tokens of an offloaded cache, kept on the GPU so that only new selections cross the link.
 
 The least recently used go first; of those that were used in the same step, what was found goes before what was fetched,
-each in the order of the selection. On a GPU that has the tokens nearest to the cut last, so that a few other ones may
-be found than on a CPU. It never changes what is attended to, only where it is read.
+each in the order of the selection. From kernels a selection is in two runs, the tokens nearest to the cut last (cut.py,
+`Selected`), so that a few other ones may be found than on a CPU. It never changes what is attended to, only where it is
+read.
 """
 
 from collections.abc import Sequence

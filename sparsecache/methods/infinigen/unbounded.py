@@ -17,7 +17,7 @@ from sparsecache.kernels.decode import Ledger, attend_selected
 from sparsecache.kernels.fetch import Fetched, gather
 from sparsecache.kernels.speculation import remember, speculate
 from sparsecache.methods._host import put
-from sparsecache.methods._layers import Everywhere, per_layer
+from sparsecache.methods._layers import per_layer
 from sparsecache.methods._side import Sides
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen.gpu_cache import GpuCache
@@ -54,16 +54,17 @@ class Unbounded:
         size = (slots, shape.kv_heads, partial.rows, 2, shape.head_dim)
         self.store = per_layer(devices, *size, dtype=partial.dtype, offload=offload)
         self._partial, self._rule, self._offload, self._gpu_cache = partial, rule, offload, gpu_cache
-        self._caps = Everywhere(rule.caps, devices)
         self._width = min(partial.rows, int(rule.caps.max()))
         self._guesses: dict[int, _Guess] = {}
-        # Rows may still be fetched, and new tokens put away, when the next guess begins. What is to be fetched is found
-        # first of all, for the link is what a step then waits for; else the main stream is.
-        self.sides, self._links, self._keeping = (Sides(devices, first=offload) for _ in range(3))
-        # The projections of one sequence are thousands of small programs, and a cut would wait until all have begun,
-        # but for one that goes first with its whole guess.
+        # Rows may still be fetched, and new tokens put away, when the next guess begins. With offload all of these go
+        # first, for the link is what a step then waits for, and what is fetched may wait for what is kept; else they
+        # take turns with the main stream.
+        self.sides, self._keeping = (Sides(devices, first=offload) for _ in range(2))
+        self._links = Sides(devices if offload else [], first=True)
+        # The projections of one sequence are thousands of small programs, and a cut that takes turns with them would
+        # wait until all have begun.
         self._urgent = Sides([] if offload else devices, first=True)
-        self._kept: Any = None  # when, on a GPU, the latest layer's rows are in the cache
+        self._cached: Any = None  # when, on a GPU, the latest layer's rows are in the cache
         self._sent: Tensor | None = None  # rows of a prompt on their way to the host
         # Of each layer, whether it is the last on its device, which waits for all that is done beside it.
         self._ends = [here != after for here, after in zip(devices, [*devices[1:], None], strict=True)]
@@ -86,10 +87,10 @@ class Unbounded:
             self._links.join(k.device)
             self._sent = None
 
-    def anticipate(self, layer: int, q: Tensor, slots: Tensor, past: Tensor) -> None:
-        """Selects for a layer, of past [slots] tokens, by the guessed q [B, H, 1, D]."""
-        mixing, keys = self._partial.mixing[layer], self._partial.keys[layer]
-        rule = self._rule._replace(caps=self._caps.on(past))
+    def anticipate(self, layer: int, q: Tensor, slots: Tensor, ledger: Ledger) -> None:
+        """Selects for a layer, of the past tokens in its ledger, by the guessed q [B, H, 1, D]."""
+        mixing, keys, past = self._partial.mixing[layer], self._partial.keys[layer], ledger.past
+        rule = self._rule._replace(caps=ledger.caps)
         scores = speculate(q, mixing, keys, past, slots, first=self._offload)
         with self._urgent.in_turn(q.device) if len(slots) == 1 else nullcontext():
             selected = take_nearest(scores, past, slots, rule, self._width)
@@ -98,8 +99,8 @@ class Unbounded:
             return
         recent = self._gpu_cache.of(layer) if self._gpu_cache is not None else None
         with self._links.reading(slots, *selected):
-            if self._kept is not None:  # what the layer before the last fetched, whose memory this takes
-                torch.cuda.current_stream(q.device).wait_event(self._kept)
+            if self._cached is not None:  # rows of the latest layer that has attended, whose memory these may take
+                torch.cuda.current_stream(q.device).wait_event(self._cached)
             fetched = gather(self.store[layer], slots, *selected, recent)
             self._guesses[layer] = _Guess(selected, fetched, _now(q.device))
 
@@ -117,12 +118,13 @@ class Unbounded:
         with self._keeping.reading(k, v, slots, *guess.selected):  # only the next step reads what is written here
             remember(k, v, self._partial.mixing[layer], self._partial.keys[layer], store, ledger.past, slots)
             ledger.note(slots, counts)
-            if self._gpu_cache is not None and guess.fetched is not None:
+            if guess.fetched is not None:
                 guess.fetched.keep(slots, *guess.selected)
-                self._kept = _now(q.device)
+            if self._gpu_cache is not None:
+                self._cached = _now(q.device)
         if self._ends[layer]:
-            self._kept = None
-            for beside in (self.sides, self._keeping, *([self._links] if self._offload else [])):
+            self._cached = None
+            for beside in (self.sides, self._keeping, self._links):
                 beside.join(q.device)
         return out
 
