@@ -17,6 +17,7 @@ A named shape has random weights, made on the device; any checkpoint that longbe
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -119,23 +120,22 @@ def main(
         dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
         bench = _Bench(mode, model, dtype, jobs, names, ways)
         devices = find_devices(where, gpus, "--gpus")
-        if mode == "startup":
-            from sparsecache.bench.startup import startup
+        with bench.saved(None if out is None else out / (bench.name if workers == 1 else f"{bench.name}-{workers}")):
+            if mode == "startup":
+                from sparsecache.bench.startup import startup
 
-            bench.take(startup(model, device, dtype, jobs[0].tokens, names))
-        elif workload is not None and workers > 1:
-            check_for_ray()
-            from sparsecache.bench.many import Crew, replay_by_many  # only where it is asked for: it imports Ray
+                bench.take(startup(model, device, dtype, jobs[0].tokens, names))
+            elif workload is not None and workers > 1:
+                check_for_ray()
+                from sparsecache.bench.many import Crew, replay_by_many  # only where it is asked for: it imports Ray
 
-            bench.take(replay_by_many(Crew(workers, model, dtype, where.type, slots), workload, rows))
-        else:
-            subject = load_subject(model, devices, DTYPES[dtype])
-            if workload is not None:
-                bench.take(replay(subject, workload, rows, slots, names))
+                bench.take(replay_by_many(Crew(workers, model, dtype, where.type, slots), workload, rows))
             else:
-                bench.take_each(subject)
-        if out is not None:
-            bench.save(out / (bench.name if workers == 1 else f"{bench.name}-{workers}"))
+                subject = load_subject(model, devices, DTYPES[dtype])
+                if workload is not None:
+                    bench.take(replay(subject, workload, rows, slots, names))
+                else:
+                    bench.take_each(subject)
         if profiled and not bench.failed:
             kernels = out / f"{bench.name}-profile.txt" if out is not None else None
             click.echo(profile(subject, jobs[0], kernels, ways[0]))
@@ -178,13 +178,19 @@ class _Bench:
             else:
                 self.take(prefill(subject, [job], self.peers), what)
 
-    def save(self, stem: Path) -> None:
-        """Writes the lines as JSON and, where matplotlib is installed, as a picture."""
-        save(
-            self.lines, Path(f"{stem}.json"), model=self.model, dtype=self.dtype, method=", ".join(map(str, self.ways))
-        )
-        if self.lines:
-            save_picture(self.lines, Path(f"{stem}.svg"))
+    @contextmanager
+    def saved(self, stem: Path | None) -> Iterator[None]:
+        """Writes what is measured within as JSON and, where matplotlib is installed, as a picture: if stopped, too."""
+        stopped = True
+        try:
+            yield
+            stopped = False
+        finally:
+            if stem is not None and (self.lines or not stopped):
+                ways = ", ".join(map(str, self.ways))
+                save(self.lines, Path(f"{stem}.json"), model=self.model, dtype=self.dtype, method=ways)
+            if stem is not None and self.lines:
+                save_picture(self.lines, Path(f"{stem}.svg"))
 
 
 def _check(mode: str, workload: Path | None, jobs: list[Job]) -> None:
@@ -231,6 +237,8 @@ def _numbers(name: str, text: str) -> list[int]:
 def _peers(text: str, mode: str) -> list[str]:
     names = [] if text == "none" else text.split(",")
     known = {"decode": {*PEERS, *OWN}, "startup": {"transformers"}}.get(mode, {*PEERS})
+    if len(set(names)) < len(names):
+        raise UsageError(f"--peers {text!r} names one twice: leave one of them out.")
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"--peers {unknown[0]!r} is no peer in {mode}. Peers: {', '.join(sorted(known))}, or none.")
     return names

@@ -87,12 +87,17 @@ def make_folder(path: Path, option: str = "") -> None:
 
 
 def option_pairs(options: tuple[str, ...], flag: str = "-o") -> dict[str, str]:
-    """The values of `flag` by key. Raises click.UsageError for one that is not KEY=VALUE."""
-    pairs = [text.partition("=") for text in options]
-    for (key, equals, _), text in zip(pairs, options, strict=True):
+    """The values of `flag` by key. Raises click.UsageError for one that is not KEY=VALUE, and for a key given twice."""
+    values: dict[str, str] = {}
+    for text in options:
+        key, equals, value = text.partition("=")
+        key = key.replace("-", "_")
         if not key or not equals:
             raise click.UsageError(f"{flag} {text!r} is not of the form KEY=VALUE.")
-    return {key.replace("-", "_"): value for key, _, value in pairs}
+        if key in values:
+            raise click.UsageError(f"{flag} gives {key} twice, {values[key]} and {value}: leave one of them out.")
+        values[key] = value
+    return values
 
 
 def _with_underscores(argument: str) -> str:

@@ -124,6 +124,10 @@ BAD = {
     "method": (["--method", "vanila"], ["'vanila'", "vanilla"]),
     "unknown option": (["-o", "budget=3"], ["no option 'budget'", "offload=false", "--list_methods"]),
     "option without value": (["-o", "budget"], ["'budget'", "KEY=VALUE"]),
+    "option given twice": (
+        ["-o", "gpu_cache=1", "-o", "gpu-cache=2"],
+        ["-o gives gpu_cache twice, 1 and 2"],
+    ),
     "name with slash": (["--name", "a/b"], ["'a/b'", "without a slash"]),
     "name of dots": (["--name", ".."], ["'..'"]),
     "long name": (["--name", "x" * 300], ["--pred_dir or --name"]),

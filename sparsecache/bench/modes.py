@@ -87,6 +87,9 @@ def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], ways: Se
             free_memory()
             if others is None:
                 measured = [name for name in peers if job.batch == 1 or name in OWN]
+                if left_out := [name for name in peers if name not in measured]:
+                    names = ", ".join(left_out)
+                    print(f"Not measured with {job.batch} sequences at a time, but with one: {names}.", file=sys.stderr)
                 others = each_peer(measured, partial(_peer_step, subject, job))
             yield _decoded(subject, job, way, ran, rates, others)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsecache.kernels.decode import append, attend_and_append, attend_selected
 from sparsecache.methods._host import put
-from sparsecache.methods._layers import per_layer
+from sparsecache.methods._layers import keys_and_values, per_layer
 from sparsecache.methods.base import Shape
 
 
@@ -15,6 +15,7 @@ class FullCache:
     """The cache of all slots and of a layer for each of `devices`, allocated once.
 
     keys, values: [layers, slots, G, max_tokens, D], in host memory with `offload`; lengths: [layers, slots], tokens.
+    token_nbytes: what one token takes in all layers.
     """
 
     def __init__(
@@ -27,9 +28,9 @@ class FullCache:
         offload: bool = False,
     ) -> None:
         size = (slots, shape.kv_heads, max_tokens, shape.head_dim)
-        self.keys = per_layer(devices, *size, dtype=dtype, offload=offload)
-        self.values = per_layer(devices, *size, dtype=dtype, offload=offload)
+        self.keys, self.values = keys_and_values(devices, *size, dtype=dtype, offload=offload)
         self.lengths = per_layer(devices, slots)
+        self.token_nbytes = 2 * len(devices) * shape.kv_heads * shape.head_dim * dtype.itemsize
 
     def fill(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
         """Takes a prompt's k and v [G, L, D] into an empty slot."""

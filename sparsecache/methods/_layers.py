@@ -57,6 +57,16 @@ def per_layer(
     return Layered([torch.full(size, fill, device=device, dtype=dtype) for device in devices])
 
 
+def keys_and_values(
+    devices: Sequence[torch.device], *size: int, dtype: torch.dtype, offload: bool = False
+) -> tuple[PerLayer, PerLayer]:
+    """Room for keys and for values, [layers, *size] each; in host memory in one piece, which is refused whole."""
+    if offload:
+        both = make_room(len(devices), 2, *size, dtype=dtype, device=_first(devices), offload=True)
+        return both[:, 0], both[:, 1]
+    return per_layer(devices, *size, dtype=dtype), per_layer(devices, *size, dtype=dtype)
+
+
 def spread(value: Tensor, devices: Sequence[torch.device]) -> PerLayer:
     """A tensor [layers, ...], its i-th layer on the i-th device."""
     if len(set(devices)) <= 1:

@@ -226,6 +226,24 @@ def test_a_peer_that_fails_is_told_and_the_rest_is_measured(main, tmp_path, monk
     assert [line["peers"] for line in lines] == [{}, {}] and "transformers was not measured" in told.output
 
 
+def test_what_was_measured_before_a_stop_stays(main, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sparsecache.bench.limits._SECONDS", 0.01)
+    folder, engine, made = make_random_checkpoint(tmp_path / "tiny"), Subject.engine, []
+
+    def stopped(self, *arguments):
+        made.append(1)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return engine(self, *arguments)
+
+    monkeypatch.setattr(Subject, "engine", stopped)
+    arguments = ["--model", str(folder), "--device", "cpu", "--tokens", "20,30", "--new_tokens", "3", "--peers", "none"]
+    told = CliRunner().invoke(main, ["decode", *arguments, "--out", str(tmp_path)])
+    assert (told.exit_code, told.stderr) == (130, "Stopped.\n")
+    (line,) = json.loads((tmp_path / "decode-tiny.json").read_text())["lines"]
+    assert line["what"].startswith("20 tokens")
+
+
 @pytest.mark.parametrize("when", ["before", "while it runs"])
 def test_a_batch_that_does_not_fit_is_no_measurement(when, main, tmp_path, monkeypatch) -> None:
     """Fewer sequences at once than asked for: their time would be told as the batch's."""
@@ -263,6 +281,7 @@ def test_a_method_is_measured_beside_our_own_vanilla(main, tmp_path, monkeypatch
     told = CliRunner().invoke(main, [*arguments, *way, *more])
     assert told.exit_code == 0, told.output
     (line,) = json.loads((tmp_path / "decode-tiny.json").read_text())["lines"]
+    assert "Not measured with 2 sequences at a time, but with one: transformers." in told.stderr
     assert line["what"].startswith("60 tokens, batch 2, infinigen budget=0.1 alpha=inf") and line["peers"].keys() == {
         "vanilla",
         "streamed",
@@ -309,6 +328,11 @@ def test_options_that_vary_stand_beside_one_measurement_of_a_peer(main, tmp_path
         (["prefill", "--peers", "streamed"], "'streamed' is no peer in prefill"),
         (["decode", "--method", "infinigen", "-o", "alpha=-1"], "alpha=-1"),
         (["decode", "-o", "alpha"], "is not of the form KEY=VALUE"),
+        (
+            ["decode", "--method", "infinigen", "--vary", "budget=1,2", "--vary", "budget=3"],
+            "--vary gives budget twice, 1,2 and 3: leave one of them out",
+        ),
+        (["decode", "--peers", "static,static"], "--peers 'static,static' names one twice"),
         (["replay"], "needs --workload"),
         (["replay", "--workload", "w.csv", "--tokens", "9"], "--tokens says nothing in mode replay: leave it out. It"),
         (["replay", "--workload", "w.csv", "--workers", "2", "--peers", "static"], "leave out --peers"),

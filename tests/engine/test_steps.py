@@ -161,23 +161,33 @@ def test_text_is_the_same_whatever_is_launched_ahead(
     assert ahead > asked if slots == 1 else ahead >= asked, "some steps went too far"
 
 
-@pytest.mark.parametrize("gpu_cache", [0, 8])
+_SPARSE = {"budget": 0.5, "dense_layers": 1, "skew": False, "offload": True}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(InfiniGen, _SPARSE), (InfiniGen, {**_SPARSE, "gpu_cache": 8}), (Vanilla, {"offload": True})],
+    ids=["infinigen", "gpu_cache", "vanilla"],
+)
 def test_a_step_too_far_is_not_reported(
-    gpu_cache, folder, make_engine, our_texts, make_prompts, recorded, monkeypatch
+    method, options, folder, make_engine, our_texts, make_prompts, recorded, monkeypatch
 ) -> None:
     monkeypatch.setattr("sparsecache.methods.infinigen.in_kernels", lambda device: True)  # as on a GPU, with the twins
-    options = {"budget": 0.5, "dense_layers": 1, "skew": False, "offload": True, "gpu_cache": gpu_cache}
     prompts, reports = make_prompts(9, 12), []
-    texts = our_texts(make_engine(folder, 1, InfiniGen(**options)), prompts, 6)
+    texts = our_texts(make_engine(folder, 1, method(**options)), prompts, 6)
     requests = [Request(at, prompt, 6, (texts[at][3],)) for at, prompt in enumerate(prompts)]
     for kind in (_Recorded, _Hesitant):
         made = recorded(kind)
-        engine = make_engine(folder, 2, InfiniGen(**options))
+        engine = make_engine(folder, 2, method(**options))
         engine.reserve(20)
         done = {each.key: each for each in engine.generate(requests)}
         reports.append([(done[at].token_ids, done[at].report, done[at].error) for at in (0, 1)])
         assert len(made[-1].batches) == (4 if kind is _Recorded else 3)
     assert reports[0] == reports[1] and reports[0][0][1]["fetched_bytes"] > 0
+    if method is Vanilla:  # all that is past, in three steps
+        shape = engine._decoder.shape
+        each = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
+        assert [report["fetched_bytes"] for _, report, _ in reports[0]] == [(9 + 10 + 11) * each, (12 + 13 + 14) * each]
 
 
 class _Small(Vanilla):

@@ -134,10 +134,10 @@ def test_rows_are_the_same_wherever_they_are_read(case, which, device) -> None:
 
 
 @pytest.mark.parametrize("kept", [None, 40, 131])
-@pytest.mark.parametrize("most", [1, 130])
-def test_fetched_rows_are_attended_to(most, kept, device, dtype, agree) -> None:
+@pytest.mark.parametrize(("group", "head_dim", "most"), [(4, 32, 1), (4, 32, 130), (1, 128, 130), (8, 64, 130)])
+def test_fetched_rows_are_attended_to(group, head_dim, most, kept, device, dtype, agree) -> None:
     """Fetched in one kernel, attended to in the next: as attending to them where they lie."""
-    slots, kv_heads, group, head_dim, room, batch = 3, 2, 4, 32, 200, 2
+    slots, kv_heads, room, batch = 3, 2, 200, 2
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from sparsecache.methods import _host
 from sparsecache.methods._host import make_room, put
 from sparsecache.methods.base import Shape
+from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.methods.vanilla import Vanilla
 
 CPU = torch.device("cpu")
@@ -18,8 +19,10 @@ def test_what_the_host_has_not_is_refused_with_the_numbers(monkeypatch) -> None:
     make_room(2**20, dtype=torch.float32, device=CPU, offload=True)
     with pytest.raises(torch.OutOfMemoryError, match=r"needs 4.0 GiB of host memory, and 3.0 GiB are available"):
         make_room(2**30, dtype=torch.float32, device=CPU, offload=True)
-    with pytest.raises(torch.OutOfMemoryError, match="host memory"):
-        Vanilla(offload=True).allocate(Shape(8, 8, 8, 128), 8, 100_000, CPU, torch.float32)
+    sparse = InfiniGen(offload=True, skew=False, dense_layers=1)
+    for method, layers in ((Vanilla(offload=True), 8), (sparse, 9)):  # keys and values together
+        with pytest.raises(torch.OutOfMemoryError, match=r"needs 4.0 GiB of host memory, and 3.0 GiB are available"):
+            method.allocate(Shape(layers, 8, 8, 128), 1, 2**16, CPU, torch.float32)
 
 
 def test_the_host_says_what_it_has() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels.rows import take_rows
-from sparsecache.methods._layers import Everywhere, per_layer
+from sparsecache.methods._layers import Everywhere, keys_and_values, per_layer
 from sparsecache.methods.base import Shape
 
 Eviction = Literal["fifo", "lru", "counter"]
@@ -39,8 +39,7 @@ class Pool:
     ) -> None:
         size = (slots, shape.kv_heads, rows)
         self._where = [torch.device("cpu")] * len(devices) if offload else list(devices)
-        self.keys = per_layer(devices, *size, shape.head_dim, dtype=dtype, offload=offload)
-        self.values = per_layer(devices, *size, shape.head_dim, dtype=dtype, offload=offload)
+        self.keys, self.values = keys_and_values(devices, *size, shape.head_dim, dtype=dtype, offload=offload)
         self.positions = per_layer(devices, *size, fill=_EMPTY)
         self.last_selected = per_layer(devices, *size)
         self.selections = per_layer(devices, *size)
