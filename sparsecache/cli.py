@@ -69,12 +69,19 @@ def report_usage_errors() -> Iterator[None]:
     """Prints a UsageError as one sentence and exits with code 2; Ctrl-C exits with 130."""
     try:
         yield
-    except UsageError as error:
+    except (UsageError, KeyboardInterrupt) as error:
+        if _is_stop(error):
+            click.echo("Stopped.", err=True)
+            sys.exit(130)
         click.echo(f"Error: {visible(str(error))}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        click.echo("Stopped.", err=True)
-        sys.exit(130)
+
+
+def _is_stop(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: libraries make a failure of their own of one while they import."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def make_folder(path: Path, option: str = "") -> None:

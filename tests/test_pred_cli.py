@@ -243,6 +243,18 @@ def test_pickles_are_refused_with_the_switch_named(broken, invoke, tmp_path) -> 
     assert "--allow_pickle" in told.stderr
 
 
+def test_an_interrupt_while_a_library_is_imported_is_no_bad_checkpoint(invoke, monkeypatch) -> None:
+    def imported(*_, **__) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module 'LlamaConfig'") from error
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", imported)
+    told = invoke()
+    assert (told.exit_code, told.stderr) == (130, "Stopped.\n")
+
+
 @pytest.mark.parametrize(("arguments", "way"), [([], "the same command"), (["--overwrite"], "without --overwrite")])
 def test_an_interrupted_run_says_which_command_goes_on(arguments, way, monkeypatch) -> None:
     def stop(settings: Settings) -> int:
