@@ -23,17 +23,23 @@ def make_room(*size: int, dtype: torch.dtype, device: torch.device, offload: boo
     """
     if not offload:
         return torch.zeros(size, device=device, dtype=dtype)
-    needed, free = math.prod(size) * dtype.itemsize, _available()
-    if free is not None and needed > free:
-        raise torch.OutOfMemoryError(
-            f"offload needs {needed / _GIB:.1f} GiB of host memory, and {free / _GIB:.1f} GiB are available. Decode "
-            f"fewer or shorter sequences at a time."
-        )
+    needed = math.prod(size) * dtype.itemsize
+    check_host_room(needed)
     room = torch.zeros(size, dtype=dtype)
     if device.type == "cuda" and needed:
         torch.cuda.synchronize(device)  # makes this thread one that the driver knows
         _pin(room)
     return room
+
+
+def check_host_room(needed: int) -> None:
+    """Raises torch.OutOfMemoryError, with the numbers, where the host has not so many bytes."""
+    free = _available()
+    if free is not None and needed > free:
+        raise torch.OutOfMemoryError(
+            f"offload needs {needed / _GIB:.1f} GiB of host memory, and {free / _GIB:.1f} GiB are available. Decode "
+            f"fewer or shorter sequences at a time."
+        )
 
 
 def put(rows: Tensor, target: Tensor) -> None:

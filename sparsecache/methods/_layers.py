@@ -6,13 +6,14 @@ One number is set by `x[layer, slot].fill_(number)`: `x[layer, slot] = number` w
 the device.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsecache.methods._host import make_room
+from sparsecache.methods._host import check_host_room, make_room
 
 
 class Layered:
@@ -60,11 +61,11 @@ def per_layer(
 def keys_and_values(
     devices: Sequence[torch.device], *size: int, dtype: torch.dtype, offload: bool = False
 ) -> tuple[PerLayer, PerLayer]:
-    """Room for keys and for values, [layers, *size] each; in host memory in one piece, which is refused whole."""
+    """Room for keys and for values, [layers, *size] each: where host memory has not enough for both, for neither."""
     if offload:
-        both = make_room(len(devices), 2, *size, dtype=dtype, device=_first(devices), offload=True)
-        return both[:, 0], both[:, 1]
-    return per_layer(devices, *size, dtype=dtype), per_layer(devices, *size, dtype=dtype)
+        check_host_room(2 * len(devices) * math.prod(size) * dtype.itemsize)
+    keys, values = (per_layer(devices, *size, dtype=dtype, offload=offload) for _ in range(2))
+    return keys, values
 
 
 def spread(value: Tensor, devices: Sequence[torch.device]) -> PerLayer:
