@@ -173,21 +173,24 @@ def test_a_step_too_far_is_not_reported(
     method, options, folder, make_engine, our_texts, make_prompts, recorded, monkeypatch
 ) -> None:
     monkeypatch.setattr("sparsecache.methods.infinigen.in_kernels", lambda device: True)  # as on a GPU, with the twins
-    prompts, reports = make_prompts(9, 12), []
+    prompts, reports, steps = make_prompts(9, 12, 5), [], []
     texts = our_texts(make_engine(folder, 1, method(**options)), prompts, 6)
-    requests = [Request(at, prompt, 6, (texts[at][3],)) for at, prompt in enumerate(prompts)]
+    stops = [(texts[0][3],), (texts[1][3],), ()]  # the last one takes a slot whose last step went too far
+    requests = [Request(at, prompt, 6, stops[at]) for at, prompt in enumerate(prompts)]
     for kind in (_Recorded, _Hesitant):
         made = recorded(kind)
         engine = make_engine(folder, 2, method(**options))
         engine.reserve(20)
         done = {each.key: each for each in engine.generate(requests)}
-        reports.append([(done[at].token_ids, done[at].report, done[at].error) for at in (0, 1)])
-        assert len(made[-1].batches) == (4 if kind is _Recorded else 3)
+        reports.append([(done[at].token_ids, done[at].report, done[at].error) for at in (0, 1, 2)])
+        steps.append(len(made[-1].batches))
+    assert steps[0] > steps[1], "some go too far"
     assert reports[0] == reports[1] and reports[0][0][1]["fetched_bytes"] > 0
     if method is Vanilla:  # all that is past, in three steps
         shape = engine._decoder.shape
         each = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
-        assert [report["fetched_bytes"] for _, report, _ in reports[0]] == [(9 + 10 + 11) * each, (12 + 13 + 14) * each]
+        read = [9 + 10 + 11, 12 + 13 + 14, 5 + 6 + 7 + 8 + 9]
+        assert [report["fetched_bytes"] for _, report, _ in reports[0]] == [tokens * each for tokens in read]
 
 
 class _Small(Vanilla):
