@@ -72,8 +72,7 @@ class Subject:
     @property
     def kv_nbytes(self) -> int:
         """Keys and values of one token."""
-        shape = self.architecture.shape
-        return 2 * shape.layers * shape.kv_heads * shape.head_dim * self.dtype.itemsize
+        return self.architecture.shape.kv_nbytes(self.dtype)
 
     def engine(self, method: str = "vanilla", options: dict[str, str] | None = None, slots: int = 1) -> Generator:
         """Our engine over a method, which is calibrated, if it wants to be, with random tokens."""

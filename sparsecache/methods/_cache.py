@@ -15,7 +15,6 @@ class FullCache:
     """The cache of all slots and of a layer for each of `devices`, allocated once.
 
     keys, values: [layers, slots, G, max_tokens, D], in host memory with `offload`; lengths: [layers, slots], tokens.
-    token_nbytes: what one token takes in all layers.
     """
 
     def __init__(
@@ -30,7 +29,6 @@ class FullCache:
         size = (slots, shape.kv_heads, max_tokens, shape.head_dim)
         self.keys, self.values = keys_and_values(devices, *size, dtype=dtype, offload=offload)
         self.lengths = per_layer(devices, slots)
-        self.token_nbytes = 2 * len(devices) * shape.kv_heads * shape.head_dim * dtype.itemsize
 
     def fill(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
         """Takes a prompt's k and v [G, L, D] into an empty slot."""

@@ -34,6 +34,10 @@ class Shape:
         """The device of each layer, where a model that is not split lies on `device`."""
         return self.devices or (device,) * self.layers
 
+    def kv_nbytes(self, dtype: torch.dtype) -> int:
+        """Keys and values of one token in all layers, bytes."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
+
 
 class Method(ABC):
     """A way to keep, and attend to, the keys and values of past tokens.

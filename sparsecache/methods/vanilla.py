@@ -26,6 +26,7 @@ class Vanilla(Method):
         vars(self).pop("_cache", None)  # frees the old room before taking the new
         self._prompts: dict[int, int] = {}  # tokens of each slot's prompt
         self._too_far: set[int] = set()  # slots whose last step does not count
+        self._token_nbytes = shape.kv_nbytes(dtype)
         self._cache = FullCache(shape.places(device), slots, max_tokens, shape, dtype, self._offload)
 
     def prefill(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
@@ -47,4 +48,4 @@ class Vanilla(Method):
             return {}
         prompt, held = self._prompts[slot], int(self._cache.lengths[0, slot]) - (slot in self._too_far)
         read = (prompt + held - 1) * (held - prompt) // 2  # by all steps: prompt, prompt + 1, .. held - 1 tokens
-        return {"fetched_bytes": read * self._cache.token_nbytes}
+        return {"fetched_bytes": read * self._token_nbytes}

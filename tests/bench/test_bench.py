@@ -264,10 +264,9 @@ def test_a_batch_that_does_not_fit_is_no_measurement(when, main, tmp_path, monke
         monkeypatch.setattr(Vanilla, "attend", lambda self, *a: crowded() if len(a[4]) > 2 else attend(self, *a))
     arguments = ["--model", str(folder), "--device", "cpu", "--tokens", "20", "--batch", "3,2", "--new_tokens", "3"]
     told = CliRunner().invoke(main, ["decode", *arguments, "--peers", "none", "--out", str(tmp_path)])
+    assert told.exit_code == 1
     fits = 2 if when == "before" else 1
-    assert (
-        told.exit_code == 1 and f"does not suffice for 3 sequences of 23 tokens at once, but for {fits}" in told.stderr
-    )
+    assert f"does not suffice for 3 sequences of 23 tokens at once, but for {fits}" in told.stderr
     (line,) = json.loads((tmp_path / "decode-tiny.json").read_text())["lines"]
     assert line["what"].startswith("20 tokens, batch 2")
 

@@ -184,7 +184,7 @@ def test_a_step_too_far_is_not_reported(
         done = {each.key: each for each in engine.generate(requests)}
         reports.append([(done[at].token_ids, done[at].report, done[at].error) for at in (0, 1, 2)])
         steps.append(len(made[-1].batches))
-    assert steps[0] > steps[1], "some go too far"
+    assert steps == [9, 8], "one goes too far"
     assert reports[0] == reports[1] and reports[0][0][1]["fetched_bytes"] > 0
     if method is Vanilla:  # all that is past, in three steps
         shape = engine._decoder.shape
