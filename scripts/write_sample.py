@@ -5,9 +5,9 @@ from pathlib import Path
 import click
 
 from sparsecache.cli import FlexibleCommand, report_usage_errors
-from sparsecache.demo.source import SampleSource
 from sparsecache.longbench.tasks import select_tasks
 from sparsecache.settings import Settings
+from sparsecache.synthetic.source import SampleSource
 
 
 @click.command(cls=FlexibleCommand)

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from sparsecache.demo.source import SampleSource
 from sparsecache.engine.base import Completion, Engine, Request
 from sparsecache.errors import UsageError
 from sparsecache.longbench.data import Rows, Source, load_rows, open_source
@@ -27,6 +26,7 @@ from sparsecache.plan import Plan
 from sparsecache.provenance import new_session, now
 from sparsecache.rows import failed_row, finished_row
 from sparsecache.settings import Settings
+from sparsecache.synthetic.source import SampleSource
 from sparsecache.work import Row, Work, in_order, largest, longest_first
 
 if TYPE_CHECKING:

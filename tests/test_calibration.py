@@ -15,7 +15,6 @@ from torch import Tensor
 import sparsecache.calibration
 from longbench_pred import main
 from sparsecache.calibration import MOST_TOKENS, cache_folder, calibrate
-from sparsecache.demo.checkpoint import make_random_checkpoint
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.errors import UsageError
@@ -23,6 +22,7 @@ from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.plan import Plan
 from sparsecache.settings import Settings
+from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 SHAPE = Shape(layers=2, heads=4, kv_heads=2, head_dim=8)
 TEXT = list(range(50))

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from longbench_pred import main
-from sparsecache.demo.checkpoint import make_random_checkpoint
 from sparsecache.methods import describe_methods
 from sparsecache.settings import Settings
+from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def checkpoint_folder(model: Model, offline: bool, *, weights: bool = False, all
         raise UsageError(
             f"{model.path} holds no config.json, so it is not a checkpoint folder ({model.name}). Name another one; "
             f"the bundled one is called demo, and one to try things with is made by "
-            f"python -m sparsecache.demo.checkpoint FOLDER."
+            f"python -m sparsecache.testing.random_checkpoint FOLDER."
         )
     assert model.hub is not None
     from huggingface_hub import snapshot_download

@@ -15,9 +15,9 @@ from sparsecache.bench.lines import Line, table
 from sparsecache.bench.models import SHAPES, Subject, load_subject
 from sparsecache.bench.modes import Job, stratified
 from sparsecache.bench.stages import _STAGES, profiled, stage_of
-from sparsecache.demo.checkpoint import MODEL_TYPES, make_random_checkpoint
 from sparsecache.errors import UsageError
 from sparsecache.methods.vanilla import Vanilla
+from sparsecache.testing.random_checkpoint import MODEL_TYPES, make_random_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sparsecache.demo.checkpoint import make_random_checkpoint
 from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
@@ -21,6 +20,7 @@ from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
 from sparsecache.methods.base import Method
 from sparsecache.methods.vanilla import Vanilla
+from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 64

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecache.demo.sample import make_rows
-from sparsecache.demo.source import SampleSource
 from sparsecache.errors import UsageError
 from sparsecache.longbench.data import FolderSource, ZipSource, load_rows, open_source
 from sparsecache.longbench.jsonl import dumps, read_objects
 from sparsecache.longbench.tasks import Task, load_tasks, select_tasks
+from sparsecache.synthetic.rows import make_rows
+from sparsecache.synthetic.source import SampleSource
 
 KEYS = ["input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"]
 SAMPLE = SampleSource(rows=7)

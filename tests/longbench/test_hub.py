@@ -25,7 +25,7 @@ TASK = load_tasks()["multifieldqa_en"]
 SCRIPT = """
 import json, sys
 from sparsecache.errors import UsageError
-from sparsecache.demo.source import SampleSource
+from sparsecache.synthetic.source import SampleSource
 from sparsecache.longbench.data import load_rows, open_source
 from sparsecache.longbench.tasks import load_tasks
 asked = json.loads(sys.argv[1])

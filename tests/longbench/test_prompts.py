@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparsecache.demo.sample import make_rows
 from sparsecache.errors import UsageError
 from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.tasks import Task, select_tasks
+from sparsecache.synthetic.rows import make_rows
 
 NOT_WRAPPED = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
 PLAIN = (

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecache.demo.sample import make_rows
 from sparsecache.longbench.tasks import select_tasks
 from sparsecache.longbench.text import degenerate
+from sparsecache.synthetic.rows import make_rows
 
 GARBLED = {
     "one word": "the the the the the the the the",

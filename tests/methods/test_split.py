@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecache.demo.checkpoint import make_random_checkpoint
 from sparsecache.engine.base import Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
@@ -15,6 +14,7 @@ from sparsecache.engine.rope import Rope
 from sparsecache.methods import load_method, make_method, method_names, parse_options
 from sparsecache.methods.base import Method
 from sparsecache.methods.vanilla import Vanilla
+from sparsecache.testing.random_checkpoint import make_random_checkpoint
 from tests.methods.fake_devices import FakeDevices
 
 LAYERS = 5

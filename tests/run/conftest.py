@@ -13,8 +13,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from longbench_pred import main
-from sparsecache.demo.checkpoint import make_random_checkpoint
 from sparsecache.engine.loading import Checkpoint
+from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 Rows = list[dict[str, Any]]
 

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from longbench_pred import main
 from sparsecache.configs import read_tables
-from sparsecache.demo.sample import make_rows
 from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tasks import select_tasks
+from sparsecache.synthetic.rows import make_rows
 
 ROWS = 3  # as conftest.py asks for
 

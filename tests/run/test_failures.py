@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sparsecache.demo.sample import make_rows
 from sparsecache.methods.vanilla import Vanilla
+from sparsecache.synthetic.rows import make_rows
 
 ROWS = 3  # as conftest.py asks for
 

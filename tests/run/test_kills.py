@@ -16,7 +16,7 @@ DRIVER = """
 import json, os, pathlib, sys, traceback
 import torch
 torch.set_num_threads(1)
-import longbench_pred, sparsecache.demo.sample, sparsecache.run
+import longbench_pred, sparsecache.synthetic.rows, sparsecache.run
 from sparsecache.engine.loading import Checkpoint
 
 args = json.loads(sys.argv[1])

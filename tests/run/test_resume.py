@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from sparsecache.demo.checkpoint import make_random_checkpoint
-from sparsecache.demo.sample import make_rows
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.longbench.records import PredictionFile
+from sparsecache.synthetic.rows import make_rows
+from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 ROWS = 3  # as conftest.py asks for
 

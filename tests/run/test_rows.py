@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsecache.demo.sample import make_rows
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.longbench.tasks import load_tasks
 from sparsecache.settings import Settings
+from sparsecache.synthetic.rows import make_rows
 
 ROWS = 3  # as conftest.py asks for
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from sparsecache.demo.sample import make_rows
 from sparsecache.methods.vanilla import Vanilla
+from sparsecache.synthetic.rows import make_rows
 
 
 def test_the_transformers_engine_gives_the_same_rows(predict, folder, read_untimed, read_record) -> None:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from sparsecache.demo.source import SampleSource
 from sparsecache.longbench.data import load_rows
 from sparsecache.longbench.records import PredictionFile
 from sparsecache.longbench.tasks import load_tasks
+from sparsecache.synthetic.source import SampleSource
 from sparsecache.work import Work, in_order, largest, longest_first
 
 NAMES = ("qasper", "gov_report", "passage_count")  # caps of 128, 512 and 32 tokens

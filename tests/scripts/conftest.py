@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparsecache.demo.checkpoint import make_random_checkpoint
+from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 ARGUMENTS = ["--data", "sample", "--datasets", "qasper,lcc", "--sample_rows", "2", "--sample_tokens", "256"]
 

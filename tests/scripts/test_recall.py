@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sparsecache.demo.sample import make_rows
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.tasks import load_tasks
+from sparsecache.synthetic.rows import make_rows
 
 ALL = {"method": "infinigen", "budget": 1.0, "alpha": math.inf, "dense_layers": 1}
 FEW = {"method": "infinigen", "budget": 16, "alpha": math.inf, "dense_layers": 1, "offload": True, "gpu_cache": 16}

@@ -8,8 +8,8 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsecache.demo.checkpoint import MODEL_TYPES, main, make_random_checkpoint
 from sparsecache.errors import UsageError
+from sparsecache.testing.random_checkpoint import MODEL_TYPES, main, make_random_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(model_max_length: int) -> None:
         raise RuntimeError("stopped half way")
 
-    monkeypatch.setattr("sparsecache.demo.checkpoint.small_tokenizer", fail)
+    monkeypatch.setattr("sparsecache.testing.random_checkpoint.small_tokenizer", fail)
     with pytest.raises(RuntimeError, match="half way"):
         make_random_checkpoint(tmp_path / "checkpoint")
     assert list(tmp_path.iterdir()) == []

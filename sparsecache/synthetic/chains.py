@@ -6,8 +6,8 @@ The question asks for every step, and the answer names them in order: `Ida Pelbe
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, paragraphs, parts, share
-from sparsecache.demo.facts import Fact, Link, Relation, Tale, World
+from sparsecache.synthetic.build import Draft, Question, Rng, estimate_tokens, fill, paragraphs, parts, share
+from sparsecache.synthetic.facts import Fact, Link, Relation, Tale, World
 
 
 def hops(rng: Rng, world: World, room: float, steps: int, heading: str, repeats: float = 0.0) -> Draft:

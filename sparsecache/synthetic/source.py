@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsecache.demo.sample import make_rows
 from sparsecache.errors import UsageError
 from sparsecache.longbench.jsonl import dumps
 from sparsecache.longbench.tasks import Task
+from sparsecache.synthetic.rows import make_rows
 
 
 @dataclass(frozen=True)

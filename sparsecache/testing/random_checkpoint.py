@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparsecache.cli import FlexibleCommand, report_usage_errors
-from sparsecache.demo.sample import make_rows
-from sparsecache.demo.tokenizer import BOS, EOS, PAD, SPECIAL, build_tokenizer
 from sparsecache.errors import UsageError
+from sparsecache.synthetic.rows import make_rows
+from sparsecache.synthetic.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -40,7 +40,7 @@ def make_random_checkpoint(
     at all; one that exists is returned unchanged. Raises UsageError for another model type.
     """
     if model_type not in MODEL_TYPES:
-        raise UsageError(f"There is no demo checkpoint of type {model_type!r}. Types: {', '.join(MODEL_TYPES)}.")
+        raise UsageError(f"There is no random checkpoint of type {model_type!r}. Types: {', '.join(MODEL_TYPES)}.")
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +74,9 @@ def _make_config(model_type: str, overrides: dict[str, Any]) -> "PretrainedConfi
         "tie_word_embeddings": False,
         # The usual 0.02 leaves the logits of so narrow a model almost equal, and greedy decoding to rounding.
         "initializer_range": 0.1,
-        "bos_token_id": SPECIAL.index(BOS),
-        "eos_token_id": SPECIAL.index(EOS),
-        "pad_token_id": SPECIAL.index(PAD),
+        "bos_token_id": SPECIAL_TOKENS.index(BOS),
+        "eos_token_id": SPECIAL_TOKENS.index(EOS),
+        "pad_token_id": SPECIAL_TOKENS.index(PAD),
     }
     defaults = AutoConfig.for_model(model_type)
     where_known = {"head_dim": 16, "sliding_window": None}

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sparsecache.demo import words
-from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, mark, parts, share
-from sparsecache.demo.facts import Relation, World
+from sparsecache.synthetic import words
+from sparsecache.synthetic.build import Draft, Question, Rng, estimate_tokens, fill, mark, parts, share
+from sparsecache.synthetic.facts import Relation, World
 
 
 def _house(rng: Rng) -> str:

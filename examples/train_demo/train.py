@@ -3,11 +3,11 @@
 Everything is scheduled by the share of --minutes that training has taken, over all runs: a run of --run_minutes stops
 there and the next one goes on from its state. On one H200 the defaults take two runs of under ten minutes:
 
-    python scripts/train_demo.py --out demo --state state.pt    # twice
+    python examples/train_demo/train.py --out demo --state state.pt    # twice
 
 On a CPU a far smaller model, which learns the form of the answers but not what they are, takes three minutes:
 
-    python scripts/train_demo.py --tiny --device cpu --workers 1 --batch_tokens 2048 --minutes 3 --out tiny
+    python examples/train_demo/train.py --tiny --device cpu --workers 1 --batch_tokens 2048 --minutes 3 --out tiny
 """
 
 import json
@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparsecache.demo.lessons import MIX, lesson
-from sparsecache.demo.tokenizer import Encoder, train_tokenizer
-from sparsecache.demo.training import PADDING, Muon, Size, TinyLlama
+from lesson_tokenizer import Encoder, train_tokenizer
+from lessons import MIX, lesson
+from tiny_llama import PADDING, Muon, Size, TinyLlama
 
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 NAMES = tuple(MIX)

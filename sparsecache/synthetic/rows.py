@@ -9,10 +9,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from sparsecache.demo import chinese, english, fewshot, passages, programs, summaries
-from sparsecache.demo.build import Draft, Rng, estimate_tokens, unmarked
 from sparsecache.errors import UsageError
 from sparsecache.longbench.tasks import load_tasks
+from sparsecache.synthetic import chinese, english, fewshot, passages, programs, summaries
+from sparsecache.synthetic.build import Draft, Rng, estimate_tokens, unmarked
 
 FEWEST_TOKENS = 256
 MOST_TOKENS = 32768

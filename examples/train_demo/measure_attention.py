@@ -7,7 +7,7 @@ import click
 import torch
 from torch import Tensor
 
-from sparsecache.demo.sample import load_template, make_rows
+from sparsecache.synthetic.rows import load_template, make_rows
 
 DATASETS = ("qasper", "hotpotqa", "dureader", "gov_report", "passage_count", "passage_retrieval_en", "lcc")
 

@@ -1,6 +1,6 @@
 """The tiny Llama as it is trained: the model with its layers stacked, its loss, and its optimiser.
 
-Knows nothing of where batches come from or when training ends (scripts/train_demo.py does).
+Knows nothing of where batches come from or when training ends (examples/train_demo/train.py does).
 """
 
 import math

@@ -6,9 +6,9 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from sparsecache.demo.source import SampleSource
 from sparsecache.longbench.data import load_rows, open_source
 from sparsecache.longbench.tasks import select_tasks
+from sparsecache.synthetic.source import SampleSource
 
 Python = Callable[..., "CompletedProcess[str]"]
 

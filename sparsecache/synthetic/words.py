@@ -1,6 +1,6 @@
 """English inventories of the sample: names and values by the thousand, put together from short lists."""
 
-from sparsecache.demo.build import Rng
+from sparsecache.synthetic.build import Rng
 
 GIVEN = """
     Ada Agnes Albin Alma Anselm Arvid Beatrix Benno Bruno Cecily Clara Cosmo Dagmar Delia Edgar

@@ -6,10 +6,10 @@ Two line ends before the last example, one between the others, tell that the ans
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-from sparsecache.demo import words
-from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, mark, parts, share
-from sparsecache.demo.english import PEOPLE
-from sparsecache.demo.facts import article
+from sparsecache.synthetic import words
+from sparsecache.synthetic.build import Draft, Question, Rng, estimate_tokens, fill, mark, parts, share
+from sparsecache.synthetic.english import PEOPLE
+from sparsecache.synthetic.facts import article
 
 T = TypeVar("T")
 

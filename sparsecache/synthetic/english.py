@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from sparsecache.demo import words
-from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, paragraphs
-from sparsecache.demo.chains import hops
-from sparsecache.demo.facts import Fact, Link, Relation, Tale, World, article, surround
+from sparsecache.synthetic import words
+from sparsecache.synthetic.build import Draft, Question, Rng, estimate_tokens, paragraphs
+from sparsecache.synthetic.chains import hops
+from sparsecache.synthetic.facts import Fact, Link, Relation, Tale, World, article, surround
 
 _LIVES = (
     Relation(

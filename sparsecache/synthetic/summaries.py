@@ -6,10 +6,10 @@ A report and the news mark their key sentences, and the summary is those sentenc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from sparsecache.demo import words
-from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, paragraphs, parts, share
-from sparsecache.demo.english import PEOPLE
-from sparsecache.demo.facts import Fact, Tale
+from sparsecache.synthetic import words
+from sparsecache.synthetic.build import Draft, Question, Rng, estimate_tokens, fill, paragraphs, parts, share
+from sparsecache.synthetic.english import PEOPLE
+from sparsecache.synthetic.facts import Fact, Tale
 
 _FINDINGS = (
     "the {o} spent {v} coins on the {t} in {y}",

@@ -6,7 +6,7 @@ A `World` says in its own language who the facts are about and how they are put;
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, mark, paragraphs
+from sparsecache.synthetic.build import Draft, Question, Rng, estimate_tokens, fill, mark, paragraphs
 
 Make = Callable[[Rng], str]
 

@@ -24,7 +24,7 @@ def runs(
     arguments = ["--out", folder / "tiny", "--state", folder / "state.pt", "--minutes", 0.4, "--run_minutes", 0.2]
     small = ["--tiny", "--device", "cpu", "--workers", 1, "--batch_tokens", 2048]
     one_thread = {"OMP_NUM_THREADS": "1"}
-    command = [repo / "scripts" / "train_demo.py", *arguments, *small]
+    command = [repo / "examples" / "train_demo" / "train.py", *arguments, *small]
     return folder / "tiny", [run_python(*command, env=one_thread) for _ in range(2)]
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from sparsecache.demo import lessons, sample
-from sparsecache.demo.build import Draft, Question, Rng, split_marks, unmarked
-from sparsecache.demo.lessons import EOS, MIX, lesson
-from sparsecache.demo.sample import make_rows
-from sparsecache.demo.tokenizer import Encoder
+import lessons
+from lesson_tokenizer import Encoder
+from lessons import EOS, MIX, lesson
 from sparsecache.longbench.tasks import select_tasks
+from sparsecache.synthetic import rows
+from sparsecache.synthetic.build import Draft, Question, Rng, split_marks, unmarked
+from sparsecache.synthetic.rows import make_rows
 
 TASKS = {task.name: task for task in select_tasks("all")}  # the published ones
 REPEATED = [
@@ -36,7 +37,7 @@ def drafts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Draft, list[Question]]
     made: list[tuple[Draft, list[Question]]] = []
 
     def spy(*arguments: Any) -> Draft:
-        draft = sample.make_draft(*arguments)
+        draft = rows.make_draft(*arguments)
         asked: list[Question] = []
 
         def more() -> Iterator[Question]:
@@ -148,7 +149,7 @@ def test_one_lesson_in_ten_stops_after_its_first_question(encode: Encoder) -> No
 
 def test_no_key_of_a_lesson_is_one_of_a_row(monkeypatch: pytest.MonkeyPatch, encode: Encoder) -> None:
     keys: dict[str, set[str]] = {"lessons": set(), "sample": set()}
-    for name, module in (("lessons", lessons), ("sample", sample)):
+    for name, module in (("lessons", lessons), ("sample", rows)):
 
         def recorded(seed: str, seen: set[str] = keys[name]) -> Rng:
             seen.add(seed)

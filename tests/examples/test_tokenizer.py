@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from sparsecache.demo.sample import make_rows
-from sparsecache.demo.tokenizer import Encoder
+from lesson_tokenizer import Encoder
 from sparsecache.longbench.tasks import select_tasks
+from sparsecache.synthetic.rows import make_rows
 
 TASKS = {task.name: task for task in select_tasks("all")}  # the published ones
 CHINESE = [name for name, task in TASKS.items() if task.language == "zh"]
@@ -24,7 +24,7 @@ def test_it_has_the_wanted_size_and_one_bos(tokenizer: Tokenizer) -> None:
 
 
 def test_it_is_the_same_in_another_process(tokenizer: Tokenizer) -> None:
-    code = "from sparsecache.demo.tokenizer import train_tokenizer; print(train_tokenizer().to_str())"
+    code = "from lesson_tokenizer import train_tokenizer; print(train_tokenizer().to_str())"
     environment = os.environ | {"PYTHONHASHSEED": "54321", "PYTHONPATH": os.pathsep.join(sys.path)}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
     assert hashlib.sha256(printed.strip()).digest() == hashlib.sha256(tokenizer.to_str().encode()).digest()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sparsecache.demo.build import Draft, Question, Rng, estimate_tokens, fill, mark, parts, share
+from sparsecache.synthetic.build import Draft, Question, Rng, estimate_tokens, fill, mark, parts, share
 
 _VERBS = """
     append check collect compute convert copy count decode delete encode expand fetch filter group

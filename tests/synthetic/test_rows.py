@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from sparsecache.demo import chinese, english, fewshot, passages
-from sparsecache.demo.build import estimate_tokens
-from sparsecache.demo.facts import Relation, World
-from sparsecache.demo.sample import make_rows
 from sparsecache.errors import UsageError
 from sparsecache.longbench.jsonl import dumps
 from sparsecache.longbench.scores import Options, score_file
 from sparsecache.longbench.tasks import load_tasks, select_tasks
+from sparsecache.synthetic import chinese, english, fewshot, passages
+from sparsecache.synthetic.build import estimate_tokens
+from sparsecache.synthetic.facts import Relation, World
+from sparsecache.synthetic.rows import make_rows
 
 KEYS = ["input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"]
 DATASETS = [task.name for task in select_tasks("all")]
@@ -74,7 +74,7 @@ def test_a_row_does_not_depend_on_how_many_are_asked_for(dataset: str) -> None:
 
 def test_rows_are_the_same_in_another_process() -> None:
     code = (
-        "import json; from sparsecache.demo.sample import make_rows; "
+        "import json; from sparsecache.synthetic.rows import make_rows; "
         f"print(json.dumps([make_rows(name, 2, 600, 3) for name in {DATASETS!r}]))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)}

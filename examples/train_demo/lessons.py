@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from sparsecache.demo.build import Question, Rng, split_marks
-from sparsecache.demo.sample import load_template, make_draft
+from sparsecache.synthetic.build import Question, Rng, split_marks
+from sparsecache.synthetic.rows import load_template, make_draft
 
 Encode = Callable[[str], list[int]]
 

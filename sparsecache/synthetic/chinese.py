@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from sparsecache.demo.build import Draft, Rng, estimate_tokens, fill, paragraphs, parts, share
-from sparsecache.demo.chains import hops
-from sparsecache.demo.facts import Link, Relation, World, article
-from sparsecache.demo.fewshot import dealt, endless, labelled
-from sparsecache.demo.passages import Wording, retrieve
+from sparsecache.synthetic.build import Draft, Rng, estimate_tokens, fill, paragraphs, parts, share
+from sparsecache.synthetic.chains import hops
+from sparsecache.synthetic.facts import Link, Relation, World, article
+from sparsecache.synthetic.fewshot import dealt, endless, labelled
+from sparsecache.synthetic.passages import Wording, retrieve
 
 _FAMILY = "赵钱孙李周吴郑王冯陈褚卫蒋沈韩杨朱秦许何吕施张孔曹严华金魏陶姜谢邹窦章苏潘葛范彭鲁韦马"
 _GIVEN = "安白冰波博超晨成川春丹德东芳飞风刚光国海浩恒宏华辉慧佳建江杰洁静娟军凯兰磊丽林玲龙曼梅敏"

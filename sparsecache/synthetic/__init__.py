@@ -1,0 +1,1 @@
+"""Synthetic rows in LongBench's format, one generator per dataset, made offline from a seed."""
