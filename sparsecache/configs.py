@@ -6,6 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sparsecache.errors import UsageError, one_line
+from sparsecache.files import read_file
+
+_MOST_BYTES = 2**24
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -22,6 +26,13 @@ def project_dir() -> Path:
 
 @cache
 def read_tables(file_name: str) -> dict[str, dict[str, Any]]:
-    """The tables of one file of configs/, by name. Raises tomllib.TOMLDecodeError on a broken file."""
-    with (configs_dir() / file_name).open("rb") as file:
-        return tomllib.load(file)
+    """The tables of one file of configs/, by name. Raises UsageError for a file that is not TOML, or not of tables."""
+    path = configs_dir() / file_name
+    try:
+        tables = tomllib.loads(read_file(path, _MOST_BYTES).decode())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid TOML ({one_line(error)}). Correct it.") from error
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise UsageError(f"{path}: {name} is not a table. Every entry of this file is one: [{name}].")
+    return tables

@@ -1,23 +1,82 @@
-"""Files that several processes use, and that a kill must not leave half written."""
+"""Opens, locks and replaces files. A file that a user names, or that a run wrote, is opened by `open_regular`.
+
+Every failure is a UsageError that names the file. Nothing here waits without saying so.
+"""
 
 import contextlib
 import fcntl
 import os
+import secrets
+import stat
+import sys
+import time
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 
 from sparsecache.errors import UsageError
 
+TELL_AFTER_S = 1.0  # before a wait for a lock is reported
+GIVE_UP_AFTER_S = 30.0  # a lock is held for milliseconds; a stopped process holds it forever
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+    """Opens a regular file for reading, in binary mode. Never blocks.
+
+    Symbolic links are followed. Raises UsageError, naming the file and the reason, for a file that is missing or may
+    not be read, and for anything but a regular file (folder, named pipe, device, socket).
+    """
+    try:
+        _check_regular(os.stat(path).st_mode, path)  # first: opening a device may act on it
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"Could not read {_named(path)}: {reason(error)}.") from error
+    try:
+        _check_regular(os.fstat(descriptor).st_mode, path)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_file(path: str | os.PathLike[str], max_bytes: int | None = None) -> bytes:
+    """Reads a whole regular file. Raises UsageError as `open_regular`, and for more than `max_bytes` bytes."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if max_bytes is not None and size > max_bytes:
+            raise UsageError(f"{_named(path)} is too large: {size:,} bytes; at most {max_bytes:,} are read.")
+        try:
+            content = file.read() if max_bytes is None else file.read(max_bytes + 1)
+        except OSError as error:
+            raise UsageError(f"Could not read {_named(path)}: {reason(error)}.") from error
+        except MemoryError as error:
+            raise UsageError(f"{_named(path)} is too large for this machine's memory: {size:,} bytes.") from error
+    if max_bytes is not None and len(content) > max_bytes:  # it grew, or its size is not known (/proc)
+        raise UsageError(f"{_named(path)} is too large: at most {max_bytes:,} bytes are read.")
+    return content
+
 
 def lock(path: Path, wait: bool) -> Callable[[], None] | None:
-    """Takes the lock file `path`; returns what releases it, or None if it is taken and `wait` is False.
+    """Takes the lock file `path`; returns a function that releases it, or None if it is taken and `wait` is False.
 
-    The kernel drops the lock with the process, so a kill leaves nothing to clean up.
+    The kernel drops the lock with the process, so a kill leaves nothing to clean up. A wait is reported on stderr
+    after TELL_AFTER_S seconds and ends in a UsageError after GIVE_UP_AFTER_S. Raises UsageError for a file that
+    cannot be opened or locked.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = _open_lock(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
+        taken = _take_lock(descriptor, path, wait)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    if not taken:
         os.close(descriptor)
         return None
     return lambda: os.close(descriptor)
@@ -25,7 +84,7 @@ def lock(path: Path, wait: bool) -> Callable[[], None] | None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock file `path`, waiting for it."""
+    """Holds the lock file `path`, waiting for it. Raises UsageError as `lock`."""
     release = lock(path, wait=True)
     assert release is not None
     try:
@@ -34,20 +93,100 @@ def locked(path: Path) -> Iterator[None]:
         release()
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file so that a kill leaves the old one or the new one, never a part.
+def lock_holder(path: Path) -> str:
+    """Who holds the lock file `path`: "another process", with its number if it runs on this machine."""
+    with contextlib.suppress(OSError):
+        inode = str(os.stat(path).st_ino)
+        with open("/proc/locks", encoding="ascii") as table:
+            for line in table:
+                fields = line.split()  # 1: FLOCK ADVISORY WRITE <pid> <major>:<minor>:<inode> 0 EOF
+                if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode and fields[4] != "0":
+                    return f"another process ({fields[4]})"
+    return "another process"
 
-    Raises UsageError where the system does not let it, with the old file in place.
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a regular file so that a kill leaves the old content or the new one, never a part.
+
+    Text is written as UTF-8; half a surrogate pair, which UTF-8 cannot hold, is written as its escape `\\udc80`
+    (in JSON the same text). Raises UsageError where the system does not allow it, with the old file in place.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content if isinstance(content, bytes) else content.encode(errors="backslashreplace")
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        if os.path.exists(path) and not os.path.isdir(path):  # the system itself refuses to replace a folder
+            _check_regular(os.stat(path).st_mode, path, "written")
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+            file.write(data)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(
-            f"{path} cannot be written: {error.strerror}. Nothing in its place is changed; make room or give access, "
-            f"and run the same command again."
+            f"{_named(path)} cannot be written: {reason(error)}. The old file, if any, is unchanged. Free space or "
+            f"change the permissions, then run the same command again."
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # where there is no such folder, there is no such file
+        with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
+
+
+def reason(error: BaseException) -> str:
+    """Why the system refused, without the number and the file name."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_regular(mode: int, path: str | os.PathLike[str], action: str = "read") -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
+        raise UsageError(f"{_named(path)} cannot be {action}: it is {kind}, not a regular file.")
+
+
+def _named(path: str | os.PathLike[str]) -> str:
+    """A path for a message; a very long one is shortened."""
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:150]}...{text[-100:]}"
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"The lock file {_named(path)} cannot be opened: {reason(error)}. Delete it if no other process uses this "
+            f"folder, or choose another folder."
+        ) from error
+    try:
+        _check_regular(os.fstat(descriptor).st_mode, path, "locked")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _take_lock(descriptor: int, path: Path, wait: bool) -> bool:
+    started, told = time.monotonic(), False
+    while not _try_lock(descriptor, path):
+        if not wait:
+            return False
+        waited = time.monotonic() - started
+        if waited > GIVE_UP_AFTER_S:
+            raise UsageError(
+                f"{_named(path)} has been locked by {lock_holder(path)} for {GIVE_UP_AFTER_S:.0f} seconds. End that "
+                f"process if it hangs or is stopped, then run the same command again."
+            )
+        if waited > TELL_AFTER_S and not told:
+            print(f"Waiting for {lock_holder(path)}, which has locked {_named(path)}.", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(min(0.05, 0.001 + waited / 10))
+    return True
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UsageError(
+            f"{_named(path)} cannot be locked: {reason(error)}. Choose a folder on a file system with locks."
+        ) from error
+    return True

@@ -1,13 +1,12 @@
 """What a gate compares: a run boiled down to scores by row and to what it was made of; small enough to be committed."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsecache.errors import UsageError, one_line
-from sparsecache.files import write_atomically
+from sparsecache.longbench.jsonl import read_json, write_json
 from sparsecache.longbench.records import BY_DATASET
 from sparsecache.longbench.report import decode_speed
 from sparsecache.longbench.scores import DatasetScore, Options, RunScore
@@ -63,7 +62,7 @@ class Baseline:
         if path.exists():
             load_baseline(path)
         record = {"sparsecache_baseline": VERSION, **asdict(self)}
-        write_atomically(path, json.dumps(record, allow_nan=False, indent=1) + "\n")
+        write_json(path, record)
 
 
 def baseline_of(run: RunScore, options: Options) -> Baseline:
@@ -89,9 +88,9 @@ def baseline_of(run: RunScore, options: Options) -> Baseline:
 def load_baseline(path: Path) -> Baseline:
     """Reads a saved baseline. Raises UsageError for a file that is none."""
     try:
-        record = json.loads(path.read_bytes(), parse_constant=_refuse)
+        record = read_json(path)
         problem = next(_problems(record), None)
-    except (ValueError, RecursionError, OSError) as error:
+    except ValueError as error:
         problem = f"is not readable as JSON ({one_line(error)})"
     if problem:
         raise UsageError(f"{path} {problem}, so it is no baseline. Save one with --save_baseline, under a free name.")
@@ -142,10 +141,6 @@ def _dataset(dataset: DatasetScore, folder: Path) -> BaselineDataset:
             if isinstance(prompt := record.get("prompt_sha256"), str)
         },
     )
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _problems(record: Any) -> Iterator[str]:

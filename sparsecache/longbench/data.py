@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from typing import Any, Protocol
 from datasets import Dataset, Features, List, Value
 from datasets.table import InMemoryTable
 
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, one_line
+from sparsecache.files import open_regular, read_file
 from sparsecache.longbench.jsonl import read_objects
 from sparsecache.longbench.tasks import Task
 
@@ -32,6 +34,9 @@ _FEATURES = Features(
     }
 )
 _TYPES: dict[str, type] = {"input": str, "context": str, "length": int, "dataset": str, "language": str, "_id": str}
+MOST_BYTES = 2**30  # of one dataset: its rows take several times as much memory
+# RuntimeError: an encrypted member; NotImplementedError: an unknown method; ValueError, OverflowError: broken sizes.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, OverflowError)
 _ADVICE = "No row is skipped: fetch or write the file again, whole."
 
 
@@ -95,10 +100,12 @@ def open_source(data: str, *, sample: Source, revision: str | None = None, offli
     if data == "sample":
         return sample
     path = Path(data)
-    if data and path.is_dir():
+    if data and os.path.isdir(path):
         return FolderSource(path)
-    if path.is_file() and zipfile.is_zipfile(path):
-        return ZipSource(path)
+    if data and os.path.exists(path):
+        with open_regular(path) as file:
+            if zipfile.is_zipfile(file):
+                return ZipSource(path)
     raise UsageError(
         f"--data {data!r} is neither a folder nor a zip file. Allowed: hub, sample, a folder of <dataset>.jsonl "
         f"files, or a zip of them."
@@ -114,13 +121,13 @@ class FolderSource:
 
     def read(self, task: Task, e: bool) -> tuple[str, bytes]:
         path = self.folder / f"{task.file_stem(e)}.jsonl"
-        if not path.is_file():
+        if not os.path.lexists(path):
             found = sorted(file.stem for file in self.folder.glob("*.jsonl"))
             raise UsageError(
                 f"{path} is not there. {self.folder} holds: {', '.join(found) or 'no .jsonl file'}. Name what is "
                 f"there with --datasets."
             )
-        return str(path), path.read_bytes()
+        return str(path), read_file(path, MOST_BYTES)
 
     def describe(self) -> dict[str, Any]:
         return {"source": "folder", "path": str(self.folder)}
@@ -140,17 +147,33 @@ class ZipSource:
     def read(self, task: Task, e: bool) -> tuple[str, bytes]:
         wanted = f"{task.file_stem(e)}.jsonl"
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                members = [name for name in archive.namelist() if Path(name).name == wanted]
-                members = [name for name in members if not name.startswith("__MACOSX/")]
-                if len(members) != 1:
-                    raise UsageError(f"{self.path} holds {len(members)} members named {wanted}; one is needed.")
-                return f"{self.path}:{members[0]}", archive.read(members[0])
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted, or unknown
-            raise UsageError(f"{self.path} is not a readable zip ({error}). Delete it and fetch it again.") from error
+            with open_regular(self.path) as file, zipfile.ZipFile(file) as archive:
+                return self._read_member(archive, wanted)
+        except _ZIP_ERRORS as error:
+            raise UsageError(
+                f"{self.path} is not a readable zip ({one_line(error)}). Delete it and fetch it again."
+            ) from error
+
+    def _read_member(self, archive: zipfile.ZipFile, wanted: str) -> tuple[str, bytes]:
+        members = [
+            member
+            for member in archive.infolist()
+            if Path(member.filename).name == wanted and not member.filename.startswith("__MACOSX/")
+        ]
+        if len(members) != 1:
+            raise UsageError(f"{self.path} holds {len(members)} members named {wanted}; one is needed.")
+        (member,) = members
+        name = f"{self.path}:{member.filename}"
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UsageError(f"{name} is packed with a method other than deflate. Pack the zip again with deflate.")
+        if member.file_size > MOST_BYTES:
+            raise UsageError(
+                f"{name} is too large: {member.file_size:,} bytes unpacked; at most {MOST_BYTES:,} are read."
+            )
+        return name, archive.read(member)
 
     def describe(self) -> dict[str, Any]:
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"source": "hub" if self.hub else "zip", "path": str(self.path), "sha256": digest, **(self.hub or {})}
 

@@ -9,13 +9,13 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jsonlines
 
 from sparsecache.errors import UsageError, one_line
-from sparsecache.files import lock, locked, write_atomically
-from sparsecache.longbench.jsonl import dumps, read_objects
+from sparsecache.files import lock, lock_holder, locked, open_regular, write_atomically
+from sparsecache.longbench.jsonl import dumps, read_json, read_objects, write_json
 
 RUN_FILE = "run.json"
 BY_DATASET = ("templates", "protocol", "data")  # the tables of an identity that have an entry per dataset
@@ -40,7 +40,8 @@ class PredictionFile:
         self._lock = lock(_lock_path(path), wait=False)
         if self._lock is None:
             raise UsageError(
-                f"{path} is being written by another process. Wait for it, or choose other --datasets or --name."
+                f"{path} is being written by {lock_holder(_lock_path(path))}. Wait for it, or choose other --datasets "
+                f"or --name."
             )
         try:
             self.done = self._repair()
@@ -81,12 +82,12 @@ class PredictionFile:
         self.close()
 
     def _repair(self) -> set[str]:
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return set()
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
+        with open_regular(self.path) as file:
+            size, whole = os.fstat(file.fileno()).st_size, _whole_lines(file)
+        if whole < size:
+            os.truncate(self.path, whole)
         rows = list(read_rows(self.path))
         finished = [row for row in rows if "error" not in row]
         if len(finished) < len(rows):
@@ -98,6 +99,18 @@ class PredictionFile:
                 raise UsageError(f"{self.path}: row {number} {problem}, so the file is not this program's. {_ADVICE}")
             done.add(row["_id"])
         return done
+
+
+def _whole_lines(file: BinaryIO) -> int:
+    """The bytes of a file up to its last line end, found from the end so that a large file is not read whole."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 2**16)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def _row_problem(row: dict[str, Any], done: set[str]) -> str | None:
@@ -134,7 +147,7 @@ class _Appender:
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a prediction file. Raises UsageError, naming the line, for one that is not a JSON object."""
-    with path.open("rb") as lines:
+    with open_regular(path) as lines:
         for _, row in read_objects(lines, str(path), _ADVICE):
             yield row
 
@@ -156,11 +169,11 @@ class RunFolder:
     def read(self) -> dict[str, Any]:
         """The record, or an empty one. Raises UsageError if run.json is not JSON."""
         path = self.path / RUN_FILE
-        if not path.exists():
+        if not os.path.lexists(path):
             return {}
         try:
-            record = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-        except (ValueError, RecursionError, OSError) as error:
+            record = read_json(path)
+        except ValueError as error:
             raise UsageError(f"{path} is not valid JSON ({one_line(error)}). {_RUN_ADVICE}") from error
         if problem := _run_problem(record):
             raise UsageError(f"{path} {problem}. {_RUN_ADVICE}")
@@ -172,8 +185,7 @@ class RunFolder:
         with locked(self.path / ".run.lock"):
             record = self.read()
             change(record)
-            text = json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1)
-            write_atomically(self.path / RUN_FILE, text + "\n")
+            write_json(self.path / RUN_FILE, record)
 
     def claim(self, identity: dict[str, Any]) -> None:
         """Makes this folder the one of `identity`. Raises UsageError when it belongs to another, or may do.
@@ -220,10 +232,6 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
 def _run_problem(record: Any) -> str | None:
     """What of a run's record was changed by hand so that it cannot be used."""
     if not isinstance(record, dict):
@@ -258,7 +266,9 @@ class _Held:
     def __init__(self, path: Path):
         self._release = lock(_lock_path(path), wait=False)
         if self._release is None:
-            raise UsageError(f"{path} is being written by another process, so --overwrite cannot delete it.")
+            raise UsageError(
+                f"{path} is being written by {lock_holder(_lock_path(path))}, so --overwrite cannot delete it."
+            )
 
     def close(self) -> None:
         if self._release is not None:

@@ -1,11 +1,10 @@
 """Scores as JSON files, the health and speed of a run as lines on the terminal."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sparsecache.files import write_atomically
+from sparsecache.longbench.jsonl import write_json
 from sparsecache.longbench.kept import kept_lines, kept_of, percent
 from sparsecache.longbench.scores import Average, DatasetScore, Options, RunScore
 from sparsecache.longbench.tables import table
@@ -48,7 +47,7 @@ def write_results(result: RunScore, options: Options) -> list[Path]:
     paths = []
     for name, content in contents.items():
         paths.append(result.folder / f"{name}{ending}")
-        write_atomically(paths[-1], json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+        write_json(paths[-1], content)
     return paths
 
 
