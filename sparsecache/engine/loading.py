@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig
 
 from sparsecache.engine import catalog
 from sparsecache.engine.families.base import Architecture
+from sparsecache.engine.tokenization import find_stop_ids, load_tokenizer
 from sparsecache.engine.weights import Weights, load_weights
 from sparsecache.errors import UsageError, one_line
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in catalog.DTYPES}
-_TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 _VOCABULARY = {"merges.txt", "vocab.txt"}
 _SAMPLED_BYTES = 64 * 1024
 _SAMPLES = 64
@@ -60,32 +60,12 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer. Raises UsageError if transformers cannot make one of the folder."""
-        try:
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        except Exception as error:  # whatever a broken tokenizer file raises
-            raise UsageError(f"{self.path} holds no tokenizer that can be loaded: {one_line(error)}") from error
+        return load_tokenizer(self.path)
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """Token ids that end a turn: generation_config's eos, the tokenizer's eos, <|eot_id|> and <|im_end|>."""
-        if (self.path / "generation_config.json").is_file():
-            stated = self._generation_config().eos_token_id
-        else:  # transformers takes config.json's then
-            stated = self.config.get_text_config().eos_token_id
-        listed = stated if isinstance(stated, list) else [stated]
-        wrong = [each for each in listed if each is not None and (type(each) is not int or each < 0)]
-        if wrong:
-            raise UsageError(f"{self.path} states eos_token_id {wrong[0]!r}; a token id is a whole number from 0 on.")
-        ids = {*listed, self.tokenizer.eos_token_id}
-        vocabulary = self.tokenizer.get_vocab()
-        ids |= {vocabulary[token] for token in _TURN_ENDS if token in vocabulary}
-        return sorted(stop_id for stop_id in ids if stop_id is not None)
-
-    def _generation_config(self) -> Any:
-        try:
-            return GenerationConfig.from_pretrained(self.path)
-        except Exception as error:  # broken JSON, or values that transformers refuses
-            raise UsageError(f"{self.path / 'generation_config.json'} cannot be read: {one_line(error)}") from error
+        """Token ids that end a text (tokenization.find_stop_ids)."""
+        return find_stop_ids(self.path, self.config, self.tokenizer)
 
     @cached_property
     def fingerprint(self) -> str:
