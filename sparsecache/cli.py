@@ -1,5 +1,10 @@
-"""What the two command lines share: option names with dashes or underscores, defaults written once, errors."""
+"""What the command lines share: option names with dashes or underscores, defaults written once, errors."""
 
+import contextlib
+import errno
+import io
+import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,12 +15,17 @@ from typing import Any
 
 import click
 
-from sparsecache.errors import UsageError
-from sparsecache.longbench.terminal import visible
+from sparsecache.errors import UsageError, one_line
+from sparsecache.files import make_folder as make_folder
+from sparsecache.longbench.terminal import cut, visible
 
 
 class FlexibleCommand(click.Command):
     """A command whose long options may be spelled with dashes or underscores alike."""
+
+    def main(self, *arguments: Any, **attributes: Any) -> Any:
+        with report_usage_errors():
+            return super().main(*arguments, **attributes)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [_with_underscores(argument) for argument in args])
@@ -31,11 +41,14 @@ class DefaultGroup(click.Group):
         super().__init__(*arguments, **attributes)
         self.default = default
 
+    def main(self, *arguments: Any, **attributes: Any) -> Any:
+        with report_usage_errors():
+            return super().main(*arguments, **attributes)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         first = args[0] if args else ""
         if first != "--help" and first not in self.commands:
-            with report_usage_errors():
-                self._check(first)
+            self._check(first)
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 
@@ -64,17 +77,87 @@ def option(settings: Any, name: str, **attributes: Any) -> Callable[[Any], Any]:
     return click.option(f"--{name}", default=default, show_default=shown, **attributes)
 
 
+_LONGEST = 4000  # columns of an error; a quoted value may be of any length
+_REPORTED = (UsageError, KeyboardInterrupt, OSError, MemoryError, RecursionError, UnicodeError)
+
+
 @contextmanager
 def report_usage_errors() -> Iterator[None]:
-    """Prints a UsageError as one sentence and exits with code 2; Ctrl-C exits with 130."""
+    """Prints an error that is not the program's own as one sentence and exits with code 2; Ctrl-C exits with 130.
+
+    These are UsageError, and what the system refuses anywhere: OSError, MemoryError, RecursionError, UnicodeError. A
+    stdout that cannot be written to is one of them, but one whose reader has gone (`| head`) is not reported. Within,
+    a character that the encoding of stdout lacks is printed as an escape.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
-    except (UsageError, KeyboardInterrupt) as error:
-        if _is_stop(error):
-            click.echo("Stopped.", err=True)
-            sys.exit(130)
-        click.echo(f"Error: {visible(str(error))}", err=True)
-        sys.exit(2)
+        try:
+            yield
+        except SystemExit:
+            _flush_stdout()
+            raise
+        _flush_stdout()
+    except _REPORTED as error:
+        sys.exit(_report(error))
+
+
+def _report(error: BaseException) -> int:
+    """Prints the sentence on an error, and returns the exit code."""
+    if _is_stop(error):
+        sentence, code = "Stopped.", 130
+    else:
+        sentence, code = _sentence(error), 2
+    with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed, too
+        if sentence:
+            click.echo(cut(visible(sentence), _LONGEST), err=True)
+    _abandon_broken_stdout()
+    return code
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, UsageError):
+        return f"Error: {error}"
+    if isinstance(error, MemoryError):
+        return "Error: The memory of this machine does not suffice. Use smaller inputs, or a machine with more memory."
+    if isinstance(error, RecursionError):
+        return "Error: An input is nested too deeply. Use a flatter one."
+    if isinstance(error, UnicodeError):
+        return f"Error: A text cannot be converted: {one_line(error):.200}. Use text in UTF-8."
+    assert isinstance(error, OSError)
+    if error.filename is None and error.errno == errno.EPIPE and _reader_is_gone():
+        return ""
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"Error: The output cannot be written: {error.strerror}. Free space, or send it elsewhere."
+    if error.filename is None:
+        return f"Error: The system refused an operation: {one_line(error):.300}."
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+    return f"Error: {name:.300} cannot be used: {error.strerror}. Choose another path, or change its permissions."
+
+
+def _flush_stdout() -> None:
+    if sys.stdout is not None:  # as it is where stdout is closed
+        sys.stdout.flush()
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    with contextlib.suppress(OSError, ValueError):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(events & select.POLLERR for _, events in poll.poll(0))
+    return False
+
+
+def _abandon_broken_stdout() -> None:
+    """Sends what is left in a broken stdout to nowhere, since the interpreter flushes it once more at its end."""
+    try:
+        _flush_stdout()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 def _is_stop(error: BaseException | None) -> bool:
@@ -82,15 +165,6 @@ def _is_stop(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
-
-
-def make_folder(path: Path, option: str = "") -> None:
-    """Makes a folder that `option` names. Raises UsageError where there can be none."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        named = f"{option} {path}".strip()
-        raise UsageError(f"{named} is no folder to write to ({error.strerror}). Name another one.") from error
 
 
 def option_pairs(options: tuple[str, ...], flag: str = "-o") -> dict[str, str]:

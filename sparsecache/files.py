@@ -4,6 +4,7 @@ Every failure is a UsageError that names the file. Nothing here waits without sa
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -103,6 +104,25 @@ def lock_holder(path: Path) -> str:
                 if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode and fields[4] != "0":
                     return f"another process ({fields[4]})"
     return "another process"
+
+
+def make_folder(path: Path, option: str = "", advice: str = "Name another one.") -> None:
+    """Makes a folder that `option` names, with its parents. Raises UsageError where it cannot be made or written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError) as error:
+        named = f"{option} {_named(path)}".strip()
+        raise UsageError(f"{named} is no folder to write to ({reason(error)}). {advice}") from error
+
+
+def list_folder(path: Path) -> list[Path]:
+    """The entries of a folder, sorted. Raises UsageError for a folder that is missing or may not be read."""
+    try:
+        return [path / name for name in sorted(os.listdir(path))]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The folder {_named(path)} cannot be read: {reason(error)}.") from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -14,11 +14,12 @@ from typing import Any, BinaryIO
 import jsonlines
 
 from sparsecache.errors import UsageError, one_line
-from sparsecache.files import lock, lock_holder, locked, open_regular, write_atomically
+from sparsecache.files import lock, lock_holder, locked, make_folder, open_regular, write_atomically
 from sparsecache.longbench.jsonl import dumps, read_json, read_objects, write_json
 
 RUN_FILE = "run.json"
 BY_DATASET = ("templates", "protocol", "data")  # the tables of an identity that have an entry per dataset
+_OTHER_FOLDER = "Choose another --pred_dir or --name."
 _RUN_ADVICE = "Correct it, or start the run afresh with --overwrite."
 _ADVICE = (
     "Repair or delete that line, or give the run's own command again: it cuts off a last line that was left half "
@@ -36,7 +37,7 @@ class PredictionFile:
 
     def __init__(self, path: Path):
         self.path = path
-        _make_folder(path.parent)
+        make_folder(path.parent, advice=_OTHER_FOLDER)
         self._lock = lock(_lock_path(path), wait=False)
         if self._lock is None:
             raise UsageError(
@@ -164,7 +165,7 @@ class RunFolder:
 
     def make(self) -> None:
         """Makes the folder. Raises UsageError where it cannot be made or written to."""
-        _make_folder(self.path)
+        make_folder(self.path, advice=_OTHER_FOLDER)
 
     def read(self) -> dict[str, Any]:
         """The record, or an empty one. Raises UsageError if run.json is not JSON."""
@@ -181,7 +182,7 @@ class RunFolder:
 
     def update(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Applies `change` to the record and writes it, atomically and alone."""
-        _make_folder(self.path)
+        make_folder(self.path, advice=_OTHER_FOLDER)
         with locked(self.path / ".run.lock"):
             record = self.read()
             change(record)
@@ -273,17 +274,6 @@ class _Held:
     def close(self) -> None:
         if self._release is not None:
             self._release()
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UsageError(
-            f"{path} is no folder to write to ({error.strerror}). Choose another --pred_dir or --name."
-        ) from error
 
 
 def _lock_path(path: Path) -> Path:

@@ -4,10 +4,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, listed, short
 from sparsecache.longbench.records import RUN_FILE
-
-_SHOWN = 10
 
 
 def find_run(name: str, pred_dir: Path) -> Path:
@@ -16,10 +14,10 @@ def find_run(name: str, pred_dir: Path) -> Path:
         if name and os.path.isdir(folder):  # False for a name that no file system takes, too
             return folder
     there = sorted(str(path.parent.relative_to(pred_dir)) for path in pred_dir.glob(f"*/*/{RUN_FILE}"))
-    more = f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
     raise UsageError(
-        f"There is no run {name!r}: neither a folder of that path nor {pred_dir / name}. Name a folder of predictions, "
-        f"or MODEL/NAME below --pred_dir ({pred_dir} holds: {', '.join(there[:_SHOWN]) or 'no run'}{more})."
+        f"There is no run {short(name, 200)!r}: neither a folder of that path nor {short(str(pred_dir / name), 200)}. "
+        f"Name a folder of predictions, or MODEL/NAME below --pred_dir ({pred_dir} holds: "
+        f"{listed(there, none='no run')})."
     )
 
 
