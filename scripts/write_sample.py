@@ -1,4 +1,4 @@
-"""Writes the bundled sample as ordinary <dataset>.jsonl files, for `--data FOLDER` or for any other program."""
+"""Writes the rows of `--data sample` as <dataset>.jsonl files, for `--data FOLDER` or for other programs."""
 
 from pathlib import Path
 
@@ -11,25 +11,27 @@ from sparsecache.synthetic.source import SampleSource
 
 
 @click.command(cls=FlexibleCommand)
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the files.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Output folder.")
 @click.option(
-    "--datasets", default="all", show_default=True, help="Comma list of datasets, or: all, en, zh, a category."
+    "--datasets", default="all", show_default=True, help="Comma-separated datasets, or all, en, zh, or a category."
 )
-@click.option("--rows", type=click.IntRange(1), default=Settings.sample_rows, show_default=True, help="Rows of each.")
-@click.option("--tokens", type=int, default=Settings.sample_tokens, show_default=True, help="Length of each prompt.")
+@click.option(
+    "--rows", type=click.IntRange(1), default=Settings.sample_rows, show_default=True, help="Rows per dataset."
+)
+@click.option("--tokens", type=int, default=Settings.sample_tokens, show_default=True, help="Prompt length.")
 @click.option("--seed", type=int, default=Settings.sample_seed, show_default=True)
 def main(out: Path, datasets: str, rows: int, tokens: int, seed: int) -> None:
-    """Write the rows that --data sample has with --sample_rows, --sample_tokens and --sample_seed to --out.
+    """Write the rows of --data sample (with --sample_rows, --sample_tokens, --sample_seed) as files to --out.
 
-    Files of the same names are replaced.
+    Existing files of the same names are replaced.
     """
     source = SampleSource(rows, tokens, seed)
     with report_usage_errors():
-        made = [(task, source.read(task, e=False)[1]) for task in select_tasks(datasets)]
+        files = [(task, source.read(task, e=False)[1]) for task in select_tasks(datasets)]
     out.mkdir(parents=True, exist_ok=True)
-    for task, lines in made:
+    for task, lines in files:
         (out / f"{task.file_stem(False)}.jsonl").write_bytes(lines)
-    click.echo(f"{len(made)} files of {rows} rows are in {out}.")
+    click.echo(f"Wrote {len(files)} files of {rows} rows each to {out}.")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from lessons import MIX, lesson
-from sparsecache.synthetic.build import estimate_tokens
+from sparsecache.synthetic.draft import estimate_tokens
 from sparsecache.synthetic.tokenizer import PATTERN, build_tokenizer
 
 LESSONS_PER_DATASET = 60

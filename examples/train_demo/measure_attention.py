@@ -1,4 +1,7 @@
-"""How concentrated attention is in each layer while checkpoints write the sample's answers, as Markdown tables."""
+"""Measures how concentrated attention is per layer while checkpoints write answers; prints Markdown tables.
+
+python examples/train_demo/measure_attention.py sparsecache/demo/checkpoint OTHER_CHECKPOINT
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,9 @@ DATASETS = ("qasper", "hotpotqa", "dureader", "gov_report", "passage_count", "pa
 
 
 def concentration(model: Any, tokenizer: Any, row: dict[str, Any], top: float) -> Tensor:
-    """[2, L]: entropy in nats, and the share of attention on the `top` share of tokens that have most of it.
+    """Attention entropy in nats, and the fraction of attention on the `top` fraction of tokens: [2, L].
 
-    Both are means over the heads and over the steps that write the row's first answer and its end.
+    Both are means over heads and over the decode steps of the row's first answer, EOS included.
     """
     prompt = load_template(row["dataset"]).format(**row)
     answer = f" {row['answers'][0]}" if prompt.endswith(":") else row["answers"][0]
@@ -27,35 +30,37 @@ def concentration(model: Any, tokenizer: Any, row: dict[str, Any], top: float) -
         layers = model(ids, output_attentions=True, logits_to_keep=1).attentions
     attention = torch.stack([layer[0, :, -steps:] for layer in layers])  # [L, H, steps, S]
     entropy = torch.special.entr(attention).sum(-1)
-    most = attention.topk(round(top * ids.shape[1])).values.sum(-1)
-    return torch.stack((entropy, most)).mean((2, 3))
+    top_share = attention.topk(round(top * ids.shape[1])).values.sum(-1)
+    return torch.stack((entropy, top_share)).mean((2, 3))
 
 
 @click.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--rows", type=int, default=2, show_default=True, help="Rows of each of seven datasets.")
-@click.option("--tokens", type=int, default=1500, show_default=True, help="Length of their prompts.")
+@click.option("--rows", type=int, default=2, show_default=True, help="Rows per dataset, of seven datasets.")
+@click.option("--tokens", type=int, default=1500, show_default=True, help="Prompt length, tokens.")
 @click.option("--seed", type=int, default=77, show_default=True)
-@click.option("--top", type=float, default=0.05, show_default=True, help="Share of tokens whose attention is summed.")
+@click.option(
+    "--top", type=float, default=0.05, show_default=True, help="Fraction of the tokens whose attention is summed."
+)
 def main(folders: tuple[Path, ...], rows: int, tokens: int, seed: int, top: float) -> None:
     """Measure the checkpoints in FOLDERS, on the CPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    asked = [row for dataset in DATASETS for row in make_rows(dataset, rows, tokens, seed)]
-    found = {}
+    rows_measured = [row for dataset in DATASETS for row in make_rows(dataset, rows, tokens, seed)]
+    results = {}
     for folder in folders:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-        measured = [concentration(model, tokenizer, row, top) for row in asked]
-        found[folder.name] = torch.stack(measured).mean(0)
+        measured = [concentration(model, tokenizer, row, top) for row in rows_measured]
+        results[folder.name] = torch.stack(measured).mean(0)
     titles = ("entropy, nats", f"attention on the top {top:.0%} of tokens, %")
     for index, (title, scale) in enumerate(zip(titles, (1, 100), strict=True)):
-        layers = range(next(iter(found.values())).shape[1])
+        layers = range(next(iter(results.values())).shape[1])
         click.echo(f"| {title} | " + " | ".join(f"layer {layer}" for layer in layers) + " |")
         click.echo("|---" * (len(layers) + 1) + "|")
-        for name, measures in found.items():
+        for name, measures in results.items():
             click.echo(f"| {name} | " + " | ".join(f"{scale * value:.2f}" for value in measures[index]) + " |")
         click.echo()
 

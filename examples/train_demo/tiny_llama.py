@@ -1,7 +1,4 @@
-"""The tiny Llama as it is trained: the model with its layers stacked, its loss, and its optimiser.
-
-Knows nothing of where batches come from or when training ends (examples/train_demo/train.py does).
-"""
+"""The tiny Llama for training: the model with stacked layers, its loss, and the Muon optimizer."""
 
 import math
 from collections.abc import Callable
@@ -11,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding, linear, scaled_dot_product_attention, silu
-
-PADDING = 2  # flag of a position that is no text; 0 and 1 are those of a lesson
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Size:
 
 
 class TinyLlama(nn.Module):
-    """A Llama whose layers' matrices are stacked [L, out, in], so that the optimiser treats them as one batch."""
+    """A Llama whose matrices are stacked over layers, [L, out, in], so that Muon updates them as one batch."""
 
     def __init__(self, size: Size, compiled: bool = False):
         super().__init__()
@@ -61,11 +56,10 @@ class TinyLlama(nn.Module):
         """The embedding and the norms, which AdamW updates."""
         return [self.embedding, self.input_norm, self.mlp_norm, self.norm]
 
-    def hidden(self, ids: Tensor, dtype: torch.dtype, watch: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """ids [B, S] to hidden states [B * S, hidden].
+    def hidden(self, ids: Tensor, dtype: torch.dtype, queries: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """ids [B, S] to hidden states [B * S, hidden], and the attention entropy [B] in nats if `queries` is given.
 
-        With `watch` (positions [P]) also the attention entropy in nats, [B], mean over heads, over the layers
-        from the third on and over the queries at those positions.
+        The entropy is the mean over the query positions `queries` [P], all heads, and the layers from the third on.
         """
         batch, length = ids.shape
         size = self.size
@@ -76,25 +70,25 @@ class TinyLlama(nn.Module):
         for index, (n1, wq, wk, wv, wo, n2, wg, wu, wd) in enumerate(zip(*stacks, strict=True)):
             q, k, v = self._before(x, n1, wq, wk, wv, cos, sin, size.head_dim, size.norm_eps)
             q, k, v = (part.view(batch, length, -1, size.head_dim).transpose(1, 2) for part in (q, k, v))
-            if watch is not None and index >= 2:
-                entropies.append(_entropy(q[:, :, watch], k, watch))
+            if queries is not None and index >= 2:
+                entropies.append(_entropy(q[:, :, queries], k, queries))
             out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             x = self._after(x, out.transpose(1, 2).reshape(len(x), -1), wo, n2, wg, wu, wd, size.norm_eps)
         return x, torch.stack(entropies).mean(0) if entropies else None
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean cross entropy over all positions, and each position's own, [N], where its weight is 1."""
+        """The weighted mean cross entropy, and the cross entropy per position [N] (0 where the weight is not 1)."""
         result: tuple[Tensor, Tensor] = self._loss(
             hidden, self.norm, self.embedding, targets, weights, self.size.norm_eps
         )
         return result
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] to [N, V]."""
+        """Hidden states [N, hidden] to logits [N, V]."""
         return linear(_norm(hidden, self.norm, self.size.norm_eps), self.embedding.to(hidden.dtype))
 
     def state_for_transformers(self) -> dict[str, Tensor]:
-        """The weights in bfloat16 under the names of LlamaForCausalLM."""
+        """The weights in bfloat16, named as in LlamaForCausalLM."""
         names = {
             "input_layernorm": self.input_norm,
             "self_attn.q_proj": self.q,
@@ -122,25 +116,28 @@ class TinyLlama(nn.Module):
 
 
 class Muon:
-    """Momentum with an orthogonalised update, for stacks of matrices (https://kellerjordan.github.io/posts/muon/)."""
+    """Muon for stacked matrices: momentum, then an orthogonalized update.
+
+    Source: https://kellerjordan.github.io/posts/muon/
+    """
 
     def __init__(self, stacks: list[nn.Parameter], rate: float, weight_decay: float):
         self._stacks, self._rate, self._decay = stacks, rate, weight_decay
         self.momenta = [torch.zeros_like(stack) for stack in stacks]
 
     @torch.no_grad()
-    def step(self, share: float, momentum: float) -> None:
-        """One update at `share` of the learning rate."""
+    def step(self, factor: float, momentum: float) -> None:
+        """One update at `factor` times the learning rate."""
         for stack, buffer in zip(self._stacks, self.momenta, strict=True):
             assert stack.grad is not None
             buffer.mul_(momentum).add_(stack.grad, alpha=1 - momentum)
             update = _orthogonal(stack.grad.lerp(buffer, momentum)).float()
-            rate = self._rate * share * max(1.0, stack.shape[-2] / stack.shape[-1]) ** 0.5
-            stack.mul_(1 - self._rate * share * self._decay).add_(update, alpha=-rate)
+            rate = self._rate * factor * max(1.0, stack.shape[-2] / stack.shape[-1]) ** 0.5
+            stack.mul_(1 - self._rate * factor * self._decay).add_(update, alpha=-rate)
 
 
 def _orthogonal(gradient: Tensor, steps: int = 5) -> Tensor:
-    """The nearest orthogonal matrices, roughly, by a quintic Newton-Schulz iteration (coefficients of Muon)."""
+    """Approximate the nearest orthogonal matrices by Muon's quintic Newton-Schulz iteration."""
     x = gradient.bfloat16() if gradient.is_cuda else gradient
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -191,11 +188,11 @@ def _loss(
 
 
 def _entropy(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
-    """Attention entropy of q [B, H, P, D] at `positions` over k [B, G, S, D]: [B], mean over heads and queries."""
+    """The attention entropy [B] of q [B, H, P, D] at `positions` over k [B, G, S, D], mean over H and P."""
     batch, heads, _, head_dim = q.shape
     grouped = q.reshape(batch, k.shape[1], -1, head_dim)
     scores = (grouped @ k.mT).float().view(batch, heads, len(positions), -1) * head_dim**-0.5
-    later = torch.arange(k.shape[2], device=k.device) > positions[:, None]
-    logs = scores.masked_fill(later, -1e9).log_softmax(-1)
+    future = torch.arange(k.shape[2], device=k.device) > positions[:, None]
+    logs = scores.masked_fill(future, -1e9).log_softmax(-1)
     entropy: Tensor = -(logs.exp() * logs).sum(-1).mean((1, 2))
     return entropy

@@ -1,12 +1,12 @@
-"""The Chinese sets of the sample: multifieldqa_zh, dureader, vcsum, lsht and passage_retrieval_zh."""
+"""Generators of the Chinese datasets: multifieldqa_zh, dureader, vcsum, lsht and passage_retrieval_zh."""
 
 from collections.abc import Callable
 
-from sparsecache.synthetic.build import Draft, Rng, estimate_tokens, fill, paragraphs, parts, share
-from sparsecache.synthetic.chains import hops
-from sparsecache.synthetic.facts import Link, Relation, World, article
-from sparsecache.synthetic.fewshot import dealt, endless, labelled
-from sparsecache.synthetic.passages import Wording, retrieve
+from sparsecache.synthetic.draft import Draft, Rng, estimate_tokens, fill, join_paragraphs, num_parts, write_parts
+from sparsecache.synthetic.facts import Link, Relation, World, single_fact_draft
+from sparsecache.synthetic.few_shot import append_labels, draw_labels, endless_questions
+from sparsecache.synthetic.multi_hop import multi_hop_draft
+from sparsecache.synthetic.passages import Wording, retrieval_draft
 
 _FAMILY = "赵钱孙李周吴郑王冯陈褚卫蒋沈韩杨朱秦许何吕施张孔曹严华金魏陶姜谢邹窦章苏潘葛范彭鲁韦马"
 _GIVEN = "安白冰波博超晨成川春丹德东芳飞风刚光国海浩恒宏华辉慧佳建江杰洁静娟军凯兰磊丽林玲龙曼梅敏"
@@ -25,51 +25,51 @@ _INSTRUMENTS = "二胡 琵琶 古筝 笛子 唢呐 月琴 扬琴 柳琴 大鼓 �
 
 
 def person(rng: Rng) -> str:
-    """One of about 80,000 people."""
-    return rng.pick(_FAMILY) + rng.pick(_GIVEN) + rng.pick(_GIVEN)
+    """One of about 80,000 names."""
+    return rng.choice(_FAMILY) + rng.choice(_GIVEN) + rng.choice(_GIVEN)
 
 
 def town(rng: Rng) -> str:
-    return rng.pick(_PLACE) + rng.pick(_PLACE) + rng.pick("镇县村")
+    return rng.choice(_PLACE) + rng.choice(_PLACE) + rng.choice("镇县村")
 
 
 def year(rng: Rng) -> str:
-    return f"{rng.span(1500, 2019)}年"
+    return f"{rng.randint(1500, 2019)}年"
 
 
 def number(rng: Rng) -> str:
-    return str(rng.span(1001, 98999))
+    return str(rng.randint(1001, 98999))
 
 
 def thing(rng: Rng) -> str:
-    return rng.pick(_QUALITIES) + rng.pick(_THINGS)
+    return rng.choice(_QUALITIES) + rng.choice(_THINGS)
 
 
-def trade(rng: Rng) -> str:
-    return rng.pick(_CRAFTS) + rng.pick(_TRADES)
+def occupation(rng: Rng) -> str:
+    return rng.choice(_CRAFTS) + rng.choice(_TRADES)
 
 
 def firm(rng: Rng) -> str:
-    return town(rng)[:2] + rng.pick(_FIRMS)
+    return town(rng)[:2] + rng.choice(_FIRMS)
 
 
 def dish(rng: Rng) -> str:
-    return rng.pick(_COOKED) + rng.pick(_FOODS) + rng.pick(("", "面", "饭", "汤", "饼"))
+    return rng.choice(_COOKED) + rng.choice(_FOODS) + rng.choice(("", "面", "饭", "汤", "饼"))
 
 
 def instrument(rng: Rng) -> str:
-    return rng.pick(_QUALITIES) + rng.pick(_INSTRUMENTS)
+    return rng.choice(_QUALITIES) + rng.choice(_INSTRUMENTS)
 
 
 def book(rng: Rng) -> str:
-    return f"《{town(rng)}的{rng.pick(_THINGS)}》" if rng.chance(0.5) else f"《{person(rng)}与{rng.pick(_THINGS)}》"
+    return f"《{town(rng)}的{rng.choice(_THINGS)}》" if rng.chance(0.5) else f"《{person(rng)}与{rng.choice(_THINGS)}》"
 
 
 def date(rng: Rng) -> str:
-    return f"{year(rng)}{rng.span(1, 12)}月{rng.span(1, 28)}日"
+    return f"{year(rng)}{rng.randint(1, 12)}月{rng.randint(1, 28)}日"
 
 
-_SCENERY = (
+_FILLER = (
     "门口挂着一盏{t}，已经挂了许多年。",
     "过路的人常常停下来看那{t}。",
     "到了{m}月，这条路就不通车了。",
@@ -82,13 +82,13 @@ _SCENERY = (
 )
 
 
-def scenery(rng: Rng) -> str:
-    """A sentence about nobody, which answers nothing."""
-    return rng.pick(_SCENERY).format(t=thing(rng), n=rng.pick(_THINGS), m=rng.span(1, 12))
+def filler(rng: Rng) -> str:
+    """A sentence that states no fact."""
+    return rng.choice(_FILLER).format(t=thing(rng), n=rng.choice(_THINGS), m=rng.randint(1, 12))
 
 
-def _link(noun: str, *says: str) -> Link:
-    return Link(person, says, f"{{e}}的{noun}是谁？", that=f"那位{noun}")
+def _link(noun: str, *statements: str) -> Link:
+    return Link(person, statements, f"{{e}}的{noun}是谁？", reference=f"那位{noun}")
 
 
 PEOPLE = World(
@@ -96,17 +96,17 @@ PEOPLE = World(
     (
         Relation(date, ("{e}出生于{v}。", "{e}的生日登记为{v}。"), "{e}出生于哪一天？"),
         Relation(town, ("{e}是在{v}长大的。", "{e}的童年在{v}度过。"), "{e}是在哪里长大的？"),
-        Relation(trade, ("{e}的职业是{v}。", "{e}靠做{v}谋生。"), "{e}的职业是什么？"),
+        Relation(occupation, ("{e}的职业是{v}。", "{e}靠做{v}谋生。"), "{e}的职业是什么？"),
         Relation(firm, ("{e}在{v}工作。", "从去年起，{e}受雇于{v}。"), "{e}在哪家单位工作？"),
         Relation(dish, ("{e}最爱吃{v}。", "{e}最喜欢的菜是{v}。"), "{e}最喜欢的菜是什么？"),
         Relation(instrument, ("{e}每天练习{v}。", "晚上{e}常常演奏{v}。"), "{e}演奏什么乐器？"),
         Relation(book, ("{e}写了{v}一书。", "{e}出版了{v}。"), "{e}写了哪本书？"),
     ),
-    scenery,
-    blank="",
-    comma="，",
+    filler,
+    separator="",
+    list_separator="，",
     conjunction="，",
-    recalls=("如前所述，{s}", "再说一遍，{s}", "前面提到，{s}"),
+    repeat_frames=("如前所述，{s}", "再说一遍，{s}", "前面提到，{s}"),
     links=(
         _link("老师", "{e}的老师是{v}。", "{e}跟着老师{v}学习。"),
         _link("邻居", "{e}的邻居是{v}。", "{e}和邻居{v}常有来往。"),
@@ -115,7 +115,7 @@ PEOPLE = World(
     ),
 )
 PLACES = World(
-    lambda rng: town(rng)[:2] + rng.pick(("博物馆", "学校", "剧院", "灯塔", "市场", "酒坊", "医院")),
+    lambda rng: town(rng)[:2] + rng.choice(("博物馆", "学校", "剧院", "灯塔", "市场", "酒坊", "医院")),
     (
         Relation(year, ("{e}建于{v}。",), clause="始建年份是{v}"),
         Relation(person, ("{e}由{v}设计。",), clause="图纸出自{v}之手"),
@@ -125,28 +125,28 @@ PLACES = World(
         Relation(date, ("{e}在{v}失过火。",), clause="遭遇火灾是在{v}"),
         Relation(dish, ("{e}的食堂供应{v}。",), clause="可以吃到{v}"),
     ),
-    scenery,
-    blank="",
+    filler,
+    separator="",
     pronoun="这里",
 )
 
 
-def multifieldqa_zh(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
-    """A chronicle of many lives, and a question about one of them."""
-    return article(rng, PEOPLE, room, repeats)
+def multifieldqa_zh(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
+    """A text about many people, and a question about one of them."""
+    return single_fact_draft(rng, PEOPLE, tokens, repeat_prob)
 
 
-def dureader(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
-    """Two steps, from a person over another person to a fact."""
-    return hops(rng, PEOPLE, room, 2, "文章{n}\n标题：{title}\n", repeats)
+def dureader(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
+    """Two hops: a person, a linked person, a fact about that person."""
+    return multi_hop_draft(rng, PEOPLE, tokens, 2, "文章{n}\n标题：{title}\n", repeat_prob)
 
 
-_CHINESE = Wording("段落{n}：", "{e}，{c}。", "文中介绍了一个地方，{c}。", "，而且", "这里仍是{heading}。")
+_WORDING = Wording("段落{n}：", "{e}，{c}。", "文中介绍了一个地方，{c}。", "，而且", "这里仍是{heading}。")
 
 
-def passage_retrieval_zh(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
-    """Which paragraph is the abstract from?"""
-    return retrieve(rng, PLACES, _CHINESE, room, repeats)
+def passage_retrieval_zh(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
+    """Numbered paragraphs; the answer is the paragraph that the abstract summarizes."""
+    return retrieval_draft(rng, PLACES, _WORDING, tokens, repeat_prob)
 
 
 _RESOLUTIONS = (
@@ -160,30 +160,30 @@ _RESOLUTIONS = (
 
 
 def _resolution(rng: Rng) -> str:
-    return rng.pick(_RESOLUTIONS).format(
-        p=person(rng), f=firm(rng), t=thing(rng), c=town(rng), v=number(rng), m=rng.span(1, 12)
+    return rng.choice(_RESOLUTIONS).format(
+        p=person(rng), f=firm(rng), t=thing(rng), c=town(rng), v=number(rng), m=rng.randint(1, 12)
     )
 
 
-def vcsum(rng: Rng, room: float) -> Draft:
-    """A meeting; its summary is the resolutions, each after `结论：`."""
-    resolutions = [_resolution(rng) + "。" for _ in range(parts(room, 150, 2, 10))]
-    speakers = rng.span(2, 6)
+def vcsum(rng: Rng, tokens: float) -> Draft:
+    """A meeting; the summary is its resolutions, each after `结论：`."""
+    resolutions = [_resolution(rng) + "。" for _ in range(num_parts(tokens, 150, 2, 10))]
+    speakers = rng.randint(2, 6)
 
     def line(text: str) -> str:
-        return f"讲者{rng.span(1, speakers)}：{text}"
+        return f"讲者{rng.randint(1, speakers)}：{text}"
 
-    def chatter() -> str:
-        return line(f"有人建议{_resolution(rng)}，但是没有通过。" if rng.chance(0.4) else scenery(rng))
+    def small_talk() -> str:
+        return line(f"有人建议{_resolution(rng)}，但是没有通过。" if rng.chance(0.4) else filler(rng))
 
-    marked = [line("结论：" + resolution) for resolution in resolutions]
-    lines = fill(room - sum(map(estimate_tokens, marked)), chatter)
-    rng.insert(lines, *marked)
+    key_lines = [line("结论：" + resolution) for resolution in resolutions]
+    lines = fill(tokens - sum(map(estimate_tokens, key_lines)), small_talk)
+    rng.insert(lines, *key_lines)
     return Draft("\n".join(lines), "", ["".join(resolutions)])
 
 
-# No label is part of another one: the classification metric looks for labels inside the prediction.
-_CLASSES = {
+# No label contains another one: the classification metric searches for labels in the prediction.
+CLASSES = {
     "农事种植": ("{c}的{d}今年丰收，农户{p}卖出{v}斤。", "{p}在{c}试种新品种，每亩增产{v}斤。"),
     "球类比赛": ("{c}队以两球战胜{e}队，{p}独进一球。", "{p}在{c}的乒乓球赛中夺冠，{v}名观众到场。"),
     "学校教学": ("{c}小学新学期招收{v}名学生，校长是{p}。", "教师{p}在{c}为学生编写了新课本。"),
@@ -199,26 +199,31 @@ _CLASSES = {
 }
 
 
-def _news(rng: Rng, kind: str, room: float) -> str:
-    """A piece of news up to `类别：`."""
-    lead = rng.pick(_CLASSES[kind]).format(c=town(rng), e=town(rng), p=person(rng), v=number(rng), d=rng.pick(_FOODS))
+def _news(rng: Rng, kind: str, tokens: float) -> str:
+    """A news item up to `类别：`."""
+    lead = rng.choice(CLASSES[kind]).format(
+        c=town(rng), e=town(rng), p=person(rng), v=number(rng), d=rng.choice(_FOODS)
+    )
     frame = "新闻内容：\n{}\n类别："
-    rest = fill(room - estimate_tokens(frame + lead), lambda: scenery(rng))
-    return frame.format(paragraphs(rng, [lead, *rest], ""))
+    rest = fill(tokens - estimate_tokens(frame + lead), lambda: filler(rng))
+    return frame.format(join_paragraphs(rng, [lead, *rest], ""))
 
 
-def lsht(rng: Rng, room: float) -> Draft:
-    """News with their class, the asked class among them; half the time only they tell what a class is called."""
-    labels = dealt(rng, _CLASSES)
-    count = parts(room, 80, 3, 40)
-    asked, *kinds = [rng.pick(list(labels)) for _ in range(count - 1)]
+def lsht(rng: Rng, tokens: float) -> Draft:
+    """Labelled news items, and one to classify.
+
+    At least one example has the label asked for. In half of the rows the labels are permuted (see `draw_labels`).
+    """
+    labels = draw_labels(rng, CLASSES)
+    count = num_parts(tokens, 80, 3, 40)
+    asked, *kinds = [rng.choice(list(labels)) for _ in range(count - 1)]
     rng.insert(kinds, asked)
-    room -= sum(estimate_tokens(labels[kind] + "\n\n") for kind in kinds)
+    tokens -= sum(estimate_tokens(labels[kind] + "\n\n") for kind in kinds)
 
     def writer(kind: str) -> Callable[[float], str]:
         return lambda tokens: _news(rng, kind, tokens)
 
-    query, *texts = share(room, [writer(kind) for kind in (asked, *kinds)])
-    shown = labelled(texts, [labels[kind] for kind in kinds])
-    more = endless(rng, lambda kind: (_news(rng, kind, 40), labels[kind]), kinds)
-    return Draft("\n\n".join(shown), query, [labels[asked]], list(_CLASSES), more)
+    query, *texts = write_parts(tokens, [writer(kind) for kind in (asked, *kinds)])
+    shown = append_labels(texts, [labels[kind] for kind in kinds])
+    follow_ups = endless_questions(rng, lambda kind: (_news(rng, kind, 40), labels[kind]), kinds)
+    return Draft("\n\n".join(shown), query, [labels[asked]], list(CLASSES), follow_ups)

@@ -1,13 +1,13 @@
-"""The English questions: narrativeqa, qasper, multifieldqa_en, hotpotqa, 2wikimqa and musique."""
+"""Generators of narrativeqa, qasper, multifieldqa_en, hotpotqa, 2wikimqa and musique."""
 
 from collections.abc import Iterator
 
 from sparsecache.synthetic import words
-from sparsecache.synthetic.build import Draft, Question, Rng, estimate_tokens, paragraphs
-from sparsecache.synthetic.chains import hops
-from sparsecache.synthetic.facts import Fact, Link, Relation, Tale, World, article, surround
+from sparsecache.synthetic.draft import Draft, QAPair, Rng, estimate_tokens, join_paragraphs
+from sparsecache.synthetic.facts import Fact, FactWriter, Link, Relation, World, add_distractors, single_fact_draft
+from sparsecache.synthetic.multi_hop import multi_hop_draft
 
-_LIVES = (
+_PERSON_RELATIONS = (
     Relation(
         words.year,
         ("{e} was born in {v}.", "The birth of {e} was entered in the year {v}."),
@@ -21,7 +21,7 @@ _LIVES = (
         clause="grew up in {v}",
     ),
     Relation(
-        words.trade,
+        words.occupation,
         ("{e} earns a living as a {v}.", "For a living {e} works as a {v}."),
         "What does {e} do for a living?",
         clause="earns a living as a {v}",
@@ -45,13 +45,13 @@ _LIVES = (
         clause="likes {v} best",
     ),
     Relation(
-        words.pet,
+        words.animal,
         ("{e} keeps a {v}.", "At home {e} looks after a {v}."),
         "Which animal does {e} keep?",
         clause="keeps a {v}",
     ),
     Relation(
-        words.work,
+        words.title,
         ("{e} is the author of the book {v}.", "{e} wrote the book {v}."),
         "What is the title of the book by {e}?",
         clause="is the author of the book {v}",
@@ -71,13 +71,14 @@ _LIVES = (
 )
 
 
-def _link(noun: str, *says: str) -> Link:
-    return Link(words.person, says, f"Who is the {noun} of {{e}}?", that=f"that {noun}")
+def _link(noun: str, *statements: str) -> Link:
+    return Link(words.person, statements, f"Who is the {noun} of {{e}}?", reference=f"that {noun}")
 
 
-def _maker(noun: str, work: str, verb: str) -> Link:
-    says = (f"{{e}} is a {work} {verb} by {{v}}.", f"The {noun} of the {work} {{e}} is {{v}}.")
-    return Link(words.person, says, f"Who is the {noun} of the {work} {{e}}?", that=f"that {noun}", source=words.work)
+def _creator(noun: str, work: str, verb: str) -> Link:
+    statements = (f"{{e}} is a {work} {verb} by {{v}}.", f"The {noun} of the {work} {{e}} is {{v}}.")
+    question = f"Who is the {noun} of the {work} {{e}}?"
+    return Link(words.person, statements, question, reference=f"that {noun}", make_source=words.title)
 
 
 _LINKS = (
@@ -87,12 +88,12 @@ _LINKS = (
     _link("rival", "{e} has a rival, {v}.", "The rival of {e} is {v}."),
     _link("landlord", "{e} rents a room from the landlord {v}.", "The landlord of {e} is {v}."),
 )
-_MAKERS = (
-    _maker("director", "film", "directed"),
-    _maker("composer", "song", "composed"),
-    _maker("translator", "novel", "translated"),
+_CREATORS = (
+    _creator("director", "film", "directed"),
+    _creator("composer", "song", "composed"),
+    _creator("translator", "novel", "translated"),
 )
-_STORY = (
+_STORY_RELATIONS = (
     Relation(
         words.thing,
         (
@@ -117,12 +118,12 @@ _STORY = (
         "Which dish did {e} ask for?",
     ),
     Relation(
-        words.pet,
+        words.animal,
         ("All winter {e} was afraid of the {v}.", "{e} never lost the fear of the {v}."),
         "Which animal was {e} afraid of?",
     ),
     Relation(
-        words.trade,
+        words.occupation,
         ("{e} went about disguised as a {v}.", "No one knew {e}, who was disguised as a {v}."),
         "As what was {e} disguised?",
     ),
@@ -140,19 +141,19 @@ _STORY = (
 
 
 def _system(rng: Rng) -> str:
-    """The name of a made-up method: `Kormiwick-3`."""
-    return words.person(rng).split()[1] + "-" + str(rng.span(1, 9))
+    """The name of a made-up system: `Kormiwick-3`."""
+    return words.person(rng).split()[1] + "-" + str(rng.randint(1, 9))
 
 
 def _corpus(rng: Rng) -> str:
-    return "the " + words.titled(rng) + " corpus"
+    return "the " + words.title_words(rng) + " corpus"
 
 
 def _score(rng: Rng) -> str:
-    return f"{rng.span(30, 98)}.{rng.span(10, 99)}"
+    return f"{rng.randint(30, 98)}.{rng.randint(10, 99)}"
 
 
-_PAPER = (
+_PAPER_RELATIONS = (
     Relation(
         _corpus,
         ("{e} is trained on {v}.", "As training data for {e} we use {v}."),
@@ -210,75 +211,75 @@ _REMARKS = (
 
 
 def _remark(rng: Rng) -> str:
-    return rng.pick(_REMARKS).format(t=words.thing(rng), n=rng.pick(words.NOUNS), d=rng.span(2, 30))
+    return rng.choice(_REMARKS).format(t=words.thing(rng), n=rng.choice(words.NOUNS), d=rng.randint(2, 30))
 
 
-PEOPLE = World(words.person, _LIVES, words.scenery, links=_LINKS)
-WORKS = World(words.person, _LIVES, words.scenery, links=_MAKERS)
-STORY = World(words.person, _STORY, words.scenery)
-PAPER = World(_system, _PAPER, _remark)
+PEOPLE = World(words.person, _PERSON_RELATIONS, words.filler, links=_LINKS)
+WORKS = World(words.person, _PERSON_RELATIONS, words.filler, links=_CREATORS)
+STORY = World(words.person, _STORY_RELATIONS, words.filler)
+PAPER = World(_system, _PAPER_RELATIONS, _remark)
 
 
-def narrativeqa(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
-    """A story in which many people do much the same, and a question about one of them."""
-    return article(rng, STORY, room, repeats)
+def narrativeqa(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
+    """A story about many people, and a question about one of them."""
+    return single_fact_draft(rng, STORY, tokens, repeat_prob)
 
 
-def multifieldqa_en(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
-    """A chronicle of many lives, and a question about one of them."""
-    return article(rng, PEOPLE, room, repeats)
+def multifieldqa_en(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
+    """A text about many people, and a question about one of them."""
+    return single_fact_draft(rng, PEOPLE, tokens, repeat_prob)
 
 
-_KINDS = ("value", "value", "value", "value", "value", "value", "confirm", "unanswerable")
+_KINDS = ("value", "value", "value", "value", "value", "value", "yes_no", "unanswerable")
 
 
-def qasper(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
-    """A paper on many systems; one question in eight is yes or no, one in eight is about a system not in it."""
-    tale = Tale(rng, PAPER)
-    kind = rng.pick(_KINDS)
-    entity = tale.enter(PAPER.name, ()) if kind == "unanswerable" else tale.newcomer()
-    fact = tale.tell(entity, rng.pick(PAPER.relations))
-    question, answer = _examine(rng, fact, kind)
-    items = surround(tale, fact, room - estimate_tokens(question), stated=kind != "unanswerable")
-    text = paragraphs(rng, tale.written(items, repeats), " ")
-    return Draft(text, question, [answer], more=_exam(tale, fact))
+def qasper(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
+    """A paper about many systems. One question in eight is yes/no, one in eight is unanswerable."""
+    writer = FactWriter(rng, PAPER)
+    kind = rng.choice(_KINDS)
+    entity = writer.add_entity(PAPER.make_entity, ()) if kind == "unanswerable" else writer.new_entity()
+    fact = writer.make_fact(entity, rng.choice(PAPER.relations))
+    question, answer = _ask_about(rng, fact, kind)
+    items = add_distractors(writer, fact, tokens - estimate_tokens(question), stated=kind != "unanswerable")
+    text = join_paragraphs(rng, writer.to_sentences(items, repeat_prob), " ")
+    return Draft(text, question, [answer], follow_ups=_follow_ups(writer, fact))
 
 
-def _exam(tale: Tale, asked: Fact) -> Iterator[Question]:
-    """Questions of every kind about other facts than the asked one."""
-    for fact in tale.rng.drawn(tale.told):
-        kind = tale.rng.pick(_KINDS)
+def _follow_ups(writer: FactWriter, asked: Fact) -> Iterator[QAPair]:
+    """Questions of every kind about the facts other than `asked`."""
+    for fact in writer.rng.shuffled(writer.stated):
+        kind = writer.rng.choice(_KINDS)
         if kind == "unanswerable":
-            fact = tale.tell(tale.enter(PAPER.name, ()), fact.relation)
+            fact = writer.make_fact(writer.add_entity(PAPER.make_entity, ()), fact.relation)
         if fact is not asked:
-            yield _examine(tale.rng, fact, kind)
+            yield _ask_about(writer.rng, fact, kind)
 
 
-def _examine(rng: Rng, fact: Fact, kind: str) -> Question:
-    """A question about the fact and its answer; both answers to a yes/no question are equally likely."""
-    question, answer = fact.question
+def _ask_about(rng: Rng, fact: Fact, kind: str) -> QAPair:
+    """A question of the given kind about the fact, and its answer. `yes` and `no` are equally likely."""
+    question, answer = fact.qa_pair
     if kind == "unanswerable":
         return question, "unanswerable"
-    if kind == "confirm":
+    if kind == "yes_no":
         yes = rng.chance(0.5)
-        value = answer if yes else rng.fresh(fact.relation.value, {answer})
-        return fact.relation.confirms.format(e=fact.entity, v=value), "yes" if yes else "no"
+        value = answer if yes else rng.unique(fact.relation.make_value, {answer})
+        return fact.relation.confirmation.format(e=fact.entity, v=value), "yes" if yes else "no"
     return question, answer
 
 
 _PASSAGE = "Passage {n}:\n{title}\n"
 
 
-def hotpotqa(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
-    """Two steps, from a person over another person to a fact."""
-    return hops(rng, PEOPLE, room, 2, _PASSAGE, repeats)
+def hotpotqa(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
+    """Two hops: a person, a linked person, a fact about that person."""
+    return multi_hop_draft(rng, PEOPLE, tokens, 2, _PASSAGE, repeat_prob)
 
 
-def two_wiki(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
-    """Two steps, from a film, song or novel over its maker to a fact."""
-    return hops(rng, WORKS, room, 2, _PASSAGE, repeats)
+def two_wiki(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
+    """Two hops: a film, song or novel, its creator, a fact about the creator."""
+    return multi_hop_draft(rng, WORKS, tokens, 2, _PASSAGE, repeat_prob)
 
 
-def musique(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
-    """Three steps, from a person over two others to a fact."""
-    return hops(rng, PEOPLE, room, 3, _PASSAGE, repeats)
+def musique(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
+    """Three hops: a person, two linked people, a fact about the last one."""
+    return multi_hop_draft(rng, PEOPLE, tokens, 3, _PASSAGE, repeat_prob)

@@ -1,59 +1,60 @@
-"""Questions about facts, in any language: one fact among look-alikes, and chains of two or three facts.
+"""Facts about made-up entities, the texts that state them, and questions about one fact.
 
-A `World` says in its own language who the facts are about and how they are put; this module knows none.
+A `World` gives the entities, relations and wording in its own language; this module contains no wording.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sparsecache.synthetic.build import Draft, Question, Rng, estimate_tokens, fill, mark, paragraphs
+from sparsecache.synthetic.draft import Draft, QAPair, Rng, estimate_tokens, fill, join_paragraphs, mark
 
-Make = Callable[[Rng], str]
+MakeText = Callable[[Rng], str]
 
 
 @dataclass(frozen=True, eq=False)
 class Relation:
-    """One thing that can be said of an entity `{e}`: its value `{v}`.
+    """A property of an entity. Templates hold `{e}` for the entity and `{v}` for the value.
 
-    `says` are ways to state it, `asks` the question whose answer is the value, `confirms` the yes/no
-    question, `clause` the same fact without its entity, for an abstract.
+    `make_value` draws a value; `statements` are wordings of the fact; `question` asks for the value; `confirmation` is
+    the yes/no question; `clause` states the fact without its entity, for abstracts.
     """
 
-    value: Make
-    says: tuple[str, ...]
-    asks: str = ""
-    confirms: str = ""
+    make_value: MakeText
+    statements: tuple[str, ...]
+    question: str = ""
+    confirmation: str = ""
     clause: str = ""
 
     def state(self, rng: Rng, entity: str, value: str) -> str:
-        return rng.pick(self.says).format(e=entity, v=value)
+        return rng.choice(self.statements).format(e=entity, v=value)
 
 
 @dataclass(frozen=True, eq=False)
 class Link(Relation):
-    """A relation whose value is another entity, which a question can go on with as `that mentor`.
+    """A relation whose value is another entity, to which a question can refer (`that mentor`).
 
-    `source` names the first entity where it is of another kind than the world's own (a film, not a person).
+    `make_source` draws the first entity of a chain where it is not of the world's own kind (a film, not a person).
     """
 
-    that: str = ""
-    source: Make | None = None
+    reference: str = ""
+    make_source: MakeText | None = None
 
 
 @dataclass(frozen=True)
 class World:
-    """A made-up world: its entities, what is known of them, and its scenery.
+    """Entities, their relations, and the wording of one language.
 
-    `blank` stands between two sentences, `comma` between two answers, `conjunction` before the last question,
-    `pronoun` for an entity that was just named. `recalls` are frames for a sentence `{s}` that is said again.
+    `make_filler` draws a sentence that states no fact. `repeat_frames` introduce a sentence `{s}` that is repeated.
+    `separator` joins sentences, `list_separator` joins answers, `conjunction` precedes the last of several questions,
+    and `pronoun` refers to the entity named before.
     """
 
-    name: Make
+    make_entity: MakeText
     relations: tuple[Relation, ...]
-    scenery: Make
-    recalls: tuple[str, ...] = ("As noted before, {s}", "Once more: {s}", "To recall, {s}")
-    blank: str = " "
-    comma: str = ", "
+    make_filler: MakeText
+    repeat_frames: tuple[str, ...] = ("As noted before, {s}", "Once more: {s}", "To recall, {s}")
+    separator: str = " "
+    list_separator: str = ", "
     conjunction: str = ", and "
     pronoun: str = ""
     links: tuple[Link, ...] = ()
@@ -61,7 +62,7 @@ class World:
 
 @dataclass(frozen=True)
 class Fact:
-    """A fact of a world, and the sentence that states it."""
+    """A relation of an entity with its value, and the sentence that states it."""
 
     entity: str
     relation: Relation
@@ -72,104 +73,107 @@ class Fact:
         return self.sentence
 
     @property
-    def question(self) -> Question:
-        return self.relation.asks.format(e=self.entity), self.value
+    def qa_pair(self) -> QAPair:
+        return self.relation.question.format(e=self.entity), self.value
 
 
-class Tale:
-    """The facts of a text in the making: one value at most for each relation of an entity.
+class FactWriter:
+    """Makes the facts of one text. No relation of an entity is used twice, so no two facts contradict each other.
 
-    A value that is asked for is kept from all other facts: add it to `kept`. `told` are the facts written so far.
+    `reserved_values` are never drawn as values: they answer questions. `stated` lists the facts written so far.
     """
 
-    def __init__(self, rng: Rng, world: World, most: int = 8) -> None:
-        """`most` relations at most are told of an entity."""
-        self.rng, self.world, self.most = rng, world, most
-        self.kept: set[str] = set()
-        self.told: list[Fact] = []
-        self._untold: dict[str, list[Relation]] = {}
+    def __init__(self, rng: Rng, world: World, max_relations: int = 8) -> None:
+        """Each entity gets at most `max_relations` relations."""
+        self.rng, self.world, self.max_relations = rng, world, max_relations
+        self.reserved_values: set[str] = set()
+        self.stated: list[Fact] = []
+        self._unused: dict[str, list[Relation]] = {}
         self._open: list[str] = []
 
-    def enter(self, name: Make, relations: Sequence[Relation]) -> str:
-        """A new entity, of which the given relations may be told."""
-        while (entity := name(self.rng)) in self._untold:
+    def add_entity(self, make_entity: MakeText, relations: Sequence[Relation]) -> str:
+        """A new entity that may have facts of the given relations."""
+        while (entity := make_entity(self.rng)) in self._unused:
             pass
-        self._untold[entity] = self.rng.several(relations, self.most)
+        self._unused[entity] = self.rng.sample(relations, self.max_relations)
         return entity
 
-    def newcomer(self) -> str:
-        """A new entity of the world, of which `another` may go on to tell."""
-        self._open.append(self.enter(self.world.name, self.world.relations))
+    def new_entity(self) -> str:
+        """A new entity of the world, which `random_fact` may use again."""
+        self._open.append(self.add_entity(self.world.make_entity, self.world.relations))
         return self._open[-1]
 
-    def untold(self, entity: str) -> list[Relation]:
-        """The relations of an entity that may still be told, in random order."""
-        return self._untold[entity]
+    def unused_relations(self, entity: str) -> list[Relation]:
+        """The relations of an entity that have no fact yet, in random order."""
+        return self._unused[entity]
 
-    def tell(self, entity: str, relation: Relation, value: str = "") -> Fact:
-        """A fact that is not told yet; its value is drawn unless it is given."""
-        left = self._untold[entity]
-        if relation in left:
-            left.remove(relation)
-        while not value or value in self.kept:
-            value = relation.value(self.rng)
+    def make_fact(self, entity: str, relation: Relation, value: str = "") -> Fact:
+        """A new fact. Draws a value if none is given, or if the given one is reserved."""
+        unused = self._unused[entity]
+        if relation in unused:
+            unused.remove(relation)
+        while not value or value in self.reserved_values:
+            value = relation.make_value(self.rng)
         return Fact(entity, relation, value, relation.state(self.rng, entity, value))
 
-    def another(self) -> Fact:
-        """A fact about a newcomer, or more often about one who came earlier."""
+    def random_fact(self) -> Fact:
+        """A fact about an earlier entity (70 % of the calls, if there is one) or about a new one."""
         if not self._open or self.rng.chance(0.3):
-            self.newcomer()
-        place = self.rng.below(len(self._open))
-        entity = self._open[place]
-        fact = self.tell(entity, self._untold[entity][-1])
-        if not self._untold[entity]:
-            self._open[place] = self._open[-1]
+            self.new_entity()
+        index = self.rng.randbelow(len(self._open))
+        entity = self._open[index]
+        fact = self.make_fact(entity, self._unused[entity][-1])
+        if not self._unused[entity]:
+            self._open[index] = self._open[-1]
             self._open.pop()
         return fact
 
-    def aside(self) -> Fact | str:
-        """Another fact, or a sentence about nobody."""
-        return self.world.scenery(self.rng) if self.rng.chance(0.25) else self.another()
+    def random_item(self) -> Fact | str:
+        """A random fact (75 %) or a filler sentence (25 %)."""
+        return self.world.make_filler(self.rng) if self.rng.chance(0.25) else self.random_fact()
 
-    def written(self, items: Iterable[Fact | str], repeats: float) -> list[str]:
-        """The items as sentences; with chance `repeats`, a fact is followed by an earlier one, said again."""
+    def to_sentences(self, items: Iterable[Fact | str], repeat_prob: float) -> list[str]:
+        """The items as sentences. After a fact, an earlier one is repeated with probability `repeat_prob`."""
         sentences: list[str] = []
         for item in items:
             sentences.append(str(item))
             if isinstance(item, Fact):
-                if self.told and self.rng.chance(repeats):
-                    sentences.append(self._again(self.rng.pick(self.told)))
-                self.told.append(item)
+                if self.stated and self.rng.chance(repeat_prob):
+                    sentences.append(self._repeat(self.rng.choice(self.stated)))
+                self.stated.append(item)
         return sentences
 
-    def questions(self, asked: Fact) -> Iterator[Question]:
-        """Questions about the other facts that were told."""
-        return (fact.question for fact in self.rng.drawn(self.told) if fact is not asked)
+    def follow_ups(self, asked: Fact) -> Iterator[QAPair]:
+        """Questions about the stated facts other than `asked`, in random order."""
+        return (fact.qa_pair for fact in self.rng.shuffled(self.stated) if fact is not asked)
 
-    def _again(self, fact: Fact) -> str:
-        says = self.rng.pick(fact.relation.says)
-        sentence = (says[0].lower() + says[1:]).format(e=fact.entity, v=mark(fact.value))
-        return self.rng.pick(self.world.recalls).format(s=sentence)
+    def _repeat(self, fact: Fact) -> str:
+        statement = self.rng.choice(fact.relation.statements)
+        sentence = (statement[0].lower() + statement[1:]).format(e=fact.entity, v=mark(fact.value))
+        return self.rng.choice(self.world.repeat_frames).format(s=sentence)
 
 
-def surround(tale: Tale, fact: Fact, room: float, stated: bool = True) -> list[Fact | str]:
-    """About `room` tokens: the fact (if `stated`) at a uniform place, and one look-alike at least."""
-    rng = tale.rng
-    tale.kept.add(fact.value)
-    first = tale.tell(tale.newcomer(), fact.relation)
-    room -= estimate_tokens(str(first) + str(fact) * stated)
-    items = fill(room, tale.aside)
-    rng.insert(items, first)
+def add_distractors(writer: FactWriter, fact: Fact, tokens: float, stated: bool = True) -> list[Fact | str]:
+    """About `tokens` tokens of facts and filler, with `fact` at a uniform random position if `stated`.
+
+    At least one distractor has the relation of `fact`.
+    """
+    rng = writer.rng
+    writer.reserved_values.add(fact.value)
+    distractor = writer.make_fact(writer.new_entity(), fact.relation)
+    tokens -= estimate_tokens(str(distractor) + str(fact) * stated)
+    items = fill(tokens, writer.random_item)
+    rng.insert(items, distractor)
     if stated:
         rng.insert(items, fact)
     return items
 
 
-def article(rng: Rng, world: World, room: float, repeats: float = 0.0) -> Draft:
-    """A running text and a question that one sentence of it answers."""
-    tale = Tale(rng, world)
-    fact = tale.tell(tale.newcomer(), rng.pick(world.relations))
-    question, answer = fact.question
-    items = surround(tale, fact, room - estimate_tokens(question))
-    text = paragraphs(rng, tale.written(items, repeats), world.blank)
-    return Draft(text, question, [answer], more=tale.questions(fact))
+def single_fact_draft(rng: Rng, world: World, tokens: float, repeat_prob: float = 0.0) -> Draft:
+    """A text about many entities, and a question that one sentence answers."""
+    writer = FactWriter(rng, world)
+    fact = writer.make_fact(writer.new_entity(), rng.choice(world.relations))
+    question, answer = fact.qa_pair
+    items = add_distractors(writer, fact, tokens - estimate_tokens(question))
+    text = join_paragraphs(rng, writer.to_sentences(items, repeat_prob), world.separator)
+    return Draft(text, question, [answer], follow_ups=writer.follow_ups(fact))

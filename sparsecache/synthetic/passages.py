@@ -1,20 +1,20 @@
-"""Counting and finding paragraphs: passage_count and passage_retrieval, the latter in any language."""
+"""Generators of passage_count and passage_retrieval; retrieval takes the wording of any language."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparsecache.synthetic import words
-from sparsecache.synthetic.build import Draft, Question, Rng, estimate_tokens, fill, mark, parts, share
+from sparsecache.synthetic.draft import Draft, QAPair, Rng, estimate_tokens, fill, mark, num_parts, write_parts
 from sparsecache.synthetic.facts import Relation, World
 
 
-def _house(rng: Rng) -> str:
-    kind = rng.pick(("Museum", "School", "Theatre", "Lighthouse", "Market", "Brewery", "Hospital", "Garden"))
-    return f"the {words.titled(rng)} {kind}"
+def _place(rng: Rng) -> str:
+    kind = rng.choice(("Museum", "School", "Theatre", "Lighthouse", "Market", "Brewery", "Hospital", "Garden"))
+    return f"the {words.title_words(rng)} {kind}"
 
 
 PLACES = World(
-    _house,
+    _place,
     (
         Relation(words.year, ("{e} was founded in {v}.", "Work on {e} began in {v}."), clause="dates from {v}"),
         Relation(words.person, ("{e} was designed by {v}.",), clause="goes back to the plans of {v}"),
@@ -24,63 +24,64 @@ PLACES = World(
         Relation(words.company, ("{e} is run by {v}.",), clause="belongs to {v}"),
         Relation(words.dish, ("{e} offers its guests {v}.",), clause="serves {v}"),
     ),
-    words.scenery,
+    words.filler,
     pronoun="it",
 )
 
 
-def paragraph(rng: Rng, world: World, used: set[str], room: float) -> tuple[str, list[str], list[str]]:
-    """A place, the sentences of a paragraph about it, two facts at least and scenery; and the facts as clauses.
+def paragraph(rng: Rng, world: World, used: set[str], tokens: float) -> tuple[str, list[str], list[str]]:
+    """A place, the sentences of a paragraph about it, and its facts as clauses.
 
-    Names and values come from outside `used`, so that no fact is true of two paragraphs.
+    The paragraph states at least two facts; the rest is filler. Names and values are not in `used` and are added to
+    it, so that no fact belongs to two paragraphs.
     """
-    name = rng.fresh(world.name, used)
+    name = rng.unique(world.make_entity, used)
     sentences: list[str] = []
     clauses: list[str] = []
-    for relation in rng.several(world.relations, 4):
-        if len(clauses) >= 2 and room < 25:
+    for relation in rng.sample(world.relations, 4):
+        if len(clauses) >= 2 and tokens < 25:
             break
-        value = rng.fresh(relation.value, used)
+        value = rng.unique(relation.make_value, used)
         subject = world.pronoun if sentences else name
         sentence = relation.state(rng, subject, value)
         sentences.append(sentence[0].upper() + sentence[1:])
         clauses.append(relation.clause.format(v=value))
-        room -= estimate_tokens(sentence + world.blank)
-    for sentence in fill(room, lambda: world.scenery(rng)):
-        sentences.insert(rng.span(1, len(sentences)), sentence)
+        tokens -= estimate_tokens(sentence + world.separator)
+    for sentence in fill(tokens, lambda: world.make_filler(rng)):
+        sentences.insert(rng.randint(1, len(sentences)), sentence)
     return name, sentences, clauses
 
 
-def passage_count(rng: Rng, room: float) -> Draft:
-    """Numbered paragraphs, some of them twice or more; the answer is how many different ones there are, 2 to 20.
+def passage_count(rng: Rng, tokens: float) -> Draft:
+    """Numbered paragraphs, some repeated; the answer is the number of distinct ones, 2 to 20.
 
-    Further questions ask for those up to an earlier paragraph.
+    Follow-up questions count the distinct paragraphs up to an earlier one.
     """
-    count = parts(room, 80, 4, 26)
-    unique = rng.span(2, min(20, count - 1))
-    order = rng.several([*range(unique), *(rng.below(unique) for _ in range(count - unique))], count)
+    count = num_parts(tokens, 80, 4, 26)
+    unique = rng.randint(2, min(20, count - 1))
+    order = rng.sample([*range(unique), *(rng.randbelow(unique) for _ in range(count - unique))], count)
     used: set[str] = set()
     texts: dict[int, str] = {}
 
-    def writer(number: int, which: int) -> Callable[[float], str]:
+    def paragraph_writer(number: int, which: int) -> Callable[[float], str]:
         def write(tokens: float) -> str:
             head = f"Paragraph {number}: "
             if which not in texts:
                 _, text, _ = paragraph(rng, PLACES, used, tokens - estimate_tokens(head))
-                texts[which] = PLACES.blank.join(text)
+                texts[which] = PLACES.separator.join(text)
             return head + texts[which] + "\n\n"
 
         return write
 
-    written = share(room, [writer(*item) for item in enumerate(order, 1)])
-    ends = rng.drawn(range(2, count))
-    more = ((f"Count only paragraphs 1 to {end}.", str(len(set(order[:end])))) for end in ends)
-    return Draft("".join(written).rstrip("\n"), "", [str(unique)], more=more)
+    written = write_parts(tokens, [paragraph_writer(*item) for item in enumerate(order, 1)])
+    ends = rng.shuffled(range(2, count))
+    follow_ups = ((f"Count only paragraphs 1 to {end}.", str(len(set(order[:end])))) for end in ends)
+    return Draft("".join(written).rstrip("\n"), "", [str(unique)], follow_ups=follow_ups)
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How paragraphs are headed and asked for: `{n}` is a number, `{e}` a place, `{c}` what is said of it."""
+    """Templates of one language: `{n}` is a number, `{e}` a place, `{c}` the clauses about it."""
 
     heading: str
     named: str
@@ -94,40 +95,40 @@ ENGLISH = Wording(
 )
 
 
-def retrieve(rng: Rng, world: World, wording: Wording, room: float, repeats: float) -> Draft:
-    """Up to 30 headed paragraphs, and an abstract of two facts of one of them, in other words.
+def retrieval_draft(rng: Rng, world: World, wording: Wording, tokens: float, repeat_prob: float) -> Draft:
+    """Up to 30 numbered paragraphs, and an abstract that paraphrases two facts of one of them.
 
-    Half of the abstracts name the place. The answer is the heading without its colon. A third of the further
-    abstracts are quotations. With chance `repeats`, a sentence is followed by a reminder of its heading.
+    Half of the abstracts name the place. The answer is the heading without its colon. A third of the follow-up
+    questions quote two sentences instead. With probability `repeat_prob`, the heading is repeated after a sentence.
     """
-    count = parts(room - 30, 33, 3, 30)
+    count = num_parts(tokens - 30, 33, 3, 30)
     used: set[str] = set()
-    abstracts: list[Question] = []
-    quotations: list[Question] = []
+    abstracts: list[QAPair] = []
+    quotations: list[QAPair] = []
 
-    def writer(index: int) -> Callable[[float], str]:
+    def paragraph_writer(index: int) -> Callable[[float], str]:
         def write(tokens: float) -> str:
             head = wording.heading.format(n=index + 1)
             heading = head.rstrip(":： ")
             place, sentences, clauses = paragraph(rng, world, used, tokens - estimate_tokens(head))
-            said = wording.conjunction.join(rng.several(clauses, 2))
+            said = wording.conjunction.join(rng.sample(clauses, 2))
             abstract = (wording.named if rng.chance(0.5) else wording.unnamed).format(e=place, c=said)
             abstracts.append((abstract[0].upper() + abstract[1:], heading))
-            start = rng.below(len(sentences) - 1)
-            quotations.append((world.blank.join(sentences[start : start + 2]), heading))
+            start = rng.randbelow(len(sentences) - 1)
+            quotations.append((world.separator.join(sentences[start : start + 2]), heading))
             reminder = wording.reminder.format(heading=mark(heading))
-            text = [part for each in sentences for part in ((each, reminder) if rng.chance(repeats) else (each,))]
-            return head + world.blank.join(text) + "\n\n"
+            text = [part for each in sentences for part in ((each, reminder) if rng.chance(repeat_prob) else (each,))]
+            return head + world.separator.join(text) + "\n\n"
 
         return write
 
-    context = "".join(share(room - 30, [writer(index) for index in range(count)])).rstrip("\n")
-    asked, *others = rng.several(range(count), count)
-    more = (rng.pick((abstracts, abstracts, quotations))[other] for other in others)
+    context = "".join(write_parts(tokens - 30, [paragraph_writer(index) for index in range(count)])).rstrip("\n")
+    asked, *others = rng.sample(range(count), count)
+    follow_ups = (rng.choice((abstracts, abstracts, quotations))[other] for other in others)
     summary, answer = abstracts[asked]
-    return Draft(context, summary, [answer], more=more)
+    return Draft(context, summary, [answer], follow_ups=follow_ups)
 
 
-def passage_retrieval_en(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
-    """Which paragraph is the abstract from?"""
-    return retrieve(rng, PLACES, ENGLISH, room, repeats)
+def passage_retrieval_en(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
+    """Numbered paragraphs; the answer is the paragraph that the abstract summarizes."""
+    return retrieval_draft(rng, PLACES, ENGLISH, tokens, repeat_prob)

@@ -1,4 +1,4 @@
-"""The bundled sample as a source of rows, beside the hub, folders and zips."""
+"""The data source of `--data sample`: synthetic rows instead of files."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from sparsecache.synthetic.rows import make_rows
 
 @dataclass(frozen=True)
 class SampleSource:
-    """Rows made from a seed, of every dataset's kind."""
+    """Generates `rows` synthetic rows per dataset, with prompts of about `tokens` tokens, from `seed`."""
 
     rows: int = 2
     tokens: int = 2048
@@ -19,12 +19,12 @@ class SampleSource:
     published: bool = field(default=False, init=False)
 
     def read(self, task: Task, e: bool) -> tuple[str, bytes]:
-        """The rows of one dataset as JSON Lines. Raises UsageError for LongBench-E, which the sample lacks."""
+        """A name for messages, and the rows of one dataset as JSON Lines. Raises UsageError for LongBench-E."""
         if e:
-            raise UsageError("--data sample has no LongBench-E rows. Leave out --e, or name other --data.")
+            raise UsageError("--data sample has no LongBench-E rows. Leave out --e, or choose another --data.")
         rows = make_rows(task.name, self.rows, self.tokens, self.seed)
         return f"sample of {task.name}", "".join(dumps(row) + "\n" for row in rows).encode()
 
     def describe(self) -> dict[str, Any]:
-        """What is recorded of the source in run.json."""
+        """The entry of this source in run.json."""
         return {"source": "sample", "rows": self.rows, "tokens": self.tokens, "seed": self.seed}

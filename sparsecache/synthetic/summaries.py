@@ -1,15 +1,24 @@
-"""The English summaries of the sample: gov_report, qmsum and multi_news.
+"""Generators of the English summarization datasets gov_report, qmsum and multi_news.
 
-A report and the news mark their key sentences, and the summary is those sentences in the order of the text.
+Reports and news mark their key sentences; the summary consists of those sentences in order.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from sparsecache.synthetic import words
-from sparsecache.synthetic.build import Draft, Question, Rng, estimate_tokens, fill, paragraphs, parts, share
+from sparsecache.synthetic.draft import (
+    Draft,
+    QAPair,
+    Rng,
+    estimate_tokens,
+    fill,
+    join_paragraphs,
+    num_parts,
+    write_parts,
+)
 from sparsecache.synthetic.english import PEOPLE
-from sparsecache.synthetic.facts import Fact, Tale
+from sparsecache.synthetic.facts import Fact, FactWriter
 
 _FINDINGS = (
     "the {o} spent {v} coins on the {t} in {y}",
@@ -27,7 +36,7 @@ _REMARKS = (
 
 
 def _finding(rng: Rng) -> str:
-    return rng.pick(_FINDINGS).format(
+    return rng.choice(_FINDINGS).format(
         o=words.company(rng),
         v=words.number(rng),
         t=words.thing(rng),
@@ -43,32 +52,33 @@ def _sentence(text: str) -> str:
 
 
 def _background(rng: Rng) -> str:
-    return rng.pick(_REMARKS).format(f=_finding(rng)) if rng.chance(0.4) else words.scenery(rng)
+    return rng.choice(_REMARKS).format(f=_finding(rng)) if rng.chance(0.4) else words.filler(rng)
 
 
-def gov_report(rng: Rng, room: float) -> Draft:
-    """A report; its summary is the sentences after `Key finding:`."""
-    findings = [_sentence(_finding(rng)) for _ in range(parts(room, 120, 2, 10))]
-    marked = ["Key finding: " + finding for finding in findings]
-    sentences = fill(room - sum(map(estimate_tokens, marked)), lambda: _background(rng))
-    rng.insert(sentences, *marked)
-    return Draft(paragraphs(rng, sentences, " "), "", [" ".join(findings)])
+def gov_report(rng: Rng, tokens: float) -> Draft:
+    """A report; the summary is the sentences after `Key finding:`."""
+    findings = [_sentence(_finding(rng)) for _ in range(num_parts(tokens, 120, 2, 10))]
+    key_sentences = ["Key finding: " + finding for finding in findings]
+    sentences = fill(tokens - sum(map(estimate_tokens, key_sentences)), lambda: _background(rng))
+    rng.insert(sentences, *key_sentences)
+    return Draft(join_paragraphs(rng, sentences, " "), "", [" ".join(findings)])
 
 
-def multi_news(rng: Rng, room: float) -> Draft:
-    """Several news passages; the summary is the sentence after `In short:` of each."""
-    news = [_sentence(_finding(rng)) for _ in range(parts(room, 150, 2, 8))]
+def multi_news(rng: Rng, tokens: float) -> Draft:
+    """News passages; the summary is the sentence after `In short:` of each."""
+    news = [_sentence(_finding(rng)) for _ in range(num_parts(tokens, 150, 2, 8))]
 
-    def writer(number: int, main: str) -> Callable[[float], str]:
+    def passage_writer(number: int, main: str) -> Callable[[float], str]:
         return lambda tokens: f"Passage {number}:\n" + _passage(rng, "In short: " + main, tokens - 3)
 
-    return Draft("\n".join(share(room, [writer(*item) for item in enumerate(news, 1)])), "", [" ".join(news)])
+    passages = write_parts(tokens, [passage_writer(*item) for item in enumerate(news, 1)])
+    return Draft("\n".join(passages), "", [" ".join(news)])
 
 
-def _passage(rng: Rng, main: str, room: float) -> str:
-    sentences = fill(room - estimate_tokens(main), lambda: _background(rng))
+def _passage(rng: Rng, main: str, tokens: float) -> str:
+    sentences = fill(tokens - estimate_tokens(main), lambda: _background(rng))
     rng.insert(sentences, main)
-    return paragraphs(rng, sentences, " ")
+    return join_paragraphs(rng, sentences, " ")
 
 
 _ROLES = "Chair Treasurer Secretary Engineer Librarian Gardener Designer Archivist".split()
@@ -82,36 +92,36 @@ _TALK = (
 
 
 def _talk(rng: Rng) -> str:
-    return rng.pick(_TALK).format(t=words.thing(rng), n=rng.pick(words.NOUNS), m=rng.pick(words.MONTHS))
+    return rng.choice(_TALK).format(t=words.thing(rng), n=rng.choice(words.NOUNS), m=rng.choice(words.MONTHS))
 
 
-def qmsum(rng: Rng, room: float, repeats: float = 0.0) -> Draft:
-    """A meeting on many people; the answer is all that was said of one, always in the same order of relations."""
-    tale = Tale(rng, replace(PEOPLE, scenery=_talk), most=5)
-    person = tale.enter(words.person, PEOPLE.relations)
-    facts = [tale.tell(person, relation) for relation in tale.untold(person)[: parts(room, 300, 2, 5)]]
-    query, answer = _portrait(facts)
-    room -= estimate_tokens(query) + sum(estimate_tokens(f"{fact} ") for fact in facts)
-    # Each line of three sentences or more also names its speaker.
-    items = fill(room / 1.05, tale.aside)
+def qmsum(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
+    """A meeting about many people; the answer lists all facts about one, in a fixed order of relations."""
+    writer = FactWriter(rng, replace(PEOPLE, make_filler=_talk), max_relations=5)
+    person = writer.add_entity(words.person, PEOPLE.relations)
+    relations = writer.unused_relations(person)[: num_parts(tokens, 300, 2, 5)]
+    facts = [writer.make_fact(person, relation) for relation in relations]
+    query, answer = _summary_of_person(facts)
+    tokens -= estimate_tokens(query) + sum(estimate_tokens(f"{fact} ") for fact in facts)
+    items = fill(tokens / 1.05, writer.random_item)  # speaker names add about 5 %
     rng.insert(items, *facts)
-    lines = paragraphs(rng, tale.written(items, repeats), " ").split("\n")
-    context = "\n".join(f"{rng.pick(_ROLES)}: {line}" for line in lines)
-    return Draft(context, query, [answer], more=_portraits(tale, person))
+    lines = join_paragraphs(rng, writer.to_sentences(items, repeat_prob), " ").split("\n")
+    context = "\n".join(f"{rng.choice(_ROLES)}: {line}" for line in lines)
+    return Draft(context, query, [answer], follow_ups=_follow_ups(writer, person))
 
 
-def _portraits(tale: Tale, asked: str) -> Iterator[Question]:
-    """Questions about the other people of whom two things or more were told."""
-    about: dict[str, list[Fact]] = {}
-    for fact in tale.told:
-        about.setdefault(fact.entity, []).append(fact)
-    for person in tale.rng.drawn(about):
-        if len(about[person]) >= 2 and person != asked:
-            yield _portrait(about[person])
+def _follow_ups(writer: FactWriter, asked: str) -> Iterator[QAPair]:
+    """Questions about the other people with at least two stated facts."""
+    by_person: dict[str, list[Fact]] = {}
+    for fact in writer.stated:
+        by_person.setdefault(fact.entity, []).append(fact)
+    for person in writer.rng.shuffled(by_person):
+        if len(by_person[person]) >= 2 and person != asked:
+            yield _summary_of_person(by_person[person])
 
 
-def _portrait(facts: list[Fact]) -> Question:
-    """The question about a person of whom the facts were told, and its answer."""
+def _summary_of_person(facts: list[Fact]) -> QAPair:
+    """The question about the person of `facts`, and its answer."""
     person = facts[0].entity
     ordered = sorted(facts, key=lambda fact: PEOPLE.relations.index(fact.relation))
     *first, last = (fact.relation.clause.format(v=fact.value) for fact in ordered)

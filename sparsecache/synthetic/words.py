@@ -1,6 +1,6 @@
-"""English inventories of the sample: names and values by the thousand, put together from short lists."""
+"""English names and values, combined from word lists."""
 
-from sparsecache.synthetic.build import Rng
+from sparsecache.synthetic.draft import Rng
 
 GIVEN = """
     Ada Agnes Albin Alma Anselm Arvid Beatrix Benno Bruno Cecily Clara Cosmo Dagmar Delia Edgar
@@ -73,67 +73,67 @@ MONTHS = "January February March April May June July August September October No
 
 
 def person(rng: Rng) -> str:
-    """One of about 700,000 people: `Hedda Kormiwick`."""
-    return rng.pick(GIVEN) + " " + "".join(rng.pick(part) for part in _SURNAME)
+    """One of about 700,000 names: `Hedda Kormiwick`."""
+    return rng.choice(GIVEN) + " " + "".join(rng.choice(part) for part in _SURNAME)
 
 
 def town(rng: Rng) -> str:
-    """One of about 8,000 towns."""
-    name = "".join(rng.pick(part) for part in _TOWN)
-    return rng.pick(("Upper ", "Port ", "New ", "Great ")) + name if rng.chance(0.3) else name
+    """One of about 8,000 town names."""
+    name = "".join(rng.choice(part) for part in _TOWN)
+    return rng.choice(("Upper ", "Port ", "New ", "Great ")) + name if rng.chance(0.3) else name
 
 
 def year(rng: Rng) -> str:
-    return str(rng.span(1500, 2019))
+    return str(rng.randint(1500, 2019))
 
 
 def date(rng: Rng) -> str:
-    return f"{rng.span(1, 28)} {rng.pick(MONTHS)} {year(rng)}"
+    return f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {year(rng)}"
 
 
 def number(rng: Rng) -> str:
-    return f"{rng.span(1, 98)},{rng.span(100, 999)}"
+    return f"{rng.randint(1, 98)},{rng.randint(100, 999)}"
 
 
-def trade(rng: Rng) -> str:
-    return f"{rng.pick(_CRAFTS)} {rng.pick(_TRADES)}"
+def occupation(rng: Rng) -> str:
+    return f"{rng.choice(_CRAFTS)} {rng.choice(_TRADES)}"
 
 
 def thing(rng: Rng) -> str:
-    return f"{rng.pick(ADJECTIVES)} {rng.pick(NOUNS)}"
+    return f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
 
 
-def titled(rng: Rng) -> str:
-    """Two capitalised words, the heart of a proper name: `Silent Otter`."""
-    return f"{rng.pick(ADJECTIVES)} {rng.pick(NOUNS)}".title()
+def title_words(rng: Rng) -> str:
+    """Two capitalized words: `Silent Otter`."""
+    return f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}".title()
 
 
-def work(rng: Rng) -> str:
-    """A title of a book, film or song."""
-    return rng.pick(("The {t}", "{t}", "The {t} of {c}", "A {t} in {c}")).format(t=titled(rng), c=town(rng))
+def title(rng: Rng) -> str:
+    """The title of a book, film or song."""
+    return rng.choice(("The {t}", "{t}", "The {t} of {c}", "A {t} in {c}")).format(t=title_words(rng), c=town(rng))
 
 
 def company(rng: Rng) -> str:
-    return f"{titled(rng)} {rng.pick(_FIRMS)}"
+    return f"{title_words(rng)} {rng.choice(_FIRMS)}"
 
 
 def instrument(rng: Rng) -> str:
-    return f"{rng.pick(ADJECTIVES)} {rng.pick(_INSTRUMENTS)}"
+    return f"{rng.choice(ADJECTIVES)} {rng.choice(_INSTRUMENTS)}"
 
 
 def dish(rng: Rng) -> str:
-    return f"{rng.pick(_COOKED)} {rng.pick(_PLANTS)} {rng.pick(_DISHES)}"
+    return f"{rng.choice(_COOKED)} {rng.choice(_PLANTS)} {rng.choice(_DISHES)}"
 
 
-def pet(rng: Rng) -> str:
-    return f"{rng.pick(ADJECTIVES)} {rng.pick(_ANIMALS)}"
+def animal(rng: Rng) -> str:
+    return f"{rng.choice(ADJECTIVES)} {rng.choice(_ANIMALS)}"
 
 
 def prize(rng: Rng) -> str:
-    return f"{titled(rng)} {rng.pick(_PRIZES)}"
+    return f"{title_words(rng)} {rng.choice(_PRIZES)}"
 
 
-_SCENERY = (
+_FILLER = (
     "A {t} hung above the {n} for many years.",
     "Visitors still ask about the {t} by the {n}.",
     "In {m} the road past the {n} is closed to carts.",
@@ -149,6 +149,6 @@ _SCENERY = (
 )
 
 
-def scenery(rng: Rng) -> str:
-    """A sentence about nobody, which answers nothing."""
-    return rng.pick(_SCENERY).format(t=thing(rng), n=rng.pick(NOUNS), a=rng.pick(ADJECTIVES), m=rng.pick(MONTHS))
+def filler(rng: Rng) -> str:
+    """A sentence that states no fact."""
+    return rng.choice(_FILLER).format(t=thing(rng), n=rng.choice(NOUNS), a=rng.choice(ADJECTIVES), m=rng.choice(MONTHS))

@@ -27,8 +27,8 @@ MAY_DIFFER = 1
 def _scores(pred_dir: Path, *further: str) -> Scores:
     """The scores of the baseline's command, with further arguments."""
     _, *arguments = shlex.split(BASELINE["command"])
-    told = CliRunner().invoke(main, [*arguments, "--pred_dir", str(pred_dir), *further])
-    assert told.exit_code == 0, told.output
+    result = CliRunner().invoke(main, [*arguments, "--pred_dir", str(pred_dir), *further])
+    assert result.exit_code == 0, result.output
     (run,) = pred_dir.glob("*/baseline")
     return {dataset.task.name: dataset.summary.score for dataset in score_run(run).datasets}
 

@@ -1,4 +1,4 @@
-"""The training sequences: as long as promised, made as the sample's rows are, and flagged where text is settled."""
+"""Lessons have the promised length, match the format of rows, and flag predictable text."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from lesson_tokenizer import Encoder
 from lessons import EOS, MIX, lesson
 from sparsecache.longbench.tasks import select_tasks
 from sparsecache.synthetic import rows
-from sparsecache.synthetic.build import Draft, Question, Rng, split_marks, unmarked
+from sparsecache.synthetic.draft import Draft, QAPair, Rng, split_marks, strip_marks
 from sparsecache.synthetic.rows import make_rows
 
 TASKS = {task.name: task for task in select_tasks("all")}  # the published ones
@@ -32,27 +32,27 @@ LABELLED = ["trec", "lsht", "triviaqa", "lcc"]
 
 
 @pytest.fixture
-def drafts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Draft, list[Question]]]:
-    """Every draft that lessons are made of, with the further questions that were drawn from it."""
-    made: list[tuple[Draft, list[Question]]] = []
+def drafts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Draft, list[QAPair]]]:
+    """Every draft that a lesson uses, with the follow-up questions drawn from it."""
+    made: list[tuple[Draft, list[QAPair]]] = []
 
     def spy(*arguments: Any) -> Draft:
         draft = rows.make_draft(*arguments)
-        asked: list[Question] = []
+        asked: list[QAPair] = []
 
-        def more() -> Iterator[Question]:
-            for question in draft.more:
+        def follow_ups() -> Iterator[QAPair]:
+            for question in draft.follow_ups:
                 asked.append(question)
                 yield question
 
         made.append((draft, asked))
-        return replace(draft, more=more())
+        return replace(draft, follow_ups=follow_ups())
 
     monkeypatch.setattr(lessons, "make_draft", spy)
     return made
 
 
-def test_every_dataset_is_drawn() -> None:
+def test_every_dataset_has_a_share() -> None:
     assert list(MIX) == list(TASKS)
     assert sum(MIX.values()) == pytest.approx(1)
 
@@ -77,13 +77,13 @@ def test_the_same_key_gives_the_same_lesson(dataset: str, encode: Encoder) -> No
 
 
 @pytest.mark.parametrize("dataset", MIX)
-def test_the_first_question_is_put_as_the_sample_puts_it(
-    dataset: str, encode: Encoder, drafts: list[tuple[Draft, list[Question]]]
+def test_the_first_question_has_the_format_of_a_row(
+    dataset: str, encode: Encoder, drafts: list[tuple[Draft, list[QAPair]]]
 ) -> None:
     for number in range(8):
         ids, _ = lesson(dataset, 1024, str(number), encode)
         draft, _ = drafts[-1]
-        row = {"context": unmarked(draft.context), "input": unmarked(draft.input)}
+        row = {"context": strip_marks(draft.context), "input": strip_marks(draft.input)}
         prompt = encode(TASKS[dataset].template.format(**row))
         answer = ids[1 + len(prompt) : ids.index(EOS)]
         assert ids[1 : 1 + len(prompt)] == prompt
@@ -91,13 +91,13 @@ def test_the_first_question_is_put_as_the_sample_puts_it(
 
 
 @pytest.mark.parametrize("dataset", MIX)
-def test_flags_are_on_marks_and_answers(
-    dataset: str, tokenizer: Tokenizer, encode: Encoder, drafts: list[tuple[Draft, list[Question]]]
+def test_marks_and_answers_are_flagged(
+    dataset: str, tokenizer: Tokenizer, encode: Encoder, drafts: list[tuple[Draft, list[QAPair]]]
 ) -> None:
     for number in range(8):
         ids, flags = lesson(dataset, 1024, str(number), encode)
         draft, asked = drafts[-1]
-        marks = [text for text, settled in split_marks(draft.context + draft.input) if settled]
+        marks = [text for text, marked in split_marks(draft.context + draft.input) if marked]
         answers = [draft.answers[0], *(answer for _, answer in asked)][: ids.count(EOS)]
         assert _flagged(tokenizer, ids, flags) == [text.strip() for text in [*marks, *answers]]
 
@@ -116,38 +116,36 @@ def _flagged(tokenizer: Tokenizer, ids: list[int], flags: list[int]) -> list[str
 
 
 @pytest.mark.parametrize("dataset", [*REPEATED, *LABELLED, "qmsum"])
-def test_what_is_marked_was_settled_before(
-    dataset: str, encode: Encoder, drafts: list[tuple[Draft, list[Question]]]
-) -> None:
+def test_marked_text_occurs_earlier(dataset: str, encode: Encoder, drafts: list[tuple[Draft, list[QAPair]]]) -> None:
     marks = 0
     for number in range(8):
         lesson(dataset, 1500, str(number), encode)
         before = ""
-        for text, settled in split_marks(drafts[-1][0].context):
-            if settled and dataset != "lcc":
+        for text, marked in split_marks(drafts[-1][0].context):
+            if marked and dataset != "lcc":
                 assert re.search(rf"\b{re.escape(text.strip())}", before) or text.strip() in before
-            elif settled:
+            elif marked:
                 assert text.strip().removeprefix("result = ") in before
             before += text
-            marks += settled
+            marks += marked
     assert marks > 3
 
 
 @pytest.mark.parametrize("dataset", MIX)
-def test_rows_neither_repeat_facts_nor_show_marks(dataset: str) -> None:
+def test_rows_have_no_repeats_and_no_marks(dataset: str) -> None:
     for row in make_rows(dataset, 3, 1024, 0):
         text = row["context"] + row["input"] + row["answers"][0]
         assert "\x02" not in text and "\x03" not in text
         assert not re.search("As noted before|Once more: |To recall|如前所述|再说一遍|前面提到", text)
 
 
-def test_one_lesson_in_ten_stops_after_its_first_question(encode: Encoder) -> None:
+def test_one_lesson_in_ten_has_only_its_first_question(encode: Encoder) -> None:
     asked = [lesson("narrativeqa", 600, str(number), encode)[0].count(EOS) for number in range(200)]
     assert 8 <= asked.count(1) <= 35
     assert max(asked) >= 6
 
 
-def test_no_key_of_a_lesson_is_one_of_a_row(monkeypatch: pytest.MonkeyPatch, encode: Encoder) -> None:
+def test_lessons_and_rows_share_no_key(monkeypatch: pytest.MonkeyPatch, encode: Encoder) -> None:
     keys: dict[str, set[str]] = {"lessons": set(), "sample": set()}
     for name, module in (("lessons", lessons), ("sample", rows)):
 

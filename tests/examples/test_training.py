@@ -1,4 +1,4 @@
-"""The training script in its small setting: it learns, goes on from its state, and writes a checkpoint that loads."""
+"""train.py --tiny learns, continues from its state, and exports a checkpoint that loads."""
 
 import json
 import re
@@ -19,7 +19,7 @@ Runs = tuple[Path, list["CompletedProcess[str]"]]
 def runs(
     run_python: Callable[..., "CompletedProcess[str]"], repo: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Runs:
-    """The folder of a small checkpoint, and the two runs that trained it."""
+    """The folder of a tiny checkpoint, and the results of the two runs that trained it."""
     folder = tmp_path_factory.mktemp("training")
     arguments = ["--out", folder / "tiny", "--state", folder / "state.pt", "--minutes", 0.4, "--run_minutes", 0.2]
     small = ["--tiny", "--device", "cpu", "--workers", 1, "--batch_tokens", 2048]
@@ -28,11 +28,11 @@ def runs(
     return folder / "tiny", [run_python(*command, env=one_thread) for _ in range(2)]
 
 
-def test_the_second_run_goes_on_and_the_loss_falls(runs: Runs) -> None:
+def test_the_second_run_continues_and_the_loss_falls(runs: Runs) -> None:
     folder, done = runs
     assert [run.returncode for run in done] == [0, 0], done[0].stderr + done[1].stderr
-    assert "Going on" not in done[0].stdout
-    assert 50 <= float(re.match(r"Going on at ([\d.]+)%", done[1].stdout)[1]) < 80  # type: ignore[index]
+    assert "Continuing" not in done[0].stdout
+    assert 50 <= float(re.match(r"Continuing at ([\d.]+)%", done[1].stdout)[1]) < 80  # type: ignore[index]
     first, second = (float(re.search(r"loss ([\d.]+)", run.stdout)[1]) for run in done)  # type: ignore[index]
     assert second < 0.9 * first
     training = json.loads((folder / "training.json").read_text())
@@ -40,7 +40,7 @@ def test_the_second_run_goes_on_and_the_loss_falls(runs: Runs) -> None:
     assert training["tokens"] == 2048 * training["steps"]
 
 
-def test_its_stages_and_the_penalty_were_in_force(runs: Runs) -> None:
+def test_the_penalty_applies_in_the_penalised_stage_only(runs: Runs) -> None:
     folder, done = runs
     stages = json.loads((folder / "training.json").read_text())["plan"]["stages"]
     assert [stage["penalised"] for stage in stages] == [False, True]
@@ -48,7 +48,7 @@ def test_its_stages_and_the_penalty_were_in_force(runs: Runs) -> None:
     assert all((" entropy " in line) == (float(line.split("%")[0]) > 70) for line in lines)
 
 
-def test_transformers_and_our_decoder_write_the_same_with_it(runs: Runs, tmp_path: Path) -> None:
+def test_transformers_and_the_decoder_generate_the_same_text(runs: Runs, tmp_path: Path) -> None:
     folder, _ = runs
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == "LlamaForCausalLM" and len(AutoTokenizer.from_pretrained(folder)) == 4096
@@ -63,7 +63,7 @@ def test_transformers_and_our_decoder_write_the_same_with_it(runs: Runs, tmp_pat
         "hotpotqa,lcc,multifieldqa_zh",
     ]
     out = ["--pred_dir", str(tmp_path), "--name", "run", "--device", "cpu", "--verify", "6"]
-    told = CliRunner().invoke(main, ["--model", str(folder), *data, *out])
-    assert told.exit_code == 0, told.output
+    result = CliRunner().invoke(main, ["--model", str(folder), *data, *out])
+    assert result.exit_code == 0, result.output
     (session,) = json.loads((tmp_path / "tiny" / "run" / "run.json").read_text())["sessions"]
     assert session["verify"] == {"prompts": 6, "differing": []}

@@ -1,4 +1,4 @@
-"""The sample's rows: the format, the promised sizes, and that each question can be answered from its text."""
+"""Synthetic rows have LongBench's format and the requested length, and their context answers the question."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.jsonl import dumps
 from sparsecache.longbench.scores import Options, score_file
 from sparsecache.longbench.tasks import load_tasks, select_tasks
-from sparsecache.synthetic import chinese, english, fewshot, passages
-from sparsecache.synthetic.build import estimate_tokens
+from sparsecache.synthetic import chinese, english, few_shot, passages
+from sparsecache.synthetic.draft import estimate_tokens
 from sparsecache.synthetic.facts import Relation, World
 from sparsecache.synthetic.rows import make_rows
 
@@ -33,7 +33,7 @@ CHAINED = {
     "musique": (english.PEOPLE, 3),
     "dureader": (chinese.PEOPLE, 2),
 }
-CLASSIFIED = {"trec": fewshot._CLASSES, "lsht": chinese._CLASSES}
+CLASSIFIED = {"trec": few_shot.CLASSES, "lsht": chinese.CLASSES}
 RETRIEVED = {"passage_retrieval_en": passages.PLACES, "passage_retrieval_zh": chinese.PLACES}
 MARKS = {
     "gov_report": r"Key finding: ([^.]+\.)",
@@ -61,14 +61,14 @@ def _count(row: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("tokens", [256, 400, 1024, 4096, 32768])
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_prompts_have_the_wanted_length(dataset: str, tokens: int) -> None:
+def test_prompts_have_the_requested_length(dataset: str, tokens: int) -> None:
     template = load_tasks()[dataset].template
     for row in make_rows(dataset, 8 if tokens <= 1024 else 1, tokens, 7):
         assert estimate_tokens(template.format(**row)) == pytest.approx(tokens, rel=0.15)
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_a_row_does_not_depend_on_how_many_are_asked_for(dataset: str) -> None:
+def test_a_row_does_not_depend_on_the_number_of_rows(dataset: str) -> None:
     assert make_rows(dataset, 2, 300, 1) == make_rows(dataset, 10, 300, 1)[:2]
 
 
@@ -84,7 +84,7 @@ def test_rows_are_the_same_in_another_process() -> None:
     assert json.loads(printed) == [make_rows(name, 2, 600, 3) for name in DATASETS]
 
 
-def test_ids_are_unique_over_datasets_seeds_sizes_and_rows() -> None:
+def test_ids_are_unique() -> None:
     rows = [
         row for name in DATASETS for seed in (0, 1) for tokens in (256, 300) for row in make_rows(name, 3, tokens, seed)
     ]
@@ -93,18 +93,18 @@ def test_ids_are_unique_over_datasets_seeds_sizes_and_rows() -> None:
 
 
 @pytest.mark.parametrize("dataset", STATED)
-def test_the_answer_is_stated_once_among_others_of_its_kind(dataset: str) -> None:
+def test_the_answer_is_stated_once_among_distractors(dataset: str) -> None:
     for row in make_rows(dataset, 20, 512, 0):
-        told = _statements(row["context"], _asked(row["input"], STATED[dataset]))
-        assert [value for _, value in told].count(row["answers"][0]) == 1
-        assert len(told) >= 2
-        assert len({entity for entity, _ in told}) == len(told)
+        stated = _statements(row["context"], _asked(row["input"], STATED[dataset]))
+        assert [value for _, value in stated].count(row["answers"][0]) == 1
+        assert len(stated) >= 2
+        assert len({entity for entity, _ in stated}) == len(stated)
 
 
 def _asked(question: str, world: World) -> Relation:
     """The relation that a question, or one step of it, is about."""
     for relation in (*world.relations, *world.links):
-        pattern = re.escape(relation.asks.rstrip("?？")).replace(r"\{e\}", ".+") + "[?？]?"
+        pattern = re.escape(relation.question.rstrip("?？")).replace(r"\{e\}", ".+") + "[?？]?"
         if re.fullmatch(pattern, question, re.IGNORECASE):
             return relation
     raise AssertionError(question)
@@ -112,19 +112,19 @@ def _asked(question: str, world: World) -> Relation:
 
 def _statements(text: str, relation: Relation) -> list[tuple[str, str]]:
     """Entity and value of every sentence of the text that states the relation."""
-    escaped = [re.escape(says) for says in relation.says]
+    escaped = [re.escape(says) for says in relation.statements]
     patterns = [says.replace(r"\{e\}", "(?P<e>.+?)").replace(r"\{v\}", "(?P<v>.+?)") for says in escaped]
-    told = []
+    stated = []
     for sentence in re.split(r"(?<=[.?。])\s*|\n", text):
         readings = [match for pattern in patterns if (match := re.fullmatch(pattern, sentence))]
         if readings:  # "In the evenings X plays Y." is also read as a sentence about "In the evenings X".
             best = min(readings, key=lambda match: len(match["e"]))
-            told.append((best["e"], best["v"]))
-    return told
+            stated.append((best["e"], best["v"]))
+    return stated
 
 
 @pytest.mark.parametrize("dataset", [*STATED, *CHAINED, *RETRIEVED, "lcc", "repobench-p"])
-def test_the_evidence_lies_anywhere_in_the_text(dataset: str) -> None:
+def test_the_evidence_is_anywhere_in_the_context(dataset: str) -> None:
     rows = make_rows(dataset, 200, 1024, 0)
     places = [row["context"].index(_evidence(row)) / len(row["context"]) for row in rows]
     assert 0.4 < mean(places) < 0.6
@@ -140,7 +140,7 @@ def _evidence(row: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("dataset", CHAINED)
-def test_a_chain_is_followed_by_the_steps_of_its_question(dataset: str) -> None:
+def test_the_hops_of_a_question_lead_to_its_answer(dataset: str) -> None:
     world, steps = CHAINED[dataset]
     for row in make_rows(dataset, 20, 600, 0):
         asked = [_asked(part, world) for part in re.split(", and |, |，", row["input"])]
@@ -149,12 +149,12 @@ def test_a_chain_is_followed_by_the_steps_of_its_question(dataset: str) -> None:
         subject = next(title for title in titles if title in row["input"])
         values = []
         for relation in asked:
-            told = _statements(row["context"], relation)
-            values.append(dict(told)[subject])
-            assert len({entity for entity, _ in told}) == len(told) >= 2
+            stated = _statements(row["context"], relation)
+            values.append(dict(stated)[subject])
+            assert len({entity for entity, _ in stated}) == len(stated) >= 2
             subject = values[-1]
-        assert row["answers"] == [world.comma.join(values)]
-        assert len(values) == steps and [value for _, value in told].count(values[-1]) == 1
+        assert row["answers"] == [world.list_separator.join(values)]
+        assert len(values) == steps and [value for _, value in stated].count(values[-1]) == 1
 
 
 def test_hops_need_each_of_their_passages() -> None:
@@ -192,8 +192,10 @@ def test_qmsum_answers_with_all_that_was_said_of_one_person() -> None:
     for row in make_rows("qmsum", 10, 2048, 0):
         person = row["input"].removeprefix("Summarize what was said about ").removesuffix(".")
         speech = re.sub(r"^\w+: ", "", row["context"], flags=re.MULTILINE)
-        told = [(relation, dict(_statements(speech, relation))) for relation in english.PEOPLE.relations]
-        *first, last = (known[person].join(relation.clause.split("{v}")) for relation, known in told if person in known)
+        stated = [(relation, dict(_statements(speech, relation))) for relation in english.PEOPLE.relations]
+        *first, last = (
+            known[person].join(relation.clause.split("{v}")) for relation, known in stated if person in known
+        )
         assert row["answers"] == [f"{person} {', '.join(first)} and {last}."]
 
 
@@ -280,8 +282,8 @@ def test_the_next_line_follows_from_a_definition(dataset: str) -> None:
             compile(code, "sample.py", "exec")
 
 
-def test_wrong_requests_are_refused_with_a_sentence() -> None:
-    with pytest.raises(UsageError, match="no sample of a dataset 'triva'.*triviaqa"):
+def test_bad_arguments_are_usage_errors() -> None:
+    with pytest.raises(UsageError, match="no synthetic rows of dataset 'triva'.*triviaqa"):
         make_rows("triva", 1, 512, 0)
     with pytest.raises(UsageError, match="256 to 32768"):
         make_rows("lcc", 1, 255, 0)

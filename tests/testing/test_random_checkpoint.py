@@ -1,4 +1,4 @@
-"""The random checkpoint: it loads as any checkpoint does, and is the same every time."""
+"""Random checkpoints load like any checkpoint and are deterministic."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_each_family_loads_and_writes(model_type: str, tmp_path: Path) -> None:
+def test_each_family_loads_and_generates(model_type: str, tmp_path: Path) -> None:
     folder = make_random_checkpoint(tmp_path / model_type, model_type=model_type)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -28,8 +28,8 @@ def test_each_family_loads_and_writes(model_type: str, tmp_path: Path) -> None:
     assert len(tokenizer) == model.config.vocab_size == 1024
     assert getattr(model.config, "head_dim", 16) == 16
     assert getattr(model.config, "sliding_window", None) is None
-    written = model.generate(**tokenizer("One two", return_tensors="pt"), max_new_tokens=3)
-    assert written.shape[1] > len(tokenizer("One two").input_ids)
+    generated = model.generate(**tokenizer("One two", return_tensors="pt"), max_new_tokens=3)
+    assert generated.shape[1] > len(tokenizer("One two").input_ids)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_each_family_loads_and_writes(model_type: str, tmp_path: Path) -> None:
         " é😀\x00\r\n<b>",
     ],
 )
-def test_text_survives_the_tokenizer_with_exactly_one_bos(llama: Path, text: str) -> None:
+def test_the_tokenizer_restores_any_text_and_adds_one_bos(llama: Path, text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     ids = tokenizer(text).input_ids
     assert ids[0] == tokenizer.bos_token_id
@@ -50,7 +50,7 @@ def test_text_survives_the_tokenizer_with_exactly_one_bos(llama: Path, text: str
     assert tokenizer.chat_template is None
 
 
-def test_the_seed_decides_the_weights_and_nothing_else(llama: Path, tmp_path: Path) -> None:
+def test_the_seed_changes_only_the_weights(llama: Path, tmp_path: Path) -> None:
     same = make_random_checkpoint(tmp_path / "same")
     other = make_random_checkpoint(tmp_path / "other", seed=1)
     names = sorted(path.name for path in llama.iterdir())
@@ -62,7 +62,7 @@ def test_the_seed_decides_the_weights_and_nothing_else(llama: Path, tmp_path: Pa
         assert different == name.endswith(".safetensors")
 
 
-def test_making_weights_leaves_the_callers_random_state_alone(tmp_path: Path) -> None:
+def test_the_callers_random_state_is_unchanged(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -77,13 +77,13 @@ def test_overrides_reach_the_config(tmp_path: Path) -> None:
     assert config.tie_word_embeddings
 
 
-def test_an_existing_folder_is_left_as_it_is(tmp_path: Path) -> None:
+def test_an_existing_folder_is_unchanged(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     assert make_random_checkpoint(tmp_path / "mine") == tmp_path / "mine"
     assert list((tmp_path / "mine").iterdir()) == []
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(model_max_length: int) -> None:
         raise RuntimeError("stopped half way")
 
@@ -93,29 +93,45 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_model_type_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_model_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'gpt2'.*llama"):
         make_random_checkpoint(tmp_path / "checkpoint", model_type="gpt2")
 
 
-def test_the_command_says_where_it_is_and_that_scores_mean_nothing(tmp_path: Path) -> None:
+def test_the_command_prints_the_folder_and_that_scores_are_meaningless(tmp_path: Path) -> None:
     command = [str(tmp_path / "checkpoint"), "--model_type", "qwen3", "--seed", "4"]
     first, second = (CliRunner().invoke(main, command) for _ in range(2))
     assert first.exit_code == second.exit_code == 0
-    assert first.output.startswith(command[0]) and "scores mean nothing" in first.output
+    assert command[0] in first.output and "scores are meaningless" in first.output
     assert first.output.count("\n") == second.output.count("\n") == 1
-    assert "left as it is" in second.output
+    assert "left unchanged" in second.output
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "hidden_size=", "hidden_size=wide"])
-def test_a_field_that_is_no_json_is_refused(field: str, tmp_path: Path) -> None:
-    told = CliRunner().invoke(main, [str(tmp_path / "checkpoint"), "-c", field])
-    assert told.exit_code == 2
-    assert told.stderr.startswith(f"Error: -c '{field}' is not KEY=VALUE with a JSON value")
+def test_a_field_that_is_not_json_is_refused(field: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [str(tmp_path / "checkpoint"), "-c", field])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: -c '{field}' is not KEY=VALUE with a JSON value")
     assert not (tmp_path / "checkpoint").exists()
 
 
-def test_options_of_the_command_take_dashes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["-c", 'hidden_size="wide"'], "expected int, got str"),
+        (["-c", "num_attention_heads=3"], "not a multiple"),
+        (["-c", "hidden_size=-4"], "negative dimension"),
+        (["--device", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_built_is_a_usage_error(arguments: list[str], reason: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [str(tmp_path / "checkpoint"), *arguments])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: Could not write a llama checkpoint") and reason in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_may_be_spelled_with_dashes(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     command = [str(folder), "--model-type", "qwen2", "-c", "num_hidden_layers=1", "-c", "hidden_size=32"]
     assert CliRunner().invoke(main, command).exit_code == 0
