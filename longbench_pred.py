@@ -40,6 +40,13 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
 @click.command(cls=FlexibleCommand)
 @option(Settings, "model", help=_HELP["model"])
 @option(Settings, "model_type", help="Refuse the checkpoint unless its config.json says this model_type.")
+@option(
+    Settings,
+    "chat",
+    metavar="TEXT|template|none",
+    help="Wrap prompts in TEXT, which holds {prompt}, in the tokenizer's chat template, or in nothing, instead of "
+    "what the model's table says.",
+)
 @option(Settings, "datasets", help=_HELP["datasets"])
 @option(Settings, "method", help=_HELP["method"])
 @click.option("-o", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method; repeatable.")
@@ -100,7 +107,8 @@ def main(options: tuple[str, ...], **values: Any) -> None:
     with report_usage_errors():
         settings = Settings(options=option_pairs(options), **values)
         settings.check()
-        check_versions()
+        for warning in check_versions():
+            click.echo(f"Warning: {warning}", err=True)
         from sparsecache.run import run  # torch and transformers, only now
 
         try:

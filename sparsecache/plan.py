@@ -20,10 +20,12 @@ from sparsecache.engine.weights import Weights
 from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.tasks import Task
+from sparsecache.longbench.wrapping import CLOCK
 from sparsecache.methods import make_method, parse_options, refusals
 from sparsecache.methods.base import Method
 from sparsecache.options import show
 from sparsecache.settings import Settings
+from sparsecache.versions import tokenizing_versions
 
 _NO_TEXT = "The calibration text is empty. Name another one, of about 2,000 tokens."
 
@@ -71,9 +73,10 @@ class Plan:
 
     @property
     def chat(self) -> str:
-        """How prompts are wrapped (Prompter.chat): as the model's table says, else by the tokenizer's template."""
-        if self.model.chat is not None:
-            return self.model.chat
+        """How prompts are wrapped (wrapping.Wrapper): as --chat says, else the model's table, else the tokenizer."""
+        for stated in (self.settings.chat, self.model.chat):
+            if stated is not None:
+                return stated
         return "template" if self.checkpoint.tokenizer.chat_template else "none"
 
     @cached_property
@@ -150,6 +153,10 @@ class Plan:
             "max_length": self.prompter.max_length,
             "chat": self.chat,
             "chat_template_args": dict(self.prompter.chat_template_args),
+            "chat_wrapper": self.prompter.wrapper.text,
+            "chat_clock": CLOCK.date().isoformat(),
+            "probe_ids_sha256": self.prompter.wrapper.probe_sha256(),
+            **tokenizing_versions(),
             "stop_ids": self.checkpoint.stop_ids,
             "calibration_sha256": self.calibration_text and hashlib.sha256(self.calibration_text.encode()).hexdigest(),
         }
@@ -171,6 +178,8 @@ class Plan:
         """What a user should see before the first row."""
         table = f"settings of [{self.model.table}]" if self.model.table else "no table in configs/models.toml"
         chat = {"template": "the tokenizer's template", "none": "none"}.get(self.chat, repr(self.chat))
+        if self.prompter.wrapper.content_is_list:
+            chat += ", which renders content as a list of parts"
         stops = ", ".join(
             map(" ".join, zip(map(str, self.checkpoint.stop_ids), map(str, self._stop_tokens()), strict=True))
         )
@@ -183,11 +192,12 @@ class Plan:
 
     def warnings(self) -> Iterator[str]:
         """What a user should doubt before the first row."""
+        yield from getattr(self.checkpoint.tokenizer, "notes", ())
         looks_instructed = any(mark in self.model.name.lower() for mark in ("chat", "instruct", "-it"))
         if self.chat == "none" and looks_instructed:
             yield (
                 f"{self.model.name} looks instruction-tuned but has no chat template, so prompts are not wrapped; "
-                f"give it a table with `chat` in configs/models.toml."
+                f"pass --chat, or give it a table with `chat` in configs/models.toml."
             )
         if not self.checkpoint.stop_ids:
             yield "the checkpoint names no end-of-text token, so every prediction ends by length."
@@ -209,9 +219,10 @@ class Plan:
 
     def _check_chat(self) -> None:
         if self.chat == "template" and not self.checkpoint.tokenizer.chat_template:
+            asks = "--chat template" if self.settings.chat else f"`chat` of [{self.model.table}] in configs/models.toml"
             raise UsageError(
-                f"{self.checkpoint.path} has no chat template, which `chat` of [{self.model.table}] in "
-                f'configs/models.toml asks for. Say there how prompts are wrapped, or chat = "none".'
+                f"{self.checkpoint.path} has no chat template, which {asks} asks for. Pass --chat none, or a text "
+                f"with {{prompt}} in it."
             )
 
     def _check_model_type(self) -> None:

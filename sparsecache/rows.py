@@ -25,6 +25,7 @@ def finished_row(
         "truncated": prompt.truncated,
         "recut_tokens": prompt.recut_tokens,
         "prompt_sha256": prompt.sha256,
+        "prompt_ids_sha256": prompt.ids_sha256,
         "prompt_end": prompt.end,
     }
     if completion.error is not None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from sparsecache.engine.base import Completion, Engine, Request
+from sparsecache.engine.library_warnings import show_library_warnings
 from sparsecache.errors import UsageError
 from sparsecache.longbench.data import Rows, Source, load_rows, open_source
 from sparsecache.longbench.kept import dropped_nothing, kept_of
@@ -40,8 +40,7 @@ def run(settings: Settings, make_plan: Callable[[Settings], Plan] = Plan) -> int
     exit code: 0, or 1 when a row failed or the method did nothing. Raises UsageError for anything the user can put
     right, before any weights are read where that is possible.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    show_library_warnings()
     with _cluster(settings) as cluster:
         if cluster is not None:
             settings = replace(settings, device=cluster.device(settings.device))

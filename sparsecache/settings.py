@@ -41,6 +41,7 @@ class Settings:
     device: str = "auto"
     engine: str = "sparsecache"
     model_type: str | None = None
+    chat: str | None = None
     allow_pickle: bool = False
     verify: int = 0
     overwrite: bool = False

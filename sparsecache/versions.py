@@ -1,45 +1,45 @@
-"""The tested ranges of torch and transformers, read from the project's own metadata, and the check of them."""
+"""The tested versions of torch and transformers, and the check of what is installed."""
 
-import configparser
 import importlib.metadata
-from pathlib import Path
+from collections.abc import Iterator
 
-from packaging.requirements import Requirement
+from packaging.version import Version
 
 from sparsecache.errors import UsageError
 
+TESTED = {"torch": ("2.9", "2.15"), "transformers": ("5.10", "5.24")}
+"""The oldest and the newest tested release. setup.cfg requires the oldest; scripts/test_versions.sh tests both."""
 _ABSENT = "is not installed"
-_CHECKED = ("torch", "transformers")
-_SETUP = Path(__file__).resolve().parent.parent / "setup.cfg"
 
 
-def tested_ranges() -> dict[str, Requirement]:
-    """The requirement on each checked package: from setup.cfg in a clone, else from the installed metadata."""
-    if _SETUP.is_file():
-        parser = configparser.ConfigParser()
-        parser.read(_SETUP, encoding="utf-8")
-        lines = parser["options"]["install_requires"].split("\n")
-    else:
-        lines = importlib.metadata.requires("sparsecache") or []
-    requirements = [Requirement(line) for line in lines if line.strip()]
-    return {requirement.name: requirement for requirement in requirements if requirement.name in _CHECKED}
+def check_versions() -> Iterator[str]:
+    """Yields a warning per package that is newer than the newest tested release.
 
-
-def check_versions() -> None:
-    """Raises UsageError, with the range in it, if torch or transformers lies outside its tested range."""
-    for name, requirement in tested_ranges().items():
+    Raises UsageError for one that is older than the oldest, or not installed.
+    """
+    for name, (oldest, newest) in TESTED.items():
         found = _version(name)
-        if found == _ABSENT or not requirement.specifier.contains(found.split("+")[0], prereleases=True):
+        if found == _ABSENT:
+            raise UsageError(f"{name} {_ABSENT}. Install it: pip install -c constraints.txt -e .")
+        release = Version(found).release
+        if release < Version(oldest).release:
             raise UsageError(
-                f"{name} {found}: the tested range is {requirement.specifier}. "
-                f"Install one of it: pip install -c constraints.txt -e ."
+                f"{name} {found} is too old: {oldest} is the oldest tested release. Install a newer one: "
+                f"pip install -c constraints.txt -e ."
             )
+        if release[:2] > Version(newest).release:
+            yield f"{name} {found} is newer than {newest}, the newest tested release."
 
 
 def installed_versions() -> dict[str, str]:
     """Versions of what a result can depend on, for run.json."""
-    names = ("sparsecache", *_CHECKED, "tokenizers", "datasets", "numpy")
+    names = ("sparsecache", *TESTED, "tokenizers", "datasets", "numpy")
     return {name: _version(name) for name in names}
+
+
+def tokenizing_versions() -> dict[str, str]:
+    """Versions of the packages that make token ids of texts, for a run's identity."""
+    return {name: _version(name) for name in ("transformers", "tokenizers")}
 
 
 def _version(name: str) -> str:

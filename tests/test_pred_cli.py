@@ -327,7 +327,7 @@ def test_a_chat_template_that_the_tokenizer_lacks_is_refused(broken, invoke, tmp
     monkeypatch.setattr("sparsecache.engine.catalog.read_tables", lambda name: tables)
     told = invoke(model=folder)
     assert told.exit_code == 2
-    for part in ("has no chat template", "[own-chat]", "configs/models.toml", 'chat = "none"'):
+    for part in ("has no chat template", "[own-chat]", "configs/models.toml", "--chat none"):
         assert part in told.stderr
     assert "cannot be read" not in told.stderr
     tables["own-chat"]["chat"] = "none"

@@ -1,21 +1,155 @@
-"""The tokenizer of a checkpoint folder, and the token ids that end a text."""
+"""The tokenizer of a checkpoint folder, and the token ids that end a text.
 
+A `tokenizer.json` is read by the `tokenizers` library alone: the classes of transformers rebuild parts of it by the
+name in tokenizer_config.json, and differently from release to release. transformers gives what stands beside it: chat
+template and names of special tokens. Folders without a tokenizer.json get the tokenizer that transformers makes.
+"""
+
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+import tokenizers
+from transformers import AutoTokenizer, BatchEncoding, GenerationConfig, PreTrainedTokenizerFast
 
 from sparsecache.errors import UsageError, one_line
 
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
+_PROBES = (
+    "Question: which of the towns has a mill? Don't say I'LL, they'd ask.",
+    "  two  spaces,   three\n\n\nand lines\t\tand tabs \r\n ",
+    " 1 22 333 4444 55555 1,234.50 17:45 12% 2024-07-26",
+    "def add(first, second):\n    total = first + second  # sum\n    return {'a': [total]}\n",
+    "请根据下面的文章回答问题。河边的小镇有一座桥，１２３。 Привет, où été naïve ﬁn e\u0301",
+    "🙂👩‍👧 <b>x</b> https://a.bc/d?e=f&g getValue JSONDecodeError camelCase NaOH",
+)
+
+
+class Tokenizer:
+    """A tokenizer.json, read by the `tokenizers` library, with the chat template and token names of transformers.
+
+    Text becomes ids, and ids text, exactly as that library has it, without the truncation and padding that may be
+    stored in the file. The methods have the names and arguments of a transformers tokenizer.
+    """
+
+    def __init__(self, path: Path, named: Any):
+        """`path` is the tokenizer.json; `named` is transformers' tokenizer of its folder."""
+        self._path, self._named = path, named
+        self._encoder = tokenizers.Tokenizer.from_file(str(path))
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        # Set by transformers where it takes the regex for a wrong one: True if tokenizer_config.json asks for the fix.
+        self._mistral_regex_fixed: bool | None = getattr(named.backend_tokenizer, "fix_mistral_regex", None)
+        if self._mistral_regex_fixed:
+            self._encoder.pre_tokenizer = named.backend_tokenizer.pre_tokenizer
+        self.bos_token: str | None = named.bos_token
+        self.bos_token_id = self._id_of(named.bos_token)
+        self.eos_token_id = self._id_of(named.eos_token)
+        self.chat_template: Any = named.chat_template
+        self._skipped = {*named.all_special_ids}
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._encoder.token_to_id(token)
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> BatchEncoding:
+        """Returns the ids as `input_ids`; `verbose` is accepted and ignored."""
+        return BatchEncoding({"input_ids": self.encode(text, add_special_tokens=add_special_tokens)})
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns the token ids of a text."""
+        ids: list[int] = self._encoder.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """Returns the text of token ids; special are those of tokenizer.json and of transformers' token names."""
+        if skip_special_tokens:
+            token_ids = [token_id for token_id in token_ids if token_id not in self._skipped]
+        text: str = self._encoder.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def get_vocab(self) -> dict[str, int]:
+        """Returns the ids of all tokens, added ones included."""
+        vocabulary: dict[str, int] = self._encoder.get_vocab(with_added_tokens=True)
+        return vocabulary
+
+    def convert_ids_to_tokens(self, token_ids: list[int]) -> list[str | None]:
+        """Returns the token of each id; None for an id that there is not."""
+        return [self._encoder.id_to_token(token_id) for token_id in token_ids]
+
+    def get_chat_template(self) -> str:
+        """Returns the chat template; of several named ones the default. Raises ValueError if there is none."""
+        template: str = self._named.get_chat_template()
+        return template
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """Renders a conversation to text, or to token ids with `tokenize=True`."""
+        tokenize = options.pop("tokenize", True)
+        text = self._named.apply_chat_template(conversation, tokenize=False, **options)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    @cached_property
+    def missing_tokens(self) -> list[str]:
+        """Tokens that tokenizer_config.json or its class adds, and that tokenizer.json reads as other ids."""
+        added: dict[str, int] = self._named.added_tokens_encoder
+        return [token for token, at in added.items() if at not in self.encode(token, add_special_tokens=False)]
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What a user should know of how texts are tokenized."""
+        notes = []
+        theirs = [self._named(text, add_special_tokens=False, verbose=False)["input_ids"] for text in _PROBES]
+        if theirs != [self.encode(text, add_special_tokens=False) for text in _PROBES]:
+            notes.append(
+                f"transformers' {type(self._named).__name__} tokenizes some texts differently from {self._path}. "
+                f"Prompts get the ids of tokenizer.json."
+            )
+        if self._mistral_regex_fixed is False:
+            notes.append(
+                f"transformers takes the regex of {self._path} for the incorrect one that some Mistral checkpoints "
+                f'ship. Prompts get the ids of tokenizer.json as it is. Add "fix_mistral_regex": true to '
+                f"tokenizer_config.json to use the correct regex."
+            )
+        if self.encode("x")[-1:] == [self.eos_token_id]:
+            notes.append(
+                f"{self._path} ends every text with the end-of-text token, also a prompt that is not wrapped as chat."
+            )
+        return notes
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Loads the tokenizer of a folder. Raises UsageError if transformers cannot make one of it."""
+    """Loads the tokenizer of a folder: a Tokenizer if it holds a tokenizer.json, else transformers' own.
+
+    Raises UsageError if there is none that can be loaded without running code from the folder.
+    """
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        _check_sentencepiece(path)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        named = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if not file.is_file():
+            return named
+        if not hasattr(named, "backend_tokenizer"):  # a class that does not read tokenizer.json
+            named = PreTrainedTokenizerFast.from_pretrained(path)
+        return Tokenizer(file, named)
     except Exception as error:  # whatever a broken tokenizer file raises
         raise UsageError(f"{path} holds no tokenizer that can be loaded: {one_line(error)}") from error
+
+
+def _check_sentencepiece(path: Path) -> None:
+    lacking = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+    if lacking and (path / "tokenizer.model").is_file():
+        raise UsageError(
+            f"{path} has a tokenizer.model and no tokenizer.json. Reading it needs two packages: "
+            f"pip install sentencepiece protobuf"
+        )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is not there
+        return False
 
 
 def find_stop_ids(path: Path, config: Any, tokenizer: Any) -> list[int]:

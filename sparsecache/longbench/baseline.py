@@ -136,11 +136,24 @@ def _dataset(dataset: DatasetScore, folder: Path) -> BaselineDataset:
         kept=dataset.kept.share if dataset.kept else None,
         scores=dict(zip(ids, (row.score for row in dataset.rows), strict=True)),
         prompts={
-            row_id: prompt[:_PROMPT_DIGITS]
+            row_id: prompt
             for row_id, record in zip(ids, dataset.records, strict=True)
-            if isinstance(prompt := record.get("prompt_sha256"), str)
+            if (prompt := _prompt(record)) is not None
         },
     )
+
+
+def _prompt(record: dict[str, Any]) -> str | None:
+    """What tells a row's prompt from others: digits of the hash of its text, and of that of its ids if there is one."""
+    hashes = [record.get("prompt_sha256"), record.get("prompt_ids_sha256")]
+    known = [found[:_PROMPT_DIGITS] for found in hashes if isinstance(found, str)]
+    return ":".join(known) if isinstance(hashes[0], str) else None
+
+
+def same_prompt(mine: str, theirs: str) -> bool:
+    """Whether two entries of `prompts` are of the same prompt: by its token ids where both know them, else its text."""
+    (my_text, _, my_ids), (their_text, _, their_ids) = mine.partition(":"), theirs.partition(":")
+    return my_ids == their_ids if my_ids and their_ids else my_text == their_text
 
 
 def _problems(record: Any) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy
 
@@ -164,7 +165,15 @@ def _notes(runs: Sequence[ComparedRun], common: Sequence[RunScore]) -> Iterator[
 def _other_prompts(first: RunScore, other: RunScore) -> int:
     """Rows that were asked with another prompt, as far as both sides say."""
     return sum(
-        None not in (said := (mine.get("prompt_sha256"), theirs.get("prompt_sha256"))) and said[0] != said[1]
+        _other_prompt(mine, theirs)
         for one, two in zip(first.datasets, other.datasets, strict=True)
         for mine, theirs in zip(one.records, two.records, strict=True)
     )
+
+
+def _other_prompt(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether two rows had other prompts: by token ids where both rows say, else by text; False if unknown."""
+    for key in ("prompt_ids_sha256", "prompt_sha256"):
+        if key in mine and key in theirs:
+            return bool(mine[key] != theirs[key])
+    return False

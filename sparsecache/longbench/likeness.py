@@ -9,10 +9,14 @@ the rows.
 from collections.abc import Iterator
 from typing import Any
 
-from sparsecache.longbench.baseline import Baseline
+from sparsecache.longbench.baseline import Baseline, same_prompt
 from sparsecache.longbench.records import BY_DATASET
 
-MAY_DIFFER = ("method", "options", "calibration_sha256", "engine", "dtype")
+TOKENIZED_BY = ("transformers", "tokenizers", "probe_ids_sha256")
+"""What the tokens of prompts depend on; the rows' own hashes say whether they differ."""
+_ADDED = ("chat_wrapper", "chat_clock")
+"""What older run.json files lack: compared where both have it."""
+MAY_DIFFER = ("method", "options", "calibration_sha256", "engine", "dtype", *TOKENIZED_BY)
 
 
 def unlike(run: Baseline, baseline: Baseline) -> Iterator[str]:
@@ -27,7 +31,8 @@ def unlike(run: Baseline, baseline: Baseline) -> Iterator[str]:
         mine, theirs = run.datasets[stem], baseline.datasets[stem]
         if mine.metric != theirs.metric:
             yield _said(f"the metric of {stem}", mine.metric, theirs.metric)
-        other = sum(mine.prompts[row] != theirs.prompts[row] for row in mine.prompts.keys() & theirs.prompts.keys())
+        shared = mine.prompts.keys() & theirs.prompts.keys()
+        other = sum(not same_prompt(mine.prompts[row], theirs.prompts[row]) for row in shared)
         if other:
             yield f"the prompts of {other} rows of {stem}"
 
@@ -48,14 +53,15 @@ def unlike_speed(run: Baseline, baseline: Baseline) -> Iterator[str]:
 
 def different(run: Baseline, baseline: Baseline) -> Iterator[str]:
     """What differs and may, beside the method and its options."""
-    for key in ("engine", "dtype"):
+    for key in ("engine", "dtype", "transformers", "tokenizers"):
         mine, theirs = run.identity.get(key), baseline.identity.get(key)
         if mine != theirs:
             yield _said(f"the {key}", mine, theirs)
 
 
 def _identities(mine: dict[str, Any], theirs: dict[str, Any], stems: list[str]) -> Iterator[str]:
-    flat = [{key: table[key] for key in table if key not in (*MAY_DIFFER, *BY_DATASET)} for table in (mine, theirs)]
+    left_out = {*MAY_DIFFER, *BY_DATASET, *(key for key in _ADDED if key not in mine or key not in theirs)}
+    flat = [{key: table[key] for key in table if key not in left_out} for table in (mine, theirs)]
     yield from _tables("the ", *flat)
     for key in BY_DATASET:
         for stem in stems:

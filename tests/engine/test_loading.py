@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from sparsecache.engine.families import load_family
 from sparsecache.engine.loading import Checkpoint
@@ -155,7 +156,7 @@ def test_layers_with_a_sliding_window_are_noticed(model_type, changes, window, m
 
 
 def _add_token(folder: Path, token: str) -> int:
-    tokenizer = Checkpoint(folder).tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([token], special_tokens=True)
     tokenizer.save_pretrained(folder)
     return int(tokenizer.convert_tokens_to_ids(token))

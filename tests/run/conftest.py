@@ -68,7 +68,8 @@ def schema() -> dict[str, Any]:
     """The keys of a finished row and their types."""
     return {
         "pred": str, "answers": list, "all_classes": list | None, "length": int, "_id": str, "prompt_tokens": int,
-        "original_tokens": int, "truncated": bool, "recut_tokens": int, "prompt_sha256": str, "prompt_end": str,
+        "original_tokens": int, "truncated": bool, "recut_tokens": int, "prompt_sha256": str,
+        "prompt_ids_sha256": str, "prompt_end": str,
         "new_tokens": int, "finish_reason": str, "prefill_s": float, "decode_s": float,
     }  # fmt: skip
 

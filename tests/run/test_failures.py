@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
+from sparsecache.engine.tokenization import Tokenizer
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.synthetic.rows import make_rows
 
@@ -110,7 +110,7 @@ def test_a_report_that_cannot_be_recorded_is_an_error_row_and_the_run_goes_on(
 def test_a_text_that_cannot_be_decoded_is_an_error_row_and_the_run_goes_on(
     predict, folder, monkeypatch, read_rows
 ) -> None:
-    whole = PreTrainedTokenizerFast.decode
+    whole = Tokenizer.decode
     calls = iter(range(100))
 
     def decode(self: Any, *arguments: Any, **options: Any) -> str:
@@ -119,7 +119,7 @@ def test_a_text_that_cannot_be_decoded_is_an_error_row_and_the_run_goes_on(
         return whole(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PreTrainedTokenizerFast, "decode", decode)
+        patch.setattr(Tokenizer, "decode", decode)
         assert predict().exit_code == 1
     rows = read_rows(folder / "qasper.jsonl")
     assert len(rows) == ROWS
