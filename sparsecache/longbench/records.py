@@ -282,10 +282,11 @@ def _lock_path(path: Path) -> Path:
 
 def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     for key in wanted if known else ():
-        old, new = known.get(key), wanted[key]
         if key not in known:  # made by an earlier version, whose rows may be made otherwise
             yield f"{key} was not recorded"
-        elif key in BY_DATASET:
+            continue
+        old, new = known[key], wanted[key]
+        if key in BY_DATASET:
             yield from (
                 f"{key} of {stem} was {old[stem]}, now {new[stem]}"
                 for stem in sorted(old.keys() & new.keys())
