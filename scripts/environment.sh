@@ -1,18 +1,19 @@
 # Sourced by the other scripts: makes .venv in the project's folder once, and installs the project into it.
-# PYTHON picks the interpreter (3.11 or 3.12); VENV another place for the environment.
+# PYTHON picks the interpreter (3.11 or newer); VENV another place for the environment.
+# An environment that these scripts did not make (no .installed in it) is never changed or removed.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-.venv}"
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3.11 python3.12 python3 python}; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
+    local candidate candidates="${PYTHON:-python3.11 python3.12 python3.13 python3 python}"
+    for candidate in $candidates; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "No Python 3.11 or 3.12 was found (tried: ${PYTHON:-python3.11 python3.12 python3 python}). Install one, or name one with PYTHON=..." >&2
+    echo "No Python 3.11 or newer was found (tried: $candidates). Install one, or name one with PYTHON=..." >&2
     return 1
 }
 
@@ -24,11 +25,13 @@ install_environment() {
     stamp="$({ cat setup.cfg pyproject.toml constraints.txt; "$python" --version; pwd; } | cksum)"
     if [ -x "$VENV/bin/python" ] && [ "$(head -n 1 "$VENV/.installed" 2>/dev/null)" = "$stamp" ]; then
         grep -qx -e "$extra" -e test "$VENV/.installed" && return
-    elif [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ]; then
-        echo "$VENV exists and is no virtual environment, so it is not replaced. Name another place with VENV=..." >&2
+    elif [ ! -f "$VENV/.installed" ] && [ -n "$(ls -A "$VENV" 2>/dev/null || [ ! -e "$VENV" ] || echo file)" ]; then
+        echo "$VENV was not made by this script, so it is not changed. Name another place with VENV=..." >&2
         return 1
     else
         rm -rf "$VENV"
+        mkdir -p "$VENV"
+        echo incomplete >"$VENV/.installed"
         "$python" -m venv "$VENV"
     fi
     echo "Installing into $VENV ..."
