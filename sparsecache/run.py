@@ -215,7 +215,7 @@ class _Run:
 
     def _health(self, works: list[Work], rows: dict[str, list[dict[str, Any]]]) -> str:
         table = health_table((work.task, work.stem, work.wanted, rows[work.stem]) for work in works)
-        return "\n".join([table, *speed_lines(self.folder.read())])
+        return "\n".join([table, *speed_lines(self.folder.load())])
 
 
 def _useless(method: str, datasets: Iterable[list[dict[str, Any]]]) -> str | None:

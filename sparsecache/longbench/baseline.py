@@ -1,18 +1,20 @@
 """What a gate compares: a run boiled down to scores by row and to what it was made of; small enough to be committed."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from sparsecache.errors import UsageError, one_line
+from sparsecache.errors import UsageError, one_line, short
 from sparsecache.longbench.jsonl import read_json, write_json
-from sparsecache.longbench.records import BY_DATASET
 from sparsecache.longbench.report import decode_speed
+from sparsecache.longbench.run_record import check_identity
+from sparsecache.longbench.schema import Amount, Count, Number, Range, SchemaError, parse
 from sparsecache.longbench.scores import DatasetScore, Options, RunScore
 from sparsecache.longbench.sessions import batch_sizes, devices
 
 VERSION = 1
+Percent = Annotated[float, Range(0, 100)]
+Share = Annotated[float, Range(0, 1)]
 _PROMPT_DIGITS = 16  # of its SHA-256: enough to tell prompts apart by accident, not by malice
 
 
@@ -21,9 +23,9 @@ class BaselineDataset:
     """One dataset: its metric, its official score, what was kept, and by `_id` each row's score and prompt's hash."""
 
     metric: str
-    score: float | None
-    kept: float | None
-    scores: dict[str, float]
+    score: Percent | None
+    kept: Number | None
+    scores: dict[str, Share]
     prompts: dict[str, str]
 
 
@@ -41,9 +43,9 @@ class Baseline:
     unfinished: list[str]
     scoring: dict[str, Any]
     identity: dict[str, Any]
-    tokens_per_s: float | None
+    tokens_per_s: Amount | None
     devices: list[str]
-    batch_sizes: list[int]
+    batch_sizes: list[Count]
     datasets: dict[str, BaselineDataset]
 
     @property
@@ -77,7 +79,7 @@ def baseline_of(run: RunScore, options: Options) -> Baseline:
             if not dataset.complete
         ],
         scoring={"edit_backend": options.edit_backend, "official_recursion": options.official_recursion},
-        identity=run.run.get("identity", {}),
+        identity=run.run.json.get("identity", {}),
         tokens_per_s=speed.get("tokens_per_s"),
         devices=devices(run.run),
         batch_sizes=batch_sizes(run.run),
@@ -88,34 +90,25 @@ def baseline_of(run: RunScore, options: Options) -> Baseline:
 def load_baseline(path: Path) -> Baseline:
     """Reads a saved baseline. Raises UsageError for a file that is none."""
     try:
-        record = read_json(path)
-        problem = next(_problems(record), None)
+        baseline = _parse(read_json(path))
+    except SchemaError as error:
+        problem = str(error)
     except ValueError as error:
-        problem = f"is not readable as JSON ({one_line(error)})"
-    if problem:
-        raise UsageError(f"{path} {problem}, so it is no baseline. Save one with --save_baseline, under a free name.")
-    datasets = {stem: BaselineDataset(**table) for stem, table in record["datasets"].items()}
-    return Baseline(**{**{key: record[key] for key in _TYPES}, "name": str(path), "datasets": datasets})
+        problem = f"it is not readable as JSON ({one_line(error)})"
+    else:
+        return replace(baseline, name=str(path))
+    raise UsageError(f"{path} is no baseline: {problem}. Save one with --save_baseline, under a free name.")
 
 
-_TYPES: dict[str, Any] = {
-    "name": str,
-    "e": bool,
-    "unfinished": list,
-    "scoring": dict,
-    "identity": dict,
-    "tokens_per_s": int | float | None,
-    "devices": list,
-    "batch_sizes": list,
-    "datasets": dict,
-}
-_DATASET_TYPES: dict[str, Any] = {
-    "metric": str,
-    "score": int | float | None,
-    "kept": int | float | None,
-    "scores": dict,
-    "prompts": dict,
-}
+def _parse(record: Any) -> Baseline:
+    if not isinstance(record, dict) or "sparsecache_baseline" not in record:
+        raise SchemaError("it is JSON of another kind")
+    version = record["sparsecache_baseline"]
+    if version != VERSION or isinstance(version, bool):
+        raise SchemaError(f"it has version {short(version)} of the format, not {VERSION}")
+    baseline = parse(Baseline, record)
+    check_identity(baseline.identity)
+    return baseline
 
 
 def _failed(dataset: DatasetScore) -> str:
@@ -154,28 +147,3 @@ def same_prompt(mine: str, theirs: str) -> bool:
     """Whether two entries of `prompts` are of the same prompt: by its token ids where both know them, else its text."""
     (my_text, _, my_ids), (their_text, _, their_ids) = mine.partition(":"), theirs.partition(":")
     return my_ids == their_ids if my_ids and their_ids else my_text == their_text
-
-
-def _problems(record: Any) -> Iterator[str]:
-    """What keeps a record from being a baseline."""
-    if not isinstance(record, dict) or "sparsecache_baseline" not in record:
-        yield "is JSON of another kind"
-        return
-    if record["sparsecache_baseline"] != VERSION:
-        yield f"has version {record['sparsecache_baseline']!r} of the format, not {VERSION}"
-    yield from _wrong(record, _TYPES, "")
-    yield from _wrong(record["identity"], {key: dict for key in BY_DATASET if key in record["identity"]}, "identity.")
-    for stem, table in record["datasets"].items():
-        if not isinstance(table, dict) or table.keys() != _DATASET_TYPES.keys():
-            yield f"has something other than {', '.join(_DATASET_TYPES)} as datasets.{stem}"
-        yield from _wrong(table, _DATASET_TYPES, f"datasets.{stem}.")
-        if not all(isinstance(score, int | float) for score in table["scores"].values()):
-            yield f"has something other than numbers in datasets.{stem}.scores"
-
-
-def _wrong(table: dict[str, Any], types: dict[str, Any], place: str) -> Iterator[str]:
-    for key, kind in types.items():
-        if key not in table:
-            yield f"lacks {place}{key}"
-        if not isinstance(table[key], kind):
-            yield f"has {table[key]!r:.40} as {place}{key}"

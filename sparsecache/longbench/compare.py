@@ -9,7 +9,7 @@ import numpy
 from sparsecache.longbench.comparison import ComparedRun, Comparison, Entry, Kind, Line, Versus
 from sparsecache.longbench.jsonl import figure
 from sparsecache.longbench.paired import RESAMPLES, Floats, common_rows, interval, remarks, resampled_means
-from sparsecache.longbench.report import decode_speed
+from sparsecache.longbench.report import LEAST_S, decode_speed
 from sparsecache.longbench.runs import short_names
 from sparsecache.longbench.scores import Average, DatasetScore, RowScore, RunScore, as_average
 from sparsecache.longbench.sessions import devices
@@ -144,7 +144,7 @@ def _tokens_per_s(datasets: Sequence[DatasetScore]) -> float | None:
         new, taken = figure(record, "new_tokens"), figure(record, "decode_s")
         if new is not None and taken is not None and taken > 0:
             tokens, seconds = tokens + max(new - 1, 0), seconds + taken
-    return tokens / seconds if seconds else None
+    return tokens / seconds if seconds >= LEAST_S else None
 
 
 def _notes(runs: Sequence[ComparedRun], common: Sequence[RunScore]) -> Iterator[str]:

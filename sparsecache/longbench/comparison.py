@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sparsecache.longbench.run_record import RunRecord
+
 Kind = Literal["dataset", "category", "average"]
 
 
@@ -70,25 +72,22 @@ class ComparedRun:
     kept: float | None
     decode: dict[str, Any] | None
     devices: list[str]
-    record: dict[str, Any]
+    record: RunRecord
 
     @property
     def note(self) -> str | None:
         """What the checkpoint's table says that a reader must know."""
-        note = self.record.get("model", {}).get("note")
-        return None if note is None else str(note)
+        return self.record.model.note
 
     @property
     def method(self) -> str | None:
         """The method's name, as far as run.json says."""
-        method = self.record.get("identity", {}).get("method")
-        return None if method is None else str(method)
+        return self.record.identity.method
 
     @property
     def options(self) -> str:
         """The method's options, as far as run.json says: `key=value`, with commas between."""
-        options = self.record.get("identity", {}).get("options")
-        return ", ".join(f"{key}={value}" for key, value in options.items()) if isinstance(options, dict) else ""
+        return ", ".join(f"{key}={value}" for key, value in (self.record.identity.options or {}).items())
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ _MOST_BYTES = 2**28  # of a JSON file, and of a line
 _MOST_DIGITS = 100
 _TOO_LARGE = 10**_MOST_DIGITS
 _DEEPEST = 50
+_MOST = 1e15  # of a measured number: sums and ratios of these stay finite
 
 
 def read_objects(lines: Iterable[bytes], name: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -84,11 +85,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def figure(record: dict[str, Any], key: str) -> float | None:
-    """Returns a record's number; None for anything else, as files from elsewhere may hold."""
+    """Returns a record's number; None for anything else, and for one too large to calculate with."""
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if abs(value) <= 1e300 else None  # False for NaN too; larger numbers overflow when squared or added
+    return value if abs(value) <= _MOST else None  # False for NaN, too
 
 
 class _LineTooLongError(Exception):
@@ -130,6 +131,7 @@ def _check(value: Any) -> None:
 
 
 def _without_nan(value: Any) -> Any:
+    """Returns a JSON value with null in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

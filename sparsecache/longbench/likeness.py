@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sparsecache.longbench.baseline import Baseline, same_prompt
-from sparsecache.longbench.records import BY_DATASET
+from sparsecache.longbench.run_record import BY_DATASET
 
 TOKENIZED_BY = ("transformers", "tokenizers", "probe_ids_sha256")
 """What the tokens of prompts depend on; the rows' own hashes say whether they differ."""

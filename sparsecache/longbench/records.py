@@ -7,18 +7,19 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jsonlines
 
-from sparsecache.errors import UsageError, one_line
+from sparsecache.errors import UsageError, listed, one_line
 from sparsecache.files import lock, lock_holder, locked, make_folder, open_regular, write_atomically
 from sparsecache.longbench.jsonl import dumps, read_json, read_objects, write_json
+from sparsecache.longbench.prediction_row import check_row, is_finished
+from sparsecache.longbench.run_record import BY_DATASET, RUN_FILE, RunRecord, parse_run_record
+from sparsecache.longbench.schema import SchemaError
 
-RUN_FILE = "run.json"
-BY_DATASET = ("templates", "protocol", "data")  # the tables of an identity that have an entry per dataset
 _OTHER_FOLDER = "Choose another --pred_dir or --name."
 _RUN_ADVICE = "Correct it, or start the run afresh with --overwrite."
 _ADVICE = (
@@ -57,6 +58,11 @@ class PredictionFile:
 
         A row that could not be written whole is cut off again, so that every earlier row stays as it was.
         """
+        if not self._file.is_at(self.path):
+            raise UsageError(
+                f"{self.path} was deleted or replaced while this run wrote to it, so its rows would be lost. Run the "
+                f"same command again (without --overwrite); finished rows in the file that is there now are kept."
+            )
         try:
             self._writer.write(record)
         except OSError as error:
@@ -66,7 +72,7 @@ class PredictionFile:
                 f"{self.path} cannot grow: {error.strerror}. Its {len(self.done)} finished rows are safe; make "
                 f"room and run the same command again (without --overwrite), it goes on from there."
             ) from error
-        if "error" not in record:
+        if is_finished(record):
             self.done.add(record["_id"])
 
     def close(self) -> None:
@@ -90,16 +96,11 @@ class PredictionFile:
         if whole < size:
             os.truncate(self.path, whole)
         rows = list(read_rows(self.path))
-        finished = [row for row in rows if "error" not in row]
+        _check_ids(self.path, [row for row in rows if "error" not in row])
+        finished = [row for row in rows if is_finished(row)]
         if len(finished) < len(rows):
             write_atomically(self.path, "".join(dumps(row) + "\n" for row in finished))
-        done: set[str] = set()
-        for number, row in enumerate(finished, 1):
-            problem = _row_problem(row, done)
-            if problem:
-                raise UsageError(f"{self.path}: row {number} {problem}, so the file is not this program's. {_ADVICE}")
-            done.add(row["_id"])
-        return done
+        return {row["_id"] for row in finished}
 
 
 def _whole_lines(file: BinaryIO) -> int:
@@ -114,10 +115,14 @@ def _whole_lines(file: BinaryIO) -> int:
     return 0
 
 
-def _row_problem(row: dict[str, Any], done: set[str]) -> str | None:
-    if not isinstance(row.get("_id"), str):
-        return "has no _id"
-    return "repeats an _id" if row["_id"] in done else None
+def _check_ids(path: Path, rows: list[dict[str, Any]]) -> None:
+    seen: set[str] = set()
+    for number, row in enumerate(rows, 1):
+        row_id = row.get("_id")
+        problem = "has no _id" if not isinstance(row_id, str) else "repeats an _id" if row_id in seen else None
+        if problem:
+            raise UsageError(f"{path}: row {number} {problem}, so the file is not this program's. {_ADVICE}")
+        seen.add(str(row_id))
 
 
 class _Appender:
@@ -140,17 +145,48 @@ class _Appender:
             os.ftruncate(self._descriptor, end)
             raise
 
+    def is_at(self, path: Path) -> bool:
+        """Whether the open file is still the one of this path."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(path))
+        except OSError:
+            return False
+
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a prediction file. Raises UsageError, naming the line, for one that is not a JSON object."""
+def read_rows(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a prediction file, checked (see prediction_row).
+
+    Raises UsageError, naming the line, for one that is not a JSON object, has a field of a wrong type or size, or
+    lacks a `needed` one.
+    """
     with open_regular(path) as lines:
-        for _, row in read_objects(lines, str(path), _ADVICE):
+        for number, row in read_objects(lines, str(path), _ADVICE):
+            try:
+                check_row(row, needed)
+            except SchemaError as error:
+                raise UsageError(f"{path}, line {number}: {error}. {_ADVICE}") from error
             yield row
+
+
+def verify_rows(path: Path, wanted: Iterable[str]) -> list[dict[str, Any]]:
+    """Reads a prediction file back and returns its rows, after a run that wrote every `wanted` one.
+
+    A wanted row is there if it is finished or an error row. Raises UsageError, naming the rows, where one is not:
+    the file was replaced or changed while the run wrote to it.
+    """
+    rows = list(read_rows(path)) if os.path.lexists(path) else []
+    there = {row.get("_id") for row in rows if "error" in row or is_finished(row)}
+    if lost := [row_id for row_id in wanted if row_id not in there]:
+        raise UsageError(
+            f"{path} lacks {len(lost)} rows that this run wrote ({listed(lost, 5)}): the file was replaced or changed "
+            f"meanwhile. Run the same command again (without --overwrite) to predict them."
+        )
+    return rows
 
 
 class RunFolder:
@@ -168,17 +204,20 @@ class RunFolder:
         make_folder(self.path, advice=_OTHER_FOLDER)
 
     def read(self) -> dict[str, Any]:
-        """The record, or an empty one. Raises UsageError if run.json is not JSON."""
+        """Returns the checked content of run.json, or an empty table. Raises UsageError for a wrong field in it."""
+        return self.load().json
+
+    def load(self) -> RunRecord:
+        """Returns run.json as a typed object, an empty one without the file. Raises UsageError for a wrong field."""
         path = self.path / RUN_FILE
         if not os.path.lexists(path):
-            return {}
+            return RunRecord()
         try:
-            record = read_json(path)
+            return parse_run_record(read_json(path))
+        except SchemaError as error:
+            raise UsageError(f"{path}: {error}. {_RUN_ADVICE}") from error
         except ValueError as error:
             raise UsageError(f"{path} is not valid JSON ({one_line(error)}). {_RUN_ADVICE}") from error
-        if problem := _run_problem(record):
-            raise UsageError(f"{path} {problem}. {_RUN_ADVICE}")
-        return dict(record)
 
     def update(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Applies `change` to the record and writes it, atomically and alone."""
@@ -231,34 +270,6 @@ class RunFolder:
                 path.unlink(missing_ok=True)
         for name in (RUN_FILE, "result.json", "summary.json", "result_e.json", "summary_e.json"):
             (self.path / name).unlink(missing_ok=True)
-
-
-def _run_problem(record: Any) -> str | None:
-    """What of a run's record was changed by hand so that it cannot be used."""
-    if not isinstance(record, dict):
-        return "is not a JSON object"
-    places = [(key,) for key in ("identity", "model", "datasets")] + [("identity", key) for key in BY_DATASET]
-    for place in places:
-        table: Any = record
-        for key in place:
-            table = table.get(key, {})
-        if not isinstance(table, dict):
-            return f"holds something other than a table as {'.'.join(place)}"
-    for stem, asked in record.get("datasets", {}).items():
-        rows = asked.get("expected_rows") if isinstance(asked, dict) else None
-        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
-            return f"holds no number of rows as datasets.{stem}.expected_rows"
-    sessions = record.get("sessions", [])
-    if not isinstance(sessions, list) or not all(isinstance(one, dict) for one in sessions):
-        return "holds something other than a list of tables as sessions"
-    for clock in (one.get("clock") for one in sessions):
-        if clock is not None and not (isinstance(clock, dict) and all(map(_is_figure, clock.values()))):
-            return "holds a session whose clock is no table of figures"
-    return None
-
-
-def _is_figure(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 class _Held:

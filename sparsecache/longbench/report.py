@@ -6,10 +6,13 @@ from typing import Any
 
 from sparsecache.longbench.jsonl import write_json
 from sparsecache.longbench.kept import kept_lines, kept_of, percent
+from sparsecache.longbench.run_record import RunRecord
 from sparsecache.longbench.scores import Average, DatasetScore, Options, RunScore
 from sparsecache.longbench.tables import table
 from sparsecache.longbench.tasks import Task
 from sparsecache.longbench.text import degenerate
+
+LEAST_S = 1e-6  # of a time that a speed is given for
 
 
 def result_json(result: RunScore) -> dict[str, Any]:
@@ -51,25 +54,24 @@ def write_results(result: RunScore, options: Options) -> list[Path]:
     return paths
 
 
-def decode_speed(run: dict[str, Any]) -> dict[str, Any] | None:
-    """Decode tokens per second and peak GPU bytes over all sessions of a run, from the engine's clock."""
-    clocks = [session["clock"] for session in run.get("sessions", []) if session.get("clock")]
-    seconds = sum(clock["decode_s"] for clock in clocks)
-    if not seconds:
+def decode_speed(run: RunRecord) -> dict[str, Any] | None:
+    """Returns decode tokens per second and peak GPU bytes over all sessions of a run, from the engine's clock."""
+    seconds = run.total("decode_s")
+    if seconds < LEAST_S:
         return None
-    tokens = sum(clock["decode_tokens"] for clock in clocks)
-    prefilled, prefill_seconds = (sum(clock[key] for clock in clocks) for key in ("prefill_tokens", "prefill_s"))
-    peaks = [clock["peak_gpu_bytes"] for clock in clocks if clock["peak_gpu_bytes"] is not None]
+    tokens = run.total("decode_tokens")
+    prefilled, prefill_seconds = run.total("prefill_tokens"), run.total("prefill_s")
+    peaks = [clock.peak_gpu_bytes for clock in run.clocks if clock.peak_gpu_bytes is not None]
     return {
         "tokens": tokens,
         "seconds": round(seconds, 3),
         "tokens_per_s": round(tokens / seconds, 1),
-        "prefill_tokens_per_s": round(prefilled / prefill_seconds, 1) if prefill_seconds else None,
+        "prefill_tokens_per_s": round(prefilled / prefill_seconds, 1) if prefill_seconds >= LEAST_S else None,
         "peak_gpu_bytes": max(peaks) if peaks else None,
     }
 
 
-def speed_lines(run: dict[str, Any]) -> Iterable[str]:
+def speed_lines(run: RunRecord) -> Iterable[str]:
     """One line on the speed and peak memory of a run, if anything was decoded."""
     speed = decode_speed(run)
     if speed:

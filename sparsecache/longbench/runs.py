@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsecache.errors import UsageError, listed, short
-from sparsecache.longbench.records import RUN_FILE
+from sparsecache.longbench.run_record import RUN_FILE
 
 
 def find_run(name: str, pred_dir: Path) -> Path:

@@ -32,7 +32,7 @@ def score_document(result: RunScore) -> Document:
     if result.e:
         head += [text for name in BUCKETS for text in (name, "n")]
         rows = [row + [words("")] * (len(head) - len(row)) if row else row for row in rows]
-    note = result.run.get("model", {}).get("note")
+    note = result.run.model.note
     return Document(
         tables=[Table("", head, rows)],
         records=records(str(result.folder), _records(result)),

@@ -16,7 +16,9 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench import metrics
 from sparsecache.longbench.jsonl import figure
 from sparsecache.longbench.kept import Kept, kept_of
+from sparsecache.longbench.prediction_row import NEEDED
 from sparsecache.longbench.records import RunFolder, read_rows
+from sparsecache.longbench.run_record import RunRecord
 from sparsecache.longbench.tasks import CATEGORIES, Task, load_tasks
 from sparsecache.longbench.text import chinese_words
 
@@ -136,7 +138,7 @@ class RunScore:
     folder: Path
     e: bool
     datasets: list[DatasetScore]
-    run: dict[str, Any] = field(default_factory=dict)
+    run: RunRecord = field(default_factory=RunRecord)
 
     @property
     def complete(self) -> bool:
@@ -208,8 +210,8 @@ def score_run(folder: Path, e: bool = False, options: Options = Options()) -> Ru
     """
     if not folder.is_dir():
         raise UsageError(f"There is no folder {folder}. Give --model and --name of a run, or the path of its folder.")
-    run = RunFolder(folder).read()
-    expected = {stem: asked["expected_rows"] for stem, asked in run.get("datasets", {}).items()}
+    run = RunFolder(folder).load()
+    expected = run.expected_rows
     scores = [
         score_file(path, task, e, expected.get(task.file_stem(e)), options)
         for task, path in _files(folder, e, foreign=not expected)
@@ -222,7 +224,7 @@ def score_run(folder: Path, e: bool = False, options: Options = Options()) -> Ru
 
 def score_file(path: Path, task: Task, e: bool, expected: int | None, options: Options) -> DatasetScore:
     """Scores one prediction file. `expected` rows are those of run.json; without one, the published number."""
-    rows = list(read_rows(path))
+    rows = list(read_rows(path, needed=NEEDED))
     warnings = _oddities(path, rows, e, options.allow_duplicates)
     if expected is None and (expected := task.published_rows(e)) is not None:
         warnings.append("no run.json tells how many rows were asked for, so the published number is expected")
@@ -264,14 +266,6 @@ def _files(folder: Path, e: bool, foreign: bool) -> list[tuple[Task, Path]]:
 def _oddities(path: Path, rows: list[dict[str, Any]], e: bool, allow: bool) -> list[str]:
     """What is odd about a file, for the reader. Raises UsageError for what cannot be scored."""
     warnings = []
-    for number, row in enumerate(rows, 1):
-        answers = row.get("answers")
-        listed = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
-        if not isinstance(row.get("pred"), str) or not listed:
-            raise UsageError(
-                f"{path}, row {number}: a row needs `pred` (text) and `answers` (a list of texts). "
-                f"Correct or delete it, or predict it again."
-            )
     ids = [str(row["_id"]) for row in rows if row.get("_id") is not None]
     repeated = len(ids) - len(set(ids))
     if repeated and not allow:

@@ -37,21 +37,21 @@ def test_a_full_baseline_is_small(make_run: MakeRun, row: Row, tmp_path: Path, b
 
 
 BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda record: [], "is JSON of another kind"),
-    (lambda record: {"a": 1}, "is JSON of another kind"),
-    (lambda record: record | {"sparsecache_baseline": 2}, "has version 2 of the format, not 1"),
+    (lambda record: [], "it is JSON of another kind"),
+    (lambda record: {"a": 1}, "it is JSON of another kind"),
+    (lambda record: record | {"sparsecache_baseline": 2}, "it has version 2 of the format, not 1"),
     (lambda record: {key: value for key, value in record.items() if key != "identity"}, "lacks identity"),
-    (lambda record: record | {"datasets": []}, r"has \[\] as datasets"),
-    (lambda record: record | {"e": 0}, "has 0 as e"),
-    (lambda record: record | {"identity": {"data": 1}}, r"has 1 as identity\.data"),
-    (lambda record: record | {"datasets": {"qasper": 1}}, r"has something other than metric, .* as datasets\.qasper"),
+    (lambda record: record | {"datasets": []}, r"datasets is \[\]; it must be an object"),
+    (lambda record: record | {"e": 0}, "e is 0; it must be true or false"),
+    (lambda record: record | {"identity": {"data": 1}}, r"identity\.data is 1; it must be an object"),
+    (lambda record: record | {"datasets": {"qasper": 1}}, r"datasets\.qasper is 1; it must be an object"),
     (
         lambda record: record | {"datasets": {"qasper": record["datasets"]["qasper"] | {"scores": {"0": "1"}}}},
-        r"has something other than numbers in datasets\.qasper\.scores",
+        r"datasets\.qasper\.scores\.0 is '1'; it must be a number",
     ),
     (
         lambda record: record | {"datasets": {"qasper": record["datasets"]["qasper"] | {"kept": "x"}}},
-        r"has 'x' as datasets\.qasper\.kept",
+        r"datasets\.qasper\.kept is 'x'; it must be a number",
     ),
 ]
 
@@ -63,14 +63,14 @@ def test_a_broken_baseline_is_refused(
     path = tmp_path / "baseline.json"
     made("a", {"qasper": "y"}).save(path)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(UsageError, match=rf"baseline\.json {message}.*so it is no baseline"):
+    with pytest.raises(UsageError, match=rf"baseline\.json is no baseline: {message}"):
         load_baseline(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "NaN", '{"sparsecache_baseline": 1, "e": NaN}', "[" * 10**5, "\ud800"])
 def test_a_file_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "b.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(UsageError, match=r"b\.json is not readable as JSON"):
+    with pytest.raises(UsageError, match=r"b\.json is no baseline: it is not readable as JSON"):
         load_baseline(tmp_path / "b.json")
 
 
@@ -78,7 +78,7 @@ def test_no_other_file_is_overwritten(made: Make, tmp_path: Path) -> None:
     run = made("a", {"qasper": "y"})
     for name, text in (("README.md", "# Title"), ("summary.json", '{"complete": true}')):
         (tmp_path / name).write_text(text)
-        with pytest.raises(UsageError, match=f"{name} is .*under a free name"):
+        with pytest.raises(UsageError, match=f"{name} is no baseline: .*under a free name"):
             run.save(tmp_path / name)
         assert (tmp_path / name).read_text() == text
     with pytest.raises(UsageError, match="cannot be written: No such file"):

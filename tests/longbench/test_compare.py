@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -19,6 +20,7 @@ from sparsecache.longbench.compare import compare
 from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.comparison import Comparison, Line, Versus
 from sparsecache.longbench.paired import interval, resampled_means
+from sparsecache.longbench.run_record import ModelRecord
 from sparsecache.longbench.runs import short_names
 from sparsecache.longbench.scores import RunScore, score_run
 from sparsecache.longbench.tables import render
@@ -389,5 +391,5 @@ def test_the_flat_table_holds_every_number_in_full(scored: Callable[..., RunScor
 
 def test_the_note_of_a_checkpoint_stands_above(scored: Callable[..., RunScore]) -> None:
     run = scored("a", qasper="yn")
-    run.run["model"]["note"] = "Random weights."
+    run = replace(run, run=replace(run.run, model=ModelRecord("Random weights.")))
     assert compare_document(compare([run, scored("b", qasper="yn")])).lead == ["Note on a: Random weights."]

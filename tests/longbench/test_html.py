@@ -207,10 +207,10 @@ def test_changed_rows_come_with_both_texts(make_run: MakeRun, row: Row) -> None:
 
 def test_the_records_of_runs_are_there_whole(page: Page, runs: list[RunScore]) -> None:
     texts = [said(each) for each in parse(page("compare")).iter("pre")][-2:]
-    assert json.loads(texts[0]) == runs[0].run  # of the other, what is hidden in its texts is spelled out
-    assert [line.split('"')[1] for line in texts[1].splitlines() if line.startswith(' "')] == list(runs[1].run)
+    assert json.loads(texts[0]) == runs[0].run.json  # of the other, what is hidden in its texts is spelled out
+    assert [line.split('"')[1] for line in texts[1].splitlines() if line.startswith(' "')] == list(runs[1].run.json)
     identities = [said(each) for each in parse(page("gate")).iter("pre")]
-    assert json.loads(identities[1]) == runs[0].run["identity"]
+    assert json.loads(identities[1]) == runs[0].run.json["identity"]
 
 
 def test_a_gates_page_begins_with_what_failed(page: Page) -> None:

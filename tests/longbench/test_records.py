@@ -72,7 +72,7 @@ def test_a_killed_process_leaves_whole_rows_and_no_lock(tmp_path: Path, repo: Pa
         "    done = len(file.done)\n"
         "    print('open', flush=True)\n"
         "    for number in range(done, done + 20_000):\n"
-        "        file.append({'pred': 'x' * 5000, '_id': str(number)})\n"
+        "        file.append({'pred': 'x' * 5000, 'answers': [], '_id': str(number)})\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(repo)}
     for _ in range(3):
@@ -157,14 +157,14 @@ if len(sys.argv) > 2:
 with report_usage_errors(), PredictionFile(Path(sys.argv[1])) as file:
     for number in range(20):
         if str(number) not in file.done:
-            file.append({"pred": "x" * 7000, "_id": str(number)})
+            file.append({"pred": "x" * 7000, "answers": [], "_id": str(number)})
 """
 
 
 def check_full(path: Path, done: CompletedProcess[str], reason: str) -> int:
     assert done.returncode == 2, done.stderr
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows == [{"pred": "x" * 7000, "_id": str(number)} for number in range(len(rows))]
+    assert rows == [{"pred": "x" * 7000, "answers": [], "_id": str(number)} for number in range(len(rows))]
     assert 0 < len(rows) < 20
     assert done.stderr == (
         f"Error: {path} cannot grow: {reason}. Its {len(rows)} finished rows are safe; make room and run the same "
@@ -308,10 +308,12 @@ def test_predictions_without_a_record_are_not_taken_over(tmp_path: Path) -> None
     folder.claim(IDENTITY)
 
 
-@pytest.mark.parametrize(("content", "problem"), [("{half", "is not valid JSON"), ("[]", "is not a JSON object")])
+@pytest.mark.parametrize(
+    ("content", "problem"), [("{half", "is not valid JSON"), ("[]", "the file is not a JSON object")]
+)
 def test_a_broken_record_is_an_error(tmp_path: Path, content: str, problem: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(UsageError, match=rf"run\.json {problem}.*--overwrite"):
+    with pytest.raises(UsageError, match=rf"run\.json:? {problem}.*--overwrite"):
         RunFolder(tmp_path).read()
 
 
@@ -353,14 +355,17 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        ({"identity": []}, "as identity"),
-        ({"identity": {"data": []}}, "as identity.data"),
-        ({"datasets": None}, "as datasets"),
-        ({"datasets": {"qasper": {}}}, "datasets.qasper.expected_rows"),
-        ({"datasets": {"qasper": {"expected_rows": True}}}, "datasets.qasper.expected_rows"),
-        ({"sessions": [5]}, "as sessions"),
-        ({"sessions": [{"id": 1, "clock": 5}]}, "clock is no table"),
-        ({"model": "x"}, "as model"),
+        ({"identity": []}, r"identity is \[\]; it must be an object"),
+        ({"identity": {"data": []}}, r"identity\.data is \[\]; it must be an object"),
+        ({"datasets": None}, "datasets is null; it must be an object"),
+        ({"datasets": {"qasper": {}}}, "lacks datasets.qasper.expected_rows"),
+        (
+            {"datasets": {"qasper": {"expected_rows": True}}},
+            "datasets.qasper.expected_rows is true; it must be a whole",
+        ),
+        ({"sessions": [5]}, r"sessions\[0\] is 5; it must be an object"),
+        ({"sessions": [{"id": 1, "clock": 5}]}, r"sessions\[0\]\.clock is 5; it must be an object"),
+        ({"model": "x"}, "model is 'x'; it must be an object"),
         ({"x": float("nan")}, "not valid JSON"),
     ],
 )

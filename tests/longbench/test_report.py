@@ -10,6 +10,7 @@ import pytest
 from sparsecache.configs import read_tables
 from sparsecache.errors import UsageError
 from sparsecache.longbench.report import decode_speed, health_table, speed_lines, write_results
+from sparsecache.longbench.run_record import RunRecord, parse_run_record
 from sparsecache.longbench.score_tables import score_table
 from sparsecache.longbench.scores import Options, RunScore, score_run
 from sparsecache.longbench.tasks import load_tasks
@@ -221,9 +222,9 @@ def test_the_note_of_the_model_and_its_speed_are_shown(tmp_path: Path) -> None:
 
 
 def test_no_decoded_second_is_no_speed() -> None:
-    assert decode_speed({}) is None
+    assert decode_speed(RunRecord()) is None
     idle = {"prefill_s": 1.0, "prefill_tokens": 9, "decode_s": 0.0, "decode_tokens": 0, "peak_gpu_bytes": None}
-    assert decode_speed({"sessions": [{"clock": idle}]}) is None
+    assert decode_speed(parse_run_record({"sessions": [{"clock": idle}]})) is None
 
 
 def test_a_result_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
@@ -332,7 +333,7 @@ def test_a_dataset_of_ones_own_is_complete_with_any_number_of_rows(
 
 def test_the_speed_line_without_a_prefill_clock_and_with_memory() -> None:
     clock = {"prefill_s": 0.0, "prefill_tokens": 0, "decode_s": 2.0, "decode_tokens": 5, "peak_gpu_bytes": 3 * 2**29}
-    run = {"sessions": [{"clock": clock}]}
+    run = parse_run_record({"sessions": [{"clock": clock}]})
     assert decode_speed(run)["prefill_tokens_per_s"] is None  # type: ignore[index]
     (line,) = speed_lines(run)
     assert line.startswith("Speed: decode 2.5 tokens/s over 5 tokens, prefill ")

@@ -232,7 +232,9 @@ def test_an_empty_file_has_no_score(tmp_path: Path) -> None:
     ],
 )
 def test_a_row_that_is_no_prediction_is_refused(tmp_path: Path, broken: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"qasper\.jsonl, row 2: a row needs `pred` \(text\) and `answers`"):
+    with pytest.raises(
+        UsageError, match=r"qasper\.jsonl, line 2: (pred|answers)\S* is .*(must be a|a row needs `pred`)"
+    ):
         score(tmp_path, [row(0), row(1, **broken)])
 
 

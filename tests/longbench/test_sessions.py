@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from sparsecache.longbench.run_record import parse_run_record
 from sparsecache.longbench.sessions import devices, workers_lines
 
 
@@ -19,9 +20,11 @@ def _worker(number: int, rows: int, seconds: float, died: bool = False) -> dict[
 def test_a_cpu_that_workers_share_is_another_device_than_the_whole_one() -> None:
     two = _session(_worker(1, 3, 9.0), _worker(2, 4, 9.0), _worker(1, 3, 9.0))
     one = {key: value for key, value in two.items() if key not in ("workers", "seconds")}
-    assert devices({"sessions": [one, two]}) == ["cpu of host", "cpu of host shared by 2 workers"]
-    assert devices({"sessions": [_session(_worker(1, 3, 9.0))]}) == ["cpu of host"]
-    assert devices({"sessions": [_session(_worker(1, 3, 9.0), _worker(2, 3, 9.0), gpu="H200")]}) == ["H200"]
+    assert devices(parse_run_record({"sessions": [one, two]})) == ["cpu of host", "cpu of host shared by 2 workers"]
+    assert devices(parse_run_record({"sessions": [_session(_worker(1, 3, 9.0))]})) == ["cpu of host"]
+    assert devices(parse_run_record({"sessions": [_session(_worker(1, 3, 9.0), _worker(2, 3, 9.0), gpu="H200")]})) == [
+        "H200"
+    ]
 
 
 @pytest.mark.parametrize(

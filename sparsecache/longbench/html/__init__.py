@@ -32,7 +32,7 @@ def compare_page(comparison: Comparison, runs: Sequence[RunScore], drawn: Sequen
         document(content),
         *([section("Pictures", pictures(drawn, "picture"))] if drawn else []),
         section("Rows whose text changed, greatest loss first", *changed),
-        run_records((run.name, run.record) for run in comparison.runs),
+        run_records((run.name, run.record.json) for run in comparison.runs),
     )
 
 
@@ -52,7 +52,7 @@ def score_page(runs: Sequence[RunScore], drawn: Sequence[Sequence["Picture"]]) -
         f"Scores of {', '.join(names)}",
         f"Official scores of {_benchmark(runs[0].e)}, in percent.",
         *parts,
-        run_records((name, run.run) for name, run in zip(names, runs, strict=True)),
+        run_records((name, run.run.json) for name, run in zip(names, runs, strict=True)),
     )
 
 

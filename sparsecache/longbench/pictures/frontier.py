@@ -58,7 +58,7 @@ def _kept(run: RunScore) -> float | None:
 
 
 def _method(run: RunScore) -> str:
-    return str(run.run.get("identity", {}).get("method") or run.folder.name)
+    return run.run.identity.method or run.folder.name
 
 
 def _band(axis: Any, name: str, full: Average) -> tuple[Any, str]:
