@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lints, checks types and runs the whole test suite, two files at a time.
-# Arguments go to pytest (scripts/test.sh -k rope).
+# Lints, checks types and runs the whole test suite, two files at a time, then what depends on transformers under its
+# oldest and newest tested release. Arguments go to pytest (scripts/test.sh -k rope); with any, the releases are left out.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 install_environment test
@@ -9,3 +9,4 @@ install_environment test
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
 "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
+[ "$#" -gt 0 ] || scripts/test_versions.sh

@@ -39,6 +39,12 @@ def test_setup_cfg_requires_the_oldest_tested_release_and_bars_no_newer_one(name
     assert str(_required(repo)[name].specifier) == f">={TESTED[name][0]}"
 
 
+def test_the_oldest_and_the_newest_transformers_are_tested(repo) -> None:
+    text = (repo / "scripts" / "test_versions.sh").read_text()
+    found = [re.search(rf"^{which}=\(transformers==(\d+\.\d+)", text, re.MULTILINE) for which in ("oldest", "newest")]
+    assert tuple(match and match[1] for match in found) == TESTED["transformers"]
+
+
 @pytest.mark.parametrize("name", ["sentencepiece", "protobuf", "transformers", "torch"])
 def test_what_supported_checkpoints_need_is_required_and_pinned(name, repo) -> None:
     pins = dict(line.split("==") for line in (repo / "constraints.txt").read_text().splitlines() if "==" in line)

@@ -22,7 +22,7 @@ PROMPT = "{prompt}"
 _RENDER_S = 10.0  # of a prompt of a million characters, sound templates take well under a second
 _WORD = "kVq3wXz9JtYbR5mLhD8sPfG2nCuEa4Tg"
 _PROBE = "\n".join(
-    f"{at} {_WORD}  'two' \"spaces\", {{braces}} <tags> & 漢字É\t[{_WORD[::-1]}]\n\n" for at in range(200)
+    f"{at} {_WORD}  'two' \"spaces\", {{braces}} <tags> & 漢字É\t[{_WORD[::-1]}]\n\n" for at in range(50)
 ).strip()
 _HINT = "Choose another --chat, or give the checkpoint a table with another `chat` in configs/models.toml."
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,13 @@ LLAMA_3 = (
 SPECIAL = ("<unk>", "<s>", "</s>", "<|user|>", "<|end|>", "<|im_start|>", "<|im_end|>")
 
 
-def byte_level(kind: str = "llama3", special: tuple[str, ...] = SPECIAL) -> Tokenizer:
+def byte_level(kind: str = "llama3") -> Tokenizer:
     """A byte-level BPE that splits words as GPT-2, Llama 3 or SmolLM (digits one by one) do."""
+    return Tokenizer.from_str(_trained(kind))
+
+
+@cache
+def _trained(kind: str) -> str:
     tokenizer = Tokenizer(models.BPE())
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "llama3")
     first = {
@@ -35,14 +41,19 @@ def byte_level(kind: str = "llama3", special: tuple[str, ...] = SPECIAL) -> Toke
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+        vocab_size=600, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS * 4, trainer)
-    return tokenizer
+    return tokenizer.to_str()
 
 
 def sentencepiece_like() -> Tokenizer:
     """A BPE with byte fallback whose spaces are put in by a normalizer, as in Llama 2's tokenizer.json."""
+    return Tokenizer.from_str(_trained_pieces())
+
+
+@cache
+def _trained_pieces() -> str:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     strip = decoders.Strip(" ", 1, 0)
@@ -52,7 +63,7 @@ def sentencepiece_like() -> Tokenizer:
     tokenizer.train_from_iterator([word for text in TEXTS * 4 for word in text.split(" ")], trainer)
     stored = json.loads(tokenizer.to_str())
     stored["added_tokens"] = [added for added in stored["added_tokens"] if added["content"] not in byte_tokens]
-    return Tokenizer.from_str(json.dumps(stored))
+    return json.dumps(stored)
 
 
 def adding(tokenizer: Tokenizer, single: str) -> Tokenizer:

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Runs the tests of tokenization and of parity with transformers under its oldest and its newest tested release.
+# Each release lies in a folder of its own below $VENV/versions, installed once, over the torch of the environment.
+# Skips a release, and says so, where PyPI cannot be reached. Arguments go to pytest.
+set -euo pipefail
+. "$(dirname "$0")/environment.sh"
+install_environment test
+python="$VENV/bin/python"
+
+# The releases of sparsecache/versions.py, with what they need beside the environment's packages.
+oldest=(transformers==5.10.1 tokenizers==0.22.2 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9)
+newest=(transformers==5.24.0 tokenizers==0.23.3)
+tests=(tests/tokenization tests/longbench/test_prompts.py tests/engine/test_parity.py)
+
+# install FOLDER REQUIREMENT...: returns 1 where PyPI cannot be reached, ends the script at any other failure.
+install() {
+    local folder="$1"
+    shift
+    [ "$(cat "$folder/.installed" 2>/dev/null)" = "$*" ] && return
+    rm -rf "$folder"
+    if "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" "$@"; then
+        echo "$*" >"$folder/.installed"
+    elif "$python" -m pip index versions --disable-pip-version-check --retries 0 transformers >/dev/null 2>&1; then
+        echo "Could not install $*." >&2
+        exit 1
+    else
+        return 1
+    fi
+}
+
+for release in oldest newest; do
+    declare -n requirements="$release"
+    folder="$VENV/versions/$release"
+    if ! install "$folder" "${requirements[@]}"; then
+        echo "Skipped: PyPI cannot be reached, so ${requirements[0]} is not tested."
+        continue
+    fi
+    echo "With ${requirements[0]}:"
+    PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}" "$python" -c \
+        "import transformers; assert 'transformers==' + transformers.__version__ == '${requirements[0]}'"
+    PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}" "$python" -m pytest -n 2 --dist loadfile "${tests[@]}" "$@"
+done
