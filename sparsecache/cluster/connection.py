@@ -1,4 +1,4 @@
-"""The Ray cluster that a run uses: found or started, measured before it is used, and left or stopped at the end."""
+"""Connects to a Ray cluster or starts one, checks its size, and stops what it started."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,21 +14,25 @@ import psutil
 import ray
 import torch
 
+from sparsecache.configs import project_dir
 from sparsecache.errors import UsageError, one_line
 
-_OBJECT_STORE = 128 * 2**20  # bytes; what goes through it are prompts
+_OBJECT_STORE = 128 * 2**20  # bytes; only prompts pass through it
 _PROBE_S = 5.0
+_CONNECT_S = 30.0  # Ray itself retries for minutes
+_START_S = 120.0
 _TERMINATED = 128 + signal.SIGTERM  # the exit code
 
 
 class Cluster:
-    """A cluster at an address, or (None) one of this machine alone, started when it is needed."""
+    """A Ray cluster at an address, or (None) a local one that is started on first use."""
 
     def __init__(self, address: str | None):
         self.address = address
-        self._before: list[psutil.Process] | None = None  # this process's children, before Ray's were started
-        self._on_term: Any = None  # what SIGTERM did before, to be done again
+        self._children_before: list[psutil.Process] | None = None  # child processes before Ray started its own
+        self._previous_sigterm: Any = None
         self._terminated = False
+        self._connecting: _Connecting | None = None
 
     def __enter__(self) -> "Cluster":
         return self
@@ -35,23 +40,29 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        pending = self._connecting is not None and self._connecting.pending
         try:
-            if self._on_term is not None:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
-            children = [] if self._before is None else psutil.Process().children(recursive=True)
-            ray.shutdown()
+            if self._previous_sigterm is not None:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # already shutting down
+            children = [] if self._children_before is None else psutil.Process().children(recursive=True)
+            if not pending:
+                ray.shutdown()
+            if self._connecting is not None:
+                self._connecting.stop.set()
             for child in children:
-                if child not in (self._before or ()):  # helpers that would wait a minute for a head that is gone
+                if child not in (self._children_before or ()):  # they would wait a minute for a head that is gone
                     with contextlib.suppress(psutil.NoSuchProcess):
                         child.kill()
-            if self._on_term is not None:
-                signal.signal(signal.SIGTERM, self._on_term)
+            if self._previous_sigterm is not None:
+                signal.signal(signal.SIGTERM, self._previous_sigterm)
         finally:
+            if self._terminated and pending:
+                os._exit(_TERMINATED)  # the interpreter's own exit may crash while Ray still connects in a thread
             if self._terminated:
                 sys.exit(_TERMINATED)
 
     def device(self, name: str) -> str:
-        """What `--device` means here: of "auto", cuda where there are GPUs. Connects, if there is an address."""
+        """Resolves `--device`: "auto" is cuda where the cluster has GPUs. Connects if there is an address."""
         if name != "auto":
             return name
         if self.address is None:
@@ -60,56 +71,82 @@ class Cluster:
         return "cuda" if self.total("GPU") else "cpu"
 
     def connect(self) -> None:
-        """Connects, or starts; nothing if that is done. Raises UsageError where the cluster cannot be had."""
+        """Connects to the cluster or starts it, once. Raises UsageError if that fails or takes too long.
+
+        SIGTERM ends the process at any time from here on, also while Ray connects.
+        """
         if ray.is_initialized():
             return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing goes out unasked
-        address = os.environ.get("RAY_ADDRESS", "auto") if self.address == "auto" else self.address
-        started = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if address is None else {}
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send nothing unasked
+        address = self.address
+        if address == "auto":
+            address = os.environ.get("RAY_ADDRESS") or _running_address()
         if address is None:
-            self._before = psutil.Process().children(recursive=True)
+            self._children_before = psutil.Process().children(recursive=True)
         elif address != "auto":
             _probe(address)
-        handled = threading.current_thread() is threading.main_thread()
-        if handled:
-            self._on_term = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
-        try:
-            ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **started)
-        except (Exception, SystemExit) as error:  # other versions, a missing token; Ray ends the process after a while
-            if isinstance(error, SystemExit) and error.code == signal.SIGTERM:  # as Ray answers it
-                sys.exit(_TERMINATED)
+        self._handle_sigterm()
+        connecting = self._connecting
+        if connecting is None or not connecting.pending:
+            connecting = self._connecting = _Connecting(address)
+        self._await(connecting, _START_S if address is None else _CONNECT_S)
+
+    def _await(self, connecting: "_Connecting", seconds: float) -> None:
+        _make_absolute("RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
+        # Ray puts the current folder on every worker's import path, where a torch.py would be run as torch.
+        with contextlib.chdir(project_dir()):
+            if not connecting.is_alive():
+                connecting.start()
+            deadline = time.monotonic() + seconds
+            while not connecting.done.wait(0.2) and time.monotonic() < deadline:
+                self._handle_sigterm()
+        self._handle_sigterm()
+        if connecting.pending:
             raise UsageError(
-                f"{self} cannot be used: {one_line(error)}. Look at it with `ray status`; if it asks for a token, set "
+                f"{self} did not answer within {seconds:.0f} s. Check it with `ray status`, start it again with "
+                f"`ray stop` and `ray start --head`, or leave out --ray_address to start a local one."
+            )
+        error = connecting.error
+        if isinstance(error, Exception | SystemExit):  # another version of Ray, a missing token, ...
+            raise UsageError(
+                f"{self} cannot be used: {one_line(error)}. Check it with `ray status`. If it asks for a token, set "
                 f"RAY_AUTH_MODE=token, with the token in RAY_AUTH_TOKEN or ~/.ray/auth_token. Without --ray_address "
-                f"one is started here."
+                f"a local cluster is started."
             ) from error
-        if handled:
-            signal.signal(signal.SIGTERM, self._terminate)  # Ray's own handler aborts, and tells where it was
+        if error is not None:
+            raise error
+
+    def _handle_sigterm(self) -> None:
+        """Takes SIGTERM over, also from the handler that Ray sets while it connects, which prints a stack trace."""
+        if threading.current_thread() is threading.main_thread():
+            if self._previous_sigterm is None:
+                self._previous_sigterm = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+            signal.signal(signal.SIGTERM, self._terminate)
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
-        """Ends as Ctrl-C does, by the one exception of a handler that Ray's waits pass on as it is."""
+        """Ends as Ctrl-C does: KeyboardInterrupt is the one exception that passes through Ray's waits unchanged."""
         self._terminated = True
         raise KeyboardInterrupt
 
     @property
     def machines(self) -> int:
-        """How many there are."""
+        """The number of machines."""
         return len(self._by_machine("CPU"))
 
     def total(self, kind: str) -> int:
-        """How many GPUs or CPUs the machines have together."""
+        """The number of GPUs or CPUs ("GPU", "CPU") of all machines together."""
         return sum(self._by_machine(kind))
 
     def free(self, kind: str) -> int:
-        """How many of them nobody holds."""
+        """The number of them that no process has reserved."""
         return int(ray.available_resources().get(kind, 0))
 
     def threads(self, sharing: int) -> int:
-        """CPU threads for each of so many workers, as evenly as they can be had on one machine."""
+        """CPU threads per worker if `sharing` workers share the cluster; at most those of one machine."""
         return max(1, min(self.total("CPU") // sharing, max(self._by_machine("CPU"))))
 
     def check_room(self, workers: int, kind: str, each: int) -> None:
-        """Raises UsageError, with the numbers, if so many workers of `each` GPUs or CPUs can never run at once."""
+        """Raises UsageError, with the numbers, if the machines cannot hold `workers` with `each` GPUs or CPUs."""
         there = self._by_machine(kind)
         if sum(count // each for count in there) < workers:
             machines = f"{len(there)} machine{'s' * (len(there) != 1)} with {' + '.join(map(str, there))}"
@@ -128,8 +165,53 @@ class Cluster:
         return f"the Ray cluster at {self.address}" if self.address != "auto" else "the running Ray cluster"
 
 
+class _Connecting(threading.Thread):
+    """Runs ray.init beside the main thread, which therefore still answers signals and can give up.
+
+    The thread stays until `stop` is set: the kernel kills the processes of a local cluster with the thread that
+    started them.
+    """
+
+    def __init__(self, address: str | None):
+        super().__init__(name="ray.init", daemon=True)
+        self.error: BaseException | None = None
+        self.done, self.stop = threading.Event(), threading.Event()
+        self._address = address
+
+    @property
+    def pending(self) -> bool:
+        """Whether ray.init still runs."""
+        return self.is_alive() and not self.done.is_set()
+
+    def run(self) -> None:
+        local = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if self._address is None else {}
+        try:
+            ray.init(self._address or "local", log_to_driver=False, logging_level="ERROR", **local)
+        except BaseException as error:  # raised again by the main thread
+            self.error = error
+        self.done.set()
+        self.stop.wait()
+
+
+def _running_address() -> str:
+    """The address of the cluster that runs on this machine, as Ray finds it for "auto"; else "auto"."""
+    try:
+        from ray._private.services import canonicalize_bootstrap_address
+
+        return canonicalize_bootstrap_address("auto") or "auto"
+    except Exception:  # none found, or a Ray without this function: ray.init says what is wrong
+        return "auto"
+
+
+def _make_absolute(*variables: str) -> None:
+    """Makes paths in these environment variables independent of the current folder."""
+    for name in variables:
+        if path := os.environ.get(name):
+            os.environ[name] = os.path.abspath(path)
+
+
 def _probe(address: str) -> None:
-    """Ray itself tries for two minutes."""
+    """Raises UsageError if nothing listens at HOST:PORT."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()

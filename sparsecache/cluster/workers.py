@@ -268,8 +268,9 @@ def _reason(error: RayError) -> str:
 
 
 def _import_path() -> str:
-    """PYTHONPATH of a worker: the same code, where the path is there, and the same packages, where they come by it."""
-    return os.pathsep.join([str(project_dir()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """PYTHONPATH of a worker: this code, then the driver's own PYTHONPATH, without entries for the current folder."""
+    own = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return os.pathsep.join([str(project_dir()), *own])
 
 
 def _need(settings: Settings) -> tuple[str, int]:

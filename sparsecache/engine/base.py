@@ -105,6 +105,15 @@ def failure(request: Request, error: Exception) -> Completion:
     return Completion(request, error=f"{type(error).__name__}: {first_line}")
 
 
+def not_finite(request: Request, new_tokens: int) -> Completion:
+    """The completion of a request whose logits were not finite after `new_tokens` tokens."""
+    return Completion(
+        request,
+        error=f"NonFiniteLogits: the logits of new token {new_tokens + 1} are NaN or infinite. The weights or "
+        f"config.json of the checkpoint are broken, or values overflow the dtype: try --dtype float32.",
+    )
+
+
 def fresh_clock(*devices: torch.device) -> Clock:
     """A clock at zero, with the peak of GPU memory forgotten."""
     for device in devices:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from sparsecache.engine.base import Completion, Request, Tick, failure, fresh_clock, no_tick
+from sparsecache.engine.base import Completion, Request, Tick, failure, fresh_clock, no_tick, not_finite
 from sparsecache.engine.decoder import Decoder
-from sparsecache.engine.steps import EagerSteps, Flight, HostTokens, Steps, make_steps
+from sparsecache.engine.steps import EagerSteps, Flight, HostTokens, Steps, make_steps, most_likely
 from sparsecache.methods.base import Method
 
 
@@ -34,6 +34,8 @@ class _Sequence:
 
     @property
     def finish_reason(self) -> str:
+        if self.new_ids[-1] < 0:
+            return "error"
         if self.new_ids[-1] in self.request.stop_ids and len(self.new_ids) > self.request.min_new_tokens:
             return "stop"
         return "length" if len(self.new_ids) >= self.request.max_new_tokens else ""
@@ -182,7 +184,7 @@ class Generator:
             token_ids = torch.tensor(request.token_ids, device=self._decoder.device)
             logits = self._decoder.prefill(token_ids, slot, request.max_new_tokens)[None]
             told = HostTokens(1, logits.device)
-            told.copy(logits.argmax(dim=-1))
+            told.copy(most_likely(logits))
             if following is not None:
                 with suppress(Exception):  # a prompt that cannot be read will say so itself
                     self._decoder.expect(len(following.token_ids))
@@ -272,17 +274,23 @@ class Generator:
     def _choose(
         self, requests: list[Request], produced: list[int], logits: torch.Tensor, greedy: torch.Tensor
     ) -> list[int]:
-        """The `greedy` choice [B] from logits [B, V]; made anew without stop ids for rows below their minimum."""
+        """The `greedy` choice [B] from logits [B, V]; made anew without stop ids for rows below their minimum.
+
+        A choice is -1 where the logits are not finite.
+        """
         for row, (request, count) in enumerate(zip(requests, produced, strict=True)):
-            if count < request.min_new_tokens:
+            if count < request.min_new_tokens and greedy[row] >= 0:
                 allowed = logits[row].clone()
                 allowed[[stop_id for stop_id in request.stop_ids if stop_id < len(allowed)]] = -torch.inf
-                greedy[row] = allowed.argmax()
+                greedy[row] = most_likely(allowed)
         chosen: list[int] = greedy.tolist()
         return chosen
 
     def _finish(self, row: _Sequence, now: float, too_far: bool = False) -> Completion:
         """too_far: whether a step was launched after the one that ended the sequence."""
+        if row.finish_reason == "error":
+            self._free(row.slot)
+            return not_finite(row.request, len(row.new_ids) - 1)
         try:
             if too_far:
                 self._method.retract(row.slot)
@@ -295,10 +303,13 @@ class Generator:
         return Completion(row.request, row.new_ids, row.finish_reason, row.prefill_s, decode_s, report)
 
     def _fail(self, request: Request, slot: int, error: Exception) -> Completion:
+        self._free(slot)
+        return failure(request, error)
+
+    def _free(self, slot: int) -> None:
         if self._room:
             self._settle()  # what was launched before the failure may still write to the slot
             self._method.release(slot)
-        return failure(request, error)
 
     def _allocate(self, max_tokens: int) -> None:
         self._room = 0

@@ -1,5 +1,6 @@
 """The same job through transformers' own generate: any architecture, one prompt at a time, vanilla only."""
 
+import copy
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -7,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+)
 
-from sparsecache.engine.base import Completion, Request, Tick, failure, fresh_clock, no_tick
+from sparsecache.engine.base import Completion, Request, Tick, failure, fresh_clock, no_tick, not_finite
+from sparsecache.engine.gguf_file import alone
 from sparsecache.errors import UsageError
 
 
@@ -31,15 +40,16 @@ class TransformersEngine:
 
         Raises UsageError if transformers cannot without running code from it, or would make up missing weights.
         """
+        options = {"config": config, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
         try:
-            model, told = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=None if allow_pickle else True,
-                output_loading_info=True,
-            )
+            if path.suffix == ".gguf":
+                model, told = _load_gguf(path, options)
+            else:
+                config = _with_default_attention(config or AutoConfig.from_pretrained(path, trust_remote_code=False))
+                use_safetensors = None if allow_pickle else True
+                model, told = AutoModelForCausalLM.from_pretrained(
+                    path, use_safetensors=use_safetensors, **{**options, "config": config}
+                )
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # another shape, a broken file, an architecture that generates no text
@@ -72,28 +82,32 @@ class TransformersEngine:
     @torch.inference_mode()
     def _generate(self, request: Request, tick: Tick) -> Completion:
         self._forget_lengths()
-        stamp = _FirstToken(self._device)
+        watch = _Watch(self._device)
         prompt = torch.tensor([request.token_ids], device=self._device)
         began = time.perf_counter()
-        output = self._model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=request.max_new_tokens,
-                min_new_tokens=request.min_new_tokens or None,
-                eos_token_id=list(request.stop_ids) or None,
-                pad_token_id=request.stop_ids[0] if request.stop_ids else 0,
-                **self._generation,
-            ),
-            logits_processor=LogitsProcessorList([stamp]),
+        generation = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=request.max_new_tokens,
+            min_new_tokens=request.min_new_tokens or None,
+            eos_token_id=list(request.stop_ids) or None,
+            pad_token_id=request.stop_ids[0] if request.stop_ids else 0,
+            **self._generation,
         )
+        try:
+            output = self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=generation,
+                logits_processor=LogitsProcessorList([watch]),
+            )
+        except _NotFiniteError:
+            return not_finite(request, watch.new_tokens)
         new_ids = output[0, prompt.shape[1] :].tolist()
         ended = time.perf_counter()
         tick(len(new_ids))
-        self._count(len(request.token_ids), stamp.at - began, len(new_ids) - 1, ended - stamp.at)
+        self._count(len(request.token_ids), watch.at - began, len(new_ids) - 1, ended - watch.at)
         stopped = new_ids[-1] in request.stop_ids and len(new_ids) > request.min_new_tokens
-        return Completion(request, new_ids, "stop" if stopped else "length", stamp.at - began, ended - stamp.at)
+        return Completion(request, new_ids, "stop" if stopped else "length", watch.at - began, ended - watch.at)
 
     def _forget_lengths(self) -> None:
         """Gives rotations that grow with the length their first frequencies back: they may outlast a long prompt."""
@@ -110,16 +124,54 @@ class TransformersEngine:
         self.clock.note_memory(self._device)
 
 
-class _FirstToken(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
-    """Notes when the first logits are there; changes nothing."""
+def _load_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Loads a GGUF file with its weights dequantised, which is the default before transformers 5.23."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        pass
+    else:
+        options = {**options, "quantization_config": GgufConfig(dequantize=True)}
+    with alone(path) as folder:
+        model, told = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, **options)
+    return model, told
+
+
+class _NotFiniteError(Exception):
+    """Logits that are NaN or infinite."""
+
+
+class _Watch(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
+    """Notes when the first logits are there, and stops at logits that are not finite; changes nothing."""
 
     def __init__(self, device: torch.device):
         self.at = 0.0
+        self.new_tokens = -1
         self._device = device
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.new_tokens += 1
+        if not scores.max().isfinite():  # which also waits for the device
+            raise _NotFiniteError
         if not self.at:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
             self.at = time.perf_counter()
         return scores
+
+
+def _with_default_attention(config: Any) -> Any:
+    """A copy of a configuration whose kernels transformers chooses: sdpa, or eager where a model has no sdpa.
+
+    config.json may name a kernel to be downloaded from the hub, also for a part of the model.
+    """
+    config = copy.deepcopy(config)
+    pending = [config]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, PreTrainedConfig):
+            part._attn_implementation = part._experts_implementation = None
+            pending += vars(part).values()
+        elif isinstance(part, list | tuple):
+            pending += part
+        elif isinstance(part, dict):
+            pending += part.values()
+    return config

@@ -13,7 +13,7 @@ class Flight(Protocol):
     """A step under way."""
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Waits for the logits [B, V] and the most likely tokens [B].
+        """Waits for the logits [B, V] and the most likely tokens [B], as `most_likely` gives them.
 
         The logits stand until the step after it is launched; the tokens, on the CPU or the device, are the caller's.
         """
@@ -30,6 +30,15 @@ class Steps(Protocol):
 
         It is launched before that one is read. None where it cannot be: nothing has happened then.
         """
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """The most likely token of each row of logits [..., V]; -1 where NaN or infinity makes it meaningless.
+
+    As an index of the embedding -1 is harmless, so a step that was launched ahead may read it.
+    """
+    best, token_ids = logits.max(dim=-1)  # NaN counts as the largest
+    return torch.where(best.isfinite(), token_ids, -1)
 
 
 def make_steps(decoder: Decoder, slots: int) -> Steps:
@@ -57,7 +66,7 @@ class EagerSteps:
     def launch(self, inputs: Tensor) -> Launched:
         """As Steps.launch."""
         logits = self._decoder.step(*inputs.to(self._decoder.device))
-        return Launched(logits, logits.argmax(dim=-1))
+        return Launched(logits, most_likely(logits))
 
     def go_on(self) -> None:
         """Never: with so many launches the host has no time to be ahead of the device."""
@@ -184,6 +193,6 @@ class GraphedSteps:
     def _run(self, inputs: Tensor) -> Tensor:
         """One step, which leaves in `inputs` those of the next; logits [size, V]."""
         logits = self._decoder.step(*inputs)
-        inputs[0] = logits.argmax(dim=-1)
+        inputs[0] = most_likely(logits)
         inputs[1] += 1
         return logits

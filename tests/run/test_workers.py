@@ -312,3 +312,13 @@ def test_a_finished_run_needs_no_cluster(predict, monkeypatch) -> None:
     assert predict().exit_code == 0
     monkeypatch.setattr("sparsecache.cluster.connection.Cluster.connect", lambda self: pytest.fail("connected"))
     assert predict("--workers", "2", "--device", "cpu").exit_code == 0
+
+
+def test_the_import_path_of_a_worker_has_absolute_folders_only(monkeypatch, tmp_path, repo) -> None:
+    from sparsecache.cluster.workers import _import_path
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ":/a::b:.")
+    assert _import_path() == os.pathsep.join([str(repo), "/a", str(tmp_path / "b"), str(tmp_path)])
+    monkeypatch.delenv("PYTHONPATH")
+    assert _import_path() == str(repo)

@@ -1,0 +1,95 @@
+"""Logits that are NaN or infinite are an error of their row, at whatever token, and of no other row."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsecache.engine.base import Completion, Request
+from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.families import load_family
+from sparsecache.engine.generator import Generator
+from sparsecache.engine.loading import Checkpoint
+from sparsecache.engine.reference import TransformersEngine
+from sparsecache.engine.rope import Rope
+from sparsecache.engine.steps import most_likely
+from sparsecache.methods import make_method, method_names, parse_options
+
+NEW_TOKENS = 24
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))
+METHODS = [name for name in method_names() if name != "infinigen"]  # its calibration refuses such weights
+
+
+def _engine(folder: Path, kind: str, slots: int, device: str = "cpu") -> Any:
+    place = torch.device(device)
+    if kind == "transformers":
+        return TransformersEngine.load(folder, place, torch.float32)
+    checkpoint, method = Checkpoint(folder), make_method(kind, parse_options(kind, {}))
+    architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
+    weights = checkpoint.load(architecture, place, torch.float32)
+    return Generator(Decoder(architecture, weights, Rope(checkpoint.config, place), method), method, slots)
+
+
+def _complete(engine: Any, prompts: list[list[int]], minimum: int = 0) -> list[Completion]:
+    requests = [Request(key, prompt, NEW_TOKENS, (7,), minimum) for key, prompt in enumerate(prompts)]
+    return sorted(engine.generate(requests), key=lambda done: done.key)
+
+
+def _set_row(folder: Path, name: str, row: int, value: float) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][row] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("kind", [*METHODS, "transformers"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_token_after_which_logits_are_nan_ends_its_row_with_an_error(
+    kind, slots, device, folder, make_prompts
+) -> None:
+    prompts = make_prompts(30, 45, 38)
+    before = _complete(_engine(folder, kind, slots, device), prompts)
+    texts = [done.token_ids for done in before]
+    used = [{*prompt, *text} for prompt, text in zip(prompts, texts, strict=True)]
+    at, token = next(
+        (at, token)
+        for at, token in enumerate(texts[1])
+        if at and token != 7 and token not in {*prompts[1], *texts[1][:at], *used[0], *used[2]}
+    )
+    _set_row(folder, "model.embed_tokens.weight", token, torch.nan)
+    first, second, third = _complete(_engine(folder, kind, slots, device), prompts)
+    assert second.error is not None and not second.token_ids
+    assert second.error.startswith(f"NonFiniteLogits: the logits of new token {at + 2} are NaN or infinite.")
+    assert [first.token_ids, third.token_ids] == [texts[0], texts[2]] and first.error is third.error is None
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "transformers"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("minimum", [0, 1])
+def test_one_word_of_the_vocabulary_is_enough(kind, value, minimum, folder, make_prompts) -> None:
+    """The logit of word 50 is NaN, or infinite and of the sign of the hidden state."""
+    _set_row(folder, "lm_head.weight", 50, value)
+    done = _complete(_engine(folder, kind, 2), make_prompts(20, 9, 14), minimum)
+    assert all((each.error or "").startswith("NonFiniteLogits: the logits of new token 1 are") for each in done)
+
+
+@pytest.mark.parametrize("kind", [*METHODS, "transformers"])
+@pytest.mark.parametrize("field", [{"rms_norm_eps": float("nan")}], ids=str)
+def test_a_configuration_that_makes_no_numbers_makes_error_rows(kind, field, folder, make_prompts) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **field}))
+    done = _complete(_engine(folder, kind, 2), make_prompts(20, 9))
+    assert all((each.error or "").startswith("NonFiniteLogits") for each in done), done
+
+
+def test_most_likely_is_the_argmax_of_finite_logits_only() -> None:
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    logits[3, 2] = -torch.inf  # as masked stop ids are
+    assert most_likely(logits).tolist() == logits.argmax(-1).tolist()
+    spoiled = logits.clone()
+    spoiled[0, 7], spoiled[1, 7], spoiled[2] = torch.nan, torch.inf, -torch.inf
+    assert most_likely(spoiled).tolist() == [-1, -1, -1, *logits[3:].argmax(-1).tolist()]
+    assert most_likely(torch.full((3,), torch.nan)).item() == -1
