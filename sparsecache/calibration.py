@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from sparsecache.engine.decoder import Decoder
 from sparsecache.errors import UsageError, one_line
-from sparsecache.methods.base import Method
+from sparsecache.cache.base import Method
 
 MOST_TOKENS = 2048
 

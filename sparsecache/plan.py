@@ -21,7 +21,7 @@ from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.tasks import Task
 from sparsecache.methods import make_method, parse_options, refusals
-from sparsecache.methods.base import Method
+from sparsecache.cache.base import Method
 from sparsecache.options import show
 from sparsecache.settings import Settings
 

@@ -18,7 +18,7 @@ from sparsecache.calibration import MOST_TOKENS, cache_folder, calibrate
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.errors import UsageError
-from sparsecache.methods.base import Shape
+from sparsecache.cache.base import Shape
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.plan import Plan
 from sparsecache.settings import Settings
