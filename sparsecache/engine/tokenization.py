@@ -33,21 +33,21 @@ class Tokenizer:
     stored in the file. The methods have the names and arguments of a transformers tokenizer.
     """
 
-    def __init__(self, path: Path, named: Any):
-        """`path` is the tokenizer.json; `named` is transformers' tokenizer of its folder."""
-        self._path, self._named = path, named
+    def __init__(self, path: Path, hf_tokenizer: Any):
+        """`path` is the tokenizer.json; `hf_tokenizer` is transformers' tokenizer of its folder."""
+        self._path, self._hf_tokenizer = path, hf_tokenizer
         self._encoder = tokenizers.Tokenizer.from_file(str(path))
         self._encoder.no_truncation()
         self._encoder.no_padding()
         # Set by transformers where it takes the regex for a wrong one: True if tokenizer_config.json asks for the fix.
-        self._mistral_regex_fixed: bool | None = getattr(named.backend_tokenizer, "fix_mistral_regex", None)
+        self._mistral_regex_fixed: bool | None = getattr(hf_tokenizer.backend_tokenizer, "fix_mistral_regex", None)
         if self._mistral_regex_fixed:
-            self._encoder.pre_tokenizer = named.backend_tokenizer.pre_tokenizer
-        self.bos_token: str | None = named.bos_token
-        self.bos_token_id = self._id_of(named.bos_token)
-        self.eos_token_id = self._id_of(named.eos_token)
-        self.chat_template: Any = named.chat_template
-        self._skipped = {*named.all_special_ids}
+            self._encoder.pre_tokenizer = hf_tokenizer.backend_tokenizer.pre_tokenizer
+        self.bos_token: str | None = hf_tokenizer.bos_token
+        self.bos_token_id = self._id_of(hf_tokenizer.bos_token)
+        self.eos_token_id = self._id_of(hf_tokenizer.eos_token)
+        self.chat_template: Any = hf_tokenizer.chat_template
+        self._skipped = {*hf_tokenizer.all_special_ids}
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._encoder.token_to_id(token)
@@ -79,29 +79,30 @@ class Tokenizer:
 
     def get_chat_template(self) -> str:
         """Returns the chat template; of several named ones the default. Raises ValueError if there is none."""
-        template: str = self._named.get_chat_template()
+        template: str = self._hf_tokenizer.get_chat_template()
         return template
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         """Renders a conversation to text, or to token ids with `tokenize=True`."""
         tokenize = options.pop("tokenize", True)
-        text = self._named.apply_chat_template(conversation, tokenize=False, **options)
+        text = self._hf_tokenizer.apply_chat_template(conversation, tokenize=False, **options)
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     @cached_property
     def missing_tokens(self) -> list[str]:
         """Tokens that tokenizer_config.json or its class adds, and that tokenizer.json reads as other ids."""
-        added: dict[str, int] = self._named.added_tokens_encoder
+        added: dict[str, int] = self._hf_tokenizer.added_tokens_encoder
         return [token for token, at in added.items() if at not in self.encode(token, add_special_tokens=False)]
 
     @cached_property
     def notes(self) -> list[str]:
         """What a user should know of how texts are tokenized."""
         notes = []
-        theirs = [self._named(text, add_special_tokens=False, verbose=False)["input_ids"] for text in _PROBES]
+        theirs = [self._hf_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in _PROBES]
         if theirs != [self.encode(text, add_special_tokens=False) for text in _PROBES]:
+            label = type(self._hf_tokenizer).__name__
             notes.append(
-                f"transformers' {type(self._named).__name__} tokenizes some texts differently from {self._path}. "
+                f"transformers' {label} tokenizes some texts differently from {self._path}. "
                 f"Prompts get the ids of tokenizer.json."
             )
         if self._mistral_regex_fixed is False:
@@ -126,12 +127,12 @@ def load_tokenizer(path: Path) -> Any:
     if not file.is_file():
         _check_sentencepiece(path)
     try:
-        named = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        hf_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not file.is_file():
-            return named
-        if not hasattr(named, "backend_tokenizer"):  # a class that does not read tokenizer.json
-            named = PreTrainedTokenizerFast.from_pretrained(path)
-        return Tokenizer(file, named)
+            return hf_tokenizer
+        if not hasattr(hf_tokenizer, "backend_tokenizer"):  # a class that does not read tokenizer.json
+            hf_tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        return Tokenizer(file, hf_tokenizer)
     except Exception as error:  # whatever a broken tokenizer file raises
         raise UsageError(f"{path} holds no tokenizer that can be loaded: {one_line(error)}") from error
 

@@ -135,7 +135,7 @@ class Wrapper:
         if changing:
             raise UsageError(f"The chat template renders another text each time. {_HINT}")
         if wrapped.count(_PROBE) != 1:
-            raise UsageError(f"The chat template {_what_became_of_it(wrapped)} the prompt. {_HINT}")
+            raise UsageError(f"The chat template {_damage(wrapped)} the prompt. {_HINT}")
         text = wrapped.replace(_PROBE, PROMPT)
         missing = [token for token in getattr(self.tokenizer, "missing_tokens", ()) if token in text]
         if missing:
@@ -176,9 +176,15 @@ class Wrapper:
         )
 
     def probe_sha256(self) -> str:
-        """Returns the SHA-256 of the token ids of a fixed text, raw and wrapped, which tells tokenizers apart."""
+        """Returns the SHA-256 of the token ids of a fixed text, raw and wrapped, which tells tokenizers apart.
+
+        Raises UsageError, as `tokens` does, and for a tokenizer that cannot encode that text.
+        """
         wrapped = self.text.replace(PROMPT, _PROBE)
-        return ids_sha256([*encode(self.tokenizer, _PROBE), *self.encode(wrapped)])
+        try:
+            return ids_sha256([*encode(self.tokenizer, _PROBE), *self.encode(wrapped)])
+        except Exception as error:  # whatever a tokenizer raises
+            raise UsageError(f"The checkpoint's tokenizer cannot be used: {one_line(error)}") from error
 
 
 def ids_sha256(token_ids: list[int]) -> str:
@@ -186,7 +192,7 @@ def ids_sha256(token_ids: list[int]) -> str:
     return hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()
 
 
-def _what_became_of_it(wrapped: str) -> str:
+def _damage(wrapped: str) -> str:
     if _WORD.lower() not in wrapped.lower():
         return "drops"
     return "repeats" if _PROBE in wrapped else "changes or cuts"

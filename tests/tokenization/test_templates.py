@@ -224,3 +224,9 @@ def test_the_probe_hash_tells_tokenizers_and_wrappers_apart(make_tokenizer, writ
     hashes = [prompter(folder).wrapper.probe_sha256() for folder in folders]
     assert len(set(hashes)) == len(folders)
     assert prompter(folders[0]).wrapper.probe_sha256() == hashes[0]
+
+
+def test_a_tokenizer_that_doubles_the_bos_of_every_text_is_refused(make_tokenizer, write) -> None:
+    folder = write(make_tokenizer("llama3", "<s> <s> $A"))
+    with pytest.raises(UsageError, match="tokenizer cannot be used: The prompt begins with two <s> tokens"):
+        prompter(folder, "none").wrapper.probe_sha256()
