@@ -10,11 +10,15 @@ Here a row of T is an integer with a bit for each j, set where T[i, j] exceeds T
 where a walk goes up. The sentences of the prediction lie side by side in it, and all their walks go at once.
 """
 
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
 _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-_ROWS_KEPT = 512  # of a table; those before are made again when the walk gets there
+_ROWS_KEPT = 64  # of a table; those before are made again when the walk gets there
+_PARTS = 64
+_CACHED_BYTES = 2**25  # of words' bits
 
 _Sentence = tuple[str, ...]
 
@@ -32,6 +36,11 @@ def rouge_l(prediction: str, answer: str, most_steps: int) -> tuple[float, bool]
     recall, precision = (len(common) / len(set(chain.from_iterable(text))) for text in (wanted, predicted))
     f = 2.0 * ((precision * recall) / (precision + recall + 1e-8))
     return f, _any_longer(most_steps, predicted, wanted)
+
+
+def common_length(first: Sequence[str], second: Sequence[str]) -> int:
+    """The length of the longest common subsequence of two lists of words."""
+    return _Walks([tuple(first)]).common_length(tuple(second)) if first and second else 0
 
 
 def _sentences(text: str) -> list[_Sentence]:
@@ -52,22 +61,26 @@ class _Walks:
     """The walks through the tables of any sentence (down) and some sentences side by side (across).
 
     Bits: a border, then for each sentence across its words and another border. A walk that leaves its table on the
-    left stays on the border there.
+    left stays on the border there. Memory is linear in the texts: a word's bits are made from its places when they
+    are needed, since a row of bits for each distinct word would be quadratic.
     """
 
     def __init__(self, across: Sequence[_Sentence]) -> None:
-        self._places: dict[str, int] = {}  # of each word
-        borders, at = 1, 1
+        self._places: dict[str, list[int]] = {}  # of each word
+        borders, at = [0], 1
         for sentence in across:
             for word in sentence:
-                self._places[word] = self._places.get(word, 0) | 1 << at
+                self._places.setdefault(word, []).append(at)
                 at += 1
-            borders |= 1 << at
+            borders.append(at)
             at += 1
-        self._words = (1 << at) - 1 ^ borders
         self._nbytes = (at + 7) // 8
-        self._places_mirrored = {word: self._mirror(places) for word, places in self._places.items()}
-        self._words_mirrored, self._borders_mirrored = self._mirror(self._words), self._mirror(borders)
+        border_bits = self._bits(borders)
+        self._words = (1 << at) - 1 ^ border_bits
+        self._words_mirrored, self._borders_mirrored = self._mirror(self._words), self._mirror(border_bits)
+        self._most_cached = _CACHED_BYTES // self._nbytes
+        self._cached: dict[str, int] = {}
+        self._cached_mirrored: dict[str, int] = {}
 
     def walk(self, down: _Sentence) -> tuple[set[str], int]:
         """The words of all diagonal steps; the number of steps, if there is but one sentence across."""
@@ -75,8 +88,8 @@ class _Walks:
         here = last = borders << 1 & words  # the last word of each sentence
         common: set[str] = set()
         rows = diagonal = 0
-        for word, larger in self._rows_from_the_end(down):
-            equal = self._places_mirrored.get(word, 0)
+        for word, larger in self._rows_from_the_end(self._words, down):
+            equal = self._matches_mirrored(word)
             stops = larger | equal | borders
             here = (words & ~stops) + here & stops  # the sum carries each walk to the left up to its next stop
             if not here & words:
@@ -89,31 +102,71 @@ class _Walks:
         columns = here.bit_length() - last.bit_length()
         return common, rows + columns - diagonal
 
-    def _rows_from_the_end(self, down: _Sentence) -> Iterator[tuple[str, int]]:
-        """For each word down, from the last: the word, and mirrored, where its row of T grows."""
-        parts = [down[at : at + _ROWS_KEPT] for at in range(0, len(down), _ROWS_KEPT)]
-        tops = [self._words]
-        for part in parts[:-1]:
-            tops.append(self._rows(tops[-1], part)[-1])
-        for top, part in zip(reversed(tops), reversed(parts), strict=True):
+    def common_length(self, down: _Sentence) -> int:
+        """The length of the longest common subsequence, if there is but one sentence across."""
+        return (self._words ^ self._last_row(self._words, down)).bit_count()
+
+    def _rows_from_the_end(self, top: int, down: _Sentence) -> Iterator[tuple[str, int]]:
+        """For each word down, from the last: the word, and mirrored, where its row of T grows. `top`: the row above.
+
+        Holds _ROWS_KEPT rows and _PARTS rows for each level of parts within parts, not every row.
+        """
+        if len(down) <= _ROWS_KEPT:
             before, larger = self._words, 0
-            for word, row in zip(reversed(part), reversed(self._rows(top, part)), strict=True):
+            for word, row in zip(reversed(down), reversed(list(self._rows(top, down))), strict=True):
                 if row != before:
                     before, larger = row, self._mirror(self._words ^ row)
                 yield word, larger
+            return
+        size = max(_ROWS_KEPT, -(-len(down) // _PARTS))
+        parts = [down[at : at + size] for at in range(0, len(down), size)]
+        tops = [top]
+        for part in parts[:-1]:
+            tops.append(self._last_row(tops[-1], part))
+        for above, part in zip(reversed(tops), reversed(parts), strict=True):
+            yield from self._rows_from_the_end(above, part)
 
-    def _rows(self, top: int, down: _Sentence) -> list[int]:
+    def _rows(self, top: int, down: _Sentence) -> Iterator[int]:
         """The rows below `top`, one for each word down; set are the words where T does not grow.
 
         Hyyro's recurrence (2004): a sum carries each match on to the end of its run of columns without growth.
         """
-        rows = []
         row = top
         for word in down:
-            if match := row & self._places.get(word, 0):
+            if match := row & self._matches(word):
                 row = (row + match | row - match) & self._words
-            rows.append(row)
-        return rows
+            yield row
+
+    def _last_row(self, top: int, down: _Sentence) -> int:
+        row = top
+        for row in self._rows(top, down):  # noqa: B007 (the last one is wanted)
+            pass
+        return row
+
+    def _matches(self, word: str) -> int:
+        """Where the word stands across."""
+        if word in self._cached:
+            return self._cached[word]
+        bits = self._bits(self._places.get(word, ()))
+        if len(self._cached) < self._most_cached:
+            self._cached[word] = bits
+        return bits
+
+    def _matches_mirrored(self, word: str) -> int:
+        if word in self._cached_mirrored:
+            return self._cached_mirrored[word]
+        bits = self._mirror(self._matches(word)) if word in self._places else 0
+        if len(self._cached_mirrored) < self._most_cached:
+            self._cached_mirrored[word] = bits
+        return bits
+
+    def _bits(self, places: Sequence[int]) -> int:
+        if len(places) < 4:
+            return functools.reduce(operator.or_, (1 << place for place in places), 0)
+        content = bytearray(self._nbytes)
+        for place in places:
+            content[place >> 3] |= 1 << (place & 7)
+        return int.from_bytes(content, "little")
 
     def _mirror(self, bits: int) -> int:
         """The same bits from the other end: a sum carries to higher bits, and the walks go to lower columns."""

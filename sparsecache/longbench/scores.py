@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench import metrics
+from sparsecache.longbench import metrics, rouge
 from sparsecache.longbench.jsonl import figure
 from sparsecache.longbench.kept import Kept, kept_of
 from sparsecache.longbench.prediction_row import NEEDED
@@ -325,15 +325,28 @@ def _scored_text(prediction: str, task: Task) -> str:
 def _rouge_score(rows: list[dict[str, Any]], task: Task) -> dict[str, float]:
     """The package rouge-score's ROUGE-1, -2 and -L F values in percent: a second opinion, over the same rows."""
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    names = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(names, tokenizer=_JiebaTokenizer() if task.language == "zh" else None)
-    totals = dict.fromkeys(names, 0.0)
+    tokenizer = _JiebaTokenizer() if task.language == "zh" else DefaultTokenizer()
+    scorer = RougeScorer(("rouge1", "rouge2"), tokenizer=tokenizer)
+    totals = {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
     for row in (row for row in rows if row["answers"]):
-        result = scorer.score_multi(row["answers"], _scored_text(row["pred"], task))
-        for name in names:
+        prediction = _scored_text(row["pred"], task)
+        result = scorer.score_multi(row["answers"], prediction)
+        for name in ("rouge1", "rouge2"):
             totals[name] += result[name].fmeasure
+        words = tokenizer.tokenize(prediction)
+        totals["rougeL"] += max(_lcs_f(words, tokenizer.tokenize(answer)) for answer in row["answers"])
     return {name: round(100 * total / len(rows), 2) for name, total in totals.items()}
+
+
+def _lcs_f(prediction: Sequence[str], answer: Sequence[str]) -> float:
+    """The package's ROUGE-L, whose own table takes memory for each pair of words."""
+    common = rouge.common_length(prediction, answer)
+    if not common:
+        return 0.0
+    precision, recall = common / len(prediction), common / len(answer)
+    return 2 * precision * recall / (precision + recall)
 
 
 class _JiebaTokenizer:

@@ -31,7 +31,7 @@ def chinese_words(text: str) -> list[str]:
 
 def jieba_cut(text: str) -> list[str]:
     """jieba's words in precise mode, white space and punctuation included."""
-    return list(_jieba().cut(text, cut_all=False))
+    return list(_tokenizer().cut(text, cut_all=False))
 
 
 def degenerate(text: str) -> bool:
@@ -49,9 +49,16 @@ def degenerate(text: str) -> bool:
 
 
 @cache
-def _jieba() -> Any:
+def _tokenizer() -> Any:
+    """A jieba tokenizer with the dictionary of the installed package, built in this process (about a second).
+
+    jieba's own start reads `jieba.cache` from the temporary folder, where any user may have put another dictionary,
+    and its global tokenizer may have been given user words; both change scores.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its use of pkg_resources and unescaped patterns
         import jieba
-    jieba.setLogLevel("WARNING")
-    return jieba
+    tokenizer = jieba.Tokenizer()
+    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
+    tokenizer.initialized = True
+    return tokenizer

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rouge import Rouge
 
 from sparsecache.longbench.metrics import Context, jieba_rouge_l
-from sparsecache.longbench.rouge import rouge_l
+from sparsecache.longbench.rouge import common_length, rouge_l
 
 RunPython = Callable[..., CompletedProcess[str]]
 PACKAGE = Rouge(["rouge-l"])
@@ -49,15 +49,16 @@ def ours(prediction: str, answer: str) -> float | None:
 
 
 @settings(max_examples=500)
-@given(TEXTS, TEXTS, st.sampled_from([1, 2, 7, 512]))
-@example("", "", 512)
-@example(" ", " ", 512)
-@example("...", "a", 512)
-@example("a . . b", "b. .a", 512)
-@example("a", "a", 1)
-@example(" ".join("ab" * 40), " ".join("ba" * 40), 1)
-def test_any_texts_score_as_by_the_package(prediction: str, answer: str, rows_kept: int) -> None:
-    with patch("sparsecache.longbench.rouge._ROWS_KEPT", rows_kept):
+@given(TEXTS, TEXTS, st.sampled_from([1, 2, 7, 512]), st.sampled_from([2, 3, 64]), st.sampled_from([0, 20, 2**20]))
+@example("", "", 512, 64, 0)
+@example(" ", " ", 512, 64, 0)
+@example("...", "a", 512, 64, 0)
+@example("a . . b", "b. .a", 512, 64, 0)
+@example("a", "a", 1, 2, 0)
+@example(" ".join("ab" * 40), " ".join("ba" * 40), 1, 2, 0)
+def test_any_texts_score_as_by_the_package(prediction: str, answer: str, kept: int, parts: int, cached: int) -> None:
+    sizes = {"_ROWS_KEPT": kept, "_PARTS": parts, "_CACHED_BYTES": cached}
+    with patch.multiple("sparsecache.longbench.rouge", **sizes):
         assert ours(prediction, answer) == package(prediction, answer)
 
 
@@ -94,7 +95,7 @@ def test_real_predictions_score_as_by_the_package(fixtures_dir: Path) -> None:
 AGAINST_A_REAL_LIMIT = """
 import bisect, random, sys
 from rouge import Rouge
-from sparsecache.longbench.rouge import rouge_l
+from sparsecache.longbench.rouge import common_length, rouge_l
 
 package = Rouge(["rouge-l"])
 pick = random.Random(7)
@@ -160,3 +161,35 @@ def test_texts_of_50_000_characters_take_seconds_and_little_memory(
     assert 0 < score < 1
     assert time.process_time() - start < 30
     assert peak < 200e6
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        (160_000, 60),  # 6.6 GB when each distinct word had a row of bits
+        (60, 160_000),
+        (30_000, 30_000),
+    ],
+)
+def test_memory_is_linear_in_distinct_words(prediction: int, answer: int) -> None:
+    texts = [" ".join(f"w{number}" for number in range(count)) for count in (prediction, answer)]
+    start = time.process_time()
+    tracemalloc.start()
+    try:
+        score, _ = rouge_l(texts[0], texts[1], 990)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    precision, recall = (min(prediction, answer) / count for count in (prediction, answer))
+    assert score == 2.0 * ((precision * recall) / (precision + recall + 1e-8))
+    assert peak < 150e6
+    assert time.process_time() - start < 60
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=30), st.lists(st.sampled_from("abcd"), max_size=30))
+def test_the_longest_common_subsequence_is_that_of_the_textbook(first: list[str], second: list[str]) -> None:
+    table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+    for i, mine in enumerate(first):
+        for j, theirs in enumerate(second):
+            table[i + 1][j + 1] = table[i][j] + 1 if mine == theirs else max(table[i][j + 1], table[i + 1][j])
+    assert common_length(first, second) == table[-1][-1]
