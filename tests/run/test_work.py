@@ -21,10 +21,14 @@ def works(tmp_path: Path) -> list[Work]:
         task = load_tasks()[name]
         rows = load_rows(source, task)
         made.append(Work(task, name, rows, PredictionFile(tmp_path / f"{name}.jsonl"), wanted=5))
-    made[0].file.append({"_id": made[0].rows.dataset[2]["_id"]})
+    made[0].file.append(_finished(made[0].rows.dataset[2]))
     yield made
     for work in made:
         work.file.close()
+
+
+def _finished(row: dict[str, object]) -> dict[str, object]:
+    return {"pred": "", **{key: row[key] for key in ("answers", "all_classes", "length", "_id")}}
 
 
 def _bytes(row: dict[str, object]) -> int:
@@ -49,5 +53,5 @@ def test_the_largest_row_of_each_dataset_is_a_pending_one(works) -> None:
         assert _bytes(row) + len(row["input"]) == max(others)
     assert [work.stem for work, _ in largest(works)] == list(NAMES)
     for row in list(works[2].pending()):
-        works[2].file.append({"_id": row["_id"]})
+        works[2].file.append(_finished(row))
     assert [work.stem for work, _ in largest(works)] == list(NAMES[:2])
