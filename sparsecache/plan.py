@@ -54,6 +54,8 @@ class Plan:
         self.window = settings.window or self.model.window or self._own_window()
         self.calibration_text: str | None = None
         self._check_model_type()
+        self.checkpoint.check_format(settings.engine)
+        self.checkpoint.check_vocabulary()
         self._check_chat()
         if settings.engine == "sparsecache":
             self._check_family()
@@ -101,14 +103,20 @@ class Plan:
         return text
 
     def fetch_weights(self) -> None:
-        """Downloads the weights, if they are on the hub and not here yet. Raises UsageError if they cannot be had."""
+        """Downloads the weights if they are on the hub and not here yet. Raises UsageError if that fails."""
         checkpoint_folder(self.model, self.settings.offline, weights=True, allow_pickle=self.settings.allow_pickle)
+
+    def check_weights(self) -> None:
+        """Compares the stored weights with the configuration; reads no data. Raises UsageError if they differ."""
+        ours = self.settings.engine == "sparsecache"
+        self.checkpoint.check_weights(self._architecture() if ours else None)
 
     def engine(self, most_rows: int) -> Engine:
         """The engine that the settings name, with its weights loaded, and no more slots than rows at a time."""
+        self.check_weights()
         if self.settings.engine == "transformers":
             return self.reference()
-        architecture = load_family(self.checkpoint.model_type).architecture(self.checkpoint.config)
+        architecture = self._architecture()
         try:
             weights = self.checkpoint.load(architecture, self.devices, DTYPES[self.dtype_name])
         except torch.OutOfMemoryError as error:
@@ -169,6 +177,8 @@ class Plan:
             "path": str(self.checkpoint.path),
             "hub": model.hub,
             "table": model.table,
+            "format": "huggingface" if self.checkpoint.gguf is None else "gguf",
+            "quantization": self.checkpoint.gguf and self.checkpoint.gguf.quantization,
             "model_type": self.checkpoint.model_type,
             "stop_tokens": self._stop_tokens(),
             "note": model.note,
@@ -205,6 +215,9 @@ class Plan:
         if made_for is not None and self.window > made_for:
             yield f"--window {self.window} is beyond the {made_for} tokens the checkpoint is made for."
 
+    def _architecture(self) -> Architecture:
+        return load_family(self.checkpoint.model_type).architecture(self.checkpoint.config)
+
     def _stop_tokens(self) -> list[str]:
         tokens: list[str] = self.checkpoint.tokenizer.convert_ids_to_tokens(self.checkpoint.stop_ids)
         return tokens
@@ -212,8 +225,8 @@ class Plan:
     def _own_window(self) -> int:
         if self.checkpoint.window is None:
             raise UsageError(
-                f"{self.checkpoint.path / 'config.json'} states no max_position_embeddings. Say with --window how "
-                f"many tokens prompt and answer may take together."
+                f"{self.checkpoint.config_source} states no max_position_embeddings. Say with --window how many tokens "
+                f"prompt and answer may take together."
             )
         return self.checkpoint.window
 
@@ -229,7 +242,7 @@ class Plan:
         wanted, found = self.settings.model_type or self.model.model_type, self.checkpoint.model_type
         if wanted is not None and wanted != found:
             raise UsageError(
-                f"{self.checkpoint.path / 'config.json'} says model_type {found!r}, not {wanted!r}. "
+                f"{self.checkpoint.config_source} says model_type {found!r}, not {wanted!r}. "
                 f"Pass --model_type {found}, leave it out, or correct configs/models.toml."
             )
 
@@ -252,7 +265,7 @@ class Plan:
             raise
         except Exception as error:  # values of config.json that no rotation can be made of
             raise UsageError(
-                f"{self.checkpoint.path / 'config.json'} describes no rotation ({one_line(error)}). Fetch it again."
+                f"{self.checkpoint.config_source} states RoPE parameters that cannot be used: {one_line(error)}"
             ) from error
         sliding = family.sliding_window(self.checkpoint.config)
         if sliding is not None and sliding < self.window:

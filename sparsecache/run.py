@@ -75,6 +75,7 @@ class _Run:
                 from sparsecache.cluster.workers import check_room
 
                 check_room(self.cluster, self.settings)
+            self.plan.check_weights()  # before any row is deleted
             self.folder.clear([task.file_stem(flag) for task in load_tasks().values() for flag in (False, True)])
         with ExitStack() as stack:
             self.folder.claim(identity)

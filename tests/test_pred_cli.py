@@ -183,7 +183,7 @@ def test_a_hub_model_that_is_not_there_offline(invoke, monkeypatch, tmp_path) ->
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     told = invoke("--offline", model="qwen3-8b")
     assert told.exit_code == 2
-    assert "Error: Checkpoint Qwen/Qwen3-8B could not be had" in told.stderr and "--offline" in told.stderr
+    assert "Error: Could not download the checkpoint Qwen/Qwen3-8B" in told.stderr and "--offline" in told.stderr
 
 
 def test_a_pred_dir_that_is_a_file(invoke, tmp_path) -> None:

@@ -1,7 +1,8 @@
-"""Which checkpoint a `--model` value means: a table of configs/models.toml, a folder, or a hub id."""
+"""Which checkpoint a `--model` value means: a folder, a GGUF file, a table of configs/models.toml, or a hub id."""
 
 import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from sparsecache.configs import project_dir, read_tables
 from sparsecache.errors import UsageError, one_line
 
 DTYPES = ("bfloat16", "float16", "float32")
+_SHORTEST = 32  # tokens; below that, no prompt of LongBench keeps its question
+_LONGEST = 2**31
 
 
 @dataclass(frozen=True)
@@ -32,31 +35,53 @@ class Model:
 
 def model_names() -> list[str]:
     """The names of all tables of models.toml."""
-    return [name for name in read_tables("models.toml") if name != "default"]
+    return [name for name in _tables() if name != "default"]
 
 
 def find_model(text: str) -> Model:
     """The model that `--model` names.
 
-    A folder comes first, then a table's name, then anything with one slash as a hub id. A folder or hub id
-    whose last part is a table's name, or the last part of a table's `hub`, takes that table's settings.
-    Raises UsageError, listing the names, for anything else.
+    A GGUF file or a folder comes first, then a table's name, then anything with one slash as a hub id. A plain name
+    of a table with a `path` (demo) is that table, and a folder hides a hub table's name only if it is a checkpoint. A
+    file, folder or hub id whose last part is a table's name, or the last part of a table's `hub`, takes that table's
+    settings. Raises UsageError, listing the names, for anything else.
     """
-    path = Path(text)
-    if text and path.is_dir():
+    path, tables = Path(text), _tables()
+    is_name = text in tables and text != "default"
+    if text.endswith(".gguf") and os.path.lexists(text):
+        return _of_gguf(path)
+    if text and path.is_dir() and not (is_name and ("path" in tables[text] or not _is_checkpoint(path))):
+        if not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
+            if len(files) > 1:
+                raise UsageError(
+                    f"{path} holds {len(files)} GGUF files ({', '.join(file.name for file in files[:4])}"
+                    f"{', ...' * (len(files) > 4)}). Pass the one that is meant: --model {files[0]}."
+                )
+            return _of_gguf(files[0])
         name = os.path.basename(os.path.abspath(path))  # the name as typed, where it is a link
         return _with_settings(name, _table_of(name), path=path, hub=None)
-    if text in model_names():
-        table = read_tables("models.toml")[text]
-        local = project_dir() / table["path"] if "path" in table else None
-        return _with_settings(text, text, path=local, hub=table.get("hub"))
+    if is_name:
+        local = project_dir() / tables[text]["path"] if "path" in tables[text] else None
+        return _with_settings(text, text, path=local, hub=tables[text].get("hub"))
+    if text.endswith(".gguf"):
+        raise UsageError(
+            f"--model {text!r}: there is no such file. scripts/fetch_model.py downloads one and prints its path."
+        )
     if text.count("/") == 1 and all(text.split("/")) and not text.startswith((".", "/", "~")):
         name = text.split("/")[1]
         return _with_settings(name, _table_of(name), path=None, hub=text)
     raise UsageError(
-        f"--model {text!r} is neither a folder, nor a name of configs/models.toml "
+        f"--model {text!r} is neither a folder, nor a .gguf file, nor a name of configs/models.toml "
         f"({', '.join(model_names())}), nor a hub id (owner/name)."
     )
+
+
+def _of_gguf(path: Path) -> Model:
+    return _with_settings(path.stem, _table_of(path.stem), path=path, hub=None)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "config.json").exists() or any(path.glob("*.gguf"))
 
 
 _DESCRIPTION = ["*.json", "tokenizer.model", "*.txt", "*.jinja"]
@@ -65,19 +90,12 @@ _PICKLES = ["*.bin"]
 
 
 def checkpoint_folder(model: Model, offline: bool, *, weights: bool = False, allow_pickle: bool = False) -> Path:
-    """The folder of a model's files, downloaded from the hub if need be (never with `offline`).
+    """The folder of a model's files, or its GGUF file; downloaded from the hub if need be (never with `offline`).
 
-    Without `weights` only what describes the checkpoint is fetched. Raises UsageError if it is not there or
-    cannot be had.
+    Without `weights` only what describes the checkpoint is fetched. Raises UsageError if the download fails.
     """
     if model.path is not None:
-        if (model.path / "config.json").is_file():
-            return model.path
-        raise UsageError(
-            f"{model.path} holds no config.json, so it is not a checkpoint folder ({model.name}). Name another one; "
-            f"the bundled one is called demo, and one to try things with is made by "
-            f"python -m sparsecache.testing.random_checkpoint FOLDER."
-        )
+        return model.path
     assert model.hub is not None
     from huggingface_hub import snapshot_download
 
@@ -95,32 +113,78 @@ def checkpoint_folder(model: Model, offline: bool, *, weights: bool = False, all
     except Exception as error:  # the client's many failures (network, status, gate, cache) all mean: not there
         way_out = "Run once without --offline" if offline else "Check the name, the network and your access"
         raise UsageError(
-            f"Checkpoint {model.hub} could not be had ({one_line(error)}). {way_out}, or give the path of a folder "
-            f"as --model."
+            f"Could not download the checkpoint {model.hub} ({one_line(error)}). {way_out}, or pass the path of a "
+            f"folder or .gguf file as --model."
         ) from error
 
 
 def _table_of(name: str) -> str | None:
     """The table whose name or hub's last part is `name`; a table with a `path` describes that folder only."""
-    tables = read_tables("models.toml")
-    for key in model_names():
-        if "path" not in tables[key] and name in (key, tables[key].get("hub", "").split("/")[-1]):
+    for key, table in _tables().items():
+        if key != "default" and "path" not in table and name in (key, table.get("hub", "").split("/")[-1]):
             return key
     return None
 
 
 def _with_settings(name: str, key: str | None, *, path: Path | None, hub: str | None) -> Model:
-    tables = read_tables("models.toml")
+    tables = _tables()
     table = dict(tables[key]) if key else {}
-    known = {field.name for field in fields(Model)} - {"name", "table"}
-    if unknown := table.keys() - known:
-        raise UsageError(
-            f"Table [{key}] of configs/models.toml has unknown fields: {', '.join(sorted(unknown))}. "
-            f"Fields: {', '.join(sorted(known))}."
-        )
-    if table.get("dtype") not in (None, *DTYPES):
-        raise UsageError(f"Table [{key}] of configs/models.toml: {table['dtype']!r} is none of {', '.join(DTYPES)}.")
     if hub != table.get("hub"):  # the same name elsewhere: another repository has other revisions
         table.pop("revision", None)
     arguments = {**tables.get("default", {}).get("chat_template_args", {}), **table.get("chat_template_args", {})}
     return Model(**{**table, "name": name, "table": key, "path": path, "hub": hub, "chat_template_args": arguments})
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and "\0" not in value
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) is int and _SHORTEST <= value <= _LONGEST
+
+
+# What each field of a table must be.
+_LENGTH = (_is_length, f"a whole number from {_SHORTEST} to {_LONGEST}")
+_TEXT = (_is_text, "a text")
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "path": _TEXT,
+    "hub": (lambda value: _is_text(value) and value.count("/") == 1 and all(value.split("/")), "a hub id (owner/name)"),
+    "revision": _TEXT,
+    "model_type": _TEXT,
+    "window": _LENGTH,
+    "max_length": _LENGTH,
+    "chat": (
+        lambda value: _is_text(value) and (value in ("template", "none") or "{prompt}" in value),
+        '"template", "none", or a text with {prompt} in it',
+    ),
+    "chat_template_args": (lambda value: isinstance(value, dict), "a table"),
+    "dtype": (lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "data": _TEXT,
+    "note": _TEXT,
+}
+
+
+def _tables() -> dict[str, dict[str, Any]]:
+    """The tables of models.toml. Raises UsageError for a broken file, an unknown field or a wrong value."""
+    try:
+        tables = read_tables("models.toml")
+    except (OSError, ValueError, RecursionError) as error:  # missing, not UTF-8, not TOML
+        raise UsageError(f"configs/models.toml cannot be read: {one_line(error)}.") from error
+    for key, table in tables.items():
+        _check_table(key, table)
+    return tables
+
+
+def _check_table(key: str, table: Any) -> None:
+    where = f"Table [{key}] of configs/models.toml"
+    if not isinstance(table, dict):
+        raise UsageError(f"configs/models.toml has the field {key!r} outside a table; put it into one.")
+    allowed = ["chat_template_args"] if key == "default" else list(_FIELDS)
+    if unknown := sorted(table.keys() - set(allowed)):
+        raise UsageError(f"{where} has unknown fields: {', '.join(unknown)}. Fields: {', '.join(sorted(allowed))}.")
+    for name, value in table.items():
+        fits, what = _FIELDS[name]
+        if not fits(value):
+            raise UsageError(f"{where}: {name} = {str(value)[:80]!r} must be {what}.")
+    if key != "default" and ("path" in table) == ("hub" in table):
+        raise UsageError(f"{where} must have either path or hub.")

@@ -1,65 +1,96 @@
-"""A checkpoint folder: its configuration, tokenizer, stop ids, fingerprint, and which files hold its weights."""
+"""A checkpoint: its configuration, tokenizer, stop ids, window and fingerprint, and how its weights are loaded.
+
+A checkpoint is a folder in Hugging Face format or a GGUF file. No code from it is run.
+"""
 
 import hashlib
-import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sparsecache.engine import catalog
+from sparsecache.engine.config_checks import check_sizes, read_json
 from sparsecache.engine.families.base import Architecture
+from sparsecache.engine.gguf_file import ARCHITECTURES, GGUFHeader, alone, open_tensors, read_header, rope_parameters
+from sparsecache.engine.stored import StoredTensor
 from sparsecache.engine.tokenization import find_stop_ids, load_tokenizer
-from sparsecache.engine.weights import Weights, load_weights
+from sparsecache.engine.weight_files import find_weight_files
+from sparsecache.engine.weight_formats import describe_folder, describe_quantization, describe_tensors
+from sparsecache.engine.weights import Weights, check_tensors, load_weights, open_weights
+from sparsecache.engine.window import context_window
 from sparsecache.errors import UsageError, one_line
+from sparsecache.files import open_regular
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in catalog.DTYPES}
-_VOCABULARY = {"merges.txt", "vocab.txt"}
+_DESCRIPTIONS = (".json", ".model", ".jinja", ".tiktoken")
+_VOCABULARY = ("merges.txt", "vocab.txt", "vocab.bpe")
+_TEMPLATES = "additional_chat_templates"  # a folder that tokenizers read, too
+_GGUF_FIELDS = {
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+}
 _SAMPLED_BYTES = 64 * 1024
 _SAMPLES = 64
 
 
 class Checkpoint:
-    """A Hugging Face checkpoint folder, read without running any code from it."""
+    """A Hugging Face checkpoint folder or a GGUF file, read without running any code from it."""
 
     def __init__(self, path: Path, allow_pickle: bool = False):
         """Reads the configuration only. Raises UsageError for one that transformers does not know."""
         self.path = path
         self._allow_pickle = allow_pickle
+        self.gguf: GGUFHeader | None = read_header(path) if path.suffix == ".gguf" else None
+        if self.gguf is not None:
+            self.config_source = path
+            self.config: Any = _gguf_config(self.gguf)
+            return
+        self.config_source = path / "config.json"
+        if not os.path.lexists(self.config_source):
+            raise UsageError(f"{path} holds no config.json. {describe_folder(path)}")
+        self._raw = read_json(self.config_source)
+        _check_model_type(self.config_source, self._raw)
+        check_sizes(self._raw, str(self.config_source))
         try:
-            self.config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             _apply_condensed_rope(self.config)
-        except Exception as error:  # unknown, unreadable, or refused by transformers' own checks of each field
+        except Exception as error:  # refused by transformers' own checks of each field
             raise UsageError(
-                f"{path / 'config.json'} is no configuration that transformers knows without running code from the "
-                f"checkpoint, which is never done here: {one_line(error)}"
+                f"{self.config_source} describes no model that transformers can build: {one_line(error)}"
             ) from error
 
     @property
     def model_type(self) -> str:
-        """The `model_type` of config.json."""
+        """The `model_type` of the configuration."""
         return str(self.config.model_type)
 
     @property
     def window(self) -> int | None:
-        """Tokens the checkpoint is made for (`max_position_embeddings`); None if config.json does not say."""
-        stated = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return None if stated is None else int(stated)
+        """Tokens that prompt and answer may take together; None if the configuration does not say."""
+        return context_window(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that config.json states; bfloat16 if it states none."""
+        """The dtype that the configuration states; bfloat16 if it states none."""
         stated = str(getattr(self.config, "dtype", None) or torch.bfloat16).removeprefix("torch.")
         if stated not in DTYPES:
-            raise UsageError(f"{self.path / 'config.json'} states dtype {stated}. Choose --dtype {', '.join(DTYPES)}.")
+            raise UsageError(f"{self.config_source} states dtype {stated}. Choose --dtype {', '.join(DTYPES)}.")
         return DTYPES[stated]
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer. Raises UsageError if transformers cannot make one of the folder."""
+        """The tokenizer. Raises UsageError if transformers cannot make one."""
         return load_tokenizer(self.path)
 
     @cached_property
@@ -69,55 +100,127 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration, the tokenizer and the weights.
+        """SHA-256 over the configuration, the tokenizer, the chat templates and the weights that are loaded.
 
         Of a file over 4 MiB only the size and 65 blocks of 64 KiB, spread evenly from the first to the last, are
         read, so that large checkpoints do not cost a minute each start: a small change between them goes unseen.
+        The header of a GGUF file, which is its configuration and tokenizer, is read whole.
         """
         digest = hashlib.sha256()
+        if self.gguf is not None:
+            digest.update(_sampled(self.path, whole=self.gguf.data_start))
+            return digest.hexdigest()
         weights = {path.name for path in self._weight_files()}
-        for path in sorted(self.path.iterdir()):
-            described = path.name in weights | _VOCABULARY or path.suffix in (".json", ".model", ".jinja")
+        for path in [*sorted(self.path.iterdir()), *sorted((self.path / _TEMPLATES).glob("*.jinja"))]:
+            described = path.name in weights or path.name in _VOCABULARY or path.suffix in _DESCRIPTIONS
             if described and path.is_file():
-                digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+                digest.update(f"{path.relative_to(self.path)}\0{path.stat().st_size}\0".encode())
                 digest.update(_sampled(path))
         return digest.hexdigest()
+
+    def check_format(self, engine: str) -> None:
+        """Raises UsageError, saying what they are, for weights that the engine cannot load as the numbers they mean.
+
+        Reads the configuration and file names only. `engine` is sparsecache or transformers.
+        """
+        if self.gguf is not None:
+            return
+        if os.path.lexists(self.path / "adapter_config.json"):
+            raise UsageError(describe_folder(self.path))
+        if problem := describe_quantization(self.path, self._raw, engine):
+            raise UsageError(problem)
+
+    def check_vocabulary(self) -> None:
+        """Raises UsageError for tokens that the tokenizer can produce and the embedding has no row for."""
+        rows = getattr(self.config.get_text_config(), "vocab_size", None)
+        beyond = sorted((at, token) for token, at in self.tokenizer.get_vocab().items() if rows and at >= rows)
+        if beyond:
+            few = ", ".join(f"{token!r} ({at})" for at, token in beyond[:5])
+            more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+            raise UsageError(
+                f"{self.path} has an embedding of {rows} rows, but its tokenizer gives ids beyond it: {few}{more}. "
+                f"Resize the embedding (resize_token_embeddings) or remove these tokens from the tokenizer's files."
+            )
+
+    def check_weights(self, architecture: Architecture | None) -> None:
+        """Compares names, shapes and dtypes of the stored tensors with the configuration; reads no data.
+
+        `architecture` is None for transformers' engine, which checks names itself. Raises UsageError for what differs.
+        """
+        tensors = self._open()
+        if architecture is not None:
+            check_tensors(self.path, architecture, tensors)
+            return
+        stored = {int(part) for name in tensors for part in name.split(".") if part.isdecimal()}
+        layers = getattr(self.config.get_text_config(), "num_hidden_layers", 0)
+        if self.gguf is None and stored and type(layers) is int and layers > max(stored) + 1:
+            raise UsageError(
+                f"{self.config_source} states num_hidden_layers = {layers}; the weights hold {max(stored) + 1} layers."
+            )
+        plain = not getattr(self.config, "quantization_config", None)
+        bytes_only = {name for name, tensor in tensors.items() if tensor.dtype.itemsize == 1 and tensor.shape}
+        if plain and self.gguf is None and (problem := describe_tensors(self.path, tensors, bytes_only)):
+            raise UsageError(problem)
 
     def load(
         self, architecture: Architecture, device: torch.device | Sequence[torch.device], dtype: torch.dtype
     ) -> Weights:
         """All weights on the device, or the layers in equal parts on several.
 
-        Raises UsageError for a tensor that is missing, unexpected or misshapen.
+        Raises UsageError for a tensor that is missing, unexpected, misshapen or quantised.
         """
+        self.check_format("sparsecache")
         devices = [device] if isinstance(device, torch.device) else device
-        return load_weights(self._weight_files(), architecture, devices, dtype)
+        return load_weights(self.path, self._open(), architecture, devices, dtype)
+
+    def _open(self) -> dict[str, StoredTensor]:
+        return open_tensors(self.gguf) if self.gguf is not None else open_weights(self._weight_files())
 
     def _weight_files(self) -> list[Path]:
-        """The files that hold the weights; pickles only where they are allowed. Raises UsageError without any."""
-        for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-            index = self.path / f"{stem}.{ending}.index.json"
-            single = self.path / f"{stem}.{ending}"
-            if index.is_file():
-                names = _shards(index)
-                missing = [name for name in names if not (self.path / name).is_file()]
-                if missing and (ending != "bin" or self._allow_pickle):
-                    raise UsageError(f"{self.path} lacks {', '.join(missing)}, named in {index.name}. Fetch it again.")
-                files = [self.path / name for name in names]
-            elif single.is_file():
-                files = [single]
-            else:
-                continue
-            if ending == "bin" and not self._allow_pickle:
-                raise UsageError(
-                    f"{self.path} holds its weights as pickle files ({single.name}) only. Convert them to "
-                    f"safetensors, or pass --allow_pickle if you trust where they come from."
-                )
-            return files
+        return find_weight_files(self.path, self._allow_pickle)
+
+
+def _check_model_type(source: Path, raw: dict[str, Any]) -> None:
+    model_type = raw.get("model_type")
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        return
+    if raw.get("auto_map"):
         raise UsageError(
-            f"{self.path} holds no weights: neither model.safetensors nor an index of shards. If its hub has pickle "
-            f"files (.bin) only, --allow_pickle fetches and reads them."
+            f"{source} says model_type {model_type!r}, which needs code from the checkpoint. Such models are not "
+            f"supported: code from a checkpoint is never run here."
         )
+    raise UsageError(
+        f"{source} says model_type {model_type!r}, which transformers {transformers.__version__} does not know. "
+        f"Use a checkpoint of another type, or a transformers that knows it."
+    )
+
+
+def _gguf_config(header: GGUFHeader) -> Any:
+    """transformers' configuration of a GGUF file, with the scaling of RoPE that transformers leaves out."""
+    prefix = f"{header.architecture}."
+    own = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    if header.architecture in ARCHITECTURES and (missing := sorted(_GGUF_FIELDS - own.keys())):
+        # transformers would take the values of another model for them
+        raise UsageError(f"{header.path} does not state {prefix}{f', {prefix}'.join(missing)}. Download it again.")
+    check_sizes(own, str(header.path))
+    try:
+        with alone(header.path) as folder:
+            config = AutoConfig.from_pretrained(folder, gguf_file=header.path.name)
+    except Exception as error:  # an architecture that transformers does not know, or a missing or wrong field
+        from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+        raise UsageError(
+            f"{header.path} holds the GGUF architecture {header.architecture!r}, of which transformers "
+            f"{transformers.__version__} makes no configuration ({one_line(error)}). Architectures it knows: "
+            f"{', '.join(sorted({*GGUF_SUPPORTED_ARCHITECTURES} - {'general', 'tokenizer'}))}."
+        ) from error
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and rope.get("rope_type", "default") == "default" and "rope_theta" in rope:
+        config.rope_parameters = rope_parameters(header, rope)
+    if (end_of_turn := header.metadata.get("tokenizer.ggml.eot_token_id")) is not None:
+        stated = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        config.eos_token_id = [*(token for token in stated if token not in (None, end_of_turn)), end_of_turn]
+    return config
 
 
 def _apply_condensed_rope(config: Any) -> None:
@@ -127,22 +230,14 @@ def _apply_condensed_rope(config: Any) -> None:
         config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": float(ratio)}
 
 
-def _shards(index: Path) -> list[str]:
-    try:
-        names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-        if not names:
-            raise ValueError("it names no file")
-        return names
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{index} is no index of shards ({one_line(error)}). Fetch it again.") from error
-
-
-def _sampled(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as file:
+def _sampled(path: Path, whole: int = 0) -> bytes:
+    """A digest of the file, sampled if it is large; its first `whole` bytes count in full."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         if size <= _SAMPLES * _SAMPLED_BYTES:
             return hashlib.sha256(file.read()).digest()
-        digest = hashlib.sha256()
+        digest.update(file.read(whole))
         for index in range(_SAMPLES + 1):
             file.seek((size - _SAMPLED_BYTES) * index // _SAMPLES)
             digest.update(file.read(_SAMPLED_BYTES))

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from sparsecache.engine.base import Completion, Request, Tick, failure, fresh_clock, no_tick, not_finite
+from sparsecache.engine.gguf_file import alone
 from sparsecache.errors import UsageError
 
 
@@ -39,16 +40,16 @@ class TransformersEngine:
 
         Raises UsageError if transformers cannot without running code from it, or would make up missing weights.
         """
+        options = {"config": config, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
         try:
-            config = _with_default_attention(config or AutoConfig.from_pretrained(path, trust_remote_code=False))
-            model, told = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=None if allow_pickle else True,
-                output_loading_info=True,
-            )
+            if path.suffix == ".gguf":
+                model, told = _load_gguf(path, options)
+            else:
+                config = _with_default_attention(config or AutoConfig.from_pretrained(path, trust_remote_code=False))
+                use_safetensors = None if allow_pickle else True
+                model, told = AutoModelForCausalLM.from_pretrained(
+                    path, use_safetensors=use_safetensors, **{**options, "config": config}
+                )
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # another shape, a broken file, an architecture that generates no text
@@ -121,6 +122,19 @@ class TransformersEngine:
         self.clock.decode_tokens += decode_tokens
         self.clock.decode_s += decode_s
         self.clock.note_memory(self._device)
+
+
+def _load_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Loads a GGUF file with its weights dequantised, which is the default before transformers 5.23."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        pass
+    else:
+        options = {**options, "quantization_config": GgufConfig(dequantize=True)}
+    with alone(path) as folder:
+        model, told = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, **options)
+    return model, told
 
 
 class _NotFiniteError(Exception):

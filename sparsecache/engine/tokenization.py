@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, BatchEncoding, GenerationConfig, PreTrainedTokenizerFast
 
+from sparsecache.engine.gguf_file import alone
 from sparsecache.errors import UsageError, one_line
 
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
@@ -119,10 +120,12 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Loads the tokenizer of a folder: a Tokenizer if it holds a tokenizer.json, else transformers' own.
+    """Loads the tokenizer of a folder or a GGUF file: a Tokenizer if there is a tokenizer.json, else transformers' own.
 
     Raises UsageError if there is none that can be loaded without running code from the folder.
     """
+    if path.suffix == ".gguf":
+        return _load_from_gguf(path)
     file = path / "tokenizer.json"
     if not file.is_file():
         _check_sentencepiece(path)
@@ -151,6 +154,14 @@ def _installed(name: str) -> bool:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # its parent is not there
         return False
+
+
+def _load_from_gguf(path: Path) -> Any:
+    try:
+        with alone(path) as folder:
+            return AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+    except Exception as error:  # whatever a broken file raises
+        raise UsageError(f"{path} holds no tokenizer that can be loaded: {one_line(error)}") from error
 
 
 def find_stop_ids(path: Path, config: Any, tokenizer: Any) -> list[int]:

@@ -1,6 +1,6 @@
 """The weights of a model in memory, and how they are read from a checkpoint's files: strictly, and on the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,26 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparsecache.engine.families.base import Architecture
+from sparsecache.engine.stored import StoredTensor
+from sparsecache.engine.weight_formats import describe_tensors
 from sparsecache.errors import UsageError, one_line
+from sparsecache.files import open_regular
 
 _HEAD = "lm_head.weight"
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 @dataclass(frozen=True)
@@ -47,21 +64,41 @@ class Weights:
     head: Tensor
 
 
+def open_weights(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """The tensors of all files by name; no data is read yet.
+
+    Raises UsageError for a file that cannot be read, and for a tensor that two files hold.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        try:
+            found = _open_pickle(path) if path.suffix == ".bin" else _open_safetensors(path)
+        except UsageError:
+            raise
+        except Exception as error:  # a truncated or foreign file
+            raise UsageError(f"{path} cannot be read ({one_line(error)}). Download it again.") from error
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise UsageError(
+                f"{path} holds {twice[0]}, which another shard holds, too. Which of them is meant is unknown. "
+                f"Download the checkpoint again."
+            )
+        tensors.update(found)
+    return tensors
+
+
 def load_weights(
-    files: list[Path], architecture: Architecture, devices: Sequence[torch.device], dtype: torch.dtype
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    architecture: Architecture,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype,
 ) -> Weights:
     """All weights, the layers in equal parts on the devices, in order.
 
-    Raises UsageError for a file that cannot be read, and for a tensor that is missing, unexpected or misshapen,
-    before any data is read.
+    Raises UsageError, naming `path`, for a tensor that is missing, unexpected, misshapen or quantised, before any
+    data is read.
     """
-    tensors: dict[str, _Stored] = {}
-    for path in files:
-        try:
-            tensors.update(_open_pickle(path) if path.suffix == ".bin" else _open_safetensors(path))
-        except Exception as error:  # a truncated or foreign file
-            raise UsageError(f"{path} cannot be read ({one_line(error)}). Fetch it again.") from error
-    _check_strictly(files[0].parent, architecture, {name: tensor.shape for name, tensor in tensors.items()})
+    check_tensors(path, architecture, tensors)
     own_head = _HEAD in tensors
     return _Reader(lambda name: tensors[name].read(), own_head, architecture, devices, dtype).weights()
 
@@ -126,39 +163,55 @@ class _Reader:
         return self._take(*names) if present else None
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor in a file: its shape now, its data when asked for."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-
-
-def _open_safetensors(path: Path) -> dict[str, _Stored]:
-    file: Any = safe_open(path, framework="pt")
+def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    with open_regular(path):  # safetensors would wait for a named pipe
+        file: Any = safe_open(path, framework="pt")
+    slices = {name: file.get_slice(name) for name in list(file.keys())}
     return {
-        name: _Stored(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
-        for name in list(file.keys())
+        name: StoredTensor(tuple(part.get_shape()), _dtype(part.get_dtype()), partial(file.get_tensor, name))
+        for name, part in slices.items()
     }
 
 
-def _open_pickle(path: Path) -> dict[str, _Stored]:
-    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return {name: _Stored(tuple(tensor.shape), partial(loaded.get, name)) for name, tensor in loaded.items()}
+def _dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors one; uint8 stands for those that torch has no name for here."""
+    return _SAFETENSORS_DTYPES.get(name, torch.uint8)
 
 
-def _check_strictly(path: Path, architecture: Architecture, shapes: dict[str, tuple[int, ...]]) -> None:
+def _open_pickle(path: Path) -> dict[str, StoredTensor]:
+    with open_regular(path):
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(loaded, Mapping):
+        raise UsageError(f"{path} holds a {type(loaded).__name__}, not tensors by name. Save the model's state_dict().")
+    for name, tensor in loaded.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise UsageError(
+                f"{path} holds {type(tensor).__name__} {str(name)[:80]!r} where dense tensors by name belong. Save the "
+                f"model's state_dict()."
+            )
+        if tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+            raise UsageError(f"{path} holds {name[:80]!r} as a tensor without plain values. Use the original weights.")
+    return {
+        name: StoredTensor(tuple(t.shape), t.dtype, partial(loaded.__getitem__, name)) for name, t in loaded.items()
+    }
+
+
+def check_tensors(path: Path, architecture: Architecture, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises UsageError if names, shapes and dtypes are not those that the architecture asks for."""
     expected = architecture.tensors()
-    ignored = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}  # a buffer of old Llama files
-    if architecture.tied and _HEAD in shapes:  # used as stored, as transformers does when it differs
+    ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}  # a buffer of old Llama files
+    if architecture.tied and _HEAD in tensors:  # used as stored, as transformers does when it differs
         expected[_HEAD] = expected["model.embed_tokens.weight"]
-    problems = [f"lacks {name}" for name in expected.keys() - shapes.keys()]
-    problems += [f"holds unexpected {name}" for name in shapes.keys() - expected.keys() - ignored]
+    known = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    if problem := describe_tensors(path, known, expected):
+        raise UsageError(problem)
+    problems = [f"lacks {name}" for name in expected.keys() - tensors.keys()]
+    problems += [f"holds unexpected {name}" for name in known.keys() - expected.keys()]
     problems += [
-        f"holds {name} of shape {list(shapes[name])} where config.json asks for {list(shape)}"
+        f"holds {name} of shape {list(tensors[name].shape)} where the configuration asks for {list(shape)}"
         for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
+        if name in tensors and tensors[name].shape != shape
     ]
     if problems:
         more = f" and {len(problems) - 5} further differences" if len(problems) > 5 else ""
-        raise UsageError(f"{path} does not fit its config.json: it {'; it '.join(sorted(problems)[:5])}{more}.")
+        raise UsageError(f"{path} does not fit its configuration: it {'; it '.join(sorted(problems)[:5])}{more}.")

@@ -128,7 +128,7 @@ def test_a_start_is_told_stage_by_stage(run_python) -> None:
     """A shape whose weights are saved first, so that what is written can be loaded by both engines."""
     program = (
         "from sparsecache.bench import models, startup\n"
-        "models.SHAPES['tiny'] = dict(vocab_size=3000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)\n"
+        "models.SHAPES['tiny'] = dict(vocab_size=5000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)\n"
         "for line in startup.startup('tiny', 'cpu', 'float32', 200, ['transformers', 'nobody']):\n"
         "    print(line.notes['stages'], line.notes['peers_stages'], line.peers)"
     )

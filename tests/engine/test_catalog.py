@@ -1,12 +1,14 @@
 """What a `--model` value means."""
 
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from sparsecache.engine import catalog
 from sparsecache.engine.catalog import checkpoint_folder, find_model, model_names
+from sparsecache.engine.loading import Checkpoint
 from sparsecache.errors import UsageError
 
 
@@ -81,20 +83,71 @@ def test_another_repository_of_the_same_name_has_other_revisions(tables) -> None
     assert (find_model("fork/Big-Model").table, find_model("fork/Big-Model").revision) == ("big", None)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("max_length", value) for value in (0, 1, -5, True, "3500", 3500.0, 10**12, [3500])],
+        *[("window", value) for value in (0, -1, "4096", 1e9, None)],
+        *[("chat", value) for value in (0, "", "no place for it", ["template"], "a\0{prompt}")],
+        *[("chat_template_args", value) for value in ("x", [], 3)],
+        *[("dtype", value) for value in ("bf16", ["float16"], 16)],
+        *[("hub", value) for value in ("no-slash", 3, "a/b/c", "/x")],
+        *[(name, value) for name in ("revision", "model_type", "data", "note") for value in (3, "", [], {})],
+    ],
+    ids=repr,
+)
+def test_a_wrong_value_is_refused_with_table_and_field(field, value, tables) -> None:
+    tables["big"][field] = value
+    with pytest.raises(UsageError, match=rf"\[big\].*{field}"):
+        find_model("tiny")
+
+
+def test_tables_that_are_none_or_have_no_address_are_refused(tables) -> None:
+    tables["loose"] = 3
+    with pytest.raises(UsageError, match="'loose' outside a table"):
+        find_model("tiny")
+    tables["loose"] = {"model_type": "llama"}
+    with pytest.raises(UsageError, match=r"\[loose\].*either path or hub"):
+        find_model("tiny")
+
+
+def test_a_broken_file_is_refused_in_one_sentence(monkeypatch) -> None:
+    def broken(name: str) -> None:
+        tomllib.loads("[big\nhub = 3")
+
+    monkeypatch.setattr(catalog, "read_tables", broken)
+    with pytest.raises(UsageError, match=r"configs/models\.toml cannot be read"):
+        model_names()
+
+
 def test_unknown_fields_and_dtypes_of_a_table_are_refused(tables) -> None:
     tables["big"]["max_lenght"] = 300
     with pytest.raises(UsageError, match=r"Table \[big\] .* unknown fields: max_lenght\. Fields: .*max_length"):
         find_model("big")
     del tables["big"]["max_lenght"]
     tables["big"]["dtype"] = "bf16"
-    with pytest.raises(UsageError, match="'bf16' is none of bfloat16, float16, float32"):
+    with pytest.raises(UsageError, match="'bf16' must be one of bfloat16, float16, float32"):
         find_model("big")
 
 
-def test_a_folder_beats_a_table_of_that_name(tables, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("file", ["config.json", "model.gguf"])
+def test_a_checkpoint_folder_hides_a_hub_table_of_its_name_and_no_other_folder_does(
+    file, tables, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "big").mkdir()
+    assert find_model("big").hub == "owner/Big-Model"
+    (tmp_path / "big" / file).write_text("{}")
+    assert find_model("big").path is not None and find_model("big").path.parts[0] == "big"
+
+
+def test_no_folder_hides_a_bundled_checkpoint(tables, tmp_path, monkeypatch) -> None:
+    """A folder called demo is what a clone of many projects holds."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
-    assert find_model("tiny").path == Path("tiny")
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    assert find_model("tiny").table == "tiny"
+    assert find_model("./tiny").path == Path("tiny") and find_model("./tiny").table is None
 
 
 def test_a_link_is_named_as_typed(tables, tmp_path, monkeypatch) -> None:
@@ -139,8 +192,8 @@ def test_scaled_checkpoints_have_the_window_that_they_were_tuned_for(text, windo
 
 
 def test_a_folder_without_config_is_refused(tmp_path) -> None:
-    with pytest.raises(UsageError, match="holds no config.json"):
-        checkpoint_folder(find_model(str(tmp_path)), offline=True, allow_pickle=False)
+    with pytest.raises(UsageError, match=r"holds no config\.json"):
+        Checkpoint(checkpoint_folder(find_model(str(tmp_path)), offline=True, allow_pickle=False))
 
 
 def _fill_cache(cache: Path, files: tuple[str, ...]) -> Path:
@@ -159,7 +212,9 @@ def test_offline_a_hub_id_comes_from_the_cache_or_is_refused(tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     snapshot = _fill_cache(tmp_path, ("config.json",))
     assert checkpoint_folder(find_model("owner/cached"), offline=True, allow_pickle=False) == snapshot
-    with pytest.raises(UsageError, match=r"owner/absent could not be had \(.*Run once without --offline"):
+    with pytest.raises(
+        UsageError, match=r"Could not download the checkpoint owner/absent \(.*Run once without --offline"
+    ):
         checkpoint_folder(find_model("owner/absent"), offline=True, allow_pickle=False)
 
 
@@ -172,7 +227,7 @@ def test_a_download_takes_one_format_of_the_weights_and_only_when_asked(weights,
         raise OSError  # without a message
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(UsageError, match=r"owner/any could not be had \(OSError\)\. Check the name"):
+    with pytest.raises(UsageError, match=r"Could not download the checkpoint owner/any \(OSError\)\. Check the name"):
         checkpoint_folder(find_model("owner/any"), offline=False, weights=weights, allow_pickle=allow_pickle)
     from huggingface_hub.utils import filter_repo_objects
 

@@ -99,21 +99,27 @@ def test_code_in_a_checkpoint_of_a_known_type_is_never_run(folder, tmp_path) -> 
 def test_a_checkpoint_that_needs_its_own_code_is_refused_and_not_run(folder, tmp_path) -> None:
     _plant_code(folder, tmp_path / "ran")
     _configure(folder, model_type="evil")
-    with pytest.raises(UsageError, match=r"config\.json is no configuration .* never done here"):
+    with pytest.raises(UsageError, match=r"'evil', which needs code from the checkpoint.* never run here"):
         Checkpoint(folder)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"model_type": "gpt9"}, {"hidden_size": "wide"}, {"hidden_size": 65}, {"num_attention_heads": 0}],
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt9"}, "'gpt9', which transformers .* does not know"),
+        ({"model_type": ["llama"]}, "does not know"),
+        ({"hidden_size": "wide"}, "describes no model .*hidden_size"),
+        ({"hidden_size": 65}, "describes no model .*65"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+    ],
     ids=str,
 )
-def test_a_configuration_that_makes_no_sense_is_one_sentence(changes, folder) -> None:
+def test_a_configuration_that_makes_no_sense_is_one_sentence(changes, message, folder) -> None:
     _configure(folder, **changes)
-    with pytest.raises(UsageError, match=r"config\.json is no configuration") as refused:
+    with pytest.raises(UsageError, match=rf"config\.json .*{message}") as refused:
         Checkpoint(folder)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(refused.value) and "trust_remote_code" not in str(refused.value)
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json"])

@@ -1,0 +1,323 @@
+"""GGUF files: metadata and tensors, checked against the file's size before any of it is used.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Configuration and tokenizer come from
+transformers' own GGUF support; this module reads the header itself because a damaged one can keep other readers
+busy for hours, and reads the weights one at a time.
+"""
+
+import contextlib
+import importlib.util
+import mmap
+import re
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsecache.engine.stored import StoredTensor
+from sparsecache.errors import UsageError, one_line
+from sparsecache.files import open_regular
+
+_SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_VERSIONS = (2, 3)
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_LONGEST_KEPT = 4096  # elements; longer arrays are the vocabulary, which transformers reads
+_MOST_DIMENSIONS = 4  # of a ggml tensor
+_PLAIN = {0: np.float32, 1: np.float16}  # ggml types
+
+# The architectures that our own engine decodes, and how llama.cpp names their tensors.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """Where a tensor lies. shape is in torch's order; start is a byte offset in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: int
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """The header of a GGUF file. metadata holds no array over 4,096 elements and no array of strings."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: tuple[GGUFTensor, ...]
+    data_start: int
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the architecture."""
+        return str(self.metadata["general.architecture"])
+
+    def get(self, key: str) -> Any:
+        """The value of the architecture's own `key`; None without one."""
+        return self.metadata.get(f"{self.architecture}.{key}")
+
+    @property
+    def quantization(self) -> str:
+        """The file's type, such as Q4_K_M, as llama.cpp names it."""
+        from gguf import LlamaFileType
+
+        try:
+            return LlamaFileType(self.metadata["general.file_type"]).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        except (KeyError, ValueError):
+            return "unknown"
+
+
+def check_for_gguf() -> None:
+    """Raises UsageError, saying how to install them, without the packages that GGUF files need."""
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"GGUF files need the package{'s' * (len(missing) > 1)} {' and '.join(missing)}. "
+            f"Install them: pip install -c constraints.txt -e '.[gguf]'"
+        )
+
+
+def read_header(path: Path) -> GGUFHeader:
+    """Reads and checks the header. Raises UsageError for a split, damaged, foreign or unsupported file."""
+    if _SPLIT_NAME.search(path.name):
+        raise _split(path)
+    check_for_gguf()
+    try:
+        with open_regular(path) as file:
+            start = file.read(4)
+            if start != b"GGUF":
+                raise UsageError(f"{path} is no GGUF file: it starts with {start!r}, not b'GGUF'.")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                header = _Parser(path, data).header()
+    except (struct.error, ValueError, OverflowError) as error:  # OSError is left to the command line
+        raise UsageError(
+            f"{path} is damaged or incomplete ({one_line(error)}). Download it again; scripts/fetch_model.py "
+            f"checks what it downloads."
+        ) from error
+    if header.metadata.get("split.count", 0) not in (0, 1):
+        raise _split(path)
+    return header
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[Path]:
+    """A folder with a link to the file and nothing else: transformers also reads what lies beside the file it loads."""
+    with tempfile.TemporaryDirectory(prefix="sparsecache-") as folder:
+        (Path(folder) / path.name).symlink_to(path.resolve())
+        yield Path(folder)
+
+
+def open_tensors(header: GGUFHeader) -> dict[str, StoredTensor]:
+    """The tensors by transformers' names. Raises UsageError for an architecture that is not decoded here.
+
+    Reading one dequantises it to float32, as the package gguf does, and puts llama's permuted query and key rows
+    into transformers' order.
+    """
+    if header.architecture not in ARCHITECTURES:
+        raise UsageError(
+            f"{header.path} holds the GGUF architecture {header.architecture!r}. Decoded from GGUF are: "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    data = np.memmap(header.path, mode="r")
+    permuted = {"attn_q": header.get("attention.head_count")}
+    permuted["attn_k"] = header.get("attention.head_count_kv") or permuted["attn_q"]
+    tensors = {}
+    for tensor in header.tensors:
+        if tensor.name == _ROPE_FACTORS:
+            continue  # see `rope_parameters`
+        part = tensor.name.split(".")[-2] if header.architecture == "llama" and "." in tensor.name else ""
+        read = partial(_read, data, tensor, permuted.get(part))
+        tensors[transformers_name(tensor.name)] = StoredTensor(tensor.shape, torch.float32, read)
+    return tensors
+
+
+def transformers_name(name: str) -> str:
+    """The name of a dense decoder's tensor in transformers; any other name as it is."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{kind}"
+    if (match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)) and match[2] in _IN_LAYER:
+        return f"model.layers.{match[1]}.{_IN_LAYER[match[2]]}.{kind}"
+    return name
+
+
+def rope_parameters(header: GGUFHeader, plain: dict[str, Any]) -> dict[str, Any]:
+    """transformers' rope_parameters of the file; `plain` are those without scaling.
+
+    transformers (to 5.24 at least) drops both forms of scaling that GGUF has: the keys rope.scaling.*, and the
+    tensor rope_freqs.weight of Llama 3.1 and later. Raises UsageError for scaling that cannot be expressed.
+    """
+    kind = header.get("rope.scaling.type") or "none"
+    factors = next((tensor for tensor in header.tensors if tensor.name == _ROPE_FACTORS), None)
+    if factors is not None:
+        return {**plain, **_llama3(header, factors, plain)}
+    if kind == "none":
+        return plain
+    factor = header.get("rope.scaling.factor")
+    if kind == "linear" and factor:
+        return {**plain, "rope_type": "linear", "factor": float(factor)}
+    if kind == "yarn" and factor:
+        original = header.get("rope.scaling.original_context_length") or header.get("context_length")
+        return {
+            **plain,
+            "rope_type": "yarn",
+            "factor": float(factor),
+            "original_max_position_embeddings": int(original),
+        }
+    raise UsageError(
+        f"{header.path} scales RoPE by {kind!r}, factor {factor!r}. Read from GGUF are linear and yarn, with a factor."
+    )
+
+
+def _llama3(header: GGUFHeader, stored: GGUFTensor, plain: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that Llama 3.1, 3.2 and 3.3 were published with, if they give the stored factors."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    factors = _read(np.memmap(header.path, mode="r"), stored, None)
+    if bool((factors == 1).all()):
+        return {}
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    size = {"hidden_size": 2 * len(factors), "num_attention_heads": 1, "num_key_value_heads": 1}
+    base = {"rope_theta": plain["rope_theta"]}
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(**size, rope_parameters={**base, **llama3}), "cpu")
+    exponents = torch.arange(0, 2 * len(factors), 2, dtype=torch.float32) / (2 * len(factors))
+    unscaled = 1.0 / base["rope_theta"] ** exponents
+    if not torch.allclose(unscaled / scaled, factors, rtol=1e-3):
+        raise UsageError(
+            f"{header.path} holds rope_freqs.weight that are not those of Llama 3.1 to 3.3. Other frequency factors "
+            f"are not decoded here. Use the checkpoint's safetensors."
+        )
+    return llama3
+
+
+def _read(data: Any, tensor: GGUFTensor, heads: int | None) -> Tensor:
+    from gguf import GGMLQuantizationType, dequantize
+
+    raw = data[tensor.start : tensor.start + tensor.nbytes]
+    kind = GGMLQuantizationType(tensor.ggml_type)
+    values = raw.view(_PLAIN[kind]) if kind in _PLAIN else dequantize(raw, kind)
+    found = torch.from_numpy(np.array(values, dtype=np.float32).reshape(tensor.shape))
+    if heads:
+        rows = found.shape[0] // heads
+        return found.reshape(heads, rows // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
+    return found
+
+
+def _split(path: Path) -> UsageError:
+    return UsageError(
+        f"{path} is one part of a split GGUF file. Join the parts with llama.cpp's gguf-split --merge and pass the "
+        f"joined file."
+    )
+
+
+class _Parser:
+    """Reads the header field by field. Raises ValueError or struct.error where the file contradicts itself."""
+
+    def __init__(self, path: Path, data: mmap.mmap):
+        self.path, self.data, self.at = path, data, 4
+
+    def header(self) -> GGUFHeader:
+        version, tensors, fields = self._unpack("IQQ")
+        if version not in _VERSIONS:
+            raise ValueError(f"its version is {version}; {' and '.join(map(str, _VERSIONS))} are read")
+        metadata: dict[str, Any] = {}
+        for _ in range(fields):
+            key = self._text()
+            if key in metadata:
+                raise ValueError(f"it states {key} twice")
+            metadata[key] = self._value(*self._unpack("I"))
+        if not isinstance(metadata.get("general.architecture"), str):
+            raise ValueError("it states no general.architecture")
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"its alignment is {alignment!r}")
+        table = [self._tensor_info() for _ in range(tensors)]
+        start = -(-self.at // alignment) * alignment
+        found = tuple(self._tensor(start, *entry) for entry in table)
+        if len({tensor.name for tensor in found}) < len(found):
+            raise ValueError("it holds two tensors of one name")
+        return GGUFHeader(self.path, metadata, found, start)
+
+    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._text()
+        (count,) = self._unpack("I")
+        if not 1 <= count <= _MOST_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} has {count} dimensions")
+        shape = tuple(reversed(self._unpack(f"{count}Q")))
+        return name, shape, *self._unpack("IQ")
+
+    def _tensor(self, start: int, name: str, shape: tuple[int, ...], ggml_type: int, offset: int) -> GGUFTensor:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        elements, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
+        if shape[-1] % elements:
+            raise ValueError(f"tensor {name!r} has rows of {shape[-1]}, not a multiple of {elements}")
+        tensor = GGUFTensor(name, shape, ggml_type, start + offset, prod(shape) // elements * nbytes)
+        if tensor.start + tensor.nbytes > len(self.data):
+            raise ValueError(f"tensor {name!r} ends at byte {tensor.start + tensor.nbytes} of {len(self.data)}")
+        return tensor
+
+    def _unpack(self, form: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(f"<{form}", self.data, self.at)
+        self.at += struct.calcsize(f"<{form}")
+        return values
+
+    def _text(self) -> str:
+        (length,) = self._unpack("Q")
+        return self._skip(length).decode()
+
+    def _skip(self, length: int) -> bytes:
+        if length > len(self.data) - self.at:
+            raise ValueError(f"a field of {length} bytes does not fit")
+        self.at += length
+        return self.data[self.at - length : self.at]
+
+    def _value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self._unpack(_SCALARS[kind])[0]
+        if kind == _STRING:
+            return self._text()
+        if kind != _ARRAY:
+            raise ValueError(f"a field has the unknown type {kind}")
+        element, count = self._unpack("IQ")
+        if element in _SCALARS:
+            raw = self._skip(count * struct.calcsize(f"<{_SCALARS[element]}"))
+            return list(struct.unpack(f"<{count}{_SCALARS[element]}", raw)) if count <= _LONGEST_KEPT else None
+        if element != _STRING:
+            raise ValueError(f"an array has elements of type {element}")
+        for _ in range(count):
+            self._skip(*self._unpack("Q"))
+        return None

@@ -1,0 +1,203 @@
+"""Recognises checkpoints whose weights are not plain floats under transformers' names, and says what they are.
+
+Three sources give it away: fields of config.json and its neighbours (`describe_quantization`), names of files
+(`describe_folder`), and names and dtypes of tensors (`describe_tensors`). Each returns a sentence on what it is and
+what to run instead, or None.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsecache.engine.config_checks import read_json
+from sparsecache.engine.stored import StoredTensor
+from sparsecache.errors import UsageError, one_line
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_UNQUANTISED = "Use the checkpoint that it was made from, in bfloat16 or float16."
+_SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # AutoGPTQ, AutoAWQ, ModelOpt
+_FIELDS = ("quantization_config", "quantization", "compression_config", "quant_config", "quant_method")
+
+# Files that are a model in another form: (pattern, what it is, what to do).
+_FORMS = (
+    (r"adapter_config\.json|adapter_model\.(safetensors|bin)", "a PEFT adapter (LoRA or its kin), not a whole model",
+     "Merge it into its base model{base} with peft's merge_and_unload(), save that, and pass its folder."),
+    (r"consolidated.*\.(pth|pt|safetensors)|params\.json", "weights in the maker's own (consolidated) format",
+     "Use the checkpoint in Hugging Face format, with model.safetensors."),
+    (r".*\.distcp|\.metadata|pytorch_model_fsdp.*", "shards of an FSDP training run",
+     "Join them with `accelerate merge-weights` and pass the result."),
+    (r"zero_to_fp32\.py|global_step\d+|.*_(model|optim)_states\.pt|latest", "a DeepSpeed training checkpoint",
+     "Join it with its zero_to_fp32.py and pass the result."),
+    (r".*\.gguf", "GGUF weights", "Pass the file itself: --model {file}."),
+    (r".*\.onnx(_data)?|onnx", "an ONNX export", "Use the PyTorch checkpoint."),
+    (r"tf_model.*\.h5|.*\.tflite|saved_model\.pb|.*\.ckpt\..*", "TensorFlow weights", "Use the PyTorch checkpoint."),
+    (r"flax_model.*\.msgpack", "Flax weights", "Use the PyTorch checkpoint."),
+    (r"openvino_model.*", "an OpenVINO export", "Use the PyTorch checkpoint."),
+    (r"checkpoint-\d+", "a trainer's output folder", "Pass one of the checkpoints in it: --model {file}."),
+    (r"optimizer\.(pt|bin)|trainer_state\.json", "a training state without the model's weights",
+     "Save the model with save_pretrained and pass that folder."),
+    (r"model-\d+-of-\d+\.safetensors", "shards without their index, model.safetensors.index.json",
+     "Download the checkpoint again, whole."),
+    (r".*\.(pth|pt|ckpt)", "weights in a form that transformers does not name",
+     "Save the model with save_pretrained and pass that folder."),
+)  # fmt: skip
+
+# Tensor names: (pattern, what it is). The first match counts.
+_QUANTISED_NAMES = (
+    (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
+    (r"\.(SCB|absmax|quant_map|weight_format)$|\.quant_state\.|nested_absmax", "bitsandbytes"),
+    (r"\.(weight_packed|weight_shape)$", "compressed-tensors"),
+    (r"_blocks$", "MXFP4"),
+    (r"\.(weight_scale(_inv)?|input_scale|output_scale|[kv]_scale|scales?|biases|zeros|qscale)$", "scaled weights"),
+)
+_PREFIXES = (
+    ("_orig_mod.", "torch.compile", "Save model._orig_mod"),
+    ("module.", "DataParallel or FSDP", "Save model.module"),
+    ("base_model.model.", "PEFT", "Save what merge_and_unload() returns"),
+    ("model.language_model.", "a model that also sees images", "Save its language model alone"),
+    ("language_model.", "a model that also sees images", "Save its language model alone"),
+    ("transformer.", "another architecture (GPT-2 and its kin)", "Convert it to the names that transformers gives"),
+    ("model.model.", "a wrapper around the model", "Save the model itself"),
+)
+
+
+def describe_quantization(path: Path, config: Mapping[str, Any], engine: str) -> str | None:
+    """What config.json and the files beside it say of quantisation.
+
+    `engine` is the one that is to load the weights. transformers loads what it knows and has the packages for; our
+    own loads plain floats only.
+    """
+    where, settings = _find_quantization(path, config)
+    if where is None:
+        return None
+    method = _method(settings)
+    refusal = _transformers_refusal(config)
+    if engine == "transformers" and refusal is None:
+        return None
+    found = f"{path} is quantised by {method} ({where})"
+    if refusal is None:
+        return f"{found}, which our engine does not decode. Use --engine transformers, or the unquantised checkpoint."
+    return f"{found}, which is not decoded here: {refusal.rstrip('.')}. {_UNQUANTISED}"
+
+
+def describe_folder(path: Path) -> str:
+    """What a folder without weights (or without config.json) holds instead."""
+    names = sorted(entry.name for entry in path.iterdir())
+    for pattern, what, way_out in _FORMS:
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if found:
+            file = path / found[0]
+            return f"{path} holds {what} ({_few(found)}). {way_out.format(file=file, base=_base_model(path))}"
+    return f"{path} holds no weights" + (f"; it holds {_few(names)}." if names else ": it is empty.")
+
+
+def describe_tensors(path: Path, tensors: Mapping[str, StoredTensor], expected: Iterable[str]) -> str | None:
+    """What stored names and dtypes say that differs from plain floats under the names that are `expected`."""
+    expected = set(expected)
+    for name, tensor in tensors.items():
+        if name in expected and tensor.dtype not in FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            return f"{path} is quantised: it stores {name} as {kind}. {_UNQUANTISED}"
+    extra = sorted(tensors.keys() - expected)
+    for pattern, method in _QUANTISED_NAMES:
+        for name in extra:
+            if re.search(pattern, name):
+                return f"{path} is quantised ({method}): it holds {name}. {_UNQUANTISED}"
+    if any(".lora_A" in name or ".lora_B" in name for name in extra):
+        return (
+            f"{path} holds LoRA tensors beside the weights. Merge them with peft's merge_and_unload(), save the "
+            f"result, and pass its folder."
+        )
+    if extra and not expected & tensors.keys():
+        return _describe_names(path, extra, expected)
+    return None
+
+
+def _describe_names(path: Path, names: list[str], expected: set[str]) -> str | None:
+    for prefix, source, way_out in _PREFIXES:
+        is_prefixed = all(name.startswith(prefix) for name in names)
+        if is_prefixed and any(_bare(name[len(prefix) :], expected) for name in names):
+            return (
+                f"{path} names its tensors {prefix}... as {source} does. {way_out} with save_pretrained, or rename "
+                f"them without the prefix."
+            )
+    if any(f"model.{name}" in expected for name in names):
+        return (
+            f"{path} names its tensors without the leading `model.` ({names[0]}). Use --engine transformers, or "
+            f"save the model with its head by save_pretrained."
+        )
+    return None
+
+
+def _bare(name: str, expected: set[str]) -> bool:
+    return name in expected or f"model.{name}" in expected
+
+
+def _find_quantization(path: Path, config: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """Where quantisation is stated, and what is stated there."""
+    for field, value in _walk(config):
+        if field.rsplit(".", 1)[-1] in _FIELDS and value not in (None, False):
+            return f"{field} of config.json", value
+    for name in _SIDE_FILES:
+        if (path / name).exists():
+            return name, read_json(path / name)
+    return None, None
+
+
+def _walk(config: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterable[tuple[str, Any]]:
+    for name, value in config.items():
+        yield f"{prefix}{name}", value
+        if isinstance(value, Mapping) and name not in _FIELDS and depth < 8:
+            yield from _walk(value, f"{prefix}{name}.", depth + 1)
+
+
+def _method(settings: Any) -> str:
+    if isinstance(settings, str):
+        return settings
+    if isinstance(settings, Mapping):
+        inner = settings.get("quantization")
+        named = {**inner, **settings} if isinstance(inner, Mapping) else settings
+        for field in ("quant_method", "quant_algo", "quantization_method"):
+            if isinstance(named.get(field), str):
+                return str(named[field])
+        if "w_bit" in settings:
+            return "awq"
+        if {"group_size", "bits"} <= settings.keys():
+            return "gptq" if "desc_act" in settings else "MLX"
+    return "a method that it does not name"
+
+
+def _transformers_refusal(config: Mapping[str, Any]) -> str | None:
+    """Why transformers cannot load weights with this quantization_config, on this machine; None if it can."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    inner = config.get("text_config")
+    settings = config.get("quantization_config") or (isinstance(inner, dict) and inner.get("quantization_config"))
+    if not isinstance(settings, dict):
+        return "transformers reads `quantization_config` of config.json only, and there is none"
+    try:
+        if not AutoHfQuantizer.supports_quant_method(settings):
+            return f"transformers does not know the method {settings.get('quant_method')!r}"
+        AutoHfQuantizer.from_config(dict(settings), pre_quantized=True).validate_environment(
+            dtype=torch.bfloat16, device_map=None, weights_only=True
+        )
+    except ImportError as error:  # the package that is missing, with how to install it
+        return f"--engine transformers needs more packages ({one_line(error)})"
+    except Exception as error:  # a GPU that is missing, settings that do not fit
+        return f"transformers cannot load it ({one_line(error)})"
+    return None
+
+
+def _base_model(path: Path) -> str:
+    try:
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    except UsageError:
+        return ""
+    return f" ({base})" if isinstance(base, str) else ""
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
