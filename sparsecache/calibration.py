@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sparsecache.engine.decoder import Decoder
 from sparsecache.errors import UsageError, one_line
+from sparsecache.files import cache_folder
 from sparsecache.methods.base import Method
 
 MOST_TOKENS = 2048
@@ -43,13 +44,6 @@ def calibrate(method: Method, decoder: Decoder, token_ids: list[int], fingerprin
     with tqdm(total=decoder.shape.layers, desc="Calibration", unit="layer", leave=False) as bar, torch.inference_mode():
         decoder.calibrate(torch.tensor(token_ids, device=decoder.device), bar.update)
     _save(file, method.calibration(), key)
-
-
-def cache_folder() -> Path:
-    """Where files are kept that can always be made anew."""
-    if own := os.environ.get("SPARSECACHE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsecache"
 
 
 def _key(method: Method, token_ids: list[int], fingerprint: str, dtype: str) -> str:

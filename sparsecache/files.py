@@ -28,6 +28,13 @@ _KINDS = {
 }
 
 
+def cache_folder() -> Path:
+    """Returns the folder for files that can be made or downloaded again: $SPARSECACHE_CACHE, or the user's cache."""
+    if own := os.environ.get("SPARSECACHE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsecache"
+
+
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Opens a regular file for reading, in binary mode. Never blocks.
 

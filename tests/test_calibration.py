@@ -14,10 +14,11 @@ from torch import Tensor
 
 import sparsecache.calibration
 from longbench_pred import main
-from sparsecache.calibration import MOST_TOKENS, cache_folder, calibrate
+from sparsecache.calibration import MOST_TOKENS, calibrate
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.errors import UsageError
+from sparsecache.files import cache_folder
 from sparsecache.methods.base import Shape
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.plan import Plan

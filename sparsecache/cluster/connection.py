@@ -166,7 +166,7 @@ class Cluster:
 
 
 class _Connecting(threading.Thread):
-    """Runs ray.init beside the main thread, which therefore still answers signals and can give up.
+    """Runs ray.init in a thread of its own, so that the main thread still handles signals and can give up.
 
     The thread stays until `stop` is set: the kernel kills the processes of a local cluster with the thread that
     started them.

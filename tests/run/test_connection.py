@@ -68,9 +68,9 @@ def test_a_signal_ends_a_process_that_connects(sent, code, start, silent) -> Non
 
 
 def test_the_address_of_a_cluster_that_is_gone_is_refused_at_once(start, tmp_path) -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        gone = f"127.0.0.1:{nobody.getsockname()[1]}"
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        gone = f"127.0.0.1:{unused.getsockname()[1]}"
         (tmp_path / "ray").mkdir()
         (tmp_path / "ray" / "ray_current_cluster").write_text(gone)
         # Clusters of other tests, found by their processes, do not count.
