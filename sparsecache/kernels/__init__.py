@@ -1,1 +1,1 @@
-"""Kernels, each with its plain torch twin. A leaf: imports nothing of the project."""
+"""Triton kernels, each with a plain torch reference. Imports nothing else of the project."""

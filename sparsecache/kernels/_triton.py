@@ -1,7 +1,7 @@
-"""Triton where it can run, and stand-ins under its names where it cannot, so that kernels' files import anywhere.
+"""Triton where it can run, else stand-ins for its names, so that files with kernels import everywhere.
 
-It is imported only where it is of use: with a CUDA device, or under TRITON_INTERPRET=1 (the tests), which runs
-kernels on the CPU, slowly.
+Triton is imported only if a CUDA device is present, or under TRITON_INTERPRET=1, where its interpreter runs kernels on
+the CPU. The interpreter is slow; the tests use it.
 """
 
 import functools
@@ -24,26 +24,27 @@ AVAILABLE = (INTERPRETED or torch.cuda.is_available()) and find_spec("triton") i
 if AVAILABLE:
     triton, tl = import_module("triton"), import_module("triton.language")
 
-_forced: Literal["kernels", "twins"] | None = None
+Backend = Literal["kernels", "reference"]
+_forced: Backend | None = None
 
 
-def fast(x: Tensor) -> bool:
-    """Whether a tensor goes through kernels."""
-    return in_kernels(x.device)
+def use_kernel(x: Tensor) -> bool:
+    """Return whether operations on a tensor use kernels."""
+    return uses_kernels(x.device)
 
 
-def in_kernels(device: torch.device) -> bool:
-    """Whether tensors of a device go through kernels: those of a CUDA device do, unless `running` says otherwise."""
+def uses_kernels(device: torch.device) -> bool:
+    """Return whether operations on a device use kernels: on CUDA devices, unless `force_backend` overrides it."""
     if _forced is not None:
         return _forced == "kernels"
     return AVAILABLE and device.type == "cuda"
 
 
 @contextmanager
-def running(which: Literal["kernels", "twins"]) -> Iterator[None]:
-    """Makes every kernel, or every plain torch twin, run within, whatever the device: to compare them."""
+def force_backend(backend: Backend) -> Iterator[None]:
+    """Use kernels, or their references, on every device within the context. Tests compare the two."""
     global _forced
-    before, _forced = _forced, which
+    before, _forced = _forced, backend
     try:
         yield
     finally:
@@ -51,20 +52,20 @@ def running(which: Literal["kernels", "twins"]) -> Iterator[None]:
 
 
 @functools.cache
-def launching() -> dict[str, Any]:
-    """What the kernels of a step are launched with: whether they may be set up while the kernel before still runs.
+def pdl_options() -> dict[str, Any]:
+    """Return launch options that enable programmatic dependent launch, on Hopper and later GPUs.
 
-    That is programmatic dependent launch, from Hopper on. Such a kernel calls `after_previous` before it reads, or
-    writes, what another one touches.
+    With it a kernel may start while the kernel before it still runs. Each such kernel must call `pdl_wait` before it
+    reads or writes memory that another kernel uses.
     """
     nvidia = AVAILABLE and not INTERPRETED and torch.version.hip is None
-    early = nvidia and torch.cuda.get_device_capability() >= (9, 0)
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+    supported = nvidia and torch.cuda.get_device_capability() >= (9, 0)
+    return {"USE_PDL": True, "launch_pdl": True} if supported else {"USE_PDL": False}
 
 
 @functools.cache
-def is_roomy(device: torch.device) -> bool:
-    """Whether a program can have 160 KiB of shared memory; GPUs of compute capability 8.6, 8.9 and 12 give it 99."""
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Return whether a program can use 160 KiB of shared memory; compute capability 8.6, 8.9 and 12 allow 99 KiB."""
     if device.type != "cuda":
         return True
     capability = torch.cuda.get_device_capability(device)
@@ -72,30 +73,30 @@ def is_roomy(device: torch.device) -> bool:
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; through the interpreter 6."""
+def num_sms(device: torch.device) -> int:
+    """Return the number of streaming multiprocessors; 6 for the interpreter, so that tests run several programs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
 
 
-def many_programs(device: torch.device) -> int:
-    """As many as keep a GPU busy that read from memory: two for each multiprocessor."""
-    return 2 * multiprocessors(device)
+def saturating_programs(device: torch.device) -> int:
+    """Return how many programs saturate the memory bandwidth of a GPU: two per multiprocessor."""
+    return 2 * num_sms(device)
 
 
-def up_to_power(number: int, least: int = 1) -> int:
-    """The next power of two from `number` on, and from `least` on: the size of a block."""
-    return max(least, 1 << (number - 1).bit_length())
+def next_power_of_2(number: int, minimum: int = 1) -> int:
+    """Return the smallest power of two that is at least `number` and `minimum`: the size of a block."""
+    return max(minimum, 1 << (number - 1).bit_length())
 
 
 @triton.jit
-def after_previous(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Waits until all that earlier kernels write can be read."""
-    if EARLY:
+def pdl_wait(USE_PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait until the writes of all earlier kernels are visible."""
+    if USE_PDL:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def before_next(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The kernel after this one may be set up from here on; it waits itself for what this one still writes."""
-    if EARLY:
+def pdl_launch(USE_PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Allow the next kernel to start. Its own `pdl_wait` still waits for the writes of this one."""
+    if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsecache.kernels._triton import in_kernels
+from sparsecache.kernels._triton import uses_kernels
 
 # cuDNN makes a plan for every new shape, on the host, at the first attention over it.
 _ROUND = 512  # tokens, to which lengths of prompts are rounded for it
@@ -52,19 +52,19 @@ def attention(
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
-def attention_over_rows(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Attention of one query each, q [B, H, 1, D], over rows k, v [B, G, N, D] of its own, or those that are seen.
+def attention_over_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of one query each, q [B, H, 1, D], over rows k, v [B, G, N, D] of its own, or those of a mask.
 
-    seen: [B, G or 1, N] bool, True for one row of each KV head at least.
+    mask: [B, G or 1, N] bool, True for one row of each KV head at least.
     """
     folded = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # the heads of a group as queries
-    mask = None if seen is None else seen[:, :, None]
+    per_query = None if mask is None else mask[:, :, None]
     # On a GPU by whatever makes no plans: what one token attends to is of a new length each time.
     with sdpa_kernel(_WITHOUT_PLANS) if q.is_cuda else nullcontext():
-        return scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
+        return scaled_dot_product_attention(folded, k, v, attn_mask=per_query).reshape(q.shape)
 
 
-def prompt_room(x: Tensor) -> int:
+def padded_prompt_length(x: Tensor) -> int:
     """How many tokens a prompt's q, k and v should have room for to be attended to fast; x: [L, ..] is the prompt."""
     return _room(len(x)) if _is_planned(x.device, x.dtype) else len(x)
 
@@ -82,7 +82,7 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=len(q) > len(k))[0]
 
 
-def plan_prompt(
+def warm_attention_plan(
     tokens: int, heads: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Has cuDNN plan what prompt_attention does over so many tokens, unless it has: so that no prompt waits for it."""
@@ -100,4 +100,4 @@ def _room(tokens: int) -> int:
 
 def _is_planned(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the attention of prompts goes through cuDNN, where that takes the shape."""
-    return in_kernels(device) and dtype in (torch.bfloat16, torch.float16)
+    return uses_kernels(device) and dtype in (torch.bfloat16, torch.float16)

@@ -1,9 +1,9 @@
-"""Attention of one new token per sequence over a cache of slots: over all past tokens, or over chosen ones.
+"""Attention of one new token per sequence over a cache of slots: over all past tokens, or over selected ones.
 
-The tokens of all sequences are split among programs (flash decoding, https://pytorch.org/blog/flash-decoding/), as many
-as fill the GPU, in parts of one length, however unlike the sequences are, as long as these are fewer than the parts.
-How long that is, and where a part lies, is found on the device: the host need not know a length, so that a step can be
-a CUDA graph.
+The kernels use flash decoding (https://pytorch.org/blog/flash-decoding/): each sequence is cut into splits of equal
+length, one program attends to one split, and a second kernel merges the results. All sequences share one grid that
+fills the GPU, so a long sequence gets more splits than a short one. The device computes the length of a split and its
+place. The host therefore never reads a sequence length, and a decode step can be a CUDA graph.
 """
 
 import math
@@ -14,349 +14,311 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsecache.kernels._triton import (
-    after_previous,
-    before_next,
-    fast,
-    launching,
-    many_programs,
+    next_power_of_2,
+    pdl_launch,
+    pdl_options,
+    pdl_wait,
+    saturating_programs,
     tl,
     triton,
-    up_to_power,
+    use_kernel,
 )
-from sparsecache.kernels.attention import attention, attention_over_rows
-from sparsecache.kernels.rows import take_rows
+from sparsecache.kernels.attention import attention_over_rows
+from sparsecache.kernels.rows import mask_of_first, take_rows
 
-_TILE = 32768  # bytes of keys, and of values, that a program reads at a time
-_MOST_PARTS = 64  # of a sequence
-_EVEN = tl.constexpr(16)  # what the tokens of a part are a multiple of
-
-
-class Ledger(NamedTuple):
-    """What a sparse layer writes down of each slot: tokens held, and what was attended to of them.
-
-    past: [slots] int64; kept: [slots, G] float64, sums of shares of the past; fetched: [slots, G] int64, sums of
-    tokens; steps, capped: [slots] int64, steps, and those with more past tokens than caps [T + 1] allows.
-    """
-
-    past: Tensor
-    kept: Tensor
-    fetched: Tensor
-    steps: Tensor
-    capped: Tensor
-    caps: Tensor
-
-    def note(self, slots: Tensor, counts: Tensor, cap: Tensor | None = None) -> None:
-        """One step, in which each slot's KV heads attended to counts [B, G] past tokens, and one token more.
-
-        cap: [B], where others than `caps` are allowed.
-        """
-        if cap is None and fast(counts):
-            kv_heads = counts.shape[1]
-            sizes = {"SOME": up_to_power(kv_heads), "num_warps": 1, **launching()}
-            _note[(len(slots),)](*self, slots, counts, kv_heads, len(self.caps) - 2, **sizes)
-            return
-        past = self.past[slots].clamp(max=len(self.caps) - 2)  # a slot not in flight may have run full
-        self.kept[slots] += counts.double() / past.clamp(min=1)[:, None]
-        self.fetched[slots] += counts
-        self.steps[slots] += 1
-        self.capped[slots] += past > (self.caps[past] if cap is None else cap)
-        self.past[slots] = past + 1
+_TILE_BYTES = 32768  # of keys, and of values, that a program loads at a time
+_MAX_SPLITS = 64  # per sequence
+_ALIGNMENT = tl.constexpr(16)  # tokens: the length of a split is a multiple of it
 
 
 def attend_and_append(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, slots: Tensor
 ) -> Tensor:
-    """Attention over all tokens of a slot and the new one, which is appended to it.
+    """Append one token to each slot and attend over the slot's past tokens and the new one.
 
-    q: [B, H, 1, D]; k, v: [B, G, 1, D]; keys, values: [slots, G, T, D], changed; lengths: [slots] int64, tokens held,
-    changed; slots: [B] int64, none twice. Returns [B, H, 1, D]. In a slot that is full the last row is written again.
+    q: [B, H, 1, D]; k, v: [B, G, 1, D]; keys, values: [slots, G, T, D], written in place; slots: [B] int64, distinct.
+    lengths: past tokens, int64, [slots] or per KV head [slots, G]; not changed, the caller counts the new token.
+    The new token goes to row min(length, T - 1), so a full slot overwrites its last row. Returns [B, H, 1, D].
     """
-    if fast(q):
-        return _kernel(q, k, v, keys, values, slots, lengths)
-    append(k, v, keys, values, lengths, slots)
-    longest = int(lengths.max())
+    if use_kernel(q):
+        return _launch(q, k, v, keys, values, slots, lengths, append=True)
+    append_kv(k, v, keys, values, lengths, slots)
+    held = lengths.clamp(max=keys.shape[2] - 1) + 1
+    held = held[:, None] if held.dim() == 1 else held  # [slots, 1 or G]
+    longest = int(held[slots].max())
     keys, values = keys[:, :, :longest], values[:, :, :longest]
-    if len(lengths) == 1:
-        return attention(q, keys, values)
-    # All slots in one call, so that no cache is copied: rows of slots not asked for are dropped again.
-    every = q.new_zeros((len(lengths), *q.shape[1:]))
-    every[slots] = q
-    seen = torch.arange(longest, device=q.device) < lengths.clamp(min=1)[:, None]  # [slots, longest]
-    return attention(every, keys, values, mask=seen[:, None, None])[slots]
+    if len(held) == 1 and int(held.min()) == longest:
+        return attention_over_rows(q, keys, values)
+    # One call over all slots, because indexing the slots would copy the cache. Unused slots are dropped afterwards.
+    queries = q.new_zeros((len(held), *q.shape[1:]))
+    queries[slots] = q
+    mask = torch.arange(longest, device=q.device) < held[..., None]  # [slots, 1 or G, longest]
+    return attention_over_rows(queries, keys, values, mask)[slots]
 
 
-def append(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, slots: Tensor) -> None:
-    """Appends one token to each slot, as attend_and_append does."""
-    last = lengths[slots].clamp(max=keys.shape[2] - 1)
-    keys[slots, :, last] = k[:, :, 0]
-    values[slots, :, last] = v[:, :, 0]
-    lengths[slots] = last + 1
+def append_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, slots: Tensor) -> None:
+    """Append one token to each slot. Arguments as in `attend_and_append`; `lengths` is not changed."""
+    row = lengths[slots].clamp(max=keys.shape[2] - 1)
+    if row.dim() == 1:
+        keys[slots, :, row] = k[:, :, 0]
+        values[slots, :, row] = v[:, :, 0]
+        return
+    index = slots[:, None], torch.arange(k.shape[1], device=k.device), row
+    keys[index] = k[:, :, 0]
+    values[index] = v[:, :, 0]
 
 
 def attend_selected(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    selected: Tensor,
-    counts: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, selected: Tensor, counts: Tensor
 ) -> Tensor:
-    """Attention over chosen rows of a slot and the new token, which is not appended.
+    """Attend over selected rows of each slot and the new token, which is not appended.
 
-    As attend_and_append, but for selected: [B, G, N] int64 or int32, of which the first counts [B, G] are rows to
-    attend to, none twice. keys and values may be strided, but for their last dimension.
+    q, k, v, keys, values, slots: as in `attend_and_append`; keys and values may be strided except in D.
+    selected: [B, G, N] int64 or int32; the first counts [B, G] (int64) of a KV head are valid and distinct.
+    Returns [B, H, 1, D].
     """
-    if fast(q):
-        return _kernel(q, k, v, keys, values, slots, counts, selected)
-    seen = torch.arange(selected.shape[2], device=q.device) < counts[..., None]
-    rows = selected.long().masked_fill(~seen, 0)
-    keys, values = (torch.cat((take_rows(x, slots, rows), new), 2) for x, new in ((keys, k), (values, v)))
-    return attention_over_rows(q, keys, values, pad(seen, (0, 1), value=True))
+    if use_kernel(q):
+        return _launch(q, k, v, keys, values, slots, counts, selected=selected)
+    mask = _mask(counts, selected.shape[2])
+    rows = selected.long() if mask is None else selected.long().masked_fill(~mask, 0)
+    return _attend_rows(q, k, v, take_rows(keys, slots, rows), take_rows(values, slots, rows), mask)
 
 
-class Kept(NamedTuple):
-    """Where some of a step's rows are kept.
+class CachedRows(NamedTuple):
+    """Where some rows of a step lie in a cache of rows.
 
-    rows: [slots, G, C, 2, D], keys and values; slots: [B]; places: [B, G, N] int32, which of a slot's rows each of the
-    step's is, or -1 if none.
+    rows: [slots, G, C, 2, D], keys and values; slots: [B] int64; places: [B, G, N] int32, the cache row of each row of
+    the step, or -1 if the cache does not hold it.
     """
 
     rows: Tensor
     slots: Tensor
     places: Tensor
 
-    def merged(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """The step's rows [B, G, N, 2, D], the first counts [B, G] meant, with those that are kept in their place."""
+    def merge(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Return rows [B, G, N, 2, D] with the cached ones, among the first counts [B, G], read from the cache."""
         slot, head = self.slots[:, None, None], torch.arange(rows.shape[1], device=rows.device)[:, None]
-        meant = torch.arange(rows.shape[2], device=rows.device) < counts[..., None]
-        places = self.places.masked_fill(~meant, -1).long()
+        places = self.places.masked_fill(~mask_of_first(counts, rows.shape[2]), -1).long()
         return torch.where((places >= 0)[..., None, None], self.rows[slot, head, places.clamp(min=0)], rows)
 
 
-def attend_first(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, counts: Tensor, kept: Kept | None = None) -> Tensor:
-    """attend_selected over the first counts [B, G] of rows [B, G, N, 2, D], keys and values.
+def attend_gathered(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, counts: Tensor, cached: CachedRows | None = None
+) -> Tensor:
+    """Attend over the first counts [B, G] of rows [B, G, N, 2, D] (keys and values) and the new token.
 
-    kept: where some of them are read instead.
+    q, k, v: as in `attend_and_append`. `cached`: the rows to read from a cache instead. Returns [B, H, 1, D].
     """
-    if fast(q):
-        return _kernel(q, k, v, rows[..., 0, :], rows[..., 1, :], None, counts, kept=kept)
-    if kept is not None:
-        rows = kept.merged(rows, counts)
-    slots, ranks = (torch.arange(size, device=q.device) for size in (len(q), rows.shape[2]))
-    of_each = ranks.expand(*counts.shape, -1)
-    return attend_selected(q, k, v, rows[..., 0, :], rows[..., 1, :], slots, of_each, counts)
+    if use_kernel(q):
+        return _launch(q, k, v, rows[..., 0, :], rows[..., 1, :], None, counts, cached=cached)
+    if cached is not None:
+        rows = cached.merge(rows, counts)
+    mask = _mask(counts, rows.shape[2])
+    if mask is not None:  # rows beyond the count may hold NaN, which a weight of 0 does not remove
+        rows = rows.masked_fill(~mask[..., None, None], 0)
+    return _attend_rows(q, k, v, rows[..., 0, :], rows[..., 1, :], mask)
 
 
-def _kernel(
+def _mask(counts: Tensor, width: int) -> Tensor | None:
+    """Like mask_of_first, but None if all entries are valid: attention without a mask is faster on a CPU."""
+    return None if int(counts.min()) == width else mask_of_first(counts, width)
+
+
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend over keys, values [B, G, N, D], where mask [B, G, N] is True, and the new token."""
+    mask = None if mask is None else pad(mask, (0, 1), value=True)
+    return attention_over_rows(q, torch.cat((keys, k), 2), torch.cat((values, v), 2), mask)
+
+
+def _launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     keys: Tensor,
     values: Tensor,
     slots: Tensor | None,
-    numbers: Tensor,
+    counts: Tensor,
+    *,
     selected: Tensor | None = None,
-    kept: Kept | None = None,
+    cached: CachedRows | None = None,
+    append: bool = False,
 ) -> Tensor:
-    """numbers: lengths [slots], and the new token is appended; or counts [B, G], of rows or, if given, of `selected`.
+    """Launch both kernels.
 
-    slots: None where keys and values have a slot for each row, as they must with `kept`.
+    counts: with `append` the lengths, [slots] or [slots, G]; else [B, G], how many rows, or entries of `selected`.
+    slots: None if row b of keys and values belongs to sequence b, as `cached` requires.
     """
     batch, heads, _, head_dim = q.shape
-    kv_heads, room = k.shape[1], keys.shape[2]
-    parts = part_count(batch, kv_heads, q.device)
-    sums = torch.empty((heads, parts, head_dim), device=q.device, dtype=torch.float32)
-    marks = torch.empty((2, heads, parts), device=q.device, dtype=torch.float32)  # maxima, sums of weights
-    where = torch.empty((batch, kv_heads, 2), device=q.device, dtype=torch.int32)  # a row's first part, and how many
+    kv_heads, capacity = k.shape[1], keys.shape[2]
+    num_splits = split_count(batch, kv_heads, q.device)
+    partial_out = torch.empty((heads, num_splits, head_dim), device=q.device, dtype=torch.float32)
+    softmax_stats = torch.empty((2, heads, num_splits), device=q.device, dtype=torch.float32)  # maxima, sums
+    split_ranges = torch.empty((batch, kv_heads, 2), device=q.device, dtype=torch.int32)  # first split, how many
     out = torch.empty((batch, heads, 1, head_dim), device=q.device, dtype=q.dtype)
-    wide = up_to_power(head_dim, 16)
-    tokens = max(16, min(128, _TILE // (wide * keys.element_size())))
-    numbers, appended, group = numbers.contiguous(), numbers.dim() == 1, heads // kv_heads
+    block_d = next_power_of_2(head_dim, 16)
+    block_t = max(16, min(128, _TILE_BYTES // (block_d * keys.element_size())))
+    counts, group = counts.contiguous(), heads // kv_heads
     if selected is not None:
         selected = selected.contiguous()
-    asked = kept.places if kept is not None else selected  # by rank
-    elsewhere = (keys, numbers, 0) if kept is None else (kept.rows, kept.slots, kept.rows.shape[2])
-    _attend[(kv_heads, parts)](
+    # An unused pointer argument takes any tensor; the constexpr flags turn its loads off.
+    indices = cached.places if cached is not None else selected
+    cache = (keys, counts, 0) if cached is None else (cached.rows, cached.slots, cached.rows.shape[2])
+    _attend_kernel[(kv_heads, num_splits)](
         q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), keys, values, *keys.stride()[:3],
-        numbers if slots is None else slots, numbers if asked is None else asked, numbers, *elsewhere,
-        sums, marks, where, 1 / math.sqrt(head_dim),
-        batch, parts, room, head_dim, heads * parts, 0 if asked is None else asked.shape[2],
-        APPENDED=appended, SLOTS=slots is not None, SELECTED=selected is not None, KEPT=kept is not None, GROUP=group,
-        QUERIES=up_to_power(group, 16), ROWS=up_to_power(batch), TOKENS=tokens, WIDE=wide, num_warps=4, num_stages=2,
-        **launching(),
+        counts if slots is None else slots, counts if indices is None else indices, counts, *cache,
+        partial_out, softmax_stats, split_ranges, 1 / math.sqrt(head_dim),
+        batch, num_splits, capacity, head_dim, heads * num_splits, 0 if indices is None else indices.shape[2],
+        APPEND=append, PER_HEAD=not append or counts.dim() == 2, HAS_SLOTS=slots is not None,
+        SELECTED=selected is not None, CACHED=cached is not None, GROUP=group, BLOCK_Q=next_power_of_2(group, 16),
+        BLOCK_B=next_power_of_2(batch), BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4, num_stages=2, **pdl_options(),
     )  # fmt: skip
-    _merge[(batch, heads)](
-        sums, marks, where, out, numbers if slots is None else slots, numbers, parts, room, head_dim, heads * parts,
-        APPENDED=appended, GROUP=group, SEVERAL=batch > 1, MOST=up_to_power(-(-parts // batch)), WIDE=wide, num_warps=2,
-        **launching(),
+    _merge_kernel[(batch, heads)](
+        partial_out, softmax_stats, split_ranges, out, num_splits, head_dim, heads * num_splits,
+        GROUP=group, BATCHED=batch > 1, BLOCK_S=next_power_of_2(-(-num_splits // batch)), BLOCK_D=block_d,
+        num_warps=2, **pdl_options(),
     )  # fmt: skip
     return out
 
 
-def part_count(batch: int, kv_heads: int, device: torch.device) -> int:
-    """Into how many parts `batch` sequences are split: as many as fill the GPU with all KV heads, at least one each."""
-    return max(batch, min(_MOST_PARTS * batch, many_programs(device) // kv_heads))
+def split_count(batch: int, kv_heads: int, device: torch.device) -> int:
+    """Return how many splits all sequences share: enough to fill the GPU with all KV heads, at least one each."""
+    return max(batch, min(_MAX_SPLITS * batch, saturating_programs(device) // kv_heads))
 
 
 @triton.jit
-def _part_length(counts, parts):  # type: ignore[no-untyped-def]
-    """How many tokens a part has, so that `parts` are enough for rows of so many: the least of the lengths tried.
+def _split_length(counts, num_splits):  # type: ignore[no-untyped-def]
+    """Return a split length such that rows of `counts` tokens need at most `num_splits`: the least of 64 candidates.
 
-    These are an even share, up to twice that in equal steps, and up to the longest row in equal ratios.
+    The candidates run from an even share to twice that in equal steps, then to the longest row in equal ratios.
     """
-    even, most, tries = tl.cdiv(tl.sum(counts), parts), tl.max(counts), tl.arange(0, 64)
-    beyond = tl.exp2(tl.log2(tl.maximum(most / (2.0 * even), 1.0)) * (tries - 31) / 32) * 2 * even
-    tried = tl.where(tries < 32, even + tl.cdiv(even, 32) * tries, beyond.to(tl.int32))
-    tried = tl.cdiv(tried, _EVEN) * _EVEN
-    needed = tl.sum(tl.cdiv(counts[:, None], tried[None, :]), axis=0)
-    return tl.min(tl.where(needed <= parts, tried, tl.cdiv(most, _EVEN) * _EVEN))
+    even, longest, candidate = tl.cdiv(tl.sum(counts), num_splits), tl.max(counts), tl.arange(0, 64)
+    ratio = tl.exp2(tl.log2(tl.maximum(longest / (2.0 * even), 1.0)) * (candidate - 31) / 32) * 2 * even
+    length = tl.where(candidate < 32, even + tl.cdiv(even, 32) * candidate, ratio.to(tl.int32))
+    length = tl.cdiv(length, _ALIGNMENT) * _ALIGNMENT
+    needed = tl.sum(tl.cdiv(counts[:, None], length[None, :]), axis=0)
+    return tl.min(tl.where(needed <= num_splits, length, tl.cdiv(longest, _ALIGNMENT) * _ALIGNMENT))
 
 
-@triton.jit(do_not_specialize=["batch", "parts", "room", "all_marks", "width"])
-def _attend(  # type: ignore[no-untyped-def]
-    q, q_row, q_head, new_key, new_value, new_row, new_head, keys, values, slot_stride, head_stride, row_stride,
-    slots, asked_rows, numbers, kept, kept_slots, kept_room,
-    sums, marks, where, scale, batch, parts, room, size, all_marks, width,
-    APPENDED: tl.constexpr, SLOTS: tl.constexpr, SELECTED: tl.constexpr, KEPT: tl.constexpr,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
-    EARLY: tl.constexpr,
+@triton.jit(do_not_specialize=["batch", "num_splits", "capacity", "stats_size", "width"])
+def _attend_kernel(  # type: ignore[no-untyped-def]
+    q, q_row_stride, q_head_stride, new_key, new_value, new_row_stride, new_head_stride,
+    keys, values, slot_stride, head_stride, row_stride, slots, indices, counts_ptr, cache, cache_slots, cache_capacity,
+    partial_out, softmax_stats, split_ranges, scale, batch, num_splits, capacity, head_dim, stats_size, width,
+    APPEND: tl.constexpr, PER_HEAD: tl.constexpr, HAS_SLOTS: tl.constexpr, SELECTED: tl.constexpr, CACHED: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program attends, for the heads of a KV head, to one part of a slot; the last part's takes the new token."""
-    after_previous(EARLY)
-    kv, kv_heads, part, rows = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.arange(0, ROWS)
-    meant = rows < batch
-    of_slots = tl.load(slots + rows, mask=meant, other=0) if SLOTS else rows
-    if APPENDED:
-        counts = tl.minimum(tl.load(numbers + of_slots, mask=meant, other=0), room - 1).to(tl.int32)
+    """Attend to one split of a sequence for the query heads of one KV head. The last split takes the new token."""
+    pdl_wait(USE_PDL)
+    kv, kv_heads, program, rows = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.arange(0, BLOCK_B)
+    in_batch = rows < batch
+    row_slots = tl.load(slots + rows, mask=in_batch, other=0) if HAS_SLOTS else rows
+    if APPEND:
+        at_counts = row_slots * kv_heads + kv if PER_HEAD else row_slots
+        counts = tl.minimum(tl.load(counts_ptr + at_counts, mask=in_batch, other=0), capacity - 1).to(tl.int32)
     else:
-        counts = tl.load(numbers + rows * kv_heads + kv, mask=meant, other=0).to(tl.int32)
-    row, split, splits = 0, part, parts  # of a single row, a part may have no tokens
-    if ROWS == 1:
-        slot, count = tl.sum(of_slots).to(tl.int64), tl.sum(counts)
-        length = tl.cdiv(tl.cdiv(count, parts), _EVEN) * _EVEN
+        counts = tl.load(counts_ptr + rows * kv_heads + kv, mask=in_batch, other=0).to(tl.int32)
+    row, split, splits = 0, program, num_splits  # the splits at the end of a single row may be empty
+    if BLOCK_B == 1:
+        slot, count = tl.sum(row_slots).to(tl.int64), tl.sum(counts)
+        length = tl.cdiv(tl.cdiv(count, num_splits), _ALIGNMENT) * _ALIGNMENT
     else:
-        sizes = tl.where(meant, tl.maximum(counts, 1), 0)  # a row without tokens has one part, for the new token
-        length = _part_length(sizes, parts)
-        shares = tl.cdiv(sizes, length)
-        ends = tl.cumsum(shares, axis=0)
-        row = tl.sum((ends <= part).to(tl.int32))
+        sizes = tl.where(in_batch, tl.maximum(counts, 1), 0)  # a row without past tokens needs a split for the new one
+        length = _split_length(sizes, num_splits)
+        row_splits = tl.cdiv(sizes, length)
+        ends = tl.cumsum(row_splits, axis=0)
+        row = tl.sum((ends <= program).to(tl.int32))
         if row >= batch:
             return
-        mine = rows == row
-        slot, count = tl.sum(tl.where(mine, of_slots, 0)).to(tl.int64), tl.sum(tl.where(mine, counts, 0))
-        splits = tl.sum(tl.where(mine, shares, 0))
-        split = part - tl.sum(tl.where(mine, ends, 0)) + splits
+        is_row = rows == row
+        slot, count = tl.sum(tl.where(is_row, row_slots, 0)).to(tl.int64), tl.sum(tl.where(is_row, counts, 0))
+        splits = tl.sum(tl.where(is_row, row_splits, 0))
+        split = program - tl.sum(tl.where(is_row, ends, 0)) + splits
         if split == 0:
-            mark = where + (row * kv_heads + kv) * 2
-            tl.store(mark, part)
-            tl.store(mark + 1, splits)
-    query, at = tl.arange(0, QUERIES), tl.arange(0, WIDE)
-    inside = at < size
-    asked = (query < GROUP)[:, None] & inside[None, :]
+            split_range = split_ranges + (row * kv_heads + kv) * 2
+            tl.store(split_range, program)
+            tl.store(split_range + 1, splits)
+    query, channel = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    in_head = channel < head_dim
+    q_mask = (query < GROUP)[:, None] & in_head[None, :]
     head = kv * GROUP + query
-    question = tl.load(q + row * q_row + head[:, None] * q_head + at[None, :], mask=asked, other=0.0)
+    q_block = tl.load(q + row * q_row_stride + head[:, None] * q_head_stride + channel[None, :], mask=q_mask, other=0.0)
     base = slot * slot_stride + kv.to(tl.int64) * head_stride
 
-    best = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
-    weight = tl.zeros((QUERIES,), dtype=tl.float32)
-    total = tl.zeros((QUERIES, WIDE), dtype=tl.float32)
+    maximum = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    weight_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
     if split == splits - 1:
-        key = tl.load(new_key + row * new_row + kv * new_head + at, mask=inside, other=0.0)
-        value = tl.load(new_value + row * new_row + kv * new_head + at, mask=inside, other=0.0)
-        best = tl.sum(question.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
-        weight += 1.0
+        key = tl.load(new_key + row * new_row_stride + kv * new_head_stride + channel, mask=in_head, other=0.0)
+        value = tl.load(new_value + row * new_row_stride + kv * new_head_stride + channel, mask=in_head, other=0.0)
+        maximum = tl.sum(q_block.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
+        weight_sum += 1.0
         total += value.to(tl.float32)[None, :]
-        if APPENDED:
-            tl.store(keys + base + count * row_stride + at, key, mask=inside)
-            tl.store(values + base + count * row_stride + at, value, mask=inside)
+        if APPEND:
+            tl.store(keys + base + count * row_stride + channel, key, mask=in_head)
+            tl.store(values + base + count * row_stride + channel, value, mask=in_head)
 
     start, end = split * length, tl.minimum(split * length + length, count)
-    if KEPT:
-        keeper = tl.load(kept_slots + row).to(tl.int64) * kv_heads + kv
-    for first in tl.range(start, end, TOKENS):
-        token = first + tl.arange(0, TOKENS)
-        there = token < end
+    if CACHED:
+        cache_head = tl.load(cache_slots + row).to(tl.int64) * kv_heads + kv
+    for first in tl.range(start, end, BLOCK_T):
+        token = first + tl.arange(0, BLOCK_T)
+        mask = token < end
         if SELECTED:
-            token = tl.load(asked_rows + (row * kv_heads + kv) * width + token, mask=there, other=0)
-        place = base + token.to(tl.int64)[:, None] * row_stride + at[None, :]
-        seen = there[:, None] & inside[None, :]
-        its_key, its_value = keys + place, values + place
-        if KEPT:
-            kept_at = tl.load(asked_rows + (row * kv_heads + kv) * width + token, mask=there, other=-1)
-            of_kept = kept + (keeper * kept_room + kept_at)[:, None] * (2 * size) + at[None, :]
-            its_key = tl.where((kept_at >= 0)[:, None], of_kept, its_key)
-            its_value = tl.where((kept_at >= 0)[:, None], of_kept + size, its_value)
-        key_part = tl.load(its_key, mask=seen, other=0.0)
-        value_part = tl.load(its_value, mask=seen, other=0.0)
-        scores = tl.dot(question, tl.trans(key_part), input_precision="ieee") * scale
-        scores = tl.where(there[None, :], scores, float("-inf"))
-        now = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.exp(scores - now[:, None])
-        fade = tl.exp(best - now)
-        weight = weight * fade + tl.sum(weights, axis=1)
-        total = tl.dot(weights.to(value_part.dtype), value_part, total * fade[:, None], input_precision="ieee")
-        best = now
+            token = tl.load(indices + (row * kv_heads + kv) * width + token, mask=mask, other=0)
+        offset = base + token.to(tl.int64)[:, None] * row_stride + channel[None, :]
+        kv_mask = mask[:, None] & in_head[None, :]
+        key_ptr, value_ptr = keys + offset, values + offset
+        if CACHED:
+            place = tl.load(indices + (row * kv_heads + kv) * width + token, mask=mask, other=-1)
+            cached_ptr = cache + (cache_head * cache_capacity + place)[:, None] * (2 * head_dim) + channel[None, :]
+            key_ptr = tl.where((place >= 0)[:, None], cached_ptr, key_ptr)
+            value_ptr = tl.where((place >= 0)[:, None], cached_ptr + head_dim, value_ptr)
+        key_block = tl.load(key_ptr, mask=kv_mask, other=0.0)
+        value_block = tl.load(value_ptr, mask=kv_mask, other=0.0)
+        scores = tl.dot(q_block, tl.trans(key_block), input_precision="ieee") * scale
+        scores = tl.where(mask[None, :], scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        weights = tl.exp(scores - new_maximum[:, None])
+        rescale = tl.exp(maximum - new_maximum)
+        weight_sum = weight_sum * rescale + tl.sum(weights, axis=1)
+        total = tl.dot(weights.to(value_block.dtype), value_block, total * rescale[:, None], input_precision="ieee")
+        maximum = new_maximum
 
-    before_next(EARLY)
-    mark = head * parts + part
-    tl.store(marks + mark, best, mask=query < GROUP)
-    tl.store(marks + all_marks + mark, weight, mask=query < GROUP)
-    tl.store(sums + mark[:, None] * size + at[None, :], total, mask=asked)
+    pdl_launch(USE_PDL)
+    target = head * num_splits + program
+    tl.store(softmax_stats + target, maximum, mask=query < GROUP)
+    tl.store(softmax_stats + stats_size + target, weight_sum, mask=query < GROUP)
+    tl.store(partial_out + target[:, None] * head_dim + channel[None, :], total, mask=q_mask)
 
 
-@triton.jit(do_not_specialize=["parts", "room", "all_marks"])
-def _merge(  # type: ignore[no-untyped-def]
-    sums, marks, where, out, slots, lengths, parts, room, size, all_marks,
-    APPENDED: tl.constexpr, GROUP: tl.constexpr, SEVERAL: tl.constexpr, MOST: tl.constexpr, WIDE: tl.constexpr,
-    EARLY: tl.constexpr,
+@triton.jit(do_not_specialize=["num_splits", "stats_size"])
+def _merge_kernel(  # type: ignore[no-untyped-def]
+    partial_out, softmax_stats, split_ranges, out, num_splits, head_dim, stats_size,
+    GROUP: tl.constexpr, BATCHED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the parts of one head, MOST at a time, and the first of a row counts the new token."""
-    after_previous(EARLY)
+    """Merge the splits of one row and query head, BLOCK_S at a time."""
+    pdl_wait(USE_PDL)
     row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    start, number = 0, parts
-    if SEVERAL:
-        place = where + (row * heads + head) // GROUP * 2
-        start, number = tl.load(place), tl.load(place + 1)
-    at = tl.arange(0, WIDE)
-    best, weight = tl.full((), float("-inf"), dtype=tl.float32), tl.zeros((), dtype=tl.float32)
-    total = tl.zeros((WIDE,), dtype=tl.float32)
-    for first in tl.range(0, number, MOST):
-        part = first + tl.arange(0, MOST)
-        mark = head * parts + start + part
-        bests = tl.load(marks + mark, mask=part < number, other=float("-inf"))
-        weights = tl.load(marks + all_marks + mark, mask=part < number, other=0.0)
-        there = (part < number)[:, None] & (at < size)[None, :]
-        some = tl.load(sums + mark[:, None] * size + at[None, :], mask=there, other=0.0)
-        now = tl.maximum(best, tl.max(bests, axis=0))
-        share, fade = tl.exp(bests - now), tl.exp(best - now)
-        weight = weight * fade + tl.sum(weights * share, axis=0)
-        total = total * fade + tl.sum(some * share[:, None], axis=0)
-        best = now
-    before_next(EARLY)
-    total /= weight
-    tl.store(out + (row * heads + head) * size + at, total, mask=at < size)
-    if APPENDED:
-        if head == 0:
-            slot = tl.load(slots + row)
-            tl.store(lengths + slot, tl.minimum(tl.load(lengths + slot), room - 1) + 1)
-
-
-@triton.jit
-def _note(  # type: ignore[no-untyped-def]
-    past, kept, fetched, steps, capped, caps, slots, counts, kv_heads, most, SOME: tl.constexpr, EARLY: tl.constexpr
-):
-    """One row's step."""
-    after_previous(EARLY)
-    row, head = tl.program_id(0), tl.arange(0, SOME)
-    slot = tl.load(slots + row)
-    held = tl.minimum(tl.load(past + slot), most)
-    count = tl.load(counts + row * kv_heads + head, mask=head < kv_heads, other=0)
-    share = count.to(tl.float64) / tl.maximum(held, 1).to(tl.float64)
-    place = slot * kv_heads + head
-    tl.store(kept + place, tl.load(kept + place, mask=head < kv_heads) + share, mask=head < kv_heads)
-    tl.store(fetched + place, tl.load(fetched + place, mask=head < kv_heads) + count, mask=head < kv_heads)
-    tl.store(steps + slot, tl.load(steps + slot) + 1)
-    tl.store(capped + slot, tl.load(capped + slot) + (held > tl.load(caps + held)).to(tl.int64))
-    tl.store(past + slot, held + 1)
+    start, count = 0, num_splits
+    if BATCHED:
+        split_range = split_ranges + (row * heads + head) // GROUP * 2
+        start, count = tl.load(split_range), tl.load(split_range + 1)
+    channel = tl.arange(0, BLOCK_D)
+    maximum, weight_sum = tl.full((), float("-inf"), dtype=tl.float32), tl.zeros((), dtype=tl.float32)
+    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for first in tl.range(0, count, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        source = head * num_splits + start + split
+        maxima = tl.load(softmax_stats + source, mask=split < count, other=float("-inf"))
+        sums = tl.load(softmax_stats + stats_size + source, mask=split < count, other=0.0)
+        mask = (split < count)[:, None] & (channel < head_dim)[None, :]
+        parts = tl.load(partial_out + source[:, None] * head_dim + channel[None, :], mask=mask, other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(maxima, axis=0))
+        weights, rescale = tl.exp(maxima - new_maximum), tl.exp(maximum - new_maximum)
+        weight_sum = weight_sum * rescale + tl.sum(sums * weights, axis=0)
+        total = total * rescale + tl.sum(parts * weights[:, None], axis=0)
+        maximum = new_maximum
+    pdl_launch(USE_PDL)
+    total /= weight_sum
+    tl.store(out + (row * heads + head) * head_dim + channel, total, mask=channel < head_dim)

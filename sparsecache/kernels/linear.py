@@ -13,14 +13,14 @@ from torch.nn import functional
 
 from sparsecache.kernels import swiglu as gating
 from sparsecache.kernels._triton import (
-    after_previous,
-    before_next,
-    fast,
-    is_roomy,
-    launching,
-    multiprocessors,
+    has_large_shared_memory,
+    num_sms,
+    pdl_launch,
+    pdl_options,
+    pdl_wait,
     tl,
     triton,
+    use_kernel,
 )
 from sparsecache.kernels.rotation import Rotation, rotate
 
@@ -65,7 +65,7 @@ def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return gating.swiglu(_product(x, weight, bias))
 
 
-def rotated(x: Tensor, weight: Tensor, bias: Tensor | None, rotation: Rotation, turning: int) -> Tensor:
+def linear_rope(x: Tensor, weight: Tensor, bias: Tensor | None, rotation: Rotation, turning: int) -> Tensor:
     """x weight^T + bias of x [N, K] and weight [M, K] as heads [N, M / D, D], the first `turning` rotated."""
     head_dim = rotation.cos.shape[1]
     if _few(x):
@@ -79,7 +79,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As functional.linear.
 
     On a CPU with MKL a few rows of float32 go through its batched product, over blocks of the weights: that reads them
-    two to four times as fast as the product of one row, which one core does alone (docs/performance.md).
+    two to four times as use_kernel as the product of one row, which one core does alone (docs/performance.md).
     """
     blocks = math.gcd(len(weight), _BLOCKS)
     slow = _HAS_MKL and x.dtype == torch.float32 and x.device.type == "cpu"
@@ -92,7 +92,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _few(x: Tensor) -> bool:
     """Whether a kernel is the fastest: not for float32 on a GPU, which has no tensor cores for it."""
-    return len(x) <= MOST_ROWS and fast(x) and not (x.is_cuda and x.dtype == torch.float32)
+    return len(x) <= MOST_ROWS and use_kernel(x) and not (x.is_cuda and x.dtype == torch.float32)
 
 
 def _kernel(
@@ -121,18 +121,18 @@ def _kernel(
         rotation.cos if rotation is not None else none, rotation.sin if rotation is not None else none,
         out, rows, size, pairs, half, turning,
         KIND=kind, BIAS=bias is not None, RESIDUAL=residual is not None, BATCH=1 if rows == 1 else MOST_ROWS,
-        **sizes, **launching(),
+        **sizes, **pdl_options(),
     )  # fmt: skip
     return out
 
 
 def _sizes(kind: int, pairs: int, device: torch.device) -> dict[str, int]:
     """Those of the programs for a few rows."""
-    if not is_roomy(device):
+    if not has_large_shared_memory(device):
         return _FEW_SMALL if kind == _PLAIN else _FEW_OF_PAIRS_SMALL
     if kind == _PLAIN:
         return _FEW
-    fits = pairs <= _FEW_OF_FEW_PAIRS["BLOCK"] * multiprocessors(device)  # one each, at most
+    fits = pairs <= _FEW_OF_FEW_PAIRS["BLOCK"] * num_sms(device)  # one each, at most
     return _FEW_OF_FEW_PAIRS if fits else _FEW_OF_PAIRS
 
 
@@ -184,10 +184,10 @@ def _finish(  # type: ignore[no-untyped-def]
 def _project_one(  # type: ignore[no-untyped-def]
     x, weight, bias, residual, cos, sin, out, rows, size, pairs, half, turning,
     KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BATCH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+    BATCH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program makes BLOCK columns of the output, or pairs of them, for the one row of x."""
-    after_previous(EARLY)
+    pdl_wait(USE_PDL)
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first, second = _pair_rows(tl.minimum(pair, pairs - 1), pairs, half, KIND)
     one = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
@@ -200,7 +200,7 @@ def _project_one(  # type: ignore[no-untyped-def]
         one += tl.load(weight + first[:, None] * size + at[None, :], mask=seen, other=0.0).to(tl.float32) * part
         if KIND != 0:
             two += tl.load(weight + second[:, None] * size + at[None, :], mask=seen, other=0.0).to(tl.float32) * part
-    before_next(EARLY)
+    pdl_launch(USE_PDL)
     one_sum, two_sum, batch = tl.sum(one, axis=1)[:, None], tl.sum(two, axis=1)[:, None], tl.arange(0, BATCH)
     _finish(one_sum, two_sum, bias, residual, cos, sin, out, rows, pairs, half, turning, pair, batch,
             KIND, BIAS, RESIDUAL)  # fmt: skip
@@ -210,10 +210,10 @@ def _project_one(  # type: ignore[no-untyped-def]
 def _project_few(  # type: ignore[no-untyped-def]
     x, weight, bias, residual, cos, sin, out, rows, size, pairs, half, turning,
     KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BATCH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+    BATCH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program makes BLOCK columns of the output, or pairs of them, for all rows of x."""
-    after_previous(EARLY)
+    pdl_wait(USE_PDL)
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first, second = _pair_rows(pair, pairs, half, KIND)
     batch = tl.arange(0, BATCH)
@@ -231,6 +231,6 @@ def _project_few(  # type: ignore[no-untyped-def]
         if KIND != 0:
             two_weight = tl.load(weight + second[:, None] * size + at[None, :], mask=seen, other=0.0)
             two = tl.dot(two_weight, part, two, input_precision="ieee")
-    before_next(EARLY)
+    pdl_launch(USE_PDL)
     _finish(one, two, bias, residual, cos, sin, out, rows, pairs, half, turning, pair, batch,
             KIND, BIAS, RESIDUAL)  # fmt: skip

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import fast, tl, triton, up_to_power
+from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
 
 _TOKENS = 16  # of one head that a program turns
 
@@ -25,7 +25,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def split_and_rotate(heads: Tensor, rotation: Rotation, kv_heads: int, room: int) -> tuple[Tensor, Tensor, Tensor]:
-    """heads [N, H + 2G, D], as projected (q, k, v), to rotated q [H, room, D] and k, and v, [G, room, D].
+    """heads [N, H + 2G, D], as projected (q, k, v), to linear_rope q [H, room, D] and k, and v, [G, room, D].
 
     Each head's tokens lie together, as attention wants them. Rows from N on are zeros.
     """
@@ -33,10 +33,10 @@ def split_and_rotate(heads: Tensor, rotation: Rotation, kv_heads: int, room: int
     out = heads.new_empty(count, room, head_dim)
     out[:, tokens:] = 0
     q, k, v = out.tensor_split((count - 2 * kv_heads, count - kv_heads))
-    if fast(heads):
+    if use_kernel(heads):
         half = head_dim // 2
         grid = (-(-tokens // _TOKENS), count)
-        block = up_to_power(half)
+        block = next_power_of_2(half)
         _split_and_rotate[grid](heads, *rotation, out, tokens, count, count - kv_heads, room, half, _TOKENS, block)
     else:
         out[: count - kv_heads, :tokens] = rotate(heads[:, : count - kv_heads], rotation).transpose(0, 1)

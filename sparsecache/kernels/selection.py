@@ -1,6 +1,6 @@
-"""Which past tokens are near enough to the best: a count from the scores, a cap, and the highest of each KV head.
+"""Select past tokens by score in plain torch: a margin to the best score, a count from it, and the top tokens.
 
-Knows nothing of where scores come from or what the chosen tokens hold.
+Knows neither where scores come from nor what the selected tokens hold.
 """
 
 from typing import Literal
@@ -8,64 +8,70 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Fetch = Literal["mean", "per_head"]
+CountRule = Literal["mean", "per_head"]
 
 
-def distance_to_best(scores: Tensor, kv_heads: int) -> Tensor:
-    """Scores [B, H, T] (-inf: not to be chosen) to [B, G, T]: how near each token comes to a head's best, at most 0.
+def score_margin(scores: Tensor, kv_heads: int) -> Tensor:
+    """Return each token's score minus the best score, at most 0: [B, G, T].
 
-    Each head is measured against its own maximum; a KV head takes the nearest of its heads.
+    scores: [B, H, T], -inf for tokens that must not be selected. Each query head is compared with its own best score; a
+    KV head takes the largest margin of its query heads.
     """
     batch, heads, length = scores.shape
     if length == 0:
         return scores.new_zeros(batch, kv_heads, 0)
-    best = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # no token at all: no nan
+    best = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # -inf - -inf would be NaN
     return (scores - best).view(batch, kv_heads, heads // kv_heads, length).amax(2)
 
 
-def put_first(distance: Tensor, positions: Tensor, past: Tensor, sinks: int, recent: int) -> Tensor:
-    """Puts the first `sinks` and the last `recent` of past [B] tokens before all others: at inf.
+def force_include(margin: Tensor, positions: Tensor, past: Tensor, sinks: int, recent: int) -> Tensor:
+    """Set the margin of the first `sinks` and the last `recent` past tokens to inf.
 
-    distance: [B, G, T]; positions: [B, G, T], or what broadcasts to it, each token's; at `past` and beyond is none.
+    margin: [B, G, T]; positions: the position of each token, [B, G, T] or broadcastable; past: [B], past tokens per
+    sequence. Tokens at position `past` and beyond keep their margin.
     """
     if not sinks and not recent:
-        return distance
-    last = past[:, None, None]
-    return distance.masked_fill(((positions < sinks) | (positions >= last - recent)) & (positions < last), torch.inf)
+        return margin
+    past = past[:, None, None]
+    return margin.masked_fill(((positions < sinks) | (positions >= past - recent)) & (positions < past), torch.inf)
 
 
-def count_near(distance: Tensor, alpha: float, cap: Tensor, fetch: Fetch) -> Tensor:
-    """How many tokens each KV head fetches, [B, G]: those within alpha of the best, `cap` [B] at most.
+def count_within(margin: Tensor, alpha: float, budget: Tensor, rule: CountRule) -> Tensor:
+    """Return how many tokens each KV head selects: those within alpha of the best, at most `budget`: [B, G].
 
-    distance: [B, G, T], -inf for tokens that cannot be chosen. fetch "mean": the mean over the KV heads, rounded
-    up, for all of them (the paper); "per_head": each its own.
+    margin: [B, G, T], -inf for tokens that must not be selected; budget: [B]. rule "mean": all KV heads select the mean
+    of their counts, rounded up (InfiniGen); "per_head": each KV head selects its own count.
     """
-    count = (distance > -alpha).sum(-1)
-    if fetch == "mean":
+    count = (margin > -alpha).sum(-1)
+    if rule == "mean":
         count = ((count.sum(1, keepdim=True) + count.shape[1] - 1) // count.shape[1]).expand_as(count)
-    return torch.minimum(count, cap[:, None])
+    return torch.minimum(count, budget[:, None])
 
 
-def highest(distance: Tensor, count: Tensor) -> Tensor:
-    """The `count` [B, G] highest of distance [B, G, T]: positions [B, G, N] ascending, then -1.
+def topk_indices(margin: Tensor, count: Tensor) -> Tensor:
+    """Return the positions of the `count` highest margins, ascending, then -1: [B, G, N], N the largest count.
 
-    Ties go to the lower position; a token at -inf is never taken.
+    margin: [B, G, T]; count: [B, G]. The lower position wins a tie. A token at -inf is never selected.
     """
-    length = distance.shape[-1]
+    length = margin.shape[-1]
     width = min(int(count.max()), length) if count.numel() else 0
-    positions = torch.full((*count.shape, width + 1), -1, dtype=torch.int64, device=distance.device)  # one for the rest
+    # One column more receives the tokens that are not selected.
+    positions = torch.full((*count.shape, width + 1), -1, dtype=torch.int64, device=margin.device)
     if width:
         last = (count - 1).clamp(0, width - 1)[..., None]
-        lowest = distance.topk(width, dim=-1).values.gather(-1, last)  # of the taken: all above it are, and some equals
-        higher = distance > lowest
-        equal = (distance == lowest) & (distance > -torch.inf)
-        taken = higher | (equal & (equal.cumsum(-1) <= count[..., None] - higher.sum(-1, keepdim=True)))
-        ranks = (taken.cumsum(-1) - 1).masked_fill(~taken, width)
-        positions.scatter_(-1, ranks, torch.arange(length, device=distance.device).expand_as(ranks))
+        threshold = margin.topk(width, dim=-1).values.gather(-1, last)
+        above = margin > threshold
+        equal = (margin == threshold) & (margin > -torch.inf)
+        selected = above | (equal & (equal.cumsum(-1) <= count[..., None] - above.sum(-1, keepdim=True)))
+        ranks = (selected.cumsum(-1) - 1).masked_fill(~selected, width)
+        positions.scatter_(-1, ranks, torch.arange(length, device=margin.device).expand_as(ranks))
     return positions[..., :width]
 
 
-def select(scores: Tensor, kv_heads: int, alpha: float, cap: Tensor, fetch: Fetch) -> Tensor:
-    """Positions [B, G, N] of the past tokens to attend to, from scores [B, H, T]; see the three steps above."""
-    distance = distance_to_best(scores, kv_heads)
-    return highest(distance, count_near(distance, alpha, cap, fetch))
+def select_tokens(scores: Tensor, kv_heads: int, alpha: float, budget: Tensor, rule: CountRule) -> Tensor:
+    """Select past tokens by scores [B, H, T]: positions [B, G, N], ascending, then -1.
+
+    alpha, budget, rule: as in `count_within`.
+    """
+    margin = score_margin(scores, kv_heads)
+    return topk_indices(margin, count_within(margin, alpha, budget, rule))

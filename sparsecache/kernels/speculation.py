@@ -1,4 +1,4 @@
-"""A guessed query's scores of a slot's past tokens by partial keys, which a cut (cut.py) then selects by."""
+"""Scores of a speculated query over partial keys, and the append that keeps partial keys up to date (InfiniGen)."""
 
 import math
 
@@ -6,147 +6,165 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import (
-    after_previous,
-    fast,
-    launching,
-    many_programs,
+    next_power_of_2,
+    pdl_options,
+    pdl_wait,
+    saturating_programs,
     tl,
     triton,
-    up_to_power,
+    use_kernel,
 )
-from sparsecache.kernels.cut import Scores, part_of
+from sparsecache.kernels.rows import index_slots
 from sparsecache.kernels.scores import partial_scores
+from sparsecache.kernels.threshold import Scores, split_range
 
-_TOKENS, _WARPS, _STAGES = 128, 4, 4  # that a program scores at a time, by so many warps, so many blocks ahead
-_MOST_SPLITS = 64
-_LONG = 1024  # tokens of a part
-_MOST_HALF = tl.constexpr(65504)  # that float16 holds
+_BLOCK_T, _WARPS, _STAGES = 128, 4, 4  # tokens per iteration
+_MAX_SPLITS = 64
+_LONG_SPLIT = 1024  # tokens
+_MAX_HALF = tl.constexpr(65504)  # the largest float16
 
 
-def speculate(q: Tensor, mixing: Tensor, keys: Tensor, past: Tensor, slots: Tensor, first: bool = False) -> Scores:
-    """Scores past tokens of each slot by partial keys; behind the last one lies anything.
+def speculated_scores(
+    q: Tensor, projection: Tensor, keys: Tensor, seq_lens: Tensor, slots: Tensor, high_priority: bool = False
+) -> Scores:
+    """Score the past tokens of each slot by partial keys, for `threshold_select`.
 
-    q: [B, H, 1, D], guessed; mixing: [slots, G, D, I] float32, what makes it partial; keys: [slots, G, T, I], partial;
-    past: [slots] int64, tokens held; slots: [B] int64. first: whether all else waits for it.
+    q: [B, H, 1, D], speculated; projection: [slots, G, D, I] float32, from queries and keys to I partial channels;
+    keys: [slots, G, T, I], partial; seq_lens: [slots] int64, past tokens, at most T; slots: [B] int64.
+    high_priority: whether the kernel runs on a stream of high priority. It affects speed alone.
     """
-    if fast(q):
-        return _kernel(q, mixing, keys, past, slots, first)
-    scores = partial_scores(q, mixing, keys, slots)
-    kv_heads = keys.shape[1]
-    return Scores(scores.view(len(q), kv_heads, q.shape[1] // kv_heads, keys.shape[2]), None)
+    if use_kernel(q):
+        return _launch(q, projection, keys, seq_lens, slots, high_priority)
+    longest = int(seq_lens[slots].max())
+    scores = partial_scores(q, projection, keys[:, :, :longest], slots)
+    return Scores(scores.unflatten(1, (keys.shape[1], -1)), None)
 
 
-def remember(k: Tensor, v: Tensor, mixing: Tensor, keys: Tensor, store: Tensor, past: Tensor, slots: Tensor) -> None:
-    """Puts a new token behind each slot's past ones: k and v [B, G, 1, D], and of k the columns that speculate.
+def append_speculated(
+    k: Tensor, v: Tensor, projection: Tensor, keys: Tensor, store: Tensor, seq_lens: Tensor, slots: Tensor
+) -> None:
+    """Append one token's key, value and partial key to each slot.
 
-    mixing, keys, past, slots as in `speculate`; store: [slots, G, T, 2, D], keys and values, may lie in pinned host
-    memory. `past` is not changed. In a slot that is full the last row is written again.
+    k, v: [B, G, 1, D]; projection, keys, seq_lens, slots: as in `speculated_scores`; store: [slots, G, T, 2, D], keys
+    and values, on the device or in pinned host memory. `seq_lens` is not changed. A full slot overwrites its last row.
     """
     batch, kv_heads, _, head_dim = k.shape
-    if fast(k):
-        _remember[(batch * kv_heads,)](
-            k, v, k.stride(0), k.stride(1), mixing, keys, store, past, slots,
+    if use_kernel(k):
+        _append_speculated_kernel[(batch * kv_heads,)](
+            k, v, k.stride(0), k.stride(1), projection, keys, store, seq_lens, slots,
             kv_heads, store.shape[2], head_dim, keys.shape[3],
-            SIZE=up_to_power(head_dim), WIDE=up_to_power(keys.shape[3]), num_warps=4, **launching(),
+            BLOCK_D=next_power_of_2(head_dim), BLOCK_I=next_power_of_2(keys.shape[3]), num_warps=4, **pdl_options(),
         )  # fmt: skip
         return
-    row = past[slots].clamp(max=store.shape[2] - 1)
-    keys[slots, :, row] = (k.float() @ mixing[slots])[:, :, 0].to(keys.dtype)
-    store[slots, :, row] = torch.stack((k, v), 3)[:, :, 0]
+    row = seq_lens[slots].clamp(max=store.shape[2] - 1)
+    keys[slots, :, row] = (k.float() @ index_slots(projection, slots))[:, :, 0].to(keys.dtype)
+    slots, row = slots.to(store.device), row.to(store.device)
+    store[slots, :, row] = torch.cat((k, v), 2).to(store.device)
 
 
-def _kernel(q: Tensor, mixing: Tensor, keys: Tensor, past: Tensor, slots: Tensor, first: bool) -> Scores:
+def _launch(
+    q: Tensor, projection: Tensor, keys: Tensor, seq_lens: Tensor, slots: Tensor, high_priority: bool
+) -> Scores:
     batch, heads, _, head_dim = q.shape
-    kv_heads, room, wide = keys.shape[1:]
+    kv_heads, capacity, channels = keys.shape[1:]
     group, device = heads // kv_heads, q.device
-    splits = _split_count(batch, kv_heads, room, device, first)
-    apart = -(-room // 16) * 16  # rows of scores begin, and end, where wide reads may
-    # Half as much to move. It has 11 bits: bfloat16 keys have been rounded to 8, float16 ones as finely as this.
-    precise = torch.float32 if keys.dtype == torch.float32 else torch.float16
-    scores = torch.empty((batch, kv_heads, group, apart), device=device, dtype=precise)
+    splits = _split_count(batch, kv_heads, capacity, device, high_priority)
+    stride = -(-capacity // 16) * 16  # rows of scores are aligned, so that wide loads are possible
+    # float16 moves half as much. Its 11 bits are enough: bfloat16 keys have 8 bits, float16 keys as many.
+    dtype = torch.float32 if keys.dtype == torch.float32 else torch.float16
+    scores = torch.empty((batch, kv_heads, group, stride), device=device, dtype=dtype)
     extremes = torch.empty((2, batch, heads, splits), device=device, dtype=torch.float32)
-    _score[(batch * kv_heads, splits)](
-        q, q.stride(0), q.stride(1), mixing, keys, past, slots, scores, extremes,
-        1 / math.sqrt(head_dim), kv_heads, room, apart, head_dim, wide, extremes[0].numel(),
-        SIZE=up_to_power(head_dim, 16), WIDE=up_to_power(wide, 16), GROUP=group, QUERIES=up_to_power(group, 8),
-        TOKENS=_TOKENS, SPLITS=splits, num_warps=_WARPS, num_stages=_STAGES, **launching(),
+    _score_kernel[(batch * kv_heads, splits)](
+        q, q.stride(0), q.stride(1), projection, keys, seq_lens, slots, scores, extremes,
+        1 / math.sqrt(head_dim), kv_heads, capacity, stride, head_dim, channels, extremes[0].numel(),
+        BLOCK_D=next_power_of_2(head_dim, 16), BLOCK_I=next_power_of_2(channels, 16), GROUP=group,
+        BLOCK_Q=next_power_of_2(group, 8), BLOCK_T=_BLOCK_T, SPLITS=splits,
+        num_warps=_WARPS, num_stages=_STAGES, **pdl_options(),
     )  # fmt: skip
     return Scores(scores, extremes)
 
 
-def _split_count(batch: int, kv_heads: int, room: int, device: torch.device, first: bool) -> int:
-    """Into how many parts each slot is split, so that its programs, and those of the cut, fill the GPU.
+def _split_count(batch: int, kv_heads: int, capacity: int, device: torch.device, high_priority: bool) -> int:
+    """Return how many splits each slot has, such that this kernel and the selection fill the GPU.
 
-    One sequence's projections are thousands of small programs: beside those, half as many are less in the way, unless
-    they go first and have long parts.
+    The projections of one sequence are thousands of small programs. Beside them half as many splits disturb less,
+    unless this kernel has priority and long splits.
     """
-    splits = many_programs(device) // (batch * kv_heads)
-    if batch == 1 and not (first and room >= _LONG * splits):
+    splits = saturating_programs(device) // (batch * kv_heads)
+    if batch == 1 and not (high_priority and capacity >= _LONG_SPLIT * splits):
         splits //= 2
-    return max(1, min(_MOST_SPLITS, splits))
+    return max(1, min(_MAX_SPLITS, splits))
 
 
-@triton.jit(do_not_specialize=["room"])
-def _score(  # type: ignore[no-untyped-def]
-    q, q_row, q_head, mixing, keys, past, slots, scores, extremes, scale, kv_heads, room, apart,
-    size, wide, all_extremes,
-    SIZE: tl.constexpr, WIDE: tl.constexpr,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit(do_not_specialize=["capacity"])
+def _score_kernel(  # type: ignore[no-untyped-def]
+    q, q_row_stride, q_head_stride, projection, keys, seq_lens, slots, scores, extremes, scale, kv_heads, capacity,
+    stride, head_dim, channels, extremes_size,
+    BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Speculated scores of a part of a slot for the heads of a KV head, and each head's highest and lowest."""
-    after_previous(EARLY)
+    """Score one split of a slot for the query heads of a KV head, and reduce each head's highest and lowest score."""
+    pdl_wait(USE_PDL)
     row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
-    count = tl.load(past + slot)
-    query, at, column = tl.arange(0, QUERIES)[None, :], tl.arange(0, SIZE), tl.arange(0, WIDE)
+    count = tl.load(seq_lens + slot)
+    query, at, channel = tl.arange(0, BLOCK_Q)[None, :], tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_I)
     head = kv * GROUP + query
-    asked = (query < GROUP) & (at < size)[:, None]
-    question = tl.load(q + row * q_row + head * q_head + at[:, None], mask=asked, other=0.0).to(tl.float32)
-    mixed = (at < size)[None, :] & (column < wide)[:, None]
+    q_mask = (query < GROUP) & (at < head_dim)[:, None]
+    q_ptr = q + row * q_row_stride + head * q_head_stride + at[:, None]
+    q_block = tl.load(q_ptr, mask=q_mask, other=0.0).to(tl.float32)
+    projection_mask = (at < head_dim)[None, :] & (channel < channels)[:, None]
     owner = slot * kv_heads + kv
-    mixes = tl.load(mixing + (owner * size + at[None, :]) * wide + column[:, None], mask=mixed, other=0.0)
-    partial = tl.dot(mixes, question, input_precision="ieee")  # [WIDE, QUERIES]
-    whole = partial.to(keys.dtype.element_ty)
-    rest = (partial - whole.to(tl.float32)).to(keys.dtype.element_ty)  # so that rounding q does not cost a choice
+    projection_block = tl.load(
+        projection + (owner * head_dim + at[None, :]) * channels + channel[:, None], mask=projection_mask, other=0.0
+    )
+    partial = tl.dot(projection_block, q_block, input_precision="ieee")  # [BLOCK_I, BLOCK_Q]
+    # The query is the sum of two values in the dtype of the keys: rounding it to one would change selections.
+    q_high = partial.to(keys.dtype.element_ty)
+    q_low = (partial - q_high.to(tl.float32)).to(keys.dtype.element_ty)
 
-    best = tl.full((TOKENS, QUERIES), float("-inf"), dtype=tl.float32)  # of every TOKENS-th token: reduced at the end
-    worst = tl.full((TOKENS, QUERIES), float("inf"), dtype=tl.float32)
-    start, end = part_of(count, split, TOKENS, SPLITS)
-    for first in tl.range(start, end, TOKENS):
-        token = (first + tl.arange(0, TOKENS))[:, None]
-        there = (token < end) & (column < wide)[None, :]
-        key = tl.load(keys + (owner * room + token) * wide + column[None, :], mask=there, other=0.0)
-        score = tl.dot(key, whole, input_precision="ieee")
-        score = tl.dot(key, rest, score, input_precision="ieee") * scale
-        if scores.dtype.element_ty == tl.float16:  # as it is stored, extremes too; distances to infinity are none
-            score = tl.minimum(tl.maximum(score, -_MOST_HALF), _MOST_HALF).to(tl.float16).to(tl.float32)
+    best = tl.full((BLOCK_T, BLOCK_Q), float("-inf"), dtype=tl.float32)  # reduced over BLOCK_T after the loop
+    worst = tl.full((BLOCK_T, BLOCK_Q), float("inf"), dtype=tl.float32)
+    start, end = split_range(count, split, BLOCK_T, SPLITS)
+    for first in tl.range(start, end, BLOCK_T):
+        token = (first + tl.arange(0, BLOCK_T))[:, None]
+        mask = (token < end) & (channel < channels)[None, :]
+        key = tl.load(keys + (owner * capacity + token) * channels + channel[None, :], mask=mask, other=0.0)
+        score = tl.dot(key, q_high, input_precision="ieee")
+        score = tl.dot(key, q_low, score, input_precision="ieee") * scale
+        if scores.dtype.element_ty == tl.float16:
+            # The extremes are those of the stored scores. Clamped, because a margin from infinity is NaN.
+            score = tl.minimum(tl.maximum(score, -_MAX_HALF), _MAX_HALF).to(tl.float16).to(tl.float32)
         best = tl.maximum(best, tl.where(token < end, score, float("-inf")))
         worst = tl.minimum(worst, tl.where(token < end, score, float("inf")))
-        target = scores + (row * kv_heads * GROUP + head).to(tl.int64) * apart + token
-        kept = (query < GROUP) & (token < apart)
-        tl.store(target, score, mask=kept, eviction_policy="evict_last")  # is read at once; weights pass by meanwhile
-    mark = extremes + (row * kv_heads * GROUP + kv * GROUP + tl.arange(0, QUERIES)) * SPLITS + split
-    tl.store(mark, tl.max(best, axis=0), mask=tl.arange(0, QUERIES) < GROUP)
-    tl.store(mark + all_extremes, tl.min(worst, axis=0), mask=tl.arange(0, QUERIES) < GROUP)
+        target = scores + (row * kv_heads * GROUP + head).to(tl.int64) * stride + token
+        inside = (query < GROUP) & (token < stride)
+        # The selection reads the scores next; weights that stream through L2 meanwhile must not evict them.
+        tl.store(target, score, mask=inside, eviction_policy="evict_last")
+    extreme = extremes + (row * kv_heads * GROUP + kv * GROUP + tl.arange(0, BLOCK_Q)) * SPLITS + split
+    tl.store(extreme, tl.max(best, axis=0), mask=tl.arange(0, BLOCK_Q) < GROUP)
+    tl.store(extreme + extremes_size, tl.min(worst, axis=0), mask=tl.arange(0, BLOCK_Q) < GROUP)
 
 
-@triton.jit(do_not_specialize=["room"])
-def _remember(  # type: ignore[no-untyped-def]
-    k, v, k_row, k_head, mixing, keys, store, past, slots, kv_heads, room, size, wide,
-    SIZE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit(do_not_specialize=["capacity"])
+def _append_speculated_kernel(  # type: ignore[no-untyped-def]
+    k, v, k_row_stride, k_head_stride, projection, keys, store, seq_lens, slots, kv_heads, capacity, head_dim, channels,
+    BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """One KV head's new token."""
-    after_previous(EARLY)
+    """Append the new token of one slot and KV head."""
+    pdl_wait(USE_PDL)
     row, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     slot = tl.load(slots + row).to(tl.int64)
     owner = slot * kv_heads + kv
-    place = owner * room + tl.minimum(tl.load(past + slot), room - 1)
-    at, column = tl.arange(0, SIZE), tl.arange(0, WIDE)
-    key = tl.load(k + row * k_row + kv * k_head + at, mask=at < size, other=0.0)
-    value = tl.load(v + row * k_row + kv * k_head + at, mask=at < size, other=0.0)
-    mixed = (at < size)[:, None] & (column < wide)[None, :]
-    mixes = tl.load(mixing + (owner * size + at[:, None]) * wide + column[None, :], mask=mixed, other=0.0)
-    partial = tl.sum(key.to(tl.float32)[:, None] * mixes, axis=0)
-    tl.store(keys + place * wide + column, partial, mask=column < wide)
-    tl.store(store + place * 2 * size + at, key, mask=at < size)
-    tl.store(store + (place * 2 + 1) * size + at, value, mask=at < size)
+    place = owner * capacity + tl.minimum(tl.load(seq_lens + slot), capacity - 1)
+    at, channel = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_I)
+    key = tl.load(k + row * k_row_stride + kv * k_head_stride + at, mask=at < head_dim, other=0.0)
+    value = tl.load(v + row * k_row_stride + kv * k_head_stride + at, mask=at < head_dim, other=0.0)
+    mask = (at < head_dim)[:, None] & (channel < channels)[None, :]
+    projection_block = tl.load(
+        projection + (owner * head_dim + at[:, None]) * channels + channel[None, :], mask=mask, other=0.0
+    )
+    partial = tl.sum(key.to(tl.float32)[:, None] * projection_block, axis=0)
+    tl.store(keys + place * channels + channel, partial, mask=channel < channels)
+    tl.store(store + place * 2 * head_dim + at, key, mask=at < head_dim)
+    tl.store(store + (place * 2 + 1) * head_dim + at, value, mask=at < head_dim)

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from sparsecache.kernels._triton import fast, tl, triton
+from sparsecache.kernels._triton import tl, triton, use_kernel
 
 _BLOCK = 1024
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of gate_up [N, 2 * I], gate first: [N, I]."""
-    if fast(gate_up):
+    if use_kernel(gate_up):
         return _kernel(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate) * up

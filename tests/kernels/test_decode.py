@@ -1,22 +1,22 @@
-"""Attention over slots against its twin: every length, split and group, and what is written where."""
+"""Attention over slots: kernels against references, references against a loop, over lengths, splits and groups."""
 
 import pytest
 import torch
 
 from sparsecache.kernels import decode
-from sparsecache.kernels._triton import running, tl, triton
-from sparsecache.kernels.decode import _part_length as part_length
-from sparsecache.kernels.decode import attend_and_append, attend_selected
+from sparsecache.kernels._triton import force_backend, tl, triton
+from sparsecache.kernels.attention import attention
+from sparsecache.kernels.decode import _split_length, append_kv, attend_and_append, attend_gathered, attend_selected
 
-CASES = {  # slots, KV heads, group, head size, room, lengths of the slots in the batch
+CASES = {  # slots, KV heads, group, head size, capacity, lengths of the slots in the batch
     "empty": (2, 1, 2, 16, 70, [0, 0]),
     "one token": (1, 2, 1, 32, 70, [1]),
     "nearly full": (3, 1, 3, 40, 200, [199, 198]),
     "full": (2, 2, 4, 32, 130, [130, 129]),
     "around a block": (5, 2, 2, 64, 140, [63, 64, 65, 127, 128]),
-    "very unlike": (4, 1, 8, 64, 1000, [999, 3, 640]),
+    "very unequal": (4, 1, 8, 64, 1000, [999, 3, 640]),
     "wide group": (1, 1, 20, 16, 150, [149]),
-    "more rows than parts": (21, 2, 1, 16, 70, [*range(20)]),
+    "more rows than splits": (21, 2, 1, 16, 70, [*range(20)]),
 }
 if torch.cuda.is_available():  # the interpreter would take minutes for each
     CASES |= {
@@ -26,10 +26,11 @@ if torch.cuda.is_available():  # the interpreter would take minutes for each
         "long, wide group": (2, 2, 8, 64, 70_001, [70_000, 65_537]),
     }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+per_head = pytest.mark.parametrize("per_head", [False, True], ids=["all heads alike", "per KV head"])
 
 
-def _cache(case, device, dtype):
-    slots, kv_heads, group, head_dim, room, lengths = case
+def _cache(case, device, dtype, per_head: bool = False):
+    slots, kv_heads, group, head_dim, capacity, lengths = case
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -37,35 +38,74 @@ def _cache(case, device, dtype):
 
     heads = draw(len(lengths), (group + 2) * kv_heads, head_dim)[:, :, None]  # q, k and v share their rows' memory
     q, k, v = heads.tensor_split((group * kv_heads, (group + 1) * kv_heads), dim=1)
-    keys, values = draw(slots, kv_heads, room, head_dim), draw(slots, kv_heads, room, head_dim)
+    keys, values = draw(slots, kv_heads, capacity, head_dim), draw(slots, kv_heads, capacity, head_dim)
     held = torch.zeros(slots, dtype=torch.int64, device=device)
     order = torch.randperm(slots, generator=generator)[: len(lengths)].to(device)
     held[order] = torch.tensor(lengths, device=device)
+    if per_head:  # the first KV head keeps the length, the others are shorter
+        share = torch.rand(slots, kv_heads, generator=generator).to(device)
+        share[:, 0] = 1
+        held = (held[:, None] * share).long()
     return q, k, v, keys, values, held, order, generator
 
 
 @cases
-def test_attend_and_append(case, device, dtype, agree) -> None:
-    q, k, v, keys, values, held, order, _ = _cache(case, device, dtype)
+@per_head
+def test_attend_and_append(case, per_head, device, dtype, agree) -> None:
+    q, k, v, keys, values, held, order, _ = _cache(case, device, dtype, per_head)
     agree(attend_and_append, q, k, v, keys, values, held, order)
 
 
 @cases
-@pytest.mark.parametrize("most", [1, 40, 150])
-def test_attend_selected(case, most, device, dtype, agree) -> None:
+@per_head
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+def test_each_kv_head_attends_to_its_rows_and_the_new_token(case, per_head, backend, device) -> None:
+    """Against one attention per sequence and KV head; lengths and all other rows of the cache stay as they were."""
+    q, k, v, keys, values, held, order, _ = _cache(case, device, torch.float32, per_head)
+    group, capacity = q.shape[1] // k.shape[1], keys.shape[2]
+    lengths, old_keys, old_values = held.clone(), keys.clone(), values.clone()
+    with force_backend(backend):
+        out = attend_and_append(q, k, v, keys, values, held, order)
+    assert torch.equal(held, lengths)
+    rows = lengths.expand(k.shape[1], -1).T if lengths.dim() == 1 else lengths
+    for b, slot in enumerate(order.tolist()):
+        for kv, length in enumerate(rows[slot].tolist()):
+            row, heads = min(length, capacity - 1), slice(kv * group, (kv + 1) * group)
+            old_keys[slot, kv, row], old_values[slot, kv, row] = k[b, kv, 0], v[b, kv, 0]
+            seen = [x[slot, kv, : row + 1][None, None] for x in (old_keys, old_values)]
+            torch.testing.assert_close(out[b : b + 1, heads], attention(q[b : b + 1, heads], *seen))
+    assert torch.equal(keys, old_keys) and torch.equal(values, old_values)
+
+
+@cases
+@per_head
+def test_appending_alone_writes_the_same_rows(case, per_head, device, dtype) -> None:
+    q, k, v, keys, values, held, order, _ = _cache(case, device, dtype, per_head)
+    lengths, own_keys, own_values = held.clone(), keys.clone(), values.clone()
+    append_kv(k, v, own_keys, own_values, held, order)
+    with force_backend("kernels"):
+        attend_and_append(q, k, v, keys, values, held, order)
+    assert torch.equal(held, lengths)
+    assert torch.equal(keys, own_keys) and torch.equal(values, own_values)
+
+
+@cases
+@pytest.mark.parametrize("width", [1, 40, 150])
+def test_attend_selected(case, width, device, dtype, agree) -> None:
     q, k, v, keys, values, _, order, generator = _cache(case, device, dtype)
-    batch, kv_heads, room = len(order), k.shape[1], keys.shape[2]
-    selected = torch.rand(batch, kv_heads, room, generator=generator).argsort(-1)[..., :most].to(device)
+    batch, kv_heads, capacity = len(order), k.shape[1], keys.shape[2]
+    selected = torch.rand(batch, kv_heads, capacity, generator=generator).argsort(-1)[..., :width].to(device)
     counts = torch.randint(0, selected.shape[2] + 1, (batch, kv_heads), generator=generator).to(device)
     counts[0, 0] = selected.shape[2]
     agree(attend_selected, q, k, v, keys, values, order, selected, counts)
+    agree(attend_selected, q, k, v, keys, values, order, selected, torch.full_like(counts, selected.shape[2]))
 
 
-def test_a_part_of_a_wider_list_is_read_as_what_it_is(device, dtype) -> None:
+def test_a_slice_of_a_wider_selection(device, dtype) -> None:
     q, k, v, keys, values, _, order, generator = _cache(CASES["around a block"], device, dtype)
     wider = torch.rand(5, 2, 140, generator=generator).argsort(-1).to(device)
     counts = torch.full((5, 4), 30, device=device)[:, ::2]
-    with running("kernels"):
+    with force_backend("kernels"):
         part, whole = (
             attend_selected(q, k, v, keys, values, order, selected, number)
             for selected, number in ((wider[..., :30], counts), (wider[..., :30].clone(), counts.clone()))
@@ -73,38 +113,51 @@ def test_a_part_of_a_wider_list_is_read_as_what_it_is(device, dtype) -> None:
     assert torch.equal(part, whole)
 
 
-@pytest.mark.parametrize("parts", [3, 4, 33, 200])
-def test_any_number_of_parts(parts, device, dtype, agree, monkeypatch) -> None:
-    monkeypatch.setattr(decode, "part_count", lambda *_: parts)
-    q, k, v, keys, values, held, order, _ = _cache(CASES["very unlike"], device, dtype)
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+def test_rows_beyond_the_count_may_hold_nan(backend, device) -> None:
+    q, k, v, keys, values, *_ = _cache(CASES["around a block"], device, torch.float32)
+    rows = torch.stack((keys, values), 3)[:, :, :40].contiguous()
+    counts = torch.tensor([[0, 40], [7, 7], [39, 1], [40, 40], [0, 0]], device=device)
+    invalid = torch.arange(40, device=device) >= counts[..., None]
+    with force_backend(backend):
+        expected = attend_gathered(q, k, v, rows, counts)
+        found = attend_gathered(q, k, v, rows.masked_fill(invalid[..., None, None], torch.nan), counts)
+    assert expected.isfinite().all() and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("splits", [3, 4, 33, 200])
+@per_head
+def test_any_number_of_splits(splits, per_head, device, dtype, agree, monkeypatch) -> None:
+    monkeypatch.setattr(decode, "split_count", lambda *_: splits)
+    q, k, v, keys, values, held, order, _ = _cache(CASES["very unequal"], device, dtype, per_head)
     agree(attend_and_append, q, k, v, keys, values, held, order)
 
 
 @triton.jit
-def _tell(counts, parts, out, rows: tl.constexpr):
-    tl.store(out, part_length(tl.load(counts + tl.arange(0, rows)), parts))
+def _store_split_length(counts, splits, out, rows: tl.constexpr):
+    tl.store(out, _split_length(tl.load(counts + tl.arange(0, rows)), splits))
 
 
-UNLIKE = {  # tokens of rows, parts
+UNEQUAL = {  # tokens of rows, splits
     "equal": ([32_768] * 8, 33),
-    "as many parts as rows": ([5, 131_072, 77, 1], 4),
+    "as many splits as rows": ([5, 131_072, 77, 1], 4),
     "one long": ([100_000, *[2000] * 23, *[0] * 8], 33),  # rows without tokens are no rows
     "one less long": ([10_000, *[1000] * 29, 0, 0], 33),
-    "few parts": ([30_000, *[1000] * 6, 0], 8),
+    "few splits": ([30_000, *[1000] * 6, 0], 8),
     "all lengths": ([2**n for n in range(1, 17)], 33),
     "single tokens": ([1] * 16, 24),
-    "many parts": ([131_072, 40, 3000, 1], 500),
+    "many splits": ([131_072, 40, 3000, 1], 500),
 }
 
 
-@pytest.mark.parametrize(("counts", "parts"), UNLIKE.values(), ids=UNLIKE)
-def test_parts_of_unlike_rows_are_hardly_longer_than_they_must_be(counts, parts, device) -> None:
-    told = torch.zeros(1, dtype=torch.int32, device=device)
-    _tell[(1,)](torch.tensor(counts, dtype=torch.int32, device=device), parts, told, len(counts))
-    length = int(told)
-    least = next(n for n in range(1, max(counts) + 1) if sum(-(-count // n) for count in counts) <= parts)
-    assert length % 16 == 0 and sum(-(-count // length) for count in counts) <= parts
-    assert length <= 1.12 * least + 16
+@pytest.mark.parametrize(("counts", "splits"), UNEQUAL.values(), ids=UNEQUAL)
+def test_splits_are_at_most_an_eighth_longer_than_necessary(counts, splits, device) -> None:
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    _store_split_length[(1,)](torch.tensor(counts, dtype=torch.int32, device=device), splits, out, len(counts))
+    length = int(out)
+    shortest = next(n for n in range(1, max(counts) + 1) if sum(-(-count // n) for count in counts) <= splits)
+    assert length % 16 == 0 and sum(-(-count // length) for count in counts) <= splits
+    assert length <= 1.12 * shortest + 16
 
 
 def test_large_scores_do_not_overflow(device, dtype, agree) -> None:

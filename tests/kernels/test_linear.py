@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsecache.kernels import linear as projections
-from sparsecache.kernels.linear import MOST_ROWS, add_linear, linear, rotated, swiglu
+from sparsecache.kernels.linear import MOST_ROWS, add_linear, linear, linear_rope, swiglu
 from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, split_and_rotate
 from sparsecache.kernels.swiglu import swiglu as gated
@@ -71,8 +71,8 @@ def test_rotated(rows, size, width, heads, kv_heads, head_dim, draw, agree) -> N
     rotation = Rotation(angles.cos(), angles.sin())
     x, count = draw(rows, size), heads + 2 * kv_heads
     weight, bias = draw(count * head_dim, size) / size**0.5, draw(count * head_dim)
-    agree(rotated, x, weight, bias, rotation, count - kv_heads)
-    agree(rotated, x, weight[: -kv_heads * head_dim], None, rotation, count)
+    agree(linear_rope, x, weight, bias, rotation, count - kv_heads)
+    agree(linear_rope, x, weight[: -kv_heads * head_dim], None, rotation, count)
     projected = draw(rows, count, head_dim)
     for room in (rows, rows + 37):
         agree(split_and_rotate, projected, rotation, kv_heads, room)
@@ -98,15 +98,15 @@ def test_products_on_a_cpu(rows, shape) -> None:
             assert linear(x, some[:few]).is_contiguous()
 
 
-@pytest.mark.parametrize(("multiprocessors", "roomy"), [(0, True), (0, False), (1000, True)])
-def test_programs_of_every_size(multiprocessors, roomy, draw, agree, monkeypatch) -> None:
+@pytest.mark.parametrize(("num_sms", "roomy"), [(0, True), (0, False), (1000, True)])
+def test_programs_of_every_size(num_sms, roomy, draw, agree, monkeypatch) -> None:
     """As a GPU takes them: for many pairs of rows, with little shared memory, for few pairs."""
-    monkeypatch.setattr(projections, "multiprocessors", lambda _: multiprocessors)
-    monkeypatch.setattr(projections, "is_roomy", lambda _: roomy)
+    monkeypatch.setattr(projections, "num_sms", lambda _: num_sms)
+    monkeypatch.setattr(projections, "has_large_shared_memory", lambda _: roomy)
     x, rotation = draw(5, 300), Rotation(*draw(2, 5, 32).repeat(1, 1, 2))
     agree(linear, x, draw(70, 300) / 300**0.5, residual=draw(5, 70))
     agree(swiglu, x, draw(2 * 70, 300) / 300**0.5)
-    agree(rotated, x, draw(3 * 64, 300) / 300**0.5, None, rotation, 2)
+    agree(linear_rope, x, draw(3 * 64, 300) / 300**0.5, None, rotation, 2)
 
 
 def test_each_row_of_the_output_is_written(draw, agree, monkeypatch) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsecache.kernels.rows import of_slots, take_rows
+from sparsecache.kernels.rows import index_slots, take_rows
 
 
 @pytest.mark.parametrize("slots", [[0], [2, 0], [1], [0, 1, 2]], ids=str)
@@ -17,9 +17,9 @@ def test_rows_are_those_of_each_slots_kv_heads(slots: list[int], beyond: tuple[i
     index = torch.tensor(slots)[:, None, None], torch.arange(3)[:, None], rows
     for part in (store, store[:, :, :, 1], store[:, :, :4]):
         assert torch.equal(take_rows(part, torch.tensor(slots), rows), part[index])
-        assert torch.equal(of_slots(part, torch.tensor(slots)), part[slots])
+        assert torch.equal(index_slots(part, torch.tensor(slots)), part[slots])
 
 
 def test_the_only_slot_is_not_copied() -> None:
     store = torch.randn(1, 3, 7)
-    assert of_slots(store, torch.tensor([0])).data_ptr() == store.data_ptr()
+    assert index_slots(store, torch.tensor([0])).data_ptr() == store.data_ptr()

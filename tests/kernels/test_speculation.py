@@ -1,4 +1,4 @@
-"""Speculation and selection by counting bits against sorting: odd lengths, ties at the cut, every rule."""
+"""Speculated scores and the selection by threshold against sorting: odd lengths, ties at the threshold, all options."""
 
 import itertools
 import math
@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 
-from sparsecache.kernels import decode, speculation
-from sparsecache.kernels._triton import running
-from sparsecache.kernels.cut import Rule, Scores, take_nearest
-from sparsecache.kernels.speculation import remember, speculate
+from sparsecache.kernels import speculation
+from sparsecache.kernels._triton import force_backend
+from sparsecache.kernels.speculation import append_speculated, speculated_scores
+from sparsecache.kernels.threshold import Scores, SelectionParams, threshold_select
 
-CASES = {  # slots, KV heads, group, head size, columns, room, tokens in the slots of the batch
+CASES = {  # slots, KV heads, group, head size, partial channels, capacity, tokens in the slots of the batch
     "empty": (2, 1, 2, 16, 8, 70, [0, 0]),
     "full": (1, 2, 2, 16, 16, 130, [130]),
     "around a block": (5, 1, 3, 40, 20, 300, [129, 299, 64, 127, 128]),
-    "very unlike": (4, 3, 1, 32, 16, 1300, [1, 1200]),
+    "very unequal": (4, 3, 1, 32, 16, 1300, [1, 1200]),
     "wide group": (2, 1, 8, 64, 32, 700, [690, 257]),
 }
 if torch.cuda.is_available():  # the interpreter would take minutes for each
@@ -25,20 +25,21 @@ if torch.cuda.is_available():  # the interpreter would take minutes for each
         "a full batch": (16, 4, 2, 128, 32, 5000, [*range(1, 4900, 333), 4999]),
         "long, wide group": (2, 2, 8, 64, 32, 70_001, [70_000, 65_537]),
     }
-RULES = {  # alpha, budget, mean, sinks, recent
+OPTIONS = {  # alpha, budget, mean, sinks, recent
     "plain": (2.0, 0.2, True, 0, 0),
     "nothing is near": (0.0, 5, False, 0, 0),
     "everything": (math.inf, 1.0, True, 0, 0),
-    "each its own": (1.0, 0.5, False, 2, 3),
+    "per KV head": (1.0, 0.5, False, 2, 3),
     "a count": (5.0, 30, True, 1, 0),
     "a count beyond int32": (math.inf, 2**32 + 5, True, 0, 0),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+Tokens = list[list[list[int]]]  # by row and KV head
 
 
 def _inputs(case, device, dtype, ties: bool):
-    slots, kv_heads, group, head_dim, columns, room, lengths = case
+    slots, kv_heads, group, head_dim, channels, capacity, lengths = case
     generator = torch.Generator().manual_seed(5)
 
     def draw(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
@@ -47,103 +48,106 @@ def _inputs(case, device, dtype, ties: bool):
         return torch.randn(*shape, generator=generator).to(device, kind)
 
     q = draw(len(lengths), group * kv_heads, 1, head_dim)
-    mixing = draw(slots, kv_heads, head_dim, columns, kind=torch.float32)
-    keys = draw(slots, kv_heads, room, columns)
+    projection = draw(slots, kv_heads, head_dim, channels, kind=torch.float32)
+    keys = draw(slots, kv_heads, capacity, channels)
     order = torch.randperm(slots, generator=generator)[: len(lengths)].to(device)
-    past = torch.zeros(slots, dtype=torch.int64, device=device)
-    past[order] = torch.tensor(lengths, device=device)
-    return q, mixing, keys, past, order
+    seq_lens = torch.zeros(slots, dtype=torch.int64, device=device)
+    seq_lens[order] = torch.tensor(lengths, device=device)
+    return q, projection, keys, seq_lens, order
 
 
-def _rule(rule, room: int, device: torch.device) -> tuple[Rule, int]:
-    alpha, budget, mean, sinks, recent = rule
-    caps = [max(1, math.floor(budget * n + 1e-6)) if budget <= 1 else budget for n in range(room + 1)]
-    return Rule(alpha, torch.tensor(caps, device=device), mean, sinks, recent), min(room, max(caps))
+def _params(options, capacity: int, device: torch.device) -> tuple[SelectionParams, int]:
+    alpha, budget, mean, sinks, recent = options
+    budgets = [max(1, math.floor(budget * n + 1e-6)) if budget <= 1 else budget for n in range(capacity + 1)]
+    params = SelectionParams(alpha, torch.tensor(budgets, device=device), mean, sinks, recent)
+    return params, min(capacity, max(budgets))
 
 
-def _cut(scores, past, slots, rule, width: int) -> list[list[list[int]]]:
-    """By kernels where the scores have extremes, else by the plain twin."""
-    positions, counts = take_nearest(scores, past, slots, rule, width)
+def _selected(scores, seq_lens, slots, params, width: int) -> Tokens:
+    """Select by kernels if the scores have extremes, else by the reference."""
+    positions, counts = threshold_select(scores, seq_lens, slots, params, width)
+    assert positions.shape[2] <= width and positions.dtype == counts.dtype == torch.int64
     rows = zip(positions.tolist(), counts.tolist(), strict=True)
-    return [[_in_order(head[:n]) for head, n in zip(*row, strict=True)] for row in rows]
+    return [[_sorted(head[:n]) for head, n in zip(*row, strict=True)] for row in rows]
 
 
-def _in_order(positions: list[int]) -> list[int]:
-    """Checks that they ascend but once, where those nearest to the cut begin."""
+def _sorted(positions: list[int]) -> list[int]:
+    """Check that the positions are at most two ascending runs."""
     assert sum(a >= b for a, b in itertools.pairwise(positions)) <= 1
     return sorted(positions)
 
 
-def _of_same_scores(inputs, rule, width: int) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
-    """What the kernels, and the plain twin, take by the scores that the kernel makes."""
-    q, columns, keys, past, slots = inputs
-    with running("kernels"):
-        scores = speculate(q, columns, keys, past, slots)
-    return tuple(_cut(each, past, slots, rule, width) for each in (scores, scores._replace(extremes=None)))
+def _from_same_scores(inputs, params, width: int) -> tuple[Tokens, Tokens]:
+    """What the kernels, and the reference, select by the scores that the kernel makes."""
+    seq_lens, slots = inputs[3:]
+    with force_backend("kernels"):
+        scores = speculated_scores(*inputs)
+    both = (scores, scores._replace(extremes=None))
+    return tuple(_selected(each, seq_lens, slots, params, width) for each in both)
 
 
-def _of_own_scores(inputs, rule, width: int) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
+def _from_own_scores(inputs, params, width: int) -> tuple[Tokens, Tokens]:
+    """What the kernels, and the reference, select by their own scores."""
     found = []
-    for which in ("kernels", "twins"):
-        with running(which):
-            scores = speculate(*inputs)
-        found.append(_cut(scores, *inputs[3:], rule, width))
+    for backend in ("kernels", "reference"):
+        with force_backend(backend):
+            scores = speculated_scores(*inputs)
+        found.append(_selected(scores, *inputs[3:], params, width))
     return tuple(found)
 
 
 @cases
-@rules
-def test_ties_at_the_cut_go_to_the_lowest_positions(case, rule, device, dtype) -> None:
+@all_options
+def test_ties_at_the_threshold_go_to_the_lowest_positions(case, options, device, dtype) -> None:
     inputs = _inputs(case, device, dtype, ties=True)
-    rule, width = _rule(rule, case[5], device)
-    kernel, twin = _of_same_scores(inputs, rule, width)
-    assert kernel == twin
+    kernel, reference = _from_same_scores(inputs, *_params(options, case[5], device))
+    assert kernel == reference
 
 
 @cases
 def test_scores(case, device, dtype) -> None:
-    """Of keys in half precision rounded once, to float16; each head's extremes are among them."""
+    """Scores of half-precision keys are rounded once, to float16. The extremes are those of each head's scores."""
     inputs = _inputs(case, device, dtype, ties=False)
-    past, slots = inputs[3:]
-    with running("kernels"):
-        scores, extremes = speculate(*inputs)
-    with running("twins"):
-        exact, _ = speculate(*inputs)
+    seq_lens, slots = inputs[3:]
+    with force_backend("kernels"):
+        scores, extremes = speculated_scores(*inputs)
+    with force_backend("reference"):
+        exact, _ = speculated_scores(*inputs)
     assert scores.dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
+    assert exact.shape[3] == max(case[6])
     exact = exact.float()
-    for row, held in enumerate(past[slots].tolist()):
-        ours, theirs = scores[row, :, :, :held].float(), exact[row, :, :, :held]
-        size = theirs.abs().amax() if held else 0.0
+    for row, length in enumerate(seq_lens[slots].tolist()):
+        ours, theirs = scores[row, :, :, :length].float(), exact[row, :, :, :length]
+        size = theirs.abs().amax() if length else 0.0
         torch.testing.assert_close(ours, theirs, rtol=2**-11 if scores.dtype == torch.float16 else 0, atol=1e-5 * size)
-        if held:
+        if length:
             assert torch.equal(extremes[0, row].amax(-1), ours.flatten(0, 1).amax(-1))
             assert torch.equal(extremes[1, row].amin(-1), ours.flatten(0, 1).amin(-1))
 
 
-def test_scores_beyond_half_precision_stay_numbers(device) -> None:
-    q, columns, keys, past, slots = _inputs(CASES["around a block"], device, torch.float16, ties=True)
-    rule, width = _rule(RULES["plain"], 300, device)
-    inputs = (q * 3e3, columns, keys * 8, past, slots)
-    with running("kernels"):
-        scores, _ = speculate(*inputs)
-    assert scores[0, ..., : past[slots[0]]].abs().max() == torch.finfo(torch.float16).max
-    kernel, twin = _of_same_scores(inputs, rule, width)
-    assert kernel == twin
+def test_scores_beyond_half_precision_stay_finite(device) -> None:
+    q, projection, keys, seq_lens, slots = _inputs(CASES["around a block"], device, torch.float16, ties=True)
+    inputs = (q * 3e3, projection, keys * 8, seq_lens, slots)
+    with force_backend("kernels"):
+        scores, _ = speculated_scores(*inputs)
+    assert scores[0, ..., : seq_lens[slots[0]]].abs().max() == torch.finfo(torch.float16).max
+    kernel, reference = _from_same_scores(inputs, *_params(OPTIONS["plain"], 300, device))
+    assert kernel == reference
     assert all(head for row in kernel for head in row)
 
 
-def test_a_zero_is_as_near_as_one_below_zero(device) -> None:
+def test_negative_zero_ties_with_zero(device) -> None:
     """Scores that are too small for float16 are rounded to either."""
     zeros = torch.zeros(1, 1, 1, 512, dtype=torch.float16, device=device)
     signed = torch.where(torch.arange(512, device=device) % 3 == 0, zeros, -zeros)
-    past, slots = torch.tensor([500], device=device), torch.tensor([0], device=device)
-    rule, width = _rule(RULES["a count"], 512, device)
-    found = _cut(Scores(signed, torch.zeros(2, 1, 1, 1, device=device)), past, slots, rule, width)
-    assert found == _cut(Scores(signed, None), past, slots, rule, width) == [[list(range(width))]]
+    seq_lens, slots = torch.tensor([500], device=device), torch.tensor([0], device=device)
+    params, width = _params(OPTIONS["a count"], 512, device)
+    found = _selected(Scores(signed, torch.zeros(2, 1, 1, 1, device=device)), seq_lens, slots, params, width)
+    assert found == _selected(Scores(signed, None), seq_lens, slots, params, width) == [[list(range(width))]]
 
 
-def test_memory_that_nothing_wrote_is_not_believed(device, monkeypatch) -> None:
-    """Behind the last token, rows of scores are filled with what would win."""
+def test_uninitialized_memory_is_not_read(device, monkeypatch) -> None:
+    """Scores beyond the last token are filled with values that would be selected."""
     empty = torch.empty
 
     def poisoned(*size, **options):
@@ -151,68 +155,68 @@ def test_memory_that_nothing_wrote_is_not_believed(device, monkeypatch) -> None:
         return made.fill_(torch.inf if made.is_floating_point() else 1_000_000)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    for case in (CASES["around a block"], CASES["very unlike"]):
+    for case in (CASES["around a block"], CASES["very unequal"]):
         inputs = _inputs(case, device, torch.float32, ties=True)
-        rule, width = _rule(RULES["plain"], case[5], device)
-        kernel, twin = _of_same_scores(inputs, rule, width)
-        assert kernel == twin
+        kernel, reference = _from_same_scores(inputs, *_params(OPTIONS["plain"], case[5], device))
+        assert kernel == reference
 
 
 @cases
-@rules
-def test_random_scores(case, rule, device) -> None:
+@all_options
+def test_random_scores(case, options, device) -> None:
     inputs = _inputs(case, device, torch.float32, ties=False)
-    rule, width = _rule(rule, case[5], device)
-    kernel, twin = _of_own_scores(inputs, rule, width)
-    assert kernel == twin
+    kernel, reference = _from_own_scores(inputs, *_params(options, case[5], device))
+    assert kernel == reference
 
 
-def test_half_precision_keys_cost_no_choice_of_the_query(device) -> None:
-    """The query is not rounded to the keys' dtype: nearly all choices are those of float32 products."""
+@cases
+@all_options
+def test_the_reference_equals_a_loop(case, options, device) -> None:
+    """Against a sort in plain Python, per KV head, of exact products."""
+    inputs = _inputs(case, device, torch.float32, ties=True)
+    params, width = _params(options, case[5], device)
+    with force_backend("reference"):
+        scores = speculated_scores(*inputs)
+    found = _selected(scores, *inputs[3:], params, width)
+    q, projection, keys, seq_lens, slots = (x.double().cpu() if x.is_floating_point() else x.cpu() for x in inputs)
+    for row, slot in enumerate(slots.tolist()):
+        past, margins = int(seq_lens[slot]), []
+        for kv in range(keys.shape[1]):
+            group = q[row].view(keys.shape[1], -1, q.shape[3])[kv] @ projection[slot, kv]  # [H / G, I]
+            head_scores = (group @ keys[slot, kv, :past].T).float() / math.sqrt(q.shape[3])
+            margin = (head_scores - head_scores.amax(1, keepdim=True)).amax(0).tolist() if past else []
+            forced = [t < params.sinks or t >= past - params.recent for t in range(past)]
+            margins.append([math.inf if f else m for f, m in zip(forced, margin, strict=True)])
+        near = [sum(m > -params.alpha for m in margin) for margin in margins]
+        if params.mean:
+            near = [math.ceil(sum(near) / len(near))] * len(near)
+        for kv, margin in enumerate(margins):
+            count = min(near[kv], int(params.budgets[past]))
+            expected = sorted(range(past), key=lambda t: (-margin[t], t))[:count]
+            assert found[row][kv] == sorted(expected)
+
+
+def test_half_precision_keys_do_not_round_the_query(device) -> None:
+    """Nearly all tokens are those that float32 products select."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-    inputs = _inputs(CASES["very unlike"], device, dtype, ties=False)
-    rule, width = _rule(RULES["plain"], 1300, device)
-    kernel, twin = _of_own_scores(inputs, rule, width)
-    pairs = [(set(a), set(b)) for row in zip(kernel, twin, strict=True) for a, b in zip(*row, strict=True)]
+    inputs = _inputs(CASES["very unequal"], device, dtype, ties=False)
+    kernel, reference = _from_own_scores(inputs, *_params(OPTIONS["plain"], 1300, device))
+    pairs = [(set(a), set(b)) for row in zip(kernel, reference, strict=True) for a, b in zip(*row, strict=True)]
     assert sum(len(a ^ b) for a, b in pairs) <= 0.01 * sum(len(b) for _, b in pairs)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 9])
 def test_any_number_of_splits(splits, device, monkeypatch) -> None:
     monkeypatch.setattr(speculation, "_split_count", lambda *_: splits)
-    inputs = _inputs(CASES["very unlike"], device, torch.float32, ties=True)
-    rule, width = _rule(RULES["a count"], 1300, device)
-    kernel, twin = _of_same_scores(inputs, rule, width)
-    assert kernel == twin
+    inputs = _inputs(CASES["very unequal"], device, torch.float32, ties=True)
+    kernel, reference = _from_same_scores(inputs, *_params(OPTIONS["a count"], 1300, device))
+    assert kernel == reference
 
 
 @cases
-def test_remember(case, device, dtype, agree) -> None:
-    _, mixing, partial, past, order = _inputs(case, device, dtype, ties=False)
-    slots, kv_heads, _, head_dim, _, room, _ = case
-    store = torch.randn(slots, kv_heads, room, 2, head_dim).to(device, dtype)
+def test_append_speculated(case, device, dtype, agree) -> None:
+    _, projection, keys, seq_lens, order = _inputs(case, device, dtype, ties=False)
+    slots, kv_heads, _, head_dim, _, capacity, _ = case
+    store = torch.randn(slots, kv_heads, capacity, 2, head_dim).to(device, dtype)
     k, v = torch.randn(2, len(order), kv_heads, 1, head_dim).to(device, dtype)
-    agree(remember, k, v, mixing, partial, store, past, order)
-
-
-def test_what_is_written_down_of_a_step(device) -> None:
-    counts = torch.tensor([[3, 5], [0, 1]], device=device)
-    slots, found = torch.tensor([2, 0], device=device), []
-    for which in ("kernels", "twins"):
-        zeros = torch.zeros(3, dtype=torch.int64, device=device)
-        ledger = decode.Ledger(
-            past=torch.tensor([0, 7, 10], device=device),
-            kept=torch.zeros(3, 2, dtype=torch.float64, device=device),
-            fetched=torch.zeros(3, 2, dtype=torch.int64, device=device),
-            steps=zeros.clone(),
-            capped=zeros.clone(),
-            caps=torch.tensor([max(1, n // 2) for n in range(13)], device=device),
-        )
-        with running(which):
-            for _ in range(4):
-                ledger.note(slots, counts)
-        found.append(ledger)
-    for kernel, twin in zip(*found, strict=True):
-        torch.testing.assert_close(kernel, twin, rtol=1e-15, atol=0)
-    assert found[1].past.tolist() == [4, 7, 12] and found[1].steps.tolist() == [4, 0, 4]
-    assert found[1].capped.tolist() == [2, 0, 4] and found[1].fetched[2].tolist() == [12, 20]
+    agree(append_speculated, k, v, projection, keys, store, seq_lens, order)

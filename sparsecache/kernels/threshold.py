@@ -1,0 +1,305 @@
+"""Select the past tokens whose scores are near a head's best score, on the device alone.
+
+The kernels do not sort and the host reads nothing. The distance to the best score is divided into 256 bins. The first
+kernel counts tokens per bin; from the counts follows the bin that holds the threshold. The second kernel writes tokens
+in higher bins directly, in ascending order. It sets tokens in the threshold bin aside, a few percent of all. A radix
+select over those, 8 bits at a time, finds the exact threshold; the tokens at or above it are appended.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, tl, triton
+from sparsecache.kernels.selection import count_within, force_include, score_margin, topk_indices
+
+_MIN_BLOCK, _MAX_BLOCK = 512, 2048  # tokens per iteration: a histogram costs nearly the same for few as for many
+
+
+class SelectionParams(NamedTuple):
+    """How to select tokens by score.
+
+    alpha: tokens less than alpha below a head's best score count as near.
+    budgets: [T + 1] int64, the most tokens to select of n past tokens, by n.
+    mean: whether all KV heads select equally many, the mean of their counts, rounded up.
+    sinks, recent: the first and the last past tokens come before all others, within the budget.
+    """
+
+    alpha: float
+    budgets: Tensor
+    mean: bool
+    sinks: int = 0
+    recent: int = 0
+
+
+class Scores(NamedTuple):
+    """Scores by token, as made by `speculated_scores`.
+
+    values: [B, G, H / G, T], float32, or float16 from the kernel if the keys are in half precision. Undefined beyond a
+    slot's past tokens. From the kernel T is the capacity rounded up to 16; else it may be shorter than the capacity, as
+    long as the longest of the B sequences.
+    extremes: [2, B, H, splits] float32 from the kernel, the highest and lowest score per head and split; else None.
+    """
+
+    values: Tensor
+    extremes: Tensor | None
+
+
+class Selection(NamedTuple):
+    """Selected tokens.
+
+    positions: [B, G, N] int64, the first counts [B, G] (int64) of a KV head valid and distinct. They ascend; from the
+    kernels they are two ascending runs, tokens above the threshold bin, then tokens in it. They depend on the scores
+    alone, not on how these were split.
+    """
+
+    positions: Tensor
+    counts: Tensor
+
+
+def threshold_select(scores: Scores, seq_lens: Tensor, slots: Tensor, params: SelectionParams, width: int) -> Selection:
+    """Select tokens per slot and KV head, the nearest to their head's best score first, the lower position on ties.
+
+    seq_lens: [slots] int64, past tokens, at most the capacity; slots: [B] int64. width: positions to allocate, at
+    least the largest budget or the capacity. The reference returns positions only as wide as the largest count.
+    """
+    values, extremes = scores
+    if extremes is not None:
+        return _launch(values, extremes, seq_lens, slots, params, width)
+    past = seq_lens[slots]
+    longest = min(int(past.max()), values.shape[3])
+    values, position = values[..., :longest].float(), torch.arange(longest, device=values.device)
+    if len(slots) > 1:
+        values = values.masked_fill(position >= past[:, None, None, None], -torch.inf)
+    margin = score_margin(values.flatten(1, 2), values.shape[1])
+    margin = force_include(margin, position, past, params.sinks, params.recent)
+    count = count_within(margin, params.alpha, params.budgets[past], "mean" if params.mean else "per_head")
+    positions = topk_indices(margin, count)
+    return Selection(positions.clamp(min=0), (positions >= 0).sum(2))
+
+
+def _launch(
+    scores: Tensor, extremes: Tensor, seq_lens: Tensor, slots: Tensor, params: SelectionParams, width: int
+) -> Selection:
+    batch, kv_heads, group, stride = scores.shape
+    splits, device = extremes.shape[3], scores.device
+    grid = (batch * kv_heads, splits)
+
+    def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty((batch, kv_heads, *size), device=device, dtype=dtype)
+
+    near_counts, histograms = empty(splits), empty(splits, 256)  # of a split: tokens within alpha, tokens per bin
+    undecided, finished = empty(2, stride), empty()
+    selection = Selection(empty(width, dtype=torch.int64), empty(dtype=torch.int64))
+    block = min(_MAX_BLOCK, next_power_of_2(-(-stride // splits), _MIN_BLOCK))
+    sizes = {
+        "KV_HEADS": kv_heads, "GROUP": group, "BLOCK_Q": next_power_of_2(group),
+        "SPLITS": splits, "BLOCK_S": next_power_of_2(splits), "BLOCK_T": block,
+        # Eight warps count faster. With several sequences, four are scheduled sooner beside the projections.
+        "num_warps": 8 if batch == 1 and block > _MIN_BLOCK else 4, **pdl_options(),
+    }  # fmt: skip
+    inputs = (scores, extremes, seq_lens, slots, stride, params.sinks, params.recent)
+    alpha = min(params.alpha, 3e38)  # below inf, which is the margin of tokens that are always selected
+    _count_tokens_kernel[grid](*inputs, alpha, near_counts, histograms, finished, **sizes)
+    _select_tokens_kernel[grid](
+        *inputs, params.budgets, near_counts, histograms, undecided, finished, *selection, width,
+        MEAN=params.mean, BLOCK_HS=next_power_of_2(kv_heads * splits), **sizes,
+    )  # fmt: skip
+    return selection
+
+
+@triton.jit
+def split_range(count, split, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the first token of a split of `count` tokens, and the one after its last. A split may be empty."""
+    length = tl.cdiv(tl.cdiv(count, SPLITS), BLOCK_T) * BLOCK_T
+    return split * length, tl.minimum(split * length + length, count)
+
+
+@triton.jit
+def _bin(margin, lowest):  # type: ignore[no-untyped-def]
+    """Return which of 256 equal bins from `lowest` to 0 a margin lies in. It never falls as the margin rises."""
+    scale = 255.0 / tl.maximum(-lowest, 1e-30)
+    index = tl.maximum(tl.minimum((margin - lowest) * scale, 255.0), 0.0).to(tl.int32)
+    return tl.maximum(tl.minimum(index, 255), 0)  # a NaN score gives any integer
+
+
+@triton.jit
+def _sortable(margin):  # type: ignore[no-untyped-def]
+    """Map float32 to int32 in the same order. -0.0 counts as 0.0, because rounding a score may give either."""
+    bits = (margin + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _find_bin(histogram, wanted):  # type: ignore[no-untyped-def]
+    """Return the bin of the wanted-th highest value, and how many values lie in higher bins."""
+    bins = tl.arange(0, 256)
+    above = tl.sum(histogram) - tl.cumsum(histogram, axis=0)  # per bin, the values in higher bins
+    found = tl.min(tl.where(above < wanted, bins, 255))
+    return found, tl.sum(tl.where(bins > found, histogram, 0))
+
+
+@triton.jit
+def _best_and_lowest(  # type: ignore[no-untyped-def]
+    extremes, kv, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """Return the best score of each query head of a KV head [BLOCK_Q], and a lower bound of its tokens' margins."""
+    query, split = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_S)
+    mask = (query < GROUP)[:, None] & (split < SPLITS)[None, :]
+    source = extremes + (kv * GROUP + query)[:, None] * SPLITS + split[None, :]
+    best = tl.max(tl.load(source, mask=mask, other=float("-inf")), axis=1)
+    worst = tl.min(tl.load(source + tl.num_programs(0) * GROUP * SPLITS, mask=mask, other=float("inf")), axis=1)
+    best = tl.where(query < GROUP, best, 0.0)
+    return best, tl.max(tl.where(query < GROUP, worst - best, float("-inf")))  # a token's margin is its largest
+
+
+@triton.jit
+def _margins(  # type: ignore[no-untyped-def]
+    scores, best, kv, token, end, count, sinks, recent, stride, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr
+):
+    """Return each token's largest score minus best over the query heads; inf for tokens always selected."""
+    query = tl.arange(0, BLOCK_Q)
+    head = (kv * GROUP + query).to(tl.int64)
+    valid = (query < GROUP)[:, None] & (token < end)[None, :]
+    inside = (query < GROUP)[:, None] & (token < stride)[None, :]  # a mask in multiples of 16 keeps the loads wide
+    score = tl.load(scores + head[:, None] * stride + token[None, :], mask=inside, other=0.0).to(tl.float32)
+    margin = tl.max(tl.where(valid, score - best[:, None], float("-inf")), axis=0)
+    return tl.where((token < sinks) | (token >= count - recent), float("inf"), margin)
+
+
+@triton.jit
+def _count_tokens_kernel(  # type: ignore[no-untyped-def]
+    scores, extremes, seq_lens, slots, stride, sinks, recent, alpha, near_counts, histograms, finished,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Count the tokens of a split that are within alpha of the best, and all its tokens per bin."""
+    pdl_wait(USE_PDL)
+    kv, split = tl.program_id(0), tl.program_id(1)
+    count = tl.load(seq_lens + tl.load(slots + kv // KV_HEADS)).to(tl.int32)
+    best, lowest = _best_and_lowest(extremes, kv, GROUP, BLOCK_Q, SPLITS, BLOCK_S)
+    if split == 0:  # reset the counter of the next kernel
+        tl.store(finished + kv, 0)
+    near = tl.zeros((BLOCK_T,), dtype=tl.int32)
+    histogram = tl.zeros((256,), dtype=tl.int32)
+    start, end = split_range(count, split, BLOCK_T, SPLITS)
+    for first in tl.range(start, end, BLOCK_T):
+        token = first + tl.arange(0, BLOCK_T)
+        margin = _margins(scores, best, kv, token, end, count, sinks, recent, stride, GROUP, BLOCK_Q)
+        near += ((margin > -alpha) & (token < end)).to(tl.int32)
+        histogram += tl.histogram(_bin(margin, lowest), 256, mask=token < end)
+    tl.store(near_counts + kv * SPLITS + split, tl.sum(near))
+    tl.store(histograms + (kv * SPLITS + split) * 256 + tl.arange(0, 256), histogram)
+
+
+@triton.jit
+def _select_tokens_kernel(  # type: ignore[no-untyped-def]
+    scores, extremes, seq_lens, slots, stride, sinks, recent, budgets, near_counts, histograms, undecided, finished,
+    positions, counts, width, MEAN: tl.constexpr, BLOCK_HS: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Write the tokens of a split that are above the threshold bin, and set those in it aside.
+
+    The last program of a KV head to finish selects among all tokens set aside, and appends those selected.
+    """
+    pdl_wait(USE_PDL)
+    kv, split = tl.program_id(0), tl.program_id(1)
+    row, head = kv // KV_HEADS, kv % KV_HEADS
+    count = tl.load(seq_lens + tl.load(slots + row)).to(tl.int32)
+    entry = tl.arange(0, BLOCK_HS)
+    near = tl.load(near_counts + row * KV_HEADS * SPLITS + entry, mask=entry < KV_HEADS * SPLITS, other=0)
+    if MEAN:
+        wanted = (tl.sum(near) + KV_HEADS - 1) // KV_HEADS
+    else:
+        wanted = tl.sum(tl.where(entry // SPLITS == head, near, 0))
+    wanted = tl.minimum(wanted.to(tl.int64), tl.load(budgets + count)).to(tl.int32)  # a budget may exceed int32
+    if split == 0:
+        tl.store(counts + kv, wanted)
+
+    other_split, bins = tl.arange(0, BLOCK_S), tl.arange(0, 256)
+    split_histograms = tl.load(
+        histograms + (kv * SPLITS + other_split[:, None]) * 256 + bins[None, :],
+        mask=(other_split < SPLITS)[:, None], other=0,
+    )  # fmt: skip
+    histogram = tl.sum(split_histograms, axis=0)
+    threshold_bin, above = _find_bin(histogram, wanted)
+    earlier = tl.where((other_split < split)[:, None], split_histograms, 0)
+    written = tl.sum(tl.where(bins[None, :] > threshold_bin, earlier, 0))  # by the splits before this one
+    set_aside = tl.sum(tl.where(bins[None, :] == threshold_bin, earlier, 0))
+
+    best, lowest = _best_and_lowest(extremes, kv, GROUP, BLOCK_Q, SPLITS, BLOCK_S)
+    target, values = positions + kv.to(tl.int64) * width, undecided + kv.to(tl.int64) * 2 * stride
+    start, end = split_range(count, split, BLOCK_T, SPLITS)
+    if wanted == 0:  # nothing is selected, so skip the loop
+        end = start
+    for first in tl.range(start, end, BLOCK_T):
+        token = first + tl.arange(0, BLOCK_T)
+        margin = _margins(scores, best, kv, token, end, count, sinks, recent, stride, GROUP, BLOCK_Q)
+        index = _bin(margin, lowest)
+        is_above, is_undecided = (index > threshold_bin) & (token < end), (index == threshold_bin) & (token < end)
+        packed = is_above.to(tl.int32) + (is_undecided.to(tl.int32) << 16)  # one scan for two counts: BLOCK_T < 2^15
+        scanned = tl.cumsum(packed, axis=0)
+        tl.store(target + written + (scanned & 0xFFFF) - 1, token.to(tl.int64), mask=is_above)
+        value_ptr = values + set_aside + (scanned >> 16) - 1
+        tl.store(value_ptr, _sortable(margin), mask=is_undecided)
+        tl.store(value_ptr + stride, token, mask=is_undecided)
+        total = tl.sum(packed)
+        written += total & 0xFFFF
+        set_aside += total >> 16
+
+    tl.debug_barrier()  # all threads must have written before the program counts as finished
+    if tl.atomic_add(finished + kv, 1, sem="acq_rel") == SPLITS - 1:
+        if wanted > 0:
+            number = tl.sum(tl.where(bins == threshold_bin, histogram, 0))
+            threshold, ties = _radix_select(values, number, wanted - above, BLOCK_T)
+            _write_undecided(values, values + stride, number, threshold, ties, target + above, BLOCK_T)
+
+
+@triton.jit
+def _radix_select(values, number, wanted, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the wanted-th highest of `number` values, and how many of the values equal to it are selected."""
+    offset = tl.arange(0, BLOCK_T)
+    largest = tl.full((BLOCK_T,), 0x7FFFFFFF, dtype=tl.int32)
+    low, high = largest, -largest
+    for first in tl.range(0, number, BLOCK_T):
+        mask = first + offset < number
+        value = tl.load(values + first + offset, mask=mask, other=0, cache_modifier=".cg")
+        low = tl.minimum(low, tl.where(mask, value, largest))
+        high = tl.maximum(high, tl.where(mask, value, -largest))
+    base = tl.min(low)
+    span = (tl.max(high) - base).to(tl.uint32, bitcast=True)  # may exceed int32
+    shift = 8 * ((span > 0xFF).to(tl.int32) + (span > 0xFFFF).to(tl.int32) + (span > 0xFFFFFF).to(tl.int32))
+    prefix = span * 0
+    while shift >= 0:
+        histogram = tl.zeros((256,), dtype=tl.int32)
+        for first in tl.range(0, number, BLOCK_T):
+            mask = first + offset < number
+            value = tl.load(values + first + offset, mask=mask, other=0, cache_modifier=".cg") - base
+            leading = value.to(tl.uint32, bitcast=True) >> shift
+            histogram += tl.histogram((leading & 255).to(tl.int32), 256, mask=mask & (leading >> 8 == prefix))
+        digit, above = _find_bin(histogram, wanted)
+        prefix = (prefix << 8) | digit.to(tl.uint32)
+        wanted -= above
+        shift -= 8
+    return base + prefix.to(tl.int32, bitcast=True), wanted
+
+
+@triton.jit
+def _write_undecided(values, tokens, number, threshold, ties, target, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the tokens whose values are above the threshold, and the first `ties` of those that equal it."""
+    written, tied = 0, 0
+    for first in tl.range(0, number, BLOCK_T):
+        offset = first + tl.arange(0, BLOCK_T)
+        value = tl.load(values + offset, mask=offset < number, other=0, cache_modifier=".cg")
+        token = tl.load(tokens + offset, mask=offset < number, other=0, cache_modifier=".cg")
+        is_above, is_equal = (offset < number) & (value > threshold), (offset < number) & (value == threshold)
+        packed = is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16)
+        scanned = tl.cumsum(packed, axis=0)
+        rank = tied + (scanned >> 16)  # among the values equal to the threshold, from 1
+        place = written + (scanned & 0xFFFF) + tl.minimum(rank, ties) - 1
+        tl.store(target + place, token.to(tl.int64), mask=is_above | (is_equal & (rank <= ties)))
+        total = tl.sum(packed)
+        written += total & 0xFFFF
+        tied += total >> 16
