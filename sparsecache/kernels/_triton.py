@@ -1,4 +1,4 @@
-"""Triton where it can run, else stand-ins for its names, so that files with kernels import everywhere.
+"""Import Triton where it can run, else define stand-ins, so that kernel files always import.
 
 Triton is imported only if a CUDA device is present, or under TRITON_INTERPRET=1, where its interpreter runs kernels on
 the CPU. The interpreter is slow; the tests use it.
@@ -34,7 +34,7 @@ def use_kernel(x: Tensor) -> bool:
 
 
 def uses_kernels(device: torch.device) -> bool:
-    """Return whether operations on a device use kernels: on CUDA devices, unless `force_backend` overrides it."""
+    """Return whether operations on a device use kernels: on CUDA, unless `force_backend` is set."""
     if _forced is not None:
         return _forced == "kernels"
     return AVAILABLE and device.type == "cuda"
@@ -42,7 +42,7 @@ def uses_kernels(device: torch.device) -> bool:
 
 @contextmanager
 def force_backend(backend: Backend) -> Iterator[None]:
-    """Use kernels, or their references, on every device within the context. Tests compare the two."""
+    """Use kernels, or their references, on every device within the context; for tests."""
     global _forced
     before, _forced = _forced, backend
     try:
@@ -65,7 +65,8 @@ def pdl_options() -> dict[str, Any]:
 
 @functools.cache
 def has_large_shared_memory(device: torch.device) -> bool:
-    """Return whether a program can use 160 KiB of shared memory; compute capability 8.6, 8.9 and 12 allow 99 KiB."""
+    """Return whether a program can use 160 KiB of shared memory."""
+    # Compute capability 8.6, 8.9 and 12 allow 99 KiB.
     if device.type != "cuda":
         return True
     capability = torch.cuda.get_device_capability(device)
@@ -74,7 +75,8 @@ def has_large_shared_memory(device: torch.device) -> bool:
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """Return the number of streaming multiprocessors; 6 for the interpreter, so that tests run several programs."""
+    """Return the number of streaming multiprocessors of a GPU."""
+    # 6 for the interpreter, so that tests run several programs.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
 
 
@@ -84,7 +86,7 @@ def saturating_programs(device: torch.device) -> int:
 
 
 def next_power_of_2(number: int, minimum: int = 1) -> int:
-    """Return the smallest power of two that is at least `number` and `minimum`: the size of a block."""
+    """Return the smallest power of two that is at least `number` and `minimum`."""
     return max(minimum, 1 << (number - 1).bit_length())
 
 

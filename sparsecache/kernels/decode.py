@@ -1,9 +1,11 @@
-"""Attention of one new token per sequence over a cache of slots: over all past tokens, or over selected ones.
+"""Attention of one new token per sequence over all, or selected, tokens of a slot.
 
 The kernels use flash decoding (https://pytorch.org/blog/flash-decoding/): each sequence is cut into splits of equal
 length, one program attends to one split, and a second kernel merges the results. All sequences share one grid that
 fills the GPU, so a long sequence gets more splits than a short one. The device computes the length of a split and its
 place. The host therefore never reads a sequence length, and a decode step can be a CUDA graph.
+
+Longer than 300 lines because all entry points share one kernel.
 """
 
 import math
@@ -43,21 +45,19 @@ def attend_and_append(
     if use_kernel(q):
         return _launch(q, k, v, keys, values, slots, lengths, append=True)
     append_kv(k, v, keys, values, lengths, slots)
-    held = lengths.clamp(max=keys.shape[2] - 1) + 1
-    held = held[:, None] if held.dim() == 1 else held  # [slots, 1 or G]
-    longest = int(held[slots].max())
+    longest = min(int(lengths[slots].max()) + 1, keys.shape[2])
     keys, values = keys[:, :, :longest], values[:, :, :longest]
-    if len(held) == 1 and int(held.min()) == longest:
+    if len(lengths) == 1 and int(lengths.min()) + 1 >= longest:
         return attention_over_rows(q, keys, values)
     # One call over all slots, because indexing the slots would copy the cache. Unused slots are dropped afterwards.
-    queries = q.new_zeros((len(held), *q.shape[1:]))
+    queries = q.new_zeros((len(lengths), *q.shape[1:]))
     queries[slots] = q
-    mask = torch.arange(longest, device=q.device) < held[..., None]  # [slots, 1 or G, longest]
+    mask = torch.arange(longest, device=q.device) <= lengths.view(len(lengths), -1, 1)  # [slots, 1 or G, longest]
     return attention_over_rows(queries, keys, values, mask)[slots]
 
 
 def append_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, slots: Tensor) -> None:
-    """Append one token to each slot. Arguments as in `attend_and_append`; `lengths` is not changed."""
+    """Append one token to each slot. Arguments as in `attend_and_append`."""
     row = lengths[slots].clamp(max=keys.shape[2] - 1)
     if row.dim() == 1:
         keys[slots, :, row] = k[:, :, 0]
@@ -96,7 +96,10 @@ class CachedRows(NamedTuple):
     places: Tensor
 
     def merge(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Return rows [B, G, N, 2, D] with the cached ones, among the first counts [B, G], read from the cache."""
+        """Return rows [B, G, N, 2, D], the valid ones read from the cache if it holds them.
+
+        The first counts [B, G] of a KV head are valid.
+        """
         slot, head = self.slots[:, None, None], torch.arange(rows.shape[1], device=rows.device)[:, None]
         places = self.places.masked_fill(~mask_of_first(counts, rows.shape[2]), -1).long()
         return torch.where((places >= 0)[..., None, None], self.rows[slot, head, places.clamp(min=0)], rows)
@@ -105,9 +108,10 @@ class CachedRows(NamedTuple):
 def attend_gathered(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, counts: Tensor, cached: CachedRows | None = None
 ) -> Tensor:
-    """Attend over the first counts [B, G] of rows [B, G, N, 2, D] (keys and values) and the new token.
+    """Attend over gathered rows and the new token.
 
-    q, k, v: as in `attend_and_append`. `cached`: the rows to read from a cache instead. Returns [B, H, 1, D].
+    q, k, v: as in `attend_and_append`; rows: [B, G, N, 2, D], keys and values, the first counts [B, G] of a KV head
+    valid; cached: the rows to read from a cache instead. Returns [B, H, 1, D].
     """
     if use_kernel(q):
         return _launch(q, k, v, rows[..., 0, :], rows[..., 1, :], None, counts, cached=cached)
@@ -120,7 +124,8 @@ def attend_gathered(
 
 
 def _mask(counts: Tensor, width: int) -> Tensor | None:
-    """Like mask_of_first, but None if all entries are valid: attention without a mask is faster on a CPU."""
+    """Return mask_of_first, or None if all entries are valid."""
+    # Attention without a mask is faster on a CPU.
     return None if int(counts.min()) == width else mask_of_first(counts, width)
 
 
@@ -181,15 +186,16 @@ def _launch(
 
 
 def split_count(batch: int, kv_heads: int, device: torch.device) -> int:
-    """Return how many splits all sequences share: enough to fill the GPU with all KV heads, at least one each."""
+    """Return how many splits all sequences share: enough to fill the GPU, at least one each."""
     return max(batch, min(_MAX_SPLITS * batch, saturating_programs(device) // kv_heads))
 
 
 @triton.jit
 def _split_length(counts, num_splits):  # type: ignore[no-untyped-def]
-    """Return a split length such that rows of `counts` tokens need at most `num_splits`: the least of 64 candidates.
+    """Return a split length with which rows of `counts` tokens need at most `num_splits`.
 
-    The candidates run from an even share to twice that in equal steps, then to the longest row in equal ratios.
+    It is the least of 64 candidates that suffices. These run from an even share to twice that in equal steps, then to
+    the longest row in equal ratios.
     """
     even, longest, candidate = tl.cdiv(tl.sum(counts), num_splits), tl.max(counts), tl.arange(0, 64)
     ratio = tl.exp2(tl.log2(tl.maximum(longest / (2.0 * even), 1.0)) * (candidate - 31) / 32) * 2 * even
@@ -208,7 +214,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one split of a sequence for the query heads of one KV head. The last split takes the new token."""
+    """Attend to one split for the query heads of a KV head. The last split takes the new token."""
     pdl_wait(USE_PDL)
     kv, kv_heads, program, rows = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.arange(0, BLOCK_B)
     in_batch = rows < batch

@@ -1,4 +1,4 @@
-"""Gather selected rows of a store, which may lie in pinned host memory, to the device that attends to them."""
+"""Gather selected rows of a store on the device or in pinned host memory."""
 
 from dataclasses import dataclass
 
@@ -79,7 +79,7 @@ def _block_rows(  # type: ignore[no-untyped-def]
     block, slots, tokens, ranks, counts, blocks, ends, kv_heads, capacity, width, part_size,
     HAS_RANKS: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Return the source rows, the target rows and the mask of a block of ROWS rows, counted over all lists."""
+    """Return the source rows, target rows and mask of a block, counted over all lists."""
     owner = tl.sum((ends <= block).to(tl.int32))
     is_owner = tl.arange(0, LISTS) == owner
     count = tl.sum(tl.where(is_owner, counts, 0))  # 0 beyond the last block, which no list owns
@@ -101,11 +101,11 @@ def _gather_rows_kernel(  # type: ignore[no-untyped-def]
     HAS_RANKS: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Copy the rows of all lists, block by block. The link to the host is fastest on ascending runs.
+    """Copy the rows of all lists, block by block.
 
-    Programs take blocks in turn, so the blocks in flight are close to each other. Each program stores one block while
-    the next is in flight and the indices of the one after are loaded. row_size is constexpr: otherwise Triton loads a
-    block row by row.
+    The link to the host is fastest on ascending runs, so programs take blocks in turn: the blocks in flight are close
+    to each other. Each program stores one block while the next is in flight and the indices of the one after are
+    loaded. row_size is constexpr: otherwise Triton loads a block row by row.
     """
     pdl_wait(USE_PDL)
     program, programs, each = tl.program_id(0), tl.num_programs(0), tl.arange(0, LISTS)

@@ -1,8 +1,7 @@
-"""Projections of a decode step, each one kernel: what follows the product rides along.
+"""Projections of a decode step, fused with what follows: bias, RoPE, SwiGLU or residual.
 
-With few rows a projection takes as long as its weights take to be read. The kernels therefore read each weight once,
-and do what follows (bias, RoPE, SwiGLU, residual) on the way: one row is multiplied element by element, up to MOST_ROWS
-by tensor cores. More rows, as a prompt has, go through torch's own matrix product.
+With few rows, reading the weights takes all the time. The kernels therefore read each weight once. One row is
+multiplied element-wise, up to MAX_FUSED_ROWS rows by tensor cores. More rows, such as a prompt's, use torch.
 """
 
 import math
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecache.kernels import swiglu as gating
+from sparsecache.kernels import swiglu as activation
 from sparsecache.kernels._triton import (
     has_large_shared_memory,
     num_sms,
@@ -24,78 +23,97 @@ from sparsecache.kernels._triton import (
 )
 from sparsecache.kernels.rotation import Rotation, rotate
 
-MOST_ROWS = 16
-_MOST_BATCHED, _BLOCKS, _LARGE = 8, 16, 2**16  # rows, blocks of a weight, and its values, where batches are faster
+MAX_FUSED_ROWS = 16
+# Where MKL's batched product is faster on a CPU: rows of x, blocks of the weight, and values of the weight.
+_MAX_BATCHED_ROWS, _BLOCKS, _MIN_BATCHED_NUMEL = 8, 16, 2**16
 _HAS_MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-_PLAIN, _SWIGLU, _ROTATED = 0, 1, 2
-# Of a program: rows (or pairs of rows) of the weights, columns read at a time. For one row many small programs, for a
-# few rows, of which each program reads all, a large one on each multiprocessor: two on some would be two rounds of all.
-_ONE = {"BLOCK": 2, "WIDTH": 1024, "num_warps": 1}
-_ONE_OF_PAIRS = {"BLOCK": 1, "WIDTH": 1024, "num_warps": 1}
-_FEW = {"BLOCK": 64, "WIDTH": 128, "num_warps": 4, "num_stages": 7}
-_FEW_OF_PAIRS = {"BLOCK": 64, "WIDTH": 128, "num_warps": 4, "num_stages": 4}
-_FEW_OF_FEW_PAIRS = {"BLOCK": 32, "WIDTH": 256, "num_warps": 4, "num_stages": 4}
-_FEW_SMALL = {"BLOCK": 16, "WIDTH": 256, "num_warps": 4, "num_stages": 4}  # for GPUs with less shared memory
-_FEW_OF_PAIRS_SMALL = {**_FEW_OF_PAIRS, "num_stages": 3}
+_PLAIN, _SWIGLU, _ROPE = 0, 1, 2  # what follows the product
+# Block sizes of a program: BLOCK_M rows, or pairs of rows, of the weight, and BLOCK_K columns per iteration.
+# With one row of x, many small programs are fastest. With a few rows each program reads all of x, so one large program
+# per multiprocessor is fastest: if some ran two in turn, the others would idle.
+_ONE_ROW = {"BLOCK_M": 2, "BLOCK_K": 1024, "num_warps": 1}
+_ONE_ROW_PAIRS = {"BLOCK_M": 1, "BLOCK_K": 1024, "num_warps": 1}
+_FEW_ROWS = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 7}
+_FEW_ROWS_PAIRS = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+_FEW_ROWS_FEW_PAIRS = {"BLOCK_M": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4}
+_FEW_ROWS_SMALL_MEMORY = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4}
+_FEW_ROWS_PAIRS_SMALL_MEMORY = {**_FEW_ROWS_PAIRS, "num_stages": 3}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """x weight^T + bias + residual. x: [N, K], weight: [M, K], bias: [M], residual: [N, M]; returns [N, M]."""
-    if _few(x):
-        return _kernel(_PLAIN, x, weight, bias, len(weight), residual=residual)
+    """Return x weight^T + bias + residual: [N, M].
+
+    x: [N, K]; weight: [M, K]; bias: [M]; residual: [N, M].
+    """
+    if _is_fused(x):
+        return _launch(_PLAIN, x, weight, bias, len(weight), residual=residual)
     out = _product(x, weight, bias)
     return out if residual is None else residual + out
 
 
 def add_linear(target: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Adds x weight^T + bias, as in `linear`, to target [N, M] in place: to many rows within the product.
-
-    Not with a bias, which would be lost in half precision beside what it is added to.
-    """
-    if bias is None and len(x) > MOST_ROWS:
+    """Add x weight^T + bias to target [N, M] in place. Other arguments as in `linear`."""
+    # addmm_ adds before it rounds. A bias would have to be added to the target on its own, where half precision
+    # could round it away.
+    if bias is None and len(x) > MAX_FUSED_ROWS:
         target.addmm_(x, weight.t())
     else:
         target += linear(x, weight, bias)
 
 
 def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """silu(gate) * up of gate and up = x weight^T + bias. x: [N, K], weight: [2 * I, K]; returns [N, I]."""
-    if _few(x):
-        return _kernel(_SWIGLU, x, weight, bias, len(weight) // 2)
-    return gating.swiglu(_product(x, weight, bias))
+    """Return silu(gate) * up, where gate and up are the halves of x weight^T + bias: [N, I].
+
+    x: [N, K]; weight: [2 * I, K], the gate first; bias: [2 * I].
+    """
+    if _is_fused(x):
+        return _launch(_SWIGLU, x, weight, bias, len(weight) // 2)
+    return activation.swiglu(_product(x, weight, bias))
 
 
-def linear_rope(x: Tensor, weight: Tensor, bias: Tensor | None, rotation: Rotation, turning: int) -> Tensor:
-    """x weight^T + bias of x [N, K] and weight [M, K] as heads [N, M / D, D], the first `turning` rotated."""
+def linear_rope(x: Tensor, weight: Tensor, bias: Tensor | None, rotation: Rotation, num_rotated: int) -> Tensor:
+    """Return x weight^T + bias as heads [N, M / D, D], the first `num_rotated` heads rotated.
+
+    x: [N, K]; weight: [M, K]; bias: [M]; rotation: of the N tokens, with head size D.
+    """
     head_dim = rotation.cos.shape[1]
-    if _few(x):
-        out = _kernel(_ROTATED, x, weight, bias, len(weight), rotation=rotation, turning=turning)
+    if _is_fused(x):
+        out = _launch(_ROPE, x, weight, bias, len(weight), rotation=rotation, num_rotated=num_rotated)
         return out.view(len(x), -1, head_dim)
     heads = _product(x, weight, bias).view(len(x), -1, head_dim)
-    return torch.cat((rotate(heads[:, :turning], rotation), heads[:, turning:]), dim=1)
+    return torch.cat((rotate(heads[:, :num_rotated], rotation), heads[:, num_rotated:]), dim=1)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As functional.linear.
+    """Return functional.linear(x, weight, bias), faster for a few float32 rows with MKL.
 
-    On a CPU with MKL a few rows of float32 go through its batched product, over blocks of the weights: that reads them
-    two to four times as use_kernel as the product of one row, which one core does alone (docs/performance.md).
+    On a CPU a batched product over blocks of the weight reads it two to four times as fast as the product of one row,
+    which uses one core (docs/performance.md).
     """
     blocks = math.gcd(len(weight), _BLOCKS)
-    slow = _HAS_MKL and x.dtype == torch.float32 and x.device.type == "cpu"
-    if not (slow and len(x) <= _MOST_BATCHED and blocks > 1 and weight.numel() >= _LARGE and weight.is_contiguous()):
+    use_batched = (
+        _HAS_MKL
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and len(x) <= _MAX_BATCHED_ROWS
+        and blocks > 1
+        and weight.numel() >= _MIN_BATCHED_NUMEL
+        and weight.is_contiguous()
+    )
+    if not use_batched:
         return functional.linear(x, weight, bias)
     columns = x.t().expand(blocks, -1, -1)
     out = torch.bmm(weight.view(blocks, -1, x.shape[1]), columns).view(len(weight), len(x)).t().contiguous()
     return out if bias is None else out + bias
 
 
-def _few(x: Tensor) -> bool:
-    """Whether a kernel is the fastest: not for float32 on a GPU, which has no tensor cores for it."""
-    return len(x) <= MOST_ROWS and use_kernel(x) and not (x.is_cuda and x.dtype == torch.float32)
+def _is_fused(x: Tensor) -> bool:
+    """Return whether a kernel is faster than torch."""
+    # Tensor cores do not support float32, so on a GPU torch is faster.
+    return len(x) <= MAX_FUSED_ROWS and use_kernel(x) and not (x.is_cuda and x.dtype == torch.float32)
 
 
-def _kernel(
+def _launch(
     kind: int,
     x: Tensor,
     weight: Tensor,
@@ -104,43 +122,43 @@ def _kernel(
     *,
     residual: Tensor | None = None,
     rotation: Rotation | None = None,
-    turning: int = 0,
+    num_rotated: int = 0,
 ) -> Tensor:
+    """Return the output [N, width] of one projection."""
     rows, size = x.shape
     x = x.contiguous()
     out = torch.empty((rows, width), device=x.device, dtype=x.dtype)
-    pairs = len(weight) if kind == _PLAIN else len(weight) // 2  # a pair: two rows of weights that are used together
+    pairs = len(weight) if kind == _PLAIN else len(weight) // 2
     half = rotation.cos.shape[1] // 2 if rotation is not None else 1
-    none = weight  # is not read where its flag is off
+    unused = weight  # takes the place of a missing tensor; the constexpr flags turn its loads off
     if rows == 1:
-        kernel, sizes = _project_one, _ONE if kind == _PLAIN else _ONE_OF_PAIRS
+        kernel, sizes = _linear_one_row_kernel, _ONE_ROW if kind == _PLAIN else _ONE_ROW_PAIRS
     else:
-        kernel, sizes = _project_few, _sizes(kind, pairs, x.device)
-    kernel[(-(-pairs // sizes["BLOCK"]),)](
-        x, weight, bias if bias is not None else none, residual if residual is not None else none,
-        rotation.cos if rotation is not None else none, rotation.sin if rotation is not None else none,
-        out, rows, size, pairs, half, turning,
-        KIND=kind, BIAS=bias is not None, RESIDUAL=residual is not None, BATCH=1 if rows == 1 else MOST_ROWS,
+        kernel, sizes = _linear_few_rows_kernel, _few_rows_sizes(kind, pairs, x.device)
+    kernel[(-(-pairs // sizes["BLOCK_M"]),)](
+        x, weight, bias if bias is not None else unused, residual if residual is not None else unused,
+        rotation.cos if rotation is not None else unused, rotation.sin if rotation is not None else unused,
+        out, rows, size, pairs, half, num_rotated,
+        KIND=kind, BIAS=bias is not None, RESIDUAL=residual is not None, BLOCK_N=1 if rows == 1 else MAX_FUSED_ROWS,
         **sizes, **pdl_options(),
     )  # fmt: skip
     return out
 
 
-def _sizes(kind: int, pairs: int, device: torch.device) -> dict[str, int]:
-    """Those of the programs for a few rows."""
+def _few_rows_sizes(kind: int, pairs: int, device: torch.device) -> dict[str, int]:
     if not has_large_shared_memory(device):
-        return _FEW_SMALL if kind == _PLAIN else _FEW_OF_PAIRS_SMALL
+        return _FEW_ROWS_SMALL_MEMORY if kind == _PLAIN else _FEW_ROWS_PAIRS_SMALL_MEMORY
     if kind == _PLAIN:
-        return _FEW
-    fits = pairs <= _FEW_OF_FEW_PAIRS["BLOCK"] * num_sms(device)  # one each, at most
-    return _FEW_OF_FEW_PAIRS if fits else _FEW_OF_PAIRS
+        return _FEW_ROWS
+    one_per_sm = pairs <= _FEW_ROWS_FEW_PAIRS["BLOCK_M"] * num_sms(device)
+    return _FEW_ROWS_FEW_PAIRS if one_per_sm else _FEW_ROWS_PAIRS
 
 
 @triton.jit
 def _pair_rows(pair, pairs, half, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The two rows of the weights that are used together.
+    """Return the two rows of the weight whose products are combined.
 
-    KIND 0: row n alone. 1 (SwiGLU): rows n and pairs + n. 2 (RoPE): rows i and half + i of a head.
+    Plain: row n alone. SwiGLU: rows n and pairs + n. RoPE: rows i and half + i of a head.
     """
     if KIND == 2:
         first = pair // half * 2 * half + pair % half
@@ -152,85 +170,85 @@ def _pair_rows(pair, pairs, half, KIND: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    one, two, bias, residual, cos, sin, out, rows, pairs, half, turning, pair, batch,
+def _store(  # type: ignore[no-untyped-def]
+    one, two, bias, residual, cos, sin, out, rows, pairs, half, num_rotated, pair, row,
     KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Stores the products one and two [BLOCK, BATCH] of rows of the weights as what comes after them wants them."""
+    """Apply what follows the products one and two [BLOCK_M, BLOCK_N], and store the result."""
     first, second = _pair_rows(pair, pairs, half, KIND)
     if BIAS:
         one += tl.load(bias + first, mask=pair < pairs, other=0.0).to(tl.float32)[:, None]
         if KIND != 0:
             two += tl.load(bias + second, mask=pair < pairs, other=0.0).to(tl.float32)[:, None]
-    stored = (pair < pairs)[:, None] & (batch < rows)[None, :]
+    mask = (pair < pairs)[:, None] & (row < rows)[None, :]
     if KIND == 0:
-        target = batch[None, :] * pairs + pair[:, None]
+        target = row[None, :] * pairs + pair[:, None]
         if RESIDUAL:
-            one += tl.load(residual + target, mask=stored, other=0.0).to(tl.float32)
-        tl.store(out + target, one, mask=stored)
+            one += tl.load(residual + target, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + target, one, mask=mask)
     elif KIND == 1:
-        tl.store(out + batch[None, :] * pairs + pair[:, None], one / (1.0 + tl.exp(-one)) * two, mask=stored)
+        tl.store(out + row[None, :] * pairs + pair[:, None], one / (1.0 + tl.exp(-one)) * two, mask=mask)
     else:
-        angle = batch[None, :] * 2 * half + (pair % half)[:, None]
-        turns = stored & (pair // half < turning)[:, None]
-        c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
-        s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
-        target = batch[None, :] * 2 * pairs + first[:, None]
-        tl.store(out + target, one * c - two * s, mask=stored)
-        tl.store(out + target + half, two * c + one * s, mask=stored)
+        angle = row[None, :] * 2 * half + (pair % half)[:, None]
+        is_rotated = mask & (pair // half < num_rotated)[:, None]
+        c = tl.load(cos + angle, mask=is_rotated, other=1.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=is_rotated, other=0.0).to(tl.float32)
+        target = row[None, :] * 2 * pairs + first[:, None]
+        tl.store(out + target, one * c - two * s, mask=mask)
+        tl.store(out + target + half, two * c + one * s, mask=mask)
 
 
 @triton.jit
-def _project_one(  # type: ignore[no-untyped-def]
-    x, weight, bias, residual, cos, sin, out, rows, size, pairs, half, turning,
+def _linear_one_row_kernel(  # type: ignore[no-untyped-def]
+    x, weight, bias, residual, cos, sin, out, rows, size, pairs, half, num_rotated,
     KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BATCH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, USE_PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program makes BLOCK columns of the output, or pairs of them, for the one row of x."""
+    """Compute BLOCK_M columns of the output, or pairs of them, for a single row of x."""
     pdl_wait(USE_PDL)
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first, second = _pair_rows(tl.minimum(pair, pairs - 1), pairs, half, KIND)
-    one = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-    two = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-    for start in tl.range(0, size, WIDTH):
-        at = start + tl.arange(0, WIDTH)
-        inside = at < size
-        part = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        seen = inside[None, :]
-        one += tl.load(weight + first[:, None] * size + at[None, :], mask=seen, other=0.0).to(tl.float32) * part
+    one = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    two = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for start in tl.range(0, size, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = k < size
+        x_block = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+        mask = inside[None, :]
+        one += tl.load(weight + first[:, None] * size + k[None, :], mask=mask, other=0.0).to(tl.float32) * x_block
         if KIND != 0:
-            two += tl.load(weight + second[:, None] * size + at[None, :], mask=seen, other=0.0).to(tl.float32) * part
+            two += tl.load(weight + second[:, None] * size + k[None, :], mask=mask, other=0.0).to(tl.float32) * x_block
     pdl_launch(USE_PDL)
-    one_sum, two_sum, batch = tl.sum(one, axis=1)[:, None], tl.sum(two, axis=1)[:, None], tl.arange(0, BATCH)
-    _finish(one_sum, two_sum, bias, residual, cos, sin, out, rows, pairs, half, turning, pair, batch,
-            KIND, BIAS, RESIDUAL)  # fmt: skip
+    one_sum, two_sum, row = tl.sum(one, axis=1)[:, None], tl.sum(two, axis=1)[:, None], tl.arange(0, BLOCK_N)
+    _store(one_sum, two_sum, bias, residual, cos, sin, out, rows, pairs, half, num_rotated, pair, row,
+           KIND, BIAS, RESIDUAL)  # fmt: skip
 
 
 @triton.jit
-def _project_few(  # type: ignore[no-untyped-def]
-    x, weight, bias, residual, cos, sin, out, rows, size, pairs, half, turning,
+def _linear_few_rows_kernel(  # type: ignore[no-untyped-def]
+    x, weight, bias, residual, cos, sin, out, rows, size, pairs, half, num_rotated,
     KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BATCH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, USE_PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program makes BLOCK columns of the output, or pairs of them, for all rows of x."""
+    """Compute BLOCK_M columns of the output, or pairs of them, for all rows of x."""
     pdl_wait(USE_PDL)
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first, second = _pair_rows(pair, pairs, half, KIND)
-    batch = tl.arange(0, BATCH)
-    there = (pair < pairs)[:, None]
-    one = tl.zeros((BLOCK, BATCH), dtype=tl.float32)
-    two = tl.zeros((BLOCK, BATCH), dtype=tl.float32)
-    for start in tl.range(0, size, WIDTH):
-        at = start + tl.arange(0, WIDTH)
-        inside = at < size
-        asked = (batch < rows)[None, :] & inside[:, None]
-        part = tl.load(x + batch[None, :] * size + at[:, None], mask=asked, other=0.0)
-        seen = there & inside[None, :]
-        one_weight = tl.load(weight + first[:, None] * size + at[None, :], mask=seen, other=0.0)
-        one = tl.dot(one_weight, part, one, input_precision="ieee")
+    row = tl.arange(0, BLOCK_N)
+    is_pair = (pair < pairs)[:, None]
+    one = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    two = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in tl.range(0, size, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = k < size
+        x_mask = (row < rows)[None, :] & inside[:, None]
+        x_block = tl.load(x + row[None, :] * size + k[:, None], mask=x_mask, other=0.0)
+        mask = is_pair & inside[None, :]
+        one_weight = tl.load(weight + first[:, None] * size + k[None, :], mask=mask, other=0.0)
+        one = tl.dot(one_weight, x_block, one, input_precision="ieee")
         if KIND != 0:
-            two_weight = tl.load(weight + second[:, None] * size + at[None, :], mask=seen, other=0.0)
-            two = tl.dot(two_weight, part, two, input_precision="ieee")
+            two_weight = tl.load(weight + second[:, None] * size + k[None, :], mask=mask, other=0.0)
+            two = tl.dot(two_weight, x_block, two, input_precision="ieee")
     pdl_launch(USE_PDL)
-    _finish(one, two, bias, residual, cos, sin, out, rows, pairs, half, turning, pair, batch,
-            KIND, BIAS, RESIDUAL)  # fmt: skip
+    _store(one, two, bias, residual, cos, sin, out, rows, pairs, half, num_rotated, pair, row,
+           KIND, BIAS, RESIDUAL)  # fmt: skip

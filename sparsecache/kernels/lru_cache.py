@@ -75,10 +75,11 @@ class LRUCache(NamedTuple):
         )
 
     def insert(self, slots: Tensor, selected: Tensor, counts: Tensor, places: Tensor, rows: Tensor) -> None:
-        """Mark selected tokens as used, and insert those that the cache does not hold in place of the least used.
+        """Mark selected tokens as used, and insert those that the cache does not hold.
 
-        slots, selected, counts: as in `lookup`; places: its result. rows: [B, G, N, 2, D]; those found in the cache are
-        not read. A token used in this step is never evicted: once none other is left, the remaining ones stay out.
+        They replace the least recently used. slots, selected, counts: as in `lookup`; places: its result;
+        rows: [B, G, N, 2, D], not read where found in the cache. A token of this step is never evicted; if no other is
+        left, the remaining tokens are not inserted.
         """
         if use_kernel(selected):
             self._launch_insert(slots, selected, counts, places, rows)
@@ -171,7 +172,7 @@ def _insert_kernel(  # type: ignore[no-untyped-def]
     where, tokens, order, hits, scratch, slots, selected, counts, places, new_places,
     kv_heads, capacity, width, size, scratch_size, hits_stride, BLOCK: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Update the bookkeeping of one KV head: mark hits, evict the least recently used, give their places to misses."""
+    """Update one KV head: mark hits, evict the least recently used, insert misses."""
     pdl_wait(USE_PDL)
     program, offset = tl.program_id(0), tl.arange(0, BLOCK)
     head = tl.load(slots + program // kv_heads).to(tl.int64) * kv_heads + program % kv_heads
@@ -226,7 +227,7 @@ def _insert_kernel(  # type: ignore[no-untyped-def]
         hits_before += total & 0xFFFF
         misses_before += total >> 16
     tl.store(hits + head, tl.load(hits + head) + found)
-    tl.store(hits + hits_stride + head, found.to(tl.int64))
+    tl.store(hits + hits_stride + head, found)
 
 
 @triton.jit

@@ -25,5 +25,5 @@ def take_rows(store: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
 
 
 def mask_of_first(counts: Tensor, width: int) -> Tensor:
-    """Return a bool mask [B, G, width], True for the first counts [B, G] entries of each KV head."""
+    """Return a mask [B, G, width], True for the first counts [B, G] entries of each KV head."""
     return torch.arange(width, device=counts.device) < counts[..., None]

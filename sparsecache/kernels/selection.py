@@ -1,6 +1,7 @@
-"""Select past tokens by score in plain torch: a margin to the best score, a count from it, and the top tokens.
+"""Select past tokens by score, in plain torch.
 
-Knows neither where scores come from nor what the selected tokens hold.
+The margin to the best score gives a count; the tokens with the highest margins are selected. The functions know neither
+where scores come from nor what the selected tokens hold.
 """
 
 from typing import Literal
@@ -37,10 +38,11 @@ def force_include(margin: Tensor, positions: Tensor, past: Tensor, sinks: int, r
 
 
 def count_within(margin: Tensor, alpha: float, budget: Tensor, rule: CountRule) -> Tensor:
-    """Return how many tokens each KV head selects: those within alpha of the best, at most `budget`: [B, G].
+    """Return how many tokens each KV head selects, [B, G].
 
-    margin: [B, G, T], -inf for tokens that must not be selected; budget: [B]. rule "mean": all KV heads select the mean
-    of their counts, rounded up (InfiniGen); "per_head": each KV head selects its own count.
+    These are the tokens within alpha of the best, at most `budget`. margin: [B, G, T], -inf for tokens that must not be
+    selected; budget: [B]. rule "mean": all KV heads select the mean of their counts, rounded up (InfiniGen);
+    "per_head": each KV head selects its own count.
     """
     count = (margin > -alpha).sum(-1)
     if rule == "mean":
@@ -49,9 +51,10 @@ def count_within(margin: Tensor, alpha: float, budget: Tensor, rule: CountRule) 
 
 
 def topk_indices(margin: Tensor, count: Tensor) -> Tensor:
-    """Return the positions of the `count` highest margins, ascending, then -1: [B, G, N], N the largest count.
+    """Return the positions of the `count` highest margins, ascending, then -1: [B, G, N].
 
-    margin: [B, G, T]; count: [B, G]. The lower position wins a tie. A token at -inf is never selected.
+    margin: [B, G, T]; count: [B, G]; N is the largest count. The lower position wins a tie. A token at -inf is never
+    selected.
     """
     length = margin.shape[-1]
     width = min(int(count.max()), length) if count.numel() else 0

@@ -1,4 +1,4 @@
-"""Scores of a speculated query over partial keys, and the append that keeps partial keys up to date (InfiniGen)."""
+"""Score past tokens by partial keys with a speculated query, as in InfiniGen."""
 
 import math
 
@@ -37,7 +37,8 @@ def speculated_scores(
         return _launch(q, projection, keys, seq_lens, slots, high_priority)
     longest = int(seq_lens[slots].max())
     scores = partial_scores(q, projection, keys[:, :, :longest], slots)
-    return Scores(scores.unflatten(1, (keys.shape[1], -1)), None)
+    kv_heads = keys.shape[1]
+    return Scores(scores.view(len(q), kv_heads, q.shape[1] // kv_heads, longest), None)
 
 
 def append_speculated(
@@ -85,7 +86,7 @@ def _launch(
 
 
 def _split_count(batch: int, kv_heads: int, capacity: int, device: torch.device, high_priority: bool) -> int:
-    """Return how many splits each slot has, such that this kernel and the selection fill the GPU.
+    """Return how many splits each slot has, so that scoring and selection fill the GPU.
 
     The projections of one sequence are thousands of small programs. Beside them half as many splits disturb less,
     unless this kernel has priority and long splits.
@@ -103,7 +104,7 @@ def _score_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Score one split of a slot for the query heads of a KV head, and reduce each head's highest and lowest score."""
+    """Score one split of a slot for the query heads of a KV head; find each head's extremes."""
     pdl_wait(USE_PDL)
     row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)

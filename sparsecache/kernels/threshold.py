@@ -4,6 +4,8 @@ The kernels do not sort and the host reads nothing. The distance to the best sco
 kernel counts tokens per bin; from the counts follows the bin that holds the threshold. The second kernel writes tokens
 in higher bins directly, in ascending order. It sets tokens in the threshold bin aside, a few percent of all. A radix
 select over those, 8 bits at a time, finds the exact threshold; the tokens at or above it are appended.
+
+Longer than 300 lines because both kernels share their helpers.
 """
 
 from typing import NamedTuple
@@ -59,10 +61,11 @@ class Selection(NamedTuple):
 
 
 def threshold_select(scores: Scores, seq_lens: Tensor, slots: Tensor, params: SelectionParams, width: int) -> Selection:
-    """Select tokens per slot and KV head, the nearest to their head's best score first, the lower position on ties.
+    """Select the tokens of each slot and KV head that are nearest to their head's best score.
 
-    seq_lens: [slots] int64, past tokens, at most the capacity; slots: [B] int64. width: positions to allocate, at
-    least the largest budget or the capacity. The reference returns positions only as wide as the largest count.
+    The lower position wins a tie. seq_lens: [slots] int64, past tokens, at most the capacity; slots: [B] int64.
+    width: positions to allocate, at least the smaller of the largest budget and the capacity. The reference returns
+    positions only as wide as the largest count.
     """
     values, extremes = scores
     if extremes is not None:
@@ -111,14 +114,14 @@ def _launch(
 
 @triton.jit
 def split_range(count, split, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the first token of a split of `count` tokens, and the one after its last. A split may be empty."""
+    """Return the first token of a split and the one after its last. A split may be empty."""
     length = tl.cdiv(tl.cdiv(count, SPLITS), BLOCK_T) * BLOCK_T
     return split * length, tl.minimum(split * length + length, count)
 
 
 @triton.jit
 def _bin(margin, lowest):  # type: ignore[no-untyped-def]
-    """Return which of 256 equal bins from `lowest` to 0 a margin lies in. It never falls as the margin rises."""
+    """Return which of 256 equal bins from `lowest` to 0 a margin lies in; monotonic."""
     scale = 255.0 / tl.maximum(-lowest, 1e-30)
     index = tl.maximum(tl.minimum((margin - lowest) * scale, 255.0), 0.0).to(tl.int32)
     return tl.maximum(tl.minimum(index, 255), 0)  # a NaN score gives any integer
@@ -126,7 +129,7 @@ def _bin(margin, lowest):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sortable(margin):  # type: ignore[no-untyped-def]
-    """Map float32 to int32 in the same order. -0.0 counts as 0.0, because rounding a score may give either."""
+    """Map float32 to int32 in the same order, -0.0 to the same as 0.0."""
     bits = (margin + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -144,7 +147,7 @@ def _find_bin(histogram, wanted):  # type: ignore[no-untyped-def]
 def _best_and_lowest(  # type: ignore[no-untyped-def]
     extremes, kv, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr
 ):
-    """Return the best score of each query head of a KV head [BLOCK_Q], and a lower bound of its tokens' margins."""
+    """Return the best score per query head [BLOCK_Q], and a lower bound of all margins."""
     query, split = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_S)
     mask = (query < GROUP)[:, None] & (split < SPLITS)[None, :]
     source = extremes + (kv * GROUP + query)[:, None] * SPLITS + split[None, :]
@@ -158,7 +161,7 @@ def _best_and_lowest(  # type: ignore[no-untyped-def]
 def _margins(  # type: ignore[no-untyped-def]
     scores, best, kv, token, end, count, sinks, recent, stride, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
-    """Return each token's largest score minus best over the query heads; inf for tokens always selected."""
+    """Return each token's margin, the largest over the query heads; inf if always selected."""
     query = tl.arange(0, BLOCK_Q)
     head = (kv * GROUP + query).to(tl.int64)
     valid = (query < GROUP)[:, None] & (token < end)[None, :]
@@ -259,7 +262,7 @@ def _select_tokens_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _radix_select(values, number, wanted, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the wanted-th highest of `number` values, and how many of the values equal to it are selected."""
+    """Return the wanted-th highest of `number` values, and how many equal to it are selected."""
     offset = tl.arange(0, BLOCK_T)
     largest = tl.full((BLOCK_T,), 0x7FFFFFFF, dtype=tl.int32)
     low, high = largest, -largest
@@ -288,7 +291,7 @@ def _radix_select(values, number, wanted, BLOCK_T: tl.constexpr):  # type: ignor
 
 @triton.jit
 def _write_undecided(values, tokens, number, threshold, ties, target, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write the tokens whose values are above the threshold, and the first `ties` of those that equal it."""
+    """Write the tokens above the threshold, and the first `ties` of those equal to it."""
     written, tied = 0, 0
     for first in tl.range(0, number, BLOCK_T):
         offset = first + tl.arange(0, BLOCK_T)

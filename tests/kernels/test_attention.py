@@ -1,4 +1,4 @@
-"""Attention in plain torch against the obvious loop, and its refusals."""
+"""Attention in plain torch against a loop, and the errors it raises."""
 
 import math
 
@@ -12,7 +12,7 @@ from sparsecache.kernels.attention import attention, attention_over_rows
 
 
 def _loop(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Attention one query at a time, in float64."""
+    """Attention of one query at a time, in float64."""
     batch, heads, queries, head_dim = q.shape
     out = torch.zeros(q.shape, dtype=torch.float64)
     for b in range(batch):
@@ -59,25 +59,25 @@ def test_equals_the_loop(batch, kv_heads, group, queries, length, head_dim, rule
     "shape",
     [(2, 1, 0, 7), (2, 1, 0, 8), (1, 1, 0, 7), (3, 1, 0, 7), (2, 4, 0, 7), (2, 2, 0, 7), (0, 7), (7,), (1, 0, 7)],
 )  # 0 stands for the number of queries
-def test_a_mask_of_another_shape_is_refused_with_both_shapes(shape, queries) -> None:
+def test_a_mask_of_another_shape_raises_an_error_with_both_shapes(shape, queries) -> None:
     q, k, v, mask = _inputs(2, 2, 2, queries, 7, 8)
     shape = tuple(size or queries for size in shape)
     if shape == mask.shape:
         assert attention(q, k, v, mask=mask).shape == q.shape
         return
-    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the message is what is looked at)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is checked below)
         attention(q, k, v, mask=torch.ones(shape, dtype=torch.bool))
-    assert str(shape) in str(refused.value) and str(tuple(mask.shape)) in str(refused.value)
+    assert str(shape) in str(error.value) and str(tuple(mask.shape)) in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
-def test_a_mask_of_another_dtype_is_refused(dtype) -> None:
+def test_a_mask_of_another_dtype_raises_an_error(dtype) -> None:
     q, k, v, mask = _inputs(2, 2, 2, 3, 7, 8)
     with pytest.raises(ValueError, match=rf"{dtype}.*torch\.bool"):
         attention(q, k, v, mask=mask.to(dtype))
 
 
-def test_causal_takes_no_mask_and_as_many_queries_as_keys() -> None:
+def test_causal_takes_no_mask_and_needs_as_many_queries_as_keys() -> None:
     q, k, v, _ = _inputs(1, 2, 2, 7, 7, 8)
     with pytest.raises(ValueError, match="causal attention takes no mask"):
         attention(q, k, v, mask=torch.ones(1, 1, 7, 7, dtype=torch.bool), causal=True)
@@ -88,38 +88,38 @@ def test_causal_takes_no_mask_and_as_many_queries_as_keys() -> None:
 @pytest.mark.parametrize(
     ("k_shape", "v_shape"),
     [
-        ((2, 3, 7, 8), (2, 3, 7, 8)),  # heads no multiple of KV heads
+        ((2, 3, 7, 8), (2, 3, 7, 8)),  # heads not a multiple of KV heads
         ((1, 2, 7, 8), (1, 2, 7, 8)),  # another batch
         ((2, 2, 7, 4), (2, 2, 7, 4)),  # another head size
         ((2, 2, 7, 8), (2, 2, 6, 8)),  # fewer values than keys
         ((2, 2, 7, 8), (2, 1, 7, 8)),  # values that would broadcast
     ],
 )
-def test_shapes_that_do_not_fit_are_named(k_shape, v_shape) -> None:
+def test_shapes_that_do_not_match_are_named_in_the_error(k_shape, v_shape) -> None:
     q = torch.zeros(2, 4, 5, 8)
-    with pytest.raises(ValueError) as refused:  # noqa: PT011
+    with pytest.raises(ValueError) as error:  # noqa: PT011
         attention(q, torch.zeros(k_shape), torch.zeros(v_shape))
-    assert all(str(shape) in str(refused.value) for shape in ((2, 4, 5, 8), k_shape, v_shape))
+    assert all(str(shape) in str(error.value) for shape in ((2, 4, 5, 8), k_shape, v_shape))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(*sizes[:3], sizes[4], st.sampled_from((1, 3, 8, 17)), st.integers(0, 99))
-def test_rows_that_are_seen_are_all_that_counts(batch, kv_heads, group, length, head_dim, seed) -> None:
+def test_attention_over_rows_of_a_mask(batch, kv_heads, group, length, head_dim, seed) -> None:
     q, k, v, _ = _inputs(batch, kv_heads, group, 1, length, head_dim, seed)
-    seen = torch.rand(batch, kv_heads, length, generator=torch.Generator().manual_seed(seed)) < 0.5
-    seen[..., -1] = True
-    found = attention_over_rows(q, k, v, seen)
+    mask = torch.rand(batch, kv_heads, length, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask[..., -1] = True
+    found = attention_over_rows(q, k, v, mask)
     assert found.shape == q.shape and found.dtype == q.dtype
     for b in range(batch):
         for kv in range(kv_heads):
             heads = slice(kv * group, (kv + 1) * group)
-            some = [x[b : b + 1, kv : kv + 1, seen[b, kv]] for x in (k, v)]
+            some = [x[b : b + 1, kv : kv + 1, mask[b, kv]] for x in (k, v)]
             expected = _loop(q[b : b + 1, heads], *some)[0]
             torch.testing.assert_close(found[b, heads].double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_seeing_every_row_is_attention_over_everything() -> None:
+def test_a_mask_of_all_rows_equals_no_mask() -> None:
     q, k, v, mask = _inputs(3, 2, 4, 1, 9, 8)
-    for every in (None, torch.ones(3, 2, 9, dtype=torch.bool)):
-        torch.testing.assert_close(attention_over_rows(q, k, v, every), attention(q, k, v))
+    for all_rows in (None, torch.ones(3, 2, 9, dtype=torch.bool)):
+        torch.testing.assert_close(attention_over_rows(q, k, v, all_rows), attention(q, k, v))
     torch.testing.assert_close(attention_over_rows(q, k, v, mask[:, :, 0]), attention(q, k, v, mask=mask))

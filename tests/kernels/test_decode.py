@@ -50,9 +50,8 @@ def _cache(case, device, dtype, per_head: bool = False):
 
 
 @cases
-@per_head
-def test_attend_and_append(case, per_head, device, dtype, agree) -> None:
-    q, k, v, keys, values, held, order, _ = _cache(case, device, dtype, per_head)
+def test_attend_and_append(case, device, dtype, agree) -> None:
+    q, k, v, keys, values, held, order, _ = _cache(case, device, dtype)
     agree(attend_and_append, q, k, v, keys, values, held, order)
 
 
@@ -60,13 +59,16 @@ def test_attend_and_append(case, per_head, device, dtype, agree) -> None:
 @per_head
 @pytest.mark.parametrize("backend", ["kernels", "reference"])
 def test_each_kv_head_attends_to_its_rows_and_the_new_token(case, per_head, backend, device) -> None:
-    """Against one attention per sequence and KV head; lengths and all other rows of the cache stay as they were."""
+    """Against one attention per sequence and KV head. Lengths and all other rows of the cache do not change."""
     q, k, v, keys, values, held, order, _ = _cache(case, device, torch.float32, per_head)
     group, capacity = q.shape[1] // k.shape[1], keys.shape[2]
     lengths, old_keys, old_values = held.clone(), keys.clone(), values.clone()
+    appended_keys, appended_values = keys.clone(), values.clone()
+    append_kv(k, v, appended_keys, appended_values, held, order)
     with force_backend(backend):
         out = attend_and_append(q, k, v, keys, values, held, order)
     assert torch.equal(held, lengths)
+    assert torch.equal(keys, appended_keys) and torch.equal(values, appended_values)
     rows = lengths.expand(k.shape[1], -1).T if lengths.dim() == 1 else lengths
     for b, slot in enumerate(order.tolist()):
         for kv, length in enumerate(rows[slot].tolist()):
@@ -78,18 +80,6 @@ def test_each_kv_head_attends_to_its_rows_and_the_new_token(case, per_head, back
 
 
 @cases
-@per_head
-def test_appending_alone_writes_the_same_rows(case, per_head, device, dtype) -> None:
-    q, k, v, keys, values, held, order, _ = _cache(case, device, dtype, per_head)
-    lengths, own_keys, own_values = held.clone(), keys.clone(), values.clone()
-    append_kv(k, v, own_keys, own_values, held, order)
-    with force_backend("kernels"):
-        attend_and_append(q, k, v, keys, values, held, order)
-    assert torch.equal(held, lengths)
-    assert torch.equal(keys, own_keys) and torch.equal(values, own_values)
-
-
-@cases
 @pytest.mark.parametrize("width", [1, 40, 150])
 def test_attend_selected(case, width, device, dtype, agree) -> None:
     q, k, v, keys, values, _, order, generator = _cache(case, device, dtype)
@@ -98,7 +88,12 @@ def test_attend_selected(case, width, device, dtype, agree) -> None:
     counts = torch.randint(0, selected.shape[2] + 1, (batch, kv_heads), generator=generator).to(device)
     counts[0, 0] = selected.shape[2]
     agree(attend_selected, q, k, v, keys, values, order, selected, counts)
-    agree(attend_selected, q, k, v, keys, values, order, selected, torch.full_like(counts, selected.shape[2]))
+
+
+def test_all_entries_of_a_selection_are_valid(device, dtype, agree) -> None:
+    q, k, v, keys, values, _, order, generator = _cache(CASES["around a block"], device, dtype)
+    selected = torch.rand(5, 2, 140, generator=generator).argsort(-1)[..., :40].to(device)
+    agree(attend_selected, q, k, v, keys, values, order, selected, torch.full((5, 2), 40, device=device))
 
 
 def test_a_slice_of_a_wider_selection(device, dtype) -> None:
@@ -126,10 +121,16 @@ def test_rows_beyond_the_count_may_hold_nan(backend, device) -> None:
 
 
 @pytest.mark.parametrize("splits", [3, 4, 33, 200])
-@per_head
-def test_any_number_of_splits(splits, per_head, device, dtype, agree, monkeypatch) -> None:
+def test_any_number_of_splits(splits, device, dtype, agree, monkeypatch) -> None:
     monkeypatch.setattr(decode, "split_count", lambda *_: splits)
-    q, k, v, keys, values, held, order, _ = _cache(CASES["very unequal"], device, dtype, per_head)
+    q, k, v, keys, values, held, order, _ = _cache(CASES["very unequal"], device, dtype)
+    agree(attend_and_append, q, k, v, keys, values, held, order)
+
+
+@pytest.mark.parametrize("splits", [5, 33])
+def test_lengths_per_kv_head_in_any_number_of_splits(splits, device, agree, monkeypatch) -> None:
+    monkeypatch.setattr(decode, "split_count", lambda *_: splits)
+    q, k, v, keys, values, held, order, _ = _cache(CASES["around a block"], device, torch.float32, per_head=True)
     agree(attend_and_append, q, k, v, keys, values, held, order)
 
 

@@ -1,23 +1,23 @@
-"""Fused projections against their twins, over odd sizes: a weight that is skipped or read twice is seen."""
+"""Fused projections, RoPE and RMS norm against their references. Odd sizes reveal weights skipped or read twice."""
 
 import itertools
 
 import pytest
 import torch
 
-from sparsecache.kernels import linear as projections
-from sparsecache.kernels.linear import MOST_ROWS, add_linear, linear, linear_rope, swiglu
+from sparsecache.kernels import linear as linear_module
+from sparsecache.kernels.linear import MAX_FUSED_ROWS, add_linear, linear, linear_rope, swiglu
 from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, split_and_rotate
-from sparsecache.kernels.swiglu import swiglu as gated
+from sparsecache.kernels.swiglu import swiglu as activation
 
-SIZES = [(1, 64, 48), (1, 4100, 37), (2, 256, 16), (5, 300, 33), (16, 257, 130), (MOST_ROWS + 3, 40, 24)]
+SIZES = [(1, 64, 48), (1, 4100, 37), (2, 256, 16), (5, 300, 33), (16, 257, 130), (MAX_FUSED_ROWS + 3, 40, 24)]
 sizes = pytest.mark.parametrize(("rows", "size", "width"), SIZES, ids=["x".join(map(str, each)) for each in SIZES])
 
 
 @pytest.fixture
 def draw(device, dtype):
-    """Fresh random tensors; those of two or more dimensions are scaled so that products stay near 1."""
+    """Draw random tensors."""
     generator = torch.Generator().manual_seed(7)
 
     def make(*shape: int) -> torch.Tensor:
@@ -38,7 +38,7 @@ def test_linear(rows, size, width, draw, agree) -> None:
 
 @sizes
 def test_add_linear(rows, size, width, draw, agree) -> None:
-    """To some rows of a tensor, in place: the others stay."""
+    """Adds to some rows of a tensor in place and leaves the others unchanged."""
 
     def added(target, x, weight, bias):
         target = target.clone()
@@ -60,13 +60,13 @@ def test_swiglu(rows, size, width, draw, agree) -> None:
     x, weight = draw(rows, size), draw(2 * width, size) / size**0.5
     agree(swiglu, x, weight)
     agree(swiglu, x, weight, draw(2 * width))
-    agree(gated, draw(rows, 2 * width))
+    agree(activation, draw(rows, 2 * width))
 
 
 @sizes
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 1, 32), (3, 3, 20), (0, 2, 64)])
-def test_rotated(rows, size, width, heads, kv_heads, head_dim, draw, agree) -> None:
-    """Values are not rotated, and queries alone can be made of the first rows of the weights."""
+def test_linear_rope(rows, size, width, heads, kv_heads, head_dim, draw, agree) -> None:
+    """Heads beyond num_rotated (values) are not rotated. A slice of the weight projects the queries and keys alone."""
     angles = draw(rows, head_dim // 2).repeat(1, 2)
     rotation = Rotation(angles.cos(), angles.sin())
     x, count = draw(rows, size), heads + 2 * kv_heads
@@ -74,8 +74,8 @@ def test_rotated(rows, size, width, heads, kv_heads, head_dim, draw, agree) -> N
     agree(linear_rope, x, weight, bias, rotation, count - kv_heads)
     agree(linear_rope, x, weight[: -kv_heads * head_dim], None, rotation, count)
     projected = draw(rows, count, head_dim)
-    for room in (rows, rows + 37):
-        agree(split_and_rotate, projected, rotation, kv_heads, room)
+    for capacity in (rows, rows + 37):
+        agree(split_and_rotate, projected, rotation, kv_heads, capacity)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 100), (2, 5, 64), (17, 4096), (2, 0, 64)], ids=str)
@@ -86,31 +86,31 @@ def test_rms_norm(shape, draw, agree) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 9])
 @pytest.mark.parametrize("shape", [(768, 96), (1001, 70), (20, 4000), (48, 7)], ids=str)
-def test_products_on_a_cpu(rows, shape) -> None:
-    """Large weights in blocks and small ones, those that do not divide, a part of the rows, every other column."""
+def test_torch_products_on_a_cpu(rows, shape) -> None:
+    """Weights that are large or small, divisible into blocks or not, slices of rows, and not contiguous."""
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(shape[0], 2 * shape[1], generator=generator)
     bias, x = torch.randn(shape[0], generator=generator), torch.randn(rows, shape[1], generator=generator)
-    for some in (weight[:, ::2].contiguous(), weight[:, ::2]):
-        for few in (shape[0], shape[0] - 4):
-            expected = x.double() @ some[:few].double().t() + bias[:few].double()
-            torch.testing.assert_close(linear(x, some[:few], bias[:few]).double(), expected, rtol=1e-5, atol=1e-4)
-            assert linear(x, some[:few]).is_contiguous()
+    for part in (weight[:, ::2].contiguous(), weight[:, ::2]):
+        for size in (shape[0], shape[0] - 4):
+            expected = x.double() @ part[:size].double().t() + bias[:size].double()
+            torch.testing.assert_close(linear(x, part[:size], bias[:size]).double(), expected, rtol=1e-5, atol=1e-4)
+            assert linear(x, part[:size]).is_contiguous()
 
 
-@pytest.mark.parametrize(("num_sms", "roomy"), [(0, True), (0, False), (1000, True)])
-def test_programs_of_every_size(num_sms, roomy, draw, agree, monkeypatch) -> None:
-    """As a GPU takes them: for many pairs of rows, with little shared memory, for few pairs."""
-    monkeypatch.setattr(projections, "num_sms", lambda _: num_sms)
-    monkeypatch.setattr(projections, "has_large_shared_memory", lambda _: roomy)
+@pytest.mark.parametrize(("num_sms", "large_memory"), [(0, True), (0, False), (1000, True)])
+def test_every_block_size(num_sms, large_memory, draw, agree, monkeypatch) -> None:
+    """The sizes for many pairs of rows, for little shared memory, and for few pairs."""
+    monkeypatch.setattr(linear_module, "num_sms", lambda _: num_sms)
+    monkeypatch.setattr(linear_module, "has_large_shared_memory", lambda _: large_memory)
     x, rotation = draw(5, 300), Rotation(*draw(2, 5, 32).repeat(1, 1, 2))
     agree(linear, x, draw(70, 300) / 300**0.5, residual=draw(5, 70))
     agree(swiglu, x, draw(2 * 70, 300) / 300**0.5)
     agree(linear_rope, x, draw(3 * 64, 300) / 300**0.5, None, rotation, 2)
 
 
-def test_each_row_of_the_output_is_written(draw, agree, monkeypatch) -> None:
-    """Memory that nothing wrote is poisoned first."""
+def test_every_output_is_written(draw, agree, monkeypatch) -> None:
+    """Uninitialized memory is filled with NaN."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan))
     agree(linear, draw(3, 100), draw(35, 100))

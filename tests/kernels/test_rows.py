@@ -1,4 +1,4 @@
-"""Rows of slots against torch's own indexing."""
+"""Rows of slots against torch indexing."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from sparsecache.kernels.rows import index_slots, take_rows
 @pytest.mark.parametrize("slots", [[0], [2, 0], [1], [0, 1, 2]], ids=str)
 @pytest.mark.parametrize("beyond", [(), (5,), (2, 4)], ids=str)
 @pytest.mark.parametrize("count", [0, 1, 6])
-def test_rows_are_those_of_each_slots_kv_heads(slots: list[int], beyond: tuple[int, ...], count: int) -> None:
-    """Of a store as it is, of one of its halves, and of its first rows."""
+def test_equals_torch_indexing(slots: list[int], beyond: tuple[int, ...], count: int) -> None:
+    """Over a whole store, a strided half of it, and its first rows."""
     generator = torch.Generator().manual_seed(count)
     store = torch.randn(max(slots) + 1, 3, 7, 2, *beyond, generator=generator)
     rows = torch.randint(0, 4, (len(slots), 3, count), generator=generator)
