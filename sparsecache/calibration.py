@@ -19,12 +19,12 @@ from tqdm import tqdm
 from sparsecache.engine.decoder import Decoder
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import cache_folder
-from sparsecache.methods.base import Method
+from sparsecache.cache import CacheMethod
 
 MOST_TOKENS = 2048
 
 
-def calibrate(method: Method, decoder: Decoder, token_ids: list[int], fingerprint: str) -> None:
+def calibrate(method: CacheMethod, decoder: Decoder, token_ids: list[int], fingerprint: str) -> None:
     """Shows the method its calibration text (the first 2,048 of `token_ids`), or what it learned of it before.
 
     Raises UsageError for a kept file that does not fit the checkpoint; it is never used.
@@ -46,7 +46,7 @@ def calibrate(method: Method, decoder: Decoder, token_ids: list[int], fingerprin
     _save(file, method.calibration(), key)
 
 
-def _key(method: Method, token_ids: list[int], fingerprint: str, dtype: str) -> str:
+def _key(method: CacheMethod, token_ids: list[int], fingerprint: str, dtype: str) -> str:
     name = type(method).__name__
     parts = (name, str(method.calibration_version), fingerprint, dtype, " ".join(map(str, token_ids)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -22,7 +22,7 @@ from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.tasks import Task
 from sparsecache.longbench.wrapping import CLOCK
 from sparsecache.methods import make_method, parse_options, refusals
-from sparsecache.methods.base import Method
+from sparsecache.cache.base import Method
 from sparsecache.options import show
 from sparsecache.settings import Settings
 from sparsecache.versions import tokenizing_versions

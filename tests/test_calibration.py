@@ -19,7 +19,7 @@ from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.errors import UsageError
 from sparsecache.files import cache_folder
-from sparsecache.methods.base import Shape
+from sparsecache.cache import Shape
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.plan import Plan
 from sparsecache.settings import Settings

@@ -23,7 +23,7 @@ from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights, read_weights
 from sparsecache.errors import UsageError
 from sparsecache.methods import make_method, parse_options, refusals
-from sparsecache.methods.base import Method
+from sparsecache.cache.base import Method
 
 _LLAMA_3 = {"rope_theta": 500000.0, "rope_type": "default"}
 SHAPES: dict[str, dict[str, Any]] = {

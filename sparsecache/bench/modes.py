@@ -21,7 +21,7 @@ from sparsecache.engine.base import Clock, Engine, Request
 from sparsecache.engine.generator import Generator
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
-from sparsecache.methods._host import pinned_bytes
+from sparsecache.cache.host import pinned_bytes
 from sparsecache.work import STEP_BYTES
 
 _RUNS, _SECONDS = 3, 8.0

@@ -1,4 +1,4 @@
-"""Decode steps: as CUDA graphs where the decoder allows it, else call by call."""
+"""Decode steps: CUDA graphs where the decoder allows it, else operation by operation."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -9,71 +9,71 @@ from torch import Tensor
 from sparsecache.engine.decoder import Decoder
 
 
-class Flight(Protocol):
-    """A step under way."""
+class StepHandle(Protocol):
+    """A step in flight."""
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Waits for the logits [B, V] and the most likely tokens [B], as `most_likely` gives them.
+        """Wait for the logits [B, V] and the most likely tokens [B], as `most_likely` gives them.
 
-        The logits stand until the step after it is launched; the tokens, on the CPU or the device, are the caller's.
+        The logits are valid until the next step is launched; the tokens, on the CPU or the device, are the caller's.
         """
 
 
 class Steps(Protocol):
     """Decode steps, each of which is launched and then read."""
 
-    def launch(self, inputs: Tensor) -> Flight:
-        """A step from token ids, positions and slots: [3, B] on the CPU."""
+    def launch(self, inputs: Tensor) -> StepHandle:
+        """Launch a step from token ids, positions and slots: [3, B] on the CPU."""
 
-    def go_on(self) -> Flight | None:
-        """The step after the latest one, of the same sequences, from the tokens that it finds most likely.
+    def submit_next(self) -> StepHandle | None:
+        """Launch the step after the latest one before that is read: the same sequences, its most likely tokens.
 
-        It is launched before that one is read. None where it cannot be: nothing has happened then.
+        Returns None, and does nothing, where that is not possible.
         """
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """The most likely token of each row of logits [..., V]; -1 where NaN or infinity makes it meaningless.
+    """Return the most likely token of each row of logits [..., V]; -1 where the largest is NaN or infinite.
 
-    As an index of the embedding -1 is harmless, so a step that was launched ahead may read it.
+    -1 is a valid index of the embedding, so a step that was launched ahead may read it.
     """
     best, token_ids = logits.max(dim=-1)  # NaN counts as the largest
     return torch.where(best.isfinite(), token_ids, -1)
 
 
 def make_steps(decoder: Decoder, slots: int) -> Steps:
-    """Steps of up to `slots` sequences. The method must have room for them, and nothing in flight."""
+    """Return steps of up to `slots` sequences. The decoder's caches must be allocated for them, all slots free."""
     return GraphedSteps(decoder, slots) if decoder.graphable else EagerSteps(decoder)
 
 
-class Launched(NamedTuple):
-    """A step whose operations are launched one by one: what is read waits for itself."""
+class EagerStep(NamedTuple):
+    """A step whose operations were launched one by one; reading it waits by itself."""
 
     logits: Tensor
     greedy: Tensor
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """As Flight.read."""
+        """As StepHandle.read."""
         return self
 
 
 class EagerSteps:
-    """Every step is launched operation by operation."""
+    """Launches every step operation by operation."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
 
-    def launch(self, inputs: Tensor) -> Launched:
+    def launch(self, inputs: Tensor) -> EagerStep:
         """As Steps.launch."""
         logits = self._decoder.step(*inputs.to(self._decoder.device))
-        return Launched(logits, most_likely(logits))
+        return EagerStep(logits, most_likely(logits))
 
-    def go_on(self) -> None:
-        """Never: with so many launches the host has no time to be ahead of the device."""
+    def submit_next(self) -> None:
+        """Return None: with so many launches the host cannot be ahead of the device."""
 
 
-class HostTokens:
-    """Tokens on their way to the host."""
+class TokenReadback:
+    """Tokens that are being copied to the host."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -81,13 +81,13 @@ class HostTokens:
         self._event: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
 
     def copy(self, tokens: Tensor) -> None:
-        """Begins to copy tokens, after all that is on the current stream by now."""
+        """Start to copy tokens, after all work on the current stream."""
         self._tokens.copy_(tokens, non_blocking=True)
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(tokens.device))
 
     def read(self, rows: int) -> Tensor:
-        """Waits for the first `rows` of them: a copy."""
+        """Wait for the copy and return the first `rows` tokens."""
         if self._event is not None:
             self._event.synchronize()
         return self._tokens[:rows].clone()
@@ -97,40 +97,40 @@ class HostTokens:
 class _Graph:
     """A captured step of some batch size.
 
-    inputs [3, size], on the device, are those of the next step once the graph has run: what was most likely, one
-    position on. told: where that choice is told, of one step and, by turns, of the next. latest: the places of the
-    step that it ran last; left: the inputs as that one leaves them, where the host knows them.
+    inputs: [3, size] on the device; a replay leaves in them those of the next step: its most likely tokens, one
+    position on. readbacks: where tokens are copied to, of one step and the next by turns. latest: positions and slots
+    of the latest replay; next_inputs: the inputs that it leaves, where the host knows them.
     """
 
     graph: Any
     inputs: Tensor
     logits: Tensor
-    told: tuple[HostTokens, HostTokens]
+    readbacks: tuple[TokenReadback, TokenReadback]
     latest: Tensor | None = None
-    left: Tensor | None = None
+    next_inputs: Tensor | None = None
 
 
 @dataclass(eq=False)
 class _Replay:
-    """A step of a graph's. places: positions and slots, [2, B]."""
+    """A replayed step. places: positions and slots, [2, B]."""
 
     graph: _Graph
-    told: HostTokens
+    readback: TokenReadback
     places: Tensor
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """As Flight.read."""
+        """As StepHandle.read."""
         rows = self.places.shape[1]
-        greedy = self.told.read(rows)
+        greedy = self.readback.read(rows)
         if self.graph.latest is self.places:
-            self.graph.left = torch.stack((greedy, self.places[0] + 1, self.places[1]))
+            self.graph.next_inputs = torch.stack((greedy, self.places[0] + 1, self.places[1]))
         return self.graph.logits[:rows], greedy
 
 
 class GraphedSteps:
-    """One CUDA graph for each batch size among 1, 2, 4 and so on, and `slots`; good for any length.
+    """One CUDA graph per batch size among 1, 2, 4, ... and `slots`; a graph is good for any sequence length.
 
-    A smaller batch is filled up with slots that are not in flight, which the method's seam allows.
+    A smaller batch is padded with free slots, which a LayerCache must allow.
     """
 
     def __init__(self, decoder: Decoder, slots: int) -> None:
@@ -142,56 +142,56 @@ class GraphedSteps:
         for size in sizes:  # the largest first: the others fit into its memory
             self._graphs[size] = self._capture(size)
 
-    def launch(self, inputs: Tensor) -> Flight:
+    def launch(self, inputs: Tensor) -> StepHandle:
         """As Steps.launch."""
         rows = inputs.shape[1]
         graph = self._graphs[min(size for size in self._graphs if size >= rows)]
-        left, graph.left = graph.left, None  # not known while the graph runs, should that be cut off
-        if left is None or not torch.equal(left, inputs):
-            graph.inputs.copy_(self._filled_up(inputs, graph.inputs.shape[1]))
+        known, graph.next_inputs = graph.next_inputs, None  # unknown again, should the replay be interrupted
+        if known is None or not torch.equal(known, inputs):
+            graph.inputs.copy_(self._padded(inputs, graph.inputs.shape[1]))
         return self._replay(graph, inputs[1:])
 
-    def go_on(self) -> Flight | None:
-        """As Steps.go_on."""
+    def submit_next(self) -> StepHandle | None:
+        """As Steps.submit_next."""
         graph = self._latest
         if graph is None or graph.latest is None:
             return None
         positions, slots = graph.latest
-        graph.left = None
+        graph.next_inputs = None
         return self._replay(graph, torch.stack((positions + 1, slots)))
 
-    def _replay(self, graph: _Graph, places: Tensor) -> "_Replay":
-        told, other = graph.told
-        graph.told = other, told
+    def _replay(self, graph: _Graph, places: Tensor) -> _Replay:
+        readback, other = graph.readbacks
+        graph.readbacks = other, readback
         graph.graph.replay()
-        told.copy(graph.inputs[0])
+        readback.copy(graph.inputs[0])
         self._latest, graph.latest = graph, places
-        return _Replay(graph, told, places)
+        return _Replay(graph, readback, places)
 
-    def _filled_up(self, inputs: Tensor, size: int) -> Tensor:
-        """inputs [3, B] to [3, size]: the first token at position 0 in idle slots, which then go on by themselves."""
-        taken = set(inputs[2].tolist())
-        idle = [slot for slot in range(self._slots) if slot not in taken][: size - inputs.shape[1]]
-        more = torch.tensor([[0] * len(idle), [0] * len(idle), idle], dtype=inputs.dtype)
+    def _padded(self, inputs: Tensor, size: int) -> Tensor:
+        """Pad inputs [3, B] to [3, size]: token 0 at position 0 in free slots."""
+        used = set(inputs[2].tolist())
+        free = [slot for slot in range(self._slots) if slot not in used][: size - inputs.shape[1]]
+        more = torch.tensor([[0] * len(free), [0] * len(free), free], dtype=inputs.dtype)
         return torch.cat((inputs, more), dim=1)
 
     def _capture(self, size: int) -> _Graph:
-        idle = torch.zeros(3, size, dtype=torch.int64)
-        idle[2] = torch.arange(size)
+        free = torch.zeros(3, size, dtype=torch.int64)
+        free[2] = torch.arange(size)
         stream: Any = torch.cuda.Stream(self._decoder.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._decoder.device))
-        with torch.cuda.stream(stream):  # compiles kernels, and makes what libraries make at their first call
-            self._eager.launch(idle)
+        with torch.cuda.stream(stream):  # compiles kernels and initialises libraries
+            self._eager.launch(free)
         torch.cuda.current_stream(self._decoder.device).wait_stream(stream)
-        inputs = idle.to(self._decoder.device)
+        inputs = free.to(self._decoder.device)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):
             logits = self._run(inputs)
-        return _Graph(graph, inputs, logits, (HostTokens(size, inputs.device), HostTokens(size, inputs.device)))
+        return _Graph(graph, inputs, logits, (TokenReadback(size, inputs.device), TokenReadback(size, inputs.device)))
 
     def _run(self, inputs: Tensor) -> Tensor:
-        """One step, which leaves in `inputs` those of the next; logits [size, V]."""
+        """Run one step and leave in `inputs` those of the next; return logits [size, V]."""
         logits = self._decoder.step(*inputs)
         inputs[0] = most_likely(logits)
         inputs[1] += 1

@@ -1,93 +1,89 @@
 """Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference (ICML'24, arXiv 2406.10774).
 
-Keys lie in pages of `page` tokens, and of each page the lowest and highest value of every channel is kept. They bound
-what q . k can be for any key of the page: sum over channels of max(q * lowest, q * highest). Pages are attended to in
-falling order of this bound until the budget is reached. Everything is kept; what is saved is attention, not memory.
+Keys lie in pages of `page` tokens. The lowest and highest value of every channel of a page bound q . k for any key
+of the page: sum over channels of max(q * lowest, q * highest). Pages are taken in falling order of this bound until
+the budget is used. Every token is kept: Quest saves attention, not memory.
 
-GQA: the paper has one KV head a query head. Here a page counts for a KV head what it counts for the query head with
-the highest bound.
+GQA: the paper has one KV head per query head. Here a page's bound for a KV head is the highest of its query heads'.
 
-What differs: the budget is of tokens, so the last page that fits in part gives its latest tokens only; the paper takes
-whole pages, and its kernels always the last one. The current token is attended to in any case, on top of the budget.
+Differences: the budget counts tokens, so the last page that fits in part gives its latest tokens only. The paper
+takes whole pages, and its kernels always take the last page. The current token is attended to on top of the budget.
 """
 
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsecache.kernels.rows import of_slots
-from sparsecache.methods._layers import per_layer
-from sparsecache.methods._sparse import ChoosingMethod
+from sparsecache.kernels.rows import index_slots
+from sparsecache.kernels.threshold import Selection
+from sparsecache.cache.selection import SelectionCache, SelectionMethod
+from sparsecache.cache.base import CacheConfig
 
 
-class Quest(ChoosingMethod):
-    """Chooses the pages that could hold the highest scores."""
+@dataclass
+class Quest(SelectionMethod):
+    """Selects the pages whose bounds are highest."""
 
-    lossless: ClassVar[dict[str, Any] | None] = {"budget": 1.0, "dense_layers": 0}
-    tight: ClassVar[dict[str, Any]] = {"budget": 6, "page": 4, "dense_layers": 0}
+    page: Annotated[int, "tokens in a page, 1 or more"] = 16
 
-    def __init__(
-        self,
-        budget: Annotated[float, "most past tokens attended to: a share of them up to 1, else a count"] = 0.2,
-        page: Annotated[int, "tokens in a page, 1 or more"] = 16,
-        dense_layers: Annotated[int, "first layers that attend to everything"] = 2,
-    ) -> None:
-        super().__init__(budget, dense_layers)
-        if page < 1:
-            raise ValueError(f"page={page} must be 1 token or more.")
-        self._page = page
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.page < 1:
+            raise ValueError(f"page={self.page} must be 1 token or more.")
 
-    def make_room(self, layers: int, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().make_room(layers, slots, max_tokens, device, dtype)
-        size = (slots, self.shape.kv_heads, -(-max_tokens // self._page), self.shape.head_dim)
-        self._lowest = per_layer(self.devices, *size, dtype=dtype)
-        self._highest = per_layer(self.devices, *size, dtype=dtype)
+    def make_sparse_cache(self, layer: int, config: CacheConfig) -> "QuestCache":
+        return QuestCache(self, layer, config)
 
-    def take_prompt(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
-        super().take_prompt(layer, slot, q, k, v, max_new_tokens)
-        kv_heads, length, head_dim = k.shape
-        pages = -(-length // self._page)
-        for bounds, value, extreme in (
-            (self._lowest, torch.inf, Tensor.amin),
-            (self._highest, -torch.inf, Tensor.amax),
-        ):
-            paged = pad(k, (0, 0, 0, pages * self._page - length), value=value)
-            paged = paged.view(kv_heads, pages, self._page, head_dim)
-            bounds[layer, slot, :, :pages] = extreme(paged, 2)
-
-    def attend_past(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, past: Tensor, cap: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        found = super().attend_past(layer, q, k, v, slots, past, cap)
-        key, page = k[:, :, 0], past // self._page
-        begins = (past % self._page == 0)[:, None, None]  # what the page held before is another sequence's
-        for bound, nearer in ((self._lowest[layer], torch.minimum), (self._highest[layer], torch.maximum)):
-            bound[slots, :, page] = torch.where(begins, key, nearer(bound[slots, :, page], key))
-        return found
-
-    def choose(self, layer: int, q: Tensor, slots: Tensor, past: Tensor, cap: Tensor) -> Tensor:
-        pages = -(-int(past.max()) // self._page)
-        offsets = torch.arange(self._page, device=q.device)
-        held = (past[:, None] - self._page * torch.arange(pages, device=q.device)).clamp(0, self._page)  # [B, pages]
-        order = self._bounds(layer, q, slots, pages).sort(dim=-1, descending=True, stable=True).indices  # [B, G, pages]
-        held = held[:, None].expand_as(order)
+    def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
+        assert isinstance(cache, QuestCache)
+        past, width = cache.seq_lens[slots], cache.width(slots)
+        order = cache.page_bounds(q, slots, width).sort(dim=-1, descending=True, stable=True).indices  # [B, G, pages]
+        first = self.page * torch.arange(order.shape[2], device=q.device)
+        held = (past[:, None] - first).clamp(0, self.page)[:, None].expand_as(order)  # tokens per page
         in_order = held.gather(2, order)
         before = in_order.cumsum(2) - in_order
-        taken = torch.zeros_like(held).scatter(2, order, (cap[:, None, None] - before).clamp(min=0))
-        chosen = (offsets < held[..., None]) & (offsets >= (held - taken)[..., None])  # [B, G, pages, page]
-        return _positions(chosen.flatten(2), int(cap.max()))
+        left = (cache.budgets[past][:, None, None] - before).clamp(min=0)
+        taken = torch.zeros_like(held).scatter(2, order, left)
+        offset = torch.arange(self.page, device=q.device)
+        is_taken = (offset < held[..., None]) & (offset >= (held - taken)[..., None])  # [B, G, pages, page]
+        return cache.select_topk(is_taken.flatten(2)[..., :width].float(), slots)
 
-    def _bounds(self, layer: int, q: Tensor, slots: Tensor, pages: int) -> Tensor:
-        """The highest score that each page could give to a head of the KV head: [B, G, pages] float32."""
-        lowest, highest = (of_slots(x[layer], slots)[:, :, :pages].float().mT for x in (self._lowest, self._highest))
-        grouped = q.float().view(len(slots), self.shape.kv_heads, -1, self.shape.head_dim)  # [B, G, g, D]
+    def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
+        return seq_len / self.page * config.token_nbytes  # two bounds a page are as much as a key and a value
+
+
+class QuestCache(SelectionCache):
+    """All keys and values, and per page the bounds: lowest, highest [slots, G, pages, D]."""
+
+    def __init__(self, method: Quest, layer: int, config: CacheConfig) -> None:
+        super().__init__(method, layer, config)
+        self.page = method.page
+        pages = -(-config.max_tokens // self.page)
+        self.lowest, self.highest = (config.zeros(pages, config.shape.head_dim) for _ in range(2))
+
+    def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        super().prefill(slot, q, k, v)
+        kv_heads, length, head_dim = k.shape
+        pages = -(-length // self.page)
+        for bounds, empty, reduce in ((self.lowest, torch.inf, Tensor.amin), (self.highest, -torch.inf, Tensor.amax)):
+            paged = pad(k, (0, 0, 0, pages * self.page - length), value=empty)
+            bounds[slot, :, :pages] = reduce(paged.view(kv_heads, pages, self.page, head_dim), 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        out = super().attend(q, k, v, slots)
+        past = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
+        key, page = k[:, :, 0], past // self.page
+        is_first = (past % self.page == 0)[:, None, None]  # the page may hold an earlier sequence's bounds
+        for bounds, reduce in ((self.lowest, torch.minimum), (self.highest, torch.maximum)):
+            bounds[slots, :, page] = torch.where(is_first, key, reduce(bounds[slots, :, page], key))
+        return out
+
+    def page_bounds(self, q: Tensor, slots: Tensor, width: int) -> Tensor:
+        """Return the highest score that each page can give to a head of the KV head: [B, G, pages] float32."""
+        pages = -(-width // self.page)
+        lowest, highest = (index_slots(x, slots)[:, :, :pages].float().mT for x in (self.lowest, self.highest))
+        grouped = q.float().view(len(slots), lowest.shape[1], -1, q.shape[3])  # [B, G, H / G, D]
         return (grouped.clamp(min=0) @ highest + grouped.clamp(max=0) @ lowest).amax(2)
-
-
-def _positions(chosen: Tensor, most: int) -> Tensor:
-    """Where chosen [B, G, T] is true, at most `most` times: positions [B, G, N] ascending, then -1."""
-    length = chosen.shape[2]
-    positions = torch.arange(length, device=chosen.device).masked_fill(~chosen, length).sort(-1).values[..., :most]
-    return positions.masked_fill(positions == length, -1)

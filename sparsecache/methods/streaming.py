@@ -1,49 +1,57 @@
 """StreamingLLM: Efficient Streaming Language Models with Attention Sinks (ICLR'24, arXiv 2309.17453).
 
-The first tokens, to which models send the attention that they have no use for, and the most recent ones; all others
-are evicted. Nothing depends on what a token says, so all KV heads keep the same ones, and GQA adds nothing.
+Keeps the first tokens, which serve as attention sinks, and the most recent ones. All others are evicted. Nothing
+depends on what a token says, so all KV heads keep the same tokens and GQA adds nothing.
 
-What differs from the paper: it numbers positions inside the cache, so that a text can go on for ever. Here keys keep
-the rotation of their positions in the text, as in every method that is compared; the prompt's own attention is dense.
-The budget counts sinks and recent tokens together; one of no more tokens than `sinks` holds only sinks.
+Differences: the paper numbers positions inside the cache, so that a text can be endless. Here keys keep the rotation
+of their positions in the text, as in every method that is compared; the prompt's attention is dense. The budget
+counts sinks and recent tokens together; a budget of at most `sinks` tokens keeps only sinks.
 """
 
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from sparsecache.methods._evicting import EvictingMethod
+from sparsecache.cache.eviction import DecodingEvictionCache
+from sparsecache.cache.sparse import SparseMethod
+from sparsecache.cache.base import CacheConfig
 
 _SINK = 2.0**52  # above any position, and exact with one subtracted
 
 
-class Streaming(EvictingMethod):
+@dataclass
+class Streaming(SparseMethod):
     """Keeps the first and the last tokens."""
 
-    lossless: ClassVar[dict[str, Any] | None] = {"budget": 1.0, "dense_layers": 0}
-    tight: ClassVar[dict[str, Any]] = {"budget": 6, "sinks": 2, "dense_layers": 0}
+    budget: Annotated[float, "most past tokens kept, sinks included: a share of them up to 1, else a count"] = 0.2
+    sinks: Annotated[int, "first tokens that are always kept, 0 or more"] = 4
 
-    def __init__(
-        self,
-        budget: Annotated[
-            float, "most past tokens kept, sinks among them: a share of them up to 1, else a count"
-        ] = 0.2,
-        sinks: Annotated[int, "first tokens that are always kept, 0 or more"] = 4,
-        dense_layers: Annotated[int, "first layers that attend to everything"] = 2,
-    ) -> None:
-        super().__init__(budget, dense_layers)
-        if sinks < 0:
-            raise ValueError(f"sinks={sinks} must be 0 tokens or more.")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sinks < 0:
+            raise ValueError(f"sinks={self.sinks} must be 0 tokens or more.")
+
+    def make_sparse_cache(self, layer: int, config: CacheConfig) -> "StreamingCache":
+        return StreamingCache(self.sinks, self, layer, config)
+
+
+class StreamingCache(DecodingEvictionCache):
+    """The token that is neither a sink nor recent leaves."""
+
+    def __init__(self, sinks: int, method: SparseMethod, layer: int, config: CacheConfig) -> None:
+        super().__init__(method, layer, config)
         self._sinks = sinks
 
-    def choose_prompt(self, layer: int, slot: int, q: Tensor, k: Tensor, count: int) -> Tensor:
+    def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
         kv_heads, length = k.shape[:2]
         sinks = min(self._sinks, count)
         positions = torch.arange(length, device=k.device)
-        return torch.cat((positions[:sinks], positions[length - count + sinks :])).expand(kv_heads, -1)
+        kept = torch.cat((positions[:sinks], positions[length - count + sinks :])).expand(kv_heads, -1)
+        return kept, torch.zeros(kept.shape, device=k.device)
 
-    def make_way(self, layer: int, q: Tensor, slots: Tensor, past: Tensor, cap: Tensor) -> None:
-        positions = self.rows[layer].positions[slots].double()
-        worth = torch.where(positions < self._sinks, _SINK - positions, positions)
-        self.rows[layer].drop_least(slots, worth, cap)
+    def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        positions = self.positions[slots].double()
+        priorities = torch.where(positions < self._sinks, _SINK - positions, positions)
+        return self.scores[slots], priorities

@@ -18,7 +18,7 @@ from sparsecache.engine.families import load_family
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
-from sparsecache.methods.base import Method
+from sparsecache.cache.base import Method
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 

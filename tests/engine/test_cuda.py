@@ -19,7 +19,7 @@ from sparsecache.engine.rope import Rope
 from sparsecache.engine.steps import GraphedSteps
 from sparsecache.kernels import attention
 from sparsecache.methods import load_method, make_method, method_names, method_options, parse_options
-from sparsecache.methods.base import Method
+from sparsecache.cache.base import Method
 from sparsecache.methods.vanilla import Vanilla
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")

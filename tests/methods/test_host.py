@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparsecache.methods import _host
-from sparsecache.methods._host import make_room, put
-from sparsecache.methods.base import Shape
+from sparsecache.cache.host import make_room, put
+from sparsecache.cache.base import Shape
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.methods.vanilla import Vanilla
 

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from sparsecache.engine.base import Request
 from sparsecache.engine.families import family_names
 from sparsecache.engine.generator import Generator
-from sparsecache.methods.base import GuessFrom
+from sparsecache.cache.base import GuessFrom
 from sparsecache.methods.vanilla import Vanilla
 
 every_family = pytest.mark.parametrize("model_type", family_names())

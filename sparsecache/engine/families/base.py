@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsecache.errors import UsageError
-from sparsecache.methods.base import Shape
+from sparsecache.cache.base import Shape
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Skewing matrices: rotations, one per layer and KV head, that gather what queries say in few columns.
+"""Skewing matrices: rotations, one per layer and KV head, that gather a query's norm in few channels.
 
 They are made and applied after RoPE, and (q A) (k A)^T = q k^T.
 """
@@ -6,11 +6,13 @@ They are made and applied after RoPE, and (q A) (k A)^T = q k^T.
 import torch
 from torch import Tensor
 
+from sparsecache.cache.base import Shape
+
 
 def skewing_matrix(q: Tensor) -> Tensor:
-    """The right singular vectors of each KV head's queries, by falling singular value: [G, D, D] float32.
+    """Return the right singular vectors of each KV head's queries, by falling singular value: [G, D, D] float32.
 
-    q: [G, g, L, D], rotated queries over a calibration text; the g heads of a KV head are stacked.
+    q: [G, H / G, L, D], rotated queries over a calibration text; the heads of a KV head are stacked.
     """
     stacked = q.double().flatten(1, 2)
     # The eigenvectors of Q^T Q are the right singular vectors of Q; eigenvalues come rising.
@@ -20,5 +22,17 @@ def skewing_matrix(q: Tensor) -> Tensor:
 
 
 def skew(x: Tensor, matrices: Tensor) -> Tensor:
-    """x [.., H, L, D] times its KV head's matrix of [G, D, D], in float32."""
+    """Return x [..., H, L, D] times its KV head's matrix of [G, D, I], in float32."""
     return x.float() @ matrices.repeat_interleave(x.shape[-3] // len(matrices), 0)
+
+
+def check_matrices(matrices: Tensor | None, shape: Shape) -> Tensor:
+    """Return skewing matrices [layers, G, D, D] as float32; raise ValueError if they do not fit a model's shape."""
+    expected = (shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
+    if matrices is None or tuple(matrices.shape) != expected:
+        found = None if matrices is None else tuple(matrices.shape)
+        raise ValueError(f"its skewing_matrix has the shape {found}; this model needs {expected}.")
+    matrices = matrices.float()
+    if not torch.allclose(matrices @ matrices.mT, torch.eye(shape.head_dim).expand(expected), atol=1e-4):
+        raise ValueError("its skewing_matrix is not orthogonal.")
+    return matrices

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsecache.kernels.selection import select
-from sparsecache.methods.base import Shape
+from sparsecache.cache.base import Shape
 from sparsecache.methods.infinigen.skewing import skewing_matrix
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsecache.methods.base import Shape
+from sparsecache.cache.base import Shape
 from sparsecache.methods.infinigen import InfiniGen
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
 from sparsecache.kernels._triton import INTERPRETED, running
 from sparsecache.kernels.attention import attention, attention_over_rows
-from sparsecache.methods.base import Method, Shape
+from sparsecache.cache.base import Method, Shape
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.methods.vanilla import Vanilla
 

@@ -8,7 +8,7 @@ import torch
 
 from sparsecache.errors import UsageError
 from sparsecache.methods import make_method, parse_options
-from sparsecache.methods.base import Shape
+from sparsecache.cache.base import Shape
 from sparsecache.methods.infinigen import InfiniGen
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsecache.methods.base import Shape
+from sparsecache.cache.base import Shape
 from sparsecache.methods.infinigen.pool import EVICTIONS, Pool, Selections
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels.scores import scaled_scores
-from sparsecache.methods.base import Shape
+from sparsecache.cache.base import Shape
 from sparsecache.methods.infinigen.skewing import skewing_matrix
 from sparsecache.methods.infinigen.speculation import PartialKeys
 

@@ -1,0 +1,183 @@
+"""The seam between an engine and a cache method.
+
+An engine makes one method and asks it for one cache per layer. A cache holds the keys and values of its layer for
+all slots; a slot is one sequence in flight. The engine knows weights and tokens, a cache knows keys and values. A
+cache sees no layer index and no device but its own, so a model split over several devices needs nothing of a method.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from sparsecache.cache.stats import LayerStats, SequenceStats
+
+SpeculationSource = Literal["input", "residual"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The attention shape of a model: L layers, H query heads that share G KV heads of D channels."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def kv_nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What the cache of one layer is made for.
+
+    slots: most sequences in flight. max_tokens: most tokens of a sequence, prompt and new ones; max_new_tokens: most
+    new ones. device, dtype: where the layer's q, k and v lie, and in what. seq_lens: [slots] int64 on the device, the
+    tokens before the current one of each slot; the engine sets it after a prompt and adds one after each step.
+    stats: where a sparse cache records the past tokens of each step.
+    """
+
+    shape: Shape
+    slots: int
+    max_tokens: int
+    max_new_tokens: int
+    device: torch.device
+    dtype: torch.dtype
+    seq_lens: Tensor
+    stats: LayerStats
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token's keys and values in one layer."""
+        return 2 * self.shape.kv_heads * self.shape.head_dim * self.dtype.itemsize
+
+    def zeros(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return zeros [slots, G, *size] on the device, in the cache's dtype unless another one is given."""
+        size = (self.slots, self.shape.kv_heads, *size)
+        return torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes that a step must at least read from the layer's device and from host memory."""
+
+    device: float
+    host: float = 0.0
+
+
+class LayerCache(ABC):
+    """The keys and values of one layer for all slots.
+
+    sparse: whether steps attend to fewer tokens than all; a sparse cache records every step in `config.stats`.
+    graphable: whether `attend` and `speculate` may be captured in a CUDA graph: fixed addresses and sizes, no
+        synchronisation with the host.
+    speculation_source: which hidden state of the layer before `speculate` receives; None: it is not called.
+        "input": that layer's normed attention input. "residual": its residual stream after attention.
+    """
+
+    sparse: ClassVar[bool] = True
+    graphable: bool = True
+    speculation_source: SpeculationSource | None = None
+
+    @abstractmethod
+    def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store a prompt in a free slot.
+
+        q: [H, L, D]; k, v: [G, L, D], rotated. They must not be changed. The attention over the prompt itself is
+        dense and exact, and is the engine's.
+        """
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        """Store one token per row and return the attention over what the row's slot keeps: [B, H, 1, D].
+
+        q: [B, H, 1, D]; k, v: [B, G, 1, D], rotated; slots: [B] int64 on the device, no slot twice. A row may name a
+        free slot, also more often than the slot has capacity: what it writes there is never read, and it must not
+        fail.
+        """
+
+    def speculate(  # noqa: B027 (a no-op unless speculation_source is set)
+        self, hidden: Tensor, project_query: "ProjectQuery", slots: Tensor
+    ) -> None:
+        """Receive the hidden state [B, hidden] of the layer before, on this layer's device, before `attend`.
+
+        project_query: this layer's query of a hidden state. slots: as in `attend`.
+        """
+
+    def free_slot(self, slot: int) -> None:  # noqa: B027 (a no-op where `prefill` overwrites a slot's state)
+        """Forget the sequence in a slot. Freeing a free slot does nothing."""
+
+    @abstractmethod
+    def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
+        """Return the fewest bytes of keys and values that a step must read, per sequence.
+
+        seq_len: past tokens; attended: past tokens that a KV head attended to, on average; cache_hit: the share of
+        them that was found in a GPU cache of host memory. This is the roofline that the bench compares with.
+        """
+
+
+@dataclass(frozen=True)
+class ProjectQuery:
+    """A layer's query of a hidden state, with the rotation of the current positions.
+
+    project: hidden [B, hidden] and whether it is normed already, to [B, H, 1, D]. inputs: the tensors that a call
+    reads beside the hidden state, which a call on another stream must keep alive.
+    """
+
+    project: Callable[[Tensor, bool], Tensor]
+    inputs: tuple[Tensor, ...]
+
+    def __call__(self, hidden: Tensor, *, normed: bool) -> Tensor:
+        """Return the rotated query [B, H, 1, D]; without `normed` the layer's input norm comes first."""
+        return self.project(hidden, normed)
+
+
+class CacheMethod(ABC):
+    """A way to keep and attend to the keys and values of past tokens. One instance serves one engine.
+
+    The constructor's annotated arguments are the options of `-o key=value`; all need defaults. Raise ValueError in a
+    full sentence for a value out of range. What layers share hangs on the instance.
+
+    calibration_version: raise it when `calibrate` derives something else from the same queries.
+    """
+
+    calibration_version: ClassVar[int] = 1
+
+    def check(self, shape: Shape) -> None:  # noqa: B027 (a no-op unless options depend on the shape)
+        """Raise ValueError, in a full sentence, if the options do not fit a model of this shape."""
+
+    @abstractmethod
+    def make_cache(self, layer: int, config: CacheConfig) -> LayerCache:
+        """Return the cache of one layer. Called once per layer, in order, whenever the engine allocates anew."""
+
+    def calibration_text(self) -> str | None:
+        """Return a text whose queries the method needs before the first prompt; None: it needs none.
+
+        The text is run once before `make_cache`, or never again when `restore` gets an earlier run's result.
+        """
+        return None
+
+    def calibrate(self, layer: int, q: Tensor) -> None:  # noqa: B027 (a no-op unless a method needs it)
+        """Receive a layer's rotated queries [G, H / G, L, D] over the calibration text; once per layer, in order."""
+
+    def calibration(self) -> dict[str, Tensor]:
+        """Return what `calibrate` derived, by name, for `restore`."""
+        return {}
+
+    def restore(self, calibration: dict[str, Tensor], shape: Shape) -> None:  # noqa: B027 (as calibrate)
+        """Take what `calibration` returned in an earlier run, instead of `calibrate`.
+
+        Raises ValueError, naming the problem, if it does not fit a model of this shape.
+        """
+
+    def report(self, stats: SequenceStats) -> dict[str, Any]:
+        """Return what a finished sequence's record says of the cache: JSON values under keys of the method's own.
+
+        Called before the slot is freed. A key that the record has already, or a value that is not JSON, is an error.
+        """
+        return {}

@@ -1,0 +1,185 @@
+"""What methods share that drop tokens for good: at the end of the prompt, and some of them while decoding.
+
+Memory follows what is kept: a cache has capacity for the budget, and for new tokens where these are kept on top.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsecache.kernels.decode import attend_and_append
+from sparsecache.kernels.scores import scaled_scores
+from sparsecache.cache.budget import Budget
+from sparsecache.cache.sparse import SparseMethod
+from sparsecache.cache.base import CacheConfig, LayerCache, StepBytes
+
+_BLOCK = 64  # queries whose attention to a whole prompt is held at a time
+_PINNED = 1e30  # above any score
+
+
+class PromptEvictionCache(LayerCache):
+    """The kept tokens of a prompt in the first rows, each KV head its own, and all new tokens behind them.
+
+    keys, values: [slots, G, rows, D]; num_evicted: [slots, G] int64, tokens that the prompt lost.
+    """
+
+    def __init__(self, method: "EvictionMethod", layer: int, config: CacheConfig) -> None:
+        self.method, self.layer, self.config = method, layer, config
+        self.budget = method.layer_budget(layer, config.shape)
+        capacity = min(config.max_tokens, self.budget.tokens(config.max_tokens) + config.max_new_tokens)
+        self.keys, self.values = (config.zeros(capacity, config.shape.head_dim) for _ in range(2))
+        self.num_evicted = config.zeros(dtype=torch.int64)
+        self.seq_lens, self.stats = config.seq_lens, config.stats
+
+    def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        length = k.shape[1]
+        kept = self.method.keep(q, k, v, min(self.budget.tokens(length), length))
+        _store(self.keys[slot], self.values[slot], k, v, kept)
+        self.num_evicted[slot].fill_(length - kept.shape[1])  # an assigned number would wait for the device
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        num_tokens = (self.seq_lens[:, None] - self.num_evicted).clamp(min=0)  # [slots, G]
+        self.stats.record(num_tokens[slots], slots)
+        return attend_and_append(q, k, v, self.keys, self.values, num_tokens, slots)
+
+    def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
+        return StepBytes(attended * self.config.token_nbytes)
+
+
+@dataclass
+class EvictionMethod(SparseMethod):
+    """Keeps the prompt tokens of highest score and every new token: a subclass defines `score`.
+
+    Tokens are evicted once, at the end of the prompt. The budget is of the prompt's length.
+    """
+
+    budget_excludes_generated: ClassVar[bool] = True
+
+    def make_sparse_cache(self, layer: int, config: CacheConfig) -> LayerCache:
+        return PromptEvictionCache(self, layer, config)
+
+    @abstractmethod
+    def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return a score per KV head and prompt token, the highest are kept: [G, L].
+
+        q: [H, L, D]; k, v: [G, L, D], rotated. `pin_last` keeps the last tokens whatever their score.
+        """
+
+    def keep(self, q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
+        """Return the `count` positions of highest score, [G, count]; of equals the earlier ones."""
+        return self.score(q, k, v).sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+class DecodingEvictionCache(LayerCache):
+    """At most `budget` past tokens per KV head; at a step the new token comes first, then one leaves.
+
+    keys, values: [slots, G, rows, D], in no order, the first num_tokens [slots, G] of them in use; positions: [slots,
+    G, rows] int64, each token's; scores: [slots, G, rows] float32, a subclass's.
+    """
+
+    def __init__(self, method: SparseMethod, layer: int, config: CacheConfig) -> None:
+        self.config, self.budgets = config, method.budget_table(layer, config)
+        capacity = min(int(self.budgets[-1]) + 1, config.max_tokens)
+        self.keys, self.values = (config.zeros(capacity, config.shape.head_dim) for _ in range(2))
+        self.positions = config.zeros(capacity, dtype=torch.int64)
+        self.scores = config.zeros(capacity, dtype=torch.float32)
+        self.num_tokens = config.zeros(dtype=torch.int64)
+        self.seq_lens, self.stats = config.seq_lens, config.stats
+        self._budget = method.layer_budget(layer, config.shape)
+        self._heads = torch.arange(config.shape.kv_heads, device=config.device)
+        self._rows = torch.arange(capacity, device=config.device)
+
+    @abstractmethod
+    def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the `count` positions of a prompt to keep, [G, count], and their scores, [G, count] float32."""
+
+    @abstractmethod
+    def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the new scores of the rows [B, G, rows], and the priorities by which the lowest leaves, alike.
+
+        Called with the new token among the rows; past: [B], tokens by now.
+        """
+
+    def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        length = k.shape[1]
+        count = min(self._budget.tokens(length), length)
+        kept, scores = self.prompt_scores(q, k, count)
+        _store(self.keys[slot], self.values[slot], k, v, kept)
+        self.positions[slot, :, :count], self.scores[slot, :, :count] = kept, scores
+        self.num_tokens[slot].fill_(count)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        past = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
+        held = self.num_tokens[slots]  # [B, G]
+        self.stats.record(held, slots)
+        out = attend_and_append(q, k, v, self.keys, self.values, self.num_tokens, slots)
+        new_row = held.clamp(max=len(self._rows) - 1)
+        index = slots[:, None], self._heads, new_row
+        self.positions[index], self.scores[index] = past[:, None].expand_as(held), 0.0
+        held = new_row + 1
+        self._evict(q, slots, held, past + 1)
+        return out
+
+    def _evict(self, q: Tensor, slots: Tensor, held: Tensor, past: Tensor) -> None:
+        """Drop the row of lowest priority where more than the budget are held [B, G]: the last row takes its place."""
+        scores, priorities = self.step_scores(q, slots, past)
+        self.scores[slots] = scores
+        positions = self.positions[slots]
+        priorities = priorities.masked_fill(self._rows >= held[..., None], torch.inf)
+        is_lowest = priorities == priorities.amin(2, keepdim=True)
+        victim = positions.masked_fill(~is_lowest, torch.iinfo(torch.int64).max).argmin(2)  # of equals the earliest
+        over = held > self.budgets[past][:, None]
+        last = held - 1
+        target = torch.where(over, victim, last)  # elsewhere a row replaces itself
+        to, of = (slots[:, None], self._heads, target), (slots[:, None], self._heads, last)
+        for rows in (self.keys, self.values, self.positions, self.scores):
+            rows[to] = rows[of]
+        self.num_tokens[slots] = torch.where(over, last, held)
+
+    def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
+        return StepBytes(attended * self.config.token_nbytes)
+
+    def free_slot(self, slot: int) -> None:
+        self.num_tokens[slot].zero_()
+
+    def probabilities(self, q: Tensor, slots: Tensor) -> Tensor:
+        """Return the attention of q [B, H, 1, D] to each row, summed over a KV head's queries: [B, G, rows] float32."""
+        keys = self.keys[slots]
+        is_free = self._rows > self.num_tokens[slots][..., None]  # the new token lies behind num_tokens
+        scores = scaled_scores(q, keys, keys.shape[3]).view(*keys.shape[:2], -1, keys.shape[2])  # [B, G, H / G, rows]
+        return scores.masked_fill(is_free[:, :, None], -torch.inf).softmax(-1).sum(2)
+
+
+def attention_sums(q: Tensor, k: Tensor, first: int) -> Tensor:
+    """Return the attention that prompt tokens get from the queries from position `first` on: [G, L] float32.
+
+    q: [H, L, D]; k: [G, L, D]. Summed over the queries of a KV head. No L x L tensor is built.
+    """
+    kv_heads, length, head_dim = k.shape
+    sums = torch.zeros(kv_heads, length, device=k.device)
+    for start in range(first, length, _BLOCK):
+        end = min(start + _BLOCK, length)
+        scores = scaled_scores(q[:, start:end], k[:, :end], head_dim)  # [H, block, end]
+        is_later = torch.ones(end - start, end, device=k.device, dtype=torch.bool).triu(start + 1)
+        received = scores.masked_fill_(is_later, -torch.inf).softmax(-1).sum(1)  # [H, end]
+        sums[:, :end] += received.view(kv_heads, -1, end).sum(1)
+    return sums
+
+
+def pin_last(scores: Tensor, count: int) -> Tensor:
+    """Return scores [G, L] with those of the last `count` tokens above all others, rising to the last one."""
+    count = min(count, scores.shape[1])
+    if not count:
+        return scores
+    rising = _PINNED * (1 + torch.arange(count, device=scores.device) / count)
+    return torch.cat((scores[:, :-count], rising.expand(len(scores), -1)), 1)
+
+
+def _store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> None:
+    """Copy the tokens kept [G, N] of k, v [G, L, D] to the first rows of keys, values [G, rows, D]."""
+    index = kept[..., None].expand(-1, -1, k.shape[2])
+    count = kept.shape[1]
+    keys[:, :count], values[:, :count] = k.gather(1, index), v.gather(1, index)

@@ -1,0 +1,100 @@
+"""The caches of all layers of one engine, and the sequence lengths and statistics that they share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecache.cache.stats import DeviceStats, SequenceStats, mean_share
+from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, Shape
+
+
+class ModelCache:
+    """A LayerCache per layer for `slots` sequences of at most `max_tokens` tokens.
+
+    layers: the caches, in order. A layer's tensors lie on its device; what layers share is one tensor per device.
+    """
+
+    def __init__(
+        self,
+        method: CacheMethod,
+        shape: Shape,
+        devices: Sequence[torch.device],
+        slots: int,
+        max_tokens: int,
+        max_new_tokens: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """devices: of each layer. max_new_tokens: most new tokens of a sequence."""
+        self._method = method
+        self._stats = {
+            device: DeviceStats(devices.count(device), slots, shape.kv_heads, max_tokens, device)
+            for device in dict.fromkeys(devices)
+        }
+        self._prompt_tokens: dict[int, int] = {}
+        self.layers: list[LayerCache] = []
+        for layer, device in enumerate(devices):
+            stats = self._stats[device]
+            config = CacheConfig(
+                shape, slots, max_tokens, max_new_tokens, device, dtype,
+                stats.seq_lens, stats.layers[devices[:layer].count(device)],
+            )  # fmt: skip
+            self.layers.append(method.make_cache(layer, config))
+        self._sparse = {
+            device: [cache.sparse for cache, place in zip(self.layers, devices, strict=True) if place == device]
+            for device in self._stats
+        }
+
+    @property
+    def graphable(self) -> bool:
+        """Whether the caches allow a decode step to be captured in a CUDA graph."""
+        return all(cache.graphable for cache in self.layers)
+
+    def start_sequence(self, slot: int, prompt_tokens: int) -> None:
+        """Begin a sequence in a free slot, once every layer's cache has its prompt."""
+        self._prompt_tokens[slot] = prompt_tokens
+        for stats in self._stats.values():
+            stats.start_sequence(slot, prompt_tokens)
+
+    def end_step(self, slots: Tensor) -> None:
+        """End a decode step of slots [B], which every layer has attended in."""
+        for device, stats in self._stats.items():
+            stats.end_step(slots.to(device), any(self._sparse[device]))
+
+    def report(self, slot: int, discard_last_step: bool = False) -> dict[str, Any]:
+        """Return what the method reports of a sequence, before `free_slot`.
+
+        discard_last_step: whether the slot's latest step came after the sequence's end, and must not count.
+        """
+        prompt_tokens = self._prompt_tokens[slot]
+        shares: list[int] = []
+        attended = seq_len = 0
+        for device, stats in self._stats.items():
+            seq_len, layer_shares, layer_counts = stats.read(slot, discard_last_step)
+            for sparse, of_shares, of_counts in zip(self._sparse[device], layer_shares, layer_counts, strict=True):
+                if sparse:
+                    shares += of_shares
+                    attended += sum(of_counts)
+        sparse_layers = sum(map(sum, self._sparse.values()))
+        steps = seq_len - prompt_tokens
+        return self._method.report(
+            SequenceStats(
+                prompt_tokens=prompt_tokens,
+                steps=steps,
+                kept=mean_share(shares, steps),
+                attended=attended,
+                sparse_layers=sparse_layers,
+                dense_layers=len(self.layers) - sparse_layers,
+                slot=slot,
+                last_step_discarded=discard_last_step,
+            )
+        )
+
+    def free_slot(self, slot: int) -> None:
+        """Forget the sequence in a slot. Freeing a free slot does nothing."""
+        self._prompt_tokens.pop(slot, None)
+        for stats in self._stats.values():
+            stats.start_sequence(slot, 0)
+        for cache in self.layers:
+            cache.free_slot(slot)

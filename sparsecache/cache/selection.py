@@ -1,0 +1,90 @@
+"""What methods share that keep every token and choose at each step which ones to attend to.
+
+They save attention, not memory. A step works at fixed sizes on a GPU, so that it can be a CUDA graph.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsecache.kernels.rows import index_slots
+from sparsecache.kernels.threshold import Selection
+from sparsecache.cache.full import FullCache
+from sparsecache.cache.sparse import SparseMethod
+from sparsecache.cache.topk import select_topk
+from sparsecache.cache.base import CacheConfig, LayerCache, StepBytes
+
+
+class SelectionCache(LayerCache):
+    """All keys and values of a layer, and the selection of a step.
+
+    full: the FullCache. budgets: [max_tokens + 1] int64, the most tokens to select of so many past ones.
+    """
+
+    def __init__(self, method: "SelectionMethod", layer: int, config: CacheConfig) -> None:
+        self.method, self.config = method, config
+        self.full = FullCache(config)
+        self.seq_lens, self.stats = config.seq_lens, config.stats
+        self.budgets = method.budget_table(layer, config)
+        self.max_budget = int(self.budgets[-1])  # budgets never fall
+
+    def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.full.prefill(slot, q, k, v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        positions, counts = self.method.select(q, self, slots)
+        self.stats.record(counts, slots)
+        return self.full.attend_selected(q, k, v, slots, positions, counts)
+
+    def keys_of(self, slots: Tensor) -> Tensor:
+        """Return the keys of slots [B], to be read only: [B, G, T, D], T as `width`; beyond `seq_lens` anything."""
+        return index_slots(self.full.keys, slots)[:, :, : self.width(slots)]
+
+    def width(self, slots: Tensor) -> int:
+        """Return how many positions a step scores: the longest sequence's on a CPU, all on a GPU, which cannot ask."""
+        if slots.is_cuda:
+            return self.config.max_tokens
+        return min(int(self.seq_lens[slots].max()), self.config.max_tokens)
+
+    def select_topk(self, scores: Tensor, slots: Tensor) -> Selection:
+        """Return the past positions of highest score within the budget; scores: [B, G, T] float32, T as `width`."""
+        return select_topk(scores, self.seq_lens, slots, self.budgets, self.max_budget)
+
+    def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
+        token = self.config.token_nbytes
+        return StepBytes(attended * token + self.method.selection_nbytes(self.config, seq_len))
+
+
+@dataclass
+class SelectionMethod(SparseMethod):
+    """Keeps every token and selects anew at each step: a subclass defines `select`.
+
+    A method with state of its own per layer, such as page bounds, also defines a subclass of SelectionCache.
+    """
+
+    def make_sparse_cache(self, layer: int, config: CacheConfig) -> SelectionCache:
+        return SelectionCache(self, layer, config)
+
+    @abstractmethod
+    def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
+        """Return the past positions that each KV head attends to, within `cache.budgets`.
+
+        q: [B, H, 1, D], rotated; slots: [B]. `cache.select_topk` turns scores into a selection. On a GPU sizes must
+        be fixed and the host must not wait: no `.item()`, no `int(tensor)`, no boolean index.
+        """
+
+    def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
+        """Return the bytes that a step reads per sequence to select: by default all keys of the layer."""
+        return seq_len * config.token_nbytes / 2
+
+
+def group_max(scores: Tensor, kv_heads: int) -> Tensor:
+    """Return the highest of each KV head's scores: [B, H, T] to [B, G, T]."""
+    return scores.view(len(scores), kv_heads, -1, scores.shape[2]).amax(2)
+
+
+def positions_below(lengths: Tensor, width: int) -> Tensor:
+    """Return which of `width` positions are below lengths [B]: bool [B, 1, width]."""
+    return (torch.arange(width, device=lengths.device) < lengths[:, None])[:, None]

@@ -1,0 +1,64 @@
+"""A second stream on a GPU, for work that the layers after the current one or the next step read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SideStream:
+    """One more stream on a GPU, with high priority or without; on a CPU its work runs in place."""
+
+    def __init__(self, device: torch.device, high_priority: bool) -> None:
+        make: Any = torch.cuda.Stream
+        self._device = device
+        self._stream: Any = make(device, priority=-high_priority) if device.type == "cuda" else None
+
+    @contextmanager
+    def reading(self, *tensors: Tensor) -> Iterator[None]:
+        """Run the work within beside the current stream, after all that is on it now; it may read the tensors.
+
+        The allocator does not reuse the tensors' memory before that work is done. What the work makes may be used
+        outside once it is done, and its memory may be reused by the next `reading`: so drop it only when that one
+        waits for whatever still reads it.
+        """
+        if self._stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(self._stream)
+        with self.after():
+            yield
+
+    @contextmanager
+    def after(self) -> Iterator[None]:
+        """As `reading`, of tensors that the caller keeps until the current stream has joined."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Run the work within between what is on the current stream and what follows there."""
+        with self.after():
+            yield
+        self.join()
+
+    def join(self) -> None:
+        """Let the current stream wait for all work on this one."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+def record_event(device: torch.device) -> Any:
+    """Return an event of the current stream of a GPU; None on the CPU."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+def wait_event(event: Any, device: torch.device) -> None:
+    """Let the current stream wait for an event; None: for nothing."""
+    if event is not None:
+        torch.cuda.current_stream(device).wait_event(event)

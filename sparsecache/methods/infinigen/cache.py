@@ -1,0 +1,171 @@
+"""The cache of a sparse layer: partial keys to speculate with, and the keys and values that are fetched.
+
+The selection of a layer, and the fetch of what it selected, are made on a side stream while the layer before attends
+and feeds forward. The new token is stored on another one. The host is asked nothing, so a step can be a CUDA graph.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsecache.kernels.decode import attend_selected
+from sparsecache.kernels.gather import GatheredRows, gather_rows
+from sparsecache.kernels.speculation import append_speculated, speculated_scores
+from sparsecache.kernels.threshold import Selection, SelectionParams, threshold_select
+from sparsecache.cache.host import allocate, copy_into
+from sparsecache.cache.streams import SideStream, record_event, wait_event
+from sparsecache.cache.base import CacheConfig, LayerCache, ProjectQuery, StepBytes
+from sparsecache.methods.infinigen.gpu_cache import clear_slot, make_gpu_cache
+from sparsecache.methods.infinigen.partial_keys import PartialKeys
+
+if TYPE_CHECKING:
+    from sparsecache.methods.infinigen import InfiniGen
+
+
+class DeviceStreams:
+    """The side streams of one device, which its layers share.
+
+    Rows may still be fetched, and new tokens stored, when the next speculation begins. With offload all of these have
+    priority: the link is what a step waits for. Without, they take turns with the current stream.
+    """
+
+    def __init__(self, device: torch.device, offload: bool) -> None:
+        self.speculation, self.storing = (SideStream(device, high_priority=offload) for _ in range(2))
+        self.link = SideStream(device, high_priority=True)
+        # The projections of one sequence are thousands of small programs. A selection that takes turns with them
+        # would wait until all have begun.
+        self.selection = SideStream(device, high_priority=True)
+        self.cached: Any = None  # event: the latest layer's rows are in the GPU cache
+        self.sent: Tensor | None = None  # a prompt's rows that are being copied to the host
+        self.last_cache: LayerCache | None = None  # of the device's last layer, after which the streams join
+
+    def join(self) -> None:
+        """Let the current stream wait for all side streams."""
+        for stream in (self.speculation, self.storing, self.link):
+            stream.join()
+
+
+@dataclass(frozen=True)
+class _Speculated:
+    """What is ready for `attend`: the selection, its rows with offload, and the event that says so on a GPU."""
+
+    selection: Selection
+    rows: GatheredRows | None
+    event: Any
+
+
+class InfiniGenCache(LayerCache):
+    """Keys and values of one layer, its partial keys, and the selection of the current step.
+
+    store: [slots, G, T, 2, D], key and value side by side, on the device or in pinned host memory.
+    """
+
+    def __init__(
+        self, method: "InfiniGen", config: CacheConfig, matrices: Tensor, budgets: Tensor, streams: DeviceStreams
+    ) -> None:
+        """matrices: [G, D, D], the layer's skewing matrices; budgets: [max_tokens + 1] int64."""
+        self.config, self.speculation_source = config, method.guess
+        self._offload, self._streams = method.offload, streams
+        self._params = SelectionParams(method.alpha, budgets, method.fetch == "mean", method.sinks, method.recent)
+        self._width = min(config.max_tokens, int(budgets[-1]))
+        self._partial = PartialKeys(matrices, method.channels(config.shape), config)
+        size = (config.slots, config.shape.kv_heads, config.max_tokens, 2, config.shape.head_dim)
+        self.store = allocate(size, config.dtype, config.device, method.offload)
+        self._gpu_cache = make_gpu_cache(method.gpu_cache, config) if method.gpu_cache else None
+        self._speculated: _Speculated | None = None
+
+    def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._partial.prefill(slot, q, k)
+        if self._gpu_cache is not None:
+            clear_slot(self._gpu_cache, slot)
+        rows = self.store[slot]
+        if not self._offload:
+            copy_into(rows[:, :, 0], k)
+            copy_into(rows[:, :, 1], v)
+            return
+        # Only one layer's rows are on the device at a time, however far the host is ahead.
+        streams = self._streams
+        streams.link.join()
+        streams.sent = None
+        streams.sent = torch.stack((k, v), 2)  # [G, L, 2, D]
+        with streams.link.after():  # copied while the next layer computes
+            copy_into(rows, streams.sent)
+        if streams.last_cache is self:
+            streams.link.join()
+            streams.sent = None
+
+    def speculate(self, hidden: Tensor, project_query: ProjectQuery, slots: Tensor) -> None:
+        """Select past tokens by the speculated query; with offload, fetch them."""
+        with self._streams.speculation.reading(hidden, *project_query.inputs, slots):
+            q = project_query(hidden, normed=self.speculation_source == "input")
+            self._speculated = self._select(q, slots)
+
+    def _select(self, q: Tensor, slots: Tensor) -> _Speculated:
+        streams, seq_lens, device = self._streams, self.config.seq_lens, q.device
+        partial = self._partial
+        scores = speculated_scores(q, partial.projection, partial.keys, seq_lens, slots, high_priority=self._offload)
+        if len(slots) == 1:
+            with streams.selection.in_turn():
+                selection = threshold_select(scores, seq_lens, slots, self._params, self._width)
+        else:
+            selection = threshold_select(scores, seq_lens, slots, self._params, self._width)
+        if not self._offload:
+            return _Speculated(selection, None, record_event(device))
+        with streams.link.reading(slots, *selection):
+            wait_event(streams.cached, device)  # the new rows may take the memory of the latest layer's
+            rows = gather_rows(self.store, slots, *selection, self._gpu_cache)
+            return _Speculated(selection, rows, record_event(device))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        speculated, streams, store = self._speculated, self._streams, self.store
+        assert speculated is not None, "speculate comes before attend"
+        self._speculated = None
+        wait_event(speculated.event, q.device)
+        positions, counts = speculated.selection
+        if speculated.rows is not None:
+            out = speculated.rows.attend(q, k, v, counts)
+        else:
+            out = attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], slots, positions, counts)
+        with streams.storing.reading(k, v, slots, positions, counts):  # only the next step reads what is stored here
+            partial = self._partial
+            append_speculated(k, v, partial.projection, partial.keys, store, self.config.seq_lens, slots)
+            self.config.stats.record(counts, slots)
+            if speculated.rows is not None and self._gpu_cache is not None:
+                speculated.rows.insert(slots, positions, counts)
+                streams.cached = record_event(q.device)
+        if streams.last_cache is self:
+            streams.cached = None
+            streams.join()
+        return out
+
+    def selected(self) -> Tensor:
+        """Return the past positions of the current step, before `attend`: [B, G, N], ascending, then -1."""
+        assert self._speculated is not None, "speculate comes first"
+        if self._speculated.event is not None:
+            self._speculated.event.synchronize()
+        positions, counts = self._speculated.selection
+        beyond = self.config.max_tokens
+        is_selected = torch.arange(positions.shape[2], device=counts.device) < counts[..., None]
+        positions = positions.masked_fill(~is_selected, beyond).sort(dim=2).values
+        return positions.masked_fill(positions == beyond, -1)
+
+    def cache_hits(self, slot: int, without_last_step: bool) -> int:
+        """Return how many of a slot's selected tokens were in the GPU cache."""
+        if self._gpu_cache is None:
+            return 0
+        total, latest = self._gpu_cache.hits[:, slot].sum(1).tolist()
+        return int(total - latest if without_last_step else total)
+
+    @property
+    def head_nbytes(self) -> int:
+        """Bytes of one token's key and value in one KV head."""
+        return 2 * self.config.shape.head_dim * self.config.dtype.itemsize
+
+    def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
+        kv_heads = self.config.shape.kv_heads
+        partial = seq_len * kv_heads * self._partial.keys.shape[3] * self.config.dtype.itemsize
+        read = attended * self.config.token_nbytes
+        return StepBytes(partial + read, (1 - cache_hit) * read if self._offload else 0.0)
+

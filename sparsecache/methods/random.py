@@ -1,0 +1,37 @@
+"""Random: past tokens drawn at random at each step, the floor of every comparison of selections.
+
+A position's draw depends on the position and the sequence's length alone, so that a text can be reproduced.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from sparsecache.kernels.threshold import Selection
+from sparsecache.cache.selection import SelectionCache, SelectionMethod
+from sparsecache.cache.base import CacheConfig
+
+
+@dataclass
+class Random(SelectionMethod):
+    """Selects past tokens at random."""
+
+    seed: Annotated[int, "of the draws"] = 0
+
+    def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
+        return cache.select_topk(self._draw(cache, slots), slots)
+
+    def _draw(self, cache: SelectionCache, slots: Tensor) -> Tensor:
+        """Return [B, G, T] float32 from 0 to 1 by a hash of seed, length, KV head and position."""
+        kv_heads, past = cache.config.shape.kv_heads, cache.seq_lens[slots]
+        position = torch.arange(cache.width(slots), device=slots.device)
+        head = torch.arange(kv_heads, device=slots.device)[:, None]
+        mixed = position + 2654435761 * (past[:, None, None] * kv_heads + head + 1) + 40503 * self.seed
+        for multiplier in (0x45D9F3B, 0x45D9F3B):  # a 32-bit finaliser, https://stackoverflow.com/a/12996028
+            mixed = ((mixed >> 16) ^ mixed) * multiplier & 0xFFFFFFFF
+        return ((mixed >> 16) ^ mixed).float() / 2**32
+
+    def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
+        return 0.0

@@ -1,0 +1,331 @@
+"""What every cache method must do, as checks that need nothing but the method.
+
+    python -m sparsecache.testing.contract my_method.py
+
+runs them for a method of one's own, on tiny models with random weights, in about a minute. The project's tests run
+the same checks for every built-in method and every model family.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sparsecache.cli import option_pairs, report_usage_errors
+from sparsecache.engine.base import Request
+from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.families import family_names, load_family
+from sparsecache.engine.generator import Generator
+from sparsecache.engine.loading import Checkpoint
+from sparsecache.cache.model_cache import ModelCache
+from sparsecache.engine.rope import Rope
+from sparsecache.errors import UsageError
+from sparsecache.methods import load_method, make_method, method_options, option_errors, parse_options
+from sparsecache.cache.budget import Budget
+from sparsecache.cache.base import CacheMethod, Shape
+from sparsecache.methods.vanilla import Vanilla
+from sparsecache.testing.random_checkpoint import make_random_checkpoint
+
+PROMPT_LENGTHS = (90, 5, 33, 14)
+NEW_TOKENS = 24
+CPU = torch.device("cpu")
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method, and the options that the checks need.
+
+    lossless: options that drop nothing, so that the text must be that of transformers; None: there are none. tight:
+    options that drop tokens of a prompt of 40 tokens. Both go over the defaults.
+    """
+
+    method: str
+    lossless: Options | None
+    tight: Options
+
+    @classmethod
+    def of(cls, method: str, lossless: Options | None = None, tight: Options | None = None) -> "Subject":
+        """Return the subject of a method; by default a budget of everything is lossless, and one of 4 tokens tight."""
+        known = method_options(load_method(method))
+        dense = {"dense_layers": 0} if "dense_layers" in known else {}
+        if "budget" in known:
+            lossless = {"budget": 1.0, **dense} if lossless is None else lossless
+            tight = {"budget": 4.0, **dense} if tight is None else tight
+        return cls(method, lossless, tight or {})
+
+    def make(self, options: Options) -> CacheMethod:
+        """Return an instance with options over the defaults."""
+        return make_method(self.method, {**parse_options(self.method, {}), **options})
+
+    @property
+    def tested(self) -> list[Options]:
+        """The options to test with: the defaults and the tight ones."""
+        return [{}, self.tight] if self.tight else [{}]
+
+
+def make_decoder(checkpoint: Path, method: CacheMethod) -> Decoder:
+    """Return a decoder of a checkpoint over a method, calibrated if it needs to be."""
+    found = Checkpoint(checkpoint)
+    architecture = load_family(found.model_type).architecture(found.config)
+    weights = found.load(architecture, CPU, torch.float32)
+    decoder = Decoder(architecture, weights, Rope(found.config, CPU), method)
+    method.check(decoder.shape)
+    text = method.calibration_text()
+    if text is not None:
+        with torch.inference_mode():
+            token_ids = found.tokenizer(text)["input_ids"][:300]
+            decoder.calibrate(torch.tensor(token_ids), lambda layers: None)
+    return decoder
+
+
+def prompts() -> list[list[int]]:
+    """Return prompts of random tokens, longer and shorter than a budget, a window and a page."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 1024, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+
+def texts(engine: Generator, order: list[int]) -> dict[int, list[int]]:
+    """Return the new tokens of prompts by number, decoded in an order; fail on an error or an odd report."""
+    tokens = prompts()
+    done = list(engine.generate(Request(at, tokens[at], NEW_TOKENS, ()) for at in order))
+    _require(not any(each.error for each in done), f"decoding failed: {[each.error for each in done if each.error]}")
+    for each in done:
+        json.dumps(each.report, allow_nan=False)
+    return {each.key: each.token_ids for each in done}
+
+
+def check_options(subject: Subject) -> None:
+    """Options can be recorded and compared, and there are options that show something."""
+    for name, value in parse_options(subject.method, {}).items():
+        plain = value is None or isinstance(value, bool | int | str | float)
+        _require(plain and value == value, f"the default {name}={value!r} cannot be recorded")  # nan equals nothing
+    _require(
+        subject.lossless is not None or bool(subject.tight),
+        "the checks need options that drop nothing (--lossless) or options that drop tokens of a short prompt "
+        "(--tight); without both they show nothing",
+    )
+    known = method_options(load_method(subject.method))
+    for options in (subject.lossless or {}, subject.tight):
+        unknown = ", ".join(options.keys() - known.keys())
+        _require(not unknown, f"the method has no option {unknown}")
+
+
+def check_lossless(subject: Subject, checkpoint: Path) -> None:
+    """With options that drop nothing, the text is that of transformers."""
+    if subject.lossless is None:
+        return
+    method = subject.make(subject.lossless)
+    found = texts(Generator(make_decoder(checkpoint, method), 2), [0, 1, 2, 3])
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    for at, prompt in enumerate(prompts()):
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
+        expected = out[0, len(prompt) :].tolist()
+        _require(found[at] == expected, f"with {subject.lossless} the text differs from transformers'")
+        _require(len(set(expected)) > NEW_TOKENS // 3, "the checkpoint repeats itself, so the check shows nothing")
+
+
+def check_independence(new_engine: Callable[[int], Generator]) -> None:
+    """A text depends on its prompt alone: not on the slot, on what ran before, or on what runs beside it.
+
+    new_engine: makes an engine of so many slots.
+    """
+    alone = {at: texts(new_engine(1), [at])[at] for at in range(len(PROMPT_LENGTHS))}
+    for slots in (1, 3):
+        engine = new_engine(slots)
+        for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 0, 2, 1]):
+            same = texts(engine, order) == {at: alone[at] for at in order}
+            _require(same, f"with {slots} slots and the prompts in the order {order}, a text differs from its own")
+
+
+@torch.inference_mode()
+def check_free_slots(decoder: Decoder) -> None:
+    """Steps that name a free slot, until it has run full, change nothing for the slots in flight."""
+    prompt = torch.tensor(prompts()[2])
+    tokens = torch.arange(5, 5 + 60)
+
+    def logits(rows: list[int]) -> list[Tensor]:
+        decoder.allocate(3, 40, 40)
+        cache = decoder.cache
+        assert cache is not None
+        slots = torch.tensor(rows)
+        for slot in (1, 2):  # the free slot held something once
+            decoder.prefill(prompt[:9], slot)
+            cache.free_slot(slot)
+        found = []
+        for start in (0, 3, 6):  # several sequences, while the free slot goes on
+            found.append(decoder.prefill(prompt, 1))
+            for at in range(start, start + 6):
+                positions = torch.full((len(rows),), len(prompt) + at - start)
+                step = decoder.step(tokens[at].expand(len(rows)), positions, slots)
+                found.append(step[rows.index(1)])
+            cache.free_slot(1)
+        for _ in range(40 if len(rows) > 1 else 0):
+            decoder.step(tokens[:2], torch.tensor([39, 39]), torch.tensor([2, 0]))
+        found.append(decoder.prefill(prompt, 2))
+        found.append(decoder.step(tokens[:1], torch.tensor([len(prompt)]), torch.tensor([2]))[0])
+        return found
+
+    for with_free, without in zip(logits([2, 1]), logits([1]), strict=True):
+        close = torch.allclose(with_free, without, rtol=1e-4, atol=1e-4)
+        _require(close, "a step that names a free slot changes the logits of another one")
+
+
+def check_tight_changes(subject: Subject, checkpoint: Path) -> None:
+    """Options that drop tokens change the text; without that the other checks show little."""
+    if subject.tight:
+        made = [Vanilla(), subject.make(subject.tight)]
+        whole, found = (texts(Generator(make_decoder(checkpoint, each), 1), [0, 2]) for each in made)
+        _require(found != whole, f"with {subject.tight} the text is that of the full cache")
+
+
+def check_budget(subject: Subject, checkpoint: Path) -> None:
+    """No step attends to more past tokens than the budget, and the report says so."""
+    for options in subject.tested:
+        method = subject.make(options)
+        budget = getattr(method, "budget", None)
+        if budget is None or getattr(method, "budget_excludes_generated", False):
+            continue
+        for done in Generator(make_decoder(checkpoint, method), 2).generate(
+            Request(at, prompt, NEW_TOKENS, ()) for at, prompt in enumerate(prompts())
+        ):
+            past = range(len(done.request.token_ids), len(done.request.token_ids) + NEW_TOKENS - 1)
+            most = sum(min(1.0, Budget(budget).tokens(tokens) / tokens) for tokens in past) / len(past)
+            kept = done.report.get("kept")
+            _require(kept is None or 0 < kept <= most + 1e-9, f"kept is {kept}; budget={budget} allows {most}")
+
+
+@torch.inference_mode()
+def check_shapes(method: CacheMethod) -> None:
+    """A cache leaves its inputs alone, and its output has the shape and dtype of q."""
+    shape = Shape(layers=2, heads=4, kv_heads=2, head_dim=8)
+    cache = _model_cache(method, shape, slots=2)
+    slots = torch.tensor([1])
+    for layer in cache.layers:
+        prompt = [torch.randn(heads, 40, 8) for heads in (4, 2, 2)]
+        _unchanged(prompt, lambda layer=layer, prompt=prompt: layer.prefill(1, *prompt))
+    cache.start_sequence(1, 40)
+    for layer in cache.layers:
+        token = [torch.randn(1, heads, 1, 8) for heads in (4, 2, 2)]
+        if layer.speculation_source is not None:
+            query = torch.randn(1, 4, 1, 8)
+            layer.speculate(torch.randn(1, 16), _Query(query), slots)  # type: ignore[arg-type]
+        out = _unchanged(token, lambda layer=layer, token=token: layer.attend(*token, slots))
+        _require(out.shape == (1, 4, 1, 8) and out.dtype == torch.float32, f"attend returned {tuple(out.shape)}")
+        _require(bool(out.isfinite().all()), "attend returned values that are not finite")
+        _require(layer.step_nbytes(40, 4).device >= 0, "step_nbytes must return bytes")
+    cache.end_step(slots)
+    json.dumps(cache.report(1), allow_nan=False)
+
+
+def check_free_empty_slot(method: CacheMethod) -> None:
+    """Freeing a free slot does nothing."""
+    cache = _model_cache(method, Shape(layers=2, heads=4, kv_heads=2, head_dim=8), slots=3)
+    for slot in (0, 1, 2, 0, 1, 2):
+        cache.free_slot(slot)
+
+
+def checks(subject: Subject, checkpoint: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield every check of a method on a checkpoint: what it checks, and the check, which raises AssertionError."""
+    yield "options can be recorded", lambda: check_options(subject)
+    yield "lossless options give the text of transformers", lambda: check_lossless(subject, checkpoint)
+    yield "tight options change the text", lambda: check_tight_changes(subject, checkpoint)
+    yield "no step exceeds the budget", lambda: check_budget(subject, checkpoint)
+    for options in subject.tested:
+        named = f"with {options}" if options else "with the defaults"
+        new = lambda options=options: subject.make(options)  # noqa: E731
+        engine = lambda slots, new=new: Generator(make_decoder(checkpoint, new()), slots)  # noqa: E731
+        yield f"inputs are unchanged, outputs fit, {named}", lambda new=new: check_shapes(new())
+        yield f"freeing a free slot does nothing, {named}", lambda new=new: check_free_empty_slot(new())
+        yield f"a text depends on its prompt alone, {named}", lambda engine=engine: check_independence(engine)
+        yield (
+            f"free slots change nothing, {named}",
+            lambda new=new: check_free_slots(make_decoder(checkpoint, new())),
+        )
+
+
+def _model_cache(method: CacheMethod, shape: Shape, slots: int) -> ModelCache:
+    if method.calibration_text() is not None:
+        for layer in range(shape.layers):
+            method.calibrate(layer, torch.randn(shape.kv_heads, shape.heads // shape.kv_heads, 40, shape.head_dim))
+    return ModelCache(method, shape, [CPU] * shape.layers, slots, 50, 10, torch.float32)
+
+
+class _Query:
+    """A query that is projected from nothing."""
+
+    inputs: tuple[Tensor, ...] = ()
+
+    def __init__(self, query: Tensor) -> None:
+        self._query = query
+
+    def __call__(self, hidden: Tensor, *, normed: bool) -> Tensor:
+        return self._query
+
+
+def _unchanged(tensors: list[Tensor], call: Callable[[], Any]) -> Any:
+    copies = [tensor.clone() for tensor in tensors]
+    out = call()
+    same = all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))
+    _require(same, "q, k or v was changed")
+    return out
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise AssertionError(problem)
+
+
+def _converted(method: str, pairs: tuple[str, ...], flag: str) -> Options | None:
+    if not pairs:
+        return None
+    given = option_pairs(pairs, flag)
+    options = parse_options(method, given)
+    return {key: options[key] for key in given}
+
+
+@click.command()
+@click.argument("method")
+@click.option("--lossless", multiple=True, metavar="KEY=VALUE", help="An option that drops nothing; repeatable.")
+@click.option("--tight", multiple=True, metavar="KEY=VALUE", help="An option that drops tokens of 40; repeatable.")
+@click.option("--model_type", type=click.Choice(family_names()), help="One family only; all by default.")
+def main(method: str, lossless: tuple[str, ...], tight: tuple[str, ...], model_type: str | None) -> None:
+    """Check a cache METHOD: a built-in one, a .py file, or an installed module.
+
+    Exits with 0, or with 1 if a check fails. With a `budget` option, --lossless is budget=1.0 and --tight is
+    budget=4 unless given.
+    """
+    with report_usage_errors(), option_errors(method):
+        subject = Subject.of(method, _converted(method, lossless, "--lossless"), _converted(method, tight, "--tight"))
+        torch.set_num_threads(1)
+        failed = 0
+        with tempfile.TemporaryDirectory() as folder:
+            for family in [model_type] if model_type else family_names():
+                checkpoint = make_random_checkpoint(
+                    Path(folder) / family, model_type=family, initializer_range=0.25, num_hidden_layers=3
+                )
+                for name, check in checks(subject, checkpoint):
+                    try:
+                        check()
+                    except UsageError:
+                        raise
+                    except Exception as error:  # a method of one's own may raise anything
+                        failed += 1
+                        click.echo(f"FAILED  {family}: {name}: {type(error).__name__}: {error}")
+                    else:
+                        click.echo(f"passed  {family}: {name}")
+        click.echo(f"{failed} failed" if failed else "All checks passed.")
+        sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
