@@ -18,6 +18,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from sparsecache.methods._cache import FullCache
 from sweep import Run, read_sweep
 from sweep_shared import SharedPlan, predict_all
 from torch import Tensor
@@ -29,7 +30,6 @@ from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import distance_to_best, highest
 from sparsecache.longbench.records import read_rows
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
-from sparsecache.methods._cache import FullCache
 from sparsecache.methods.infinigen import InfiniGen
 
 CACHES = (16, 32, 64, 128)

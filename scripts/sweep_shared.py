@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import click
+from sparsecache.engine.remembering import Memory, RememberingDecoder
 from sweep import Run, check_report, conclude, read_sweep
 
 from longbench_pred import main as predict_command
 from sparsecache.cli import option_pairs, report_usage_errors
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families.base import Architecture
-from sparsecache.engine.remembering import Memory, RememberingDecoder
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights
 from sparsecache.errors import UsageError

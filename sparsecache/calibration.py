@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sparsecache.cache import CacheMethod
 from sparsecache.engine.decoder import Decoder
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import cache_folder
-from sparsecache.cache import CacheMethod
 
 MOST_TOKENS = 2048
 
@@ -47,7 +47,7 @@ def calibrate(method: CacheMethod, decoder: Decoder, token_ids: list[int], finge
 
 
 def _key(method: CacheMethod, token_ids: list[int], fingerprint: str, dtype: str) -> str:
-    name = type(method).__name__
+    name = f"{type(method).__module__}.{type(method).__qualname__}"
     parts = (name, str(method.calibration_version), fingerprint, dtype, " ".join(map(str, token_ids)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sparsecache.cache import CacheMethod
 from sparsecache.calibration import calibrate
 from sparsecache.engine.base import Engine
 from sparsecache.engine.catalog import Model, checkpoint_folder, find_model
@@ -21,8 +22,7 @@ from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.tasks import Task
 from sparsecache.longbench.wrapping import CLOCK
-from sparsecache.methods import make_method, parse_options, refusals
-from sparsecache.cache.base import Method
+from sparsecache.methods import make_method, method_identity, option_errors, parse_options
 from sparsecache.options import show
 from sparsecache.settings import Settings
 from sparsecache.versions import tokenizing_versions
@@ -41,7 +41,7 @@ class Plan:
         self.settings = settings
         self.model: Model = find_model(settings.model)
         self.options: dict[str, Any] = parse_options(settings.method, settings.options)
-        self.method: Method = make_method(settings.method, self.options)
+        self.method: CacheMethod = make_method(settings.method, self.options)
         # Which GPUs there are is the workers' business where others decode.
         self.device = torch.device(settings.device) if settings.on_ray else find_device(settings.device)
         self.devices = (
@@ -128,7 +128,7 @@ class Plan:
         rope = Rope(self.checkpoint.config, self.device)
         decoder = self.make_decoder(architecture, weights, rope)
         self._calibrate(decoder)
-        return Generator(decoder, self.method, min(self.slots, most_rows))
+        return Generator(decoder, min(self.slots, most_rows))
 
     def make_decoder(self, architecture: Architecture, weights: Weights, rope: Rope) -> Decoder:
         """The decoder over loaded weights; for subclasses with one of their own."""
@@ -153,7 +153,7 @@ class Plan:
         """What two runs must share, beside their data and tasks, for their rows to stand in one file."""
         return {
             "checkpoint": self.checkpoint.fingerprint,
-            "method": self.settings.method,
+            "method": method_identity(self.settings.method),
             "options": self.options,
             "engine": self.settings.engine,
             "dtype": self.dtype_name,
@@ -254,7 +254,7 @@ class Plan:
                 f"--gpus_per_worker {self.settings.gpus_per_worker} is more than the {shape.layers} layers of "
                 f"{self.checkpoint.path}."
             )
-        with refusals(self.settings.method):
+        with option_errors(self.settings.method):
             self.method.check(shape)
             self.calibration_text = self.method.calibration_text()
         if self.calibration_text is not None and not self.calibration_text.strip():

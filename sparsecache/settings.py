@@ -7,7 +7,7 @@ from pathlib import Path
 from sparsecache.engine.catalog import DTYPES, find_model
 from sparsecache.errors import UsageError
 from sparsecache.longbench.tasks import select_tasks
-from sparsecache.methods import check_method_name
+from sparsecache.methods import check_method_name, short_name
 
 ENGINES = ("sparsecache", "transformers")
 GPU_SLOTS = 16  # what decode kernels take at once; fewer where memory does not suffice
@@ -49,8 +49,8 @@ class Settings:
 
     @property
     def run_name(self) -> str:
-        """The folder of the run below the model's: `name`, or the method's name."""
-        return self.name or self.method
+        """The folder of the run below the model's: `name`, or the method's short name."""
+        return self.name or short_name(self.method)
 
     @property
     def data_source(self) -> str:

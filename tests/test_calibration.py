@@ -14,12 +14,12 @@ from torch import Tensor
 
 import sparsecache.calibration
 from longbench_pred import main
+from sparsecache.cache import Shape
 from sparsecache.calibration import MOST_TOKENS, calibrate
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.errors import UsageError
 from sparsecache.files import cache_folder
-from sparsecache.cache import Shape
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.plan import Plan
 from sparsecache.settings import Settings

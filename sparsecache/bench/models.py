@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from sparsecache.cache.base import Method
 from sparsecache.engine.catalog import checkpoint_folder, find_model
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
@@ -23,7 +24,6 @@ from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights, read_weights
 from sparsecache.errors import UsageError
 from sparsecache.methods import make_method, parse_options, refusals
-from sparsecache.cache.base import Method
 
 _LLAMA_3 = {"rope_theta": 500000.0, "rope_type": "default"}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -17,11 +17,11 @@ from sparsecache.bench.limits import copy_rate, link_rate, prompt_limit, sparse_
 from sparsecache.bench.lines import Line
 from sparsecache.bench.models import Subject
 from sparsecache.bench.stages import profiled
+from sparsecache.cache.host import pinned_bytes
 from sparsecache.engine.base import Clock, Engine, Request
 from sparsecache.engine.generator import Generator
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
-from sparsecache.cache.host import pinned_bytes
 from sparsecache.work import STEP_BYTES
 
 _RUNS, _SECONDS = 3, 8.0

@@ -10,11 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsecache.cache.base import CacheConfig, LayerCache, StepBytes
+from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.scores import scaled_scores
-from sparsecache.cache.budget import Budget
-from sparsecache.cache.sparse import SparseMethod
-from sparsecache.cache.base import CacheConfig, LayerCache, StepBytes
 
 _BLOCK = 64  # queries whose attention to a whole prompt is held at a time
 _PINNED = 1e30  # above any score

@@ -4,9 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparsecache.kernels.decode import append_kv, attend_and_append, attend_selected
-from sparsecache.cache.host import allocate, copy_into
 from sparsecache.cache.base import CacheConfig, LayerCache, StepBytes
+from sparsecache.cache.host import allocate, copy_into
+from sparsecache.kernels.decode import append_kv, attend_and_append, attend_selected
 
 
 class FullCache(LayerCache):

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import math
 import weakref
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsecache.cache.stats import DeviceStats, SequenceStats, mean_share
 from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, Shape
+from sparsecache.cache.stats import DeviceStats, SequenceStats, mean_share
 
 
 class ModelCache:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsecache.kernels.rows import index_slots
-from sparsecache.kernels.threshold import Selection
+from sparsecache.cache.base import CacheConfig, LayerCache, StepBytes
 from sparsecache.cache.full import FullCache
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.topk import select_topk
-from sparsecache.cache.base import CacheConfig, LayerCache, StepBytes
+from sparsecache.kernels.rows import index_slots
+from sparsecache.kernels.threshold import Selection
 
 
 class SelectionCache(LayerCache):

@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
+from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, Shape
 from sparsecache.cache.budget import Budget
 from sparsecache.cache.full import FullCache
 from sparsecache.cache.stats import SequenceStats
-from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, Shape
 
 
 @dataclass

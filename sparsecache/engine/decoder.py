@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsecache.engine.families.base import Architecture
+from sparsecache.cache.base import CacheMethod, ProjectQuery, SpeculationSource
 from sparsecache.cache.model_cache import ModelCache
+from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import LayerWeights, Weights
 from sparsecache.kernels._triton import uses_kernels
@@ -18,7 +19,6 @@ from sparsecache.kernels.attention import padded_prompt_length, prompt_attention
 from sparsecache.kernels.linear import add_linear, linear, linear_rope, swiglu
 from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, rotate, split_and_rotate
-from sparsecache.cache.base import CacheMethod, ProjectQuery, SpeculationSource
 
 _CHUNK = 8192  # tokens
 TakeLayer = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -176,9 +176,7 @@ class Decoder:
                 add_linear(rows, self._mlp_hidden(rows, layer), layer.down, layer.down_bias)
         return x
 
-    def _prompt_attention(
-        self, index: int, x: Tensor, rotation: Rotation, take: TakeLayer, num_queries: int
-    ) -> Tensor:
+    def _prompt_attention(self, index: int, x: Tensor, rotation: Rotation, take: TakeLayer, num_queries: int) -> Tensor:
         """Return a layer's attention over a prompt x [L, hidden] for its last 1 or L tokens: [num_queries, H * D]."""
         length, layer = len(x), self._weights.layers[index]
         heads = self._heads(self._normed(x, layer.input_norm), layer)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from sparsecache.cache.model_cache import ModelCache
 from sparsecache.engine.base import Completion, Request, Tick, failure, fresh_clock, no_tick, not_finite
 from sparsecache.engine.decoder import Decoder
-from sparsecache.cache.model_cache import ModelCache
 from sparsecache.engine.steps import EagerSteps, StepHandle, Steps, TokenReadback, make_steps, most_likely
 
 

@@ -5,11 +5,11 @@ What a prompt's own attention computes is the same for every method, so it is ke
 
 from torch import Tensor
 
+from sparsecache.cache.base import CacheMethod
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights
-from sparsecache.cache.base import CacheMethod
 
 Layers = list[tuple[Tensor, Tensor, Tensor]]
 

@@ -133,7 +133,7 @@ def method_options(kind: "type[CacheMethod]") -> dict[str, Option]:
 
 
 def describe_methods() -> Iterator[str]:
-    """Yield lines on every built-in method: its first line, and its options with default, meaning and allowed values."""
+    """Yield lines on every built-in method: its first line, then its options with default, meaning and values."""
     for name in method_names():
         options = method_options(load_method(name)).values()
         width = max((len(str(option)) for option in options), default=0)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.eviction import DecodingEvictionCache, attention_sums
 from sparsecache.cache.sparse import SparseMethod
-from sparsecache.cache.base import CacheConfig
 
 
 @dataclass

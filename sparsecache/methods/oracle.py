@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparsecache.cache.selection import SelectionCache, SelectionMethod, positions_below
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import score_margin
 from sparsecache.kernels.threshold import Selection
-from sparsecache.cache.selection import SelectionCache, SelectionMethod, positions_below
 
 
 @dataclass

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparsecache.cache.base import CacheConfig
+from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.kernels.rows import index_slots
 from sparsecache.kernels.threshold import Selection
-from sparsecache.cache.selection import SelectionCache, SelectionMethod
-from sparsecache.cache.base import CacheConfig
 
 
 @dataclass

@@ -9,9 +9,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from sparsecache.kernels.threshold import Selection
-from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.cache.base import CacheConfig
+from sparsecache.cache.selection import SelectionCache, SelectionMethod
+from sparsecache.kernels.threshold import Selection
 
 
 @dataclass

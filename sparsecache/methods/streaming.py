@@ -14,9 +14,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.eviction import DecodingEvictionCache
 from sparsecache.cache.sparse import SparseMethod
-from sparsecache.cache.base import CacheConfig
 
 _SINK = 2.0**52  # above any position, and exact with one subtracted
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from sparsecache.cache.base import CacheConfig, CacheMethod
 from sparsecache.cache.full import FullCache
 from sparsecache.cache.host import check_host_memory
 from sparsecache.cache.stats import SequenceStats
-from sparsecache.cache.base import CacheConfig, CacheMethod
 
 
 @dataclass

@@ -18,19 +18,20 @@ import click
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
+from sparsecache.cache.base import CacheMethod, Shape
+from sparsecache.cache.budget import Budget
+from sparsecache.cache.model_cache import ModelCache
 from sparsecache.cli import option_pairs, report_usage_errors
 from sparsecache.engine.base import Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import family_names, load_family
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
-from sparsecache.cache.model_cache import ModelCache
 from sparsecache.engine.rope import Rope
 from sparsecache.errors import UsageError
 from sparsecache.methods import load_method, make_method, method_options, option_errors, parse_options
-from sparsecache.cache.budget import Budget
-from sparsecache.cache.base import CacheMethod, Shape
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
@@ -55,8 +56,9 @@ class Subject:
     @classmethod
     def of(cls, method: str, lossless: Options | None = None, tight: Options | None = None) -> "Subject":
         """Return the subject of a method; by default a budget of everything is lossless, and one of 4 tokens tight."""
-        known = method_options(load_method(method))
-        dense = {"dense_layers": 0} if "dense_layers" in known else {}
+        kind = load_method(method)
+        known = method_options(kind)
+        dense = {"dense_layers": getattr(kind, "min_dense_layers", 0)} if "dense_layers" in known else {}
         if "budget" in known:
             lossless = {"budget": 1.0, **dense} if lossless is None else lossless
             tight = {"budget": 4.0, **dense} if tight is None else tight
@@ -307,6 +309,7 @@ def main(method: str, lossless: tuple[str, ...], tight: tuple[str, ...], model_t
     with report_usage_errors(), option_errors(method):
         subject = Subject.of(method, _converted(method, lossless, "--lossless"), _converted(method, tight, "--tight"))
         torch.set_num_threads(1)
+        disable_progress_bar()
         failed = 0
         with tempfile.TemporaryDirectory() as folder:
             for family in [model_type] if model_type else family_names():

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sparsecache.cache.base import Method
 from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
-from sparsecache.cache.base import Method
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 

@@ -9,6 +9,7 @@ import torch
 
 from sparsecache.bench.models import load_subject
 from sparsecache.bench.modes import Job
+from sparsecache.cache.base import Method
 from sparsecache.engine.base import Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import family_names, load_family
@@ -19,7 +20,6 @@ from sparsecache.engine.rope import Rope
 from sparsecache.engine.steps import GraphedSteps
 from sparsecache.kernels import attention
 from sparsecache.methods import load_method, make_method, method_names, method_options, parse_options
-from sparsecache.cache.base import Method
 from sparsecache.methods.vanilla import Vanilla
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sparsecache.cache.base import Method
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
-from sparsecache.cache.base import Method
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.base import Shape
+from sparsecache.cache.sparse import SparseMethod
 
 CPU = torch.device("cpu")
 SLOTS = 3

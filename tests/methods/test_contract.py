@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from sparsecache.cache.base import Method, Shape
 from sparsecache.engine.base import Request
 from sparsecache.engine.families import family_names
 from sparsecache.engine.generator import Generator
 from sparsecache.methods import load_method, make_method, method_names, method_options, parse_options
-from sparsecache.cache.base import Method, Shape
 from sparsecache.methods.vanilla import Vanilla
 
 LENGTHS = (90, 5, 33, 14)

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-
 from sparsecache.methods._evicting import EvictingMethod
 from sparsecache.methods._rows import FREE, Rows
+
 from sparsecache.methods.h2o import H2O
 from sparsecache.methods.snapkv import SnapKV
 from sparsecache.methods.streaming import Streaming

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from sparsecache.methods._evicting import attention_sums
+
 from sparsecache.methods.h2o import H2O
 from tests.methods.stepping import Kept, Text, cap_of, check_against, probabilities, random_text, random_texts, shape_of
 

@@ -5,9 +5,9 @@ import gc
 import pytest
 import torch
 
-from sparsecache.methods import _host
-from sparsecache.cache.host import make_room, put
 from sparsecache.cache.base import Shape
+from sparsecache.cache.host import make_room, put
+from sparsecache.methods import _host
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.methods.vanilla import Vanilla
 

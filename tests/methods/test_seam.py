@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from sparsecache.cache.base import GuessFrom
 from sparsecache.engine.base import Request
 from sparsecache.engine.families import family_names
 from sparsecache.engine.generator import Generator
-from sparsecache.cache.base import GuessFrom
 from sparsecache.methods.vanilla import Vanilla
 
 every_family = pytest.mark.parametrize("model_type", family_names())

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparsecache.cache.base import Method
 from sparsecache.engine.base import Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
@@ -12,7 +13,6 @@ from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
 from sparsecache.methods import load_method, make_method, method_names, parse_options
-from sparsecache.cache.base import Method
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 from tests.methods.fake_devices import FakeDevices

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sparsecache.errors import UsageError
 from sparsecache.cache.base import Shape
+from sparsecache.errors import UsageError
 
 
 @dataclass(frozen=True)

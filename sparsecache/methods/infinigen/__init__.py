@@ -18,11 +18,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparsecache.kernels.selection import CountRule
+from sparsecache.cache.base import CacheConfig, Shape, SpeculationSource
 from sparsecache.cache.host import check_host_memory
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
-from sparsecache.cache.base import CacheConfig, Shape, SpeculationSource
+from sparsecache.kernels.selection import CountRule
 from sparsecache.methods.infinigen.cache import DeviceStreams, InfiniGenCache
 from sparsecache.methods.infinigen.skewing import check_matrices, skewing_matrix
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparsecache.cache.base import CacheConfig, LayerCache, ProjectQuery, StepBytes
+from sparsecache.cache.host import allocate, copy_into
+from sparsecache.cache.streams import SideStream, record_event, wait_event
 from sparsecache.kernels.decode import attend_selected
 from sparsecache.kernels.gather import GatheredRows, gather_rows
 from sparsecache.kernels.speculation import append_speculated, speculated_scores
 from sparsecache.kernels.threshold import Selection, SelectionParams, threshold_select
-from sparsecache.cache.host import allocate, copy_into
-from sparsecache.cache.streams import SideStream, record_event, wait_event
-from sparsecache.cache.base import CacheConfig, LayerCache, ProjectQuery, StepBytes
 from sparsecache.methods.infinigen.gpu_cache import clear_slot, make_gpu_cache
 from sparsecache.methods.infinigen.partial_keys import PartialKeys
 
@@ -168,4 +168,3 @@ class InfiniGenCache(LayerCache):
         partial = seq_len * kv_heads * self._partial.keys.shape[3] * self.config.dtype.itemsize
         read = attended * self.config.token_nbytes
         return StepBytes(partial + read, (1 - cache_hit) * read if self._offload else 0.0)
-

@@ -5,8 +5,8 @@ The least recently used tokens leave first. It never changes what is attended to
 
 import torch
 
-from sparsecache.kernels.lru_cache import LRUCache
 from sparsecache.cache.base import CacheConfig
+from sparsecache.kernels.lru_cache import LRUCache
 
 
 def make_gpu_cache(tokens: int, config: CacheConfig) -> LRUCache:

@@ -32,7 +32,7 @@ class PartialKeys:
         self.projection[slot] = self._matrices.gather(2, chosen[:, None].expand(-1, k.shape[2], -1))
         for start in range(0, k.shape[1], _BLOCK):
             block = k[:, start : start + _BLOCK]
-            self.keys[slot, :, start : start + _BLOCK] = skew(block, self.projection[slot])
+            self.keys[slot, :, start : start + block.shape[1]] = skew(block, self.projection[slot])
 
     def _channel_sums(self, x: Tensor) -> Tensor:
         """Return the sum over tokens of |x| skewed: [heads of x, D]."""

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from sparsecache.kernels.selection import select
 from sparsecache.cache.base import Shape
+from sparsecache.kernels.selection import select
 from sparsecache.methods.infinigen.skewing import skewing_matrix
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")

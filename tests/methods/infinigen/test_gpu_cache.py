@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparsecache.kernels._triton import INTERPRETED, running
 from sparsecache.cache.base import Shape
+from sparsecache.kernels._triton import INTERPRETED, running
 from sparsecache.methods.infinigen import InfiniGen
 
 SHAPE = Shape(layers=3, heads=4, kv_heads=2, head_dim=32)

@@ -10,6 +10,7 @@ from torch import Tensor
 import sparsecache.kernels.attention
 import sparsecache.kernels.decode
 import sparsecache.methods.infinigen
+from sparsecache.cache.base import Method, Shape
 from sparsecache.engine.base import Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import family_names, load_family
@@ -18,7 +19,6 @@ from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
 from sparsecache.kernels._triton import INTERPRETED, running
 from sparsecache.kernels.attention import attention, attention_over_rows
-from sparsecache.cache.base import Method, Shape
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.methods.vanilla import Vanilla
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsecache.cache.base import Shape
 from sparsecache.errors import UsageError
 from sparsecache.methods import make_method, parse_options
-from sparsecache.cache.base import Shape
 from sparsecache.methods.infinigen import InfiniGen
 
 CPU = torch.device("cpu")

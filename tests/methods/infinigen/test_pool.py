@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from sparsecache.methods.infinigen.pool import EVICTIONS, Pool, Selections
 from torch import Tensor
 
 from sparsecache.cache.base import Shape
-from sparsecache.methods.infinigen.pool import EVICTIONS, Pool, Selections
 
 CPU = torch.device("cpu")
 KV_HEADS, HEAD_DIM, SLOT = 2, 4, 1

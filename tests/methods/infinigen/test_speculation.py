@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from sparsecache.methods.infinigen.speculation import PartialKeys
 from torch import Tensor
 
-from sparsecache.kernels.scores import scaled_scores
 from sparsecache.cache.base import Shape
+from sparsecache.kernels.scores import scaled_scores
 from sparsecache.methods.infinigen.skewing import skewing_matrix
-from sparsecache.methods.infinigen.speculation import PartialKeys
 
 CPU = torch.device("cpu")
 SHAPES = [(2, 2, 32), (4, 2, 64), (4, 1, 128), (8, 1, 32), (8, 2, 16)]
