@@ -5,13 +5,14 @@ Every rate is a mean over about `_SECONDS`, since a rate over less says what a c
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsecache.bench.models import Subject
+from sparsecache.cache.base import StepBytes
+from sparsecache.engine.decoder import Decoder
 from sparsecache.kernels.attention import prompt_attention
 
 _SECONDS = 2.0
@@ -32,38 +33,33 @@ def link_rate(device: torch.device) -> float:
     return 2**30 / seconds_each(lambda: target.copy_(source, non_blocking=True), device)
 
 
-def step_limit(subject: Subject, tokens: int, batch: int, rate: float, link: float | None = None) -> float:
-    """Seconds of a decode step at `rate` bytes a second: weights once, keys and values of every sequence.
+def step_limit(subject: Subject, moved: StepBytes, rate: float, link: float | None) -> float:
+    """Seconds of a decode step that reads the weights and `moved` bytes of the caches.
 
-    link: the rate at which keys and values come instead, beside the weights, where they are in host memory.
+    rate: bytes a second on the device; link: from host memory, which is read beside the device's.
     """
-    cache = batch * tokens * subject.kv_nbytes
-    return max(subject.nbytes / rate, cache / link) if link else (subject.nbytes + cache) / rate
+    seconds = (subject.nbytes + moved.device) / rate
+    return max(seconds, moved.host / link) if link else seconds
 
 
-def sparse_limit(
-    subject: Subject,
-    tokens: int,
-    batch: int,
-    rate: float,
-    link: float | None,
-    options: dict[str, Any],
-    kept: float,
-    hit: float,
-) -> float:
-    """The same of InfiniGen: the sparse layers read their partial keys, what they fetch, and the next query weights.
+def cache_nbytes(decoder: Decoder, seq_len: float, batch: int, kept: float | None, hit: float) -> StepBytes | None:
+    """Bytes that a step of `batch` sequences must read beside the weights, of all layers: the caches' own count.
 
-    options: the method's; kept: the share of the past that was attended to; hit: that of it that was on the GPU.
+    seq_len: past tokens. kept: share of them that sparse layers attend to; None if it is not known, and then so is the
+    sum, unless no layer is sparse. hit: share of those that a GPU cache of host memory has. A layer that speculates
+    reads its query weights a second time.
     """
-    shape, layers = subject.architecture.shape, subject.weights.layers
-    sparse = shape.layers - options["dense_layers"]
-    columns = min(32, shape.head_dim) / shape.head_dim if (ratio := options["partial_weight_ratio"]) is None else ratio
-    of_layer = batch * tokens * subject.kv_nbytes / shape.layers
-    query = layers[0].qkv.nbytes * shape.heads // (shape.heads + 2 * shape.kv_heads)
-    read = sparse * kept * of_layer
-    on_device = subject.nbytes + sparse * (query + columns / 2 * of_layer) + options["dense_layers"] * of_layer
-    seconds: float = max((on_device + read) / rate, (1 - hit) * read / link) if link else (on_device + read) / rate
-    return seconds
+    assert decoder.cache is not None, "allocate comes first"
+    device = host = 0.0
+    for layer, cache in enumerate(decoder.cache.layers):
+        if cache.sparse and kept is None:
+            return None
+        moved = cache.step_nbytes(seq_len, seq_len * kept if cache.sparse and kept is not None else seq_len, hit)
+        device += batch * moved.device
+        host += batch * moved.host
+        if cache.speculation_source is not None:
+            device += decoder.query_nbytes(layer)
+    return StepBytes(device, host)
 
 
 def prompt_limit(subject: Subject, tokens: int) -> float:

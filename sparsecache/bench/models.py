@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sparsecache.cache.base import Method
+from sparsecache.cache.base import CacheMethod
 from sparsecache.engine.catalog import checkpoint_folder, find_model
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
@@ -23,7 +23,7 @@ from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights, read_weights
 from sparsecache.errors import UsageError
-from sparsecache.methods import make_method, parse_options, refusals
+from sparsecache.methods import make_method, option_errors, parse_options
 
 _LLAMA_3 = {"rope_theta": 500000.0, "rope_type": "default"}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -74,8 +74,8 @@ class Subject:
         """Keys and values of one token."""
         return self.architecture.shape.kv_nbytes(self.dtype)
 
-    def engine(self, method: str = "vanilla", options: dict[str, str] | None = None, slots: int = 1) -> Generator:
-        """Our engine over a method, which is calibrated, if it wants to be, with random tokens."""
+    def decoder(self, method: str = "vanilla", options: dict[str, str] | None = None) -> Decoder:
+        """Return a decoder with a method, which is calibrated on random tokens if it needs calibration."""
         made, text = self.method(method, options or {})
         decoder = Decoder(self.architecture, self.weights, Rope(self.config, self.device), made)
         if text is not None:
@@ -83,12 +83,16 @@ class Subject:
             with torch.inference_mode():
                 token_ids = torch.randint(3, self.architecture.vocabulary, (1024,), generator=drawn)
                 decoder.calibrate(token_ids.to(self.device), lambda layers: None)
-        return Generator(decoder, made, slots)
+        return decoder
 
-    def method(self, name: str, options: dict[str, str]) -> tuple[Method, str | None]:
+    def engine(self, method: str = "vanilla", options: dict[str, str] | None = None, slots: int = 1) -> Generator:
+        """Return an engine over a method."""
+        return Generator(self.decoder(method, options), slots)
+
+    def method(self, name: str, options: dict[str, str]) -> tuple[CacheMethod, str | None]:
         """A method for this model, and what it wants to be calibrated with; UsageError where it refuses its options."""
         made = make_method(name, parse_options(name, options))
-        with refusals(name):
+        with option_errors(name):
             made.check(self.architecture.shape)
             return made, made.calibration_text()
 

@@ -7,16 +7,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from sparsecache.bench.limits import copy_rate, link_rate, prompt_limit, sparse_limit, step_limit
+from sparsecache.bench.limits import cache_nbytes, copy_rate, link_rate, prompt_limit, step_limit
 from sparsecache.bench.lines import Line
 from sparsecache.bench.models import Subject
 from sparsecache.bench.stages import profiled
+from sparsecache.cache.base import StepBytes
 from sparsecache.cache.host import pinned_bytes
 from sparsecache.engine.base import Clock, Engine, Request
 from sparsecache.engine.generator import Generator
@@ -26,6 +27,7 @@ from sparsecache.work import STEP_BYTES
 
 _RUNS, _SECONDS = 3, 8.0
 _TOKEN_BYTES = 4  # of a prompt's text, about
+_SHARES = ("kept", "gpu_cache_hit")  # in a method's report
 _MOST_TOKENS = 2**24  # of a prompt or an answer in a workload
 Found = TypeVar("Found")
 
@@ -77,13 +79,11 @@ def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], ways: Se
     """
     for way in ways:  # options are refused before anything is measured
         subject.method(way.method, way.options)
-    rates = _Rates(copy_rate(subject.device), None)
-    if subject.device.type == "cuda" and any(way.parsed().get("offload") for way in ways):
-        rates = rates._replace(link=link_rate(subject.device))
+    rates = _Rates(subject.device)
     for job in jobs:
         others: dict[str, float] | None = None
         for way in ways:
-            ran = run(subject.engine(way.method, way.options, job.batch), subject, job, _step)
+            ran = _run_own(subject, job, way)
             free_memory()
             if others is None:
                 measured = [name for name in peers if job.batch == 1 or name in OWN]
@@ -94,39 +94,54 @@ def decode(subject: Subject, jobs: Sequence[Job], peers: Sequence[str], ways: Se
             yield _decoded(subject, job, way, ran, rates, others)
 
 
-class _Rates(NamedTuple):
-    """Bytes a second: of copies within the device, and from pinned host memory, if that is read from."""
+class _Rates:
+    """Bytes a second, measured once: of copies within the device, and from pinned host memory."""
 
-    copy: float
-    link: float | None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.copy = copy_rate(device)
+
+    @cached_property
+    def link(self) -> float | None:
+        """None on a CPU, which has no link."""
+        return link_rate(self._device) if self._device.type == "cuda" else None
 
 
-def _decoded(subject: Subject, job: Job, way: Way, ran: "Ran", rates: _Rates, others: dict[str, float]) -> Line:
-    clock, reports, (on_gpu, pinned) = ran
-    options, tokens = way.parsed(), job.tokens + job.new_tokens // 2
-    link = rates.link if options.get("offload") else None
-    kept = [report["kept"] for report in reports if report.get("kept") is not None]
-    hits = [report.get("gpu_cache_hit") for report in reports]
+class _RanOwn(NamedTuple):
+    """As Ran, and the bytes of caches that a step must read, if they are known."""
+
+    ran: "Ran"
+    moved: StepBytes | None
+
+
+def _run_own(subject: Subject, job: Job, way: Way) -> _RanOwn:
+    decoder = subject.decoder(way.method, way.options)
+    ran = run(Generator(decoder, job.batch), subject, job, _step)
+    kept, hits = ([value for report in ran.reports if (value := report.get(key)) is not None] for key in _SHARES)
+    seq_len = job.tokens + job.new_tokens // 2
+    return _RanOwn(ran, cache_nbytes(decoder, seq_len, job.batch, _mean(kept), _mean(hits) or 0.0))
+
+
+def _decoded(subject: Subject, job: Job, way: Way, own: _RanOwn, rates: _Rates, others: dict[str, float]) -> Line:
+    (clock, reports, (on_gpu, pinned)), moved = own
+    link = rates.link if moved is not None and moved.host else None
     notes = {
         "copy_bytes_per_s": rates.copy,
         "link_bytes_per_s": link,
         "fetched_bytes_per_step": sum(report.get("fetched_bytes") or 0 for report in reports) / (job.new_tokens - 1),
-        "kept": kept,
-        "gpu_cache_hit": hits,
+        "kept": [report["kept"] for report in reports if report.get("kept") is not None],
+        "gpu_cache_hit": [report.get("gpu_cache_hit") for report in reports],
+        "tokens_per_s": 1 / _step(clock),
         "peak_gpu_bytes": clock.peak_gpu_bytes,
         "cache_gpu_bytes": on_gpu,
         "cache_host_bytes": pinned,
     }
-    if way.method == "infinigen":
-        hit = _mean([each or 0.0 for each in hits])
-        limit = sparse_limit(subject, tokens, job.batch, rates.copy, link, options, _mean(kept), hit)
-    else:
-        limit = step_limit(subject, tokens, job.batch, rates.copy, link)
+    limit = None if moved is None else step_limit(subject, moved, rates.copy, link)
     return Line(f"{job.tokens} tokens, batch {job.batch}, {way}", job.batch * _step(clock), limit, others, notes)
 
 
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers) if numbers else 0.0
+def _mean(numbers: Sequence[float]) -> float | None:
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _peer_step(subject: Subject, job: Job, name: str) -> float:
@@ -246,7 +261,7 @@ def run(engine: Engine, subject: Subject, job: Job, seconds: Callable[[Clock], f
     requests = job.requests(subject.architecture.vocabulary)
     found: list[Ran] = []
     before = _held(subject.devices)
-    engine.reserve(job.tokens + job.new_tokens)
+    _reserve(engine, job.tokens + job.new_tokens, job.new_tokens)
     on_gpu, pinned = (now - then for now, then in zip(_held(subject.devices), before, strict=True))
     _check_room(engine, job)
     _all(engine, requests)
@@ -257,6 +272,13 @@ def run(engine: Engine, subject: Subject, job: Job, seconds: Callable[[Clock], f
         found.append(Ran(engine.clock, reports, (on_gpu, pinned)))
     _check_room(engine, job)  # which runs may have found out
     return min(found, key=lambda each: seconds(each.clock))
+
+
+def _reserve(engine: Engine, max_tokens: int, max_new_tokens: int) -> None:
+    if isinstance(engine, Generator):
+        engine.reserve(max_tokens, max_new_tokens)
+    else:
+        engine.reserve(max_tokens)
 
 
 def _check_room(engine: Engine, job: Job) -> None:
@@ -275,7 +297,7 @@ def _held(devices: Sequence[torch.device]) -> tuple[int, int]:
 def profile(subject: Subject, job: Job, path: Path | None, way: Way) -> str:
     """A table of where the time of a job's steps goes, by stage; by kernel it is written to `path`."""
     engine = subject.engine(way.method, way.options, job.batch)
-    engine.reserve(job.tokens + job.new_tokens + 2)
+    engine.reserve(job.tokens + job.new_tokens + 2, job.new_tokens + 2)
 
     def decode(new_tokens: int) -> None:
         _all(engine, replace(job, new_tokens=new_tokens).requests(subject.architecture.vocabulary))
@@ -285,7 +307,8 @@ def profile(subject: Subject, job: Job, path: Path | None, way: Way) -> str:
 
 def timed(engine: Engine, requests: list[Request]) -> tuple[float, Clock]:
     """Seconds of all requests, after the first two alone, which are not counted, and the clock."""
-    engine.reserve(max(len(request.token_ids) + request.max_new_tokens for request in requests))
+    longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
+    _reserve(engine, longest, max(request.max_new_tokens for request in requests))
     _all(engine, requests[:2])
     engine.reset_clock()
     began = time.perf_counter()

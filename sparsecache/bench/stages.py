@@ -9,15 +9,15 @@ from torch.profiler import ProfilerActivity, profile
 from sparsecache.longbench.tables import Cell, Document, Table, number, records, render, words
 
 _STAGES = {
-    "matrix products": ("_project_one", "_project_few"),
-    "attention": ("_attend", "_merge"),
-    "norms": ("_rms_norm",),
-    "speculated scores": ("_score",),
-    "the cut": ("_count", "_take"),
-    "finding in gpu_cache": ("_find",),
-    "fetching rows": ("_gather",),
-    "keeping in gpu_cache": ("_renew", "_put"),
-    "keeping the new token": ("_remember", "_note"),
+    "matrix products": ("_linear_one_row_kernel", "_linear_few_rows_kernel"),
+    "attention": ("_attend_kernel", "_merge_kernel"),
+    "norms": ("_rms_norm_kernel",),
+    "speculated scores": ("_score_kernel",),
+    "selection": ("_count_tokens_kernel", "_select_tokens_kernel"),
+    "GPU cache lookup": ("_lookup_kernel",),
+    "GPU cache insertion": ("_insert_kernel", "_copy_rows_kernel"),
+    "fetching rows": ("_gather_rows_kernel",),
+    "appending the new token": ("_append_speculated_kernel",),
 }
 _MOST = 12  # rows
 _LONGEST = 100  # characters of a kernel's name: templates have hundreds
@@ -26,7 +26,7 @@ _Seen = dict[str, tuple[float, float]]  # microseconds, and how often
 
 def stage_of(kernel: str) -> str:
     """The stage that a kernel belongs to."""
-    return next((stage for stage, kernels in _STAGES.items() if kernel in kernels), "all else")
+    return next((stage for stage, kernels in _STAGES.items() if kernel in kernels), "others")
 
 
 def profiled(decode: Callable[[int], object], new_tokens: int, gpu: bool, path: Path | None) -> str:

@@ -124,6 +124,10 @@ class Decoder:
         caches[index].speculate(hidden, ProjectQuery(project, (cos, sin)), slots)
         _to_layer_device(self._weights.layers[index - 1])  # kernels run there again
 
+    def query_nbytes(self, layer: int) -> int:
+        """Return the bytes of a layer's query weights, which a speculated query reads once more per step."""
+        return self._query_weights[layer].qkv.nbytes
+
     def _layers_cache(self) -> ModelCache:
         assert self.cache is not None, "allocate comes first"
         return self.cache

@@ -15,8 +15,8 @@ from sparsecache.bench.lines import Line, table
 from sparsecache.bench.models import SHAPES, Subject, load_subject
 from sparsecache.bench.modes import Job, stratified
 from sparsecache.bench.stages import _STAGES, profiled, stage_of
+from sparsecache.cache import FullCache
 from sparsecache.errors import UsageError
-from sparsecache.methods.vanilla import Vanilla
 from sparsecache.testing.random_checkpoint import MODEL_TYPES, make_random_checkpoint
 
 CPU = torch.device("cpu")
@@ -160,9 +160,8 @@ def test_a_profile_tells_what_a_step_takes_and_leaves_the_prompt_out(tmp_path) -
 
 
 def test_kernels_belong_to_the_stages_that_launch_them() -> None:
-    assert [stage_of(name) for name in ("_attend", "_take", "_gather", "void at::native::reduce_kernel")] == [
-        "attention", "the cut", "fetching rows", "all else",
-    ]  # fmt: skip
+    kernels = ("_attend_kernel", "_select_tokens_kernel", "_gather_rows_kernel", "void at::native::reduce_kernel")
+    assert [stage_of(name) for name in kernels] == ["attention", "selection", "fetching rows", "others"]
     kernels = {name for stage in _STAGES.values() for name in stage}
     written = "".join(path.read_text() for path in Path(sparsecache.kernels.__file__).parent.glob("*.py"))
     assert all(f"def {name}(" in written for name in kernels)
@@ -228,15 +227,15 @@ def test_a_peer_that_fails_is_told_and_the_rest_is_measured(main, tmp_path, monk
 
 def test_what_was_measured_before_a_stop_stays(main, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("sparsecache.bench.limits._SECONDS", 0.01)
-    folder, engine, made = make_random_checkpoint(tmp_path / "tiny"), Subject.engine, []
+    folder, decoder, made = make_random_checkpoint(tmp_path / "tiny"), Subject.decoder, []
 
     def stopped(self, *arguments):
         made.append(1)
         if len(made) == 2:
             raise KeyboardInterrupt
-        return engine(self, *arguments)
+        return decoder(self, *arguments)
 
-    monkeypatch.setattr(Subject, "engine", stopped)
+    monkeypatch.setattr(Subject, "decoder", stopped)
     arguments = ["--model", str(folder), "--device", "cpu", "--tokens", "20,30", "--new_tokens", "3", "--peers", "none"]
     told = CliRunner().invoke(main, ["decode", *arguments, "--out", str(tmp_path)])
     assert (told.exit_code, told.stderr) == (130, "Stopped.\n")
@@ -248,20 +247,20 @@ def test_what_was_measured_before_a_stop_stays(main, tmp_path, monkeypatch) -> N
 def test_a_batch_that_does_not_fit_is_no_measurement(when, main, tmp_path, monkeypatch) -> None:
     """Fewer sequences at once than asked for: their time would be told as the batch's."""
     monkeypatch.setattr("sparsecache.bench.limits._SECONDS", 0.01)
-    folder, attend = make_random_checkpoint(tmp_path / "tiny"), Vanilla.attend
+    folder, attend = make_random_checkpoint(tmp_path / "tiny"), FullCache.attend
 
     def crowded(*_) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    def allocate(self, shape, slots, max_tokens, device, dtype) -> None:
-        if slots > 2 and when == "before":
+    def allocate(self, config, offload=False) -> None:
+        if config.slots > 2 and when == "before":
             crowded()
-        room(self, shape, slots, max_tokens, device, dtype)
+        init(self, config, offload)
 
-    room = Vanilla.allocate
-    monkeypatch.setattr(Vanilla, "allocate", allocate)
+    init = FullCache.__init__
+    monkeypatch.setattr(FullCache, "__init__", allocate)
     if when != "before":
-        monkeypatch.setattr(Vanilla, "attend", lambda self, *a: crowded() if len(a[4]) > 2 else attend(self, *a))
+        monkeypatch.setattr(FullCache, "attend", lambda self, *a: crowded() if len(a[3]) > 2 else attend(self, *a))
     arguments = ["--model", str(folder), "--device", "cpu", "--tokens", "20", "--batch", "3,2", "--new_tokens", "3"]
     told = CliRunner().invoke(main, ["decode", *arguments, "--peers", "none", "--out", str(tmp_path)])
     assert told.exit_code == 1
