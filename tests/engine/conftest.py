@@ -1,8 +1,8 @@
-"""Tiny checkpoints whose greedy text varies, our engine over them, and transformers as the outside truth."""
+"""Tiny checkpoints with random weights, our engine over them, and transformers as the reference."""
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sparsecache.cache.base import Method
+from sparsecache.cache.base import CacheMethod
 from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
@@ -33,7 +33,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A read-only checkpoint by type and config fields, made once; its norms and biases are random too."""
+    """Return a checkpoint by type and config fields, made once and not to be changed; norms and biases are random."""
     made: dict[str, Path] = {}
 
     def make(model_type: str = "llama", **overrides: Any) -> Path:
@@ -50,12 +50,12 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 @pytest.fixture
 def folder(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
-    """A llama checkpoint that a test may change."""
+    """Return a llama checkpoint that a test may change."""
     return shutil.copytree(make_checkpoint(), tmp_path / "llama")
 
 
 def _randomise_vectors(file: Path) -> None:
-    """Norm weights start as ones and biases as zeros, which would hide one that is left out or swapped."""
+    """Make norm weights and biases random: ones and zeros would hide one that is left out or swapped."""
     generator = torch.Generator().manual_seed(1)
     tensors = load_file(file)
     for tensor in tensors.values():
@@ -66,31 +66,41 @@ def _randomise_vectors(file: Path) -> None:
 
 @pytest.fixture(scope="session")
 def make_decoder() -> Callable[..., Decoder]:
-    """Our decoder over a checkpoint folder."""
+    """Return a decoder of a checkpoint folder over a method, calibrated if the method needs it."""
 
-    def make(folder: Path, method: Method | None = None, dtype: torch.dtype = torch.float32) -> Decoder:
-        checkpoint = Checkpoint(folder)
+    def make(
+        folder: Path,
+        method: CacheMethod | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | Sequence[torch.device] = CPU,
+    ) -> Decoder:
+        checkpoint, method = Checkpoint(folder), method or Vanilla()
         architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
-        weights = checkpoint.load(architecture, CPU, dtype)
-        return Decoder(architecture, weights, Rope(checkpoint.config, CPU), method or Vanilla())
+        weights = checkpoint.load(architecture, device, dtype)
+        decoder = Decoder(architecture, weights, Rope(checkpoint.config, weights.embedding.device), method)
+        method.check(decoder.shape)
+        if text := method.calibration_text():
+            token_ids = checkpoint.tokenizer(text)["input_ids"][:300]
+            with torch.inference_mode():
+                decoder.calibrate(torch.tensor(token_ids, device=decoder.device), lambda layers: None)
+        return decoder
 
     return make
 
 
 @pytest.fixture(scope="session")
 def make_engine(make_decoder: Callable[..., Decoder]) -> Callable[..., Generator]:
-    """Our engine over a checkpoint folder."""
+    """Return our engine over a checkpoint folder; further arguments as of `make_decoder`."""
 
-    def make(folder: Path, slots: int = 1, method: Method | None = None) -> Generator:
-        method = method or Vanilla()
-        return Generator(make_decoder(folder, method), method, slots)
+    def make(folder: Path, slots: int = 1, method: CacheMethod | None = None, *more: Any) -> Generator:
+        return Generator(make_decoder(folder, method, *more), slots)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def load_reference() -> Callable[..., Any]:
-    """transformers' model of a folder, greedy, without stop ids."""
+    """Return transformers' model of a folder, greedy, without stop ids."""
 
     def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -102,7 +112,7 @@ def load_reference() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def reference_texts(load_reference: Callable[..., Any]) -> Callable[..., list[list[int]]]:
-    """What transformers' generate makes of each prompt, each on a model that has seen nothing else."""
+    """Return the new tokens of each prompt by transformers' generate, each on a freshly loaded model."""
 
     def texts(folder: Path, prompts: Iterable[list[int]], new_tokens: int = NEW_TOKENS) -> list[list[int]]:
         found = []
@@ -117,7 +127,7 @@ def reference_texts(load_reference: Callable[..., Any]) -> Callable[..., list[li
 
 @pytest.fixture(scope="session")
 def make_prompts() -> Callable[..., list[list[int]]]:
-    """Random prompts of the given lengths."""
+    """Return random prompts of the given lengths."""
 
     def make(*lengths: int, seed: int = 0) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
@@ -128,7 +138,7 @@ def make_prompts() -> Callable[..., list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def our_texts() -> Callable[..., list[list[int]]]:
-    """What an engine makes of each prompt, in the prompts' order; any error fails the test."""
+    """Return the new tokens of each prompt by an engine, in the prompts' order; an error fails the test."""
 
     def texts(engine: Generator, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> list[list[int]]:
         requests = [Request(key, prompt, new_tokens, ()) for key, prompt in enumerate(prompts)]
@@ -141,11 +151,11 @@ def our_texts() -> Callable[..., list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def last_logits() -> Callable[..., Tensor]:
-    """The last token's logits of a prompt, by our decoder in a fresh slot."""
+    """Return the last token's logits of a prompt by our decoder, in newly allocated caches."""
 
     @torch.inference_mode()
     def logits(decoder: Decoder, prompt: list[int]) -> Tensor:
-        decoder._method.allocate(decoder.shape, 1, len(prompt) + 1, decoder.device, decoder.dtype)
-        return decoder.prefill(torch.tensor(prompt), 0, 1).float()
+        decoder.allocate(1, len(prompt) + 1, 1)
+        return decoder.prefill(torch.tensor(prompt), 0).float()
 
     return logits

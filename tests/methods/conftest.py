@@ -1,4 +1,4 @@
-"""An engine over tiny checkpoints with random weights, for any method."""
+"""Decoders over tiny checkpoints with random weights, for any method."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparsecache.cache.base import Method
+from sparsecache.cache.base import CacheMethod
 from sparsecache.engine.decoder import Decoder
-from sparsecache.engine.families import load_family
-from sparsecache.engine.loading import Checkpoint
-from sparsecache.engine.rope import Rope
+from sparsecache.testing.contract import make_decoder
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,7 +21,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A checkpoint of the family, made once."""
+    """Return a checkpoint of a family, made once."""
     base = tmp_path_factory.mktemp("families")
 
     def make(model_type: str) -> Path:
@@ -37,27 +33,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
-def decoder(checkpoint: Callable[[str], Path]) -> Callable[[str, Method], Decoder]:
-    """Our decoder of a family over a method."""
-
-    def make(model_type: str, method: Method) -> Decoder:
-        found = Checkpoint(checkpoint(model_type))
-        architecture = load_family(model_type).architecture(found.config)
-        weights = found.load(architecture, CPU, torch.float32)
-        made = Decoder(architecture, weights, Rope(found.config, CPU), method)
-        method.check(made.shape)
-        text = method.calibration_text()
-        if text is not None:
-            with torch.inference_mode():
-                made.calibrate(torch.tensor(found.tokenizer(text)["input_ids"][:300]), lambda layers: None)
-        return made
-
-    return make
+def decoder(checkpoint: Callable[[str], Path]) -> Callable[[str, CacheMethod], Decoder]:
+    """Return a decoder of a family over a method, calibrated if the method needs it."""
+    return lambda model_type, method: make_decoder(checkpoint(model_type), method)
 
 
 @pytest.fixture(scope="session")
 def transformers_model(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
-    """transformers' model of a family, without stop ids."""
+    """Return transformers' model of a family, without stop ids."""
 
     def load(model_type: str) -> Any:
         model = AutoModelForCausalLM.from_pretrained(checkpoint(model_type), dtype=torch.float32).eval()

@@ -1,28 +1,20 @@
-"""InfiniGen on a GPU: the selections of the CPU on the same scores, outputs to tolerance, pinned memory."""
+"""InfiniGen on a GPU: every step equals the slow reference, offloading changes nothing, host memory is pinned."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from sparsecache.cache.base import Shape
-from sparsecache.kernels.selection import select
+from sparsecache.cache.full import FullCache
+from sparsecache.kernels.selection import select_tokens
 from sparsecache.methods.infinigen.skewing import skewing_matrix
+from tests.methods.infinigen.compared import CPU, ComparedRun, small_numbers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
 GPU = torch.device("cuda")
 SHAPE = Shape(layers=3, heads=8, kv_heads=2, head_dim=64)
-
-
-@pytest.mark.parametrize("fetch", ["mean", "per_head"])
-@pytest.mark.parametrize("alpha", [0.0, 1.5, math.inf])
-@pytest.mark.parametrize("length", [7, 1000, 20_000])
-def test_the_same_selection_from_the_same_scores(length, alpha, fetch) -> None:
-    scores = torch.randint(-9, 9, (3, 8, length)) / 2  # many ties
-    scores[1, :, length // 2 :] = -torch.inf
-    cap = torch.tensor([length // 3 + 1, length, 5])
-    here, there = (select(scores.to(each), 2, alpha, cap.to(each), fetch).cpu() for each in ("cpu", GPU))
-    assert torch.equal(here, there)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -32,53 +24,56 @@ def test_the_same_selection_from_the_same_scores(length, alpha, fetch) -> None:
         {"budget": 0.3, "sinks": 1, "recent": 2},
         {"budget": 9, "fetch": "per_head", "offload": True},
         {"budget": 9, "offload": True, "gpu_cache": 7},
-        {"budget": 6, "capacity": 14, "eviction": "counter"},
-        {"budget": 6, "capacity": 0.4, "eviction": "lru", "offload": True, "gpu_cache": 5},
-        {"budget": 6, "capacity": 14, "eviction": "fifo", "offload": True, "gpu_cache": 100},
+        {"budget": 0.5, "alpha": math.inf, "offload": True, "gpu_cache": 100},
     ],
     ids=str,
 )
-def test_every_step_is_that_of_the_page(options, dtype, play, small_numbers) -> None:
-    played = play(
-        SHAPE,
-        (45, 12),
-        {"alpha": 1.0, "skew": False, **options},
-        draw=small_numbers(2),
-        device=GPU,
-        dtype=dtype,
-        new_tokens=16,
-    )
-    for order in [[0, 1], [1, 0], [1], [0]] * 4:
-        played.step(order)
+def test_every_step_equals_the_reference(options: dict[str, Any], dtype: torch.dtype) -> None:
+    options = {"alpha": 1.0, "skew": False, **options}
+    run = ComparedRun(SHAPE, (45, 12), options, draw=small_numbers(2), device=GPU, dtype=dtype, new_tokens=16)
+    for rows in [[0, 1], [1, 0], [1], [0]] * 4:
+        run.step(rows)
 
 
-def test_skewed_keys_too(play) -> None:
-    played = play(SHAPE, (45, 12), {"alpha": 4.0, "budget": 0.5, "partial_weight_ratio": 0.25}, device=GPU)
+def test_skewed_keys_too() -> None:
+    run = ComparedRun(SHAPE, (45, 12), {"alpha": 4.0, "budget": 0.5, "partial_weight_ratio": 0.25}, device=GPU)
     for _ in range(7):
-        played.step()
+        run.step()
 
 
-def test_offloaded_keys_and_values_lie_in_pinned_memory_and_change_nothing(play) -> None:
+def test_offloaded_keys_and_values_are_pinned_and_change_nothing() -> None:
     runs = []
     for options in ({}, {"offload": True}, {"offload": True, "gpu_cache": 3}, {"offload": True, "gpu_cache": 500}):
-        played = play(
-            SHAPE, (300, 80), {"alpha": 4.0, "budget": 0.2, **options}, device=GPU, new_tokens=20, compare=False
-        )
-        runs.append([step for _ in range(19) for step in played.step()])
-        unbounded, offload = played.method._unbounded, bool(options)
-        stores = [unbounded.store] if unbounded else [played.method._pool.keys, played.method._pool.values]
-        for store in stores:
-            assert store.is_pinned() == offload and store.is_cuda != offload
-        assert played.method._partial.keys.is_cuda and played.method._dense.keys.is_cuda
+        chosen = {"alpha": 4.0, "budget": 0.2, **options}
+        run = ComparedRun(SHAPE, (300, 80), chosen, device=GPU, new_tokens=20, compare=False)
+        runs.append([step for _ in range(19) for step in run.step()])
+        for layer in run.sparse_layers:
+            cache = run.layer(layer)
+            assert cache.store.is_pinned() == bool(options) and cache.store.is_cuda != bool(options)
+            assert cache._partial.keys.is_cuda
+        dense = run.cache.layers[0]
+        assert isinstance(dense, FullCache) and dense.keys.is_cuda
     for other in runs[1:]:
         for first, second in zip(runs[0], other, strict=True):
             assert first.selected == second.selected
             torch.testing.assert_close(first.out, second.out, rtol=1e-5, atol=1e-5)
 
 
-def test_skewing_matrices_made_on_the_gpu_are_orthogonal_and_those_of_the_cpu() -> None:
+def test_skewing_matrices_made_on_the_gpu_are_those_of_the_cpu() -> None:
     q = torch.randn(2, 4, 500, 64) * torch.logspace(1, -1, 64)
-    here, there = (skewing_matrix(q.to(each)).cpu() for each in ("cpu", GPU))
-    torch.testing.assert_close(there @ there.mT, torch.eye(64).expand_as(there), rtol=0, atol=1e-5)
-    agreement = (here * there).sum(1).abs()  # singular vectors have no sign
+    cpu, gpu = (skewing_matrix(q.to(device)).cpu() for device in (CPU, GPU))
+    torch.testing.assert_close(gpu @ gpu.mT, torch.eye(64).expand_as(gpu), rtol=0, atol=1e-5)
+    agreement = (cpu * gpu).sum(1).abs()  # singular vectors have no sign
     torch.testing.assert_close(agreement, torch.ones_like(agreement), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [7, 20_000])
+@pytest.mark.parametrize("fetch", ["mean", "per_head"])
+def test_the_plain_selection_is_that_of_the_cpu(length: int, fetch: Any) -> None:
+    """Scores have many ties."""
+    scores = torch.randint(-9, 9, (3, 8, length)) / 2
+    scores[1, :, length // 2 :] = -torch.inf
+    cap = torch.tensor([length // 3 + 1, length, 5])
+    for alpha in (0.0, 1.5, math.inf):
+        cpu, gpu = (select_tokens(scores.to(x), 2, alpha, cap.to(x), fetch).cpu() for x in (CPU, GPU))
+        assert torch.equal(cpu, gpu)
