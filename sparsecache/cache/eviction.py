@@ -117,7 +117,8 @@ class DecodingEvictionCache(LayerCache):
         out = attend_and_append(q, k, v, self.keys, self.values, self.num_tokens, slots)
         new_row = held.clamp(max=len(self._rows) - 1)
         index = slots[:, None], self._heads, new_row
-        self.positions[index], self.scores[index] = past[:, None].expand_as(held), 0.0
+        self.positions[index] = past[:, None].expand_as(held)
+        self.scores[index] = torch.zeros_like(held, dtype=torch.float32)  # a number would be copied from the host
         held = new_row + 1
         self._evict(q, slots, held, past + 1)
         return out

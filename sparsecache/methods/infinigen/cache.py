@@ -32,6 +32,7 @@ class DeviceStreams:
     """
 
     def __init__(self, device: torch.device, offload: bool) -> None:
+        self.offload = offload
         self.speculation, self.storing = (SideStream(device, high_priority=offload) for _ in range(2))
         self.link = SideStream(device, high_priority=True)
         # The projections of one sequence are thousands of small programs. A selection that takes turns with them
@@ -42,8 +43,8 @@ class DeviceStreams:
         self.last_cache: LayerCache | None = None  # of the device's last layer, after which the streams join
 
     def join(self) -> None:
-        """Let the current stream wait for all side streams."""
-        for stream in (self.speculation, self.storing, self.link):
+        """Let the current stream wait for all side streams that were used; a graph must not wait for another one."""
+        for stream in (self.speculation, self.storing, *([self.link] if self.offload else [])):
             stream.join()
 
 
