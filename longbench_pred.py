@@ -8,7 +8,7 @@ import click
 
 from sparsecache.cli import FlexibleCommand, option, option_pairs, report_usage_errors
 from sparsecache.methods import describe_methods
-from sparsecache.settings import DTYPE_CHOICES, ENGINES, Settings
+from sparsecache.runner.settings import DTYPE_CHOICES, ENGINES, Settings
 from sparsecache.versions import check_versions
 
 _HELP = {
@@ -109,7 +109,7 @@ def main(options: tuple[str, ...], **values: Any) -> None:
         settings.check()
         for warning in check_versions():
             click.echo(f"Warning: {warning}", err=True)
-        from sparsecache.run import run  # torch and transformers, only now
+        from sparsecache.runner.run import run  # torch and transformers, only now
 
         try:
             sys.exit(run(settings))

@@ -29,10 +29,10 @@ from sparsecache.bench.lines import Line, save, save_picture, table
 from sparsecache.bench.models import SHAPES, Subject, load_subject
 from sparsecache.bench.modes import OWN, PEERS, Job, Way, decode, free_memory, prefill, profile, replay
 from sparsecache.cli import FlexibleCommand, make_folder, option_pairs, report_usage_errors
+from sparsecache.engine.devices import find_device, find_devices
 from sparsecache.engine.loading import DTYPES
 from sparsecache.errors import UsageError, one_line
-from sparsecache.plan import find_device, find_devices
-from sparsecache.settings import check_for_ray
+from sparsecache.runner.settings import check_for_ray
 
 MODES = ("decode", "prefill", "replay", "startup")
 _MEANT_FOR = {

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from sparsecache.methods._cache import FullCache
 from sweep import Run, read_sweep
-from sweep_shared import SharedPlan, predict_all
+from sweep_shared import SharedContext, predict_all
 from torch import Tensor
 
 from sparsecache.cli import report_usage_errors
@@ -107,7 +107,7 @@ def _latest(used: Tensor, tokens: int) -> Tensor:
     return torch.zeros_like(used, dtype=torch.bool).scatter_(2, order, True) & (used >= 0)
 
 
-class WatchedPlan(SharedPlan):
+class WatchedContext(SharedContext):
     """A plan of Watched, whose rows are in no file of InfiniGen's own."""
 
     def __init__(self, *arguments: Any, **named: Any):
@@ -171,7 +171,7 @@ def main(file: Path, pred_dir: Path, out: Path | None) -> None:
         runs, arguments = read_sweep(file)
         if others := {run.method for run in runs} - {"infinigen"}:
             raise UsageError(f"{file} names {', '.join(sorted(others))}; only runs of infinigen can be watched.")
-        predict_all(runs, arguments, pred_dir, WatchedPlan)
+        predict_all(runs, arguments, pred_dir, WatchedContext)
         shown = document(runs, pred_dir)
         click.echo(render(shown, "terminal"))
         if out is not None:

@@ -24,12 +24,12 @@ from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights
 from sparsecache.errors import UsageError
 from sparsecache.longbench.tasks import select_tasks
-from sparsecache.plan import Plan
-from sparsecache.run import run as predict
-from sparsecache.settings import Settings
+from sparsecache.runner.context import RunContext
+from sparsecache.runner.run import run as predict
+from sparsecache.runner.settings import Settings
 
 
-class SharedPlan(Plan):
+class SharedContext(RunContext):
     """A plan whose prompts are read once for all that share its memory."""
 
     def __init__(self, settings: Settings, memory: Memory):
@@ -50,7 +50,7 @@ def settings_of(run: Run, arguments: list[str], pred_dir: Path) -> Settings:
 
 
 def predict_all(
-    runs: list[Run], arguments: list[str], pred_dir: Path, plan_type: type[SharedPlan] = SharedPlan
+    runs: list[Run], arguments: list[str], pred_dir: Path, context_type: type[SharedContext] = SharedContext
 ) -> None:
     """Predicts all runs, dataset by dataset, their output in logs below `pred_dir`.
 
@@ -64,18 +64,18 @@ def predict_all(
             began, memory = time.perf_counter(), Memory()
             for settings in mine:
                 log = pred_dir / "logs" / f"{Path(model).name}-{settings.run_name}.log"
-                make_plan = partial(plan_type, memory=memory)
-                if _predict_quietly(replace(settings, datasets=task.name), make_plan, log):
+                make_context = partial(context_type, memory=memory)
+                if _predict_quietly(replace(settings, datasets=task.name), make_context, log):
                     failed.add(str(log))
             click.echo(f"{model} {task.name}: {len(mine)} runs, {time.perf_counter() - began:.0f} s", err=True)
     if failed:
         raise UsageError(f"Rows failed, or the method did nothing; see {', '.join(sorted(failed))}.")
 
 
-def _predict_quietly(settings: Settings, make_plan: Callable[[Settings], Plan], log: Path) -> int:
+def _predict_quietly(settings: Settings, make_context: Callable[[Settings], RunContext], log: Path) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as out, redirect_stdout(out), redirect_stderr(out):
-        return predict(settings, make_plan)
+        return predict(settings, make_context)
 
 
 @click.command()

@@ -6,7 +6,7 @@ import click
 
 from sparsecache.cli import FlexibleCommand, report_usage_errors
 from sparsecache.longbench.tasks import select_tasks
-from sparsecache.settings import Settings
+from sparsecache.runner.settings import Settings
 from sparsecache.synthetic.source import SampleSource
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from longbench_pred import main
 from sparsecache.methods import describe_methods
-from sparsecache.settings import Settings
+from sparsecache.runner.settings import Settings
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 
@@ -52,7 +52,7 @@ def test_help_names_every_option_without_torch_and_fast(run_python, repo) -> Non
 
 def test_defaults_of_the_command_line_are_those_of_settings(monkeypatch) -> None:
     found = []
-    monkeypatch.setattr("sparsecache.run.run", lambda settings: found.append(settings) or 0)
+    monkeypatch.setattr("sparsecache.runner.run.run", lambda settings: found.append(settings) or 0)
     model = "llama-2-7b-inst-32k"
     assert CliRunner().invoke(main, ["--model", model]).exit_code == 0
     assert CliRunner().invoke(main, []).exit_code == 0
@@ -79,7 +79,7 @@ def test_a_model_brings_its_data_and_the_others_take_the_hubs(settings, source) 
 def test_the_data_that_is_taken_is_told(broken, tmp_path, monkeypatch) -> None:
     folder = shutil.copytree(broken, tmp_path / "folder" / "fed")
     monkeypatch.setattr(
-        "sparsecache.engine.catalog.read_tables", lambda name: {"fed": {"hub": "a/b", "data": "sample"}}
+        "sparsecache.engine.model_registry.read_tables", lambda name: {"fed": {"hub": "a/b", "data": "sample"}}
     )
     told = CliRunner().invoke(main, ["--model", str(folder), "--device", "cpu", "--pred_dir", str(tmp_path / "pred")])
     assert "data        sample\n" in told.stdout and "cannot be read" in told.stderr
@@ -95,7 +95,7 @@ def test_every_method_is_listed_with_its_options(spelling) -> None:
 
 def test_dashes_and_underscores_are_the_same(monkeypatch) -> None:
     found = []
-    monkeypatch.setattr("sparsecache.run.run", lambda settings: found.append(settings) or 0)
+    monkeypatch.setattr("sparsecache.runner.run.run", lambda settings: found.append(settings) or 0)
     base = ["--model", "demo", "--name=n-m"]
     dashes = ["--max-samples", "3", "--pred-dir=a-b", "--allow-pickle", "-o", "my-key=x-y"]
     underscores = ["--max_samples", "3", "--pred_dir=a-b", "--allow_pickle", "-o", "my_key=x-y"]
@@ -106,7 +106,7 @@ def test_dashes_and_underscores_are_the_same(monkeypatch) -> None:
 
 
 def test_the_exit_code_is_the_runs(monkeypatch) -> None:
-    monkeypatch.setattr("sparsecache.run.run", lambda settings: 1)
+    monkeypatch.setattr("sparsecache.runner.run.run", lambda settings: 1)
     assert CliRunner().invoke(main, ["--model", "demo"]).exit_code == 1
 
 
@@ -260,7 +260,7 @@ def test_an_interrupted_run_says_which_command_goes_on(arguments, way, monkeypat
     def stop(settings: Settings) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparsecache.run.run", stop)
+    monkeypatch.setattr("sparsecache.runner.run.run", stop)
     told = CliRunner().invoke(main, ["--model", "demo", *arguments])
     assert told.exit_code == 130
     assert told.stderr.startswith("Stopped. Finished rows are kept; the same command ") and way in told.stderr
@@ -324,7 +324,7 @@ def test_weights_are_fetched_once_all_else_is_settled(invoke, downloads) -> None
 def test_a_chat_template_that_the_tokenizer_lacks_is_refused(broken, invoke, tmp_path, monkeypatch) -> None:
     folder = shutil.copytree(broken, tmp_path / "folder" / "own-chat")
     tables = {"own-chat": {"hub": "owner/own-chat", "chat": "template"}}
-    monkeypatch.setattr("sparsecache.engine.catalog.read_tables", lambda name: tables)
+    monkeypatch.setattr("sparsecache.engine.model_registry.read_tables", lambda name: tables)
     told = invoke(model=folder)
     assert told.exit_code == 2
     for part in ("has no chat template", "[own-chat]", "configs/models.toml", "--chat none"):
@@ -337,7 +337,7 @@ def test_a_chat_template_that_the_tokenizer_lacks_is_refused(broken, invoke, tmp
 def test_the_window_of_a_table_comes_before_the_checkpoints_own(broken, invoke, tmp_path, monkeypatch) -> None:
     folder = shutil.copytree(broken, tmp_path / "folder" / "wide")
     tables = {"wide": {"hub": "owner/wide", "window": 9000}}
-    monkeypatch.setattr("sparsecache.engine.catalog.read_tables", lambda name: tables)
+    monkeypatch.setattr("sparsecache.engine.model_registry.read_tables", lambda name: tables)
     told = invoke(model=folder)
     assert "window 9000" in told.stdout and "beyond" not in told.stderr
     told = invoke("--window", "9500", "--name", "wider", model=folder)

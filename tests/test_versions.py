@@ -96,9 +96,9 @@ def test_a_missing_package_is_refused_too(monkeypatch) -> None:
 
 
 def test_the_command_line_refuses_before_it_imports_what_may_not_import(monkeypatch, tmp_path) -> None:
-    """A transformers that is too old lacks names that sparsecache.run imports: the version must be checked first."""
+    """A transformers that is too old lacks names that the runner imports: the version must be checked first."""
     _pretend(monkeypatch, transformers="4.57.1")
-    monkeypatch.setitem(__import__("sys").modules, "sparsecache.run", None)
+    monkeypatch.setitem(__import__("sys").modules, "sparsecache.runner.run", None)
     told = CliRunner().invoke(main, ["--model", str(tmp_path)])
     assert told.exit_code == 2
     assert re.search(r"Error: transformers 4\.57\.1 is too old", told.stderr)

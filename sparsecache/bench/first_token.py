@@ -18,13 +18,13 @@ Tell = Callable[[str], None]
 def sparsecache(folder: Path, device: str, dtype: str, tokens: int, tell: Tell) -> None:
     """As longbench_pred.py: the plan of a run, its engine, room for its longest prompt, a prompt."""
     from sparsecache.engine.base import Request
-    from sparsecache.plan import Plan
-    from sparsecache.settings import Settings
+    from sparsecache.runner.context import RunContext
+    from sparsecache.runner.settings import Settings
 
     tell("imports")
     settings = Settings(str(folder), device=device, dtype=dtype)
-    plan = Plan(settings)
-    engine = plan.engine(settings.slots(plan.device.type))
+    context = RunContext(settings)
+    engine = context.engine(settings.slots(context.device.type))
     tell("weights")
     engine.reserve(tokens + _NEW_TOKENS)
     tell("room")

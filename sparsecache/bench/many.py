@@ -13,12 +13,11 @@ from sparsecache.bench.lines import Line
 from sparsecache.bench.models import load_subject, vocabulary_of
 from sparsecache.bench.modes import Job, requests_of, timed
 from sparsecache.cluster.connection import Cluster
-from sparsecache.cluster.worker import Orders, Worker
-from sparsecache.cluster.workers import Workers
+from sparsecache.cluster.worker import Worker, WorkerConfig, WorkerInfo
+from sparsecache.cluster.workers import PoolSize, Workers
 from sparsecache.engine.base import Clock, Completion, Engine, Request
+from sparsecache.engine.devices import find_device
 from sparsecache.engine.loading import DTYPES
-from sparsecache.plan import find_device
-from sparsecache.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,14 @@ class Crew:
 def replay_by_many(crew: Crew, workload: Path, rows: int) -> Iterator[Line]:
     """Milliseconds a prompt of a replay by all workers and by 2, 4, .. of them, on GPUs of their own, beside one alone.
 
-    They are loaded once: first all work, then some of them are dismissed. On a CPU each has its share of the threads,
+    They are loaded once: first all work, then some of them are ended. On a CPU each has its share of the threads,
     the one alone, too.
     """
     requests = requests_of(vocabulary_of(crew.model), workload, rows)
     taken: dict[int, tuple[float, Clock]] = {}
     with _working(crew, requests) as engine:
         for workers in sorted({crew.workers, *(2**power for power in range(crew.workers.bit_length()))}, reverse=True):
-            engine.dismiss_all_but(workers)
+            engine.scale_down(workers)
             engine.wait()  # all are loaded and warm
             print(f"{len(requests)} prompts, by {workers}:", file=sys.stderr)
             taken[workers] = timed(engine, requests)
@@ -57,14 +56,25 @@ def replay_by_many(crew: Crew, workload: Path, rows: int) -> Iterator[Line]:
         yield Line(what, seconds / len(requests), None, {"one worker": alone / len(requests)}, notes)
 
 
+@dataclass(frozen=True)
+class _EngineLoader:
+    """Loads the bench's model in a worker."""
+
+    crew: Crew
+    vocabulary: int
+
+    def __call__(self) -> tuple[Engine, list[torch.device]]:
+        device = find_device(self.crew.device)
+        subject = load_subject(self.crew.model, [device], DTYPES[self.crew.dtype])
+        return subject.engine(slots=self.crew.slots), [device]
+
+
 class _BenchWorker(Worker):
-    def make_engine(self, orders: Orders) -> tuple[Engine, list[torch.device]]:
-        settings = orders.settings
-        device = find_device(settings.device)
-        subject = load_subject(settings.model, [device], DTYPES[settings.dtype])
-        self._vocabulary, self._reserved = subject.architecture.vocabulary, 0
+    def load(self, config: WorkerConfig) -> WorkerInfo:
+        assert isinstance(config.load_engine, _EngineLoader)
+        self._vocabulary, self._reserved = config.load_engine.vocabulary, 0
         self._first: Completion | None = None
-        return subject.engine(slots=orders.most_rows), [device]
+        return super().load(config)
 
     def reserve(self, max_tokens: int) -> None:
         """As Engine.reserve; a first prompt of that length is decoded, so that every worker is warm."""
@@ -73,8 +83,8 @@ class _BenchWorker(Worker):
             self._reserved = max_tokens
             (self._first,) = self._engine.generate(Job(max(1, max_tokens - 2), 2).requests(self._vocabulary))
 
-    def rest(self) -> None:
-        """As Worker.rest; raises RuntimeError where that prompt failed, since the worker is not warm."""
+    def sync(self) -> None:
+        """As Worker.sync; raises RuntimeError where that prompt failed, since the worker is not warm."""
         if self._first is not None and self._first.error is not None:
             raise RuntimeError(f"a worker's first prompt failed: {self._first.error}")
 
@@ -85,11 +95,12 @@ def _working(crew: Crew, requests: list[Request]) -> Iterator[Workers]:
 
     Raises UsageError where the machine has no room for so many.
     """
-    settings = Settings(crew.model, workers=crew.workers, dtype=crew.dtype, device=crew.device)
+    size = PoolSize(crew.workers, "GPU" if crew.device == "cuda" else "CPU")
     with Cluster(None) as cluster:
         cluster.connect()
-        cluster.check_room(crew.workers, "GPU" if crew.device == "cuda" else "CPU", 1)
-        orders = Orders(settings, {}, {}, crew.slots, cluster.threads(crew.workers), os.getcwd())
-        with Workers(cluster, orders, crew.slots, _BenchWorker) as workers:
+        size.check_fits(cluster)
+        loader = _EngineLoader(crew, vocabulary_of(crew.model))
+        config = WorkerConfig(loader, cluster.threads(crew.workers), os.getcwd())
+        with Workers(cluster, config, size, crew.slots, _BenchWorker) as workers:
             workers.reserve(max(len(request.token_ids) + request.max_new_tokens for request in requests))
             yield workers

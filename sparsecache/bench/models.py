@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sparsecache.cache.base import CacheMethod
-from sparsecache.engine.catalog import checkpoint_folder, find_model
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
 from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
+from sparsecache.engine.model_registry import checkpoint_folder, find_model
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights, read_weights

@@ -23,7 +23,7 @@ from sparsecache.engine.base import Clock, Engine, Request
 from sparsecache.engine.generator import Generator
 from sparsecache.errors import UsageError, one_line
 from sparsecache.methods import parse_options
-from sparsecache.work import STEP_BYTES
+from sparsecache.runner.pending import STEP_BYTES
 
 _RUNS, _SECONDS = 3, 8.0
 _TOKEN_BYTES = 4  # of a prompt's text, about

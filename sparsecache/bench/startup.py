@@ -12,9 +12,9 @@ from tempfile import TemporaryDirectory
 from sparsecache.bench.lines import Line
 from sparsecache.bench.models import SHAPES, folder_of, load_subject
 from sparsecache.bench.modes import each_peer, free_memory
+from sparsecache.engine.devices import find_device
 from sparsecache.engine.loading import DTYPES
 from sparsecache.errors import one_line
-from sparsecache.plan import find_device
 
 _READ = 2**24  # bytes at a time
 

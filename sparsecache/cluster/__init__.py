@@ -1,1 +1,1 @@
-"""Many workers on Ray as one engine. Ray is imported here alone, and only when workers are asked for."""
+"""Runs engines in workers on Ray, behind the interface of one engine. Only this package imports Ray."""

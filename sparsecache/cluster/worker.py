@@ -1,4 +1,4 @@
-"""One worker: an engine with its weights loaded once, fed and emptied call by call. Knows nothing of Ray."""
+"""A worker: loads an engine once, then takes requests and returns completions, call by call. Does not import Ray."""
 
 import contextlib
 import io
@@ -6,39 +6,31 @@ import os
 import platform
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from sparsecache.cluster.handout import Handed
+from sparsecache.cluster.work_queue import Tickets
 from sparsecache.engine.base import Clock, Completion, Engine, Request
-from sparsecache.errors import UsageError
-from sparsecache.plan import Plan
-from sparsecache.provenance import gpu_name
-from sparsecache.settings import Settings
-from sparsecache.versions import installed_versions
+from sparsecache.engine.devices import gpu_name
+
+LoadEngine = Callable[[], tuple[Engine, list[torch.device]]]
+"""Loads an engine; returns it with its devices. It is pickled, and called in the worker's process."""
 
 
 @dataclass(frozen=True)
-class Orders:
-    """What a worker is to load, and what it must find: the run's identity and the versions it is made with.
+class WorkerConfig:
+    """What a worker needs to start. threads: for work on the CPU. folder: the driver's current folder."""
 
-    folder: the driver's, which relative paths are relative to; threads: for work on the CPU.
-    """
-
-    settings: Settings
-    identity: dict[str, Any]
-    versions: dict[str, str]
-    most_rows: int
+    load_engine: LoadEngine
     threads: int
     folder: str
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a worker runs. gpus: the numbers of its GPUs on that machine."""
+class WorkerInfo:
+    """Where a worker runs: machine, process id, GPU name, and CUDA_VISIBLE_DEVICES (gpus)."""
 
     node: str
     pid: int
@@ -48,97 +40,76 @@ class Place:
 
 @dataclass(frozen=True)
 class Reply:
-    """What ended, and the worker's totals by then.
+    """A worker's next completion, without its prompt, and the worker's totals so far.
 
-    ticket, completion: of the row that ended (without its prompt), None when nothing was in hand. seconds: spent in
-    calls. said: what was written to stderr meanwhile.
+    ticket, completion: None if the worker held no request. seconds: spent in calls. stderr: what was written to it.
     """
 
     ticket: int | None
     completion: Completion | None
     clock: Clock
     seconds: float
-    said: str
+    stderr: str
 
 
 class Worker:
-    """Completes requests as they come in."""
+    """Completes requests in its own process."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Request] = deque()
+        self._pending: deque[Request] = deque()
         self._completions: Iterator[Completion] = iter(())
         self._seconds = 0.0
 
-    def load(self, orders: Orders) -> Place:
-        """Loads the checkpoint. Raises UsageError where this machine's code, files or devices are not the driver's."""
-        torch.set_num_threads(orders.threads)
+    def load(self, config: WorkerConfig) -> WorkerInfo:
+        """Loads the engine, in the driver's current folder. Raises what `config.load_engine` raises."""
+        torch.set_num_threads(config.threads)
         with contextlib.suppress(OSError):
-            os.chdir(orders.folder)
-        with contextlib.redirect_stderr(io.StringIO()):  # bars, on the way to a log
-            self._engine, devices = self.make_engine(orders)
+            os.chdir(config.folder)
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            self._engine, devices = config.load_engine()
         self._device = devices[0]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or None
-        return Place(platform.node(), os.getpid(), gpu_name(devices), visible)
-
-    def make_engine(self, orders: Orders) -> tuple[Engine, list[torch.device]]:
-        """What `load` loads, and the devices that it is on."""
-        node = platform.node()
-        _compare(orders.versions, installed_versions(), f"The versions on {node}", "Install the same on every machine.")
-        plan = Plan(replace(orders.settings, workers=1, ray_address=None))
-        plan.fetch_weights()
-        _compare(
-            orders.identity,
-            plan.identity(),
-            f"What {node} finds",
-            "Give every machine the same clone and the same checkpoint, at the same path.",
-        )
-        return plan.engine(orders.most_rows), plan.devices
+        return WorkerInfo(platform.node(), os.getpid(), gpu_name(devices), visible)
 
     def reserve(self, max_tokens: int) -> None:
-        """As Engine.reserve."""
+        """Calls Engine.reserve."""
         self._engine.reserve(max_tokens)
 
     def reset_clock(self) -> None:
-        """As Engine.reset_clock."""
+        """Calls Engine.reset_clock."""
         self._engine.reset_clock()
 
-    def rest(self) -> None:
-        """Does nothing, once all before it is done."""
+    def sync(self) -> None:
+        """Does nothing. Its answer tells the driver that all earlier calls have ended."""
 
-    def work(self, handed: Handed) -> Reply:
-        """Takes requests in, and returns the next completion of all that are in hand."""
-        began = time.perf_counter()
-        self._waiting.extend(replace(request, key=ticket) for ticket, request in handed)
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            completion = next(self._completions, None) or self._go_on()
+    def process(self, tickets: Tickets) -> Reply:
+        """Adds requests, and returns the next completion of all requests that the worker holds."""
+        start = time.perf_counter()
+        self._pending.extend(replace(request, key=ticket) for ticket, request in tickets)
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            completion = next(self._completions, None) or self._restart_generation()
         if completion is not None and completion.error is not None:
-            _end_if_broken(self._device)
-        self._seconds += time.perf_counter() - began
+            _exit_if_device_is_broken(self._device)
+        self._seconds += time.perf_counter() - start
         if completion is None:
-            return Reply(None, None, self._engine.clock, self._seconds, said.getvalue())
+            return Reply(None, None, self._engine.clock, self._seconds, stderr.getvalue())
         ticket = completion.key
         completion = replace(completion, request=replace(completion.request, token_ids=[]))
-        return Reply(ticket, completion, self._engine.clock, self._seconds, said.getvalue())
+        return Reply(ticket, completion, self._engine.clock, self._seconds, stderr.getvalue())
 
-    def _go_on(self) -> Completion | None:
-        """With what came in after the engine had seen the end of its requests."""
+    def _restart_generation(self) -> Completion | None:
+        """Starts the engine again for requests that came after it had seen the end of its input."""
         self._completions = self._engine.generate(self._requests())
         return next(self._completions, None)
 
     def _requests(self) -> Iterator[Request]:
-        while self._waiting:
-            yield self._waiting.popleft()
+        while self._pending:
+            yield self._pending.popleft()
 
 
-def _end_if_broken(device: torch.device) -> None:
-    """Ends the process, to be replaced, if its GPU answers no more: every further row would fail."""
+def _exit_if_device_is_broken(device: torch.device) -> None:
+    """Ends the process if its GPU no longer computes, since every further row would fail; the driver replaces it."""
     try:
         torch.ones(1, device=device).sum().item()
     except Exception:
         os._exit(1)
-
-
-def _compare(wanted: dict[str, Any], found: dict[str, Any], what: str, way_out: str) -> None:
-    differing = [f"{key} is {found.get(key)}, not {value}" for key, value in wanted.items() if found.get(key) != value]
-    if differing:
-        raise UsageError(f"{what} differs from what the run began with: {'; '.join(differing)}. {way_out}")

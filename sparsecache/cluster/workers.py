@@ -1,4 +1,4 @@
-"""Workers of a Ray cluster behind the interface of one engine: whoever asks for completions sees no difference."""
+"""Runs requests in many workers on a Ray cluster, behind the interface of one engine."""
 
 import os
 import sys
@@ -14,63 +14,78 @@ from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
 from sparsecache.cluster.connection import Cluster
-from sparsecache.cluster.handout import STRIKES, Handout, Load
-from sparsecache.cluster.worker import Orders, Place, Reply, Worker
+from sparsecache.cluster.work_queue import MAX_ATTEMPTS, Assigned, WorkQueue
+from sparsecache.cluster.worker import Reply, Worker, WorkerConfig, WorkerInfo
 from sparsecache.configs import project_dir
 from sparsecache.engine.base import Clock, Completion, Request, Tick, no_tick
 from sparsecache.errors import UsageError, one_line
-from sparsecache.settings import Settings
-from sparsecache.versions import installed_versions
 
-_CALLS = 2  # under way for each worker, so that none waits for the driver
-_MOST_DEATHS = STRIKES**2  # for each worker, without a row that was finished meanwhile
-_PATIENCE_S = 60.0  # before it is said that workers are missing
+_CALLS = 2  # in flight per worker, so that none waits for the driver
+_MAX_DEATHS = MAX_ATTEMPTS**2  # per worker, without a row finished in between
+_REPORT_AFTER_S = 60.0  # how often missing workers are reported
 _POLL_S = 0.2
 
 
+@dataclass(frozen=True)
+class PoolSize:
+    """How many workers a run has, and what each reserves: `per_worker` GPUs or CPUs (kind)."""
+
+    workers: int
+    kind: str
+    per_worker: int = 1
+
+    def check_fits(self, cluster: Cluster) -> None:
+        """Raises UsageError, with the numbers, if the connected cluster has too few GPUs or CPUs."""
+        cluster.check_room(self.workers, self.kind, self.per_worker)
+
+
 @dataclass
-class _Seat:
-    """A worker, from its start to its end. calls: what it has been asked, oldest first; the first of all is to load."""
+class WorkerHandle:
+    """The driver's side of one worker, from its start to its end.
+
+    calls: the calls in flight, oldest first; the first of all is `load`. info: None until the worker has loaded.
+    """
 
     number: int
     actor: Any
     calls: deque[Any]
     failed_starts: int = 0
-    place: Place | None = None
-    load: Load = field(default_factory=Load)
+    info: WorkerInfo | None = None
+    assigned: Assigned = field(default_factory=Assigned)
     clock: Clock = field(default_factory=Clock)
     rows: int = 0
     seconds: float = 0.0
     died: bool = False
 
     def __str__(self) -> str:
-        where = f" on {self.place.node} (process {self.place.pid})" if self.place else ""
+        where = f" on {self.info.node} (process {self.info.pid})" if self.info else ""
         return f"worker {self.number + 1}{where}"
 
     def record(self) -> dict[str, Any]:
-        """Its line in run.json."""
-        place = asdict(self.place) if self.place else {}
+        """Returns its entry in run.json."""
+        info = asdict(self.info) if self.info else {}
         totals = {"rows": self.rows, "seconds": round(self.seconds, 3), "died": self.died}
-        return {"worker": self.number + 1, **place, **totals}
+        return {"worker": self.number + 1, **info, **totals}
 
 
 class Workers:
-    """The engine whose requests are completed by many workers, each with `slots` in flight at most.
+    """An engine whose requests are completed by many workers, each with at most `slots` in flight.
 
-    A worker that dies is replaced, and its rows are done again; a row on which three died comes back as an error. A
-    worker that dies three times in a row before it has loaded the model is not replaced any more.
+    A worker that dies is replaced, and its rows are decoded again; a row on which three died becomes an error. A
+    worker that dies three times in a row before it has loaded the model is not replaced.
     """
 
-    def __init__(self, cluster: Cluster, orders: Orders, slots: int, worker: type[Worker]):
+    def __init__(
+        self, cluster: Cluster, config: WorkerConfig, size: PoolSize, slots: int, worker: type[Worker] = Worker
+    ):
         """Starts the workers; the cluster must have room for them."""
-        self._cluster, self._slots, self._remote = cluster, slots, ray.remote(worker)
-        self._kind, self._each = _need(orders.settings)
-        self._orders = ray.put(orders)
-        self._room = 0
-        self._gone: list[_Seat] = []
-        self._deaths = 0  # since a row ended
-        self._began = self._latest = 0.0  # when the first worker was ready, and when the latest row ended
-        self._seats = [self._start(number) for number in range(orders.settings.workers)]
+        self._cluster, self._size, self._slots, self._remote = cluster, size, slots, ray.remote(worker)
+        self._config = ray.put(config)
+        self._reserved = 0
+        self._ended: list[WorkerHandle] = []
+        self._deaths = 0  # since a row was finished
+        self._first_ready = self._last_row = 0.0
+        self._handles = [self._start(number) for number in range(size.workers)]
 
     def __enter__(self) -> "Workers":
         return self
@@ -78,13 +93,13 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for seat in self._seats:
-            ray.kill(seat.actor)
+        for handle in self._handles:
+            ray.kill(handle.actor)
 
     @property
     def clock(self) -> Clock:
-        """The sum over all workers, so that tokens per second are those of one; the peak memory is the highest."""
-        clocks = [seat.clock for seat in self._gone + self._seats]
+        """The sum over all workers, so tokens per second are those of one worker; the peak memory is the highest."""
+        clocks = [handle.clock for handle in self._ended + self._handles]
         peaks = [clock.peak_gpu_bytes for clock in clocks if clock.peak_gpu_bytes is not None]
         totals = {
             each.name: sum(getattr(clock, each.name) for clock in clocks)
@@ -94,73 +109,74 @@ class Workers:
         return Clock(**totals, peak_gpu_bytes=max(peaks, default=None))
 
     def session(self) -> dict[str, Any]:
-        """The clock, a line for every worker that came to work, and the seconds from the first one to the last row."""
-        seats = sorted((seat for seat in self._gone + self._seats if seat.place), key=lambda seat: seat.number)
-        gpus = sorted({seat.place.gpu for seat in seats if seat.place and seat.place.gpu})
+        """Returns the clock, the seconds from the first ready worker to the last row, and an entry per worker."""
+        handles = sorted((one for one in self._ended + self._handles if one.info), key=lambda handle: handle.number)
+        gpus = sorted({handle.info.gpu for handle in handles if handle.info and handle.info.gpu})
         return {
             "clock": asdict(self.clock),
             "gpu": ", ".join(gpus) or None,
-            "seconds": round(max(0.0, self._latest - self._began), 3),
-            "workers": [seat.record() for seat in seats],
+            "seconds": round(max(0.0, self._last_row - self._first_ready), 3),
+            "workers": [handle.record() for handle in handles],
         }
 
     def wait(self) -> None:
-        """Until every worker has loaded the model and done all that it was told by now."""
-        resting = [seat.actor.rest.remote() for seat in self._seats]
-        while missing := ray.wait(resting, num_returns=len(resting), timeout=_PATIENCE_S)[1]:
-            self._say_who_is_missing(len(missing))
-        ray.get(resting)
+        """Waits until every worker has loaded the model and has done all earlier calls."""
+        calls = [handle.actor.sync.remote() for handle in self._handles]
+        while missing := ray.wait(calls, num_returns=len(calls), timeout=_REPORT_AFTER_S)[1]:
+            self._report_missing(len(missing))
+        ray.get(calls)
 
     def reserve(self, max_tokens: int) -> None:
-        """Makes room in every worker."""
-        self._room = max_tokens
-        for seat in self._seats:
-            seat.actor.reserve.remote(max_tokens)
+        """Calls Engine.reserve in every worker."""
+        self._reserved = max_tokens
+        for handle in self._handles:
+            handle.actor.reserve.remote(max_tokens)
 
     def reset_clock(self) -> None:
-        """Starts all totals anew."""
-        self._gone.clear()
-        for seat in self._seats:
-            seat.clock, seat.seconds, seat.rows = Clock(), 0.0, 0
-            seat.actor.reset_clock.remote()
+        """Sets all totals to zero."""
+        self._ended.clear()
+        for handle in self._handles:
+            handle.clock, handle.seconds, handle.rows = Clock(), 0.0, 0
+            handle.actor.reset_clock.remote()
 
-    def dismiss_all_but(self, number: int) -> None:
-        """Ends workers, until so many are left; between requests only, for what they have in hand is lost."""
-        for seat in self._seats[number:]:
-            ray.kill(seat.actor)
-        self._gone += self._seats[number:]
-        del self._seats[number:]
+    def scale_down(self, workers: int) -> None:
+        """Ends workers until `workers` are left. Only between calls of `generate`: the requests they hold are lost."""
+        for handle in self._handles[workers:]:
+            ray.kill(handle.actor)
+        self._ended += self._handles[workers:]
+        del self._handles[workers:]
 
     def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
-        """Yields a completion for every request, in the order in which they end; requests are drawn in theirs."""
-        handout = Handout(requests, len(self._seats), self._slots)
-        complete = time.monotonic()
+        """Yields a completion per request, in the order in which they end; requests are drawn in their order."""
+        queue = WorkQueue(requests, len(self._handles), self._slots)
+        all_ready = time.monotonic()
         while True:
-            for seat in self._seats:
-                self._employ(seat, handout)
-            if handout.empty and not any(seat.load.requests for seat in self._seats):
+            for handle in self._handles:
+                self._submit(handle, queue)
+            if queue.empty and not any(handle.assigned.requests for handle in self._handles):
                 return
-            answered = self._answered(0 if handout.prepare() else _POLL_S)
-            if all(seat.place for seat in self._seats):
-                complete = time.monotonic()
-            elif time.monotonic() - complete > _PATIENCE_S:
-                self._say_who_is_missing(sum(seat.place is None for seat in self._seats))
-                complete = time.monotonic()
-            for seat in answered:
-                for completion in self._hear(seat, handout):
+            answered = self._poll(0 if queue.prepare() else _POLL_S)
+            if all(handle.info for handle in self._handles):
+                all_ready = time.monotonic()
+            elif time.monotonic() - all_ready > _REPORT_AFTER_S:
+                self._report_missing(sum(handle.info is None for handle in self._handles))
+                all_ready = time.monotonic()
+            for handle in answered:
+                for completion in self._receive(handle, queue):
                     tick(len(completion.token_ids))
                     yield completion
 
-    def _employ(self, seat: _Seat, handout: Handout) -> None:
-        """Keeps calls under way: each brings what is to be done, and returns one completion."""
-        while seat.place and len(seat.calls) < _CALLS:
-            handed = handout.take(seat.load)
-            if not handed and len(seat.calls) >= len(seat.load.requests):
+    def _submit(self, handle: WorkerHandle, queue: WorkQueue) -> None:
+        """Keeps _CALLS calls in flight: each brings requests, and returns one completion."""
+        while handle.info and len(handle.calls) < _CALLS:
+            tickets = queue.take(handle.assigned)
+            if not tickets and len(handle.calls) >= len(handle.assigned.requests):
                 return
-            seat.calls.append(seat.actor.work.remote(handed))
+            handle.calls.append(handle.actor.process.remote(tickets))
 
-    def _answered(self, timeout: float) -> list[_Seat]:
-        calls = {seat.calls[0]: seat for seat in self._seats if seat.calls}
+    def _poll(self, timeout: float) -> list[WorkerHandle]:
+        """Returns the workers whose oldest call has ended; waits up to `timeout` seconds for one."""
+        calls = {handle.calls[0]: handle for handle in self._handles if handle.calls}
         if not calls:
             return []
         ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
@@ -168,111 +184,92 @@ class Workers:
             ready, _ = ray.wait(list(calls), num_returns=1, timeout=timeout)
         return [calls[call] for call in ready]
 
-    def _hear(self, seat: _Seat, handout: Handout) -> Iterator[Completion]:
-        """Takes a worker's oldest answer, or its death."""
+    def _receive(self, handle: WorkerHandle, queue: WorkQueue) -> Iterator[Completion]:
+        """Handles a worker's oldest answer, or its death."""
         try:
-            answer = ray.get(seat.calls[0])
+            answer = ray.get(handle.calls[0])
         except RayError as error:
             if isinstance(error, RayTaskError) and isinstance(error.cause, UsageError):
                 raise error.cause from None
-            if isinstance(error, RayTaskError) and seat.place:
-                raise  # a mistake in the code, not in a machine
-            yield from self._replace(seat, handout, error)
+            if isinstance(error, RayTaskError) and handle.info:
+                raise  # a bug in the code: a replacement would fail the same way
+            yield from self._replace(handle, queue, error)
             return
-        seat.calls.popleft()
-        if isinstance(answer, Place):
-            seat.place, seat.failed_starts = answer, 0
-            self._began = self._began or time.monotonic()
+        handle.calls.popleft()
+        if isinstance(answer, WorkerInfo):
+            handle.info, handle.failed_starts = answer, 0
+            self._first_ready = self._first_ready or time.monotonic()
         else:
-            yield from self._note(seat, answer)
+            yield from self._handle_reply(handle, answer)
 
-    def _note(self, seat: _Seat, reply: Reply) -> Iterator[Completion]:
-        seat.clock, seat.seconds = reply.clock, reply.seconds
-        if reply.said:
-            tqdm.write(f"On {seat}: {reply.said.rstrip()}", file=sys.stderr)
+    def _handle_reply(self, handle: WorkerHandle, reply: Reply) -> Iterator[Completion]:
+        handle.clock, handle.seconds = reply.clock, reply.seconds
+        if reply.stderr:
+            tqdm.write(f"On {handle}: {reply.stderr.rstrip()}", file=sys.stderr)
         if reply.completion is not None and reply.ticket is not None:
             self._deaths = 0
-            self._latest = time.monotonic()
-            seat.rows += 1
-            yield replace(reply.completion, request=seat.load.requests.pop(reply.ticket))
+            self._last_row = time.monotonic()
+            handle.rows += 1
+            yield replace(reply.completion, request=handle.assigned.requests.pop(reply.ticket))
 
-    def _replace(self, seat: _Seat, handout: Handout, error: RayError) -> Iterator[Completion]:
-        """Starts another worker in the place of a dead one, or gives the place up."""
-        seat.died, reason = True, _reason(error)
-        ray.kill(seat.actor)
-        self._gone.append(seat)
+    def _replace(self, handle: WorkerHandle, queue: WorkQueue, error: RayError) -> Iterator[Completion]:
+        """Starts another worker in place of a dead one, unless it failed to load MAX_ATTEMPTS times."""
+        handle.died, reason = True, _reason(error)
+        ray.kill(handle.actor)
+        self._ended.append(handle)
         self._deaths += 1
-        failed_starts = 0 if seat.place else seat.failed_starts + 1
-        place = self._seats.index(seat)
-        if failed_starts < STRIKES:
-            self._seats[place] = self._start(seat.number, failed_starts)
-            told = f"it is replaced, and the rows it had in hand ({len(seat.load.requests)}) are done again"
+        failed_starts = 0 if handle.info else handle.failed_starts + 1
+        index = self._handles.index(handle)
+        if failed_starts < MAX_ATTEMPTS:
+            self._handles[index] = self._start(handle.number, failed_starts)
+            action = f"it is replaced, and its {len(handle.assigned.requests)} unfinished rows are decoded again"
         else:
-            del self._seats[place]
-            told = f"as two before it, before it had loaded the model; {len(self._seats)} others go on"
-        tqdm.write(f"Warning: {seat} died, {told}. Reason: {reason}", file=sys.stderr)
-        for request in handout.lost(seat.load):
-            yield Completion(request, error=f"WorkerDied: {STRIKES} workers died on this row, the last was {seat}")
-        if not self._seats or self._deaths >= _MOST_DEATHS * len(self._seats):
+            del self._handles[index]
+            action = f"for the third time before it had loaded the model; {len(self._handles)} other workers continue"
+        tqdm.write(f"Warning: {handle} died, {action}. Reason: {reason}", file=sys.stderr)
+        for request in queue.requeue(handle.assigned):
+            yield Completion(
+                request, error=f"WorkerDied: {MAX_ATTEMPTS} workers died on this row, the last was {handle}"
+            )
+        if not self._handles or self._deaths >= _MAX_DEATHS * len(self._handles):
             raise UsageError(
-                f"{self._deaths} workers died and no row was finished meanwhile. Finished rows are kept: the same "
-                f"command goes on from there once the reason is gone. The last one's: {reason}"
+                f"{self._deaths} workers died in a row without finishing a row. The last reason: {reason}. Finished "
+                f"rows are kept. Remove the cause, then rerun the same command to resume."
             )
 
-    def _start(self, number: int, failed_starts: int = 0) -> _Seat:
-        actor = self._remote.options(**self._needs()).remote()
-        seat = _Seat(number, actor, deque([actor.load.remote(self._orders)]), failed_starts)
-        if self._room:
-            actor.reserve.remote(self._room)
-        return seat
+    def _start(self, number: int, failed_starts: int = 0) -> WorkerHandle:
+        actor = self._remote.options(**self._ray_options()).remote()
+        handle = WorkerHandle(number, actor, deque([actor.load.remote(self._config)]), failed_starts)
+        if self._reserved:
+            actor.reserve.remote(self._reserved)
+        return handle
 
-    def _needs(self) -> dict[str, Any]:
+    def _ray_options(self) -> dict[str, Any]:
         return {
             "num_cpus": 1,
-            "num_gpus": self._each if self._kind == "GPU" else 0,
+            "num_gpus": self._size.per_worker if self._size.kind == "GPU" else 0,
             "scheduling_strategy": "SPREAD",
             "runtime_env": {"env_vars": {"PYTHONPATH": _import_path()}},
         }
 
-    def _say_who_is_missing(self, missing: int) -> None:
-        self._cluster.check_room(1, self._kind, self._each)
+    def _report_missing(self, missing: int) -> None:
+        kind = self._size.kind
+        replace(self._size, workers=1).check_fits(self._cluster)
         tqdm.write(
-            f"{missing} of {len(self._seats)} workers are not ready after {_PATIENCE_S:.0f} s: they load the model, or "
-            f"wait for {self._kind}s, of which {self._cluster.free(self._kind)} of {self._cluster.total(self._kind)} "
-            f"are free in {self._cluster}.",
+            f"{missing} of {len(self._handles)} workers are not ready after {_REPORT_AFTER_S:.0f} s: they load the "
+            f"model, or wait for {kind}s. {self._cluster.free(kind)} of {self._cluster.total(kind)} {kind}s are free "
+            f"in {self._cluster}.",
             file=sys.stderr,
         )
 
 
-def check_room(cluster: Cluster, settings: Settings) -> None:
-    """Connects; raises UsageError if there is no cluster or, with the numbers, if it has too few GPUs or CPUs."""
-    cluster.connect()
-    cluster.check_room(settings.workers, *_need(settings))
-
-
-def hire(cluster: Cluster, settings: Settings, identity: dict[str, Any], most_rows: int) -> Workers:
-    """The workers that the settings ask for. Raises UsageError as `check_room`."""
-    check_room(cluster, settings)
-    kind, each = _need(settings)
-    stated = os.environ.get("OMP_NUM_THREADS", "")  # for each process: several runs may share the cluster
-    sharing = settings.workers if kind == "CPU" else cluster.total("GPU") // each
-    threads = int(stated) if stated.isdecimal() and int(stated) else cluster.threads(sharing)
-    orders = Orders(settings, identity, installed_versions(), most_rows, threads, os.getcwd())
-    return Workers(cluster, orders, min(settings.slots(settings.device), most_rows), Worker)
-
-
 def _reason(error: RayError) -> str:
-    """What Ray says of a death, without whose it was and what it often is."""
+    """Ray's reason for a death, without the actor's name and the list of common causes."""
     text = one_line(error)
-    return text.partition("The actor is dead because ")[2].partition(" Some common causes")[0] or text
+    return (text.partition("The actor is dead because ")[2].partition(" Some common causes")[0] or text).rstrip(".")
 
 
 def _import_path() -> str:
     """PYTHONPATH of a worker: this code, then the driver's own PYTHONPATH, without entries for the current folder."""
     own = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return os.pathsep.join([str(project_dir()), *own])
-
-
-def _need(settings: Settings) -> tuple[str, int]:
-    """What a worker must have to itself, and how many of it."""
-    return ("GPU", settings.gpus_per_worker) if settings.device == "cuda" else ("CPU", 1)

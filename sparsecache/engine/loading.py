@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from sparsecache.engine import catalog
+from sparsecache.engine import model_registry
 from sparsecache.engine.config_checks import check_sizes, read_json
 from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.gguf_file import ARCHITECTURES, GGUFHeader, alone, open_tensors, read_header, rope_parameters
@@ -28,7 +28,7 @@ from sparsecache.engine.window import context_window
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import open_regular
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in catalog.DTYPES}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in model_registry.DTYPES}
 _DESCRIPTIONS = (".json", ".model", ".jinja", ".tiktoken")
 _VOCABULARY = ("merges.txt", "vocab.txt", "vocab.bpe")
 _TEMPLATES = "additional_chat_templates"  # a folder that tokenizers read, too

@@ -8,8 +8,8 @@ import numpy
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.baseline import Baseline, BaselineDataset
+from sparsecache.longbench.comparability import different, mismatches, speed_mismatches
 from sparsecache.longbench.compare_tables import signed
-from sparsecache.longbench.likeness import different, unlike, unlike_speed
 from sparsecache.longbench.paired import interval, resampled_means
 from sparsecache.longbench.scores import mean_in_percent
 
@@ -88,7 +88,7 @@ def gate(
     """
     if run.e != baseline.e:
         raise UsageError(f"{baseline.name} is of LongBench{'-E' if baseline.e else ''}, {run.name} is not. {_E_ADVICE}")
-    warnings = [*_partial(run, baseline, allow_partial), *_unlike(run, baseline, limits, allow_unlike)]
+    warnings = [*_partial(run, baseline, allow_partial), *_mismatches(run, baseline, limits, allow_unlike)]
     warnings += [f"{part}: this may differ, and is part of what is gated." for part in different(run, baseline)]
     pairs = [_pair(stem, dataset, baseline.datasets.get(stem)) for stem, dataset in run.datasets.items()]
     pairs = [pair for pair in pairs if pair.mine]
@@ -139,10 +139,10 @@ def _partial(run: Baseline, baseline: Baseline, allow: bool) -> Iterator[str]:
     yield from (f"{part}; only rows that both have are gated, and failed ones count 0.0." for part in found)
 
 
-def _unlike(run: Baseline, baseline: Baseline, limits: Limits, allow: bool) -> Iterator[str]:
-    found = list(unlike(run, baseline))
+def _mismatches(run: Baseline, baseline: Baseline, limits: Limits, allow: bool) -> Iterator[str]:
+    found = list(mismatches(run, baseline))
     if limits.min_speedup is not None:
-        found += [f"{part}, for the speed" for part in unlike_speed(run, baseline)]
+        found += [f"{part}, for the speed" for part in speed_mismatches(run, baseline)]
     if found and not allow:
         raise UsageError(
             f"{run.name} and {baseline.name} are unlike in more than the method: {_some(found, '; ')}. Predict them "

@@ -17,7 +17,7 @@ class Prompt:
     """A prompt as the model gets it.
 
     original_tokens: tokens of the filled template, before any cut.
-    truncated: whether anything was cut. recut_tokens: how many tokens were cut after wrapping (mostly 0).
+    truncated: whether anything was cut. overflow_tokens: how many tokens were cut after wrapping (mostly 0).
     sha256: of the UTF-8 text that the token ids stand for. end: that text's last 200 characters.
     ids_sha256: of the token ids (wrapping.ids_sha256).
     """
@@ -25,7 +25,7 @@ class Prompt:
     token_ids: list[int]
     original_tokens: int
     truncated: bool
-    recut_tokens: int
+    overflow_tokens: int
     sha256: str
     end: str
     ids_sha256: str
@@ -66,15 +66,15 @@ class Prompter:
             text = self.wrapper.wrap(text)
             token_ids = self.wrapper.encode(text)
         room = self._room(task)
-        recut_tokens = max(0, len(token_ids) - room)
-        if recut_tokens:
+        overflow_tokens = max(0, len(token_ids) - room)
+        if overflow_tokens:
             token_ids = token_ids[: room - room // 2] + token_ids[len(token_ids) - room // 2 :]
             text = self.tokenizer.decode(token_ids, skip_special_tokens=False)
         return Prompt(
             token_ids=token_ids,
             original_tokens=original_tokens,
-            truncated=cut or recut_tokens > 0,
-            recut_tokens=recut_tokens,
+            truncated=cut or overflow_tokens > 0,
+            overflow_tokens=overflow_tokens,
             sha256=hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
             end=text[-_END:],
             ids_sha256=ids_sha256(token_ids),

@@ -203,7 +203,7 @@ from types import SimpleNamespace
 from sparsecache.bench import many
 many.timed = lambda *arguments: (1.0, None)
 many._working = lambda *arguments: nullcontext(
-    SimpleNamespace(dismiss_all_but=int, wait=int, session=lambda: dict(workers=[dict(died=False), dict(died=True)])))
+    SimpleNamespace(scale_down=int, wait=int, session=lambda: dict(workers=[dict(died=False), dict(died=True)])))
 list(many.replay_by_many(many.Crew(2, "demo", "float32", "cpu", 1), pathlib.Path({str(tmp_path / "w.csv")!r}), 1))
 """
     told = run_python("-c", program)  # a process that may import Ray

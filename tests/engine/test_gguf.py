@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparsecache.engine.catalog import find_model
 from sparsecache.engine.families import load_family
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
+from sparsecache.engine.model_registry import find_model
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.errors import UsageError
 from sparsecache.methods.vanilla import Vanilla

@@ -92,7 +92,7 @@ def test_prompts_of_every_dataset_are_the_protocols(plain: Any, name: str, max_l
     assert prompt.sha256 == sha256(text)
     assert prompt.original_tokens == len(plain(TASKS[name].template.format(**row)).input_ids)
     assert prompt.truncated == (max_length < 300)
-    assert prompt.recut_tokens == 0
+    assert prompt.overflow_tokens == 0
     assert prompt.token_ids.count(plain.bos_token_id) == 1
 
 
@@ -183,7 +183,7 @@ def test_a_prompt_that_is_still_too_long_is_cut_again_by_tokens(plain: Any) -> N
     prompt = Prompter(plain, 14, 100).build(tiny_task(), row)  # 20 tokens, and room for 10
     whole = plain(row["context"]).input_ids
     assert prompt.token_ids == whole[:5] + whole[-5:]
-    assert (prompt.recut_tokens, prompt.truncated, prompt.original_tokens) == (10, True, 20)
+    assert (prompt.overflow_tokens, prompt.truncated, prompt.original_tokens) == (10, True, 20)
     text = plain.decode(prompt.token_ids)
     assert (prompt.sha256, prompt.end) == (sha256(text), text[-200:])
 
@@ -216,6 +216,6 @@ def test_prompt_and_new_tokens_always_fit_the_window(
     prompter = Prompter(tokenizer, window, max_length, wrapper)
     prompt = prompter.build(task, {"context": context, "input": question})
     assert 0 < len(prompt.token_ids) <= window - task.max_new_tokens
-    assert prompt.truncated == (prompt.original_tokens > prompter.cut_length(task) or prompt.recut_tokens > 0)
+    assert prompt.truncated == (prompt.original_tokens > prompter.cut_length(task) or prompt.overflow_tokens > 0)
     if tokenizer is chat:
         assert prompt.token_ids[0] == tokenizer.bos_token_id not in prompt.token_ids[1:2]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsecache.engine import catalog
-from sparsecache.engine.catalog import checkpoint_folder, find_model, model_names
+from sparsecache.engine import model_registry
 from sparsecache.engine.loading import Checkpoint
+from sparsecache.engine.model_registry import checkpoint_folder, find_model, model_names
 from sparsecache.errors import UsageError
 
 
@@ -34,12 +34,12 @@ def tables(monkeypatch) -> dict[str, dict[str, object]]:
             "chat_template_args": {"date_string": "2 May 2024"},
         },
     }
-    monkeypatch.setattr(catalog, "read_tables", lambda name: found)
+    monkeypatch.setattr(model_registry, "read_tables", lambda name: found)
     return found
 
 
 def test_a_tables_name_brings_its_settings(tables, monkeypatch) -> None:
-    monkeypatch.setattr(catalog, "project_dir", lambda: Path("base"))
+    monkeypatch.setattr(model_registry, "project_dir", lambda: Path("base"))
     assert model_names() == ["tiny", "big"]
     model = find_model("tiny")
     assert (model.name, model.table, model.path, model.hub) == ("tiny", "tiny", Path("base/some/where"), None)
@@ -115,7 +115,7 @@ def test_a_broken_file_is_refused_in_one_sentence(monkeypatch) -> None:
     def broken(name: str) -> None:
         tomllib.loads("[big\nhub = 3")
 
-    monkeypatch.setattr(catalog, "read_tables", broken)
+    monkeypatch.setattr(model_registry, "read_tables", broken)
     with pytest.raises(UsageError, match=r"configs/models\.toml cannot be read"):
         model_names()
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from sparsecache.cluster import worker as module
-from sparsecache.cluster.handout import Handout, Load
-from sparsecache.cluster.worker import Orders, Worker
+from sparsecache.cluster.work_queue import Assigned, WorkQueue
+from sparsecache.cluster.worker import Worker, WorkerConfig
 from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.generator import Generator
 from sparsecache.errors import UsageError
 from sparsecache.methods.vanilla import Vanilla
-from sparsecache.plan import Plan
-from sparsecache.settings import Settings
+from sparsecache.runner.context import RunContext
+from sparsecache.runner.ray_workers import EngineLoader
+from sparsecache.runner.settings import Settings
 from sparsecache.versions import installed_versions
 
 SLOTS = 3
@@ -28,15 +29,19 @@ def settings(tiny) -> Settings:
 
 
 @pytest.fixture
-def orders(settings) -> Orders:
-    plan = Plan(settings)
-    return Orders(settings, plan.identity(), installed_versions(), 100, 1, os.getcwd())
+def loader(settings) -> EngineLoader:
+    return EngineLoader(settings, RunContext(settings).identity(), installed_versions(), 100)
 
 
 @pytest.fixture
-def worker(orders) -> Worker:
+def config(loader) -> WorkerConfig:
+    return WorkerConfig(loader, 1, os.getcwd())
+
+
+@pytest.fixture
+def worker(config) -> Worker:
     made = Worker()
-    assert made.load(orders).pid == os.getpid()
+    assert made.load(config).pid == os.getpid()
     return made
 
 
@@ -49,19 +54,19 @@ def _requests(count: int) -> list[Request]:
 
 def _drive(worker: Worker, requests: list[Request]) -> dict[str, Completion]:
     """As workers.py does: a call for each completion, one more under way than is being answered."""
-    handout, load, calls, found = Handout(requests, 1, SLOTS), Load(), [], {}
+    queue, assigned, calls, found = WorkQueue(requests, 1, SLOTS), Assigned(), [], {}
     while True:
         while len(calls) < 2:
-            handed = handout.take(load)
-            if not handed and len(calls) >= len(load.requests):
+            tickets = queue.take(assigned)
+            if not tickets and len(calls) >= len(assigned.requests):
                 break
-            calls.append(handed)
+            calls.append(tickets)
         if not calls:
-            assert handout.empty and not load.requests
+            assert queue.empty and not assigned.requests
             return found
-        reply = worker.work(calls.pop(0))
+        reply = worker.process(calls.pop(0))
         assert reply.completion is not None and reply.completion.request.token_ids == []
-        found[load.requests.pop(reply.ticket).key] = reply.completion
+        found[assigned.requests.pop(reply.ticket).key] = reply.completion
 
 
 def _steps(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> list[int]:
@@ -78,7 +83,7 @@ def test_a_worker_decodes_in_the_same_batches_as_an_engine_alone(worker, setting
     worker.reserve(60)
     steps = _steps(monkeypatch, lambda: found.update(_drive(worker, requests)))
     alone = {}
-    engine = Plan(Settings(model=settings.model, device="cpu", batch_size=SLOTS)).engine(100)
+    engine = RunContext(Settings(model=settings.model, device="cpu", batch_size=SLOTS)).engine(100)
     engine.reserve(60)
     steps_alone = _steps(monkeypatch, lambda: alone.update({c.key: c.token_ids for c in engine.generate(requests)}))
     assert {key: completion.token_ids for key, completion in found.items()} == alone and len(alone) == 20
@@ -87,12 +92,12 @@ def test_a_worker_decodes_in_the_same_batches_as_an_engine_alone(worker, setting
 
 def test_rows_that_come_after_the_last_one_are_done_too(worker) -> None:
     first, second = _requests(2)
-    assert worker.work([]).completion is None
-    reply = worker.work([(7, first)])
+    assert worker.process([]).completion is None
+    reply = worker.process([(7, first)])
     assert (reply.ticket, len(reply.completion.token_ids)) == (7, first.max_new_tokens)
-    reply = worker.work([(9, second)])
+    reply = worker.process([(9, second)])
     assert reply.ticket == 9 and reply.clock.prefill_tokens == len(first.token_ids) + len(second.token_ids)
-    assert worker.work([]).completion is None
+    assert worker.process([]).completion is None
 
 
 def test_what_a_failing_row_writes_to_stderr_comes_back_with_its_error(worker, monkeypatch) -> None:
@@ -100,16 +105,16 @@ def test_what_a_failing_row_writes_to_stderr_comes_back_with_its_error(worker, m
         raise RuntimeError("broken")
 
     monkeypatch.setattr(Vanilla, "prefill", fail)
-    reply = worker.work([(0, _requests(1)[0])])
-    assert reply.completion.error == "RuntimeError: broken" and "Traceback" in reply.said
+    reply = worker.process([(0, _requests(1)[0])])
+    assert reply.completion.error == "RuntimeError: broken" and "Traceback" in reply.stderr
 
 
 def test_a_worker_whose_device_answers_no_more_ends_itself_and_others_do_not(worker, monkeypatch) -> None:
     ended = []
     monkeypatch.setattr(module.os, "_exit", ended.append)
-    module._end_if_broken(torch.device("cpu"))
+    module._exit_if_device_is_broken(torch.device("cpu"))
     assert ended == []
-    module._end_if_broken(torch.device("meta"))  # holds nothing that could be read
+    module._exit_if_device_is_broken(torch.device("meta"))  # holds nothing that could be read
     assert ended == [1]
 
 
@@ -121,14 +126,14 @@ def test_a_worker_whose_device_answers_no_more_ends_itself_and_others_do_not(wor
     ],
     ids=["version", "checkpoint"],
 )
-def test_another_version_or_checkpoint_than_the_drivers_is_refused(changed, parts, orders) -> None:
+def test_another_version_or_checkpoint_than_the_drivers_is_refused(changed, parts, loader, config) -> None:
     with pytest.raises(UsageError) as error:
-        Worker().load(replace(orders, **changed))
+        Worker().load(replace(config, load_engine=replace(loader, **changed)))
     assert all(part in str(error.value) for part in (*parts, os.uname().nodename))
 
 
-def test_relative_paths_are_relative_to_the_drivers_folder(orders, tiny, tmp_path, monkeypatch) -> None:
+def test_relative_paths_are_relative_to_the_drivers_folder(loader, tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    relative = replace(orders.settings, model=tiny.name)
-    assert Worker().load(replace(orders, settings=relative, folder=str(tiny.parent))).node == os.uname().nodename
+    relative = replace(loader, settings=replace(loader.settings, model=tiny.name))
+    assert Worker().load(WorkerConfig(relative, 1, str(tiny.parent))).node == os.uname().nodename
     assert Path.cwd() == tiny.parent

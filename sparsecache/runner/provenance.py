@@ -1,4 +1,4 @@
-"""Where a number comes from: what run.json records of one process."""
+"""Records in run.json how one process worked: versions, commit, device, command line."""
 
 import platform
 import subprocess
@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from sparsecache.settings import Settings
+from sparsecache.engine.devices import gpu_name
+from sparsecache.runner.settings import Settings
 from sparsecache.versions import installed_versions
 
-_PROJECT = Path(__file__).resolve().parent.parent
+_PROJECT = Path(__file__).resolve().parent.parent.parent
 
 
 def new_session(settings: Settings, devices: Sequence[torch.device], source: dict[str, Any]) -> dict[str, Any]:
-    """A process's entry in run.json; `ended` and what its engine tells of itself are filled in as it goes."""
+    """Returns a process's entry in run.json. The caller fills in `ended` and what the engine reports."""
     return {
         "id": f"{time.time_ns()}-{platform.node()}",
         "argv": sys.argv,
@@ -36,21 +37,13 @@ def new_session(settings: Settings, devices: Sequence[torch.device], source: dic
     }
 
 
-def gpu_name(devices: Sequence[torch.device]) -> str | None:
-    """The name of the GPU that decodes, with how many there are if the model is split; None for a CPU."""
-    if devices[0].type != "cuda":
-        return None
-    name: str = torch.cuda.get_device_name(devices[0])
-    return name if len(devices) == 1 else f"{len(devices)} x {name}"
-
-
 def now() -> str:
-    """The time, in UTC, to the second."""
+    """Returns the time in UTC, to the second, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _commit() -> str | None:
-    """The commit this code was run from, with "+" if the tree has changes or new files; None outside a clone."""
+    """Returns the commit of this code, with "+" if the tree has changes or new files; None outside a clone."""
     if not (_PROJECT / ".git").exists():
         return None
     try:
@@ -61,5 +54,5 @@ def _commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    told = subprocess.run(["git", *arguments], cwd=_PROJECT, capture_output=True, text=True, timeout=10, check=True)
-    return told.stdout.strip()
+    output = subprocess.run(["git", *arguments], cwd=_PROJECT, capture_output=True, text=True, timeout=10, check=True)
+    return output.stdout.strip()

@@ -1,4 +1,4 @@
-"""What a prediction row says: of its source, its prompt, and what became of it."""
+"""Builds prediction rows: the source row's fields, the prompt's, and the completion or the error."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +10,23 @@ from sparsecache.longbench.prompts import Prompt
 
 
 def failed_row(row: dict[str, Any], error: Exception) -> dict[str, Any]:
-    """The record of a row that made no prompt."""
-    return {**_from_source(row), "error": _described(error)}
+    """Returns the error row of a source row whose prompt could not be built."""
+    return {**_source_fields(row), "error": _message(error)}
 
 
 def finished_row(
     row: dict[str, Any], prompt: Prompt, completion: Completion, decode: Callable[[list[int]], str]
 ) -> dict[str, Any]:
-    """The record of a completion, its text by `decode`; an error row if it failed or cannot be written down."""
+    """Returns the row of a completion; an error row if it failed or cannot be written as JSON.
+
+    decode: turns the completion's token ids into text.
+    """
     record = {
-        **_from_source(row),
+        **_source_fields(row),
         "prompt_tokens": len(prompt.token_ids),
         "original_tokens": prompt.original_tokens,
         "truncated": prompt.truncated,
-        "recut_tokens": prompt.recut_tokens,
+        "recut_tokens": prompt.overflow_tokens,
         "prompt_sha256": prompt.sha256,
         "prompt_ids_sha256": prompt.ids_sha256,
         "prompt_end": prompt.end,
@@ -37,19 +40,19 @@ def finished_row(
         "decode_s": round(completion.decode_s, 6),
     }
     try:
-        whole = {**record, "pred": decode(completion.token_ids), **finished}
-        if clash := whole.keys() & completion.report.keys():
-            raise ValueError(f"the method reports {', '.join(sorted(clash))}, which the record has already.")
-        whole |= completion.report
-        dumps(whole)
-    except Exception as error:  # a text or a report that cannot be written down
-        return {**record, "error": _described(error)}
-    return whole
+        complete = {**record, "pred": decode(completion.token_ids), **finished}
+        if clash := complete.keys() & completion.report.keys():
+            raise ValueError(f"the method reports {', '.join(sorted(clash))}, which are fields of the row itself.")
+        complete |= completion.report
+        dumps(complete)
+    except Exception as error:  # a text or a report that is no JSON
+        return {**record, "error": _message(error)}
+    return complete
 
 
-def _from_source(row: dict[str, Any]) -> dict[str, Any]:
+def _source_fields(row: dict[str, Any]) -> dict[str, Any]:
     return {"pred": "", **{key: row[key] for key in ("answers", "all_classes", "length", "_id")}}
 
 
-def _described(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"

@@ -16,7 +16,7 @@ DRIVER = """
 import json, os, pathlib, sys, traceback
 import torch
 torch.set_num_threads(1)
-import longbench_pred, sparsecache.synthetic.rows, sparsecache.run
+import longbench_pred, sparsecache.synthetic.rows, sparsecache.runner.run
 from sparsecache.engine.loading import Checkpoint
 
 args = json.loads(sys.argv[1])
@@ -150,7 +150,7 @@ def test_an_interrupt_keeps_finished_rows_and_says_how_to_go_on(command, folder,
 def test_a_run_that_is_killed_has_its_clock_so_far_on_record(
     predict, folder, monkeypatch, read_rows, read_record
 ) -> None:
-    monkeypatch.setattr("sparsecache.run._SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("sparsecache.runner.run._SAVE_EVERY_S", 0.0)
     whole = PredictionFile.append
     calls = iter(range(100))
 

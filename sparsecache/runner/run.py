@@ -22,21 +22,21 @@ from sparsecache.longbench.report import health_table, speed_lines
 from sparsecache.longbench.scores import load_metric
 from sparsecache.longbench.sessions import workers_lines
 from sparsecache.longbench.tasks import Task, load_tasks, select_tasks
-from sparsecache.plan import Plan
-from sparsecache.provenance import new_session, now
-from sparsecache.rows import failed_row, finished_row
-from sparsecache.settings import Settings
+from sparsecache.runner.context import RunContext
+from sparsecache.runner.pending import PendingDataset, Row, in_order, largest, longest_first
+from sparsecache.runner.provenance import new_session, now
+from sparsecache.runner.rows import failed_row, finished_row
+from sparsecache.runner.settings import Settings
 from sparsecache.synthetic.source import SampleSource
-from sparsecache.work import Row, Work, in_order, largest, longest_first
 
 if TYPE_CHECKING:
     from sparsecache.cluster.connection import Cluster
 
 
-def run(settings: Settings, make_plan: Callable[[Settings], Plan] = Plan) -> int:
+def run(settings: Settings, make_context: Callable[[Settings], RunContext] = RunContext) -> int:
     """Runs what the settings ask for, from where an earlier run of the same name left off.
 
-    The settings must have passed their own check; `make_plan` brings them together with a checkpoint. Returns the
+    The settings must have passed their own check; `make_context` brings them together with a checkpoint. Returns the
     exit code: 0, or 1 when a row failed or the method did nothing. Raises UsageError for anything the user can put
     right, before any weights are read where that is possible.
     """
@@ -45,7 +45,7 @@ def run(settings: Settings, make_plan: Callable[[Settings], Plan] = Plan) -> int
         if cluster is not None:
             settings = replace(settings, device=cluster.device(settings.device))
             settings.check()  # once more, now that "auto" is decided
-        return _Run(settings, make_plan, cluster).execute()
+        return _Run(settings, make_context, cluster).execute()
 
 
 _SAVE_EVERY_S = 10.0  # what a kill may cost of the speed figures; rows are never lost
@@ -53,11 +53,11 @@ _ROWS_PER_SECOND = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {r
 
 
 class _Run:
-    def __init__(self, settings: Settings, make_plan: Callable[[Settings], Plan], cluster: "Cluster | None"):
+    def __init__(self, settings: Settings, make_context: Callable[[Settings], RunContext], cluster: "Cluster | None"):
         self.settings, self.cluster = settings, cluster
-        self.plan = make_plan(settings)  # first: a wrong model is found sooner than data is had
+        self.context = make_context(settings)  # first: a wrong model is found sooner than data is had
         self.source = _source(settings)
-        self.folder = RunFolder(settings.pred_dir / self.plan.model.name / settings.run_name)
+        self.folder = RunFolder(settings.pred_dir / self.context.model.name / settings.run_name)
         self.failed = 0
 
     def execute(self) -> int:
@@ -66,16 +66,16 @@ class _Run:
         loaded = [(task, load_rows(self.source, task, e)) for task in select_tasks(self.settings.datasets, e)]
         for task, _ in loaded:
             load_metric(task.metric)
-            self.plan.prompter.room(task)
-        self.plan.fetch_weights()
-        identity = {**self.plan.identity(), **_tasks_identity(loaded, e)}
+            self.context.prompter.room(task)
+        self.context.fetch_weights()
+        identity = {**self.context.identity(), **_tasks_identity(loaded, e)}
         self.folder.make()
         if self.settings.overwrite:
             if self.cluster is not None:  # else a refusal would cost the old rows
-                from sparsecache.cluster.workers import check_room
+                from sparsecache.runner.ray_workers import check_capacity
 
-                check_room(self.cluster, self.settings)
-            self.plan.check_weights()  # before any row is deleted
+                check_capacity(self.cluster, self.settings)
+            self.context.check_weights()  # before any row is deleted
             self.folder.clear([task.file_stem(flag) for task in load_tasks().values() for flag in (False, True)])
         with ExitStack() as stack:
             self.folder.claim(identity)
@@ -91,23 +91,23 @@ class _Run:
             print(f"Error: {useless}", file=sys.stderr)
         return 1 if self.failed or useless else 0
 
-    def _open(self, stack: ExitStack, task: Task, rows: Rows) -> Work:
+    def _open(self, stack: ExitStack, task: Task, rows: Rows) -> PendingDataset:
         stem = task.file_stem(self.settings.e)
         file = stack.enter_context(PredictionFile(self.folder.predictions(stem)))
         available = len(rows.dataset)
-        return Work(task, stem, rows, file, min(self.settings.max_samples or available, available))
+        return PendingDataset(task, stem, rows, file, min(self.settings.max_samples or available, available))
 
-    def _announce(self, works: list[Work]) -> None:
+    def _announce(self, works: list[PendingDataset]) -> None:
         missing, wanted = sum(work.missing for work in works), sum(work.wanted for work in works)
-        for line in self.plan.describe():
+        for line in self.context.describe():
             print(line)
         print(f"data        {self.settings.data_source}")
         print(f"rows        {missing} of {wanted} to do, into {self.folder.path}", flush=True)
-        for warning in self.plan.warnings():
+        for warning in self.context.warnings():
             print(f"Warning: {warning}", file=sys.stderr)
 
-    def _predict(self, works: list[Work]) -> None:
-        session = new_session(self.settings, self.plan.devices, self.source.describe())
+    def _predict(self, works: list[PendingDataset]) -> None:
+        session = new_session(self.settings, self.context.devices, self.source.describe())
         self._save(session, works)
         saved = time.monotonic()
         expected = self._reference_completions(works)  # before our own weights take the memory
@@ -130,15 +130,15 @@ class _Run:
     def _engine(self, most_rows: int) -> AbstractContextManager[Engine]:
         """This process's own, or the workers of a cluster."""
         if self.cluster is None:
-            return nullcontext(self.plan.engine(most_rows))
-        from sparsecache.cluster.workers import hire
+            return nullcontext(self.context.engine(most_rows))
+        from sparsecache.runner.ray_workers import start_workers
 
-        return hire(self.cluster, self.settings, self.plan.identity(), most_rows)
+        return start_workers(self.cluster, self.settings, self.context.identity(), most_rows)
 
-    def _predict_together(self, engine: Engine, works: list[Work]) -> Iterator[None]:
+    def _predict_together(self, engine: Engine, works: list[PendingDataset]) -> Iterator[None]:
         """Does what is missing of these datasets, and yields after every row."""
         requests = self._requests(longest_first(works) if self.cluster else in_order(works))
-        if self.plan.slots > 1:
+        if self.context.slots > 1:
             if self.cluster:
                 known = list(self._requests(largest(works), quietly=True))
             else:
@@ -155,20 +155,20 @@ class _Run:
         with self._bar(works) as bar:
             for completion in engine.generate(requests, tick):
                 row, prompt, work = completion.key
-                record = finished_row(row, prompt, completion, self.plan.decode)
+                record = finished_row(row, prompt, completion, self.context.decode)
                 work.file.append(record)
                 self.failed += "error" in record
                 bar.update()
                 yield
 
-    def _bar(self, works: list[Work]) -> Any:
+    def _bar(self, works: list[PendingDataset]) -> Any:
         wanted, missing = sum(work.wanted for work in works), sum(work.missing for work in works)
         if self.cluster is None:
             return tqdm(total=wanted, initial=wanted - missing, desc=works[0].stem, unit="row")
         workers = f"{self.settings.workers} worker{'s' * (self.settings.workers != 1)}"
         return tqdm(total=wanted, initial=wanted - missing, desc=workers, unit="row", bar_format=_ROWS_PER_SECOND)
 
-    def _requests(self, rows: Iterable[tuple[Work, Row]], quietly: bool = False) -> Iterator[Request]:
+    def _requests(self, rows: Iterable[tuple[PendingDataset, Row]], quietly: bool = False) -> Iterator[Request]:
         """A request for each row. One that makes none becomes an error row, or (`quietly`) is passed over."""
         for work, row in rows:
             try:
@@ -180,31 +180,31 @@ class _Run:
                     work.file.append(failed_row(row, error))
                     self.failed += 1
 
-    def _request(self, work: Work, row: Row) -> Request:
-        prompt = self.plan.prompter.build(work.task, row)
+    def _request(self, work: PendingDataset, row: Row) -> Request:
+        prompt = self.context.prompter.build(work.task, row)
         return Request(
             key=(row, prompt, work),
             token_ids=prompt.token_ids,
             max_new_tokens=work.task.max_new_tokens,
-            stop_ids=self.plan.stop_ids(work.task),
+            stop_ids=self.context.stop_ids(work.task),
             min_new_tokens=1 if work.task.newline_stop else 0,
         )
 
-    def _reference_completions(self, works: list[Work]) -> list[Completion]:
+    def _reference_completions(self, works: list[PendingDataset]) -> list[Completion]:
         """What transformers makes of the first --verify prompts, its weights gone again afterwards."""
         if not self.settings.verify:
             return []
         rows = ((work, row) for work in works for row in islice(work.rows.dataset, work.wanted))
         requests = list(self._requests(islice(rows, self.settings.verify), quietly=True))  # the run reports the others
-        completions = list(self.plan.reference().generate(requests))
+        completions = list(self.context.reference().generate(requests))
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return completions
 
-    def _save(self, session: dict[str, Any], works: list[Work]) -> None:
+    def _save(self, session: dict[str, Any], works: list[PendingDataset]) -> None:
         def change(record: dict[str, Any]) -> None:
-            record["model"] = self.plan.model_record()
+            record["model"] = self.context.model_record()
             datasets = record.setdefault("datasets", {})
             for work in works:
                 before = datasets.get(work.stem, {}).get("expected_rows", 0)
@@ -214,7 +214,7 @@ class _Run:
 
         self.folder.update(change)
 
-    def _health(self, works: list[Work], rows: dict[str, list[dict[str, Any]]]) -> str:
+    def _health(self, works: list[PendingDataset], rows: dict[str, list[dict[str, Any]]]) -> str:
         table = health_table((work.task, work.stem, work.wanted, rows[work.stem]) for work in works)
         return "\n".join([table, *speed_lines(self.folder.load())])
 

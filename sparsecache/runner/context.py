@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from sparsecache.cache import CacheMethod
-from sparsecache.calibration import calibrate
 from sparsecache.engine.base import Engine
-from sparsecache.engine.catalog import Model, checkpoint_folder, find_model
 from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.devices import find_device, find_devices
 from sparsecache.engine.families import load_family
 from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import DTYPES, Checkpoint
+from sparsecache.engine.model_registry import Model, checkpoint_folder, find_model
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights
 from sparsecache.errors import UsageError, one_line
@@ -24,13 +24,14 @@ from sparsecache.longbench.tasks import Task
 from sparsecache.longbench.wrapping import CLOCK
 from sparsecache.methods import make_method, method_identity, option_errors, parse_options
 from sparsecache.options import show
-from sparsecache.settings import Settings
+from sparsecache.runner.calibration import calibrate
+from sparsecache.runner.settings import Settings
 from sparsecache.versions import tokenizing_versions
 
 _NO_TEXT = "The calibration text is empty. Name another one, of about 2,000 tokens."
 
 
-class Plan:
+class RunContext:
     """One run's checkpoint, method, device, dtype and prompts.
 
     Making one raises UsageError for whatever does not fit: the method's options, the device, the checkpoint's
@@ -274,32 +275,3 @@ class Plan:
                 f"not decoded here beyond that window. Keep within it with --window {sliding}, or use "
                 f"--engine transformers."
             )
-
-
-def find_device(name: str) -> torch.device:
-    """The device of a `--device`. Raises UsageError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name!r} is no device to decode on. Allowed: auto, cpu, cuda, cuda:<number>.")
-    found = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise UsageError(f"--device {name} is not there: torch sees {found} GPUs. Use --device cpu.")
-    return device
-
-
-def find_devices(first: torch.device, count: int, option: str) -> list[torch.device]:
-    """`count` devices from the first on, whose layers come in their order; UsageError, naming the option, without."""
-    if count == 1:
-        return [first]
-    found, start = torch.cuda.device_count(), first.index or 0
-    if first.type != "cuda" or start + count > found:
-        raise UsageError(
-            f"{option} {count} needs the GPUs {start} to {start + count - 1}: torch sees {found}. Ask for "
-            f"fewer, or leave it out."
-        )
-    return [torch.device("cuda", start + at) for at in range(count)]

@@ -12,17 +12,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import sparsecache.calibration
+import sparsecache.runner.calibration
 from longbench_pred import main
 from sparsecache.cache import Shape
-from sparsecache.calibration import MOST_TOKENS, calibrate
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.errors import UsageError
 from sparsecache.files import cache_folder
 from sparsecache.methods.infinigen import InfiniGen
-from sparsecache.plan import Plan
-from sparsecache.settings import Settings
+from sparsecache.runner.calibration import MOST_TOKENS, calibrate
+from sparsecache.runner.context import RunContext
+from sparsecache.runner.settings import Settings
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 SHAPE = Shape(layers=2, heads=4, kv_heads=2, head_dim=8)
@@ -193,7 +193,7 @@ def test_a_file_that_may_not_be_read_is_refused(files, monkeypatch) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(sparsecache.calibration, "safe_open", refuse)
+    monkeypatch.setattr(sparsecache.runner.calibration, "safe_open", refuse)
     with pytest.raises(UsageError, match=r"Permission denied\. Delete the file"):
         _calibrate()
 
@@ -206,7 +206,7 @@ def _full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(sparsecache.calibration, "save_file", fail)
+    monkeypatch.setattr(sparsecache.runner.calibration, "save_file", fail)
 
 
 def _read_only(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,24 +354,24 @@ def test_an_empty_text_is_refused_before_anything_is_loaded(text, tiny, tmp_path
     (tmp_path / "text.txt").write_text(text)
     options = {"dense_layers": "1", "calibration_file": str(tmp_path / "text.txt")}
     with pytest.raises(UsageError, match="calibration text is empty"):
-        Plan(Settings(model=str(tiny), method="infinigen", options=options, device="cpu"))
+        RunContext(Settings(model=str(tiny), method="infinigen", options=options, device="cpu"))
 
 
 def test_a_text_without_tokens_is_refused(tiny, tmp_path) -> None:
     (tmp_path / "text.txt").write_text("x")
     options = {"dense_layers": "1", "calibration_file": str(tmp_path / "text.txt")}
-    plan = Plan(Settings(model=str(tiny), method="infinigen", options=options, device="cpu"))
-    plan.checkpoint.tokenizer  # noqa: B018 (cached, to be replaced)
-    plan.checkpoint.__dict__["tokenizer"] = lambda text, verbose: {"input_ids": []}
+    context = RunContext(Settings(model=str(tiny), method="infinigen", options=options, device="cpu"))
+    context.checkpoint.tokenizer  # noqa: B018 (cached, to be replaced)
+    context.checkpoint.__dict__["tokenizer"] = lambda text, verbose: {"input_ids": []}
     with pytest.raises(UsageError, match="calibration text is empty"):
-        plan._calibrate(_Decoder())  # type: ignore[arg-type]
+        context._calibrate(_Decoder())  # type: ignore[arg-type]
 
 
 def test_the_text_is_part_of_what_a_run_is(tiny, tmp_path) -> None:
     def identity(text: str) -> dict[str, Any]:
         (tmp_path / "text.txt").write_text(text)
         options = {"calibration_file": str(tmp_path / "text.txt")}
-        return Plan(Settings(model=str(tiny), method="infinigen", options=options, device="cpu")).identity()
+        return RunContext(Settings(model=str(tiny), method="infinigen", options=options, device="cpu")).identity()
 
     first, second, third = identity("one text"), identity("another"), identity("one text")
     assert first == third and first != second

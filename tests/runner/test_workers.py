@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sparsecache.cluster.handout import STRIKES
+from sparsecache.cluster.work_queue import MAX_ATTEMPTS
 from sparsecache.cluster.worker import Worker
 from sparsecache.methods.vanilla import Vanilla
 
@@ -86,7 +86,7 @@ def _workers(record: dict[str, Any]) -> list[dict[str, Any]]:
 def test_workers_killed_at_random_moments_lose_no_row_and_write_none_twice(
     address, predict, folder, whole, monkeypatch, read_untimed, read_record
 ) -> None:
-    monkeypatch.setattr("sparsecache.run._SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("sparsecache.runner.run._SAVE_EVERY_S", 0.0)
     seed, killed, done = random.randrange(10**6), [], threading.Event()
     draw = random.Random(seed)
 
@@ -127,7 +127,7 @@ def test_a_row_that_kills_three_workers_is_an_error_row_and_the_next_run_retries
     deadly = 0  # set below, before the class travels
 
     class Deadly(Worker):
-        def load(self, orders):
+        def load(self, config):
             whole = Vanilla.prefill
 
             def prefill(method, layer, slot, q, k, *others):
@@ -136,7 +136,7 @@ def test_a_row_that_kills_three_workers_is_an_error_row_and_the_next_run_retries
                 whole(method, layer, slot, q, k, *others)
 
             Vanilla.prefill = prefill
-            return super().load(orders)
+            return super().load(config)
 
     arguments = ("--sample_rows", "12", "--workers", "2", "--ray_address", address, "--batch_size", "2")
     assert predict("--sample_rows", "12", "--name", "whole").exit_code == 0
@@ -145,7 +145,7 @@ def test_a_row_that_kills_three_workers_is_an_error_row_and_the_next_run_retries
     deadly = max(lengths)  # is among the first to be handed out, so that each death is seen to be one on it
     assert lengths.count(deadly) == 1
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr("sparsecache.cluster.workers.Worker", Deadly)
+    monkeypatch.setattr("sparsecache.runner.ray_workers.Worker", Deadly)
     told = predict(*arguments)
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert told.exit_code == 1, told.output
@@ -153,7 +153,7 @@ def test_a_row_that_kills_three_workers_is_an_error_row_and_the_next_run_retries
     failed = {key: row for key, row in rows.items() if "error" in row}
     ((row_id, row),) = failed.items()
     assert row["prompt_tokens"] == deadly and row["error"].startswith("WorkerDied: 3 workers died on this row")
-    assert sum(worker["died"] for worker in _workers(read_record(folder))) == STRIKES
+    assert sum(worker["died"] for worker in _workers(read_record(folder))) == MAX_ATTEMPTS
     monkeypatch.undo()
     told = predict("--sample_rows", "12")
     assert told.exit_code == 0 and "1 of 12 to do" in told.stdout
@@ -282,10 +282,10 @@ def test_an_address_where_no_cluster_answers_is_refused_at_once(predict) -> None
 
 
 def test_a_worker_that_finds_something_else_is_refused_with_both_values(address, predict, folder, monkeypatch) -> None:
-    from sparsecache.plan import Plan
+    from sparsecache.runner.context import RunContext
 
-    whole = Plan.identity
-    monkeypatch.setattr(Plan, "identity", lambda self: {**whole(self), "checkpoint": "mine"})
+    whole = RunContext.identity
+    monkeypatch.setattr(RunContext, "identity", lambda self: {**whole(self), "checkpoint": "mine"})
     told = predict("--ray_address", address)
     assert told.exit_code == 2
     assert "checkpoint is " in told.stderr and ", not mine." in told.stderr and "the same checkpoint" in told.stderr
@@ -295,13 +295,13 @@ def test_workers_import_what_the_driver_finds_by_its_path(address, predict, tmp_
     from ray import cloudpickle
 
     class Needy(Worker):
-        def load(self, orders):
+        def load(self, config):
             importlib.import_module("only_here")
-            return super().load(orders)
+            return super().load(config)
 
     (tmp_path / "only_here.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("sparsecache.cluster.workers.Worker", Needy)
+    monkeypatch.setattr("sparsecache.runner.ray_workers.Worker", Needy)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     told = predict("--sample_rows", "3", "--workers", "1", "--ray_address", address)
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

@@ -101,7 +101,7 @@ def test_chat_on_the_command_line(chat, wrapper, chatting, predict, tmp_path, re
 
 def test_chat_overrides_the_models_table(chatting, predict, tmp_path, read_record, monkeypatch) -> None:
     tables = {"chatting": {"hub": "owner/chatting", "chat": "[INST]{prompt}[/INST]"}}
-    monkeypatch.setattr("sparsecache.engine.catalog.read_tables", lambda name: tables)
+    monkeypatch.setattr("sparsecache.engine.model_registry.read_tables", lambda name: tables)
     folder = tmp_path / "pred" / "chatting"
     for name, chat, wrapper in (("a", [], "[INST]{prompt}[/INST]"), ("b", ["--chat", "none"], "{prompt}")):
         assert predict("--model", str(chatting), "--max_samples", "1", "--name", name, *chat).exit_code == 0

@@ -19,7 +19,7 @@ _ADDED = ("chat_wrapper", "chat_clock")
 MAY_DIFFER = ("method", "options", "calibration_sha256", "engine", "dtype", *TOKENIZED_BY)
 
 
-def unlike(run: Baseline, baseline: Baseline) -> Iterator[str]:
+def mismatches(run: Baseline, baseline: Baseline) -> Iterator[str]:
     """What differs that must not, as parts of a sentence."""
     stems = [stem for stem in run.datasets if stem in baseline.datasets]
     unknown = [side.name for side in (run, baseline) if not side.identity]
@@ -37,7 +37,7 @@ def unlike(run: Baseline, baseline: Baseline) -> Iterator[str]:
             yield f"the prompts of {other} rows of {stem}"
 
 
-def unlike_speed(run: Baseline, baseline: Baseline) -> Iterator[str]:
+def speed_mismatches(run: Baseline, baseline: Baseline) -> Iterator[str]:
     """What differs, or is mixed, so that decode speeds say nothing of the method."""
     for what, mine, theirs in (
         ("the device", run.devices, baseline.devices),

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.longbench.tasks import load_tasks
-from sparsecache.settings import Settings
+from sparsecache.runner.settings import Settings
 from sparsecache.synthetic.rows import make_rows
 
 ROWS = 3  # as conftest.py asks for

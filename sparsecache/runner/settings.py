@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from sparsecache.engine.catalog import DTYPES, find_model
+from sparsecache.engine.model_registry import DTYPES, find_model
 from sparsecache.errors import UsageError
 from sparsecache.longbench.tasks import select_tasks
 from sparsecache.methods import check_method_name, short_name
