@@ -1,4 +1,4 @@
-"""Skewing matrices: rotations that lose nothing, and gather what queries say in the first columns."""
+"""Skewing matrices: rotations that lose nothing, and gather the norm of queries in the first channels."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ shapes = pytest.mark.parametrize(
 
 
 def _queries(kv_heads: int, group: int, length: int, head_dim: int) -> torch.Tensor:
-    """With a few strong directions, not those of the columns, as true queries have."""
+    """Return queries with a few strong directions, not those of the channels, as real queries have."""
     generator = torch.Generator().manual_seed(head_dim + group)
     scale = torch.logspace(1, -1, head_dim)
     mixing = torch.randn(kv_heads, head_dim, head_dim, generator=generator)
@@ -29,13 +29,13 @@ def test_they_are_orthogonal(kv_heads, group, head_dim) -> None:
     torch.testing.assert_close(matrices.mT @ matrices, one, rtol=0, atol=1e-5)
 
 
-def test_they_are_orthogonal_for_a_text_of_fewer_tokens_than_columns() -> None:
+def test_they_are_orthogonal_for_a_text_of_fewer_tokens_than_channels() -> None:
     matrices = skewing_matrix(_queries(2, 2, 3, 64))
     torch.testing.assert_close(matrices @ matrices.mT, torch.eye(64).expand_as(matrices), rtol=0, atol=1e-5)
 
 
 @shapes
-def test_columns_are_the_right_singular_vectors_by_falling_singular_value(kv_heads, group, head_dim) -> None:
+def test_they_are_the_right_singular_vectors_by_falling_singular_value(kv_heads, group, head_dim) -> None:
     q = _queries(kv_heads, group, 300, head_dim)
     matrices = skewing_matrix(q)
     for kv in range(kv_heads):
@@ -57,11 +57,11 @@ def test_dense_attention_is_the_same_with_rotated_queries_and_keys(kv_heads, gro
 
     rotated = dense(skew(q, matrices), skew(k, matrices))
     torch.testing.assert_close(rotated, dense(q, k), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(dense(q, skew(k, matrices)), dense(q, k), atol=1e-2), "else one of them would do"
+    assert not torch.allclose(dense(q, skew(k, matrices)), dense(q, k), atol=1e-2)
 
 
 @shapes
-def test_every_head_takes_the_matrix_of_its_kv_head(kv_heads, group, head_dim) -> None:
+def test_every_head_uses_the_matrix_of_its_kv_head(kv_heads, group, head_dim) -> None:
     matrices = skewing_matrix(_queries(kv_heads, group, 300, head_dim))
     q, k = torch.randn(3, kv_heads * group, 5, head_dim), torch.randn(3, kv_heads, 5, head_dim)
     for head in range(kv_heads * group):
@@ -77,8 +77,8 @@ def test_queries_of_half_precision_give_orthogonal_matrices_too(dtype) -> None:
     assert skew(torch.ones(2, 4, 64, dtype=dtype), matrices).dtype == torch.float32
 
 
-def test_a_quarter_of_the_columns_says_most_of_a_score() -> None:
-    """What the rotation is for."""
+def test_a_quarter_of_the_channels_holds_most_of_the_norm() -> None:
+    """The purpose of the rotation."""
     q = _queries(1, 4, 300, 64)
     matrices = skewing_matrix(q)
     whole, skewed = q.flatten(), (q @ matrices[:, None])[..., :16].flatten()
