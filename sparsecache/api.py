@@ -1,0 +1,201 @@
+"""The Python API: decode texts with a cache method, and evaluate methods on LongBench.
+
+    from sparsecache import LLM, evaluate
+
+    llm = LLM("qwen2.5-coder-1.5b-instruct.gguf", method="infinigen", budget=256)
+    print(llm.generate("The capital of France is", max_new_tokens=8)[0].text)
+
+    result = evaluate("qwen2.5-coder-1.5b-instruct.gguf", method="snapkv", budget=256, datasets="qasper", data="rows/")
+    print(result.mean, result.kept, result.scores)
+
+Keyword arguments are fields of Settings (the options of longbench_pred.py) or options of the method. Where a method's
+option has the name of a field, such as `window`, pass it in `options`.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, fields, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from sparsecache.engine.base import Completion, Request
+from sparsecache.engine.model_registry import find_model
+from sparsecache.errors import UsageError
+from sparsecache.longbench.scores import RunScore, score_run
+from sparsecache.longbench.wrapping import encode
+from sparsecache.options import show
+from sparsecache.runner.context import RunContext
+from sparsecache.runner.run import run
+from sparsecache.runner.settings import Settings
+
+_SETTINGS = {field.name for field in fields(Settings)}
+_RUN_ONLY = {
+    "datasets",
+    "name",
+    "e",
+    "data",
+    "max_samples",
+    "overwrite",
+    "pred_dir",
+    "verify",
+    "workers",
+    "ray_address",
+}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A decoded text.
+
+    token_ids: new tokens, the stop token included; finish_reason: "stop" or "length". prefill_s, decode_s: seconds.
+    report: what the method says of the cache, such as `kept`, the mean share of past tokens attended to in sparse
+    layers. error: why decoding failed, None if it did not; the other fields are then empty.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    prefill_s: float
+    decode_s: float
+    report: dict[str, Any]
+    error: str | None = None
+
+
+class LLM:
+    """A checkpoint with a cache method.
+
+    model: a checkpoint's folder, a GGUF file, a name of configs/models.toml or a hub id. method: a built-in method, a
+    path to a .py file, or the dotted name of an installed module. Raises UsageError for whatever does not fit.
+    """
+
+    def __init__(
+        self, model: str | Path, method: str | Path = "vanilla", options: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
+        settings = make_settings(model, method, options, **more)
+        if unused := _RUN_ONLY & more.keys():
+            raise UsageError(f"LLM takes no {', '.join(sorted(unused))}; evaluate() does.")
+        self._context = RunContext(settings)
+        self._context.fetch_weights()
+        self._engine = self._context.engine(self._context.slots)
+
+    def generate(
+        self, prompts: str | Iterable[str | list[int]], max_new_tokens: int = 64, chat: bool = False
+    ) -> list[Generation]:
+        """Continue prompts greedily; return a Generation per prompt, in their order.
+
+        prompts: texts, or lists of token ids. chat: wrap texts as the user's turn of the checkpoint's chat template.
+        Raises UsageError for a prompt that does not fit the window with its new tokens.
+        """
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
+        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        stop_ids = tuple(self._context.checkpoint.stop_ids)
+        requests = [
+            Request(at, self._token_ids(prompt, at, max_new_tokens, chat), max_new_tokens, stop_ids)
+            for at, prompt in enumerate(given)
+        ]
+        if requests:
+            self._engine.reserve(max(len(request.token_ids) for request in requests) + max_new_tokens)
+        done = {completion.key: self._generation(completion) for completion in self._engine.generate(requests)}
+        return [done[at] for at in range(len(given))]
+
+    def _token_ids(self, prompt: str | list[int], at: int, max_new_tokens: int, chat: bool) -> list[int]:
+        wrapper, tokenizer = self._context.prompter.wrapper, self._context.checkpoint.tokenizer
+        if not isinstance(prompt, str):
+            token_ids = list(prompt)
+        elif chat:
+            token_ids = wrapper.encode(wrapper.wrap(prompt))
+        else:
+            token_ids = encode(tokenizer, prompt)
+        if not token_ids:
+            raise UsageError(f"Prompt {at} is empty. Give at least one token.")
+        if len(token_ids) + max_new_tokens > self._context.window:
+            raise UsageError(
+                f"Prompt {at} has {len(token_ids)} tokens; with {max_new_tokens} new ones it exceeds the window of "
+                f"{self._context.window}. Shorten it, or lower max_new_tokens."
+            )
+        return token_ids
+
+    def _generation(self, done: Completion) -> Generation:
+        return Generation(
+            text="" if done.error else self._context.decode(done.token_ids),
+            token_ids=done.token_ids,
+            prompt_tokens=len(done.request.token_ids),
+            finish_reason=done.finish_reason,
+            prefill_s=done.prefill_s,
+            decode_s=done.decode_s,
+            report=done.report,
+            error=done.error,
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished run and its scores.
+
+    folder: the predictions. run: the scores in full. exit_code: 0, or 1 if a row failed or the method kept everything.
+    log: what the command line would have printed.
+    """
+
+    folder: Path
+    run: RunScore
+    exit_code: int
+    log: str
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """Score per dataset, 0 to 100."""
+        return {dataset.task.name: dataset.summary.score for dataset in self.run.datasets}
+
+    @property
+    def mean(self) -> float | None:
+        """Mean of the datasets' scores."""
+        return self.run.averages["flat_mean"].score
+
+    @property
+    def kept(self) -> float | None:
+        """Mean share of past tokens that sparse layers attended to; None for a dense method."""
+        return self.run.averages["flat_mean"].kept
+
+
+def evaluate(
+    model: str | Path, method: str | Path = "vanilla", options: Mapping[str, Any] | None = None, **more: Any
+) -> Evaluation:
+    """Decode LongBench rows as longbench_pred.py does, and score them. A run that was stopped is resumed.
+
+    datasets: names in a list or a comma list, "all" by default; data: "hub", "sample", a folder or a zip. Returns the
+    scores of all rows in the run's folder. Raises UsageError for whatever does not fit.
+    """
+    return evaluate_settings(make_settings(model, method, options, **more))
+
+
+def evaluate_settings(settings: Settings, make_context: Any = RunContext) -> Evaluation:
+    """As `evaluate`, for settings; make_context: a subclass of RunContext that makes the engine."""
+    log = StringIO()
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(log))
+        stack.enter_context(redirect_stderr(log))
+        settings.check()
+        exit_code = run(settings, make_context)
+    folder = settings.pred_dir / find_model(settings.model).name / settings.run_name
+    return Evaluation(folder, score_run(folder, settings.e), exit_code, log.getvalue())
+
+
+def make_settings(
+    model: str | Path, method: str | Path = "vanilla", options: Mapping[str, Any] | None = None, **more: Any
+) -> Settings:
+    """Return the settings of a run from keyword arguments: fields of Settings, and options of the method."""
+    given = {key: value for key, value in more.items() if key not in _SETTINGS}
+    if twice := given.keys() & (options or {}).keys():
+        raise UsageError(f"{', '.join(sorted(twice))} is given twice, in `options` and as an argument. Give it once.")
+    values = {key: value for key, value in more.items() if key in _SETTINGS}
+    if not isinstance(values.get("datasets", ""), str):
+        values["datasets"] = ",".join(values["datasets"])
+    if values.get("data") is not None:
+        values["data"] = str(values["data"])
+    if "pred_dir" in values:
+        values["pred_dir"] = Path(values["pred_dir"])
+    texts = {key: show(value) for key, value in {**given, **(options or {})}.items()}
+    return replace(Settings(model=str(model), method=str(method), options=texts), **values)
