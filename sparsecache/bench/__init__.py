@@ -1,1 +1,1 @@
-"""Speed, measured: our engine beside its peers and the machine's limits, in the same run, on the same prompts."""
+"""Speed measurements: the engine, baselines and the machine's roofline, in one run over the same prompts."""

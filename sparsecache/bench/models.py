@@ -1,4 +1,4 @@
-"""Models to measure with: a checkpoint, or random weights in a named shape; once for us and transformers alike."""
+"""Models to measure: a checkpoint, or random weights in a named shape, shared by this engine and transformers."""
 
 import json
 import shutil
@@ -36,12 +36,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64, "num_key_value_heads": 8, "rope_parameters": _LLAMA_3,
     },
 }  # fmt: skip
-"""Fields of config.json in which published checkpoints differ from LlamaConfig's defaults."""
+"""The fields of config.json in which the published checkpoints differ from LlamaConfig's defaults."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model in memory: what it is called, its transformers configuration, its weights."""
+class BenchModel:
+    """A model in memory: its name, its transformers configuration, and its weights."""
 
     name: str
     config: Any
@@ -50,66 +50,66 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the embedding."""
         return self.weights.embedding.device
 
     @property
     def devices(self) -> list[torch.device]:
-        """Where the layers are, each device once."""
+        """The devices of the layers, each once."""
         return list(dict.fromkeys(layer.qkv.device for layer in self.weights.layers))
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are in."""
+        """The dtype of the weights."""
         return self.weights.embedding.dtype
 
     @property
     def nbytes(self) -> int:
-        """What a decode step reads of the weights: all but the embedding, of which it reads a row."""
+        """Bytes of weights that a decode step reads: all but the embedding, of which it reads one row."""
         matrices = [x for layer in self.weights.layers for x in vars(layer).values() if x is not None]
         return sum(x.nbytes for x in (*matrices, self.weights.norm, self.weights.head))
 
     @property
-    def kv_nbytes(self) -> int:
-        """Keys and values of one token."""
-        return self.architecture.shape.kv_nbytes(self.dtype)
+    def vocab_size(self) -> int:
+        """The number of token ids."""
+        return self.architecture.vocabulary
 
     def decoder(self, method: str = "vanilla", options: dict[str, str] | None = None) -> Decoder:
         """Return a decoder with a method, which is calibrated on random tokens if it needs calibration."""
-        made, text = self.method(method, options or {})
-        decoder = Decoder(self.architecture, self.weights, Rope(self.config, self.device), made)
+        instance, text = self.method(method, options or {})
+        decoder = Decoder(self.architecture, self.weights, Rope(self.config, self.device), instance)
         if text is not None:
-            drawn = torch.Generator().manual_seed(0)
+            generator = torch.Generator().manual_seed(0)
             with torch.inference_mode():
-                token_ids = torch.randint(3, self.architecture.vocabulary, (1024,), generator=drawn)
+                token_ids = torch.randint(3, self.vocab_size, (1024,), generator=generator)
                 decoder.calibrate(token_ids.to(self.device), lambda layers: None)
         return decoder
 
     def engine(self, method: str = "vanilla", options: dict[str, str] | None = None, slots: int = 1) -> Generator:
-        """Return an engine over a method."""
+        """Return an engine of `slots` slots with a method."""
         return Generator(self.decoder(method, options), slots)
 
     def method(self, name: str, options: dict[str, str]) -> tuple[CacheMethod, str | None]:
-        """A method for this model, and what it wants to be calibrated with; UsageError where it refuses its options."""
-        made = make_method(name, parse_options(name, options))
+        """Return a method and its calibration text. Raises UsageError for options that do not fit this model."""
+        method = make_method(name, parse_options(name, options))
         with option_errors(name):
-            made.check(self.architecture.shape)
-            return made, made.calibration_text()
+            method.check(self.architecture.shape)
+            return method, method.calibration_text()
 
     def reference(self, **generation: Any) -> TransformersEngine:
-        """transformers' engine over the same memory; `generation` are fields of its GenerationConfig."""
+        """Return transformers' engine over the same weights; `generation`: fields of its GenerationConfig."""
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, attn_implementation="sdpa")
         model.load_state_dict(self._state(), strict=False, assign=True)
-        with torch.device(self.device):  # what no state holds
+        with torch.device(self.device):  # not part of the state dict
             model.model.rotary_emb = type(model.model.rotary_emb)(config=self.config)
         missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
         if missing:
-            raise RuntimeError(f"transformers' model has weights that ours has not: {', '.join(missing)}.")
+            raise RuntimeError(f"transformers' model has weights that this engine lacks: {', '.join(missing)}.")
         return TransformersEngine(model, self.device, **generation)
 
     def save(self, folder: Path) -> None:
-        """Writes a checkpoint that longbench_pred.py takes, a file a layer, with the bundled checkpoint's tokenizer."""
+        """Write a checkpoint for longbench_pred.py: one file per layer, and the bundled checkpoint's tokenizer."""
         folder.mkdir(parents=True)
         self.config.save_pretrained(folder)
         bundled = checkpoint_folder(find_model("demo"), offline=True)
@@ -118,16 +118,16 @@ class Subject:
         files: dict[str, list[str]] = {}
         state = self._state()
         for name in state:
-            layer = name.split(".")[2] if name.startswith("model.layers.") else "ends"
+            layer = name.split(".")[2] if name.startswith("model.layers.") else "other"
             files.setdefault(f"model-{layer}.safetensors", []).append(name)
         for file, names in files.items():
             save_file({name: state[name].cpu().contiguous() for name in names}, folder / file, {"format": "pt"})
-        places = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}, "weight_map": places}
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
     def _state(self) -> dict[str, Tensor]:
-        """Views of the weights under transformers' names."""
+        """Return views of the weights under transformers' names."""
         shape, weights = self.architecture.shape, self.weights
         heads = [count * shape.head_dim for count in (shape.heads, shape.kv_heads, shape.kv_heads)]
         state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
@@ -158,39 +158,39 @@ class Subject:
         return state
 
 
-def folder_of(model: str, weights: bool = True) -> Path:
-    """The checkpoint that `--model` names where it is no shape, with its weights if they are wanted.
+def checkpoint_path(model: str, weights: bool = True) -> Path:
+    """Return the folder of a checkpoint, downloaded if need be; without `weights` these may be missing.
 
-    Raises UsageError, naming the shapes, too, for an unknown model.
+    Raises UsageError for an unknown model.
     """
     try:
         found = find_model(model)
     except UsageError as error:
-        raise UsageError(f"{error} Shapes with random weights are {', '.join(SHAPES)}.") from error
+        raise UsageError(f"{error} Shapes with random weights: {', '.join(SHAPES)}.") from error
     return checkpoint_folder(found, offline=False, weights=weights)
 
 
-def vocabulary_of(model: str) -> int:
-    """How many token ids a model knows; nothing else of it is loaded."""
+def vocab_size(model: str) -> int:
+    """Return a model's number of token ids without loading its weights."""
     if model in SHAPES:
         return int(LlamaConfig(**SHAPES[model]).vocab_size)
-    checkpoint = Checkpoint(folder_of(model, weights=False))
+    checkpoint = Checkpoint(checkpoint_path(model, weights=False))
     return load_family(checkpoint.model_type).architecture(checkpoint.config).vocabulary
 
 
-def load_subject(model: str, devices: Sequence[torch.device], dtype: torch.dtype) -> Subject:
-    """A shape of SHAPES with random weights made on the devices, or what `--model` names elsewhere.
+def load_bench_model(model: str, devices: Sequence[torch.device], dtype: torch.dtype) -> BenchModel:
+    """Return a shape of SHAPES with random weights, made on the devices, or a checkpoint.
 
     Raises UsageError for an unknown model.
     """
     if model in SHAPES:
         return _random(model, LlamaConfig(**SHAPES[model], max_position_embeddings=262144), devices, dtype)
-    checkpoint = Checkpoint(folder_of(model))
+    checkpoint = Checkpoint(checkpoint_path(model))
     architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
-    return Subject(model, checkpoint.config, architecture, checkpoint.load(architecture, devices, dtype))
+    return BenchModel(model, checkpoint.config, architecture, checkpoint.load(architecture, devices, dtype))
 
 
-def _random(name: str, config: Any, devices: Sequence[torch.device], dtype: torch.dtype) -> Subject:
+def _random(name: str, config: Any, devices: Sequence[torch.device], dtype: torch.dtype) -> BenchModel:
     architecture, device = load_family(config.model_type).architecture(config), devices[0]
     generator = torch.Generator(device).manual_seed(0)
 
@@ -200,4 +200,4 @@ def _random(name: str, config: Any, devices: Sequence[torch.device], dtype: torc
             return torch.ones(shape, device=device, dtype=dtype)
         return torch.randn(shape, device=device, dtype=dtype, generator=generator).mul_(shape[1] ** -0.5)
 
-    return Subject(name, config, architecture, read_weights(draw, architecture, devices, dtype))
+    return BenchModel(name, config, architecture, read_weights(draw, architecture, devices, dtype))
