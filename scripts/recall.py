@@ -1,15 +1,15 @@
-"""How well InfiniGen's guess finds the tokens that the true query would, layer by layer, for each run of a sweep.
+"""Measures, per layer, how well InfiniGen's speculated query selects, for each run of a sweep.
 
-The runs are watched, not followed: at every step all tokens are attended to, so that all options see the same steps,
-those of the full cache. Each measure is a mean over a prompt's decode steps and KV heads, and then over prompts:
+Every step attends to all tokens, so that all options see the same steps, those of the full cache. What the options
+select is only recorded. Each measure is a mean over decode steps and KV heads, then over prompts:
 
-    recall     share of the selection that is among as many tokens of highest true score (what `oracle` would take)
+    recall     share of the selection that is among as many tokens of highest true score (the selection of `oracle`)
     attention  true attention on the selection and the current token
-    best       the same for those tokens of highest true score
+    best       the same on those tokens of highest true score
     tokens     past tokens selected
     kept       share of the past tokens that these are
-    overlap    share of the selection that was in the step before's
-    hit N      share of the selection that is among the N last selected tokens: a gpu_cache of N tokens
+    overlap    share of the selection that the step before selected too
+    hit N      share of the selection that is among the N last selected tokens (a gpu_cache of N tokens)
 """
 
 from pathlib import Path
@@ -18,146 +18,183 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from sparsecache.methods._cache import FullCache
 from sweep import Run, read_sweep
 from sweep_shared import SharedContext, predict_all
 from torch import Tensor
 
+from sparsecache.cache import CacheConfig, FullCache, LayerCache, ProjectQuery, SequenceStats, StepBytes
 from sparsecache.cli import report_usage_errors
 from sparsecache.errors import UsageError
 from sparsecache.files import write_atomically
 from sparsecache.kernels.scores import scaled_scores
-from sparsecache.kernels.selection import distance_to_best, highest
+from sparsecache.kernels.selection import score_margin, topk_indices
 from sparsecache.longbench.records import read_rows
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
 from sparsecache.methods.infinigen import InfiniGen
+from sparsecache.methods.infinigen.cache import InfiniGenCache
 
 CACHES = (16, 32, 64, 128)
 MEASURES = ("recall", "attention", "best", "tokens", "kept", "overlap", *(f"hit {tokens}" for tokens in CACHES))
 _SHARES = set(MEASURES) - {"tokens"}
+_KEY = "selection_measures"  # of a row
 
 
-class Watched(InfiniGen):
-    """InfiniGen that notes what it selects and attends to everything."""
+class RecordingCache(LayerCache):
+    """An InfiniGen cache whose selections are recorded, and a full cache that attends.
 
-    def make_room(self, layers: int, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().make_room(layers, slots, max_tokens, device, dtype)
-        self._all = FullCache(self.devices, slots, max_tokens, self.shape, dtype)
-        self._used = torch.full((layers, slots, self.shape.kv_heads, max_tokens), -1, device=device)
-        self._sums = torch.zeros(layers, slots, len(MEASURES), device=device, dtype=torch.float64)
-        self._totals = torch.zeros_like(self._sums)  # what each sum is to be divided by
+    last_selected: [slots, G, T], the step that last selected a token, by its past tokens; -1: none. sums, totals:
+    [slots, M] float64; a measure is sum / total.
+    """
 
-    def take_prompt(self, layer: int, slot: int, q: Tensor, k: Tensor, v: Tensor, max_new_tokens: int) -> None:
-        super().take_prompt(layer, slot, q, k, v, max_new_tokens)
-        self._all.fill(layer, slot, k, v)
-        self._used[layer, slot] = -1
-        self._sums[layer, slot] = self._totals[layer, slot] = 0
+    graphable = False  # `selected` waits for the device
 
-    def attend_past(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, past: Tensor, cap: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        self._watch(layer, q, k, slots, past, _as_mask(self._selected[layer], int(past.max())))
-        _, attended = super().attend_past(layer, q, k, v, slots, past, cap)
-        return self._all.attend(layer, q, k, v, slots), attended
+    def __init__(self, selecting: InfiniGenCache, config: CacheConfig) -> None:
+        self.speculation_source = selecting.speculation_source
+        self._selecting, self._config = selecting, config
+        self._full = FullCache(config)
+        self._last_selected = config.zeros(config.max_tokens, dtype=torch.int64).fill_(-1)
+        self._sums, self._totals = torch.zeros(
+            2, config.slots, len(MEASURES), device=config.device, dtype=torch.float64
+        )
 
-    def _watch(self, layer: int, q: Tensor, k: Tensor, slots: Tensor, past: Tensor, chosen: Tensor) -> None:
-        """Notes a step that chose `chosen` [B, G, T]."""
-        batch, kv_heads, length = chosen.shape
-        count = chosen.sum(2)
-        scores = scaled_scores(q, self._all.keys[layer, slots, :, :length], self.shape.head_dim)[:, :, 0]
-        unseen = torch.arange(length, device=q.device) >= past[:, None]
-        scores = scores.masked_fill(unseen[:, None], -torch.inf)
-        best = _as_mask(highest(distance_to_best(scores, kv_heads), count), length)
-        current = scaled_scores(q, k, self.shape.head_dim)[:, :, 0]  # [B, H, 1]
+    def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._selecting.prefill(slot, q, k, v)
+        self._full.prefill(slot, q, k, v)
+        self._last_selected[slot] = -1
+        self._sums[slot] = self._totals[slot] = 0
+
+    def speculate(self, hidden: Tensor, project_query: ProjectQuery, slots: Tensor) -> None:
+        self._selecting.speculate(hidden, project_query, slots)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        past = self._config.seq_lens[slots]
+        self._record(q, k, slots, past, _as_mask(self._selecting.selected(), int(past.max())))
+        self._selecting.attend(q, k, v, slots)  # stores the token and records the counts
+        return self._full.attend(q, k, v, slots)
+
+    def free_slot(self, slot: int) -> None:
+        self._selecting.free_slot(slot)
+
+    def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
+        return self._full.step_nbytes(seq_len, attended)
+
+    def measures(self, slot: int) -> list[float]:
+        """Return the measures of a slot, -1 where there is none."""
+        means: list[float] = (self._sums[slot] / self._totals[slot]).nan_to_num(nan=-1).tolist()
+        return means
+
+    def _record(self, q: Tensor, k: Tensor, slots: Tensor, past: Tensor, selected: Tensor) -> None:
+        """Add a step's measures. past: [B]; selected: bool [B, G, T], T the largest of `past`."""
+        batch, kv_heads, length = selected.shape
+        count, head_dim = selected.sum(2), q.shape[3]
+        scores = scaled_scores(q, self._full.keys[slots, :, :length], head_dim)[:, :, 0]  # [B, H, T]
+        is_past = torch.arange(length, device=q.device) < past[:, None]
+        scores = scores.masked_fill(~is_past[:, None], -torch.inf)
+        best = _as_mask(topk_indices(score_margin(scores, kv_heads), count), length)
+        current = scaled_scores(q, k, head_dim)[:, :, 0]  # [B, H, 1]
         weights = torch.cat((scores, current), 2).softmax(2).view(batch, kv_heads, -1, length + 1)
 
         def attention(tokens: Tensor) -> Tensor:
             return ((weights[..., :-1] * tokens[:, :, None]).sum(3) + weights[..., -1]).mean((1, 2))
 
-        used = self._used[layer, slots, :, :length]
-        one, selected = torch.ones(batch, device=q.device), count.sum(1)
-        noted = [
-            (((chosen & best).sum(2) / count).mean(1), one),
-            (attention(chosen), one),
+        last = self._last_selected[slots, :, :length]
+        one, total = torch.ones(batch, device=q.device), count.sum(1)
+        sums_and_totals = [
+            (((selected & best).sum(2) / count).mean(1), one),
+            (attention(selected), one),
             (attention(best), one),
             (count.float().mean(1), one),
             (count.float().mean(1) / past, one),
-            ((chosen & (used == past[:, None, None] - 1)).sum((1, 2)), selected * (used >= 0).any(2).any(1)),
-            *(((chosen & _latest(used, tokens)).sum((1, 2)), selected) for tokens in CACHES),
+            ((selected & (last == past[:, None, None] - 1)).sum((1, 2)), total * (last >= 0).any(2).any(1)),
+            *(((selected & _most_recent(last, tokens)).sum((1, 2)), total) for tokens in CACHES),
         ]
-        self._sums[layer, slots] += torch.stack([amount for amount, _ in noted], 1)
-        self._totals[layer, slots] += torch.stack([total for _, total in noted], 1)
-        self._used[layer, slots, :, :length] = torch.where(chosen, past[:, None, None], used)
+        self._sums[slots] += torch.stack([measured for measured, _ in sums_and_totals], 1)
+        self._totals[slots] += torch.stack([of for _, of in sums_and_totals], 1)
+        self._last_selected[slots, :, :length] = torch.where(selected, past[:, None, None], last)
 
-    def report(self, slot: int) -> dict[str, Any]:
-        means = (self._sums[:, slot] / self._totals[:, slot]).T.nan_to_num(nan=-1)  # [M, layers]
-        watched = {name: row.tolist() for name, row in zip(MEASURES, means, strict=True)}
-        return {**super().report(slot), "watched": watched}
+
+class RecordingInfiniGen(InfiniGen):
+    """InfiniGen that records what it selects and attends to everything."""
+
+    def make_cache(self, layer: int, config: CacheConfig) -> LayerCache:
+        if layer == 0:
+            self._recording: list[RecordingCache] = []
+        cache = super().make_cache(layer, config)
+        if not isinstance(cache, InfiniGenCache):
+            return cache
+        self._recording.append(RecordingCache(cache, config))
+        return self._recording[-1]
+
+    def report(self, stats: SequenceStats) -> dict[str, Any]:
+        layers = [cache.measures(stats.slot) for cache in self._recording]
+        measures = {name: list(values) for name, values in zip(MEASURES, zip(*layers, strict=True), strict=True)}
+        return {**super().report(stats), _KEY: measures}
 
 
 def _as_mask(positions: Tensor, length: int) -> Tensor:
-    """Positions [B, G, N] (-1: none) as a mask [B, G, length]."""
+    """Return positions [B, G, N] (-1: none) as a mask [B, G, length]."""
     mask = torch.zeros(*positions.shape[:2], length + 1, device=positions.device, dtype=torch.bool)
     return mask.scatter_(2, positions.masked_fill(positions < 0, length), True)[..., :length]
 
 
-def _latest(used: Tensor, tokens: int) -> Tensor:
-    """The `tokens` most recently used of each KV head, as a mask like used [B, G, T] (-1: never)."""
-    order = used.sort(dim=2, descending=True, stable=True).indices[..., :tokens]
-    return torch.zeros_like(used, dtype=torch.bool).scatter_(2, order, True) & (used >= 0)
+def _most_recent(last_selected: Tensor, tokens: int) -> Tensor:
+    """Return the `tokens` last selected of each KV head as a mask like last_selected [B, G, T] (-1: never)."""
+    order = last_selected.sort(dim=2, descending=True, stable=True).indices[..., :tokens]
+    return torch.zeros_like(last_selected, dtype=torch.bool).scatter_(2, order, True) & (last_selected >= 0)
 
 
-class WatchedContext(SharedContext):
-    """A plan of Watched, whose rows are in no file of InfiniGen's own."""
+class RecordingContext(SharedContext):
+    """The context of a RecordingInfiniGen run, whose rows cannot be resumed as InfiniGen's."""
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
-        self.method = Watched(**self.options)
+        self.method = RecordingInfiniGen(**self.options)
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "method": "infinigen, watched"}
+        return {**super().identity(), "method": "infinigen, recorded"}
 
 
-def watched_rows(folder: Path) -> dict[str, np.ndarray]:
-    """Each measure of a run's rows with a sparse step: [rows, layers], nan where it has none."""
+def recorded_measures(folder: Path) -> dict[str, np.ndarray]:
+    """Return each measure of a run's rows with a sparse step: [rows, layers], nan where there is none."""
     rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_rows(file) if row.get("sparse_steps")]
-    found = {name: np.array([row["watched"][name] for row in rows]) for name in MEASURES}
-    return {name: np.where(values < 0, np.nan, values) for name, values in found.items()}
+    measures = {name: np.array([row[_KEY][name] for row in rows]) for name in MEASURES}
+    return {name: np.where(values < 0, np.nan, values) for name, values in measures.items()}
 
 
 def document(runs: list[Run], pred_dir: Path) -> Document:
-    """A table for each measure, a line a run, and all of it as one flat table."""
+    """Return a table per measure, with a line per run, and one flat table of all."""
     folders = [pred_dir / Path(run.model).name / run.name for run in runs]
-    found = [watched_rows(folder) for folder in folders]
-    first = read_first_layer(folders[0])
-    layers = [f"layer {first + at}" for at in range(next(iter(found[0].values())).shape[1])]
+    measures_of_runs = [recorded_measures(folder) for folder in folders]
+    first = first_sparse_layer(folders[0])
+    layers = [f"layer {first + at}" for at in range(next(iter(measures_of_runs[0].values())).shape[1])]
     tables, facts = [], []
     for name in MEASURES:
         lines = []
-        for run, measures in zip(runs, found, strict=True):
+        for run, measures in zip(runs, measures_of_runs, strict=True):
             values = measures[name] * (100 if name in _SHARES else 1)
             rows = np.nanmean(values, 1)
             rows = rows[~np.isnan(rows)]
             error = float(rows.std(ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else None
             means, mean = np.nanmean(values, 0).tolist(), float(rows.mean())
-            lines.append([words(run.name), *(number(value, 1) for value in means), _mean(mean, error)])
+            lines.append([words(run.name), *(number(value, 1) for value in means), _mean_cell(mean, error)])
             fact: dict[str, Value] = {"run": run.name, "measure": name, "rows": len(rows)}
             numbers = {**dict(zip(layers, means, strict=True)), "mean": mean, "error": error}
             facts.append(fact | {key: None if value is None else round(value, 3) for key, value in numbers.items()})
         unit = "%" if name in _SHARES else "tokens"
         tables.append(Table(f"{name}, {unit}", ["run", *layers, "mean"], lines))
     steps = sum(row["sparse_steps"] for file in folders[0].glob("*.jsonl") for row in read_rows(file))
-    note = f"{len(found[0]['recall'])} prompts, {steps} decode steps; ± is the standard error of the mean over prompts."
+    prompts = len(measures_of_runs[0]["recall"])
+    note = f"{prompts} prompts, {steps} decode steps; ± is the standard error of the mean over prompts."
     return Document(tables, records("", facts), notes=[note])
 
 
-def read_first_layer(folder: Path) -> int:
-    """The first layer that is watched, as the run's rows say."""
+def first_sparse_layer(folder: Path) -> int:
+    """Return the first layer that is recorded, by a run's rows."""
     first: int = next(row["dense_layers"] for file in folder.glob("*.jsonl") for row in read_rows(file))
     return first
 
 
-def _mean(mean: float, error: float | None) -> Cell:
+def _mean_cell(mean: float, error: float | None) -> Cell:
     return Cell(f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}"), mean)
 
 
@@ -166,18 +203,18 @@ def _mean(mean: float, error: float | None) -> Cell:
 @click.option("--pred_dir", type=click.Path(path_type=Path), default=Path("pred/recall"), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the tables as Markdown and CSV.")
 def main(file: Path, pred_dir: Path, out: Path | None) -> None:
-    """Watch the runs of infinigen that the sweep in FILE names, and print what their guesses find."""
+    """Record the selections of the infinigen runs that the sweep in FILE names, and print their measures."""
     with report_usage_errors():
         runs, arguments = read_sweep(file)
         if others := {run.method for run in runs} - {"infinigen"}:
-            raise UsageError(f"{file} names {', '.join(sorted(others))}; only runs of infinigen can be watched.")
-        predict_all(runs, arguments, pred_dir, WatchedContext)
-        shown = document(runs, pred_dir)
-        click.echo(render(shown, "terminal"))
+            raise UsageError(f"{file} names {', '.join(sorted(others))}: only infinigen's selections can be recorded.")
+        predict_all(runs, arguments, pred_dir, RecordingContext)
+        tables = document(runs, pred_dir)
+        click.echo(render(tables, "terminal"))
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             for suffix, form in (("md", "markdown"), ("csv", "csv")):
-                write_atomically(out / f"recall.{suffix}", render(shown, form).rstrip("\n") + "\n")
+                write_atomically(out / f"recall.{suffix}", render(tables, form).rstrip("\n") + "\n")
 
 
 if __name__ == "__main__":

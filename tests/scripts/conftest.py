@@ -1,16 +1,19 @@
-"""A sweep over a tiny checkpoint, run by a script of the repository in a process of its own."""
+"""Sweeps over a tiny checkpoint, by the scripts of the repository."""
 
+import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from subprocess import CompletedProcess
+from types import ModuleType
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 ARGUMENTS = ["--data", "sample", "--datasets", "qasper,lcc", "--sample_rows", "2", "--sample_tokens", "256"]
+Sweep = Callable[..., tuple[Result, Path]]
 
 
 @pytest.fixture(scope="session")
@@ -22,23 +25,37 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sweep(
-    run_python: Callable[..., "CompletedProcess[str]"], repo: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple["CompletedProcess[str]", Path]]:
-    """Runs a script over [[methods]] tables, returns what it said and the folder that it wrote into."""
+def load_script(repo: Path) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script, which may import its neighbours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(repo / "scripts")
+        yield importlib.import_module
 
-    def run(script: str, model: Path, *methods: dict[str, Any]) -> tuple["CompletedProcess[str]", Path]:
-        folder = tmp_path_factory.mktemp("sweep")
+
+@pytest.fixture(scope="session")
+def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a sweep of a model over [[methods]] tables into a folder of its own."""
+
+    def write(model: Path, *methods: dict[str, Any]) -> Path:
         lines = [f"models = {json.dumps([str(model)])}", f"arguments = {json.dumps(ARGUMENTS)}"]
         for method in methods:
             lines += ["[[methods]]", *(f"{key} = {_toml(value)}" for key, value in method.items())]
-        file = folder / "sweep.toml"
+        file = tmp_path_factory.mktemp("sweep") / "sweep.toml"
         file.write_text("\n".join(lines))
-        told = run_python(
-            repo / "scripts" / script, file, "--pred_dir", folder / "pred", "--out", folder / "out",
-            env={"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        return told, folder
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def sweep(load_script: Callable[[str], ModuleType], sweep_file: Callable[..., Path]) -> Sweep:
+    """Runs a script over [[methods]] tables; returns its result and the folder that it wrote into."""
+
+    def run(script: str, model: Path, *methods: dict[str, Any]) -> tuple[Result, Path]:
+        file = sweep_file(model, *methods)
+        folder = file.parent
+        arguments = [str(file), "--pred_dir", str(folder / "pred"), "--out", str(folder / "out")]
+        return CliRunner().invoke(load_script(script).main, arguments), folder
 
     return run
 

@@ -1,4 +1,4 @@
-"""The sweep that reads each prompt once, against the command line."""
+"""The sweep that prefills each prompt once, against the command line."""
 
 import json
 from pathlib import Path
@@ -24,8 +24,8 @@ def rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def test_every_run_has_the_rows_of_the_command_line_and_one_line_of_the_table(sweep, tiny: Path, tmp_path: Path):
     methods = ({"method": ["vanilla"]}, {"method": ["h2o", "infinigen"], "budget": 20})
-    told, folder = sweep("sweep_shared.py", tiny, *methods)
-    assert told.returncode == 0, told.stderr
+    done, folder = sweep("sweep_shared", tiny, *methods)
+    assert done.exit_code == 0, done.output
     names = ["vanilla", "h2o-budget=20", "infinigen-budget=20"]
     facts = json.loads((folder / "out" / "tiny.json").read_text())
     assert [fact["run"] for fact in facts["rows"]] == names
@@ -41,6 +41,6 @@ def test_every_run_has_the_rows_of_the_command_line_and_one_line_of_the_table(sw
             assert rows(tmp_path / "tiny" / other) != expected
 
 
-def test_a_method_that_there_is_not_is_refused_before_any_run(sweep, tiny: Path):
-    told, folder = sweep("sweep_shared.py", tiny, {"method": ["vanilla", "nope"]})
-    assert told.returncode == 2 and "nope" in told.stderr and not (folder / "pred").exists()
+def test_an_unknown_method_is_refused_before_any_run(sweep, tiny: Path):
+    done, folder = sweep("sweep_shared", tiny, {"method": ["vanilla", "nope"]})
+    assert done.exit_code == 2 and "nope" in done.output and not (folder / "pred").exists()
