@@ -1,16 +1,21 @@
-"""The generator: stop rules, slots, room, failures, and its clock."""
+"""The generator: stop rules, slots, allocation, and its clock. What it does about failures: test_failures.py."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from sparsecache.cache.base import CacheConfig
+from sparsecache.cache.full import FullCache
+from sparsecache.cache.stats import SequenceStats
 from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.generator import Generator
+from sparsecache.methods.snapkv import SnapKV
 from sparsecache.methods.vanilla import Vanilla
 
 STOPS = (5, 1)
@@ -23,7 +28,7 @@ def folder(make_checkpoint):
 
 @pytest.fixture(scope="module")
 def free_text(folder, make_engine, our_texts, make_prompts) -> Callable[[int], tuple[list[int], list[int]]]:
-    """A prompt of some length, and the 40 tokens that follow it when nothing stops them."""
+    """Return a prompt of some length, and the 40 tokens that follow it when nothing stops them."""
 
     def text(length: int) -> tuple[list[int], list[int]]:
         (prompt,) = make_prompts(length, seed=length)
@@ -41,35 +46,35 @@ def _same(first: Completion, second: Completion) -> bool:
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_the_prompt_after_one_is_made_ready_for_while_that_is_read(
+def test_the_attention_plan_of_the_next_prompt_is_made_while_one_is_read(
     slots, folder, make_engine, make_prompts, monkeypatch
 ) -> None:
     seen: list[tuple[str, int]] = []
-    whole = Decoder.prefill
+    original = Decoder.prefill
 
-    def prefill(decoder, token_ids, *others):
+    def prefill(decoder, token_ids, slot):
         seen.append(("prompt", len(token_ids)))
-        return whole(decoder, token_ids, *others)
+        return original(decoder, token_ids, slot)
 
     monkeypatch.setattr(Decoder, "prefill", prefill)
-    monkeypatch.setattr(Decoder, "expect", lambda decoder, tokens: seen.append(("expect", tokens)))
+    monkeypatch.setattr(Decoder, "warm_attention_plan", lambda decoder, tokens: seen.append(("plan", tokens)))
     lengths = (9, 30, 4, 17)
     requests = [Request(at, prompt, 5, ()) for at, prompt in enumerate(make_prompts(*lengths))]
     assert len(_run(make_engine(folder, slots), *requests)) == len(lengths)
-    wanted = [each for first, then in pairwise(lengths) for each in (("prompt", first), ("expect", then))]
-    assert seen == [*wanted, ("prompt", lengths[-1])]
+    expected = [each for first, then in pairwise(lengths) for each in (("prompt", first), ("plan", then))]
+    assert seen == [*expected, ("prompt", lengths[-1])]
 
 
-def test_what_cannot_be_made_ready_fails_no_other_prompt(folder, make_engine, make_prompts, monkeypatch) -> None:
-    def expect(decoder, tokens):
+def test_a_plan_that_cannot_be_made_fails_no_prompt(folder, make_engine, make_prompts, monkeypatch) -> None:
+    def fail(decoder, tokens):
         raise RuntimeError("no memory left for a plan")
 
-    monkeypatch.setattr(Decoder, "expect", expect)
+    monkeypatch.setattr(Decoder, "warm_attention_plan", fail)
     done = _run(make_engine(folder), *(Request(at, prompt, 5, ()) for at, prompt in enumerate(make_prompts(9, 30))))
     assert [completion.error for completion in done.values()] == [None, None]
 
 
-def test_ends_with_the_first_stop_id_which_is_kept(folder, make_engine, free_text) -> None:
+def test_a_text_ends_with_the_first_stop_id(folder, make_engine, free_text) -> None:
     prompt, text = free_text(20)
     at = next(at for at in range(5, 40) if text[at] not in text[:at])
     done = _run(make_engine(folder), Request(0, prompt, 40, (2000, text[at])))[0]
@@ -77,7 +82,7 @@ def test_ends_with_the_first_stop_id_which_is_kept(folder, make_engine, free_tex
     assert (done.finish_reason, done.error) == ("stop", None)
 
 
-def test_ends_at_the_cap_without_a_stop_id(folder, make_engine, free_text) -> None:
+def test_a_text_ends_at_the_cap_without_a_stop_id(folder, make_engine, free_text) -> None:
     prompt, text = free_text(20)
     for cap in (1, 2, 17):
         done = _run(make_engine(folder), Request(0, prompt, cap, (2000,)))[0]
@@ -129,73 +134,88 @@ def test_requests_of_very_different_lengths_at_batch_3_equal_batch_1(folder, mak
     ]
     alone = {request.key: _run(make_engine(folder), request)[request.key] for request in requests}
     assert {done.finish_reason for done in alone.values()} >= {"length"}
-    for slots in (1, 3):
-        for reserve in (0, 400):
-            for order in (requests, requests[::-1]):
-                engine = make_engine(folder, slots)
-                if reserve:
-                    engine.reserve(reserve)
-                found = _run(engine, *order)
-                assert found.keys() == alone.keys()
-                assert all(_same(found[key], alone[key]) for key in alone)
+    for slots, reserve, order in ((1, 0, -1), (1, 400, 1), (3, 0, 1), (3, 0, -1), (3, 400, 1), (3, 400, -1)):
+        engine = make_engine(folder, slots)
+        if reserve:
+            engine.reserve(reserve)
+        found = _run(engine, *requests[::order])
+        assert found.keys() == alone.keys()
+        assert all(_same(found[key], alone[key]) for key in alone)
 
 
 class _Watched(Vanilla):
-    """Notes the rooms made, the slots filled and released, and who is in flight together."""
+    """Records allocations, the slots that are filled and freed, and which of them a step names together."""
 
     def __init__(self) -> None:
-        self.rooms: list[tuple[int, int]] = []
+        super().__init__()
+        self.allocated: list[tuple[int, int]] = []
         self.filled: list[int] = []
-        self.released: list[int] = []
+        self.freed: list[int] = []
         self.together: list[list[int]] = []
 
-    def allocate(self, shape, slots, max_tokens, device, dtype) -> None:
-        assert set(self.filled) <= set(self.released), "room was made anew under a sequence in flight"
-        self.rooms.append((slots, max_tokens))
-        super().allocate(shape, slots, max_tokens, device, dtype)
+    def make_cache(self, layer: int, config: CacheConfig) -> FullCache:
+        if layer > 0:
+            return super().make_cache(layer, config)
+        assert sorted(self.filled) == sorted(self.freed), "caches were allocated anew under a sequence in flight"
+        self.allocated.append((config.slots, config.max_tokens))
+        return _WatchedCache(self, config)
 
-    def prefill(self, layer, slot, q, k, v, max_new_tokens) -> None:
-        if layer == 0:
-            self.filled.append(slot)
-        super().prefill(layer, slot, q, k, v, max_new_tokens)
-
-    def attend(self, layer, q, k, v, slots):
-        if layer == 0:
-            self.together.append(slots.tolist())
-        return super().attend(layer, q, k, v, slots)
-
-    def release(self, slot: int) -> None:
-        self.released.append(slot)
-        super().release(slot)
-
-    def report(self, slot: int) -> dict[str, int]:
-        return {"slot": slot, "kept": int(self._cache.lengths[0, slot])}
+    def report(self, stats: SequenceStats) -> dict[str, Any]:
+        return {"slot": stats.slot, "tokens": stats.prompt_tokens + stats.steps}
 
 
-def test_slots_are_shared_reused_and_released(folder, make_engine, make_prompts) -> None:
+class _WatchedCache(FullCache):
+    def __init__(self, method: _Watched, config: CacheConfig) -> None:
+        super().__init__(config)
+        self._method = method
+
+    def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._method.filled.append(slot)
+        super().prefill(slot, q, k, v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        self._method.together.append(slots.tolist())
+        return super().attend(q, k, v, slots)
+
+    def free_slot(self, slot: int) -> None:
+        self._method.freed.append(slot)
+
+
+def test_slots_are_shared_reused_and_freed(folder, make_engine, make_prompts) -> None:
     method = _Watched()
     engine = make_engine(folder, 2, method)
     engine.reserve(40)
     requests = [Request(key, prompt, 4 + key, ()) for key, prompt in enumerate(make_prompts(9, 8, 7, 6, 5))]
     done = _run(engine, *requests)
-    assert method.rooms == [(2, 40)]
-    assert sorted(method.filled) == sorted(method.released) and set(method.filled) == {0, 1}
+    assert method.allocated == [(2, 40)]
+    assert sorted(method.filled) == sorted(method.freed) and set(method.filled) == {0, 1}
     assert [0, 1] in [sorted(slots) for slots in method.together]
     assert all(len(set(slots)) == len(slots) for slots in method.together)
-    for request in requests:  # every token but the newest was kept
-        assert done[request.key].report["kept"] == len(request.token_ids) + request.max_new_tokens - 1
+    for request in requests:  # the newest token is in no cache
+        assert done[request.key].report["tokens"] == len(request.token_ids) + request.max_new_tokens - 1
 
 
-def test_room_grows_for_a_longer_request_when_nothing_is_in_flight(folder, make_engine, make_prompts) -> None:
+def test_caches_grow_for_a_longer_request_when_nothing_is_in_flight(folder, make_engine, make_prompts) -> None:
     method = _Watched()
     requests = [Request(key, prompt, 5, ()) for key, prompt in enumerate(make_prompts(10, 10, 60, 20))]
     done = _run(make_engine(folder, 2, method), *requests)
     assert [done[key].error for key in range(4)] == [None] * 4
-    assert method.rooms == [(2, 15), (2, 65)]
+    assert method.allocated == [(2, 15), (2, 65)]
+
+
+def test_caches_grow_for_more_new_tokens_too(folder, make_engine, make_prompts) -> None:
+    """A method that evicts prompt tokens allocates for the new tokens on top of its budget."""
+    options = {"budget": 4.0, "dense_layers": 0}
+    prompts = make_prompts(30, 10)
+    requests = [Request(0, prompts[0], 3, ()), Request(1, prompts[1], 20, ())]
+    alone = [_run(make_engine(folder, 1, SnapKV(**options)), each)[each.key] for each in requests]
+    for slots in (1, 2):
+        found = _run(make_engine(folder, slots, SnapKV(**options)), *requests)
+        assert all(_same(found[each.request.key], each) and each.error is None for each in alone)
 
 
 def test_requests_are_taken_one_at_a_time_as_slots_get_free(folder, make_engine, make_prompts) -> None:
-    """An endless iterator must not be drained."""
+    """An endless iterator must not be consumed."""
     taken = 0
 
     def endless():
@@ -224,106 +244,3 @@ def test_the_clock_adds_up_and_ticks_count_tokens(folder, make_engine, make_prom
         if slots == 1:
             assert clock.decode_s <= sum(completion.decode_s for completion in done)
         assert clock.peak_gpu_bytes is None
-
-
-class _Faulty(Vanilla):
-    """Raises in one call, for the sequences whose prompt has 13 tokens."""
-
-    def __init__(self, where: str, error: Exception):
-        self._where, self._error = where, error
-        self._bad: set[int] = set()
-
-    def _maybe(self, where: str, slot: int, layer: int = 1) -> None:
-        if where == self._where and slot in self._bad and layer == 1:
-            raise self._error
-
-    def allocate(self, shape, slots, max_tokens, device, dtype) -> None:
-        if self._where == "allocate" and max_tokens == 13 + 10:
-            raise self._error
-        super().allocate(shape, slots, max_tokens, device, dtype)
-
-    def prefill(self, layer, slot, q, k, v, max_new_tokens) -> None:
-        if k.shape[1] == 13:
-            self._bad.add(slot)
-        self._maybe("prefill", slot, layer)
-        super().prefill(layer, slot, q, k, v, max_new_tokens)
-
-    def attend(self, layer, q, k, v, slots):
-        out = super().attend(layer, q, k, v, slots)
-        for slot in slots.tolist():
-            self._maybe("attend", slot, layer)
-        return out
-
-    def report(self, slot):
-        self._maybe("report", slot)
-        return {}
-
-    def release(self, slot: int) -> None:
-        self._bad.discard(slot)
-        super().release(slot)
-
-
-ERRORS = [ValueError("too odd\nsecond line"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")]
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=["ValueError", "OutOfMemoryError"])
-@pytest.mark.parametrize("where", ["prefill", "attend", "report", "allocate"])
-@pytest.mark.parametrize("slots", [1, 3])
-def test_a_failing_request_becomes_an_error_and_leaves_the_others_alone(
-    where, error, slots, folder, make_engine, make_prompts, capfd
-) -> None:
-    lengths = (9, 6, 4, 13, 8, 12, 13, 7)
-    requests = [Request(key, prompt, 10, ()) for key, prompt in enumerate(make_prompts(*lengths))]
-    alone = {request.key: _run(make_engine(folder), request)[request.key] for request in requests}
-    engine = make_engine(folder, slots, _Faulty(where, error))
-    if where != "allocate":
-        engine.reserve(30)
-    found = _run(engine, *requests)
-    assert found.keys() == alone.keys()
-    failed = {key for key, completion in found.items() if completion.error}
-    bad = {key for key, length in enumerate(lengths) if length == 13}
-    assert failed >= (bad if where != "allocate" else {3})
-    if slots == 1 or where in ("prefill", "report"):  # a step fails for all that are in flight
-        assert failed <= bad
-    assert len(failed) < len(requests) - 2
-    for key, completion in found.items():
-        if completion.error:
-            assert completion.error == f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            assert (completion.token_ids, completion.finish_reason) == ([], "")
-        else:
-            assert _same(completion, alone[key])
-    assert "Traceback" in capfd.readouterr().err
-
-    engine._method._where = "nowhere"  # what failed leaves nothing behind
-    again = _run(engine, *requests)
-    assert all(_same(again[key], alone[key]) for key in alone)
-    assert json.dumps([completion.report for completion in again.values()])
-
-
-def test_tokens_of_failed_requests_are_not_counted(folder, make_engine, make_prompts) -> None:
-    engine, ticks = make_engine(folder, 1, _Faulty("prefill", ERRORS[0])), []
-    requests = [Request(key, prompt, 3, ()) for key, prompt in enumerate(make_prompts(13, 5))]
-    done = list(engine.generate(requests, ticks.append))
-    assert done[0].error and not done[1].error
-    assert sum(ticks) == 3
-    assert engine.clock.prefill_tokens == 5
-
-
-def test_a_room_that_does_not_fit_is_tried_again_request_by_request(folder, make_engine, make_prompts) -> None:
-    engine = make_engine(folder, 1, _Faulty("allocate", ERRORS[1]))
-    engine.reserve(13 + 10)
-    (done,) = engine.generate([Request(0, make_prompts(5)[0], 10, ())])
-    assert done.error is None
-
-
-def test_an_empty_or_foreign_prompt_is_an_error_row(folder, make_engine, make_prompts) -> None:
-    good = make_prompts(5)[0]
-    requests = [Request(0, [], 5, ()), Request(1, [3, 999999], 5, ()), Request(2, good, 5, ())]
-    done = _run(make_engine(folder), *requests)
-    assert done[0].error and done[1].error and not done[2].error
-
-
-def test_an_interrupt_is_not_swallowed(folder, make_engine, make_prompts) -> None:
-    engine = make_engine(folder, 1, _Faulty("attend", KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        list(engine.generate([Request(0, make_prompts(13)[0], 5, ())]))

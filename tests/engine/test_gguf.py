@@ -12,12 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from sparsecache.engine.families import load_family
-from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.model_registry import find_model
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.errors import UsageError
-from sparsecache.methods.vanilla import Vanilla
 from sparsecache.synthetic.tokenizer import BOS, EOS, PAD
 
 gguf = pytest.importorskip("gguf")
@@ -128,13 +126,11 @@ def test_weights_equal_those_that_transformers_reads(model_type, kind, make_gguf
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_text_and_tokens_equal_transformers(model_type, make_gguf, make_decoder, make_prompts, our_texts) -> None:
+def test_text_and_tokens_equal_transformers(model_type, make_gguf, make_engine, make_prompts, our_texts) -> None:
     path = make_gguf(model_type, "Q8_0")
-    decoder = make_decoder(path, Vanilla())
     prompts = make_prompts(30, 7)
     reference = TransformersEngine.load(path, torch.device("cpu"), torch.float32)
-    engine = Generator(decoder, decoder._method, 2)
-    ours = our_texts(engine, prompts, 12)
+    ours = our_texts(make_engine(path, 2), prompts, 12)
     assert ours == our_texts(reference, prompts, 12)
     assert Checkpoint(path).tokenizer.encode("Two words") == _reference_ids(path, "Two words")
 

@@ -1,5 +1,6 @@
-"""Logits that are NaN or infinite are an error of their row, at whatever token, and of no other row."""
+"""Logits that are NaN or infinite are an error of their sequence, at any token, and of no other sequence."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,32 +9,33 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsecache.engine.base import Completion, Request
-from sparsecache.engine.decoder import Decoder
-from sparsecache.engine.families import load_family
 from sparsecache.engine.generator import Generator
-from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.reference import TransformersEngine
-from sparsecache.engine.rope import Rope
 from sparsecache.engine.steps import most_likely
-from sparsecache.methods import make_method, method_names, parse_options
+from sparsecache.methods import load_method, make_method, method_names, method_options, parse_options
 
 NEW_TOKENS = 24
+STOP_ID = 7
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))
-METHODS = [name for name in method_names() if name != "infinigen"]  # its calibration refuses such weights
+KINDS = [*method_names(), "transformers"]
 
 
-def _engine(folder: Path, kind: str, slots: int, device: str = "cpu") -> Any:
-    place = torch.device(device)
-    if kind == "transformers":
-        return TransformersEngine.load(folder, place, torch.float32)
-    checkpoint, method = Checkpoint(folder), make_method(kind, parse_options(kind, {}))
-    architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
-    weights = checkpoint.load(architecture, place, torch.float32)
-    return Generator(Decoder(architecture, weights, Rope(checkpoint.config, place), method), method, slots)
+@pytest.fixture
+def new_engine(make_engine: Callable[..., Generator]) -> Callable[..., Any]:
+    """Return an engine over a folder: ours over a method that needs no calibration, or that of transformers."""
+
+    def new(folder: Path, kind: str, slots: int, device: str = "cpu") -> Any:
+        if kind == "transformers":
+            return TransformersEngine.load(folder, torch.device(device), torch.float32)
+        given = {"skew": "false"} if "skew" in method_options(load_method(kind)) else {}
+        method = make_method(kind, parse_options(kind, given))
+        return make_engine(folder, slots, method, torch.float32, torch.device(device))
+
+    return new
 
 
 def _complete(engine: Any, prompts: list[list[int]], minimum: int = 0) -> list[Completion]:
-    requests = [Request(key, prompt, NEW_TOKENS, (7,), minimum) for key, prompt in enumerate(prompts)]
+    requests = [Request(key, prompt, NEW_TOKENS, (STOP_ID,), minimum) for key, prompt in enumerate(prompts)]
     return sorted(engine.generate(requests), key=lambda done: done.key)
 
 
@@ -44,22 +46,22 @@ def _set_row(folder: Path, name: str, row: int, value: float) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-@pytest.mark.parametrize("kind", [*METHODS, "transformers"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slots", [1, 3])
-def test_a_token_after_which_logits_are_nan_ends_its_row_with_an_error(
-    kind, slots, device, folder, make_prompts
+def test_a_token_after_which_logits_are_nan_makes_its_sequence_an_error(
+    kind, slots, device, folder, new_engine, make_prompts
 ) -> None:
     prompts = make_prompts(30, 45, 38)
-    before = _complete(_engine(folder, kind, slots, device), prompts)
+    before = _complete(new_engine(folder, kind, slots, device), prompts)
     texts = [done.token_ids for done in before]
     used = [{*prompt, *text} for prompt, text in zip(prompts, texts, strict=True)]
     at, token = next(
         (at, token)
         for at, token in enumerate(texts[1])
-        if at and token != 7 and token not in {*prompts[1], *texts[1][:at], *used[0], *used[2]}
+        if at and token != STOP_ID and token not in {*prompts[1], *texts[1][:at], *used[0], *used[2]}
     )
     _set_row(folder, "model.embed_tokens.weight", token, torch.nan)
-    first, second, third = _complete(_engine(folder, kind, slots, device), prompts)
+    first, second, third = _complete(new_engine(folder, kind, slots, device), prompts)
     assert second.error is not None and not second.token_ids
     assert second.error.startswith(f"NonFiniteLogits: the logits of new token {at + 2} are NaN or infinite.")
     assert [first.token_ids, third.token_ids] == [texts[0], texts[2]] and first.error is third.error is None
@@ -68,19 +70,19 @@ def test_a_token_after_which_logits_are_nan_ends_its_row_with_an_error(
 @pytest.mark.parametrize("kind", ["vanilla", "transformers"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("minimum", [0, 1])
-def test_one_word_of_the_vocabulary_is_enough(kind, value, minimum, folder, make_prompts) -> None:
-    """The logit of word 50 is NaN, or infinite and of the sign of the hidden state."""
+def test_one_entry_of_the_vocabulary_is_enough(kind, value, minimum, folder, new_engine, make_prompts) -> None:
+    """The logit of token 50 is NaN, or infinite and of the sign of the hidden state."""
     _set_row(folder, "lm_head.weight", 50, value)
-    done = _complete(_engine(folder, kind, 2), make_prompts(20, 9, 14), minimum)
+    done = _complete(new_engine(folder, kind, 2), make_prompts(20, 9, 14), minimum)
     assert all((each.error or "").startswith("NonFiniteLogits: the logits of new token 1 are") for each in done)
 
 
-@pytest.mark.parametrize("kind", [*METHODS, "transformers"])
-def test_a_norm_that_makes_no_numbers_makes_error_rows(kind, folder, make_prompts) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_norm_of_nan_makes_every_sequence_an_error(kind, folder, new_engine, make_prompts) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"].fill_(torch.nan)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    done = _complete(_engine(folder, kind, 2), make_prompts(20, 9))
+    done = _complete(new_engine(folder, kind, 2), make_prompts(20, 9))
     assert all((each.error or "").startswith("NonFiniteLogits") for each in done), done
 
 
