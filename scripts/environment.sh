@@ -38,3 +38,27 @@ install_environment() {
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$extra]"
     printf '%s\n' "$stamp" "$extra" >"$VENV/.installed"
 }
+
+# install_folder FOLDER REQUIREMENT...: the packages, without what they require, in a folder of their own.
+# Returns 1 where PyPI cannot be reached, and ends the script at any other failure.
+install_folder() {
+    local folder="$1" python="$VENV/bin/python"
+    shift
+    [ "$(cat "$folder/.installed" 2>/dev/null)" = "$*" ] && return
+    rm -rf "$folder"
+    if "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" "$@"; then
+        echo "$*" >"$folder/.installed"
+    elif "$python" -m pip index versions --disable-pip-version-check --retries 0 transformers >/dev/null 2>&1; then
+        echo "Could not install $*." >&2
+        exit 1
+    else
+        return 1
+    fi
+}
+
+# install_kvpress: what tests/methods compares the eviction methods with. kvpress requires an older transformers than
+# this project, so it lies in a folder of its own (see tests/methods/presses.py). The tests are skipped without it.
+install_kvpress() {
+    install_folder "$VENV/kvpress" kvpress==0.5.5 cachetools==5.5.2 ||
+        echo "Skipped: PyPI cannot be reached, so the eviction methods are not compared with kvpress."
+}

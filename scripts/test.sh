@@ -4,6 +4,7 @@
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 install_environment test
+install_kvpress
 
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .

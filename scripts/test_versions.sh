@@ -12,26 +12,10 @@ oldest=(transformers==5.10.1 tokenizers==0.22.2 huggingface_hub==1.33.0 httpx==0
 newest=(transformers==5.24.0 tokenizers==0.23.3)
 tests=(tests/tokenization tests/longbench/test_prompts.py tests/engine/test_parity.py)
 
-# install FOLDER REQUIREMENT...: returns 1 where PyPI cannot be reached, ends the script at any other failure.
-install() {
-    local folder="$1"
-    shift
-    [ "$(cat "$folder/.installed" 2>/dev/null)" = "$*" ] && return
-    rm -rf "$folder"
-    if "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" "$@"; then
-        echo "$*" >"$folder/.installed"
-    elif "$python" -m pip index versions --disable-pip-version-check --retries 0 transformers >/dev/null 2>&1; then
-        echo "Could not install $*." >&2
-        exit 1
-    else
-        return 1
-    fi
-}
-
 for release in oldest newest; do
     declare -n requirements="$release"
     folder="$VENV/versions/$release"
-    if ! install "$folder" "${requirements[@]}"; then
+    if ! install_folder "$folder" "${requirements[@]}"; then
         echo "Skipped: PyPI cannot be reached, so ${requirements[0]} is not tested."
         continue
     fi
