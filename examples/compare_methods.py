@@ -14,7 +14,7 @@ PRED_DIR = sys.argv[1] if len(sys.argv) > 1 else "pred"
 llm = LLM("demo", method="infinigen", budget=64)
 print(llm.generate("Question: What is in the box?\nAnswer:", max_new_tokens=8)[0].report)
 
-for method in ("vanilla", "infinigen", "snapkv", "examples/tova.py"):
+for method in ("vanilla", "infinigen", "snapkv", "examples/knorm.py"):
     budget = {} if method == "vanilla" else {"budget": 64}
     data = {"data": "sample", "sample_tokens": 512}
     result = evaluate("demo", method, datasets=["qasper", "trec"], pred_dir=PRED_DIR, **data, **budget)

@@ -22,6 +22,10 @@ class Budget:
         """Return the most tokens of `past`: 1 or more."""
         return max(1, math.floor(self.amount * past + 1e-6)) if self.amount <= 1 else int(min(self.amount, 2**62))
 
+    def most(self, max_tokens: int) -> int:
+        """Return the most tokens of any number of past tokens up to max_tokens."""
+        return self.tokens(max_tokens)
+
     def table(self, max_tokens: int, device: torch.device) -> Tensor:
         """Return the tokens of 0 to max_tokens past ones, [max_tokens + 1] int64: made once, on the host, exactly."""
         return torch.tensor([self.tokens(past) for past in range(max_tokens + 1)]).to(device)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig, LayerCache, StepBytes
+from sparsecache.cache.base import CacheConfig, LayerCache, Shape, StepBytes
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.scores import scaled_scores
@@ -22,22 +22,26 @@ _PINNED = 1e30  # above any score
 class PromptEvictionCache(LayerCache):
     """The kept tokens of a prompt in the first rows, each KV head its own, and all new tokens behind them.
 
-    keys, values: [slots, G, rows, D]; num_evicted: [slots, G] int64, tokens that the prompt lost.
+    keys, values: [slots, G, rows, D]; num_evicted: [slots, G] int64, tokens that the prompt lost. KV heads may keep
+    different counts. Rows are allocated for the highest that one may keep.
     """
 
     def __init__(self, method: "EvictionMethod", layer: int, config: CacheConfig) -> None:
         self.method, self.layer, self.config = method, layer, config
         self.budget = method.layer_budget(layer, config.shape)
-        capacity = min(config.max_tokens, self.budget.tokens(config.max_tokens) + config.max_new_tokens)
+        kept = method.max_head_tokens(self.budget.most(config.max_tokens), config.shape)
+        capacity = min(config.max_tokens, kept + config.max_new_tokens)
         self.keys, self.values = (config.zeros(capacity, config.shape.head_dim) for _ in range(2))
         self.num_evicted = config.zeros(dtype=torch.int64)
         self.seq_lens, self.stats = config.seq_lens, config.stats
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         length = k.shape[1]
-        kept = self.method.keep(q, k, v, min(self.budget.tokens(length), length))
-        _store(self.keys[slot], self.values[slot], k, v, kept)
-        self.num_evicted[slot].fill_(length - kept.shape[1])  # an assigned number would wait for the device
+        count = min(self.budget.tokens(length), length)
+        width = min(self.method.max_head_tokens(count, self.config.shape), length)
+        order, counts = self.method.keep(self.method.score(q, k, v), count)
+        _store(self.keys[slot], self.values[slot], k, v, order[:, :width])
+        self.num_evicted[slot] = length - counts
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         num_tokens = (self.seq_lens[:, None] - self.num_evicted).clamp(min=0)  # [slots, G]
@@ -67,9 +71,18 @@ class EvictionMethod(SparseMethod):
         q: [H, L, D]; k, v: [G, L, D], rotated. `pin_last` keeps the last tokens whatever their score.
         """
 
-    def keep(self, q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
-        """Return the `count` positions of highest score, [G, count]; of equals the earlier ones."""
-        return self.score(q, k, v).sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    def keep(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the positions of each KV head in falling order of scores [G, L], and how many of them it keeps [G].
+
+        Of equal scores the earlier position comes first. KV heads keep `count` tokens each, 1 to L, unless a subclass
+        gives them different counts of that mean.
+        """
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        return order, torch.full((len(order),), count, device=order.device)
+
+    def max_head_tokens(self, count: int, shape: Shape) -> int:
+        """Return the most tokens of a long prompt that one KV head keeps where the mean is `count`."""
+        return count
 
 
 class DecodingEvictionCache(LayerCache):

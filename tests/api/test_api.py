@@ -110,7 +110,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(sys, "argv", ["compare_methods.py", str(tmp_path)])
     runpy.run_path("examples/compare_methods.py")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["vanilla", "infinigen", "snapkv", "examples/tova.py"]
+    assert [line.split()[0] for line in lines[1:]] == ["vanilla", "infinigen", "snapkv", "examples/knorm.py"]
     assert all("% of past tokens kept" in line for line in lines[2:])
 
 

@@ -12,6 +12,7 @@ from sparsecache.cache.base import CacheMethod
 from sparsecache.engine.decoder import Decoder
 from sparsecache.testing.contract import make_decoder
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
+from tests.methods.presses import kvpress  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="session", autouse=True)

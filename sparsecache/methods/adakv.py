@@ -1,0 +1,50 @@
+"""Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation (NeurIPS'25, arXiv 2407.11550).
+
+SnapKV with a budget per KV head: the KV heads of a layer compete for the sum of their budgets, and the highest scores
+of all of them stay. Every KV head keeps at least the share `safeguard` of its own budget.
+
+GQA: scores are those of `snapkv` and counts are per KV head, as in the paper's later version.
+
+Differences: the safeguard is a minimum, as in kvpress. The authors' code instead mixes the counts that the heads won
+with equal ones, in the ratio 1 - `safeguard` to `safeguard`. The minimum is the same in both.
+
+Memory: all KV heads have rows for the most that one of them may keep, which is nearly the budget times the KV heads, or
+the whole prompt. So Ada-KV here saves what a step reads, like the selection methods, and only little memory.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from sparsecache.cache.base import Shape
+from sparsecache.methods.snapkv import SnapKV
+
+
+@dataclass
+class AdaKV(SnapKV):
+    """Keeps what SnapKV keeps, with more tokens in KV heads whose attention is spread."""
+
+    budget: Annotated[float, "mean prompt tokens kept per KV head: a share up to 1, else a count"] = 0.2
+    safeguard: Annotated[float, "share of the budget that every KV head keeps, 0 to 1"] = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.safeguard <= 1:
+            raise ValueError(f"safeguard={self.safeguard} must be a share from 0 to 1.")
+
+    def keep(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        kv_heads, length = scores.shape
+        order, counts = super().keep(scores, count)
+        ranked = scores.gather(1, order)
+        ranked[:, : self._safe(count)].fill_(torch.inf)
+        winners = ranked.flatten().sort(descending=True, stable=True).indices[: kv_heads * count]
+        return order, torch.zeros_like(counts).scatter_add_(0, winners // length, torch.ones_like(winners))
+
+    def max_head_tokens(self, count: int, shape: Shape) -> int:
+        return shape.kv_heads * count - (shape.kv_heads - 1) * self._safe(count)
+
+    def _safe(self, count: int) -> int:
+        """Return how many of its tokens each KV head keeps at least."""
+        return max(1, int(count * self.safeguard))

@@ -1,0 +1,26 @@
+"""KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference (NeurIPS'25, arXiv 2504.15364).
+
+Keys that differ from the others tend to get attention. The prompt tokens stay whose keys are least like the mean of
+all keys of the KV head, by cosine similarity; keys are scaled to length 1 before the mean is taken. No attention is
+computed. GQA adds nothing: keys are those of KV heads.
+
+Differences: the paper reads the prompt in blocks and evicts after each one, and while decoding. Here tokens are evicted
+once, at the end of the prompt, as in kvpress, and new tokens stay. The paper states budgets of 2K to 8K tokens; the
+default is this project's.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from sparsecache.cache.eviction import EvictionMethod
+
+
+@dataclass
+class KeyDiff(EvictionMethod):
+    """Keeps the prompt tokens with the most distinctive keys, and every new token."""
+
+    def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k = k.float()
+        return -cosine_similarity(k, normalize(k, dim=-1).mean(1, keepdim=True), dim=-1)

@@ -1,0 +1,42 @@
+"""TOVA: Transformers are Multi-State RNNs (EMNLP'24, arXiv 2401.06104).
+
+When the budget is full, the token that the current query attends to least leaves. At the end of the prompt, the tokens
+stay that its last query attends to most.
+
+GQA: as in the paper, attention is averaged over all query heads, so all KV heads of a layer keep the same tokens.
+
+Differences: the newest token always stays, as in kvpress. The paper lets it leave too. The prompt's own attention is
+dense.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparsecache.cache.base import CacheConfig
+from sparsecache.cache.eviction import DecodingEvictionCache, attention_sums, pin_last
+from sparsecache.cache.sparse import SparseMethod
+
+
+@dataclass
+class TOVA(SparseMethod):
+    """Keeps the tokens that the latest query attends to most."""
+
+    def make_sparse_cache(self, layer: int, config: CacheConfig) -> "TOVACache":
+        return TOVACache(self, layer, config)
+
+
+class TOVACache(DecodingEvictionCache):
+    """The token with the least attention, summed over all heads, leaves."""
+
+    def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        received = attention_sums(q, k, first=k.shape[1] - 1).sum(0, keepdim=True)
+        scores = pin_last(received, 1)
+        kept = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].expand(len(k), -1)
+        return kept, received.expand(len(k), -1).gather(1, kept)
+
+    def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        attention = self.probabilities(q, slots)
+        scores = attention.sum(1, keepdim=True).expand_as(attention)
+        is_newest = self.positions[slots] == (past - 1)[:, None, None]
+        return scores, scores.masked_fill(is_newest, float("inf"))
