@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, one_line
 from sparsecache.options import Option, constructor_options
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _HINT = "longbench_pred.py --list_methods shows every method's options."
 
 def method_names() -> list[str]:
     """Return the names of the built-in methods, without importing any (nor torch)."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def is_external(method: str) -> bool:
@@ -45,6 +45,8 @@ def check_method_name(method: str) -> None:
         return
     if method not in method_names():
         near = get_close_matches(method, method_names(), 1)
+        if Path(f"{method}.py").is_file():
+            near = [f"{method}.py"]
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(
             f"There is no method {method!r}.{hint} Methods: {', '.join(method_names())}, a path to a .py file, or the "
@@ -53,11 +55,15 @@ def check_method_name(method: str) -> None:
 
 
 def method_identity(method: str) -> str:
-    """Return what tells a method from others of its name: the name, for an external one with its file's SHA-256."""
+    """Return what tells a method from others of its name: the name, for an external one with a hash of its source.
+
+    The source is the method's file, or all files of its package, but not what they import from elsewhere.
+    """
     if not is_external(method):
         return method
-    digest = hashlib.sha256(_external_file(method).read_bytes()).hexdigest()
-    return f"{short_name(method)}@{digest[:16]}"
+    file = _external_file(method)
+    files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+    return f"{short_name(method)}@{_digest(*(each.read_bytes() for each in files))}"
 
 
 def load_method(method: str) -> "type[CacheMethod]":
@@ -70,12 +76,11 @@ def load_method(method: str) -> "type[CacheMethod]":
     from sparsecache.cache.base import CacheMethod
 
     module = _import_external(method) if is_external(method) else importlib.import_module(f"{__name__}.{method}")
+    classes = dict.fromkeys(value for value in vars(module).values() if inspect.isclass(value))  # each once
     found = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value)
-        and issubclass(value, CacheMethod)
-        and f"{value.__module__}.".startswith(f"{module.__name__}.")
+        kind
+        for kind in classes
+        if issubclass(kind, CacheMethod) and f"{kind.__module__}.".startswith(f"{module.__name__}.")
     ]
     if len(found) != 1:
         raise UsageError(
@@ -128,8 +133,14 @@ def parse_options(method: str, options: dict[str, str]) -> dict[str, Any]:
 
 
 def method_options(kind: "type[CacheMethod]") -> dict[str, Option]:
-    """Return a method's options: the arguments of its constructor."""
-    return constructor_options(kind)
+    """Return a method's options: the arguments of its constructor.
+
+    Raises UsageError for an argument that cannot be an option.
+    """
+    try:
+        return constructor_options(kind)
+    except (TypeError, NameError, SyntaxError) as error:  # the latter two from annotations in quotes
+        raise UsageError(f"The options of {kind.__name__} cannot be read ({one_line(error)}).") from error
 
 
 def describe_methods() -> Iterator[str]:
@@ -154,8 +165,8 @@ def _external_file(method: str) -> Path:
             raise UsageError(f"--method {method}: there is no such .py file. Give the path of a method's file.")
         return path.resolve()
     try:
-        found = importlib.util.find_spec(method)
-    except (ImportError, ValueError, AttributeError):
+        found = importlib.util.find_spec(method)  # imports the packages that the module lies in
+    except (Exception, SystemExit):
         found = None
     if found is None or found.origin is None or not Path(found.origin).is_file():
         raise UsageError(
@@ -167,23 +178,36 @@ def _external_file(method: str) -> Path:
 
 def _import_external(method: str) -> ModuleType:
     path = _external_file(method)
-    if not (method.endswith(".py") or "/" in method):
-        name = method
-    else:  # a name of its own, so that a file called torch.py replaces nothing
-        name = f"sparsecache_external_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
-    if name in sys.modules:
-        return sys.modules[name]
+    by_path = method.endswith(".py") or "/" in method
     try:
-        if name == method:
-            return importlib.import_module(method)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look it up
-        spec.loader.exec_module(module)
-    except Exception as error:
-        sys.modules.pop(name, None)
+        return _import_file(path) if by_path else importlib.import_module(method)
+    except (Exception, SystemExit) as error:
         where = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = f", line {where[-1].lineno}" if where else ""
-        raise UsageError(f"--method {method} cannot be imported ({type(error).__name__}: {error}{line}).") from error
-    return module
+        raise UsageError(
+            f"--method {method} cannot be imported ({type(error).__name__}: {one_line(error)}{line}). Correct the file."
+        ) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Return the module of a file as it is now.
+
+    Its name is its own, so that a file called torch.py replaces nothing. Bytecode that Python keeps beside a file
+    could be of an earlier version.
+    """
+    source = path.read_bytes()
+    name = f"sparsecache_external_{_digest(str(path).encode(), source)}_{path.stem}"
+    if name not in sys.modules:
+        module = sys.modules[name] = ModuleType(name)  # dataclasses look it up there
+        module.__file__ = str(path)
+        try:
+            exec(compile(source, str(path), "exec"), vars(module))
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _digest(*parts: bytes) -> str:
+    """Return 16 hexadecimal digits that differ for different parts."""
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
