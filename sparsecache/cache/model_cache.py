@@ -13,7 +13,8 @@ from sparsecache.cache.stats import DeviceStats, SequenceStats, mean_share
 class ModelCache:
     """A LayerCache per layer for `slots` sequences of at most `max_tokens` tokens.
 
-    layers: the caches, in order. A layer's tensors lie on its device; what layers share is one tensor per device.
+    layers: the caches, in order. layer_stats: what each records, if it is sparse. A layer's tensors
+    lie on its device; what layers share is one tensor per device.
     """
 
     def __init__(
@@ -34,11 +35,11 @@ class ModelCache:
         }
         self._prompt_tokens: dict[int, int] = {}
         self.layers: list[LayerCache] = []
+        self.layer_stats = [self._stats[device].layers[devices[:at].count(device)] for at, device in enumerate(devices)]
         for layer, device in enumerate(devices):
-            stats = self._stats[device]
             config = CacheConfig(
                 shape, slots, max_tokens, max_new_tokens, device, dtype,
-                stats.seq_lens, stats.layers[devices[:layer].count(device)],
+                self._stats[device].seq_lens, self.layer_stats[layer],
             )  # fmt: skip
             self.layers.append(method.make_cache(layer, config))
         self._sparse = {
