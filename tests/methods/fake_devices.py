@@ -1,7 +1,7 @@
-"""Devices that are the CPU, but that no operation may mix: what a model split over several GPUs is tested with.
+"""Fake devices on the CPU that no operation may mix, to test a model that is split over several GPUs.
 
-`torch.device("cpu", 1)` can be named; a real tensor forgets the number. Inside `FakeDevices` it is remembered: a tensor
-made on it, or moved to it, is a wrapper that says so, and an operation over two of them raises, as CUDA's does.
+A real tensor on `torch.device("cpu", 1)` forgets the number. Inside `FakeDevices` a tensor that is made on such a
+device, or moved to it, is a wrapper that keeps it. An operation over two devices raises, as it does with CUDA.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class FakeDevices(TorchDispatchMode):
-    """Notes in `crossings` every copy from one device to another."""
+    """Records every copy from one device to another in `crossings`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ class FakeDevices(TorchDispatchMode):
         place = target if target is not None else (_device(found[0]) if found else CPU)
         if place.index is None:
             return out
-        with torch.inference_mode(False):  # or what was made outside that mode could not be viewed inside
+        with torch.inference_mode(False):  # else a tensor that was made outside that mode could not be viewed inside
             return tree_map(lambda x: _Tagged(x, place) if isinstance(x, Tensor) else x, out)
 
 
 class _Literals(TorchFunctionMode):
-    """`torch.tensor` would take the CPU for the place it was asked for, and `tolist` refuses wrappers."""
+    """Lets `torch.tensor` and `tolist` handle wrappers, which torch does not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -65,7 +65,7 @@ class _Literals(TorchFunctionMode):
 
 
 class _Tagged(Tensor):
-    """A CPU tensor that says it lies elsewhere."""
+    """A CPU tensor that reports another device."""
 
     inner: Tensor
 

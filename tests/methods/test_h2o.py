@@ -4,10 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparsecache.methods._evicting import attention_sums
 
+from sparsecache.cache.eviction import attention_sums
 from sparsecache.methods.h2o import H2O
-from tests.methods.stepping import Kept, Text, cap_of, check_against, probabilities, random_text, random_texts, shape_of
+from tests.methods.stepping import (
+    Kept,
+    Text,
+    budget_tokens,
+    check_against,
+    probabilities,
+    random_text,
+    random_texts,
+    shape_of,
+)
 
 
 def _kept(text: Text, layer: int, budget: float) -> list[Kept]:
@@ -23,7 +32,7 @@ def _kept_of_head(text: Text, layer: int, budget: float, kv: int) -> list[list[i
         _add(got, text, layer, kv, at)
     steps = []
     for past in range(text.prompt, text.prompt + text.new):
-        _evict(got, past, cap_of(budget, past))
+        _evict(got, budget_tokens(budget, past))
         steps.append(sorted(got))
         got[past] = 0.0
         _add(got, text, layer, kv, past)
@@ -31,7 +40,7 @@ def _kept_of_head(text: Text, layer: int, budget: float, kv: int) -> list[list[i
 
 
 def _add(got: dict[int, float], text: Text, layer: int, kv: int, at: int) -> None:
-    """The attention of the query at `at`, of each head of the KV head, to all that is there."""
+    """Add the attention of the queries at `at`, of each head of the KV head, to all that is there."""
     positions = list(got)
     for head in range(kv * text.group, (kv + 1) * text.group):
         weights = probabilities(text, layer, head, at, positions)
@@ -39,10 +48,10 @@ def _add(got: dict[int, float], text: Text, layer: int, kv: int, at: int) -> Non
             got[position] += weight
 
 
-def _evict(got: dict[int, float], past: int, cap: int) -> None:
-    """Half of the cap, rounded up, are recent; of the others those leave that got least, of equals the earliest."""
-    while len(got) > cap:
-        others = sorted(got)[: len(got) - (cap + 1) // 2]
+def _evict(got: dict[int, float], budget: int) -> None:
+    """Half of the budget, rounded up, is recent; of the others those leave that got least, of equals the earliest."""
+    while len(got) > budget:
+        others = sorted(got)[: len(got) - (budget + 1) // 2]
         del got[min(others, key=lambda position: (got[position], position))]
 
 
@@ -55,7 +64,7 @@ def test_heavy_hitters_and_recent_tokens_are_kept(budget, group) -> None:
 
 
 def test_of_equals_the_earliest_leaves() -> None:
-    """Token 3 gets all attention once it is there, so that all later ones tie; the last query looks at all alike."""
+    """Token 3 gets all attention once it is there, so all later ones tie; the last query attends to all alike."""
     shape = shape_of(2, layers=1)
     text = random_text(shape, 20, 15, seed=1)
     q, k = torch.zeros_like(text.q), torch.zeros_like(text.k)
@@ -78,8 +87,7 @@ def test_attention_sums_are_those_of_the_whole_matrix(first, group) -> None:
     torch.testing.assert_close(attention_sums(text.q[0], text.k[0], first), expected)
 
 
-def test_what_a_prompt_takes_does_not_grow_with_its_square() -> None:
-    """Attention is summed in blocks of queries: no tensor of L x L."""
+def test_attention_sums_build_no_square_matrix() -> None:
     seen = []
 
     class Largest(torch.overrides.TorchFunctionMode):

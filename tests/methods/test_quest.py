@@ -9,9 +9,9 @@ from sparsecache.methods.quest import Quest
 from tests.methods.stepping import (
     Kept,
     Text,
-    cap_of,
+    budget_tokens,
     check_against,
-    check_cap,
+    check_budget,
     random_text,
     random_texts,
     shape_of,
@@ -21,21 +21,21 @@ from tests.methods.stepping import (
 def _kept(text: Text, layer: int, budget: float, page: int) -> list[Kept]:
     ends = range(text.prompt, text.prompt + text.new)
     kv_heads = range(text.k.shape[1])
-    return [[_chosen(text, layer, kv, past, cap_of(budget, past), page) for kv in kv_heads] for past in ends]
+    return [[_chosen(text, layer, kv, past, budget_tokens(budget, past), page) for kv in kv_heads] for past in ends]
 
 
-def _chosen(text: Text, layer: int, kv: int, past: int, cap: int, page: int) -> list[int]:
+def _chosen(text: Text, layer: int, kv: int, past: int, budget: int, page: int) -> list[int]:
     pages = [list(range(start, min(start + page, past))) for start in range(0, past, page)]
     bounds = [_bound(text, layer, kv, past, positions) for positions in pages]
     chosen: list[int] = []
     for at in sorted(range(len(pages)), key=lambda at: (-bounds[at], at)):
-        fits = min(cap - len(chosen), len(pages[at]))
+        fits = min(budget - len(chosen), len(pages[at]))
         chosen += pages[at][len(pages[at]) - fits :]
     return sorted(chosen)
 
 
 def _bound(text: Text, layer: int, kv: int, at: int, positions: list[int]) -> float:
-    """The highest bound of q . k that the query at `at` of a head of the KV head has over these positions."""
+    """Return the highest bound of q . k, over the heads of a KV head, of the query at `at` and these positions."""
     keys = text.k[layer, kv, positions].double()
     lowest, highest = keys.amin(0), keys.amax(0)
     heads = range(kv * text.group, (kv + 1) * text.group)
@@ -53,7 +53,7 @@ def test_pages_are_taken_by_their_bounds(budget, page, group) -> None:
     check_against(lambda text, layer: _kept(text, layer, budget, page), method, shape, random_texts(shape))
 
 
-def test_of_equal_pages_the_earlier_are_taken_and_the_last_is_cut_to_its_latest() -> None:
+def test_of_equal_pages_the_earlier_are_taken_and_the_last_gives_its_latest_tokens() -> None:
     shape = shape_of(2, layers=1)
     text = random_text(shape, 21, 4, seed=1)
     text = replace(text, k=torch.ones_like(text.k))
@@ -61,7 +61,7 @@ def test_of_equal_pages_the_earlier_are_taken_and_the_last_is_cut_to_its_latest(
     check_against(lambda text, layer: kept, Quest(budget=10, page=4, dense_layers=0), shape, [text])
 
 
-def test_a_kv_head_takes_the_page_that_any_of_its_heads_wants_most() -> None:
+def test_a_kv_head_takes_the_page_of_the_highest_bound_of_its_heads() -> None:
     """Head 0 points at page 0, head 1 twice as strongly at page 2: their KV head takes page 2, then page 0."""
     shape = shape_of(4, layers=1)
     text = random_text(shape, 12, 1, seed=1)
@@ -75,17 +75,12 @@ def test_a_kv_head_takes_the_page_that_any_of_its_heads_wants_most() -> None:
 
 
 @pytest.mark.parametrize("budget", [0.02, 0.3, 1.0, 1, 13, 64])
-def test_never_more_than_the_budget_is_attended_to(budget) -> None:
+def test_no_step_exceeds_the_budget(budget) -> None:
     shape = shape_of(2)
-    check_cap(Quest(budget=budget), shape, random_texts(shape), lambda text, past: cap_of(budget, past))
-    check_cap(
-        Quest(budget=budget, page=7, dense_layers=0),
-        shape,
-        random_texts(shape),
-        lambda text, past: cap_of(budget, past),
-    )
+    method = Quest(budget=budget, page=7, dense_layers=0)
+    check_budget(method, shape, random_texts(shape), lambda text, past: budget_tokens(budget, past))
 
 
-def test_a_page_of_nothing_is_refused() -> None:
+def test_an_empty_page_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^page=0 must be 1 token or more\.$"):
         Quest(page=0)

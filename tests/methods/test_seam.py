@@ -1,4 +1,7 @@
-"""What the decoder hands to a method: queries to anticipate and to calibrate with, worked out a second way."""
+"""What the decoder hands to a method: hidden states to speculate from and queries to calibrate with.
+
+Each is compared with what transformers computes.
+"""
 
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -8,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from sparsecache.cache.base import GuessFrom
+from sparsecache.cache.base import SpeculationSource
+from sparsecache.cache.full import FullCache
 from sparsecache.engine.base import Request
 from sparsecache.engine.families import family_names
 from sparsecache.engine.generator import Generator
@@ -17,58 +21,63 @@ from sparsecache.methods.vanilla import Vanilla
 every_family = pytest.mark.parametrize("model_type", family_names())
 
 
-class _Guessing(Vanilla):
-    """Notes what it is told, in order."""
+class _Speculating(Vanilla):
+    """Records the calls of its caches in order, and the queries that they project."""
 
-    def __init__(self, guesses_from: GuessFrom = "input") -> None:
-        self.guesses_from = guesses_from
+    def __init__(self, source: SpeculationSource | None = "input") -> None:
+        self.source = source
         self.calls: list[tuple[str, int]] = []
-        self.told: dict[int, Tensor] = {}
+        self.queries: dict[int, Tensor] = {}
         self.slots: list[int] = []
 
-    def anticipate(self, layer: int, q: Tensor, slots: Tensor) -> None:
-        self.slots = slots.tolist()
-        self.calls.append(("anticipate", layer))
-        self.told[layer] = q.clone()
+    def make_cache(self, layer, config):
+        return _SpeculatingCache(self, layer, config)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        self.calls.append(("attend", layer))
-        return super().attend(layer, q, k, v, slots)
+
+class _SpeculatingCache(FullCache):
+    def __init__(self, method, layer, config) -> None:
+        super().__init__(config)
+        self.method, self.layer = method, layer
+        self.speculation_source = method.source
+
+    def speculate(self, hidden, project_query, slots) -> None:
+        assert hidden.shape == (len(slots), 64)
+        self.method.slots = slots.tolist()
+        self.method.calls.append(("speculate", self.layer))
+        self.method.queries[self.layer] = project_query(hidden, normed=self.speculation_source == "input").clone()
+
+    def attend(self, q, k, v, slots):
+        self.method.calls.append(("attend", self.layer))
+        return super().attend(q, k, v, slots)
 
 
 class _Calibrating(Vanilla):
     def __init__(self) -> None:
-        self.shown: list[tuple[int, Tensor]] = []
+        self.seen: list[tuple[int, Tensor]] = []
 
-    def calibrate(self, layer: int, q: Tensor) -> None:
-        self.shown.append((layer, q.clone()))
+    def calibrate(self, layer, q) -> None:
+        self.seen.append((layer, q.clone()))
 
-    def prefill(self, *arguments: Any) -> None:
-        raise AssertionError("calibration keeps nothing")
+    def make_cache(self, layer, config):
+        raise AssertionError("calibration needs no cache")
 
 
 @dataclass(frozen=True)
 class _Streams:
-    """What transformers computes in every layer: [L, hidden] a layer."""
+    """What transformers computes per layer, [L, hidden]: the attention's normed input, the residual after it."""
 
-    entering: list[Tensor]  # the residual stream
-    inputs: list[Tensor]  # of the attention, after the layer's norm
-    middle: list[Tensor]  # the residual stream after the attention
+    inputs: list[Tensor]
+    residual: list[Tensor]
 
 
 @torch.inference_mode()
 def _streams(model: Any, token_ids: list[int]) -> _Streams:
-    found = _Streams([], [], [])
-
-    def hear_norm(module: Any, args: Any, out: Tensor) -> None:
-        found.entering.append(args[0][0])
-        found.inputs.append(out[0])
-
+    found = _Streams([], [])
     hooks = []
     for layer in model.model.layers:
-        hooks.append(layer.input_layernorm.register_forward_hook(hear_norm))
-        middle = layer.post_attention_layernorm
-        hooks.append(middle.register_forward_hook(lambda module, args, out: found.middle.append(args[0][0])))
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        hooks.append(norms[0].register_forward_hook(lambda module, args, out: found.inputs.append(out[0])))
+        hooks.append(norms[1].register_forward_hook(lambda module, args, out: found.residual.append(args[0][0])))
     model(torch.tensor([token_ids]), use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -76,55 +85,53 @@ def _streams(model: Any, token_ids: list[int]) -> _Streams:
 
 
 @torch.inference_mode()
-def _queries(model: Any, layer: int, h: Tensor) -> Tensor:
-    """Rotated queries [H, L, D] that transformers' layer would ask of the attention inputs h [L, hidden]."""
+def _queries(model: Any, layer: int, hidden: Tensor) -> Tensor:
+    """Return transformers' rotated queries [H, L, D] of a layer for attention inputs [L, hidden]."""
     attention = model.model.layers[layer].self_attn
-    q = attention.q_proj(h).view(len(h), -1, attention.head_dim)
+    q = attention.q_proj(hidden).view(len(hidden), -1, attention.head_dim)
     if hasattr(attention, "q_norm"):
         q = attention.q_norm(q)
     q = q.transpose(0, 1)[None]
-    cos, sin = model.model.rotary_emb(h[None], torch.arange(len(h))[None])
+    cos, sin = model.model.rotary_emb(hidden[None], torch.arange(len(hidden))[None])
     return apply_rotary_pos_emb(q, q, cos, sin)[0][0]
 
 
 @every_family
-@pytest.mark.parametrize("guesses_from", get_args(GuessFrom))
-def test_the_next_layers_query_is_guessed_from_what_the_method_names(
-    guesses_from, model_type, decoder, transformers_model
+@pytest.mark.parametrize("source", get_args(SpeculationSource))
+def test_a_cache_receives_the_hidden_state_that_it_names_of_the_layer_before(
+    source, model_type, decoder, transformers_model
 ) -> None:
-    method = _Guessing(guesses_from)
+    method = _Speculating(source)
     ours = decoder(model_type, method)
     prompts = [[0, *range(40, 60)], [0, *range(400, 407)]]
     tokens = [700, 801]
     with torch.inference_mode():
-        method.allocate(ours.shape, 2, 40, ours.device, ours.dtype)
+        ours.allocate(2, 40, 10)
         for slot, prompt in enumerate(prompts):
-            ours.prefill(torch.tensor(prompt), slot, 5)
+            ours.prefill(torch.tensor(prompt), slot)
         assert method.calls == []
         ours.step(torch.tensor(tokens), torch.tensor([len(p) for p in prompts]), torch.tensor([0, 1]))
-    before = [("anticipate", 1), ("attend", 0), ("anticipate", 2), ("attend", 1), ("attend", 2)]
-    after = [("attend", 0), ("anticipate", 1), ("attend", 1), ("anticipate", 2), ("attend", 2)]
-    assert method.calls == (after if guesses_from == "residual" else before)
+    before = [("speculate", 1), ("attend", 0), ("speculate", 2), ("attend", 1), ("attend", 2)]
+    after = [("attend", 0), ("speculate", 1), ("attend", 1), ("speculate", 2), ("attend", 2)]
+    assert method.calls == (after if source == "residual" else before)
     assert method.slots == [0, 1]
     model = transformers_model(model_type)
     for row, prompt in enumerate(prompts):
         streams = _streams(model, [*prompt, tokens[row]])
         for layer in (1, 2):
-            norm = model.model.layers[layer].input_layernorm
-            source = {
-                "input": streams.inputs[layer - 1],
-                "own_norm": norm(streams.entering[layer - 1]),
-                "residual": norm(streams.middle[layer - 1]),
-            }[guesses_from]
-            expected = _queries(model, layer, source)[:, -1:]
-            own = _queries(model, layer, streams.inputs[layer])[:, -1:]
-            assert method.told[layer].shape == (2, *expected.shape)
-            torch.testing.assert_close(method.told[layer][row], expected, rtol=1e-4, atol=1e-4)
-            assert not torch.allclose(expected, own, rtol=1e-2, atol=1e-2), "else the layers could be mixed up"
+            if source == "input":
+                hidden = streams.inputs[layer - 1]
+            else:
+                hidden = model.model.layers[layer].input_layernorm(streams.residual[layer - 1])
+            expected = _queries(model, layer, hidden)[:, -1:]
+            true = _queries(model, layer, streams.inputs[layer])[:, -1:]
+            assert method.queries[layer].shape == (2, *expected.shape)
+            torch.testing.assert_close(method.queries[layer][row], expected, rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(expected, true, rtol=1e-2, atol=1e-2), "the layers could be mixed up"
 
 
 @every_family
-def test_calibration_shows_each_layers_rotated_queries_once_in_order(model_type, decoder, transformers_model) -> None:
+def test_calibration_gives_each_layers_rotated_queries_once_in_order(model_type, decoder, transformers_model) -> None:
     method = _Calibrating()
     text = [0, *range(100, 150)]
     ticks: list[int] = []
@@ -132,28 +139,20 @@ def test_calibration_shows_each_layers_rotated_queries_once_in_order(model_type,
     with torch.inference_mode():
         ours.calibrate(torch.tensor(text), ticks.append)
     assert ticks == [1, 1, 1]
-    assert [layer for layer, _ in method.shown] == [0, 1, 2]
+    assert [layer for layer, _ in method.seen] == [0, 1, 2]
     model = transformers_model(model_type)
     inputs = _streams(model, text).inputs
-    for layer, q in method.shown:
+    for layer, q in method.seen:
         group = ours.shape.heads // ours.shape.kv_heads
         assert q.shape == (ours.shape.kv_heads, group, len(text), ours.shape.head_dim)
         torch.testing.assert_close(q.flatten(0, 1), _queries(model, layer, inputs[layer]), rtol=1e-4, atol=1e-4)
 
 
-def test_a_method_that_guesses_nothing_is_never_told(decoder, monkeypatch) -> None:
-    def refuse(*arguments: Any) -> None:
-        raise AssertionError("anticipate was called")
-
-    monkeypatch.setattr(Vanilla, "anticipate", refuse)
-    method = Vanilla()
-    (done,) = Generator(decoder("llama", method), method, 1).generate([Request(0, [0, 7, 8], 4, ())])
-    assert done.error is None
-
-
-def test_guessing_changes_no_text(decoder) -> None:
+def test_speculation_changes_no_text_and_without_a_source_there_is_none(decoder) -> None:
     texts = []
-    for method in (Vanilla(), _Guessing()):
-        (done,) = Generator(decoder("qwen3", method), method, 1).generate([Request(0, [0, 7, 8], 20, ())])
+    for source in (None, *get_args(SpeculationSource)):
+        method = _Speculating(source)
+        (done,) = Generator(decoder("qwen3", method), 1).generate([Request(0, [0, 7, 8], 20, ())])
+        assert done.error is None and bool(method.queries) == (source is not None)
         texts.append(done.token_ids)
-    assert texts[0] == texts[1] and len(texts[0]) == 20
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 20

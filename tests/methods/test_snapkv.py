@@ -7,21 +7,23 @@ import torch
 
 from sparsecache.methods.snapkv import SnapKV
 from tests.methods.stepping import (
-    CPU,
     Kept,
     Text,
-    cap_of,
+    budget_tokens,
     check_against,
-    check_cap,
+    check_budget,
+    make_cache,
+    prefill,
     probabilities,
     random_text,
     random_texts,
     shape_of,
+    step,
 )
 
 
 def _kept(text: Text, layer: int, budget: float, window: int, kernel: int, pooling: str) -> list[Kept]:
-    count = min(cap_of(budget, text.prompt), text.prompt)
+    count = min(budget_tokens(budget, text.prompt), text.prompt)
     prompts = [_stay(text, layer, kv, count, window, kernel, pooling) for kv in range(text.k.shape[1])]
     ends = range(text.prompt, text.prompt + text.new)
     return [[[*stay, *range(text.prompt, end)] for stay in prompts] for end in ends]
@@ -49,17 +51,17 @@ def _stay(text: Text, layer: int, kv: int, count: int, window: int, kernel: int,
     ("budget", "window", "kernel"),
     [(0.5, 4, 7), (0.2, 1, 1), (9, 5, 3), (0.9, 40, 5), (1.0, 32, 7), (6, 6, 3), (3, 9, 1)],
 )
-def test_the_window_and_what_it_looked_at_are_kept(budget, window, kernel, pooling, group) -> None:
+def test_the_window_and_what_it_attended_to_are_kept(budget, window, kernel, pooling, group) -> None:
     shape = shape_of(group)
     options = {"budget": budget, "window": window, "kernel": kernel, "pooling": pooling}
     method = SnapKV(**options, dense_layers=1)
     check_against(lambda text, layer: _kept(text, layer, **options), method, shape, random_texts(shape))
 
 
-def test_neighbours_of_what_was_looked_at_come_along() -> None:
-    """The prompt looks at token 20: pooling brings its neighbours, earlier ones first, or else the earliest of all.
+def test_pooling_keeps_the_neighbours_of_what_was_attended_to() -> None:
+    """The prompt attends to token 20 alone. Pooling keeps its neighbours, the earlier ones first.
 
-    What is generated looks at all that is left alike.
+    Without enough neighbours the earliest tokens stay. Generated tokens attend to all that is left alike.
     """
     shape = shape_of(2, layers=1)
     text = random_text(shape, 40, 3, seed=1)
@@ -76,43 +78,36 @@ def test_neighbours_of_what_was_looked_at_come_along() -> None:
 def test_generated_tokens_are_on_top_of_the_prompts_budget(budget) -> None:
     shape = shape_of(2)
     method = SnapKV(budget=budget, window=3, dense_layers=0)
-    assert method.keeps_new
-    check_cap(method, shape, random_texts(shape), lambda text, past: cap_of(budget, text.prompt) + past - text.prompt)
+    assert method.budget_excludes_generated
+    check_budget(
+        method, shape, random_texts(shape), lambda text, past: budget_tokens(budget, text.prompt) + past - text.prompt
+    )
 
 
 @torch.inference_mode()
-def test_room_is_for_the_prompts_budget_and_the_new_tokens() -> None:
+def test_the_capacity_is_the_prompts_budget_and_the_new_tokens() -> None:
     shape = shape_of(2)
-    method = SnapKV(budget=10, window=3, dense_layers=0)
-    method.allocate(shape, 2, 300, CPU, torch.float32)
-    assert [rows.keys.shape[2] for rows in method.rows] == [11, 11]
-    for slot, (prompt, new) in enumerate([(200, 30), (290, 5)]):
-        text = random_text(shape, prompt, new, seed=slot)
-        for layer in range(2):
-            method.prefill(layer, slot, *(part[layer, :, :prompt] for part in (text.q, text.k, text.v)), new)
-    assert [tuple(rows.keys.shape) for rows in method.rows] == [(2, 2, 40, 6)] * 2
-    assert [tuple(rows.values.shape) for rows in method.rows] == [(2, 2, 40, 6)] * 2
+    for budget, capacity in ((10, 40), (0.5, 180), (1.0, 300)):
+        cache = make_cache(SnapKV(budget=budget, window=3, dense_layers=0), shape, 2, 300, 30)
+        for layer in cache.layers:
+            assert layer.keys.shape == layer.values.shape == (2, 2, capacity, 6)
 
 
 @torch.inference_mode()
 def test_steps_count_as_capped_when_the_prompt_was() -> None:
     """A prompt within the budget is kept whole, however much is generated: nothing could have been dropped."""
     shape = shape_of(2)
-    method = SnapKV(budget=20, window=3, dense_layers=1)
-    method.allocate(shape, 1, 60, CPU, torch.float32)
+    cache = make_cache(SnapKV(budget=20, window=3, dense_layers=1), shape, 1, 60, 10)
     for prompt, capped, kept in (
         (15, 0, 1.0),
         (40, 10, pytest.approx(sum((20 + i) / (40 + i) for i in range(10)) / 10)),
     ):
         text = random_text(shape, prompt, 10, seed=1)
-        for layer in range(2):
-            method.prefill(layer, 0, *(part[layer, :, :prompt] for part in (text.q, text.k, text.v)), 10)
+        prefill(cache, 0, text)
         for at in range(prompt, prompt + 10):
-            for layer in range(2):
-                token = (part[layer, None, :, at : at + 1] for part in (text.q, text.k, text.v))
-                method.attend(layer, *token, torch.tensor([0]))
-        assert method.report(0) == {"kept": kept, "sparse_steps": 10, "capped_steps": capped, "dense_layers": 1}
-        method.release(0)
+            step(cache, 0, text, at)
+        assert cache.report(0) == {"kept": kept, "sparse_steps": 10, "capped_steps": capped, "dense_layers": 1}
+        cache.free_slot(0)
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,17 @@
 import pytest
 
 from sparsecache.methods.streaming import Streaming
-from tests.methods.stepping import Kept, Text, cap_of, check_against, random_texts, shape_of
+from tests.methods.stepping import Kept, Text, budget_tokens, check_against, random_texts, shape_of
 
 
 def _kept(text: Text, budget: float, sinks: int) -> list[Kept]:
-    """Step by step: the sinks that are there first, then the latest tokens, as long as they were never evicted."""
+    """Return the sinks that are there, then the latest tokens that were never evicted, step by step."""
     steps, held = [], list(range(text.prompt))
     for past in range(text.prompt, text.prompt + text.new):
-        cap = cap_of(budget, past)
-        first = [p for p in held if p < sinks][:cap]
+        most = budget_tokens(budget, past)
+        first = [p for p in held if p < sinks][:most]
         others = [p for p in held if p >= sinks]
-        held = [*first, *others[max(0, len(others) - (cap - len(first))) :]]
+        held = [*first, *others[max(0, len(others) - (most - len(first))) :]]
         steps.append([held] * text.k.shape[1])
         held = [*held, past]
     return steps
