@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsecache.cache.stats import LayerStats, SequenceStats
 
 SpeculationSource = Literal["input", "residual"]
+MethodKind = Literal["full", "selection", "eviction", "quantised", "offload"]
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,11 @@ class CacheMethod(ABC):
     The constructor's annotated arguments are the options of `-o key=value`; all need defaults. Raise ValueError in a
     full sentence for a value out of range. What layers share hangs on the instance.
 
-    calibration_version: raise it when `calibrate` derives something else from the same queries.
+    kind: what the method does with past tokens; --list_methods groups by it. calibration_version: raise it when
+    `calibrate` derives something else from the same queries.
     """
 
+    kind: ClassVar[MethodKind] = "full"
     calibration_version: ClassVar[int] = 1
 
     def check(self, shape: Shape) -> None:  # noqa: B027 (a no-op unless options depend on the shape)

@@ -5,12 +5,12 @@ Memory follows what is kept: a cache has capacity for the budget, and for new to
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig, LayerCache, Shape, StepBytes
+from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, Shape, StepBytes
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.scores import scaled_scores
@@ -59,7 +59,10 @@ class EvictionMethod(SparseMethod):
     Tokens are evicted once, at the end of the prompt. The budget is of the prompt's length.
     """
 
+    kind: ClassVar[MethodKind] = "eviction"
     budget_excludes_generated: ClassVar[bool] = True
+
+    budget: Annotated[float, "prompt tokens kept, new ones not counted: a share up to 1, else a count"] = 0.2
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> LayerCache:
         return PromptEvictionCache(self, layer, config)

@@ -5,11 +5,12 @@ They save attention, not memory. A step works at fixed sizes on a GPU, so that i
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig, LayerCache, StepBytes
+from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, StepBytes
 from sparsecache.cache.full import FullCache
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.topk import select_topk
@@ -63,6 +64,8 @@ class SelectionMethod(SparseMethod):
 
     A method with state of its own per layer, such as page bounds, also defines a subclass of SelectionCache.
     """
+
+    kind: ClassVar[MethodKind] = "selection"
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> SelectionCache:
         return SelectionCache(self, layer, config)

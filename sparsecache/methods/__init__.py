@@ -20,6 +20,13 @@ from sparsecache.options import Option, constructor_options
 if TYPE_CHECKING:
     from sparsecache.cache.base import CacheMethod
 
+_KINDS = {
+    "full": "every past token is kept and attended to",
+    "selection": "every past token is kept, a step attends to some of them",
+    "eviction": "some past tokens are dropped",
+    "quantised": "keys and values are kept in fewer bits",
+    "offload": "keys and values are kept in host memory",
+}
 _HINT = "longbench_pred.py --list_methods shows every method's options."
 
 
@@ -144,12 +151,17 @@ def method_options(kind: "type[CacheMethod]") -> dict[str, Option]:
 
 
 def describe_methods() -> Iterator[str]:
-    """Yield lines on every built-in method: its first line, then its options with default, meaning and values."""
-    for name in method_names():
-        options = method_options(load_method(name)).values()
-        width = max((len(str(option)) for option in options), default=0)
-        yield f"{name}: {method_meaning(name)}"
-        yield from (f"  -o {option!s:{width}}  {option.meaning} [{option.allowed}]" for option in options)
+    """Yield lines on every built-in method by kind: its first line, then each option's default, meaning and values."""
+    methods = {name: load_method(name) for name in method_names()}
+    for kind, meaning in _KINDS.items():
+        names = [name for name, method in methods.items() if method.kind == kind]
+        if names:
+            yield f"{kind}: {meaning}"
+        for name in names:
+            options = method_options(methods[name]).values()
+            width = max((len(str(option)) for option in options), default=0)
+            yield f"  {name}: {method_meaning(name)}"
+            yield from (f"    -o {option!s:{width}}  {option.meaning} [{option.allowed}]" for option in options)
 
 
 def method_meaning(name: str) -> str:

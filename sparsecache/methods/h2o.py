@@ -11,11 +11,12 @@ prompt's attention is dense, and tokens leave at its end, by the attention of al
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig
+from sparsecache.cache.base import CacheConfig, MethodKind
 from sparsecache.cache.eviction import DecodingEvictionCache, attention_sums
 from sparsecache.cache.sparse import SparseMethod
 
@@ -23,6 +24,8 @@ from sparsecache.cache.sparse import SparseMethod
 @dataclass
 class H2O(SparseMethod):
     """Keeps the tokens that got the most attention, and the most recent ones."""
+
+    kind: ClassVar[MethodKind] = "eviction"
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "H2OCache":
         return H2OCache(self, layer, config)

@@ -9,12 +9,12 @@ counts sinks and recent tokens together; a budget of at most `sinks` tokens keep
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig
+from sparsecache.cache.base import CacheConfig, MethodKind
 from sparsecache.cache.eviction import DecodingEvictionCache
 from sparsecache.cache.sparse import SparseMethod
 
@@ -24,6 +24,8 @@ _SINK = 2.0**52  # above any position, and exact with one subtracted
 @dataclass
 class Streaming(SparseMethod):
     """Keeps the first and the last tokens."""
+
+    kind: ClassVar[MethodKind] = "eviction"
 
     budget: Annotated[float, "most past tokens kept, sinks included: a share of them up to 1, else a count"] = 0.2
     sinks: Annotated[int, "first tokens that are always kept, 0 or more"] = 4

@@ -10,10 +10,11 @@ dense.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig
+from sparsecache.cache.base import CacheConfig, MethodKind
 from sparsecache.cache.eviction import DecodingEvictionCache, attention_sums, pin_last
 from sparsecache.cache.sparse import SparseMethod
 
@@ -21,6 +22,8 @@ from sparsecache.cache.sparse import SparseMethod
 @dataclass
 class TOVA(SparseMethod):
     """Keeps the tokens that the latest query attends to most."""
+
+    kind: ClassVar[MethodKind] = "eviction"
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "TOVACache":
         return TOVACache(self, layer, config)

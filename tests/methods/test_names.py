@@ -83,7 +83,7 @@ def test_listing_and_refusing_names_imports_no_torch_and_no_method(run_python) -
     )
     names, refusal, modules = told.stdout.splitlines()
     assert "vanilla" in names.split()
-    assert refusal.startswith("There is no method 'vanila'. Did you mean 'vanilla'? Methods: h2o, ")
+    assert refusal.startswith("There is no method 'vanila'. Did you mean 'vanilla'? Methods: adakv, ")
     assert modules == "[]"
 
 
@@ -159,20 +159,27 @@ def test_bad_options_are_refused_with_the_value_and_what_is_allowed(key, value, 
         parse_options("sieve", {key: value})
 
 
-def test_every_method_is_described_with_its_options(add_method) -> None:
+def test_every_method_is_described_with_its_options_under_its_kind(add_method) -> None:
     add_method("sieve.py", GOOD.format(name="Sieve"))
     lines = list(describe_methods())
-    assert [line.partition(":")[0] for line in lines if line[0] != " "] == method_names()
-    start = lines.index("sieve: Sieve: a paper and its address.")
+    headings = [line.partition(":")[0] for line in lines if line[0] != " "]
+    named = [line.partition(":")[0].strip() for line in lines if line[:2] == "  " and line[2] != " "]
+    assert sorted(named) == method_names() and headings[:3] == ["full", "selection", "eviction"]
+    order = [next(at for at, line in enumerate(lines) if line.startswith(f"{text}:")) for text in (
+        "full", "  vanilla", "selection", "  quest", "eviction", "  snapkv", "  streaming",
+    )]  # fmt: skip
+    assert order == sorted(order)
+    start = lines.index("  sieve: Sieve: a paper and its address.")
+    assert start < order[2]
     assert lines[start + 1 : start + 9] == [
-        "  -o budget=64    tokens attended to, 1 or more [a whole number]",
-        "  -o share=0.5    how wide [a number]",
-        "  -o exact=false  no guessing [true or false]",
-        "  -o mode=mean     [a text]",
-        "  -o window=none  last tokens; none: all [a whole number or none]",
-        "  -o fetch=mean   how many for a layer [one of mean, per_head]",
-        "  -o rule=none    a second one [one of max or none]",
-        "  -o args=1        [a whole number]",
+        "    -o budget=64    tokens attended to, 1 or more [a whole number]",
+        "    -o share=0.5    how wide [a number]",
+        "    -o exact=false  no guessing [true or false]",
+        "    -o mode=mean     [a text]",
+        "    -o window=none  last tokens; none: all [a whole number or none]",
+        "    -o fetch=mean   how many for a layer [one of mean, per_head]",
+        "    -o rule=none    a second one [one of max or none]",
+        "    -o args=1        [a whole number]",
     ]
 
 

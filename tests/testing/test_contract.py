@@ -256,7 +256,7 @@ def _command(*arguments: str) -> tuple[int, str]:
 
 
 def test_the_command_passes_the_example(repo) -> None:
-    code, output = _command(str(repo / "examples" / "tova.py"), "--model_type", "llama")
+    code, output = _command(str(repo / "examples" / "knorm.py"), "--model_type", "llama")
     assert code == 0 and "FAILED" not in output and output.endswith("All checks passed.\n")
     assert output.count("passed  llama: ") == 14
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig, Shape, SpeculationSource
+from sparsecache.cache.base import CacheConfig, MethodKind, Shape, SpeculationSource
 from sparsecache.cache.host import check_host_memory
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
@@ -35,6 +35,7 @@ _BUNDLED = Path(__file__).parent / "calibration.txt"
 class InfiniGen(SparseMethod):
     """Speculates on partial keys and attends to the tokens near the best speculated score."""
 
+    kind: ClassVar[MethodKind] = "selection"
     min_dense_layers: ClassVar[int] = 1  # layer 0 has no predecessor
 
     alpha: Annotated[float, "how far below the best speculated score a selected token may be, 0 to inf"] = 5.0
