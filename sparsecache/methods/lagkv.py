@@ -50,7 +50,7 @@ class LagKV(EvictionMethod):
 
     def _spread(self, x: Tensor, first: int, count: int) -> Tensor:
         """Return the spread of each token's channels from `first` on: [G, partitions, lag]; x: [G, L, D]."""
-        parts = x[:, first : first + count + self.lag].float().unflatten(1, (-1, self.lag))
+        parts = x[:, first : first + count + self.lag].float().view(len(x), -1, self.lag, x.shape[2])
         low, high = parts[:, 1:].amin(2, keepdim=True), parts[:, 1:].amax(2, keepdim=True)
-        scaled = (parts[:, :-1] - low) / (high - low).clamp(min=_LEAST_RANGE)
+        scaled: Tensor = (parts[:, :-1] - low) / (high - low).clamp(min=_LEAST_RANGE)
         return scaled.std(-1).softmax(-1)
