@@ -97,7 +97,8 @@ class LLM:
             for at, prompt in enumerate(given)
         ]
         if requests:
-            self._engine.reserve(max(len(request.token_ids) for request in requests) + max_new_tokens)
+            longest = max(len(request.token_ids) for request in requests)
+            self._engine.reserve(longest + max_new_tokens, max_new_tokens)
         done = {completion.key: self._generation(completion) for completion in self._engine.generate(requests)}
         return [done[at] for at in range(len(given))]
 

@@ -26,7 +26,7 @@ def sparsecache(folder: Path, device: str, dtype: str, tokens: int, on_stage: On
     context = RunContext(settings)
     engine = context.engine(settings.slots(context.device.type))
     on_stage("weights")
-    engine.reserve(tokens + _NEW_TOKENS)
+    engine.reserve(tokens + _NEW_TOKENS, _NEW_TOKENS)
     on_stage("allocation")
     (completion,) = engine.generate([Request(0, _prompt(folder, tokens), 1, ())])
     if completion.error:

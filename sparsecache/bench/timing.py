@@ -41,7 +41,7 @@ def measure(
     """
     requests = workload.requests(vocab_size)
     before = _allocated_bytes(devices)
-    reserve(engine, workload.total_tokens, workload.new_tokens)
+    engine.reserve(workload.total_tokens, workload.new_tokens)
     gpu_bytes, host_bytes = (now - then for now, then in zip(_allocated_bytes(devices), before, strict=True))
     _check_slots(engine, workload)
     complete(engine, requests)
@@ -58,20 +58,12 @@ def measure(
 def time_requests(engine: Engine, requests: list[Request]) -> tuple[float, Clock]:
     """Return the seconds of all requests and the clock, after the first two requests alone, which are not counted."""
     longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
-    reserve(engine, longest, max(request.max_new_tokens for request in requests))
+    engine.reserve(longest, max(request.max_new_tokens for request in requests))
     complete(engine, requests[:2])
     engine.reset_clock()
     began = time.perf_counter()
     complete(engine, requests)
     return time.perf_counter() - began, engine.clock
-
-
-def reserve(engine: Engine, max_tokens: int, max_new_tokens: int) -> None:
-    """Call `engine.reserve`, with the new tokens where the engine takes them."""
-    if isinstance(engine, Generator):
-        engine.reserve(max_tokens, max_new_tokens)
-    else:
-        engine.reserve(max_tokens)
 
 
 def complete(engine: Engine, requests: list[Request]) -> list[dict[str, Any]]:

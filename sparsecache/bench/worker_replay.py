@@ -83,10 +83,10 @@ class _BenchWorker(Worker):
         self._first: Completion | None = None
         return super().load(config)
 
-    def reserve(self, max_tokens: int) -> None:
+    def reserve(self, max_tokens: int, max_new_tokens: int | None = None) -> None:
         """As Engine.reserve; then decode a prompt of that length, so that the worker is warm."""
         if max_tokens > self._reserved:
-            super().reserve(max_tokens)
+            super().reserve(max_tokens, max_new_tokens)
             self._reserved = max_tokens
             (self._first,) = self._engine.generate(Workload(max(1, max_tokens - 2), 2).requests(self._vocab_size))
 
@@ -109,5 +109,6 @@ def _started(group: WorkerGroup, requests: list[Request]) -> Iterator[Workers]:
         loader = _EngineLoader(group, vocab_size(group.model))
         config = WorkerConfig(loader, cluster.threads(group.workers), os.getcwd())
         with Workers(cluster, config, size, group.slots, _BenchWorker) as workers:
-            workers.reserve(max(len(request.token_ids) + request.max_new_tokens for request in requests))
+            max_tokens = max(len(request.token_ids) + request.max_new_tokens for request in requests)
+            workers.reserve(max_tokens, max(request.max_new_tokens for request in requests))
             yield workers

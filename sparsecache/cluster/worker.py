@@ -71,9 +71,9 @@ class Worker:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or None
         return WorkerInfo(platform.node(), os.getpid(), gpu_name(devices), visible)
 
-    def reserve(self, max_tokens: int) -> None:
+    def reserve(self, max_tokens: int, max_new_tokens: int | None = None) -> None:
         """Calls Engine.reserve."""
-        self._engine.reserve(max_tokens)
+        self._engine.reserve(max_tokens, max_new_tokens)
 
     def reset_clock(self) -> None:
         """Calls Engine.reset_clock."""

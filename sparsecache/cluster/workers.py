@@ -81,7 +81,7 @@ class Workers:
         """Starts the workers; the cluster must have room for them."""
         self._cluster, self._size, self._slots, self._remote = cluster, size, slots, ray.remote(worker)
         self._config = ray.put(config)
-        self._reserved = 0
+        self._reserved: tuple[int, int | None] | None = None  # arguments of `reserve`
         self._ended: list[WorkerHandle] = []
         self._deaths = 0  # since a row was finished
         self._first_ready = self._last_row = 0.0
@@ -126,11 +126,11 @@ class Workers:
             self._report_missing(len(missing))
         ray.get(calls)
 
-    def reserve(self, max_tokens: int) -> None:
+    def reserve(self, max_tokens: int, max_new_tokens: int | None = None) -> None:
         """Calls Engine.reserve in every worker."""
-        self._reserved = max_tokens
+        self._reserved = max_tokens, max_new_tokens
         for handle in self._handles:
-            handle.actor.reserve.remote(max_tokens)
+            handle.actor.reserve.remote(max_tokens, max_new_tokens)
 
     def reset_clock(self) -> None:
         """Sets all totals to zero."""
@@ -240,8 +240,8 @@ class Workers:
     def _start(self, number: int, failed_starts: int = 0) -> WorkerHandle:
         actor = self._remote.options(**self._ray_options()).remote()
         handle = WorkerHandle(number, actor, deque([actor.load.remote(self._config)]), failed_starts)
-        if self._reserved:
-            actor.reserve.remote(self._reserved)
+        if self._reserved is not None:
+            actor.reserve.remote(*self._reserved)
         return handle
 
     def _ray_options(self) -> dict[str, Any]:

@@ -78,8 +78,8 @@ class Engine(Protocol):
     def clock(self) -> Clock:
         """Its own totals."""
 
-    def reserve(self, max_tokens: int) -> None:
-        """Makes room for sequences of max_tokens, where that helps."""
+    def reserve(self, max_tokens: int, max_new_tokens: int | None = None) -> None:
+        """Allocate for sequences of max_tokens, at most max_new_tokens of them new (None: all), where that helps."""
 
     def reset_clock(self) -> None:
         """Starts the totals and the peak of GPU memory anew."""

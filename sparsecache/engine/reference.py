@@ -60,8 +60,8 @@ class TransformersEngine:
             )
         return cls(model.to(device).eval(), device)
 
-    def reserve(self, max_tokens: int) -> None:
-        """Does nothing: transformers makes room for each prompt."""
+    def reserve(self, max_tokens: int, max_new_tokens: int | None = None) -> None:
+        """Do nothing: transformers allocates per prompt."""
 
     def reset_clock(self) -> None:
         """Starts the totals and the peak of GPU memory anew."""

@@ -143,7 +143,9 @@ class _Run:
                 known = list(self._requests(largest(works), quietly=True))
             else:
                 requests = iter(known := list(requests))
-            engine.reserve(max((len(r.token_ids) + r.max_new_tokens for r in known), default=0))
+            if known:
+                max_tokens = max(len(request.token_ids) + request.max_new_tokens for request in known)
+                engine.reserve(max_tokens, max(request.max_new_tokens for request in known))
         new_tokens = 0
 
         def tick(tokens: int) -> None:
