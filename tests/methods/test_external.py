@@ -15,7 +15,7 @@ from sparsecache.engine.base import Request
 from sparsecache.engine.generator import Generator
 from sparsecache.errors import UsageError
 from sparsecache.methods import check_method_name, load_method, make_method, method_identity, parse_options, short_name
-from tests.methods.stepping import Kept, Text, budget_tokens, check_against, probabilities, random_texts, shape_of
+from tests.methods.stepping import Kept, Text, budget_tokens, check_against, random_texts, shape_of
 
 SOURCE = '''
 """Keeps the first prompt tokens."""
@@ -209,24 +209,22 @@ def test_a_run_by_path_records_the_identity_and_follows_the_file(write, checkpoi
     assert told.exit_code == 2 and told.stderr.startswith("Error: --method no_such.py: there is no such .py file.")
 
 
-def _last_query(text: Text, layer: int, budget: float) -> list[Kept]:
-    """Return the prompt tokens that the last prompt query attends to most over all heads, and all new ones."""
-    last = text.prompt - 1
-    weights = [probabilities(text, layer, head, last, list(range(text.prompt))) for head in range(text.q.shape[1])]
-    votes = [sum(of_token) for of_token in zip(*weights, strict=True)]
-    order = [last, *sorted(range(last), key=lambda at: (-votes[at], at))]
-    kept = sorted(order[: budget_tokens(budget, text.prompt)])
+def _lowest_norms(text: Text, layer: int, budget: float) -> list[Kept]:
+    """Return the prompt tokens whose keys have the lowest norms, and all new ones."""
+    norms = text.k[layer, :, : text.prompt].double().norm(dim=2).tolist()
+    count = budget_tokens(budget, text.prompt)
+    kept = [sorted(sorted(range(text.prompt), key=of_head.__getitem__)[:count]) for of_head in norms]
     ends = range(text.prompt, text.prompt + text.new)
-    return [[[*kept, *range(text.prompt, end)]] * text.k.shape[1] for end in ends]
+    return [[[*of_head, *range(text.prompt, end)] for of_head in kept] for end in ends]
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("budget", [0.3, 1.0, 1, 9])
-def test_the_example_keeps_what_the_last_query_attends_to(budget, group, repo) -> None:
-    method = str(repo / "examples" / "tova.py")
+def test_the_example_keeps_the_keys_of_lowest_norm(budget, group, repo) -> None:
+    method = str(repo / "examples" / "knorm.py")
     made = make_method(method, {**parse_options(method, {}), "budget": budget, "dense_layers": 1})
     shape = shape_of(group)
-    check_against(lambda text, layer: _last_query(text, layer, budget), made, shape, random_texts(shape))
+    check_against(lambda text, layer: _lowest_norms(text, layer, budget), made, shape, random_texts(shape))
 
 
 def test_a_method_by_path_decodes(write, decoder) -> None:
