@@ -16,7 +16,7 @@ CASES = {  # slots, KV heads, group, head size, capacity, lengths of the slots i
     "around a block": (5, 2, 2, 64, 140, [63, 64, 65, 127, 128]),
     "very unequal": (4, 1, 8, 64, 1000, [999, 3, 640]),
     "wide group": (1, 1, 20, 16, 150, [149]),
-    "more rows than splits": (21, 2, 1, 16, 70, [*range(20)]),
+    "more rows than splits": (15, 2, 1, 16, 70, [*range(14)]),
 }
 if torch.cuda.is_available():  # the interpreter would take minutes for each
     CASES |= {
@@ -80,7 +80,7 @@ def test_each_kv_head_attends_to_its_rows_and_the_new_token(case, per_head, back
 
 
 @cases
-@pytest.mark.parametrize("width", [1, 40, 150])
+@pytest.mark.parametrize("width", [1, 100])
 def test_attend_selected(case, width, device, dtype, agree) -> None:
     q, k, v, keys, values, _, order, generator = _cache(case, device, dtype)
     batch, kv_heads, capacity = len(order), k.shape[1], keys.shape[2]
@@ -120,7 +120,7 @@ def test_rows_beyond_the_count_may_hold_nan(backend, device) -> None:
     assert expected.isfinite().all() and torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("splits", [3, 4, 33, 200])
+@pytest.mark.parametrize("splits", [3, 33, 110])
 def test_any_number_of_splits(splits, device, dtype, agree, monkeypatch) -> None:
     monkeypatch.setattr(decode, "split_count", lambda *_: splits)
     q, k, v, keys, values, held, order, _ = _cache(CASES["very unequal"], device, dtype)

@@ -11,7 +11,7 @@ from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, split_and_rotate
 from sparsecache.kernels.swiglu import swiglu as activation
 
-SIZES = [(1, 64, 48), (1, 4100, 37), (2, 256, 16), (5, 300, 33), (16, 257, 130), (MAX_FUSED_ROWS + 3, 40, 24)]
+SIZES = [(1, 64, 48), (1, 4100, 21), (2, 256, 16), (5, 300, 33), (16, 257, 130), (MAX_FUSED_ROWS + 3, 40, 24)]
 sizes = pytest.mark.parametrize(("rows", "size", "width"), SIZES, ids=["x".join(map(str, each)) for each in SIZES])
 
 
@@ -63,19 +63,27 @@ def test_swiglu(rows, size, width, draw, agree) -> None:
     agree(activation, draw(rows, 2 * width))
 
 
-@sizes
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 1, 32), (3, 3, 20), (0, 2, 64)])
-def test_linear_rope(rows, size, width, heads, kv_heads, head_dim, draw, agree) -> None:
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 1, 32), (3, 2, 20), (0, 1, 64)])
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (1, 1300), (5, 300), (16, 257), (MAX_FUSED_ROWS + 3, 40)])
+def test_linear_rope(rows, size, heads, kv_heads, head_dim, draw, agree) -> None:
     """Heads beyond num_rotated (values) are not rotated. A slice of the weight projects the queries and keys alone."""
-    angles = draw(rows, head_dim // 2).repeat(1, 2)
-    rotation = Rotation(angles.cos(), angles.sin())
-    x, count = draw(rows, size), heads + 2 * kv_heads
+    x, count, rotation = draw(rows, size), heads + 2 * kv_heads, _rotation(rows, head_dim, draw)
     weight, bias = draw(count * head_dim, size) / size**0.5, draw(count * head_dim)
     agree(linear_rope, x, weight, bias, rotation, count - kv_heads)
     agree(linear_rope, x, weight[: -kv_heads * head_dim], None, rotation, count)
-    projected = draw(rows, count, head_dim)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 1, 32), (3, 3, 20), (0, 2, 64)])
+@pytest.mark.parametrize("rows", [1, 5, 19])
+def test_split_and_rotate(rows, heads, kv_heads, head_dim, draw, agree) -> None:
+    projected, rotation = draw(rows, heads + 2 * kv_heads, head_dim), _rotation(rows, head_dim, draw)
     for capacity in (rows, rows + 37):
         agree(split_and_rotate, projected, rotation, kv_heads, capacity)
+
+
+def _rotation(rows: int, head_dim: int, draw) -> Rotation:
+    angles = draw(rows, head_dim // 2).repeat(1, 2)
+    return Rotation(angles.cos(), angles.sin())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 100), (2, 5, 64), (17, 4096), (2, 0, 64)], ids=str)
