@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import math
+import mmap
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 _GIB = 2**30
+_PAGE = mmap.PAGESIZE
 _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for all GPUs
 _pinned = 0
 _CGROUP = Path("/sys/fs/cgroup")
@@ -20,13 +23,16 @@ def allocate(size: Sequence[int], dtype: torch.dtype, device: torch.device, offl
 
     Memory is pinned in place, since torch's pinned allocator takes up to twice the size.
     """
-    if not offload:
+    if not offload or device.type != "cuda":
         return torch.zeros(size, device=device, dtype=dtype)
-    tensor = torch.zeros(size, dtype=dtype)
-    if device.type == "cuda" and tensor.nbytes:
+    nbytes = math.prod(size) * dtype.itemsize
+    pages = -(-nbytes // _PAGE)
+    memory = torch.zeros((pages + 1) * _PAGE, dtype=torch.uint8)
+    memory = memory[-memory.data_ptr() % _PAGE :][: pages * _PAGE]  # a page can be pinned once only
+    if nbytes:
         torch.cuda.synchronize(device)  # initialises the driver's context for this thread
-        _pin(tensor)
-    return tensor
+        _pin(memory)
+    return memory[:nbytes].view(dtype).view(*size)
 
 
 def check_host_memory(nbytes: int) -> None:

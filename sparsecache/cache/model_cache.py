@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, Shape
 from sparsecache.cache.stats import DeviceStats, SequenceStats, mean_share
+from sparsecache.cache.streams import SideStream
 
 
 class ModelCache:
@@ -35,6 +36,7 @@ class ModelCache:
         }
         self._prompt_tokens: dict[int, int] = {}
         self.layers: list[LayerCache] = []
+        self._streams = {device: SideStream(device, high_priority=True) for device in self._stats}
         self.layer_stats = [self._stats[device].layers[devices[:at].count(device)] for at, device in enumerate(devices)]
         for layer, device in enumerate(devices):
             config = CacheConfig(
@@ -59,9 +61,16 @@ class ModelCache:
             stats.start_sequence(slot, prompt_tokens)
 
     def end_step(self, slots: Tensor) -> None:
-        """End a decode step of slots [B], which every layer has attended in."""
+        """End a decode step of slots [B], which every layer has attended in; on side streams until `join`."""
         for device, stats in self._stats.items():
-            stats.end_step(slots.to(device), any(self._sparse[device]))
+            slots_there = slots.to(device)
+            with self._streams[device].after():
+                stats.end_step(slots_there, any(self._sparse[device]))
+
+    def join(self) -> None:
+        """Let the current streams wait for the end of the step."""
+        for stream in self._streams.values():
+            stream.join()
 
     def report(self, slot: int, discard_last_step: bool = False) -> dict[str, Any]:
         """Return what the method reports of a sequence, before `free_slot`.

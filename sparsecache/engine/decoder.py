@@ -104,8 +104,10 @@ class Decoder:
             x = linear(out.flatten(1), layer.output, layer.output_bias, residual=x)
             self._speculate(index + 1, "residual", x, rotation, slots)
             x = linear(self._mlp_hidden(x, layer), layer.down, layer.down_bias, residual=x)
-        caches.end_step(all_slots)
-        return self._lm_head(x)
+        caches.end_step(all_slots)  # beside the projection to the vocabulary
+        logits = self._lm_head(x)
+        caches.join()
+        return logits
 
     def _speculate(
         self, index: int, source: SpeculationSource, hidden: Tensor, rotation: Rotation, slots: Tensor

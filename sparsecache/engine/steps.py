@@ -1,5 +1,9 @@
 """Decode steps: CUDA graphs where the decoder allows it, else operation by operation."""
 
+import gc
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -7,6 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsecache.engine.decoder import Decoder
+
+_BLOCKS = 256  # of a row of logits
 
 
 class StepHandle(Protocol):
@@ -37,8 +43,17 @@ def most_likely(logits: Tensor) -> Tensor:
 
     -1 is a valid index of the embedding, so a step that was launched ahead may read it.
     """
-    best, token_ids = logits.max(dim=-1)  # NaN counts as the largest
-    return torch.where(best.isfinite(), token_ids, -1)
+    blocks = math.gcd(logits.shape[-1], _BLOCKS) if logits.device.type == "cuda" else 1  # a program reduces a block
+    best, token_ids = blocked_max(logits, blocks)
+    return torch.where(best.abs() < torch.inf, token_ids, -1)
+
+
+def blocked_max(logits: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Return the largest of logits [..., V], NaN above all, and its first index; `blocks` divides V."""
+    of_blocks, places = logits.unflatten(-1, (blocks, -1)).max(dim=-1)
+    best, block = of_blocks.max(dim=-1, keepdim=True)
+    token_ids = block * (logits.shape[-1] // blocks) + places.gather(-1, block)
+    return best[..., 0], token_ids[..., 0]
 
 
 def make_steps(decoder: Decoder, slots: int) -> Steps:
@@ -186,7 +201,7 @@ class GraphedSteps:
         inputs = free.to(self._decoder.device)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        with _no_garbage_collection(), torch.cuda.graph(graph, pool=pool):
             logits = self._run(inputs)
         return _Graph(graph, inputs, logits, (TokenReadback(size, inputs.device), TokenReadback(size, inputs.device)))
 
@@ -196,3 +211,15 @@ class GraphedSteps:
         inputs[0] = most_likely(logits)
         inputs[1] += 1
         return logits
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep Python from freeing an earlier engine's pinned memory within, which would end a capture with an error."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

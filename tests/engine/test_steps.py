@@ -12,7 +12,7 @@ import torch
 from sparsecache.cache.base import CacheMethod
 from sparsecache.engine import generator
 from sparsecache.engine.base import Request
-from sparsecache.engine.steps import GraphedSteps, TokenReadback, _Graph
+from sparsecache.engine.steps import GraphedSteps, TokenReadback, _Graph, blocked_max
 from sparsecache.kernels._triton import INTERPRETED, force_backend
 from sparsecache.methods import method_names
 from sparsecache.methods.vanilla import Vanilla
@@ -216,3 +216,15 @@ def test_fetched_bytes_of_vanilla_are_those_of_all_past_tokens(folder, make_engi
     token_nbytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
     past = [9 + 10 + 11, 5 + 6 + 7]
     assert [done[at].report["fetched_bytes"] for at in (0, 1)] == [tokens * token_nbytes for tokens in past]
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 16])
+def test_a_maximum_by_blocks_is_the_first_largest_value(blocks: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(200, 48, generator=generator).mul(2).round().to(dtype)  # full of ties
+        logits[3, 7] = logits[4, 40] = torch.nan
+        logits[5, 11] = torch.inf
+        best, token_ids = blocked_max(logits, blocks)
+        assert torch.equal(token_ids, logits.argmax(-1))
+        assert torch.equal(best.nan_to_num(9e9), logits.amax(-1).nan_to_num(9e9))
