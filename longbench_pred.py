@@ -8,6 +8,7 @@ import click
 
 from sparsecache.cli import FlexibleCommand, option, option_pairs, report_usage_errors
 from sparsecache.methods import describe_methods
+from sparsecache.options import LARGEST
 from sparsecache.runner.settings import DTYPE_CHOICES, ENGINES, Settings
 from sparsecache.versions import check_versions
 
@@ -17,8 +18,12 @@ _HELP = {
     "method": "Cache method (a file of sparsecache/methods).",
     "data": "hub, sample, a folder of <dataset>.jsonl, or a zip of them; by default what the model's table names, "
     "else hub.",
-    "name": "Folder of the run below the model's; the method's name by default.",
+    "name": "Folder of the run below the model's; by default the method and its options (infinigen-budget=256).",
+    "model_name": "Folder of the model below --pred_dir; by default the checkpoint's own name.",
 }
+
+
+_COUNT = click.IntRange(1, LARGEST)
 
 
 class BatchSize(click.ParamType[int | None]):
@@ -27,7 +32,7 @@ class BatchSize(click.ParamType[int | None]):
     name = "N|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        return None if value == "auto" else click.IntRange(1).convert(value, param, ctx)
+        return None if value == "auto" else _COUNT.convert(value, param, ctx)
 
 
 def _list_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
@@ -59,39 +64,56 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
     help="Show every method with its options, defaults and what they mean, and exit.",
 )
 @option(Settings, "name", help=_HELP["name"])
+@option(Settings, "model_name", help=_HELP["model_name"])
 @click.option("--e", is_flag=True, help="LongBench-E: files are <dataset>_e.jsonl.")
 @option(Settings, "data", help=_HELP["data"])
 @option(Settings, "data_revision", help="Branch, tag or commit of the hub's data.")
-@option(Settings, "sample_rows", type=click.IntRange(1), help="Rows per dataset of --data sample.")
+@option(Settings, "sample_rows", type=_COUNT, help="Rows per dataset of --data sample.")
 @option(
     Settings,
     "sample_tokens",
     type=click.IntRange(256, 32768),
     help="Prompt length of --data sample, estimated: 4 characters a token.",
 )
-@option(Settings, "sample_seed", type=int, help="Seed of --data sample.")
+@option(Settings, "sample_seed", type=click.IntRange(-LARGEST, LARGEST), help="Seed of --data sample.")
 @click.option("--offline", is_flag=True, help="Never touch the network: caches and local files only.")
-@option(Settings, "max_samples", type=click.IntRange(1), help="Only the first rows of each dataset.")
-@option(Settings, "max_length", type=click.IntRange(2), help="Cut the middle of raw prompts longer than this.")
-@option(Settings, "window", type=click.IntRange(8), help="Tokens for prompt and answer, over the checkpoint's own.")
+@option(Settings, "max_samples", type=_COUNT, help="Only the first rows of each dataset.")
+@option(Settings, "max_length", type=click.IntRange(2, LARGEST), help="Cut the middle of raw prompts longer than this.")
+@option(
+    Settings,
+    "window",
+    type=click.IntRange(8, LARGEST),
+    help="Tokens for prompt and answer together, at most the checkpoint's own.",
+)
 @option(
     Settings,
     "batch_size",
     type=BatchSize(),
     help="Sequences decoded together at most; auto (the default): 16 on a GPU, 1 on a CPU. Fewer if memory is short.",
 )
-@option(Settings, "workers", type=click.IntRange(1), help="Processes that decode at once, on Ray; 1: this one alone.")
+@option(
+    Settings,
+    "workers",
+    type=_COUNT,
+    help="Processes that decode at once, on Ray; 1: this one alone.",
+)
 @option(Settings, "ray_address", help="HOST:PORT of a running Ray cluster, or auto; without it one is started here.")
-@option(Settings, "gpus_per_worker", type=click.IntRange(1), help="Split the layers over so many GPUs of one machine.")
+@option(
+    Settings,
+    "gpus_per_worker",
+    type=_COUNT,
+    help="Split the layers over so many GPUs of one machine.",
+)
 @option(Settings, "dtype", type=click.Choice(DTYPE_CHOICES), help="auto: the checkpoint's on a GPU, float32 on a CPU.")
 @option(Settings, "device", help="auto, cpu, cuda or cuda:<number>.")
 @option(Settings, "engine", type=click.Choice(ENGINES), help="transformers: its own generate, vanilla only.")
 @option(
     Settings,
     "verify",
-    type=click.IntRange(0),
+    type=click.IntRange(0, LARGEST),
     help="First compare this many prompts with transformers; differences are reported and recorded.",
 )
+@click.option("--quiet", is_flag=True, help="Print only warnings, errors and the result of --verify.")
 @click.option("--allow_pickle", is_flag=True, help="Load .bin weights (restricted unpickling, no code).")
 @click.option(
     "--overwrite", is_flag=True, help="Delete the whole run of this name, all its datasets, and start afresh."

@@ -6,6 +6,7 @@ import click
 
 from sparsecache.cli import FlexibleCommand, report_usage_errors
 from sparsecache.longbench.tasks import select_tasks
+from sparsecache.options import LARGEST
 from sparsecache.runner.settings import Settings
 from sparsecache.synthetic.source import SampleSource
 
@@ -16,17 +17,17 @@ from sparsecache.synthetic.source import SampleSource
     "--datasets", default="all", show_default=True, help="Comma-separated datasets, or all, en, zh, or a category."
 )
 @click.option(
-    "--rows", type=click.IntRange(1), default=Settings.sample_rows, show_default=True, help="Rows per dataset."
+    "--rows", type=click.IntRange(1, LARGEST), default=Settings.sample_rows, show_default=True, help="Rows per dataset."
 )
 @click.option("--tokens", type=int, default=Settings.sample_tokens, show_default=True, help="Prompt length.")
-@click.option("--seed", type=int, default=Settings.sample_seed, show_default=True)
+@click.option("--seed", type=click.IntRange(-LARGEST, LARGEST), default=Settings.sample_seed, show_default=True)
 def main(out: Path, datasets: str, rows: int, tokens: int, seed: int) -> None:
     """Write the rows of --data sample (with --sample_rows, --sample_tokens, --sample_seed) as files to --out.
 
     Existing files of the same names are replaced.
     """
-    source = SampleSource(rows, tokens, seed)
     with report_usage_errors():
+        source = SampleSource(rows, tokens, seed)
         files = [(task, source.read(task, e=False)[1]) for task in select_tasks(datasets)]
     out.mkdir(parents=True, exist_ok=True)
     for task, lines in files:

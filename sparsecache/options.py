@@ -1,4 +1,4 @@
-"""Options that are typed as text: read off the arguments of a constructor, shown, converted. Knows no method."""
+"""Options of methods: read from a constructor's signature, converted from text, and shown."""
 
 import inspect
 import math
@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from sparsecache.errors import short
+
 _WORDS: dict[Any, str] = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+LARGEST = 2**31 - 1
+"""The largest size or count that an option may be."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option: what may be given, what is taken otherwise, and what it means in one line.
+    """One option: its type, default and meaning.
 
     kind: float, int, bool, str, or a Literal of texts; optional: whether `none` may be given too.
     """
@@ -32,14 +36,20 @@ class Option:
         return f"{self.name}={show(self.default)}"
 
     def convert(self, text: str) -> Any:
-        """The value that `text` stands for. Raises ValueError, in full sentences, where it is not allowed."""
+        """Returns the value of `text`. Raises ValueError, in full sentences, for one that is not allowed."""
         if self.optional and text.lower() == "none":
             return None
         try:
-            return self._read(text)
+            value = self._read(text)
         except (KeyError, ValueError):
-            meaning = f" {self.name}: {self.meaning} (default {show(self.default)})." if self.meaning else ""
-            raise ValueError(f"{self.name}={text!r} is not {self.allowed}.{meaning}") from None
+            raise ValueError(f"{self.name}={short(text)!r} is not {self.allowed}.{self._hint}") from None
+        if type(value) in (int, float) and LARGEST < abs(value) < math.inf:
+            raise ValueError(f"{self.name}={short(text)!r} is out of range: at most {LARGEST}.{self._hint}")
+        return value
+
+    @property
+    def _hint(self) -> str:
+        return f" {self.name}: {self.meaning} (default {show(self.default)})." if self.meaning else ""
 
     def _read(self, text: str) -> Any:
         if self.kind is bool:
@@ -53,7 +63,7 @@ class Option:
 
 
 def show(value: Any) -> str:
-    """A value as it is typed."""
+    """Returns a value as it is typed on the command line."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -126,6 +126,18 @@ class Workers:
             self._report_missing(len(missing))
         ray.get(calls)
 
+    def check_loaded(self) -> None:
+        """Waits until every worker has loaded its engine. Raises the UsageError of one that could not."""
+        for handle in self._handles:
+            while not ray.wait([handle.calls[0]], timeout=_REPORT_AFTER_S)[0]:
+                self._report_missing(1)
+            try:
+                ray.get(handle.calls[0])
+            except RayError as error:
+                if isinstance(error, RayTaskError) and isinstance(error.cause, UsageError):
+                    raise error.cause from None
+                # `generate` replaces a worker that died.
+
     def reserve(self, max_tokens: int, max_new_tokens: int | None = None) -> None:
         """Calls Engine.reserve in every worker."""
         self._reserved = max_tokens, max_new_tokens

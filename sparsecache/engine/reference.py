@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class TransformersEngine:
     def __init__(self, model: Any, device: torch.device, **generation: Any):
         """`model` is a transformers model on the device; `generation`, more fields of its GenerationConfig."""
         self.clock = fresh_clock(device)
+        self.on_logits: Callable[[torch.Tensor], None] | None = None  # called with each step's logits [1, V]
         self._model, self._device, self._generation = model, device, generation
         # A checkpoint's own sampling and penalties are not part of greedy decoding.
         self._model.generation_config = GenerationConfig()
@@ -82,7 +83,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def _generate(self, request: Request, tick: Tick) -> Completion:
         self._forget_lengths()
-        watch = _Watch(self._device)
+        watch = _Watch(self._device, self.on_logits)
         prompt = torch.tensor([request.token_ids], device=self._device)
         began = time.perf_counter()
         generation = GenerationConfig(
@@ -144,10 +145,10 @@ class _NotFiniteError(Exception):
 class _Watch(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
     """Notes when the first logits are there, and stops at logits that are not finite; changes nothing."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, on_logits: Callable[[torch.Tensor], None] | None):
         self.at = 0.0
         self.new_tokens = -1
-        self._device = device
+        self._device, self._on_logits = device, on_logits
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self.new_tokens += 1
@@ -155,6 +156,8 @@ class _Watch(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped 
             raise _NotFiniteError
         if not self.at:
             self.at = time.perf_counter()
+        if self._on_logits is not None:
+            self._on_logits(scores)
         return scores
 
 

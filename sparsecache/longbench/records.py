@@ -15,6 +15,7 @@ import jsonlines
 
 from sparsecache.errors import UsageError, listed, one_line
 from sparsecache.files import lock, lock_holder, locked, make_folder, open_regular, write_atomically
+from sparsecache.longbench.identity import identity_differences
 from sparsecache.longbench.jsonl import dumps, read_json, read_objects, write_json
 from sparsecache.longbench.prediction_row import check_row, is_finished
 from sparsecache.longbench.run_record import BY_DATASET, RUN_FILE, RunRecord, parse_run_record
@@ -227,35 +228,43 @@ class RunFolder:
             change(record)
             write_json(self.path / RUN_FILE, record)
 
-    def claim(self, identity: dict[str, Any]) -> None:
-        """Makes this folder the one of `identity`. Raises UsageError when it belongs to another, or may do.
+    def check(self, identity: dict[str, Any]) -> None:
+        """Raises UsageError if the folder belongs to another run than `identity`, or may do. Writes nothing.
 
-        Values that are tables (data and template hashes by dataset) are compared where both have the key, and
-        merged, so that one run may be filled dataset by dataset. An infinite number is recorded as text, since JSON
-        has none.
+        Tables by dataset (templates, protocol, data) are compared where both have the dataset.
         """
-        identity = json.loads(json.dumps(identity), parse_constant=lambda name: str(float(name)))
+        self._check(self.read(), _as_json(identity))
+
+    def claim(self, identity: dict[str, Any]) -> None:
+        """Records `identity` in run.json. Raises UsageError as `check`.
+
+        Tables by dataset are merged, so that one run may be filled dataset by dataset. An infinite number is
+        recorded as text, since JSON has none.
+        """
+        identity = _as_json(identity)
 
         def change(record: dict[str, Any]) -> None:
-            known = record.get("identity", {})
-            said = known.get("data", {})
-            unknown = [
-                stem for stem in identity.get("data", ()) if stem not in said and self.predictions(stem).exists()
-            ]
-            if unknown:
-                raise UsageError(
-                    f"{self.path} holds predictions of {', '.join(unknown)} but no {RUN_FILE} that says how they were "
-                    f"made. Choose another --name, or start this one afresh with --overwrite."
-                )
-            differing = list(_differences(known, identity))
-            if differing:
-                raise UsageError(
-                    f"{self.path} holds a run with other settings: {'; '.join(differing)}. Choose another --name, "
-                    f"or start this one afresh with --overwrite."
-                )
-            record["identity"] = _merged(known, identity)
+            self._check(record, identity)
+            record["identity"] = _merged(record.get("identity", {}), identity)
 
         self.update(change)
+
+    def _check(self, record: dict[str, Any], identity: dict[str, Any]) -> None:
+        known = record.get("identity", {})
+        recorded = known.get("data", {})
+        unknown = [
+            stem for stem in identity.get("data", ()) if stem not in recorded and self.predictions(stem).exists()
+        ]
+        if unknown:
+            raise UsageError(
+                f"{self.path} holds predictions of {', '.join(unknown)} but no {RUN_FILE} that says how they were "
+                f"made. Choose another --name, or start this one afresh with --overwrite."
+            )
+        if known and (differing := list(identity_differences(known, identity))):
+            raise UsageError(
+                f"{self.path} holds a run with other settings: {'; '.join(differing)}. Choose another --name, "
+                f"or start this one afresh with --overwrite."
+            )
 
     def clear(self, stems: list[str]) -> None:
         """Deletes the run's record, results and the prediction files named.
@@ -291,20 +300,10 @@ def _lock_path(path: Path) -> Path:
     return path.with_name(f".{path.stem}.lock")
 
 
-def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    for key in wanted if known else ():
-        if key not in known:  # made by an earlier version, whose rows may be made otherwise
-            yield f"{key} was not recorded"
-            continue
-        old, new = known[key], wanted[key]
-        if key in BY_DATASET:
-            yield from (
-                f"{key} of {stem} was {old[stem]}, now {new[stem]}"
-                for stem in sorted(old.keys() & new.keys())
-                if old[stem] != new[stem]
-            )
-        elif old != new:
-            yield f"{key} was {json.dumps(old, ensure_ascii=False)}, now {json.dumps(new, ensure_ascii=False)}"
+def _as_json(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity as it is read back from run.json; an infinite number becomes a text."""
+    found: dict[str, Any] = json.loads(json.dumps(identity), parse_constant=lambda name: str(float(name)))
+    return found
 
 
 def _merged(known: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:

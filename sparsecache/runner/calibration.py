@@ -1,7 +1,7 @@
-"""What a method learned from its calibration text, kept in a file from run to run.
+"""Keeps what a method learns from its calibration text in a file, so that later runs need not calibrate.
 
 The file is keyed by the checkpoint's fingerprint, the tokens of the text, the dtype, the method and the version of
-its calibration. It lies in $SPARSECACHE_CACHE, or else in sparsecache/ of the user's cache folder.
+its calibration. It lies in `calibration/` of the cache folder (files.cache_folder).
 """
 
 import hashlib
@@ -25,25 +25,45 @@ MOST_TOKENS = 2048
 
 
 def calibrate(method: CacheMethod, decoder: Decoder, token_ids: list[int], fingerprint: str) -> None:
-    """Shows the method its calibration text (the first 2,048 of `token_ids`), or what it learned of it before.
+    """Calibrates the method with the first 2,048 of `token_ids`, or restores an earlier calibration from its file.
 
-    Raises UsageError for a kept file that does not fit the checkpoint; it is never used.
+    Raises UsageError for a file that does not fit the checkpoint or holds NaN or infinite values, and if the
+    checkpoint's own calibration does.
     """
     token_ids = token_ids[:MOST_TOKENS]
     key = _key(method, token_ids, fingerprint, str(decoder.dtype))
     file = cache_folder() / "calibration" / f"{key[:32]}.safetensors"
-    if os.path.exists(file):  # unlike Path.exists, no error where a folder may not be searched
+    if os.path.exists(file):  # unlike Path.exists, it raises nothing for a folder that may not be searched
         try:
             method.restore(_load(file, key), decoder.shape)
         except (ValueError, OSError, SafetensorError) as error:
             problem = one_line(error).rstrip(".")
             raise UsageError(
-                f"The calibration in {file} does not fit this checkpoint: {problem}. Delete the file; it is made anew."
+                f"The calibration in {file} cannot be used: {problem}. Delete the file; the next run calibrates again."
             ) from error
         return
-    with tqdm(total=decoder.shape.layers, desc="Calibration", unit="layer", leave=False) as bar, torch.inference_mode():
-        decoder.calibrate(torch.tensor(token_ids, device=decoder.device), bar.update)
-    _save(file, method.calibration(), key)
+    bar = tqdm(total=decoder.shape.layers, desc="Calibration", unit="layer", leave=False, disable=None)
+    try:
+        with bar, torch.inference_mode():
+            decoder.calibrate(torch.tensor(token_ids, device=decoder.device), bar.update)
+        tensors = method.calibration()
+        failure = _not_finite(tensors)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # decomposing what is not finite
+        failure = one_line(error)
+    if failure is not None:
+        raise UsageError(
+            f"The calibration of this checkpoint failed: {failure}. Its weights or config.json are broken, or values "
+            f"overflow the dtype: try --dtype float32."
+        )
+    _save(file, tensors, key)
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Names a tensor with NaN or infinite values; None if there is none."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"NaN or infinite values ({name})"
+    return None
 
 
 def _key(method: CacheMethod, token_ids: list[int], fingerprint: str, dtype: str) -> str:
@@ -55,8 +75,11 @@ def _key(method: CacheMethod, token_ids: list[int], fingerprint: str, dtype: str
 def _load(file: Path, key: str) -> dict[str, Tensor]:
     with safe_open(file, framework="pt") as opened:
         if (opened.metadata() or {}).get("key") != key:
-            raise ValueError("it was made of another checkpoint, text or version.")
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+            raise ValueError("it belongs to another checkpoint, text or version.")
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+    if problem := _not_finite(tensors):
+        raise ValueError(f"it holds {problem}.")
+    return tensors
 
 
 def _save(file: Path, tensors: dict[str, Tensor], key: str) -> None:
@@ -70,5 +93,7 @@ def _save(file: Path, tensors: dict[str, Tensor], key: str) -> None:
             save_file(tensors, unfinished, metadata={"key": key})
             unfinished.replace(file)
     except (OSError, SafetensorError) as error:
-        warning = f"Warning: the calibration could not be kept in {file} ({one_line(error)}); every run makes it anew."
-        tqdm.write(warning, file=sys.stderr)
+        print(
+            f"Warning: the calibration could not be written to {file} ({one_line(error)}), so every run calibrates.",
+            file=sys.stderr,
+        )

@@ -1,9 +1,10 @@
-"""What a run is made of: settings brought together with a checkpoint, before any weights are read."""
+"""The context of a run: its checkpoint, method, device, dtype and prompts, before weights are read."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,14 +29,17 @@ from sparsecache.runner.calibration import calibrate
 from sparsecache.runner.settings import Settings
 from sparsecache.versions import tokenizing_versions
 
+if TYPE_CHECKING:
+    from sparsecache.engine.reference import TransformersEngine
+
 _NO_TEXT = "The calibration text is empty. Name another one, of about 2,000 tokens."
 
 
 class RunContext:
-    """One run's checkpoint, method, device, dtype and prompts.
+    """The checkpoint, method, device, dtype and prompts of one run.
 
-    Making one raises UsageError for whatever does not fit: the method's options, the device, the checkpoint's
-    family, its model_type, its attention.
+    The constructor raises UsageError for settings that do not fit: the method's options, the device, the window, the
+    checkpoint's format, family, model_type or attention.
     """
 
     def __init__(self, settings: Settings):
@@ -43,7 +47,7 @@ class RunContext:
         self.model: Model = find_model(settings.model)
         self.options: dict[str, Any] = parse_options(settings.method, settings.options)
         self.method: CacheMethod = make_method(settings.method, self.options)
-        # Which GPUs there are is the workers' business where others decode.
+        # With workers, each finds its own GPUs.
         self.device = torch.device(settings.device) if settings.on_ray else find_device(settings.device)
         self.devices = (
             [self.device]
@@ -52,7 +56,7 @@ class RunContext:
         )
         folder = checkpoint_folder(self.model, settings.offline)
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
-        self.window = settings.window or self.model.window or self._own_window()
+        self.window = self._window()
         self.calibration_text: str | None = None
         self._check_model_type()
         self.checkpoint.check_format(settings.engine)
@@ -62,8 +66,18 @@ class RunContext:
             self._check_family()
 
     @property
-    def dtype_name(self) -> str:
+    def checkpoint_place(self) -> str:
+        """Where the checkpoint is: its hub id, or its absolute path."""
+        return self.model.hub or os.path.abspath(self.checkpoint.path)
+
+    @property
+    def dtype(self) -> torch.dtype:
         """The dtype of weights and cache."""
+        return DTYPES[self.dtype_name]
+
+    @property
+    def dtype_name(self) -> str:
+        """The name of the dtype of weights and cache."""
         if self.settings.dtype != "auto":
             return self.settings.dtype
         own = str(self.checkpoint.dtype).removeprefix("torch.")
@@ -71,12 +85,12 @@ class RunContext:
 
     @property
     def slots(self) -> int:
-        """Sequences decoded together at most."""
+        """The number of sequences decoded together at most."""
         return self.settings.slots(self.device.type)
 
     @property
     def chat(self) -> str:
-        """How prompts are wrapped (wrapping.Wrapper): as --chat says, else the model's table, else the tokenizer."""
+        """The chat wrapper (wrapping.Wrapper): from --chat, else the model's table, else the tokenizer."""
         for stated in (self.settings.chat, self.model.chat):
             if stated is not None:
                 return stated
@@ -84,7 +98,7 @@ class RunContext:
 
     @cached_property
     def prompter(self) -> Prompter:
-        """Makes this run's prompts."""
+        """Builds this run's prompts."""
         return Prompter(
             tokenizer=self.checkpoint.tokenizer,
             window=self.window,
@@ -93,18 +107,28 @@ class RunContext:
             chat_template_args=tuple(sorted(self.model.chat_template_args.items())),
         )
 
+    def check_lengths(self, task: Task) -> None:
+        """Raises UsageError if the window leaves a prompt of this dataset no room, or less than --max_length."""
+        room, wanted = self.prompter.room(task), self.settings.max_length
+        if wanted is not None and wanted > room:
+            raise UsageError(
+                f"--max_length {wanted} is too long: of the window of {self.window} tokens, {task.name} leaves {room} "
+                f"for the raw prompt, after {task.max_new_tokens} new tokens and the chat wrapper. Pass at most "
+                f"--max_length {room}, or a larger --window."
+            )
+
     def stop_ids(self, task: Task) -> tuple[int, ...]:
-        """What ends a prediction of this dataset."""
+        """Returns the token ids that end a prediction of this dataset."""
         newline = self.checkpoint.tokenizer.encode("\n", add_special_tokens=False)[-1:] if task.newline_stop else []
         return tuple(sorted({*self.checkpoint.stop_ids, *newline}))
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of a prediction."""
+        """Returns the text of new tokens, without special tokens."""
         text: str = self.checkpoint.tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
     def fetch_weights(self) -> None:
-        """Downloads the weights if they are on the hub and not here yet. Raises UsageError if that fails."""
+        """Downloads weights that are on the hub and not cached. Raises UsageError if that fails."""
         checkpoint_folder(self.model, self.settings.offline, weights=True, allow_pickle=self.settings.allow_pickle)
 
     def check_weights(self) -> None:
@@ -113,13 +137,13 @@ class RunContext:
         self.checkpoint.check_weights(self._architecture() if ours else None)
 
     def engine(self, most_rows: int) -> Engine:
-        """The engine that the settings name, with its weights loaded, and no more slots than rows at a time."""
+        """Loads and returns the engine, with at most `most_rows` slots. Raises UsageError if the weights do not fit."""
         if self.settings.engine == "transformers":
             self.check_weights()  # our own loader compares them by itself
             return self.reference()
         architecture = self._architecture()
         try:
-            weights = self.checkpoint.load(architecture, self.devices, DTYPES[self.dtype_name])
+            weights = self.checkpoint.load(architecture, self.devices, self.dtype)
         except torch.OutOfMemoryError as error:
             raise UsageError(
                 f"The weights of {self.checkpoint.path} in {self.dtype_name} do not fit "
@@ -142,16 +166,15 @@ class RunContext:
                 raise UsageError(_NO_TEXT)
             calibrate(self.method, decoder, token_ids, self.checkpoint.fingerprint)
 
-    def reference(self) -> Engine:
-        """transformers' own generate, over the same checkpoint."""
+    def reference(self) -> "TransformersEngine":
+        """Loads and returns transformers' own engine for the same checkpoint."""
         from sparsecache.engine.reference import TransformersEngine
 
-        dtype = DTYPES[self.dtype_name]
         path, config = self.checkpoint.path, self.checkpoint.config
-        return TransformersEngine.load(path, self.device, dtype, self.settings.allow_pickle, config)
+        return TransformersEngine.load(path, self.device, self.dtype, self.settings.allow_pickle, config)
 
     def identity(self) -> dict[str, Any]:
-        """What two runs must share, beside their data and tasks, for their rows to stand in one file."""
+        """Returns what rows of one file must share, besides data and tasks."""
         return {
             "checkpoint": self.checkpoint.fingerprint,
             "method": method_identity(self.settings.method),
@@ -171,11 +194,11 @@ class RunContext:
         }
 
     def model_record(self) -> dict[str, Any]:
-        """The checkpoint as run.json records it."""
+        """Returns the entry of the checkpoint in run.json."""
         model = self.model
         return {
             "name": model.name,
-            "path": str(self.checkpoint.path),
+            "path": os.path.abspath(self.checkpoint.path),
             "hub": model.hub,
             "table": model.table,
             "format": "huggingface" if self.checkpoint.gguf is None else "gguf",
@@ -186,7 +209,7 @@ class RunContext:
         }
 
     def describe(self) -> Iterator[str]:
-        """What a user should see before the first row."""
+        """Yields the lines that describe the run before its first row."""
         table = f"settings of [{self.model.table}]" if self.model.table else "no table in configs/models.toml"
         chat = {"template": "the tokenizer's template", "none": "none"}.get(self.chat, repr(self.chat))
         if self.prompter.wrapper.content_is_list:
@@ -202,7 +225,7 @@ class RunContext:
         yield f"chat        {chat}; stops at {stops}"
 
     def warnings(self) -> Iterator[str]:
-        """What a user should doubt before the first row."""
+        """Yields warnings to show before the first row."""
         yield from getattr(self.checkpoint.tokenizer, "notes", ())
         looks_instructed = any(mark in self.model.name.lower() for mark in ("chat", "instruct", "-it"))
         if self.chat == "none" and looks_instructed:
@@ -212,9 +235,6 @@ class RunContext:
             )
         if not self.checkpoint.stop_ids:
             yield "the checkpoint names no end-of-text token, so every prediction ends by length."
-        made_for = self.model.window or self.checkpoint.window
-        if made_for is not None and self.window > made_for:
-            yield f"--window {self.window} is beyond the {made_for} tokens the checkpoint is made for."
 
     def _architecture(self) -> Architecture:
         return load_family(self.checkpoint.model_type).architecture(self.checkpoint.config)
@@ -223,13 +243,23 @@ class RunContext:
         tokens: list[str] = self.checkpoint.tokenizer.convert_ids_to_tokens(self.checkpoint.stop_ids)
         return tokens
 
-    def _own_window(self) -> int:
-        if self.checkpoint.window is None:
+    def _window(self) -> int:
+        """Tokens for prompt and answer: --window, else the model's table, else the checkpoint's own."""
+        wanted, longest = self.settings.window, self.model.window or self.checkpoint.window
+        if wanted is not None and longest is not None and wanted > longest:
             raise UsageError(
-                f"{self.checkpoint.config_source} states no max_position_embeddings. Say with --window how many tokens "
-                f"prompt and answer may take together."
+                f"--window {wanted} is beyond the {longest} tokens that {self.checkpoint.path} is made for. Pass at "
+                f"most --window {longest}. For a checkpoint that can do more, state `window` in a table of "
+                f"configs/models.toml, or RoPE scaling in its config.json."
             )
-        return self.checkpoint.window
+        if wanted is None and longest is None:
+            raise UsageError(
+                f"{self.checkpoint.config_source} states no max_position_embeddings. Pass --window, the number of "
+                f"tokens for prompt and answer together."
+            )
+        window = wanted or longest
+        assert window is not None
+        return window
 
     def _check_chat(self) -> None:
         if self.chat == "template" and not self.checkpoint.tokenizer.chat_template:

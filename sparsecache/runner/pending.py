@@ -1,11 +1,12 @@
 """The rows of a dataset that a run must still decode, and the order in which rows of several datasets are decoded."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from sparsecache.longbench.data import Rows
-from sparsecache.longbench.records import PredictionFile
+from sparsecache.longbench.records import PredictionFile, RunFolder
 from sparsecache.longbench.tasks import Task
 
 Row = dict[str, Any]
@@ -14,14 +15,32 @@ STEP_BYTES = 6000
 
 
 @dataclass(frozen=True)
-class PendingDataset:
-    """One dataset of a run: its rows, its open prediction file, and how many rows are wanted."""
+class WantedDataset:
+    """One dataset of a run: its rows, and how many of them are wanted, from the first on."""
 
     task: Task
     stem: str
     rows: Rows
-    file: PredictionFile
     wanted: int
+
+    @property
+    def wanted_ids(self) -> list[str]:
+        """The `_id` of every wanted row."""
+        ids: list[str] = self.rows.dataset["_id"][: self.wanted]
+        return ids
+
+    @contextmanager
+    def open(self, folder: RunFolder) -> Iterator["PendingDataset"]:
+        """Opens the prediction file in `folder`, and closes it at the end. Raises UsageError as PredictionFile."""
+        with PredictionFile(folder.predictions(self.stem)) as file:
+            yield PendingDataset(self.task, self.stem, self.rows, self.wanted, file)
+
+
+@dataclass(frozen=True)
+class PendingDataset(WantedDataset):
+    """A wanted dataset with its open prediction file."""
+
+    file: PredictionFile
 
     def pending(self) -> Iterator[Row]:
         """Yields the wanted rows that are not finished, in the benchmark's order."""
@@ -31,12 +50,6 @@ class PendingDataset:
     def missing(self) -> int:
         """The number of wanted rows that are not finished."""
         return len(self._indices())
-
-    @property
-    def wanted_ids(self) -> list[str]:
-        """The `_id` of every wanted row."""
-        ids: list[str] = self.rows.dataset["_id"][: self.wanted]
-        return ids
 
     def sizes(self) -> Iterator[tuple[int, int]]:
         """Yields the index of each pending row and its size in bytes, which orders texts of any language by tokens."""

@@ -42,7 +42,7 @@ def finished_row(
     try:
         complete = {**record, "pred": decode(completion.token_ids), **finished}
         if clash := complete.keys() & completion.report.keys():
-            raise ValueError(f"the method reports {', '.join(sorted(clash))}, which are fields of the row itself.")
+            raise ValueError(f"the method reports {', '.join(sorted(clash))}, which are fields of the row.")
         complete |= completion.report
         dumps(complete)
     except Exception as error:  # a text or a report that is no JSON

@@ -1,28 +1,33 @@
-"""What a run is asked to do, and the checks that need no heavy import. Knows nothing of how it is done."""
+"""The settings of a run and their defaults, with the checks that need neither torch nor a checkpoint."""
 
+import hashlib
+import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 from sparsecache.engine.model_registry import DTYPES, find_model
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, short
 from sparsecache.longbench.tasks import select_tasks
 from sparsecache.methods import check_method_name, short_name
+from sparsecache.synthetic.source import check_sample_size
 
 ENGINES = ("sparsecache", "transformers")
 GPU_SLOTS = 16  # what decode kernels take at once; fewer where memory does not suffice
+_LONGEST_NAME = 120  # characters; file systems allow 255 bytes
 DTYPE_CHOICES = ("auto", *DTYPES)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run; the command line's options are these fields, and these are their defaults."""
+    """The settings of one run: the fields are the command line's options, with their defaults."""
 
     model: str = "demo"
     datasets: str = "all"
     method: str = "vanilla"
     options: dict[str, str] = field(default_factory=dict)
     name: str | None = None
+    model_name: str | None = None
     e: bool = False
     data: str | None = None
     data_revision: str | None = None
@@ -44,28 +49,29 @@ class Settings:
     chat: str | None = None
     allow_pickle: bool = False
     verify: int = 0
+    quiet: bool = False
     overwrite: bool = False
     pred_dir: Path = Path("pred")
 
     @property
     def run_name(self) -> str:
-        """The folder of the run below the model's: `name`, or the method's short name."""
-        return self.name or short_name(self.method)
+        """The folder of the run below the model's: `name`, or the method and the options that were given."""
+        return self.name or default_run_name(self.method, self.options)
 
     @property
     def data_source(self) -> str:
-        """Where rows come from: `data`, else what the model's table says, else the hub."""
+        """Where rows come from: `data`, else the model's table, else the hub."""
         return self.data if self.data is not None else find_model(self.model).data or "hub"
 
     def slots(self, device_type: str) -> int:
-        """Sequences decoded together at most: `batch_size`, or what suits our engine on a device of this type."""
+        """Sequences decoded together at most: `batch_size`, or the engine's default on a device of this type."""
         if self.batch_size is not None:
             return self.batch_size
         return GPU_SLOTS if device_type == "cuda" and self.engine == "sparsecache" else 1
 
     @property
     def on_ray(self) -> bool:
-        """Whether workers of a Ray cluster decode, instead of this process."""
+        """Whether workers of a Ray cluster decode instead of this process."""
         return self.workers > 1 or self.ray_address is not None
 
     def check(self) -> None:
@@ -76,8 +82,11 @@ class Settings:
         select_tasks(self.datasets, self.e)
         check_method_name(self.method)
         find_model(self.model)
-        if self.run_name in (".", "..") or "/" in self.run_name or not self.run_name.isprintable():
-            raise UsageError(f"--name {self.run_name!r} must be the name of one folder, without a slash.")
+        for option, name in (("--name", self.name), ("--model_name", self.model_name)):
+            if name is not None and (name in ("", ".", "..") or "/" in name or not name.isprintable()):
+                raise UsageError(f"{option} {short(name)!r} must be the name of one folder, without a slash.")
+        if self.data_source == "sample":
+            check_sample_size(self.sample_rows, self.sample_tokens)
         if self.engine == "transformers" and self.method != "vanilla":
             raise UsageError(f"--engine transformers decodes vanilla only, not --method {self.method}.")
         if self.engine == "transformers" and self.verify:
@@ -108,6 +117,18 @@ class Settings:
                 f"`ray start --head` prints it, or auto for the one that runs on this machine."
             )
         check_for_ray()
+
+
+def default_run_name(method: str, options: dict[str, str]) -> str:
+    """Returns the method and its options by name, as in `infinigen-budget=256`, as the name of one folder.
+
+    Characters that are not safe in file names become `_`. A long name is cut and ends in a hash of the whole.
+    """
+    name = "-".join([short_name(method), *(f"{key}={value}" for key, value in sorted(options.items()))])
+    safe = re.sub(r"[^\w.,=+-]", "_", name, flags=re.ASCII)
+    if len(safe) > _LONGEST_NAME:
+        safe = f"{safe[:_LONGEST_NAME]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
+    return safe
 
 
 def check_for_ray() -> None:

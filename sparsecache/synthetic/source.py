@@ -8,15 +8,33 @@ from sparsecache.longbench.jsonl import dumps
 from sparsecache.longbench.tasks import Task
 from sparsecache.synthetic.rows import make_rows
 
+MAX_TOKENS = 2**26
+"""Tokens of all rows of one dataset together, at most: about 256 MiB of text."""
+
+
+def check_sample_size(rows: int, tokens: int) -> None:
+    """Raises UsageError for a sample that is too large to generate."""
+    if rows * tokens > MAX_TOKENS:
+        raise UsageError(
+            f"A sample of {rows} rows of {tokens} tokens is too large: at most {MAX_TOKENS:,} tokens per dataset are "
+            f"generated. Lower the number of rows or of tokens."
+        )
+
 
 @dataclass(frozen=True)
 class SampleSource:
-    """Generates `rows` synthetic rows per dataset, with prompts of about `tokens` tokens, from `seed`."""
+    """Generates `rows` synthetic rows per dataset, with prompts of about `tokens` tokens, from `seed`.
+
+    The constructor raises UsageError as `check_sample_size`.
+    """
 
     rows: int = 2
     tokens: int = 2048
     seed: int = 0
     published: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        check_sample_size(self.rows, self.tokens)
 
     def read(self, task: Task, e: bool) -> tuple[str, bytes]:
         """A name for messages, and the rows of one dataset as JSON Lines. Raises UsageError for LongBench-E."""

@@ -158,19 +158,20 @@ def _spoil_one(matrices: Tensor) -> Tensor:
         (lambda file: file.write_bytes(b""), "header"),
         (lambda file: _truncate(file, 20), "header"),
         (lambda file: _truncate(file, -50), "not fully covered"),
-        (_another_key, "made of another checkpoint, text or version"),
-        (_no_key, "made of another checkpoint, text or version"),
+        (_another_key, "belongs to another checkpoint, text or version"),
+        (_no_key, "belongs to another checkpoint, text or version"),
         (_change(lambda m: m[:1]), r"\(1, 2, 8, 8\); this model needs \(2, 2, 8, 8\)"),
         (_change(lambda m: m[:, :1]), r"\(2, 1, 8, 8\); this model needs \(2, 2, 8, 8\)"),
         (_change(lambda m: m[..., :4]), r"\(2, 2, 8, 4\); this model needs"),
         (_change(lambda m: m, name="other"), "shape None"),
         (_change(lambda m: 2 * m), "not orthogonal"),
         (_change(_spoil_one), "not orthogonal"),
-        (_change(lambda m: m * torch.nan), "not orthogonal"),
+        (_change(lambda m: m * torch.nan), r"it holds NaN or infinite values \(skewing_matrix\)"),
+        (_change(lambda m: m / 0), "it holds NaN or infinite values"),
         (_change(lambda m: (m * 2).double()), "not orthogonal"),
     ],
     ids=["garbage", "empty", "cut in the header", "cut at the end", "another key", "no key", "fewer layers",
-         "fewer heads", "fewer columns", "another name", "scaled", "one entry", "nan", "scaled, float64"],
+         "fewer heads", "fewer columns", "another name", "scaled", "one entry", "nan", "infinite", "scaled, float64"],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_refused_and_left_alone(spoil, said, files) -> None:
     _calibrate()
@@ -180,8 +181,8 @@ def test_a_file_that_does_not_fit_is_refused_and_left_alone(spoil, said, files) 
     with pytest.raises(UsageError, match=said) as refused:
         _calibrate()
     told = str(refused.value)
-    assert told.startswith(f"The calibration in {file} does not fit this checkpoint: ")
-    assert told.endswith(". Delete the file; it is made anew.")
+    assert told.startswith(f"The calibration in {file} cannot be used: ")
+    assert told.endswith(". Delete the file; the next run calibrates again.")
     assert file.read_bytes() == content and files() == [file]
     file.unlink()
     assert _calibrate()[1] == [TEXT]
@@ -235,7 +236,7 @@ def test_a_cache_folder_that_cannot_be_written_only_warns(spoil, cache, tmp_path
         assert texts == [TEXT], "every run makes it anew"
         assert torch.equal(found["skewing_matrix"], expected["skewing_matrix"])
         told = capsys.readouterr()
-        assert f"Warning: the calibration could not be kept in {cache}" in told.err and told.out == ""
+        assert f"Warning: the calibration could not be written to {cache}" in told.err and told.out == ""
     assert not list(tmp_path.rglob("other/**/*.safetensors"))
 
 
@@ -327,8 +328,8 @@ def test_a_kept_file_that_does_not_fit_ends_the_run_with_a_sentence(predict, fil
     file.write_bytes(b"garbage")
     told = predict("second")
     assert told.exit_code == 2
-    assert f"The calibration in {file} does not fit this checkpoint" in told.stderr
-    assert "Delete the file; it is made anew." in told.stderr and "Traceback" not in told.stderr
+    assert f"The calibration in {file} cannot be used" in told.stderr
+    assert "Delete the file; the next run calibrates again." in told.stderr and "Traceback" not in told.stderr
 
 
 @pytest.mark.parametrize("content", [None, b"caf\xe9", "folder", b"\xff\xfe\x00"])

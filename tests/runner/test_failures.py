@@ -75,7 +75,10 @@ def test_a_row_that_makes_no_prompt_is_one_error_row(verify, error, predict, fol
 @pytest.mark.parametrize(
     ("report", "error"),
     [
-        ({"pred": "yes", "length": 3, "kept": 1}, "the method reports length, pred, which the record has already"),
+        (
+            {"pred": "yes", "length": 3, "kept": 1},
+            "the method reports length, pred, which are fields of the row",
+        ),
         ({"new_tokens": 3}, "the method reports new_tokens"),
         ({"prompt_sha256": ""}, "the method reports prompt_sha256"),
         ({"kept": float("nan")}, "ValueError"),

@@ -20,13 +20,15 @@ def test_a_method_of_ones_own_runs_by_its_file_name_and_its_options_are_recorded
         def report(self, slot):
             return {"kept": self.budget}
     """)
-    assert predict("--method", "mine", "-o", "budget=64").exit_code == 0
+    assert predict("--method", "mine", "-o", "budget=64", "--name", "mine").exit_code == 0
     assert read_record(folder.parent / "mine")["identity"]["options"] == {"budget": 64, "share": 0.5}
     assert {row["kept"] for row in read_rows(folder.parent / "mine" / "qasper.jsonl")} == {64}
     assert predict("--method", "mine").exit_code == 0  # the default, said or not, is the same run
-    told = predict("--method", "mine", "-o", "budget=65")
+    told = predict("--method", "mine", "-o", "budget=65", "--name", "mine")
     assert told.exit_code == 2
-    assert '"budget": 64' in told.stderr and '"budget": 65' in told.stderr
+    assert "with other settings: budget: 64, now 65. Choose" in told.stderr
+    assert predict("--method", "mine", "-o", "share=0.5", "-o", "budget=65").exit_code == 0
+    assert read_record(folder.parent / "mine-budget=65-share=0.5")["identity"]["options"]["budget"] == 65
 
 
 def test_a_calibration_text_is_shown_to_the_method_before_the_first_prompt(
@@ -57,13 +59,13 @@ def test_a_calibration_text_is_shown_to_the_method_before_the_first_prompt(
 
 def test_an_infinite_option_is_recorded_and_is_the_same_run_again(predict, folder, add_method, read_record) -> None:
     add_method("def __init__(self, alpha: float = 5.0, least: float = float('-inf')):\n    pass")
-    assert predict("--method", "mine", "-o", "alpha=inf", "--max_samples", "1").exit_code == 0
+    assert predict("--method", "mine", "-o", "alpha=inf", "--name", "mine", "--max_samples", "1").exit_code == 0
     assert read_record(folder.parent / "mine")["identity"]["options"] == {"alpha": "inf", "least": "-inf"}
-    told = predict("--method", "mine", "-o", "alpha=inf")
+    told = predict("--method", "mine", "-o", "alpha=inf", "--name", "mine")
     assert told.exit_code == 0 and "2 of 3 to do" in told.stdout and "mine (alpha=inf, least=-inf)" in told.stdout
     told = predict("--method", "mine")
     assert told.exit_code == 2
-    assert 'was {"alpha": "inf", "least": "-inf"}, now {"alpha": 5.0, "least": "-inf"}' in told.stderr
+    assert "with other settings: alpha: inf, now 5.0. Choose" in told.stderr
 
 
 SPARSE = {"kept": 0.25, "sparse_steps": 8, "dense_layers": 2, "capped_steps": 8}
@@ -104,7 +106,7 @@ def test_a_method_that_did_nothing_fails_the_run_loudly(reports, rows, report) -
     said = [line for line in told.stderr.splitlines() if line.startswith("Error: ")]
     assert len(said) == (rows > 0)
     if rows:
-        assert f"Method mine did nothing: {rows} rows had more past tokens than its cap" in said[0]
+        assert f"Method mine did nothing: {rows} rows had more past tokens than its budget" in said[0]
         assert "--list_methods" in said[0] and "--overwrite" in said[0]
 
 

@@ -20,7 +20,7 @@ def datasets(tmp_path: Path) -> list[PendingDataset]:
     for name in NAMES:
         task = load_tasks()[name]
         rows = load_rows(source, task)
-        made.append(PendingDataset(task, name, rows, PredictionFile(tmp_path / f"{name}.jsonl"), wanted=5))
+        made.append(PendingDataset(task, name, rows, 5, PredictionFile(tmp_path / f"{name}.jsonl")))
     made[0].file.append(_finished(made[0].rows.dataset[2]))
     yield made
     for dataset in made:

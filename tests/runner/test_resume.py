@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 
-from sparsecache.engine.loading import Checkpoint
 from sparsecache.longbench.records import PredictionFile
 from sparsecache.synthetic.rows import make_rows
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
@@ -45,11 +44,11 @@ def test_more_samples_extend_a_run_and_fewer_leave_it(
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        (["--max_length", "200"], ["max_length was null, now 200"]),
-        (["--window", "4000"], ["window was 8192, now 4000"]),
-        (["--dtype", "bfloat16"], ['dtype was "float32", now "bfloat16"']),
-        (["--engine", "transformers"], ['engine was "sparsecache", now "transformers"']),
-        (["--sample_seed", "1"], ["data of qasper was ", ", now "]),
+        (["--max_length", "200"], ["max_length: none, now 200"]),
+        (["--window", "4000"], ["window: 8192, now 4000"]),
+        (["--dtype", "bfloat16"], ["dtype: float32, now bfloat16"]),
+        (["--engine", "transformers"], ["engine: sparsecache, now transformers"]),
+        (["--sample_seed", "1"], ["the data of qasper: not the same"]),
     ],
     ids=lambda value: value[0],
 )
@@ -68,7 +67,7 @@ def test_another_checkpoint_under_the_same_name_is_refused(predict, folder, tiny
     other = make_random_checkpoint(tmp_path / "other" / "tiny", seed=5, num_hidden_layers=1)
     told = predict("--model", str(other))
     assert told.exit_code == 2
-    assert Checkpoint(tiny).fingerprint in told.stderr and Checkpoint(other).fingerprint in told.stderr
+    assert all(part in told.stderr for part in (str(folder), str(tiny), str(other), "--model_name"))
 
 
 def test_batch_and_device_are_no_identity_and_the_batch_changes_no_text(predict, folder, read_untimed) -> None:

@@ -121,11 +121,25 @@ def test_the_start_and_the_end_are_told(predict, folder, tiny) -> None:
     assert "qasper" in told.stdout and "tokens/s" in told.stdout
 
 
-def test_beyond_the_checkpoints_window_is_warned_of(predict) -> None:
-    told = predict("--window", "9000", "--max_samples", "1")
-    assert told.exit_code == 0
-    assert "Warning: --window 9000 is beyond the 8192 tokens" in told.stderr
-    assert "beyond" not in predict("--window", "8000", "--max_samples", "1", "--name", "within").stderr
+@pytest.mark.parametrize("engine", ["sparsecache", "transformers"])
+def test_a_window_beyond_the_checkpoints_is_refused(engine, predict, forbid_weights) -> None:
+    forbid_weights()
+    told = predict("--window", "8193", "--engine", engine)
+    assert told.exit_code == 2
+    assert "Error: --window 8193 is beyond the 8192 tokens that " in told.stderr and "models.toml" in told.stderr
+
+
+def test_a_max_length_that_the_window_cannot_hold_is_refused(predict, forbid_weights, read_record, folder) -> None:
+    longest = 1000 - 128 - 12  # the new tokens of qasper, and the wrapper's
+    wrapped = ("--window", "1000", "--chat", "0123456789{prompt}ab", "--max_samples", "1")
+    assert predict(*wrapped, "--max_length", str(longest)).exit_code == 0
+    forbid_weights()
+    for length in (longest + 1, 1000, 10**6):
+        told = predict(*wrapped, "--max_length", str(length), "--name", "longer")
+        assert told.exit_code == 2
+        assert (
+            f"--max_length {length} is too long: of the window of 1000 tokens, qasper leaves {longest}" in told.stderr
+        )
 
 
 @pytest.mark.parametrize(("given", "on_gpu", "on_cpu"), [(None, 16, 1), (3, 3, 3)])

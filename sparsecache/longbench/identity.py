@@ -1,0 +1,64 @@
+"""Says in words how two runs' identities differ: values by name, never hashes or whole tables."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from sparsecache.errors import short
+from sparsecache.longbench.run_record import BY_DATASET
+
+_SHOWN = 40  # characters; a longer value is a text that would hide the difference
+_HASHED = {
+    "checkpoint": "the checkpoint's files",
+    "calibration_sha256": "the calibration text",
+    "probe_ids_sha256": "the token ids that the tokenizer gives a test text",
+    "chat_wrapper": "the rendered chat wrapper",
+    "templates": "the prompt template",
+    "data": "the data",
+}
+
+
+def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """Yields a phrase per difference, as in `alpha: 5.0, now 0.0`. Tables by dataset are compared where both have it.
+
+    A key that `old` lacks is a difference: an earlier version did not record it.
+    """
+    for key, value in new.items():
+        if key not in old:
+            yield f"{_HASHED.get(key, key)}: not recorded"
+        elif key in BY_DATASET:
+            for stem in sorted(old[key].keys() & value.keys()):
+                yield from _differences(key, old[key][stem], value[stem], f" of {stem}")
+        else:
+            yield from _differences(key, old[key], value)
+
+
+def _differences(key: str, old: Any, new: Any, of: str = "") -> Iterator[str]:
+    if old == new:
+        return
+    if key in _HASHED:
+        yield f"{_HASHED[key]}{of}: not the same"
+        return
+    if key == "protocol":
+        old, new = _protocol(old), _protocol(new)
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            if old.get(name) != new.get(name) or (name in old) != (name in new):
+                yield f"{name}{of}: {_value(old, name)}, now {_value(new, name)}"
+    else:
+        yield f"{key}{of}: {_shown(old)}, now {_shown(new)}"
+
+
+def _protocol(text: str) -> Any:
+    """The parts of a protocol, `max_new_tokens=128 chat=True`, as a table; the text itself if it has none."""
+    parts = [part.partition("=") for part in text.split()]
+    return {name: value for name, _, value in parts} if all(equals for _, equals, _ in parts) else text
+
+
+def _value(table: dict[str, Any], name: str) -> str:
+    return _shown(table[name]) if name in table else "not given"
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return short(value, _SHOWN)
