@@ -79,10 +79,12 @@ class LayerCache(ABC):
         synchronisation with the host.
     speculation_source: which hidden state of the layer before `speculate` receives; None: it is not called.
         "input": that layer's normed attention input. "residual": its residual stream after attention.
+    estimates_rest: whether the output includes an estimate of the tokens that are not attended to, the same for all.
     """
 
     sparse: ClassVar[bool] = True
     graphable: bool = True
+    estimates_rest: bool = False
     speculation_source: SpeculationSource | None = None
 
     @abstractmethod

@@ -42,7 +42,11 @@ PROMPT_LENGTHS = (90, 5, 33, 14)
 NEW_TOKENS = (24, 12, 20, 7)  # different ones, so that rows of a batch are soon not those of the slots
 Options = dict[str, Any]
 # Built-in methods that a budget of everything does not make lossless, or that have none.
-_LOSSLESS: dict[str, Options] = {"vanilla": {}, "infinigen": {"alpha": math.inf, "budget": 1.0, "dense_layers": 1}}
+_LOSSLESS: dict[str, Options] = {
+    "vanilla": {},
+    "infinigen": {"alpha": math.inf, "budget": 1.0, "dense_layers": 1},
+    "topp": {"p": 1.0, "budget": 1.0, "dense_layers": 0},
+}
 
 
 @dataclass(frozen=True)
