@@ -3,6 +3,7 @@
 They save attention, not memory. A step works at fixed sizes on a GPU, so that it can be a CUDA graph.
 """
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -49,9 +50,12 @@ class SelectionCache(LayerCache):
             return self.config.max_tokens
         return min(int(self.seq_lens[slots].max()), self.config.max_tokens)
 
-    def select_topk(self, scores: Tensor, slots: Tensor) -> Selection:
-        """Return the past positions of highest score within the budget; scores: [B, G, T] float32, T as `width`."""
-        return select_topk(scores, self.seq_lens, slots, self.budgets, self.max_budget)
+    def select_topk(self, scores: Tensor, slots: Tensor, within: float = math.inf) -> Selection:
+        """Return the past positions of highest score within the budget; scores: [B, G, T] float32, T as `width`.
+
+        within: how far below the best score a selected one may be, exclusive.
+        """
+        return select_topk(scores, self.seq_lens, slots, self.budgets, self.max_budget, within)
 
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
         token = self.config.token_nbytes

@@ -1,5 +1,7 @@
 """The highest scores within a budget, at fixed sizes: what selection methods turn their scores into."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,16 @@ _SPLIT_TOKENS = 2048  # tokens that a program of the threshold kernel counts
 _ALIGNMENT = 16
 
 
-def select_topk(scores: Tensor, seq_lens: Tensor, slots: Tensor, budgets: Tensor, max_budget: int) -> Selection:
+def select_topk(
+    scores: Tensor, seq_lens: Tensor, slots: Tensor, budgets: Tensor, max_budget: int, within: float = math.inf
+) -> Selection:
     """Return the positions of highest score of each slot and KV head, as many as `budgets` allows of its past tokens.
 
     scores: [B, G, T] float32, beyond a slot's past tokens anything. seq_lens: [slots] int64; slots: [B] int64;
-    budgets: [max_tokens + 1] int64; max_budget: the highest of them. Ties go to the lower position.
+    budgets: [max_tokens + 1] int64; max_budget: the highest of them. within: how far below the best
+    score a selected one may be, exclusive. Ties go to the lower position.
     """
-    params = SelectionParams(float("inf"), budgets, mean=False)
+    params = SelectionParams(within, budgets, mean=False)
     width = min(max_budget, scores.shape[2])
     extremes = None
     if use_kernel(scores):
