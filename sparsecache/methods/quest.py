@@ -51,6 +51,14 @@ class Quest(SelectionMethod):
         is_taken = (offset < held[..., None]) & (offset >= (held - taken)[..., None])  # [B, G, pages, page]
         return cache.select_topk(is_taken.flatten(2)[..., :width].float(), slots)
 
+    def bounds(self, keys: Tensor, is_held: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lowest and the highest value of each channel in pages: [.., D] each.
+
+        keys: [.., page, D]; is_held: [.., page] bool, the tokens that a page has so far, one at least.
+        """
+        is_free = ~is_held[..., None]
+        return keys.masked_fill(is_free, torch.inf).amin(-2), keys.masked_fill(is_free, -torch.inf).amax(-2)
+
     def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
         return seq_len / self.page * config.token_nbytes  # two bounds a page are as much as a key and a value
 
@@ -58,32 +66,37 @@ class Quest(SelectionMethod):
 class QuestCache(SelectionCache):
     """All keys and values, and per page the bounds: lowest, highest [slots, G, pages, D]."""
 
+    method: Quest
+
     def __init__(self, method: Quest, layer: int, config: CacheConfig) -> None:
         super().__init__(method, layer, config)
-        self.page = method.page
-        pages = -(-config.max_tokens // self.page)
+        pages = -(-config.max_tokens // method.page)
         self.lowest, self.highest = (config.zeros(pages, config.shape.head_dim) for _ in range(2))
+        self._offset = torch.arange(method.page, device=config.device)
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         super().prefill(slot, q, k, v)
         kv_heads, length, head_dim = k.shape
-        pages = -(-length // self.page)
-        for bounds, empty, reduce in ((self.lowest, torch.inf, Tensor.amin), (self.highest, -torch.inf, Tensor.amax)):
-            paged = pad(k, (0, 0, 0, pages * self.page - length), value=empty)
-            bounds[slot, :, :pages] = reduce(paged.view(kv_heads, pages, self.page, head_dim), 2)
+        page = self.method.page
+        pages = -(-length // page)
+        keys = pad(k, (0, 0, 0, pages * page - length)).view(kv_heads, pages, page, head_dim)
+        position = torch.arange(pages * page, device=k.device).view(pages, page)
+        self.lowest[slot, :, :pages], self.highest[slot, :, :pages] = self.method.bounds(keys, position < length)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         out = super().attend(q, k, v, slots)
-        past = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
-        key, page = k[:, :, 0], past // self.page
-        is_first = (past % self.page == 0)[:, None, None]  # the page may hold an earlier sequence's bounds
-        for bounds, reduce in ((self.lowest, torch.minimum), (self.highest, torch.maximum)):
-            bounds[slots, :, page] = torch.where(is_first, key, reduce(bounds[slots, :, page], key))
+        last = self.config.max_tokens - 1
+        past = self.seq_lens[slots].clamp(max=last)
+        page = past // self.method.page
+        position = page[:, None] * self.method.page + self._offset  # of the newest page
+        keys = self.full.keys[slots[:, None], :, position.clamp(max=last)].transpose(1, 2)  # [B, G, page, D]
+        is_held = (position <= past[:, None])[:, None]
+        self.lowest[slots, :, page], self.highest[slots, :, page] = self.method.bounds(keys, is_held)
         return out
 
     def page_bounds(self, q: Tensor, slots: Tensor, width: int) -> Tensor:
         """Return the highest score that each page can give to a head of the KV head: [B, G, pages] float32."""
-        pages = -(-width // self.page)
+        pages = -(-width // self.method.page)
         lowest, highest = (index_slots(x, slots)[:, :, :pages].float().mT for x in (self.lowest, self.highest))
         grouped = q.float().view(len(slots), lowest.shape[1], -1, q.shape[3])  # [B, G, H / G, D]
         return (grouped.clamp(min=0) @ highest + grouped.clamp(max=0) @ lowest).amax(2)
