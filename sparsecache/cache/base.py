@@ -147,7 +147,7 @@ class CacheMethod(ABC):
     full sentence for a value out of range. What layers share hangs on the instance.
 
     kind: what the method does with past tokens; --list_methods groups by it. calibration_version: raise it when
-    `calibrate` derives something else from the same queries.
+    `calibrate` derives something else from the same text.
     """
 
     kind: ClassVar[MethodKind] = "full"
@@ -161,14 +161,17 @@ class CacheMethod(ABC):
         """Return the cache of one layer. Called once per layer, in order, whenever the engine allocates anew."""
 
     def calibration_text(self) -> str | None:
-        """Return a text whose queries the method needs before the first prompt; None: it needs none.
+        """Return a text whose queries and keys the method needs before the first prompt; None: it needs none.
 
         The text is run once before `make_cache`, or never again when `restore` gets an earlier run's result.
         """
         return None
 
-    def calibrate(self, layer: int, q: Tensor) -> None:  # noqa: B027 (a no-op unless a method needs it)
-        """Receive a layer's rotated queries [G, H / G, L, D] over the calibration text; once per layer, in order."""
+    def calibrate(self, layer: int, q: Tensor, k: Tensor) -> None:  # noqa: B027 (a no-op unless a method needs it)
+        """Receive a layer's q [G, H / G, L, D] and k [G, L, D], rotated, over the calibration text.
+
+        Called once per layer, in order. What is derived must not depend on options.
+        """
 
     def calibration(self) -> dict[str, Tensor]:
         """Return what `calibrate` derived, by name, for `restore`."""

@@ -78,13 +78,13 @@ class Decoder:
             warm_attention_plan(tokens, shape.heads, shape.kv_heads, shape.head_dim, device, self.dtype)
 
     def calibrate(self, token_ids: Tensor, on_layer: Callable[[int], None]) -> None:
-        """Run a text, token_ids: [L], and give the method each layer's queries; keep nothing.
+        """Run a text, token_ids: [L], and give the method each layer's queries and keys; keep nothing.
 
         on_layer: called with 1 after each layer.
         """
 
         def show(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-            self._method.calibrate(layer, q.view(self.shape.kv_heads, -1, *q.shape[1:]))
+            self._method.calibrate(layer, q.view(self.shape.kv_heads, -1, *q.shape[1:]), k)
             on_layer(1)
 
         self._prompt(token_ids, show)

@@ -75,7 +75,8 @@ def check_free_empty_slot(method: CacheMethod) -> None:
 def _model_cache(method: CacheMethod, shape: Shape, slots: int) -> ModelCache:
     if method.calibration_text() is not None:
         for layer in range(shape.layers):
-            method.calibrate(layer, torch.randn(shape.kv_heads, shape.heads // shape.kv_heads, 40, shape.head_dim))
+            q = torch.randn(shape.kv_heads, shape.heads // shape.kv_heads, 40, shape.head_dim)
+            method.calibrate(layer, q, torch.randn(shape.kv_heads, 40, shape.head_dim))
     return ModelCache(method, shape, [CPU] * shape.layers, slots, 50, 10, torch.float32)
 
 

@@ -1,10 +1,10 @@
-"""What the decoder hands to a method: hidden states to speculate from and queries to calibrate with.
+"""What the decoder hands to a method: hidden states to speculate from and queries and keys to calibrate with.
 
 Each is compared with what transformers computes.
 """
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -53,10 +53,10 @@ class _SpeculatingCache(FullCache):
 
 class _Calibrating(Vanilla):
     def __init__(self) -> None:
-        self.seen: list[tuple[int, Tensor]] = []
+        self.seen: list[tuple[int, Tensor, Tensor]] = []
 
-    def calibrate(self, layer, q) -> None:
-        self.seen.append((layer, q.clone()))
+    def calibrate(self, layer, q, k) -> None:
+        self.seen.append((layer, q.clone(), k.clone()))
 
     def make_cache(self, layer, config):
         raise AssertionError("calibration needs no cache")
@@ -84,16 +84,21 @@ def _streams(model: Any, token_ids: list[int]) -> _Streams:
     return found
 
 
-@torch.inference_mode()
 def _queries(model: Any, layer: int, hidden: Tensor) -> Tensor:
     """Return transformers' rotated queries [H, L, D] of a layer for attention inputs [L, hidden]."""
+    return _heads(model, layer, hidden, "q")
+
+
+@torch.inference_mode()
+def _heads(model: Any, layer: int, hidden: Tensor, name: Literal["q", "k"]) -> Tensor:
+    """As `_queries`, or the keys [G, L, D]."""
     attention = model.model.layers[layer].self_attn
-    q = attention.q_proj(hidden).view(len(hidden), -1, attention.head_dim)
-    if hasattr(attention, "q_norm"):
-        q = attention.q_norm(q)
-    q = q.transpose(0, 1)[None]
+    heads = getattr(attention, f"{name}_proj")(hidden).view(len(hidden), -1, attention.head_dim)
+    if hasattr(attention, f"{name}_norm"):
+        heads = getattr(attention, f"{name}_norm")(heads)
+    heads = heads.transpose(0, 1)[None]
     cos, sin = model.model.rotary_emb(hidden[None], torch.arange(len(hidden))[None])
-    return apply_rotary_pos_emb(q, q, cos, sin)[0][0]
+    return apply_rotary_pos_emb(heads, heads, cos, sin)[0][0]
 
 
 @every_family
@@ -131,7 +136,7 @@ def test_a_cache_receives_the_hidden_state_that_it_names_of_the_layer_before(
 
 
 @every_family
-def test_calibration_gives_each_layers_rotated_queries_once_in_order(model_type, decoder, transformers_model) -> None:
+def test_calibration_gives_each_layers_queries_and_keys_once_in_order(model_type, decoder, transformers_model) -> None:
     method = _Calibrating()
     text = [0, *range(100, 150)]
     ticks: list[int] = []
@@ -139,13 +144,14 @@ def test_calibration_gives_each_layers_rotated_queries_once_in_order(model_type,
     with torch.inference_mode():
         ours.calibrate(torch.tensor(text), ticks.append)
     assert ticks == [1, 1, 1]
-    assert [layer for layer, _ in method.seen] == [0, 1, 2]
+    assert [layer for layer, *_ in method.seen] == [0, 1, 2]
     model = transformers_model(model_type)
     inputs = _streams(model, text).inputs
-    for layer, q in method.seen:
+    for layer, q, k in method.seen:
         group = ours.shape.heads // ours.shape.kv_heads
         assert q.shape == (ours.shape.kv_heads, group, len(text), ours.shape.head_dim)
         torch.testing.assert_close(q.flatten(0, 1), _queries(model, layer, inputs[layer]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(k, _heads(model, layer, inputs[layer], "k"), rtol=1e-4, atol=1e-4)
 
 
 def test_speculation_changes_no_text_and_without_a_source_there_is_none(decoder) -> None:

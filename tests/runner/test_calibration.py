@@ -42,7 +42,8 @@ class _Decoder:
         generator = torch.Generator().manual_seed(int(token_ids.sum()))
         for layer in range(self.shape.layers):
             size = (self.shape.kv_heads, self.shape.heads // self.shape.kv_heads, 30, self.shape.head_dim)
-            self.method.calibrate(layer, torch.randn(size, generator=generator))
+            q = torch.randn(size, generator=generator)
+            self.method.calibrate(layer, q, torch.randn(size[0], *size[2:], generator=generator))
             tick(1)
 
 

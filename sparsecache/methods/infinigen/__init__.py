@@ -12,13 +12,13 @@ default (`partial_weight_ratio`), where the paper takes 0.3 of them. What is not
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, MethodKind, Shape, SpeculationSource
+from sparsecache.cache.calibration import read_calibration_text
 from sparsecache.cache.host import check_host_memory
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
@@ -28,7 +28,6 @@ from sparsecache.methods.infinigen.skewing import check_matrices, skewing_matrix
 
 _CHANNELS = 32
 _MAX_TOKENS = 2**31 - 1  # that a kernel counts to
-_BUNDLED = Path(__file__).parent / "calibration.txt"
 
 
 @dataclass
@@ -111,15 +110,9 @@ class InfiniGen(SparseMethod):
         return self._matrices[layer]
 
     def calibration_text(self) -> str | None:
-        if not self.skew:
-            return None
-        path = Path(self.calibration_file) if self.calibration_file is not None else _BUNDLED
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"calibration_file={path} cannot be read as UTF-8 text ({error}).") from error
+        return read_calibration_text(self.calibration_file) if self.skew else None
 
-    def calibrate(self, layer: int, q: Tensor) -> None:
+    def calibrate(self, layer: int, q: Tensor, k: Tensor) -> None:
         self._matrices[layer:] = [skewing_matrix(q).cpu()]
 
     def calibration(self) -> dict[str, Tensor]:

@@ -99,7 +99,8 @@ class ComparedRun:
     def _calibrate(self, method: InfiniGen) -> None:
         shape, group = self.shape, self.shape.heads // self.shape.kv_heads
         for layer in range(shape.layers if method.skew else 0):
-            method.calibrate(layer, torch.randn(shape.kv_heads, group, 70, shape.head_dim, generator=self._generator))
+            q = torch.randn(shape.kv_heads, group, 70, shape.head_dim, generator=self._generator)
+            method.calibrate(layer, q, torch.empty(0))  # keys are not used
 
     def _slow(self, matrices: Tensor | None, rounding: float) -> SlowInfiniGen:
         shape, options = self.shape, self.options

@@ -1,0 +1,29 @@
+"""Double Sparsity: Post-Training Sparse Attention (2024, arXiv 2408.07092).
+
+The channels that weigh most in scores are calibrated once: those with the largest mean |q * k| of a token's own query
+and key. Their values are kept beside the keys as the label cache. A step scores all past tokens by them, and attends to
+the tokens of highest score. The default is a quarter of the channels, as in the authors' README.
+
+GQA: a KV head adds |q * k| of its query heads and has one set of channels. It selects for all its query heads, a token
+by how near it comes to the best score of one of the head's queries, as `oracle`.
+
+Differences: the label cache has the dtype of the keys; the authors quantise it to 4 bits, so they read a quarter as
+much. Keys in host memory are left out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsecache.cache.partial_keys import PartialKeyMethod
+
+
+@dataclass
+class DoubleSparse(PartialKeyMethod):
+    """Selects by the channels that weigh most in scores."""
+
+    def projection(self, q: Tensor, k: Tensor) -> Tensor:
+        weight = (q.double() * k.double()[:, None]).abs().mean(2).sum(1)  # [G, D]
+        order = weight.sort(dim=-1, descending=True, stable=True).indices
+        return torch.nn.functional.one_hot(order, order.shape[1]).mT
