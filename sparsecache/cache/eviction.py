@@ -92,7 +92,8 @@ class DecodingEvictionCache(LayerCache):
     """At most `budget` past tokens per KV head; at a step the new token comes first, then one leaves.
 
     keys, values: [slots, G, rows, D], in no order, the first num_tokens [slots, G] of them in use; positions: [slots,
-    G, rows] int64, each token's; scores: [slots, G, rows] float32, a subclass's.
+    G, rows] int64, each token's; scores: [slots, G, rows] float32, a subclass's. token_state: the tensors that have a
+    row per token, which a subclass may add to.
     """
 
     def __init__(self, method: SparseMethod, layer: int, config: CacheConfig) -> None:
@@ -101,6 +102,7 @@ class DecodingEvictionCache(LayerCache):
         self.keys, self.values = (config.zeros(capacity, config.shape.head_dim) for _ in range(2))
         self.positions = config.zeros(capacity, dtype=torch.int64)
         self.scores = config.zeros(capacity, dtype=torch.float32)
+        self.token_state = [self.keys, self.values, self.positions, self.scores]
         self.num_tokens = config.zeros(dtype=torch.int64)
         self.seq_lens, self.stats = config.seq_lens, config.stats
         self._budget = method.layer_budget(layer, config.shape)
@@ -116,6 +118,12 @@ class DecodingEvictionCache(LayerCache):
         """Return the new scores of the rows [B, G, rows], and the priorities by which the lowest leaves, alike.
 
         Called with the new token among the rows; past: [B], tokens by now.
+        """
+
+    def forget(self, slots: Tensor, row: Tensor, last: Tensor, over: Tensor) -> None:
+        """Prepare for the last row to take the place of `row`, which is lost where `over`; all [B, G].
+
+        For a subclass whose state of one row depends on others. Where not `over`, `row` is `last`, and stays.
         """
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -150,8 +158,9 @@ class DecodingEvictionCache(LayerCache):
         over = held > self.budgets[past][:, None]
         last = held - 1
         target = torch.where(over, victim, last)  # elsewhere a row replaces itself
+        self.forget(slots, target, last, over)
         to, of = (slots[:, None], self._heads, target), (slots[:, None], self._heads, last)
-        for rows in (self.keys, self.values, self.positions, self.scores):
+        for rows in self.token_state:
             rows[to] = rows[of]
         self.num_tokens[slots] = torch.where(over, last, held)
 
