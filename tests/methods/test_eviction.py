@@ -1,4 +1,4 @@
-"""What streaming, h2o and snapkv share: what they hold is bounded, and an evicted token does not return."""
+"""What eviction methods share: what they hold is bounded, and an evicted token does not return."""
 
 import pytest
 import torch
@@ -6,8 +6,10 @@ import torch
 from sparsecache.cache.eviction import PromptEvictionCache, pin_last
 from sparsecache.cache.model_cache import ModelCache
 from sparsecache.methods.h2o import H2O
+from sparsecache.methods.keydiff import KeyDiff
 from sparsecache.methods.snapkv import SnapKV
 from sparsecache.methods.streaming import Streaming
+from sparsecache.methods.tova import TOVA
 from tests.methods.stepping import (
     Text,
     budget_tokens,
@@ -20,7 +22,7 @@ from tests.methods.stepping import (
     step,
 )
 
-KINDS = {"streaming": Streaming, "h2o": H2O, "snapkv": SnapKV}
+KINDS = {"streaming": Streaming, "h2o": H2O, "tova": TOVA, "snapkv": SnapKV, "keydiff": KeyDiff}
 SHAPE = shape_of(2)
 
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -51,7 +53,7 @@ def _held(cache: ModelCache, slot: int, text: Text, past: int) -> list[set[int]]
 
 
 @budgets
-@pytest.mark.parametrize("kind", [Streaming, H2O])
+@pytest.mark.parametrize("kind", [Streaming, H2O, TOVA])
 def test_no_step_exceeds_the_budget(kind, budget) -> None:
     method = kind(budget=budget, dense_layers=0)
     check_budget(method, SHAPE, random_texts(SHAPE), lambda text, past: budget_tokens(budget, past))
