@@ -190,7 +190,7 @@ def test_a_run_by_path_records_the_identity_and_follows_the_file(write, checkpoi
     def predict(method: str, *options: str):
         arguments = [
             *("--model", str(checkpoint("llama")), "--datasets", "trec", "--data", "sample", "--sample_rows", "1"),
-            *("--sample_tokens", "256", "--device", "cpu", "--pred_dir", str(tmp_path / "pred")),
+            *("--sample_tokens", "256", "--device", "cpu", "--pred_dir", str(tmp_path / "pred"), "--name", "mine"),
         ]
         return CliRunner().invoke(main, [*arguments, "--method", method, *options])
 
