@@ -216,7 +216,7 @@ def check_budget(subject: Subject, checkpoint: Path) -> None:
             most /= max(1, len(budgets) * stats.steps)
             fits = stats.kept is not None and 0 < stats.kept <= most + 1e-9
             require(
-                fits or not budgets,
+                fits or not stats.sparse_layers,
                 f"with budget={method.budget} and a prompt of {stats.prompt_tokens} tokens, {stats.kept} of the past "
                 f"tokens are attended to; the budget allows above 0 up to {most}",
             )
