@@ -156,12 +156,29 @@ def test_links_and_files_exist(page: str) -> None:
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
-def test_methods_of_the_tables_exist(page: str) -> None:
-    named = re.findall(r"^\| `(\w+)` \|", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert {"vanilla", "infinigen", "snapkv"} <= set(named)
-    if page == "README.md":
-        assert set(named) <= set(method_names())
+def test_the_order_of_imports_is_the_one_that_is_tested() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tested = (ROOT / "tests" / "test_structure.py").read_text(encoding="utf-8")
+    (order,) = re.findall(r"^ORDER = \(\n(.*?)^\)", tested, flags=re.DOTALL | re.MULTILINE)
+    stated = re.search(r"in this order:\n\n```\n(.*?)```", page, flags=re.DOTALL)
+    assert stated and stated.group(1).split() == [name for name in re.findall(r"\w+", order) if name != "__init__"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paragraphs_are_short(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    paragraphs = re.split(r"\n(?=\n|[-*] |\d+\. )", text)
+    long = [part for part in paragraphs if not part.strip().startswith("|") and len(part.strip().splitlines()) > 5]
+    assert not long
+
+
+@pytest.mark.parametrize(("page", "heading"), [("README.md", "## Methods"), ("docs/methods.md", "## Built-in methods")])
+def test_methods_of_the_tables_exist(page: str, heading: str) -> None:
+    section = (ROOT / page).read_text(encoding="utf-8").partition(f"{heading}\n")[2].partition("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("|")]
+    cells = [row.split("|")[1 if "methods.md" in page else 2] for row in rows]
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert {"vanilla", "infinigen", "snapkv"} <= named <= set(method_names())
 
 
 @pytest.mark.parametrize(
