@@ -46,7 +46,10 @@ _LOSSLESS: dict[str, Options] = {
     "vanilla": {},
     "infinigen": {"alpha": math.inf, "budget": 1.0, "dense_layers": 1},
     "topp": {"p": 1.0, "budget": 1.0, "dense_layers": 0},
+    "duoattention": {"sparsity": 0.0},
 }
+# Built-in methods without a budget that drop tokens.
+_TIGHT: dict[str, Options] = {"duoattention": {"sparsity": 0.5, "sinks": 1, "recent": 2}}
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Subject:
         known = method_options(kind)
         if lossless is None:
             lossless = _LOSSLESS.get(method)
+        if tight is None:
+            tight = _TIGHT.get(method)
         dense = {"dense_layers": getattr(kind, "min_dense_layers", 0)} if "dense_layers" in known else {}
         if "budget" in known:
             lossless = {"budget": 1.0, **dense} if lossless is None else lossless
