@@ -53,7 +53,7 @@ def test_no_method_reads_less_than_what_it_attends_to(model, method) -> None:
     decoder.allocate(1, 128, 8)
     few, all_tokens = (decode_step_nbytes(decoder, PAST, 1, kept, 0.0) for kept in (0.1, 1.0))
     sparse = sum(cache.sparse for cache in decoder.cache.layers)
-    assert sparse == {"vanilla": 0, "duoattention": sparse}.get(method, 2)
+    assert (sparse > 0) == (method != "vanilla")
     assert all_tokens.device >= vanilla
     assert few.device >= 0.1 * vanilla
     assert all_tokens.device - few.device == pytest.approx(0.9 * PAST * sparse * TOKEN)
