@@ -18,6 +18,7 @@ import longbench_eval
 import longbench_pred
 from sparsecache.cli import DefaultGroup
 from sparsecache.errors import UsageError
+from sparsecache.longbench.records import read_rows
 from sparsecache.methods import load_method, method_names, parse_options
 from sparsecache.testing import contract
 from sparsecache.testing.cache_checks import check_counts, check_shapes
@@ -235,17 +236,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_commands_and_the_python_of_the_readme_run(folder: Path) -> None:
     download, *commands = lines(readme("bash", "fetch_model.py"))
-    assert download == f"python scripts/fetch_model.py {MODEL}"
+    assert download == f"python scripts/fetch_model.py {MODEL} --out models"
     for line in commands:
         run(line, *(SMALLER if "longbench_pred" in line else ()))
 
-    code = readme("python", "evaluate(").replace(f"{MODEL}.gguf", MODEL).replace('["qasper", "hotpotqa"]', '"qasper"')
+    code = (
+        readme("python", "evaluate(")
+        .replace(f"models/{MODEL}.gguf", MODEL)
+        .replace('["qasper", "hotpotqa"]', '"qasper"')
+    )
     code = code.replace('"sample_rows": 5, "sample_tokens": 1024', '"sample_rows": 1, "sample_tokens": 512')
     known: dict[str, Any] = {}
     exec(code, known)
     assert list(known["sparse"].scores) == ["qasper"]
     assert 0 < known["sparse"].kept < 1
     assert len(list((folder / "pred" / MODEL).iterdir())) == 2  # shell and Python name the same runs
+
+    reference = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    rows = [next(iter(read_rows(file))) for file in (folder / "pred" / MODEL).glob("*/qasper.jsonl")]
+    assert not [field for row in rows for field in row if f"`{field}`" not in reference]
 
     for line in lines(readme("bash", "longbench_eval.py gate")):
         if line.startswith("python"):
