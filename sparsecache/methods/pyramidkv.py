@@ -1,4 +1,4 @@
-"""PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling (TMLR'25, arXiv 2406.02069).
+"""PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling (COLM'25, arXiv 2406.02069).
 
 SnapKV with a budget per layer. Every layer keeps the last `window` tokens of the prompt. What the budget leaves beside
 them falls linearly from the first sparse layer to the last one, which gets `1 / beta` of the mean. The mean over the
