@@ -40,7 +40,8 @@ class Quest(SelectionMethod):
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
         assert isinstance(cache, QuestCache)
         past, width = cache.seq_lens[slots], cache.width(slots)
-        order = cache.page_bounds(q, slots, width).sort(dim=-1, descending=True, stable=True).indices  # [B, G, pages]
+        scores = self.page_scores(q, cache, slots, width)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices  # [B, G, pages]
         first = self.page * torch.arange(order.shape[2], device=q.device)
         held = (past[:, None] - first).clamp(0, self.page)[:, None].expand_as(order)  # tokens per page
         in_order = held.gather(2, order)
@@ -50,6 +51,10 @@ class Quest(SelectionMethod):
         offset = torch.arange(self.page, device=q.device)
         is_taken = (offset < held[..., None]) & (offset >= (held - taken)[..., None])  # [B, G, pages, page]
         return cache.select_topk(is_taken.flatten(2)[..., :width].float(), slots)
+
+    def page_scores(self, q: Tensor, cache: "QuestCache", slots: Tensor, width: int) -> Tensor:
+        """Return the scores by which a KV head takes the pages of `width` tokens: [B, G, pages] float32."""
+        return cache.page_bounds(q, slots, width).amax(2)
 
     def bounds(self, keys: Tensor, is_held: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lowest and the highest value of each channel in pages: [.., D] each.
@@ -95,8 +100,8 @@ class QuestCache(SelectionCache):
         return out
 
     def page_bounds(self, q: Tensor, slots: Tensor, width: int) -> Tensor:
-        """Return the highest score that each page can give to a head of the KV head: [B, G, pages] float32."""
+        """Return the highest score that each page can give to each query head: [B, G, H / G, pages] float32."""
         pages = -(-width // self.method.page)
         lowest, highest = (index_slots(x, slots)[:, :, :pages].float().mT for x in (self.lowest, self.highest))
         grouped = q.float().view(len(slots), lowest.shape[1], -1, q.shape[3])  # [B, G, H / G, D]
-        return (grouped.clamp(min=0) @ highest + grouped.clamp(max=0) @ lowest).amax(2)
+        return grouped.clamp(min=0) @ highest + grouped.clamp(max=0) @ lowest

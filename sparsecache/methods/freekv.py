@@ -1,0 +1,83 @@
+"""FreeKV: Boosting KV Cache Retrieval for Efficient LLM Inference (2025, arXiv 2505.13109).
+
+As Quest, but pages are selected by the query of the step before, so that they could be fetched ahead. Where a query has
+turned, with a cosine similarity to the one before below `similarity`, the true query selects. The first and the most
+recent pages always come first. The defaults are those of the authors' LongBench v2 runs.
+
+GQA: as in the paper, a KV head takes the mean similarity of its query heads, and the mean of their softmax over pages.
+
+Differences: every token stays on the device, so what is measured is the selection. First and recent tokens are a share
+of the budget, as 128 tokens each of 2,048 are. As in `quest`, the budget counts tokens, and the last page may be cut.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sparsecache.cache.base import CacheConfig
+from sparsecache.methods.quest import Quest, QuestCache
+
+
+@dataclass
+class FreeKV(Quest):
+    """Selects pages by the query of the step before, unless the query has turned."""
+
+    page: Annotated[int, "tokens in a page, 1 or more"] = 32
+    similarity: Annotated[float, "cosine similarity to the query before, -1 to 1, below which the true one selects"] = (
+        0.8
+    )
+    sinks: Annotated[float, "share of the budget for the first tokens, 0 to 1, in whole pages"] = 1 / 16
+    recent: Annotated[float, "share of the budget for the most recent tokens, 0 to 1, in whole pages"] = 1 / 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("sinks", "recent"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a share of the budget, 0 to 1.")
+        if not -1 <= self.similarity <= 1:
+            raise ValueError(f"similarity={self.similarity} must be -1 to 1.")
+
+    def make_sparse_cache(self, layer: int, config: CacheConfig) -> "FreeKVCache":
+        return FreeKVCache(self, layer, config)
+
+    def page_scores(self, q: Tensor, cache: QuestCache, slots: Tensor, width: int) -> Tensor:
+        assert isinstance(cache, FreeKVCache)
+        bounds = cache.page_bounds(cache.probe(q, slots), slots, width)  # [B, G, H / G, pages]
+        past = cache.seq_lens[slots][:, None]
+        first = self.page * torch.arange(bounds.shape[3], device=q.device)
+        is_free = (first >= past)[:, None]
+        scores = bounds.masked_fill(is_free[:, None], -torch.inf).log_softmax(3).logsumexp(2)
+        budget = torch.minimum(cache.budgets[past], past).double()
+        sinks, recent = (self.sinks * budget).long(), (self.recent * budget).long()  # tokens
+        is_kept = (first < sinks) | ((first + self.page > past - recent) & (recent > 0))
+        return scores.masked_fill(is_kept[:, None], torch.inf)
+
+
+class FreeKVCache(QuestCache):
+    """As QuestCache, and last_queries [slots, H, D], the query of each slot's latest token."""
+
+    method: FreeKV
+
+    def __init__(self, method: FreeKV, layer: int, config: CacheConfig) -> None:
+        super().__init__(method, layer, config)
+        size = (config.slots, config.shape.heads, config.shape.head_dim)
+        self.last_queries = torch.zeros(size, dtype=config.dtype, device=config.device)
+
+    def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        super().prefill(slot, q, k, v)
+        self.last_queries[slot] = q[:, -1]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        out = super().attend(q, k, v, slots)
+        self.last_queries[slots] = q[:, :, 0]
+        return out
+
+    def probe(self, q: Tensor, slots: Tensor) -> Tensor:
+        """Return the queries that select: per KV head those of the step before, or q [B, H, 1, D] if they turned."""
+        before = self.last_queries[slots][:, :, None]
+        similarity = cosine_similarity(q.float(), before.float(), dim=3).view(len(slots), self.lowest.shape[1], -1)
+        turned = similarity.mean(2) < self.method.similarity  # [B, G]
+        return torch.where(turned.repeat_interleave(similarity.shape[2], 1)[:, :, None, None], q, before)
