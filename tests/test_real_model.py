@@ -51,9 +51,9 @@ def _prompts(checkpoint: Checkpoint) -> list[list[int]]:
 def test_texts_equal_transformers_and_make_sense(checkpoint) -> None:
     architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
     weights = checkpoint.load(architecture, CPU, torch.float32)
-    decoder = Decoder(architecture, weights, Rope(checkpoint.config, CPU), method := Vanilla())
+    decoder = Decoder(architecture, weights, Rope(checkpoint.config, CPU), Vanilla())
     requests = [Request(at, prompt, 24, tuple(checkpoint.stop_ids)) for at, prompt in enumerate(_prompts(checkpoint))]
-    ours = {done.key: done.token_ids for done in Generator(decoder, method, 3).generate(requests)}
+    ours = {done.key: done.token_ids for done in Generator(decoder, 3).generate(requests)}
     reference = TransformersEngine.load(checkpoint.path, CPU, torch.float32)
     theirs = {done.key: done.token_ids for done in reference.generate(requests)}
     assert ours == theirs

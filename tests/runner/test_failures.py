@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from sparsecache.cache import FullCache
 from sparsecache.engine.tokenization import Tokenizer
-from sparsecache.methods.vanilla import Vanilla
 from sparsecache.synthetic.rows import make_rows
 
 ROWS = 3  # as conftest.py asks for
@@ -20,7 +20,7 @@ ROWS = 3  # as conftest.py asks for
 def test_a_failed_row_is_recorded_and_retried_by_the_next_run(
     error, batch_size, predict, folder, monkeypatch, read_rows, schema
 ) -> None:
-    whole = Vanilla.prefill
+    whole = FullCache.prefill
     calls = iter(range(100))
 
     def fail_second(self, *arguments: Any) -> None:
@@ -29,7 +29,7 @@ def test_a_failed_row_is_recorded_and_retried_by_the_next_run(
         whole(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Vanilla, "prefill", fail_second)
+        patch.setattr(FullCache, "prefill", fail_second)
         told = predict("--batch_size", batch_size)
     assert told.exit_code == 1
     ids = [row["_id"] for row in make_rows("qasper", ROWS, 256, 0)]

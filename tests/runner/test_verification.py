@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sparsecache.cache import FullCache
 from sparsecache.engine.base import Completion, Request
-from sparsecache.methods.vanilla import Vanilla
 from sparsecache.runner.verification import TOP, BestLogits, Expected, ulp, verify
 from sparsecache.synthetic.rows import make_rows
 
@@ -38,12 +38,12 @@ def test_verify_compares_first_and_counts_only_the_runs_own_tokens(predict, fold
 def test_a_difference_is_told_with_the_gap_of_transformers_logits(
     predict, folder, monkeypatch, read_record, tiny
 ) -> None:
-    whole, steps = Vanilla.attend, iter(range(10**6))
+    whole, steps = FullCache.attend, iter(range(10**6))
 
-    def lie(self: Vanilla, *arguments: Any) -> torch.Tensor:
+    def lie(self: FullCache, *arguments: Any) -> torch.Tensor:
         return whole(self, *arguments) * (1 if next(steps) < 5 else -3)
 
-    monkeypatch.setattr(Vanilla, "attend", lie)
+    monkeypatch.setattr(FullCache, "attend", lie)
     asked = _record_generations(monkeypatch)
     told = predict("--verify", "1")
     (session,) = read_record(folder)["sessions"]

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsecache.cache import FullCache
 from sparsecache.cluster import worker as module
 from sparsecache.cluster.work_queue import Assigned, WorkQueue
 from sparsecache.cluster.worker import Worker, WorkerConfig
 from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.generator import Generator
 from sparsecache.errors import UsageError
-from sparsecache.methods.vanilla import Vanilla
 from sparsecache.runner.context import RunContext
 from sparsecache.runner.ray_workers import EngineLoader
 from sparsecache.runner.settings import Settings
@@ -101,10 +101,10 @@ def test_rows_that_come_after_the_last_one_are_done_too(worker) -> None:
 
 
 def test_what_a_failing_row_writes_to_stderr_comes_back_with_its_error(worker, monkeypatch) -> None:
-    def fail(self: Vanilla, *arguments: object) -> None:
+    def fail(self: FullCache, *arguments: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(Vanilla, "prefill", fail)
+    monkeypatch.setattr(FullCache, "prefill", fail)
     reply = worker.process([(0, _requests(1)[0])])
     assert reply.completion.error == "RuntimeError: broken" and "Traceback" in reply.stderr
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from sparsecache.cache import FullCache
 from sparsecache.cluster.work_queue import MAX_ATTEMPTS
 from sparsecache.cluster.worker import Worker
-from sparsecache.methods.vanilla import Vanilla
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra [ray]")
 psutil = pytest.importorskip("psutil", reason="needs the extra [ray]")
@@ -128,14 +128,14 @@ def test_a_row_that_kills_three_workers_is_an_error_row_and_the_next_run_retries
 
     class Deadly(Worker):
         def load(self, config):
-            whole = Vanilla.prefill
+            whole = FullCache.prefill
 
-            def prefill(method, layer, slot, q, k, *others):
+            def prefill(cache, slot, q, k, v):
                 if k.shape[1] == deadly:
                     os.kill(os.getpid(), signal.SIGKILL)
-                whole(method, layer, slot, q, k, *others)
+                whole(cache, slot, q, k, v)
 
-            Vanilla.prefill = prefill
+            FullCache.prefill = prefill
             return super().load(config)
 
     arguments = ("--sample_rows", "12", "--workers", "2", "--ray_address", address, "--batch_size", "2")
