@@ -13,10 +13,11 @@ from sparsecache.longbench.compare import compare
 from sparsecache.longbench.comparison import Comparison
 from sparsecache.longbench.html import compare_page
 from sparsecache.longbench.paired import common_rows
-from sparsecache.longbench.pictures import pictures, require_matplotlib
+from sparsecache.longbench.plots import draw_all, require_matplotlib
 from sparsecache.longbench.report import decode_speed
 from sparsecache.longbench.score_tables import share
-from sparsecache.longbench.scores import RunScore, score_run
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
 from sparsecache.methods import parse_options
 from sparsecache.runner.folders import made_by
@@ -60,7 +61,7 @@ class Report:
         for suffix, form in (("md", "markdown"), ("json", "json")):
             write_atomically(self.out / f"{model}.{suffix}", render(document, form).rstrip("\n") + "\n")
         if self.html and comparison:
-            page = compare_page(comparison, scored, pictures(common_rows(scored).runs))
+            page = compare_page(comparison, scored, draw_all(common_rows(scored).runs))
             write_atomically(self.out / f"{model}.html", page)
         kinds = ", ".join(["md", "json", *["html"] * (self.html and comparison is not None)])
         click.echo(f"Written: {self.out / model}.* ({kinds})")
@@ -68,18 +69,18 @@ class Report:
 
 def sweep_table(comparison: Comparison, notes: Sequence[str] = ()) -> Document:
     """One line per run: its mean over the datasets, the difference to the first run, what it kept, its speed."""
-    line = next(line for line in comparison.lines if line.name == "flat_mean")
+    mean = next(group for group in comparison.groups if group.name == "flat_mean")
     rows: list[list[Cell]] = []
     facts: list[dict[str, Value]] = []
-    for run, entry in zip(comparison.runs, line.entries, strict=True):
-        versus, speed = entry.versus, (run.decode or {}).get("tokens_per_s")
-        low, high = versus.interval if versus and versus.interval else (None, None)
+    for run, entry in zip(comparison.runs, mean.entries, strict=True):
+        difference, speed = entry.difference, (run.decode or {}).get("tokens_per_s")
+        low, high = difference.interval if difference and difference.interval else (None, None)
         interval = "-" if low is None or high is None else f"{low:+.1f} to {high:+.1f}"
         rows.append(
             [
                 words(run.name),
                 number(entry.score, 1, entry.best),
-                number(versus.difference if versus else None, 1),
+                number(difference.mean if difference else None, 1),
                 words(interval),
                 share(entry.kept),
                 number(speed, 1),
@@ -90,16 +91,16 @@ def sweep_table(comparison: Comparison, notes: Sequence[str] = ()) -> Document:
                 "run": run.name,
                 "method": run.method,
                 "mean": entry.score,
-                "difference": versus.difference if versus else None,
+                "difference": difference.mean if difference else None,
                 "low": low,
                 "high": high,
                 "kept": entry.kept,
                 "decode_tokens_per_s": speed,
-                "rows": line.n,
-                "datasets": line.datasets,
+                "rows": mean.n,
+                "datasets": mean.datasets,
             }
         )
-    explained = f"Mean of {line.datasets} datasets over {line.n} rows; differences are to {comparison.runs[0].name}."
+    explained = f"Mean of {mean.datasets} datasets over {mean.n} rows; differences are to {comparison.runs[0].name}."
     return Document([Table("", _HEAD, rows)], records("", facts), notes=[explained, *comparison.notes, *notes])
 
 

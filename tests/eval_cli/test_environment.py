@@ -1,5 +1,6 @@
 """What the system refuses ends in one sentence and exit code 2: special files, odd names, a full or narrow stdout."""
 
+import itertools
 import json
 import os
 import re
@@ -66,16 +67,15 @@ def test_a_closed_stdout_is_no_traceback(runs, repo: Path, tmp_path: Path) -> No
         assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
 
 
-def test_what_stdout_cannot_hold_is_escaped(runs, repo: Path, evaluate: Evaluate) -> None:
-    for arguments in commands(runs):
-        for encoding in ("ascii", "latin-1", "ascii:strict"):
-            command = [sys.executable, repo / "longbench_eval.py", *arguments]
-            environment = {**os.environ, "PYTHONPATH": str(repo), "PYTHONIOENCODING": encoding}
-            done = subprocess.run(command, env=environment, capture_output=True)
-            assert done.returncode == 0, (arguments, done.stderr)
-            assert done.stdout.isascii() or encoding == "latin-1"
-    shown = evaluate("show", runs[0], env={"PYTHONIOENCODING": "ascii"}).stdout
-    assert r"caf\xe9 \ud83d \u8bf7" in shown and r"qasper \udcff" in shown
+def test_stdout_escapes_characters_outside_its_encoding(runs, evaluate: Evaluate, evaluate_process: Evaluate) -> None:
+    for arguments, encoding in itertools.product(commands(runs), ("ascii", "latin-1")):
+        done = evaluate(*arguments, charset=encoding)
+        assert done.returncode == 0, (arguments, done.stderr)
+        assert done.stdout.isascii() or encoding == "latin-1"
+    for encoding in ("ascii", "ascii:strict"):
+        shown = evaluate_process("show", runs[0], env={"PYTHONIOENCODING": encoding})
+        assert shown.returncode == 0 and r"\ud83d \u8bf7" in shown.stdout and r"qasper \udcff" in shown.stdout
+        assert r"caf\xe9" in shown.stdout
 
 
 @pytest.mark.parametrize("name", ["qasper.jsonl", "run.json"])

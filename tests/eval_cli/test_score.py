@@ -93,7 +93,7 @@ def test_what_cannot_be_scored_is_one_sentence_and_exit_code_2(evaluate: Evaluat
     assert "There is no folder pred/m/n." in one_sentence(evaluate("--model", "m", "--name", "n"))
     assert "no <dataset>.jsonl file" in one_sentence(evaluate(tmp_path))
     unknown = save(tmp_path / "unknown", "qaspar", [row(0)])
-    assert "no known dataset: qaspar.jsonl" in one_sentence(evaluate(unknown))
+    assert "unknown datasets: qaspar.jsonl" in one_sentence(evaluate(unknown))
     repeated = save(tmp_path / "repeated", "qasper", [row(0), row(0)])
     assert "--allow_duplicates" in one_sentence(evaluate(repeated))
     half = save(tmp_path / "half", "qasper", [row(0)])

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sparsecache.longbench.baseline import Baseline, baseline_of
-from sparsecache.longbench.scores import Options, score_run
+from sparsecache.longbench.baseline import Baseline, make_baseline
+from sparsecache.longbench.scores import ScoringOptions, score_run
 
 Rows = list[dict[str, Any]]
 
@@ -44,8 +44,8 @@ def make_run(tmp_path: Path, write_run: Callable[..., Path]) -> Callable[..., Pa
 def boiled_down() -> Callable[..., Baseline]:
     """Makes a baseline of a run's folder, by the scorer's options."""
 
-    def boil(folder: Path, e: bool = False, options: Options = Options()) -> Baseline:
-        return baseline_of(score_run(folder, e, options), options)
+    def boil(folder: Path, e: bool = False, options: ScoringOptions = ScoringOptions()) -> Baseline:
+        return make_baseline(score_run(folder, e, options), options)
 
     return boil
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparsecache.longbench.scores import DatasetScore, Options, score_file
+from sparsecache.longbench.score_types import DatasetScore
+from sparsecache.longbench.scores import ScoringOptions, score_file
 from sparsecache.longbench.tasks import load_tasks
 
 
@@ -23,7 +24,7 @@ def score(folder: Path, rows: list[dict[str, Any]], stem: str = "qasper", **opti
     """The score of a file of these rows, of which run.json expects just as many."""
     path = save(folder, stem, rows)
     task = load_tasks()[stem.removesuffix("_e")]
-    return score_file(path, task, stem.endswith("_e"), len(rows), Options(**options))
+    return score_file(path, task, stem.endswith("_e"), len(rows), ScoringOptions(**options))
 
 
 def expect_rows(folder: Path, **rows: int) -> None:

@@ -37,9 +37,9 @@ def test_a_full_baseline_is_small(make_run: MakeRun, row: Row, tmp_path: Path, b
 
 
 BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda record: [], "it is JSON of another kind"),
-    (lambda record: {"a": 1}, "it is JSON of another kind"),
-    (lambda record: record | {"sparsecache_baseline": 2}, "it has version 2 of the format, not 1"),
+    (lambda record: [], "it lacks the key sparsecache_baseline"),
+    (lambda record: {"a": 1}, "it lacks the key sparsecache_baseline"),
+    (lambda record: record | {"sparsecache_baseline": 2}, "its format version is 2, not 1"),
     (lambda record: {key: value for key, value in record.items() if key != "identity"}, "lacks identity"),
     (lambda record: record | {"datasets": []}, r"datasets is \[\]; it must be an object"),
     (lambda record: record | {"e": 0}, "e is 0; it must be true or false"),
@@ -63,14 +63,14 @@ def test_a_broken_baseline_is_refused(
     path = tmp_path / "baseline.json"
     made("a", {"qasper": "y"}).save(path)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(UsageError, match=rf"baseline\.json is no baseline: {message}"):
+    with pytest.raises(UsageError, match=rf"baseline\.json is not a baseline: {message}"):
         load_baseline(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "NaN", '{"sparsecache_baseline": 1, "e": NaN}', "[" * 10**5, "\ud800"])
 def test_a_file_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "b.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(UsageError, match=r"b\.json is no baseline: it is not readable as JSON"):
+    with pytest.raises(UsageError, match=r"b\.json is not a baseline: it is not valid JSON"):
         load_baseline(tmp_path / "b.json")
 
 
@@ -78,7 +78,7 @@ def test_no_other_file_is_overwritten(made: Make, tmp_path: Path) -> None:
     run = made("a", {"qasper": "y"})
     for name, text in (("README.md", "# Title"), ("summary.json", '{"complete": true}')):
         (tmp_path / name).write_text(text)
-        with pytest.raises(UsageError, match=f"{name} is no baseline: .*under a free name"):
+        with pytest.raises(UsageError, match=f"{name} is not a baseline: .*under another name"):
             run.save(tmp_path / name)
         assert (tmp_path / name).read_text() == text
     with pytest.raises(UsageError, match="cannot be written: No such file"):

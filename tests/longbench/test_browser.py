@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from sparsecache.longbench.baseline import baseline_of
+from sparsecache.longbench.baseline import make_baseline
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.gate import Limits, gate
 from sparsecache.longbench.html import compare_page, gate_page, score_page
-from sparsecache.longbench.paired import same_rows
-from sparsecache.longbench.pictures import pictures
-from sparsecache.longbench.scores import Options, RunScore, score_run
-from sparsecache.longbench.terminal import visible
+from sparsecache.longbench.paired import common_rows_or_all
+from sparsecache.longbench.plots import draw_all
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import ScoringOptions, score_run
+from sparsecache.longbench.terminal import escape_control_chars
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = (
@@ -65,8 +66,8 @@ def reports(
 
     name = ATTACK.replace("/", "")[:90]
     runs = [run("vanilla", ATTACK, "vanilla"), run(name, "no", ATTACK, kept=0.1), run("z" * 90, "x", "h2o", kept=0.02)]
-    first, other = (baseline_of(each, Options()) for each in runs[:2])
-    drawn = pictures(same_rows(runs).runs)
+    first, other = (make_baseline(each, ScoringOptions()) for each in runs[:2])
+    drawn = draw_all(common_rows_or_all(runs).runs)
     pages = {
         "compare": compare_page(compare(runs, resamples=9), runs, drawn),
         "score": score_page(runs[:2], [drawn, drawn]),
@@ -97,7 +98,7 @@ def test_a_report_opens_from_a_file_and_runs_nothing(browser: Browser, reports: 
     page, odd = opened(browser, reports[kind])
     assert page.evaluate("typeof attacked") == "undefined"
     assert page.evaluate("document.querySelectorAll('script, img, a, [onload], [onerror]').length") == 0
-    assert visible(ATTACK)[:80] in page.inner_text("body")
+    assert escape_control_chars(ATTACK)[:80] in page.inner_text("body")
     assert page.title() == page.inner_text("h1")
     assert odd == [reports[kind].as_uri()]
     refused = """() => new Promise(done => {

@@ -18,11 +18,12 @@ import pytest
 from sparsecache.errors import UsageError
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.compare_tables import compare_document
-from sparsecache.longbench.comparison import Comparison, Line, Versus
-from sparsecache.longbench.paired import interval, resampled_means
+from sparsecache.longbench.comparison import Comparison, Difference, Group
+from sparsecache.longbench.paired import bootstrap_means, confidence_interval
 from sparsecache.longbench.run_record import ModelRecord
 from sparsecache.longbench.runs import short_names
-from sparsecache.longbench.scores import RunScore, score_run
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tables import render
 
 MakeRun = Callable[..., Path]
@@ -30,12 +31,12 @@ Row = Callable[..., dict[str, Any]]
 FEW = 200  # resamples, where the interval is not the question
 
 
-def lines_of(comparison: Comparison) -> dict[str, Line]:
-    return {line.name: line for line in comparison.lines}
+def lines_of(comparison: Comparison) -> dict[str, Group]:
+    return {line.name: line for line in comparison.groups}
 
 
-def versus(comparison: Comparison, name: str, run: int = 1) -> Versus:
-    found = lines_of(comparison)[name].entries[run].versus
+def difference(comparison: Comparison, name: str, run: int = 1) -> Difference:
+    found = lines_of(comparison)[name].entries[run].difference
     assert found is not None
     return found
 
@@ -97,24 +98,24 @@ def test_intervals_are_those_of_an_obvious_loop(scored: Callable[..., RunScore])
     loop["flat_mean"] = [sum(four) / 4 for four in zip(*(means[stem] for stem in sizes), strict=True)]
     for name, values in loop.items():
         expected = [quantile(values, share) for share in (0.025, 0.975)]
-        assert versus(found, name).interval == pytest.approx(expected, abs=1e-9), name
+        assert difference(found, name).interval == pytest.approx(expected, abs=1e-9), name
 
 
 def test_drawing_in_portions_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = numpy.random.default_rng(0).normal(size=(37, 2))
-    whole = resampled_means(values, "qasper", 5, 1000)
-    monkeypatch.setattr("sparsecache.longbench.paired._AT_ONCE", 100)
+    whole = bootstrap_means(values, "qasper", 5, 1000)
+    monkeypatch.setattr("sparsecache.longbench.paired._MAX_DRAWS", 100)
     assert whole.shape == (1000, 2)
-    assert (resampled_means(values, "qasper", 5, 1000) == whole).all()
-    assert (resampled_means(values[:, 1:], "qasper", 5, 1000) == whole[:, 1:]).all()  # whoever else is compared
-    assert (resampled_means(values, "qasper", 6, 1000) != whole).any()
-    assert (resampled_means(values, "lcc", 5, 1000) != whole).any()
+    assert (bootstrap_means(values, "qasper", 5, 1000) == whole).all()
+    assert (bootstrap_means(values[:, 1:], "qasper", 5, 1000) == whole[:, 1:]).all()  # whoever else is compared
+    assert (bootstrap_means(values, "qasper", 6, 1000) != whole).any()
+    assert (bootstrap_means(values, "lcc", 5, 1000) != whole).any()
 
 
 @pytest.mark.parametrize(("rows", "ones"), [(100, 50), (200, 20), (60, 45)])
 def test_intervals_of_wins_and_losses_are_the_binomial_ones(rows: int, ones: int) -> None:
     values = numpy.array([[1.0]] * ones + [[0.0]] * (rows - ones))
-    low, high = interval(resampled_means(values, "qasper", 0)[:, 0])
+    low, high = confidence_interval(bootstrap_means(values, "qasper", 0)[:, 0])
     share, cumulated, bounds = ones / rows, 0.0, []
     for count in range(rows + 1):
         before = cumulated
@@ -130,8 +131,8 @@ def test_a_true_difference_lies_in_about_95_of_100_intervals() -> None:
         # Rows of very different spread in two datasets; scores gain 3 points on average in one and lose 1 in the other.
         first = 3 + 30 * (generator.random((120, 1)) - 0.5) * generator.integers(1, 4, size=(120, 1))
         second = generator.choice([-21.0, 19.0], size=(80, 1))
-        means = [resampled_means(values, name, trial, 1000) for values, name in ((first, "a"), (second, "b"))]
-        low, high = interval((means[0][:, 0] + means[1][:, 0]) / 2)
+        means = [bootstrap_means(values, name, trial, 1000) for values, name in ((first, "a"), (second, "b"))]
+        low, high = confidence_interval((means[0][:, 0] + means[1][:, 0]) / 2)
         inside += low <= 1.0 <= high
     assert 365 <= inside <= 393  # 91 to 98 %
 
@@ -140,10 +141,10 @@ def test_two_directions_mirror_each_other(scored: Callable[..., RunScore]) -> No
     rng = random.Random(2)
     runs = [scored(name, qasper=letters(rng, 12), hotpotqa=letters(rng, 9)) for name in "ab"]
     there, back = compare(runs), compare(runs[::-1])
-    for line in there.lines:
-        one, other = versus(there, line.name), versus(back, line.name)
+    for line in there.groups:
+        one, other = difference(there, line.name), difference(back, line.name)
         assert one.interval is not None and other.interval is not None
-        assert one.difference == pytest.approx(-other.difference)
+        assert one.mean == pytest.approx(-other.mean)
         assert one.interval == pytest.approx([-other.interval[1], -other.interval[0]])
         assert (one.wins, one.losses, one.ties, one.changed) == (other.losses, other.wins, other.ties, other.changed)
 
@@ -152,7 +153,7 @@ def test_the_same_seed_gives_the_same_and_another_another(scored: Callable[..., 
     rng = random.Random(2)
     runs = [scored(name, qasper=letters(rng, 30)) for name in "ab"]
     assert compare(runs, 1) == compare(runs, 1)
-    assert versus(compare(runs, 1), "qasper").interval != versus(compare(runs, 2), "qasper").interval
+    assert difference(compare(runs, 1), "qasper").interval != difference(compare(runs, 2), "qasper").interval
     assert (compare(runs).seed, compare(runs).resamples) == (0, 10_000)
 
 
@@ -160,20 +161,20 @@ def test_a_run_beside_itself_is_the_same(scored: Callable[..., RunScore]) -> Non
     run = scored("a", qasper="ynhhy", lcc="nh", trec="yyn")
     found = compare([run, run])
     assert [one.name for one in found.runs] == ["a (1)", "a (2)"]
-    for line in found.lines:
-        assert line.entries[1].versus == Versus(0.0, (0.0, 0.0), 0, 0, line.n, 0)
+    for line in found.groups:
+        assert line.entries[1].difference == Difference(0.0, (0.0, 0.0), 0, 0, line.n, 0)
         assert line.entries[0].score == line.entries[1].score
-        assert line.entries[0].best and line.entries[1].best and line.entries[0].versus is None
+        assert line.entries[0].best and line.entries[1].best and line.entries[0].difference is None
 
 
 def test_one_row_has_no_interval(scored: Callable[..., RunScore]) -> None:
     found = compare([scored("a", qasper="y", hotpotqa="yn"), scored("b", qasper="n", hotpotqa="yy")])
-    intervals = {name: versus(found, name).interval is None for name in lines_of(found)}
+    intervals = {name: difference(found, name).interval is None for name in lines_of(found)}
     assert intervals == {
         "qasper": True, "hotpotqa": False, "single_doc_qa": True, "multi_doc_qa": False,
         "avg_en": True, "avg_all": True, "flat_mean": True,
     }  # fmt: skip
-    assert versus(found, "qasper").difference == -100.0
+    assert difference(found, "qasper").mean == -100.0
 
 
 # Rows
@@ -185,12 +186,12 @@ def test_rows_are_matched_by_id_in_any_order(make_run: MakeRun, row: Row) -> Non
     found = compare([score_run(first), score_run(second)])
     line = lines_of(found)["qasper"]
     assert (line.n, [entry.score for entry in line.entries]) == (3, [66.67, 66.67])
-    won = versus(found, "qasper")
-    assert (won.wins, won.losses, won.ties, won.changed, won.difference) == (1, 1, 1, 2, 0.0)
+    won = difference(found, "qasper")
+    assert (won.wins, won.losses, won.ties, won.changed, won.mean) == (1, 1, 1, 2, 0.0)
     assert {"lcc", "trec"}.isdisjoint(lines_of(found))
     assert [(run.rows, run.left_out) for run in found.runs] == [(4, 1), (5, 2)]
     assert found.notes[0] == (
-        "Compared on the 3 rows that all runs have (same dataset, same _id); left out: 1 of 4 rows of a, 2 of 5 rows "
+        "Compared on the 3 rows that all runs have (same dataset and _id). Left out: 1 of 4 rows of a, 2 of 5 rows "
         "of b."
     )
 
@@ -223,18 +224,18 @@ def test_scores_are_the_official_ones_of_a_file_with_just_these_rows(make_run: M
         lines = lines_of(found)
         assert {key: (line.entries[at].score, line.entries[at].stderr) for key, line in lines.items()} == expected
         assert {key: line.entries[at].kept for key, line in lines.items()} == kept
-    for line in found.lines:
+    for line in found.groups:
         of_scores = line.entries[1].score - line.entries[0].score
-        assert versus(found, line.name).difference == pytest.approx(of_scores, abs=0.0101)
-    assert [line.kind for line in found.lines] == ["dataset"] * 7 + ["category"] * 5 + ["average"] * 4
-    assert (lines_of(found)["avg_all"].datasets, lines_of(found)["avg_all"].of) == (7, 21)
+        assert difference(found, line.name).mean == pytest.approx(of_scores, abs=0.0101)
+    assert [line.kind for line in found.groups] == ["dataset"] * 7 + ["category"] * 5 + ["average"] * 4
+    assert (lines_of(found)["avg_all"].datasets, lines_of(found)["avg_all"].of_datasets) == (7, 21)
 
 
 def test_longbench_e_is_compared_by_its_own_files(scored: Callable[..., RunScore]) -> None:
     runs = [scored("a", e=True, qasper="yn", trec="yy"), scored("b", e=True, qasper="yy", trec="yn")]
     found = compare(runs)
-    assert found.e and [line.name for line in found.lines][:2] == ["qasper_e", "trec_e"]
-    assert versus(found, "qasper_e").difference == 50.0
+    assert found.e and [line.name for line in found.groups][:2] == ["qasper_e", "trec_e"]
+    assert difference(found, "qasper_e").mean == 50.0
     with pytest.raises(ValueError, match="all of LongBench-E"):
         compare([runs[0], scored("c", qasper="yy")])
     with pytest.raises(ValueError, match="two or more"):
@@ -244,11 +245,11 @@ def test_longbench_e_is_compared_by_its_own_files(scored: Callable[..., RunScore
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"qasper": [("7", {})]}, "have no row in common"),
-        ({"hotpotqa": [("1", {})]}, "have no row in common"),
+        ({"qasper": [("7", {})]}, "have no rows in common"),
+        ({"hotpotqa": [("1", {})]}, "have no rows in common"),
         ({"qasper": [("1", {"_id": ...})]}, "rows without an `_id` cannot be matched"),
         ({"qasper": [("1", {"_id": None})]}, "rows without an `_id` cannot be matched"),
-        ({"qasper": [("1", {"answers": ["no"]})]}, "Row 1 of qasper has other answers in a than in b"),
+        ({"qasper": [("1", {"answers": ["no"]})]}, "Row 1 of qasper has different answers in a and b"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(make_run: MakeRun, row: Row, other: Any, message: str) -> None:
@@ -259,10 +260,10 @@ def test_what_cannot_be_compared_is_refused(make_run: MakeRun, row: Row, other: 
 
 
 def test_repeated_ids_are_refused_even_where_the_scorer_was_told_to_count_them(make_run: MakeRun, row: Row) -> None:
-    from sparsecache.longbench.scores import Options
+    from sparsecache.longbench.scores import ScoringOptions
 
     folder = make_run("a", {"qasper": [row(1), row(1)]})
-    run = score_run(folder, options=Options(allow_duplicates=True))
+    run = score_run(folder, options=ScoringOptions(allow_duplicates=True))
     with pytest.raises(UsageError, match="qasper of a.* repeats _ids"):
         compare([run, run])
 
@@ -286,9 +287,9 @@ def test_what_a_reader_must_know_is_said(make_run: MakeRun, row: Row) -> None:
     second = make_run("b", {"qasper": [row(0, prompt_sha256="0" * 64 + "x"), failed]})
     found = compare([score_run(first), score_run(second)])
     assert found.notes == (
-        "INCOMPLETE: a, b; score them alone to see what is missing.",
-        "1 of these rows failed in b and count 0.0 there; predict again to retry them.",
-        "b was asked other prompts than a in 1 of 2 rows.",
+        "INCOMPLETE: a, b. Score each run separately to see the missing rows.",
+        "1 of these rows failed in b and count 0.0. Predict again to retry them.",
+        "b and a had different prompts in 1 of 2 rows.",
         "Fewer than 20 rows, so the intervals are too narrow: every dataset.",
     )
     assert [entry.errors for entry in lines_of(found)["qasper"].entries] == [0, 1]
@@ -341,9 +342,9 @@ def test_runs_are_named_by_as_little_as_tells_them_apart() -> None:
 def test_two_runs_are_one_table_and_more_are_one_for_each(scored: Callable[..., RunScore]) -> None:
     runs = [scored(name, qasper=text * 10) for name, text in (("a", "yynn"), ("b", "yyny"), ("c", "ynnn"))]
     two, three = (compare_document(compare(runs[:count])) for count in (2, 3))
-    assert two.tables[0].head == [
+    assert two.tables[0].header == [
         "dataset", "n", "a", "b", "difference", "95% interval", "wins", "losses", "changed", "kept"]  # fmt: skip
-    assert [table.title for table in two.tables] == ["", "what each run cost, over all of its rows"]
+    assert [table.title for table in two.tables] == ["", "speed and memory of each run, over all of its rows"]
     assert [table.title for table in three.tables][1:3] == ["b against a", "c against a"]
     line = render(two, "terminal").split("\n")[4]
     assert line.split()[:5] == ["qasper", "40", "50.00", "75.00*", "+25.0"]
@@ -373,23 +374,23 @@ def test_the_flat_table_holds_every_number_in_full(scored: Callable[..., RunScor
     found = compare([scored("a", qasper="yyn", trec="yn"), scored("b", qasper="yhn", trec="yy")])
     document = compare_document(found)
     rows = json.loads(render(document, "json"))["rows"]
-    assert len(rows) == 2 * len(found.lines)
-    for at, (line, run) in enumerate((line, run) for line in found.lines for run in range(2)):
+    assert len(rows) == 2 * len(found.groups)
+    for at, (line, run) in enumerate((line, run) for line in found.groups for run in range(2)):
         entry, said = line.entries[run], rows[at]
         assert (said["run"], said["kind"], said["name"], said["n"]) == ("ab"[run], line.kind, line.name, line.n)
         assert (said["score"], said["stderr"], said["best"]) == (entry.score, entry.stderr, entry.best)
-        if entry.versus is None:
+        if entry.difference is None:
             assert {said[key] for key in ("difference", "low", "high", "wins", "changed")} == {None}
         else:
             assert (said["difference"], [said["low"], said["high"]]) == (
-                entry.versus.difference, list(entry.versus.interval or ()))  # fmt: skip
+                entry.difference.mean, list(entry.difference.interval or ()))  # fmt: skip
             assert said["wins"] + said["losses"] + said["ties"] == line.n
     read = list(csv.DictReader(io.StringIO(render(document, "csv"))))
     assert [float(line["score"]) for line in read] == [line["score"] for line in rows]
-    assert [line["low"] for line in read if line["run"] == "a"] == [""] * len(found.lines)
+    assert [line["low"] for line in read if line["run"] == "a"] == [""] * len(found.groups)
 
 
 def test_the_note_of_a_checkpoint_stands_above(scored: Callable[..., RunScore]) -> None:
     run = scored("a", qasper="yn")
     run = replace(run, run=replace(run.run, model=ModelRecord("Random weights.")))
-    assert compare_document(compare([run, scored("b", qasper="yn")])).lead == ["Note on a: Random weights."]
+    assert compare_document(compare([run, scored("b", qasper="yn")])).preamble == ["Note on a: Random weights."]

@@ -22,7 +22,7 @@ from sparsecache.synthetic.source import SampleSource
 KEYS = ["input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"]
 SAMPLE = SampleSource(rows=7)
 QASPER = load_tasks()["qasper"]
-ADVICE = "No row is skipped: fetch or write the file again, whole."
+ADVICE = "Invalid rows are never skipped. Fetch or write the complete file again."
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
         ({"length": "7"}, 'length is "7", not of type int.'),
         ({"length": True}, "length is true, not of type int."),
         ({"length": 7.0}, "length is 7.0, not of type int."),
-        ({"length": 10**30}, "length is too large to be one."),
+        ({"length": 10**30}, "length does not fit into 64 bits."),
         ({"input": None}, "input is null, not of type str."),
         ({"_id": 3}, "_id is 3, not of type str."),
         ({"answers": "So."}, "answers is not a list of at least one string."),
@@ -148,7 +148,7 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
         ({"all_classes": [1]}, "all_classes is neither null nor a list of strings."),
         ({"all_classes": "x"}, "all_classes is neither null nor a list of strings."),
         ({"dataset": "qasper_e"}, "the row belongs to dataset 'qasper_e', not 'qasper'."),
-        ({"_id": "a"}, "_id 'a' stands in line 1 already."),
+        ({"_id": "a"}, "_id 'a' is already in line 1."),
     ],
 )
 def test_a_wrong_value_is_named_with_its_line(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
@@ -180,7 +180,7 @@ def test_a_line_that_is_no_object_is_refused(tmp_path: Path, line: bytes, proble
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path, key: str) -> None:
     text = '"\\ud83d"' if key == "context" else '["\\ud83d"]'
     value = json.dumps(row(_id="b")).replace(json.dumps(row()[key]), text)
-    assert "line 2: a string holds half of a surrogate pair" in refusal(tmp_path, lines(row()) + value.encode())
+    assert "line 2: a string holds a lone surrogate" in refusal(tmp_path, lines(row()) + value.encode())
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
@@ -191,7 +191,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_missing_file_names_those_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "trec.jsonl").touch()
     with pytest.raises(
-        UsageError, match=r"qasper\.jsonl is not there.*holds: trec\. Name what is there with --datasets"
+        UsageError, match=r"qasper\.jsonl does not exist.*holds: trec\. Choose among these with --datasets"
     ):
         load_rows(FolderSource(tmp_path), QASPER)
 
@@ -224,7 +224,7 @@ def test_a_zip_is_read_in_any_folder_and_described(tmp_path: Path) -> None:
 @pytest.mark.parametrize("members", [[], ["a/qasper.jsonl", "b/qasper.jsonl"]])
 def test_a_zip_with_none_or_two_of_a_name_is_refused(tmp_path: Path, members: list[str]) -> None:
     path = make_zip(tmp_path / "x.zip", [(name, lines(row())) for name in members])
-    with pytest.raises(UsageError, match=f"holds {len(members)} members named qasper.jsonl; one is needed"):
+    with pytest.raises(UsageError, match=f"holds {len(members)} members named qasper.jsonl; it must hold exactly one"):
         load_rows(ZipSource(path), QASPER)
 
 
@@ -246,7 +246,7 @@ def test_row_counts_are_checked_for_hub_data_only(tmp_path: Path) -> None:
     part = make_zip(tmp_path / "part.zip", [(f"data/{task.name}.jsonl", lines(*rows[:149]))])
     assert len(load_rows(ZipSource(whole, hub={"commit": "c"}), task).dataset) == 150
     assert len(load_rows(ZipSource(part), task).dataset) == 149
-    with pytest.raises(UsageError, match="holds 149 rows; the benchmark publishes 150"):
+    with pytest.raises(UsageError, match="holds 149 rows; the published dataset has 150"):
         load_rows(ZipSource(part, hub={"commit": "c"}), task)
 
 
@@ -258,7 +258,7 @@ def test_a_data_value_that_is_nothing_lists_what_is_allowed(tmp_path: Path, valu
 
 
 def test_a_revision_is_for_the_hub_only() -> None:
-    with pytest.raises(UsageError, match="--data_revision v1 pins the hub's data; with --data sample"):
+    with pytest.raises(UsageError, match="--data_revision v1 applies to --data hub only, not to --data sample"):
         open_source("sample", sample=SAMPLE, revision="v1")
 
 

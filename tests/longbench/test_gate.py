@@ -8,8 +8,8 @@ import pytest
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.baseline import Baseline
-from sparsecache.longbench.gate import Limits, Verdict, check_savable, gate, lines
-from sparsecache.longbench.scores import Options
+from sparsecache.longbench.gate import Limits, Verdict, check_complete, format_verdict, gate
+from sparsecache.longbench.scores import ScoringOptions
 
 MakeRun = Callable[..., Path]
 Row = Callable[..., dict[str, Any]]
@@ -26,9 +26,10 @@ def test_a_regression_fails_and_says_by_how_much(made: Make) -> None:
     verdict = gate(after, before, Limits(max_drop=2.0))
     assert not verdict.passed and verdict.warnings == []
     assert texts(verdict) == [
-        "FAILED mean of 3 datasets: 46.67, baseline 50.00, down 3.33, allowed 2: 1.33 too much; most in qasper 10.00"
+        "FAILED mean of 3 datasets: 46.67, baseline 50.00, down 3.33, allowed drop 2: 1.33 over the limit; "
+        "largest drops: qasper 10.00"
     ]
-    assert list(lines(after, before, verdict)) == [
+    assert list(format_verdict(after, before, verdict)) == [
         f"{after.name} (vanilla) against {before.name} (vanilla)",
         *texts(verdict)[0].replace("FAILED ", "FAILED  ", 1).split("\n"),
         "FAILED: 1 of 1 checks.",
@@ -40,10 +41,11 @@ def test_an_improvement_passes(made: Make) -> None:
     verdict = gate(after, before, Limits(max_drop=0, max_drop_dataset=0))
     assert verdict.passed
     assert texts(verdict) == [
-        "mean of 1 datasets: 75.00, baseline 50.00, up 25.00, allowed 0 (95% interval of the change: 0.00 to +75.00)",
-        "1 of 1 datasets: none is down, allowed 0",
+        "mean of 1 datasets: 75.00, baseline 50.00, up 25.00, allowed drop 0 "
+        "(95% interval of the change: 0.00 to +75.00)",
+        "1 of 1 datasets: no drop, allowed 0",
     ]
-    assert list(lines(after, before, verdict))[-1] == "Passed."
+    assert list(format_verdict(after, before, verdict))[-1] == "Passed."
 
 
 def test_a_run_passes_beside_itself_without_any_room(made: Make) -> None:
@@ -65,10 +67,14 @@ def test_one_dataset_may_fail_where_the_mean_passes(made: Make) -> None:
     verdict = gate(after, before, Limits(3, 10))
     assert [check.passed for check in verdict.checks] == [True, False, True]
     assert texts(verdict)[1:] == [
-        "FAILED qasper: 50.00, baseline 100.00, down 50.00, allowed 10: 40 too much",
-        "2 of 3 datasets: down 8.33 at most (musique), allowed 10",
+        "FAILED qasper: 50.00, baseline 100.00, down 50.00, allowed drop 10: 40 over the limit",
+        "2 of 3 datasets: largest drop 8.33 (musique), allowed 10",
     ]
-    assert [line.split("  ")[0] for line in lines(after, before, verdict)][1:4] == ["FAILED", "passed", "passed"]
+    assert [line.split("  ")[0] for line in format_verdict(after, before, verdict)][1:4] == [
+        "FAILED",
+        "passed",
+        "passed",
+    ]
 
 
 def test_scores_are_the_official_ones_of_the_rows_that_both_have(made: Make) -> None:
@@ -79,7 +85,10 @@ def test_scores_are_the_official_ones_of_the_rows_that_both_have(made: Make) -> 
 def test_what_was_kept_is_limited(made: Make) -> None:
     before = made("a", {"qasper": "y", "lcc": "y"})
     sparse = made("b", {"qasper": "y", "lcc": "y"}, {"kept": 0.2004})
-    assert texts(gate(sparse, before, Limits(max_kept=0.2)))[1] == "FAILED kept 20.04%, allowed 20%: 0.04% too much"
+    assert (
+        texts(gate(sparse, before, Limits(max_kept=0.2)))[1]
+        == "FAILED kept 20.04%, allowed 20%: 0.04 points over the limit"
+    )
     assert texts(gate(sparse, before, Limits(max_kept=0.2004)))[1] == "kept 20.04%, allowed 20.04%"
     with pytest.raises(UsageError, match=r"--max_kept 0\.2 cannot be checked: no row of .*full cache"):
         gate(before, sparse, Limits(max_kept=0.2))
@@ -104,10 +113,10 @@ def clock(tokens: int, seconds: float) -> dict[str, Any]:
 def test_speed_is_limited(made: Make) -> None:
     slow, fast = made("a", {"qasper": "y"}, session=clock(100, 4)), made("b", {"qasper": "y"}, session=clock(100, 2.5))
     assert texts(gate(fast, slow, Limits(min_speedup=1.5)))[1] == (
-        "decode 40.0 tokens/s, baseline 25.0: 1.60 times as fast, asked 1.5"
+        "decode 40.0 tokens/s, baseline 25.0: speedup 1.60, required 1.5"
     )
     assert texts(gate(slow, fast, Limits(min_speedup=1)))[1] == (
-        "FAILED decode 25.0 tokens/s, baseline 40.0: 0.62 times as fast, asked 1: 0.38 too little"
+        "FAILED decode 25.0 tokens/s, baseline 40.0: speedup 0.62, required 1: 0.38 below the limit"
     )
     assert gate(fast, slow, Limits(min_speedup=1.6)).passed
 
@@ -124,10 +133,10 @@ def test_speed_is_limited(made: Make) -> None:
 def test_speeds_of_unlike_machines_are_refused(made: Make, more: dict[str, Any], message: str) -> None:
     before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "y"}, **more)
     assert gate(after, before, Limits()).passed
-    with pytest.raises(UsageError, match=f"unlike in more than the method: {message}, for the speed"):
+    with pytest.raises(UsageError, match=f"differ in more than the method: {message}, for the speed"):
         gate(after, before, Limits(min_speedup=1))
     verdict = gate(after, before, Limits(min_speedup=1), allow_unlike=True)
-    assert verdict.passed and verdict.warnings[0].startswith("unlike: ")
+    assert verdict.passed and verdict.warnings[0].endswith(", for the speed; allowed by --allow_unlike.")
 
 
 def test_speeds_over_other_rows_are_refused(made: Make) -> None:
@@ -161,7 +170,7 @@ def test_a_session_that_decoded_nothing_is_no_device(made: Make) -> None:
 def test_a_run_without_a_speed_is_refused(made: Make) -> None:
     before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "y"}, session={"clock": None})
     for mine, theirs in ((before, after), (after, before)):
-        with pytest.raises(UsageError, match=f"{after.name} holds no decode speed"):
+        with pytest.raises(UsageError, match=f"{after.name} has no decode speed"):
             gate(mine, theirs, Limits(min_speedup=1), allow_unlike=True)
 
 
@@ -181,9 +190,9 @@ def test_a_run_without_a_speed_is_refused(made: Make) -> None:
 )
 def test_unlike_runs_are_refused(made: Make, identity: dict[str, Any], message: str) -> None:
     before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "y"}, identity=identity)
-    with pytest.raises(UsageError, match=f"unlike in more than the method: {message}.*--allow_unlike"):
+    with pytest.raises(UsageError, match=f"differ in more than the method: {message}.*--allow_unlike"):
         gate(after, before, Limits())
-    with pytest.raises(UsageError, match=r"unlike in more than the method"):
+    with pytest.raises(UsageError, match=r"differ in more than the method"):
         gate(before, after, Limits())
     verdict = gate(after, before, Limits(), allow_unlike=True)
     assert verdict.passed and len(verdict.warnings) == 1
@@ -203,7 +212,7 @@ def test_other_prompts_are_refused(made: Make) -> None:
 
 def test_other_choices_of_the_scorer_are_refused(make_run: MakeRun, row: Row, boiled_down: BoiledDown) -> None:
     folder = make_run("a", {"lcc": [row(0)]})
-    mine = boiled_down(folder, options=Options(edit_backend="fuzzywuzzy"))
+    mine = boiled_down(folder, options=ScoringOptions(edit_backend="fuzzywuzzy"))
     with pytest.raises(UsageError, match=r"the scorer's choice of edit_backend \(fuzzywuzzy, baseline difflib\)"):
         gate(mine, boiled_down(folder), Limits())
 
@@ -240,17 +249,17 @@ def test_a_folder_from_elsewhere_is_gated_only_on_demand(made: Make) -> None:
         with pytest.raises(UsageError, match=f"no run.json says how {before.name} was made"):
             gate(mine, theirs, Limits())
         assert gate(mine, theirs, Limits(), allow_unlike=True).passed
-    with pytest.raises(UsageError, match="No run.json says how"):
-        check_savable(before)
-    check_savable(before, allow_unlike=True)
+    with pytest.raises(UsageError, match="has no run.json"):
+        check_complete(before)
+    check_complete(before, allow_unlike=True)
 
 
 @pytest.mark.parametrize(
     ("datasets", "expected", "message"),
     [
-        ({"qasper": "yyx"}, None, r"b is not whole \(qasper 2 of 3 rows, 1 failed\)"),
-        ({"qasper": "yyy"}, {"qasper": 4}, r"b is not whole \(qasper 3 of 4 rows\)"),
-        ({"qasper": "yyy"}, {"qasper": 3, "lcc": 2}, r"b is not whole \(lcc 0 of 2 rows\)"),
+        ({"qasper": "yyx"}, None, r"b is incomplete \(qasper 2 of 3 rows, 1 failed\)"),
+        ({"qasper": "yyy"}, {"qasper": 4}, r"b is incomplete \(qasper 3 of 4 rows\)"),
+        ({"qasper": "yyy"}, {"qasper": 3, "lcc": 2}, r"b is incomplete \(lcc 0 of 2 rows\)"),
         ({"qasper": "yy"}, None, r"b lacks rows of the baseline \(qasper 1 of 3 rows\)"),
         ({"qasper": "yyy"}, None, r"b lacks rows of the baseline \(hotpotqa 1 of 1 rows\)"),
     ],
@@ -263,18 +272,18 @@ def test_partial_runs_are_refused(
     with pytest.raises(UsageError, match=f"{message}.*--allow_partial"):
         gate(after, before, Limits())
     verdict = gate(after, before, Limits(100), allow_partial=True)
-    assert verdict.passed and "only rows that both have are gated, and failed ones count 0.0" in verdict.warnings[0]
+    assert verdict.passed and "only common rows are compared, and failed rows count 0.0" in verdict.warnings[0]
 
 
 def test_partial_baselines_are_refused_and_not_saved(made: Make) -> None:
     before, after = made("a", {"qasper": "yx"}), made("b", {"qasper": "yy"})
-    with pytest.raises(UsageError, match=r"a is not whole \(qasper 1 of 2 rows, 1 failed\)"):
+    with pytest.raises(UsageError, match=r"a is incomplete \(qasper 1 of 2 rows, 1 failed\)"):
         gate(after, before, Limits())
     assert gate(after, before, Limits(), allow_partial=True).passed
-    with pytest.raises(UsageError, match="no baseline yet"):
-        check_savable(before)
-    check_savable(before, allow_partial=True)
-    check_savable(after)
+    with pytest.raises(UsageError, match="cannot be a baseline"):
+        check_complete(before)
+    check_complete(before, allow_partial=True)
+    check_complete(after)
 
 
 def test_runs_without_common_rows_are_refused_whatever_is_allowed(made: Make) -> None:
@@ -288,7 +297,7 @@ def test_longbench_and_longbench_e_are_not_gated_against_each_other(
 ) -> None:
     plain = boiled_down(make_run("a", {"qasper": [row(0)]}))
     e = boiled_down(make_run("b", {"qasper_e": [row(0)]}), e=True)
-    with pytest.raises(UsageError, match=r"of LongBench-E, .* is not\. Give --e"):
+    with pytest.raises(UsageError, match=r"of LongBench-E, .* is not\. Compare two LongBench-E runs with --e"):
         gate(plain, e, Limits(), allow_unlike=True)
     assert list(e.datasets) == ["qasper_e"] and gate(e, e, Limits()).passed
 
@@ -297,17 +306,17 @@ def test_longbench_and_longbench_e_are_not_gated_against_each_other(
 def test_rows_that_cannot_be_matched_are_refused(
     make_run: MakeRun, row: Row, more: dict[str, Any], boiled_down: BoiledDown
 ) -> None:
-    with pytest.raises(UsageError, match="rows without an `_id` or with the same one"):
+    with pytest.raises(UsageError, match="rows without an `_id` or with a repeated one"):
         boiled_down(make_run("a", {"qasper": [row(0, **more)]}))
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["max_drop", "max_drop_dataset", "max_kept", "min_speedup"])
 def test_limits_are_numbers_from_0_on(name: str, value: float) -> None:
-    with pytest.raises(UsageError, match=f"--{name} {value} is no limit"):
+    with pytest.raises(UsageError, match=rf"--{name} is {value}; it must be a number, 0 or more"):
         Limits(**{name: value})
 
 
 def test_max_kept_is_a_share() -> None:
-    with pytest.raises(UsageError, match="--max_kept 20 is no share"):
+    with pytest.raises(UsageError, match="--max_kept is 20; it must be a share"):
         Limits(max_kept=20)

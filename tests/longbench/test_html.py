@@ -13,20 +13,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecache.longbench.baseline import baseline_of
+from sparsecache.longbench.baseline import make_baseline
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.gate import Limits, gate
 from sparsecache.longbench.html import compare_page, gate_page, score_page
-from sparsecache.longbench.html.markup import Html, joined, lines, tag, text
-from sparsecache.longbench.html.parts import MOST_ROWS
+from sparsecache.longbench.html.markup import Html, escape, escape_lines, join, tag
+from sparsecache.longbench.html.parts import MAX_ROWS
 from sparsecache.longbench.html.svg import inline
-from sparsecache.longbench.paired import same_rows
-from sparsecache.longbench.pictures import _canvas, pictures
+from sparsecache.longbench.paired import common_rows_or_all
+from sparsecache.longbench.plots import _figure, draw_all
 from sparsecache.longbench.score_tables import score_document
-from sparsecache.longbench.scores import Options, RunScore, score_run
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import ScoringOptions, score_run
 from sparsecache.longbench.tables import Document
-from sparsecache.longbench.terminal import visible
+from sparsecache.longbench.terminal import escape_control_chars
 
 MakeRun = Callable[..., Path]
 Row = Callable[..., dict[str, Any]]
@@ -66,10 +67,10 @@ def page(runs: list[RunScore]) -> Page:
 
     def make(kind: str) -> str:
         if kind == "compare":
-            return compare_page(compare(runs, resamples=99), runs, pictures(same_rows(runs).runs))
+            return compare_page(compare(runs, resamples=99), runs, draw_all(common_rows_or_all(runs).runs))
         if kind == "score":
-            return score_page(runs, [pictures([run]) for run in runs])
-        first, other = (baseline_of(run, Options()) for run in runs)
+            return score_page(runs, [draw_all([run]) for run in runs])
+        first, other = (make_baseline(run, ScoringOptions()) for run in runs)
         return gate_page(other, first, gate(other, first, Limits(max_kept=0.05), allow_partial=True, allow_unlike=True))
 
     return make
@@ -80,7 +81,7 @@ def page(runs: list[RunScore]) -> Page:
 
 @given(ANY_TEXT, ANY_TEXT)
 def test_no_text_can_become_markup(content: str, other: str) -> None:
-    element = tag("div", tag("p", content, title=other), tag("pre", lines(content)), joined(content, Html("<hr>")))
+    element = tag("div", tag("p", content, title=other), tag("pre", escape_lines(content)), join(content, Html("<hr>")))
     page = f"<!doctype html><title>t</title>{element}"
     page.encode()
     body = parse(page).find("body")
@@ -88,8 +89,11 @@ def test_no_text_can_become_markup(content: str, other: str) -> None:
     assert [each.tag for each in body.iter()] == ["body", "div", "p", "pre", "hr"]
     assert all(not each.attrib or each.tag == "p" for each in body.iter())
     paragraph, kept = body.findall("div/*")[:2]
-    assert (paragraph.text or "", paragraph.attrib) == (visible(content), {"title": visible(other)})
-    assert (kept.text or "") == "\n".join(map(visible, content.split("\n")))
+    assert (paragraph.text or "", paragraph.attrib) == (
+        escape_control_chars(content),
+        {"title": escape_control_chars(other)},
+    )
+    assert (kept.text or "") == "\n".join(map(escape_control_chars, content.split("\n")))
 
 
 def test_what_is_done_to_markup_as_text_is_text_again() -> None:
@@ -99,7 +103,7 @@ def test_what_is_done_to_markup_as_text_is_text_again() -> None:
     assert tag("p", f"{bold}") == "<p>&lt;b&gt;x&lt;/b&gt;</p>"
     assert tag("p", bold, hidden=True, class_="c", data_x=False) == '<p hidden class="c"><b>x</b></p>'
     assert tag("meta", name="a", http_equiv="b") == '<meta name="a" http-equiv="b">'
-    assert text("a\u202eb\n") == "a\\u202eb⏎"
+    assert escape("a\u202eb\n") == "a\\u202eb⏎"
 
 
 # Pages
@@ -118,7 +122,7 @@ def test_a_page_is_valid_asks_for_nothing_and_holds_attacks_as_text(page: Page, 
             assert str(name).split("}")[-1] not in ("src", "href", "srcset", "action") or value.startswith("#")
             assert re.search(r"url\((?!#)", value) is None
     assert "url(" not in said(tree.find("head/style")) and "@import" not in said(tree.find("head/style"))  # type: ignore[arg-type]
-    assert visible(ATTACK) in said(tree)
+    assert escape_control_chars(ATTACK) in said(tree)
     assert "attacked=1</script>" not in whole
 
 
@@ -144,7 +148,10 @@ def cells(tree: Element) -> Iterator[list[list[str]]]:
 
 def printed(*documents: Document) -> list[list[list[str]]]:
     return [
-        [[visible(name) for name in table.head], *([visible(cell.text) for cell in row] for row in table.lines)]
+        [
+            [escape_control_chars(name) for name in table.header],
+            *([escape_control_chars(cell.text) for cell in row] for row in table.data_rows),
+        ]
         for document in documents
         for table in document.tables
     ]
@@ -158,12 +165,12 @@ def test_the_tables_are_those_of_the_terminal(page: Page, runs: list[RunScore]) 
         cell.text for table in document.tables for row in table.rows for cell in row if cell.best
     ]
     notes = [said(each) for each in tree.iter("li")]
-    assert notes == [visible(note) for note in document.remarks]
+    assert notes == [escape_control_chars(note) for note in document.all_notes]
     assert list(cells(parse(page("score")))) == printed(*map(score_document, runs))
 
 
 def test_pictures_are_titled_described_and_captioned(page: Page, runs: list[RunScore]) -> None:
-    drawn = pictures(same_rows(runs).runs)
+    drawn = draw_all(common_rows_or_all(runs).runs)
     figures = list(parse(page("compare")).iter("figure"))
     assert len(figures) == len(drawn) == 3
     for figure, picture in zip(figures, drawn, strict=True):
@@ -187,19 +194,19 @@ def test_a_svg_is_set_in_the_pages_colours_and_fonts(runs: list[RunScore], page:
         '<clipPath id="p-clip" /><path id="p-m" d="" /></defs></svg>'
     )
     dark = page("compare")
-    for colour in (_canvas.INK, _canvas.MUTED, _canvas.RULE, _canvas.REFERENCE, *_canvas.SERIES):
+    for colour in (_figure.INK, _figure.MUTED, _figure.RULE, _figure.REFERENCE, *_figure.SERIES):
         assert f"--c-{colour[1:]}: #" in dark, "a colour without another for the dark page"
 
 
 def test_changed_rows_come_with_both_texts(make_run: MakeRun, row: Row) -> None:
-    before = [row(at, prompt_end=f"Who\nis {at}?") for at in range(MOST_ROWS + 3)]
+    before = [row(at, prompt_end=f"Who\nis {at}?") for at in range(MAX_ROWS + 3)]
     after = [{**each, "pred": "no"} for each in before]
     scored = [score_run(make_run(name, {"qasper": rows})) for name, rows in (("a", before), ("b", after))]
     tree = parse(compare_page(compare(scored, resamples=9), scored, []))
-    assert said(next(tree.iter("summary"))) == f"b against a: {MOST_ROWS + 3} rows"
+    assert said(next(tree.iter("summary"))) == f"b against a: {MAX_ROWS + 3} rows"
     assert said(next(tree.iter("details"))).count("Only 20 of 23 rows.") == 1
     articles = list(tree.iter("article"))
-    assert len(articles) == MOST_ROWS
+    assert len(articles) == MAX_ROWS
     pairs = [(said(each[0]), said(each[1])) for each in articles[0].iter("div")]
     assert pairs == [("prompt ends", "Who\nis 0?"), ("a", "yes"), ("b", "no"), ("answers", "yes")]
     assert said(next(articles[0].iter("h3"))).startswith("qasper 0, score 0.00, was 100.00 (-100.00)")
@@ -217,10 +224,10 @@ def test_a_gates_page_begins_with_what_failed(page: Page) -> None:
     tree = parse(page("gate"))
     assert said(next(tree.iter("h1"))) == "Failed: 1 of 2 checks"
     checks = [(said(each[0]), said(each[1])) for each in tree.find("body/main/dl")]  # type: ignore[union-attr]
-    assert checks[0] == ("FAILED", "kept 10.00%, allowed 5%: 5% too much")
+    assert checks[0] == ("FAILED", "kept 10.00%, allowed 5%: 5 points over the limit")
     assert checks[1][0] == "passed" and checks[1][1].startswith("mean of 2 datasets: ")
     assert "trec 0 of 1 rows, 1 failed" in said(tree)
 
 
 def test_a_page_repeats_byte_by_byte(runs: list[RunScore], page: Page) -> None:
-    assert score_page(runs, [pictures([run]) for run in runs]) == page("score")
+    assert score_page(runs, [draw_all([run]) for run in runs]) == page("score")

@@ -175,7 +175,7 @@ def test_offline_with_an_empty_cache_is_an_error_and_asks_nobody(hub: Hub, load:
 
 def test_an_unknown_revision_is_an_error(hub: Hub, load: Load) -> None:
     error = load(revision="nowhere")["error"]
-    assert "could not be had (404" in error
+    assert "Could not download data.zip of THUDM/LongBench (404" in error
     assert error.endswith("Check the network and --data_revision, or name a folder or zip with --data.")
     assert hub.asked_anything()
 
@@ -183,4 +183,4 @@ def test_an_unknown_revision_is_an_error(hub: Hub, load: Load) -> None:
 def test_a_wrong_row_count_is_refused(hub: Hub, load: Load) -> None:
     hub.zips[MAIN] = data_zip(149, "short")
     error = load()["error"]
-    assert "data.zip:data/multifieldqa_en.jsonl holds 149 rows; the benchmark publishes 150." in error
+    assert "data.zip:data/multifieldqa_en.jsonl holds 149 rows; the published dataset has 150." in error

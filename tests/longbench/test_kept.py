@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sparsecache.longbench.kept import Kept, dropped_nothing, kept_lines, kept_of, percent
+from sparsecache.longbench.kept import KeptStats, dropped_nothing, format_kept, format_percent, kept_of
 
 
 def row(kept: Any = 0.25, **more: Any) -> dict[str, Any]:
@@ -16,11 +16,11 @@ ERROR = {"pred": "", "error": "OutOfMemoryError"}
 
 
 def test_rows_without_a_number_are_counted_and_left_out_of_the_mean() -> None:
-    assert kept_of([row(0.1), row(0.3), SHORT, ERROR]) == Kept(
+    assert kept_of([row(0.1), row(0.3), SHORT, ERROR]) == KeptStats(
         share=0.2,
         rows=2,
-        idle_rows=1,
-        odd_rows=0,
+        rows_without_sparse_step=1,
+        invalid_rows=0,
         sparse_steps=20,
         capped_steps=20,
         capped_rows=2,
@@ -40,7 +40,7 @@ def test_rows_of_the_full_cache_report_nothing() -> None:
 def test_rows_too_short_for_a_sparse_step_have_no_mean() -> None:
     found = kept_of([SHORT, SHORT])
     assert found is not None
-    assert (found.share, found.rows, found.idle_rows, found.sparse_steps) == (None, 0, 2, 0)
+    assert (found.share, found.rows, found.rows_without_sparse_step, found.sparse_steps) == (None, 0, 2, 0)
 
 
 def test_what_offload_reports_is_summed_and_averaged_where_it_is() -> None:
@@ -57,9 +57,15 @@ def test_what_offload_reports_is_summed_and_averaged_where_it_is() -> None:
 def test_what_is_no_share_in_files_from_elsewhere_is_left_out_and_said(kept: Any) -> None:
     found = kept_of([row(kept), row(0.5)])
     assert found is not None
-    assert (found.share, found.rows, found.idle_rows, found.odd_rows, found.dropping_rows) == (0.5, 1, 0, 1, 1)
-    (line,) = kept_lines([found])
-    assert "of 1 rows (1 more say something else than a share from 0 to 1, and are left out)" in line
+    assert (found.share, found.rows, found.rows_without_sparse_step, found.invalid_rows, found.dropping_rows) == (
+        0.5,
+        1,
+        0,
+        1,
+        1,
+    )
+    (line,) = format_kept([found])
+    assert "of 1 rows (1 more hold no share from 0 to 1 and are left out)" in line
 
 
 @pytest.mark.parametrize(
@@ -75,18 +81,18 @@ def test_what_is_no_share_in_files_from_elsewhere_is_left_out_and_said(kept: Any
     ],
 )
 def test_shares_below_one_percent_have_two_digits(share: float | None, text: str) -> None:
-    assert percent(share) == text
+    assert format_percent(share) == text
 
 
 def test_one_line_says_what_the_share_is_of() -> None:
-    (line,) = kept_lines([kept_of([row(), SHORT]), None, kept_of([row()])])
+    (line,) = format_kept([kept_of([row(), SHORT]), None, kept_of([row()])])
     assert line == (
         "Kept: mean share of past tokens attended to, over 20 sparse steps of 2 rows (1 more had no sparse step); "
         "dense layers: 2."
     )
-    (line,) = kept_lines([kept_of([row(dense_layers=0)])])
+    (line,) = format_kept([kept_of([row(dense_layers=0)])])
     assert line.endswith("over 10 sparse steps of 1 rows.")
-    assert list(kept_lines([None, None])) == []
+    assert list(format_kept([None, None])) == []
 
 
 WHOLE = row(1.0)

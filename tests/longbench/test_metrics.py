@@ -178,7 +178,7 @@ def score(case: Case, official_recursion: bool = False) -> tuple[float, bool]:
     name, prediction, answer = case
     context = Context(official_recursion=official_recursion)
     value: float = getattr(metrics, name)(prediction, answer, context)
-    return value, context.too_deep
+    return value, context.recursion_exceeded
 
 
 def deep(frames: int, work: Callable[[], object]) -> object:

@@ -174,7 +174,7 @@ def test_without_max_length_the_window_less_cap_and_wrapper_is_used(chat: Any, w
 
 @pytest.mark.parametrize(("window", "wrapper"), [(129, "none"), (130 + 5, "[INST][INST]{prompt}")])
 def test_a_window_without_room_is_refused(plain: Any, window: int, wrapper: str) -> None:
-    with pytest.raises(UsageError, match=f"window of {window} tokens.*128 new tokens of qasper"):
+    with pytest.raises(UsageError, match=f"window of {window} tokens.*qasper needs 128 new tokens"):
         Prompter(plain, window, chat=wrapper).build(TASKS["qasper"], make_rows("qasper", 1, 300, 0)[0])
 
 

@@ -12,7 +12,8 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.report import decode_speed, health_table, speed_lines, write_results
 from sparsecache.longbench.run_record import RunRecord, parse_run_record
 from sparsecache.longbench.score_tables import score_table
-from sparsecache.longbench.scores import Options, RunScore, score_run
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import ScoringOptions, score_run
 from sparsecache.longbench.tasks import load_tasks
 
 Save = Callable[..., Path]
@@ -37,7 +38,7 @@ def save(folder: Path, **datasets: list[dict[str, Any]]) -> None:
     (folder / "run.json").write_text(json.dumps({"datasets": expected}))
 
 
-def written(result: RunScore, options: Options = Options()) -> list[Any]:
+def written(result: RunScore, options: ScoringOptions = ScoringOptions()) -> list[Any]:
     return [read_json(path) for path in write_results(result, options)]
 
 
@@ -74,7 +75,7 @@ def test_a_warning_of_every_dataset_is_said_once(tmp_path: Path) -> None:
     save(tmp_path, qasper=[row(0)], trec=[row(0)])
     (tmp_path / "run.json").unlink()
     text = score_table(score_run(tmp_path))
-    assert text.count("Warning: every dataset: no run.json") == text.count("Warning") == 1
+    assert text.count("Warning: every dataset: run.json") == text.count("Warning") == 1
 
 
 def test_results_have_the_official_shape(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_results_have_the_official_shape(tmp_path: Path) -> None:
 
 def test_the_summary_has_each_number_with_its_n(tmp_path: Path) -> None:
     save(tmp_path, qasper=[row(0), row(1, "no"), row(2, ""), row(3, "", error="x")], hotpotqa=[row(0)])
-    _, summary = written(score_run(tmp_path), Options(edit_backend="fuzzywuzzy", official_recursion=True))
+    _, summary = written(score_run(tmp_path), ScoringOptions(edit_backend="fuzzywuzzy", official_recursion=True))
     assert summary["datasets"]["qasper"] == {
         "score": 25.0,
         "stderr": 25.0,
@@ -189,7 +190,7 @@ def test_the_recorded_version_of_rouge_is_the_installed_one(tmp_path: Path) -> N
 
 def test_rouge_score_stands_beside_the_official_value(tmp_path: Path) -> None:
     save(tmp_path, gov_report=[row(0, "a cat sat", answers=["a cat ran"])], vcsum=[row(0, "会议", answers=["会议"])])
-    options = Options(rouge_score=True)
+    options = ScoringOptions(rouge_score=True)
     result = score_run(tmp_path, options=options)
     _, summary = written(result, options)
     assert summary["datasets"]["gov_report"]["rouge_score"] == {"rouge1": 66.67, "rouge2": 50.0, "rougeL": 66.67}
@@ -231,7 +232,7 @@ def test_a_result_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     save(tmp_path, qasper=[row(0)])
     (tmp_path / "result.json").mkdir()
     with pytest.raises(UsageError, match=r"result\.json cannot be written: Is a directory"):
-        write_results(score_run(tmp_path), Options())
+        write_results(score_run(tmp_path), ScoringOptions())
 
 
 def finished(pred: str = "Paris.", **more: Any) -> dict[str, Any]:
@@ -251,7 +252,7 @@ def test_health_counts_what_a_run_must_be_watched_for() -> None:
     lines = health("qasper", [*odd, *[finished()] * 16], expected=30)
     assert lines[0].split("  ")[-1].strip() == "degenerate"
     assert lines[2].split() == ["qasper", "20/30", "1", "1", "0", "1", "1", "1"]
-    assert lines[3:] == ["Warning: rows failed, and the same command (without --overwrite) retries them: qasper 1/20."]
+    assert lines[3:] == ["Warning: rows failed; rerun the command (without --overwrite) to retry them: qasper 1/20."]
 
 
 def test_health_shows_what_was_kept_where_a_method_says_so() -> None:
@@ -272,7 +273,7 @@ def test_health_shows_what_was_kept_where_a_method_says_so() -> None:
         (
             "vcsum",
             [finished()] * 8 + [finished(GARBLED)] * 2,
-            "mostly one repeated piece, symbols or digits: vcsum 2/10",
+            "mostly repetitions, symbols or digits: vcsum 2/10",
         ),
         ("qasper", [finished(finish_reason="length")] * 5 + [finished()] * 5, None),
         ("qasper", [finished(finish_reason="length")] * 6 + [finished()] * 4, "ended by length .*: qasper 6/10"),

@@ -135,7 +135,9 @@ def test_a_walk_is_as_long_as_the_package_recurses(run_python: RunPython) -> Non
 def test_the_score_does_not_depend_on_the_steps_allowed(prediction: str, answer: str, most: int) -> None:
     scores = [rouge_l(prediction, answer, steps) for steps in (most, most + 1, 990)]
     assert len({score for score, _ in scores}) == 1
-    assert [too_deep for _, too_deep in scores] == sorted((too_deep for _, too_deep in scores), reverse=True)
+    assert [recursion_exceeded for _, recursion_exceeded in scores] == sorted(
+        (recursion_exceeded for _, recursion_exceeded in scores), reverse=True
+    )
 
 
 @pytest.mark.parametrize(

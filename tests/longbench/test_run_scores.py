@@ -33,7 +33,7 @@ def test_averages_are_means_of_category_means(tmp_path: Path) -> None:
     assert {name: value for name, (_, value) in texts.items()} == {
         dataset.task.name: dataset.summary.score for dataset in result.datasets
     }
-    categories = {name: (mean.score, mean.datasets, mean.of) for name, mean in result.categories.items()}
+    categories = {name: (mean.score, mean.datasets, mean.of_datasets) for name, mean in result.categories.items()}
     assert categories == {
         "single_doc_qa": (pytest.approx(200 / 3), 3, 4),
         "multi_doc_qa": (66.67, 1, 4),
@@ -42,7 +42,7 @@ def test_averages_are_means_of_category_means(tmp_path: Path) -> None:
         "synthetic": (50.0, 1, 3),
         "code": (50.0, 2, 2),
     }
-    averages = {name: (mean.score, mean.datasets, mean.of, mean.n) for name, mean in result.averages.items()}
+    averages = {name: (mean.score, mean.datasets, mean.of_datasets, mean.n) for name, mean in result.averages.items()}
     assert averages == {
         "avg_en": (pytest.approx((50 + 66.67 + 100 + 50 + 50) / 5), 7, 16, 7),
         "avg_zh": (pytest.approx((100 + 0 + 50) / 3), 4, 7, 4),
@@ -65,9 +65,9 @@ def test_the_error_of_an_average_is_that_of_independent_means(tmp_path: Path) ->
 def test_averages_of_longbench_e_count_its_13_sets(tmp_path: Path) -> None:
     save(tmp_path, "qasper_e", [row(0)])
     averages = score_run(tmp_path, e=True).averages
-    assert {name: (mean.datasets, mean.of) for name, mean in averages.items()} == {
+    assert {name: (mean.datasets, mean.of_datasets) for name, mean in averages.items()} == {
         "avg_en": (1, 13),
-        "avg_zh": (0, averages["avg_zh"].of),
+        "avg_zh": (0, averages["avg_zh"].of_datasets),
         "avg_all": (1, 13),
         "flat_mean": (1, 13),
     }
@@ -77,7 +77,7 @@ def test_expected_rows_come_from_run_json_else_from_the_benchmark(tmp_path: Path
     save(tmp_path, "qasper", [row(0), row(1)])
     result = score_run(tmp_path)
     assert (result.datasets[0].expected, result.complete) == (200, False)
-    assert "no run.json tells how many rows were asked for, so the published number is expected" in (
+    assert "run.json does not record the number of rows, so the published number is expected" in (
         result.datasets[0].warnings
     )
     expect_rows(tmp_path, qasper=2)
@@ -99,9 +99,9 @@ def test_more_rows_than_expected_are_no_complete_run(tmp_path: Path) -> None:
     ("names", "e", "message"),
     [
         ([], False, "holds no <dataset>.jsonl file"),
-        (["qasper", "qaspar"], False, r"files of no known dataset: qaspar\.jsonl\. Datasets: narrativeqa"),
+        (["qasper", "qaspar"], False, r"files of unknown datasets: qaspar\.jsonl\. Datasets: narrativeqa"),
         (["lsht"], True, "none belongs to LongBench-E"),
-        (["lsht_e"], True, r"files of no known dataset: lsht_e\.jsonl"),
+        (["lsht_e"], True, r"files of unknown datasets: lsht_e\.jsonl"),
         (["qasper_e"], False, r"all are LongBench-E's \(add --e\)"),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_file_that_run_json_expects_and_that_is_not_there_is_incomplete(tmp_pa
     save(tmp_path, stems[1], [row(0, all_classes=["yes"])])
     expect_rows(tmp_path, **{stems[0]: 7, stems[1]: 1})
     result = score_run(tmp_path, e)
-    found = {each.task.name: (each.finished, each.expected, each.complete) for each in result.datasets}
+    found = {each.task.name: (each.num_finished, each.expected, each.complete) for each in result.datasets}
     assert found == {"qasper": (0, 7, False), "trec": (1, 1, True)}
     (missing,) = (each for each in result.datasets if each.task.name == "qasper")
     assert missing.warnings == ["its file is missing"] and missing.summary.score is None

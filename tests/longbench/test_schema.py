@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.baseline import baseline_of, load_baseline
+from sparsecache.longbench.baseline import load_baseline, make_baseline
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.gate import Limits, gate
@@ -20,8 +20,8 @@ from sparsecache.longbench.html import compare_page
 from sparsecache.longbench.report import write_results
 from sparsecache.longbench.schema import Count, Number, SchemaError, parse
 from sparsecache.longbench.score_tables import score_document
-from sparsecache.longbench.scores import Options, score_run
-from sparsecache.longbench.show import lines, worst_rows
+from sparsecache.longbench.scores import ScoringOptions, score_run
+from sparsecache.longbench.show import format_rows, worst_rows
 from sparsecache.longbench.tables import FORMATS, render
 
 MakeRun = Callable[..., Path]
@@ -128,10 +128,10 @@ def _use(path: Path) -> None:
     for document in (score_document(run), compare_document(found)):
         for format in FORMATS:
             render(document, format)
-    list(lines(worst_rows(run), [run], 5, 80))
-    write_results(run, Options())
+    list(format_rows(worst_rows(run), [run], 5, 80))
+    write_results(run, ScoringOptions())
     compare_page(found, [run, run], [])
-    baseline = baseline_of(run, Options())
+    baseline = make_baseline(run, ScoringOptions())
     baseline.save(path / "saved.json")
     gate(baseline, load_baseline(path / "saved.json"), Limits(min_speedup=0.1), allow_unlike=True)
 
@@ -146,7 +146,7 @@ def test_the_whole_run_can_be_used(folder: Path) -> None:
 def test_any_change_is_read_or_refused(folder: Path, name: str, data: st.DataObject) -> None:
     whole = {path: path.read_text() for path in sorted(folder.glob("*.json*"))}
     if name == "saved.json":
-        baseline_of(score_run(folder), Options()).save(folder / name)
+        make_baseline(score_run(folder), ScoringOptions()).save(folder / name)
     first, *others = (folder / name).read_text().splitlines(keepends=True) if name == "qasper.jsonl" else (
         (folder / name).read_text(), )  # fmt: skip
     text = _changed(json.loads(first), data.draw)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.report import result_json
-from sparsecache.longbench.scores import DatasetScore, Options, RowScore, Summary, bucket, score_file, score_run
+from sparsecache.longbench.score_types import DatasetScore, RowScore, Summary, bucket
+from sparsecache.longbench.scores import ScoringOptions, score_file, score_run
 from sparsecache.longbench.tasks import load_tasks
 from tests.longbench.scoring import row, save, score
 
@@ -151,7 +152,7 @@ def test_error_rows_count_zero_and_are_told_from_empty_ones(tmp_path: Path) -> N
     result = score(tmp_path, [row(0), row(1, "", error="OutOfMemoryError"), row(2, " \n")])
     assert result.summary.score == 33.33
     assert [result.count(name) for name in ("error_row", "empty", "metric_error")] == [1, 1, 0]
-    assert (result.finished, result.complete) == (2, False)
+    assert (result.num_finished, result.complete) == (2, False)
     assert result.warnings == [
         "1 of 3 predictions are empty",
         "1 error rows count 0.0; run the prediction again to retry them",
@@ -168,14 +169,14 @@ def test_metric_errors_count_zero_and_are_shown_above_one_percent(tmp_path: Path
     assert score(tmp_path, [row(0, "1", answers=["1"])], "passage_retrieval_en").count("metric_error") == 1
 
 
-def test_rows_too_deep_for_the_reference_are_counted(tmp_path: Path) -> None:
+def test_rows_recursion_exceeded_for_the_reference_are_counted(tmp_path: Path) -> None:
     long = " ".join(f"w{number}" for number in range(1200))
     result = score(tmp_path, [row(0, "w0", answers=[long])], "gov_report")
-    assert result.count("too_deep") == 1
+    assert result.count("recursion_exceeded") == 1
     assert result.rows[0].score > 0
     assert result.warnings == ["1 rows get 0.0 from the reference scorer (recursion limit)"]
     official = score(tmp_path, [row(0, "w0", answers=[long])], "gov_report", official_recursion=True)
-    assert (official.rows[0].score, official.count("too_deep")) == (0.0, 1)
+    assert (official.rows[0].score, official.count("recursion_exceeded")) == (0.0, 1)
 
 
 def test_a_file_from_elsewhere_scores_with_a_word_on_what_is_odd(tmp_path: Path) -> None:
@@ -183,22 +184,22 @@ def test_a_file_from_elsewhere_scores_with_a_word_on_what_is_odd(tmp_path: Path)
     result = score(tmp_path, rows, "qasper_e")
     assert result.summary.score == 75.0
     assert result.warnings == [
-        "4 rows have no _id, so repeats cannot be seen",
+        "4 rows have no _id, so repeats cannot be detected",
         "rows have no length and are in no bucket",
     ]
     assert all(part.n == 0 for part in result.buckets.values())
     shuffled = score(tmp_path, rows[::-1])
     assert shuffled.summary == result.summary
-    twice = score_file(save(tmp_path, "qasper", rows * 2), QASPER, False, None, Options())
+    twice = score_file(save(tmp_path, "qasper", rows * 2), QASPER, False, None, ScoringOptions())
     assert (twice.summary.score, len(twice.rows), twice.complete) == (75.0, 8, False)
     assert score(tmp_path, [row(0, _id=None), row(1, _id=None)]).warnings[0].startswith("2 rows have no _id")
 
 
 def test_windows_line_ends_and_a_missing_last_newline_change_nothing(tmp_path: Path) -> None:
     path = save(tmp_path, "qasper", [row(0), row(1, "no\r\n\x85\u2028")], end="")
-    expected = score_file(path, QASPER, False, 2, Options()).rows
+    expected = score_file(path, QASPER, False, 2, ScoringOptions()).rows
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert score_file(path, QASPER, False, 2, Options()).rows == expected
+    assert score_file(path, QASPER, False, 2, ScoringOptions()).rows == expected
 
 
 def test_repeated_ids_are_refused_or_counted_on_demand(tmp_path: Path) -> None:

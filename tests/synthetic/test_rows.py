@@ -13,7 +13,7 @@ import pytest
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.jsonl import dumps
-from sparsecache.longbench.scores import Options, score_file
+from sparsecache.longbench.scores import ScoringOptions, score_file
 from sparsecache.longbench.tasks import load_tasks, select_tasks
 from sparsecache.synthetic import chinese, english, few_shot, passages
 from sparsecache.synthetic.draft import estimate_tokens
@@ -231,7 +231,7 @@ def test_the_answers_themselves_score_100(dataset: str, tokens: int, tmp_path: P
     rows = [{**row, "pred": row["answers"][0]} for row in make_rows(dataset, 25, tokens, 0)]
     file = tmp_path / f"{dataset}.jsonl"
     file.write_bytes("".join(dumps(row) + "\n" for row in rows).encode())
-    score = score_file(file, load_tasks()[dataset], False, len(rows), Options())
+    score = score_file(file, load_tasks()[dataset], False, len(rows), ScoringOptions())
     assert (score.summary.score, score.summary.n, score.warnings) == (100, 25, [])
 
 

@@ -13,11 +13,12 @@ import pytest
 from sparsecache.errors import UsageError
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.html import parts
-from sparsecache.longbench.paired import same_rows
-from sparsecache.longbench.pictures import kinds, painter, pictures
-from sparsecache.longbench.pictures._axes import MOST_RUNS, error_95, short
-from sparsecache.longbench.pictures._canvas import REFERENCE, SERIES, Picture, pen
-from sparsecache.longbench.scores import RunScore, score_run
+from sparsecache.longbench.paired import common_rows_or_all
+from sparsecache.longbench.plots import draw_all, get_plot, plot_kinds
+from sparsecache.longbench.plots._axes import MAX_RUNS, error_bar, shorten
+from sparsecache.longbench.plots._figure import REFERENCE, SERIES, Plot, line_style
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import score_run
 
 MakeRun = Callable[..., Path]
 Row = Callable[..., dict[str, Any]]
@@ -66,15 +67,15 @@ def of_lengths(make_run: MakeRun, row: Row) -> Callable[..., RunScore]:
     return make
 
 
-def draw(kind: str, *runs: RunScore) -> Picture:
-    return painter(kind)(same_rows(runs).runs)
+def draw(kind: str, *runs: RunScore) -> Plot:
+    return get_plot(kind)(common_rows_or_all(runs).runs)
 
 
 def labels(axis: Any) -> list[str]:
     return [label.get_text() for label in axis.get_yticklabels()]
 
 
-def legend(picture: Picture) -> list[str]:
+def legend(picture: Plot) -> list[str]:
     return [text.get_text() for each in picture.figure.legends for text in each.get_texts()]
 
 
@@ -92,7 +93,7 @@ def spans(axis: Any, along: int) -> list[numpy.ndarray]:
 
 
 def test_bars_are_the_scores_of_the_comparison_with_their_intervals(sweep: list[RunScore]) -> None:
-    lines = [line for line in compare(sweep, resamples=9).lines if line.kind == "dataset" or line.name == "flat_mean"]
+    lines = [line for line in compare(sweep, resamples=9).groups if line.kind == "dataset" or line.name == "flat_mean"]
     picture = draw("bars", *sweep)
     (axis,) = picture.figure.axes
     groups = [each for each in axis.containers if hasattr(each, "datavalues")]
@@ -120,13 +121,13 @@ def test_one_run_alone_has_bars_too(scored: Callable[..., RunScore], make_run: M
 
 
 def test_the_frontier_has_a_line_per_method_over_the_kept_share(sweep: list[RunScore]) -> None:
-    mean = next(line for line in compare(sweep, resamples=9).lines if line.name == "flat_mean")
+    mean = next(line for line in compare(sweep, resamples=9).groups if line.name == "flat_mean")
     full, *sparse = [(entry.kept, entry.score) for entry in mean.entries]
     picture = draw("frontier", *sweep)
     (axis,) = picture.figure.axes
     band, (line, *lines) = axis.patches[0], axis.lines
     assert list(line.get_ydata()) == [full[1]] * 2
-    below, above = error_95(full[1], mean.entries[0].stderr)
+    below, above = error_bar(full[1], mean.entries[0].stderr)
     assert numpy.isclose([band.get_y(), band.get_height()], [full[1] - below, below + above]).all()
     points = [list(map(tuple, each.get_xydata())) for each in lines]
     assert points == [[sparse[1], sparse[0]], [sparse[2]]]  # from the smallest share on
@@ -137,7 +138,7 @@ def test_the_frontier_has_a_line_per_method_over_the_kept_share(sweep: list[RunS
         "2%", "5%", "10%", "20%"]  # fmt: skip
     assert picture.caption == (
         "Mean score of 3 datasets (12 rows) against the share of past tokens attended to. The band is the 95% interval "
-        "of vanilla's own score."
+        "of the score of vanilla."
     )
     drawn_low, drawn_high = axis.get_ylim()
     assert all(drawn_low < y < drawn_high for y in [full[1], *(score for _, score in sparse)])
@@ -151,7 +152,7 @@ def test_the_band_is_vanilla_and_other_full_caches_are_named(scored: Callable[..
     ]
     picture = draw("frontier", *runs)
     assert legend(picture) == ["full, 95% interval", "h2o"]
-    assert picture.caption.endswith("Not drawn, since they report no share: other.")
+    assert picture.caption.endswith("Not shown, because they report no kept share: other.")
 
 
 @pytest.mark.parametrize(("share", "score"), [(0.0003, "n"), (0.35, "y"), (1.0, "h"), (0.5, "y")])
@@ -216,34 +217,34 @@ def test_time_is_that_of_the_clocks_of_all_sessions(make_run: MakeRun, row: Row)
 def test_a_page_gets_every_picture_that_there_is_something_for(
     sweep: list[RunScore], of_lengths: Callable[..., RunScore]
 ) -> None:
-    assert kinds() == ["bars", "buckets", "frontier", "time"]
-    titles = ["Scores by dataset", "Score against kept share", "Where the time goes"]
-    assert [picture.title for picture in pictures(same_rows(sweep).runs)] == titles
-    alone = pictures([of_lengths("e", qasper=[("y", 10)])])
-    assert [picture.title for picture in alone] == ["Scores by dataset", "Scores by length", "Where the time goes"]
+    assert plot_kinds() == ["bars", "buckets", "frontier", "time"]
+    titles = ["Scores by dataset", "Score against kept share", "Prefill and decode time"]
+    assert [picture.title for picture in draw_all(common_rows_or_all(sweep).runs)] == titles
+    alone = draw_all([of_lengths("e", qasper=[("y", 10)])])
+    assert [picture.title for picture in alone] == ["Scores by dataset", "Scores by length", "Prefill and decode time"]
 
 
 # What cannot be drawn
 
 
 def test_what_cannot_be_drawn_is_said(scored: Callable[..., RunScore], of_lengths: Any, make_run: MakeRun) -> None:
-    runs = [scored(str(at), qasper="yn") for at in range(MOST_RUNS + 1)]
+    runs = [scored(str(at), qasper="yn") for at in range(MAX_RUNS + 1)]
     assert draw("bars", *runs[:-1])
     with pytest.raises(
-        UsageError, match=r"^8 runs do not fit beside each other: 7 do\. Name fewer, or give --kind fro"
+        UsageError, match=r"^8 runs are too many for this plot; it shows at most 7\. Name fewer runs, or use --kind fro"
     ):
         draw("bars", *runs)
-    with pytest.raises(UsageError, match=r"No run says what it kept .* Name runs of sparse methods"):
+    with pytest.raises(UsageError, match=r"No run reports a kept share .* Name runs of sparse methods"):
         draw("frontier", *runs)
-    with pytest.raises(UsageError, match=r"^One run is one point\. Name several"):
+    with pytest.raises(UsageError, match=r"^This plot needs two runs or more\. Name several"):
         draw("frontier", scored("alone", "h2o", 0.1, qasper="yn"))
-    with pytest.raises(UsageError, match=r"Length buckets are LongBench-E's\. Give --e"):
+    with pytest.raises(UsageError, match=r"Only LongBench-E has length buckets\. Add --e"):
         draw("buckets", runs[0])
     with pytest.raises(UsageError, match=r"No row of .*one has a length"):
         draw("buckets", of_lengths("one", qasper=[("y", None)]))
-    with pytest.raises(UsageError, match=r"No run\.json says how long decoding took"):
+    with pytest.raises(UsageError, match=r"No run\.json records decode times"):
         draw("time", score_run(make_run("bare", {"qasper": [{"pred": "", "answers": []}]}, record=False)))
-    with pytest.raises(UsageError, match=r"^empty: no row, so there is no score to draw"):
+    with pytest.raises(UsageError, match=r"^empty: there are no rows, so there is no score to plot"):
         draw("bars", score_run(make_run("empty", {"qasper": []})))
 
 
@@ -266,7 +267,7 @@ def test_the_same_runs_give_the_same_bytes(sweep: list[RunScore], tmp_path: Path
 def test_an_unknown_suffix_or_an_unwritable_file_is_refused(scored: Callable[..., RunScore], tmp_path: Path) -> None:
     picture = draw("bars", scored("a", qasper="yn"))
     for name in ("a.jpg", "a", "svg"):
-        with pytest.raises(UsageError, match=rf"{name} is no file name for a picture.*\.svg, \.pdf or \.png\.$"):
+        with pytest.raises(UsageError, match=rf"{name} has no suffix of an image format.*\.svg, \.pdf or \.png\.$"):
             picture.save(tmp_path / name)
     with pytest.raises(UsageError, match=r"a\.svg cannot be written: No such file or directory"):
         picture.save(tmp_path / "missing" / "a.svg")
@@ -282,14 +283,14 @@ def test_names_are_only_names(scored: Callable[..., RunScore], name: str) -> Non
         picture = draw(kind, one, two)
         svg = ElementTree.fromstring(picture.svg())
         texts = ["".join(each.itertext()) for each in svg.iter("{http://www.w3.org/2000/svg}text")]
-        assert short(name, 24 if kind != "bars" else 44) in texts
-        assert short(name) in picture.caption or kind != "bars"
+        assert shorten(name, 24 if kind != "bars" else 44) in texts
+        assert shorten(name) in picture.caption or kind != "bars"
 
 
 def test_names_are_cut_in_the_middle() -> None:
-    assert short("abcdefghij", 10) == "abcdefghij"
-    assert short("abcdefghijk", 10) == "abcde…hijk" and len(short("a" * 99, 24)) == 24
-    assert short("") == "-"
+    assert shorten("abcdefghij", 10) == "abcdefghij"
+    assert shorten("abcdefghijk", 10) == "abcde…hijk" and len(shorten("a" * 99, 24)) == 24
+    assert shorten("") == "-"
 
 
 # Colours
@@ -327,7 +328,7 @@ def css() -> str:
 
 
 @pytest.fixture(params=["paper", "dark"])
-def colours(request: pytest.FixtureRequest, css: str) -> tuple[list[str], str]:
+def run_colors(request: pytest.FixtureRequest, css: str) -> tuple[list[str], str]:
     """The colours of runs, and the colour of the page below them."""
     written = [REFERENCE, *SERIES]
     if request.param == "paper":
@@ -337,18 +338,18 @@ def colours(request: pytest.FixtureRequest, css: str) -> tuple[list[str], str]:
 
 
 @pytest.mark.parametrize("eyes", EYES)
-def test_everybody_can_tell_the_colours_of_runs_apart(colours: tuple[list[str], str], eyes: str) -> None:
-    seen = [lab(numpy.array(EYES[eyes]) @ linear(colour)) for colour in colours[0]]
+def test_everybody_can_tell_the_colours_of_runs_apart(run_colors: tuple[list[str], str], eyes: str) -> None:
+    seen = [lab(numpy.array(EYES[eyes]) @ linear(colour)) for colour in run_colors[0]]
     assert min(numpy.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 4 * NOTICEABLE
 
 
-def test_the_colours_of_runs_stand_out_from_the_page(colours: tuple[list[str], str]) -> None:
-    page = luminance(colours[1])
-    for colour in colours[0]:
+def test_the_colours_of_runs_stand_out_from_the_page(run_colors: tuple[list[str], str]) -> None:
+    page = luminance(run_colors[1])
+    for colour in run_colors[0]:
         low, high = sorted([page, luminance(colour)])
         assert (high + 0.05) / (low + 0.05) >= 3, colour
 
 
 def test_no_two_of_twelve_lines_look_alike_even_in_grey() -> None:
-    looks = [pen(number) for number in range(12)]
+    looks = [line_style(number) for number in range(12)]
     assert len({(look["marker"], str(look["linestyle"])) for look in looks}) == 12
