@@ -31,7 +31,7 @@ from sparsecache.bench.modes import OWN, PEERS, Job, Way, decode, free_memory, p
 from sparsecache.cli import FlexibleCommand, make_folder, option_pairs, report_usage_errors
 from sparsecache.engine.devices import find_device, find_devices
 from sparsecache.engine.loading import DTYPES
-from sparsecache.errors import UsageError, one_line
+from sparsecache.errors import UsageError, one_line, short
 from sparsecache.runner.settings import check_for_ray
 
 MODES = ("decode", "prefill", "replay", "startup")
@@ -43,6 +43,7 @@ _MEANT_FOR = {
     "workers": ("replay",),
     **dict.fromkeys(("batch", "new_tokens", "method", "options", "vary", "gpus", "profiled"), ("decode",)),
 }
+_MAX_TOKENS = 2**26  # of a batch together: beyond the memory of any machine here
 
 
 @click.command(cls=FlexibleCommand)
@@ -52,7 +53,7 @@ _MEANT_FOR = {
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="bfloat16 on a GPU, float32 on a CPU, if not given.")
 @click.option("--tokens", default="8192", show_default=True, help="Prompt lengths, a comma list.")
 @click.option("--batch", default="1", show_default=True, help="Sequences decoded at once, a comma list.")
-@click.option("--new_tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--new_tokens", type=click.IntRange(2, 2**20), default=64, show_default=True)
 @click.option("--method", default="vanilla", show_default=True, help="What decodes, in mode decode.")
 @click.option("-o", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method; repeatable.")
 @click.option(
@@ -65,14 +66,14 @@ _MEANT_FOR = {
     "--peers", default="transformers", show_default=True, help=f"Comma list of {', '.join((*PEERS, *OWN))}, or none."
 )
 @click.option("--workload", type=click.Path(path_type=Path), help="Of a replay: dataset, prompt_tokens, new_tokens.")
-@click.option("--rows", type=click.IntRange(1), default=100, show_default=True, help="Prompts of a replay.")
-@click.option("--slots", type=click.IntRange(1), default=16, show_default=True, help="Most at once in a replay.")
+@click.option("--rows", type=click.IntRange(1, 10**6), default=100, show_default=True, help="Prompts of a replay.")
+@click.option("--slots", type=click.IntRange(1, 4096), default=16, show_default=True, help="Most at once in a replay.")
 @click.option(
-    "--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share the layers, in decode."
+    "--gpus", type=click.IntRange(1, 1024), default=1, show_default=True, help="GPUs that share the layers, in decode."
 )
 @click.option(
     "--workers",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1024),
     default=1,
     show_default=True,
     help="GPUs or CPUs that share a replay's prompts.",
@@ -112,6 +113,8 @@ def main(
         jobs = [
             Job(length, new_tokens, size) for size in _numbers("batch", batch) for length in _numbers("tokens", tokens)
         ]
+        if (largest := max(job.tokens * job.batch for job in jobs)) > _MAX_TOKENS:
+            raise UsageError(f"--tokens times --batch is {largest}: at most {_MAX_TOKENS}. Lower one of them.")
         _check(mode, workload, jobs)
         ways = _ways(method, option_pairs(options), option_pairs(vary, "--vary"))
         where = find_device(device)
@@ -231,6 +234,8 @@ def _numbers(name: str, text: str) -> list[int]:
         raise UsageError(f"--{name} {text!r} is no comma list of whole numbers.") from error
     if min(numbers) < 1:
         raise UsageError(f"--{name} {text!r} must hold numbers from 1 on.")
+    if max(numbers) > _MAX_TOKENS:
+        raise UsageError(f"--{name} {short(text)!r} is too large: at most {_MAX_TOKENS}.")
     return numbers
 
 

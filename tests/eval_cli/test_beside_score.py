@@ -98,7 +98,7 @@ def test_a_gate_without_an_answer_exits_with_2(evaluate: Evaluate, tmp_path: Pat
         (other / "run.json").read_text().replace('"checkpoint": "abc"', '"checkpoint": "d"')
     )
     assert "Give --baseline (a run, or a saved file), or --save_baseline" in one_sentence(evaluate("gate", "m/a"))
-    assert "the checkpoint (d, baseline abc)" in one_sentence(evaluate("gate", "m/b", "--baseline", "m/a"))
+    assert "the checkpoint's files. Predict" in one_sentence(evaluate("gate", "m/b", "--baseline", "m/a"))
     assert "There is no run 'base.json'" in one_sentence(evaluate("gate", "m/b", "--baseline", "base.json"))
     assert "--max_drop is nan; it must be a number" in one_sentence(
         evaluate("gate", "m/a", "--baseline", "m/a", "--max_drop", "nan")
@@ -106,7 +106,7 @@ def test_a_gate_without_an_answer_exits_with_2(evaluate: Evaluate, tmp_path: Pat
     allowed = evaluate("gate", "m/b", "--baseline", "m/a", "--allow_unlike")
     assert (allowed.returncode, allowed.stderr) == (
         0,
-        "Warning: the checkpoint (d, baseline abc); allowed by --allow_unlike.\n",
+        "Warning: the checkpoint's files; allowed by --allow_unlike.\n",
     )
     save(other, "qasper", [row(0, error="x", pred="")])
     (other / "run.json").write_text((tmp_path / "pred" / "m" / "a" / "run.json").read_text())
