@@ -1,4 +1,4 @@
-"""What holds for all commands: what they must not import, their help, and how they are told from folders."""
+"""All commands: imports, help, and the distinction from folders."""
 
 import json
 import time
@@ -46,7 +46,7 @@ def test_help_takes_under_half_a_second(evaluate_process: Evaluate) -> None:
     assert min(seconds) < 0.5
 
 
-def test_a_command_is_told_from_a_folder(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_commands_and_folders_are_distinguished(evaluate: Evaluate, tmp_path: Path) -> None:
     for name in ("compare", "shwo", "m/n"):
         save(tmp_path / name, "qasper", [row(0)])
     assert "did you mean 'gate'? Commands: score, compare, plot, gate, show." in one_sentence(evaluate("gaet", "shwo"))
@@ -58,7 +58,7 @@ def test_a_command_is_told_from_a_folder(evaluate: Evaluate, tmp_path: Path) -> 
     assert evaluate("m/n", "--pred_dir", "elsewhere").returncode == 0
 
 
-def test_every_command_explains_itself(evaluate: Evaluate) -> None:
+def test_every_command_has_help(evaluate: Evaluate) -> None:
     text = evaluate("--help").stdout
     for command in ("score", "compare", "plot", "gate", "show"):
         assert f"\n  {command} " in text

@@ -1,4 +1,7 @@
-"""Comparisons: intervals against obvious loops and known distributions, rows matched by _id, official scores."""
+"""Comparisons: bootstrap intervals, matching of rows, official scores, notes and tables.
+
+In one file because every test compares runs made by the same fixture.
+"""
 
 import csv
 import io
@@ -43,7 +46,7 @@ def difference(comparison: Comparison, name: str, run: int = 1) -> Difference:
 
 @pytest.fixture
 def scored(make_run: MakeRun, row: Row) -> Callable[..., RunScore]:
-    """A scored run whose rows of a dataset get 1 (y), 0 (n), or 2/3 (h) in this order."""
+    """Return a function that scores a run from letters per dataset: 1 (y), 0 (n), 2/3 (h)."""
     texts = {"y": "yes", "n": "no", "h": "yes maybe"}
     classes = {"trec": ["yes", "no"]}
 
@@ -67,7 +70,7 @@ def letters(rng: random.Random, rows: int) -> str:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """Linear between the two nearest ranks."""
+    """Return a quantile, interpolated between the two nearest ranks."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = math.floor(place)
@@ -75,7 +78,7 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def test_intervals_are_those_of_an_obvious_loop(scored: Callable[..., RunScore]) -> None:
+def test_intervals_equal_those_of_a_plain_loop(scored: Callable[..., RunScore]) -> None:
     rng = random.Random(0)
     sizes = {"qasper": 7, "multifieldqa_en": 5, "hotpotqa": 11, "lcc": 4}
     first, second = (scored(name, **{stem: letters(rng, rows) for stem, rows in sizes.items()}) for name in "ab")
@@ -101,7 +104,7 @@ def test_intervals_are_those_of_an_obvious_loop(scored: Callable[..., RunScore])
         assert difference(found, name).interval == pytest.approx(expected, abs=1e-9), name
 
 
-def test_drawing_in_portions_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_in_batches_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = numpy.random.default_rng(0).normal(size=(37, 2))
     whole = bootstrap_means(values, "qasper", 5, 1000)
     monkeypatch.setattr("sparsecache.longbench.paired._MAX_DRAWS", 100)
@@ -113,7 +116,7 @@ def test_drawing_in_portions_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("rows", "ones"), [(100, 50), (200, 20), (60, 45)])
-def test_intervals_of_wins_and_losses_are_the_binomial_ones(rows: int, ones: int) -> None:
+def test_intervals_of_wins_and_losses_are_binomial(rows: int, ones: int) -> None:
     values = numpy.array([[1.0]] * ones + [[0.0]] * (rows - ones))
     low, high = confidence_interval(bootstrap_means(values, "qasper", 0)[:, 0])
     share, cumulated, bounds = ones / rows, 0.0, []
@@ -124,7 +127,7 @@ def test_intervals_of_wins_and_losses_are_the_binomial_ones(rows: int, ones: int
     assert (low, high) == pytest.approx(bounds, abs=1.01 / rows)
 
 
-def test_a_true_difference_lies_in_about_95_of_100_intervals() -> None:
+def test_intervals_cover_the_true_difference_in_95_percent() -> None:
     generator = numpy.random.default_rng(1)
     inside = 0
     for trial in range(400):
@@ -137,7 +140,7 @@ def test_a_true_difference_lies_in_about_95_of_100_intervals() -> None:
     assert 365 <= inside <= 393  # 91 to 98 %
 
 
-def test_two_directions_mirror_each_other(scored: Callable[..., RunScore]) -> None:
+def test_swapping_the_runs_mirrors_the_differences(scored: Callable[..., RunScore]) -> None:
     rng = random.Random(2)
     runs = [scored(name, qasper=letters(rng, 12), hotpotqa=letters(rng, 9)) for name in "ab"]
     there, back = compare(runs), compare(runs[::-1])
@@ -149,7 +152,7 @@ def test_two_directions_mirror_each_other(scored: Callable[..., RunScore]) -> No
         assert (one.wins, one.losses, one.ties, one.changed) == (other.losses, other.wins, other.ties, other.changed)
 
 
-def test_the_same_seed_gives_the_same_and_another_another(scored: Callable[..., RunScore]) -> None:
+def test_the_seed_determines_the_intervals(scored: Callable[..., RunScore]) -> None:
     rng = random.Random(2)
     runs = [scored(name, qasper=letters(rng, 30)) for name in "ab"]
     assert compare(runs, 1) == compare(runs, 1)
@@ -157,7 +160,7 @@ def test_the_same_seed_gives_the_same_and_another_another(scored: Callable[..., 
     assert (compare(runs).seed, compare(runs).resamples) == (0, 10_000)
 
 
-def test_a_run_beside_itself_is_the_same(scored: Callable[..., RunScore]) -> None:
+def test_a_run_compared_with_itself_has_no_difference(scored: Callable[..., RunScore]) -> None:
     run = scored("a", qasper="ynhhy", lcc="nh", trec="yyn")
     found = compare([run, run])
     assert [one.name for one in found.runs] == ["a (1)", "a (2)"]
@@ -196,14 +199,14 @@ def test_rows_are_matched_by_id_in_any_order(make_run: MakeRun, row: Row) -> Non
     )
 
 
-def test_rows_must_be_in_all_runs(make_run: MakeRun, row: Row) -> None:
+def test_only_rows_of_all_runs_count(make_run: MakeRun, row: Row) -> None:
     sets = {"a": [0, 1, 2, 3], "b": [1, 2, 3, 4], "c": [2, 3, 5]}
     runs = [score_run(make_run(name, {"qasper": [row(at) for at in ids]})) for name, ids in sets.items()]
     assert lines_of(compare(runs))["qasper"].n == 2
     assert [lines_of(compare(list(pair)))["qasper"].n for pair in itertools.combinations(runs, 2)] == [3, 2, 2]
 
 
-def test_scores_are_the_official_ones_of_a_file_with_just_these_rows(make_run: MakeRun, row: Row) -> None:
+def test_scores_equal_those_of_files_with_only_the_common_rows(make_run: MakeRun, row: Row) -> None:
     rng = random.Random(5)
     stems = ("qasper", "multifieldqa_en", "hotpotqa", "gov_report", "vcsum", "samsum", "lcc")
     texts = ["yes", "no", "yes no", "yes yes maybe so", "a yes", ""]
@@ -231,7 +234,7 @@ def test_scores_are_the_official_ones_of_a_file_with_just_these_rows(make_run: M
     assert (lines_of(found)["avg_all"].datasets, lines_of(found)["avg_all"].of_datasets) == (7, 21)
 
 
-def test_longbench_e_is_compared_by_its_own_files(scored: Callable[..., RunScore]) -> None:
+def test_longbench_e_is_compared(scored: Callable[..., RunScore]) -> None:
     runs = [scored("a", e=True, qasper="yn", trec="yy"), scored("b", e=True, qasper="yy", trec="yn")]
     found = compare(runs)
     assert found.e and [line.name for line in found.groups][:2] == ["qasper_e", "trec_e"]
@@ -252,14 +255,14 @@ def test_longbench_e_is_compared_by_its_own_files(scored: Callable[..., RunScore
         ({"qasper": [("1", {"answers": ["no"]})]}, "Row 1 of qasper has different answers in a and b"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(make_run: MakeRun, row: Row, other: Any, message: str) -> None:
+def test_incomparable_runs_are_refused(make_run: MakeRun, row: Row, other: Any, message: str) -> None:
     rows = {stem: [row(number, **more) for number, more in rows] for stem, rows in other.items()}
     runs = [score_run(make_run("a", {"qasper": [row(1), row(2)]})), score_run(make_run("b", rows))]
     with pytest.raises(UsageError, match=message):
         compare(runs)
 
 
-def test_repeated_ids_are_refused_even_where_the_scorer_was_told_to_count_them(make_run: MakeRun, row: Row) -> None:
+def test_repeated_ids_are_refused_even_if_the_scorer_allows_them(make_run: MakeRun, row: Row) -> None:
     from sparsecache.longbench.scores import ScoringOptions
 
     folder = make_run("a", {"qasper": [row(1), row(1)]})
@@ -271,7 +274,7 @@ def test_repeated_ids_are_refused_even_where_the_scorer_was_told_to_count_them(m
 # What else is said
 
 
-def test_the_best_of_a_line_is_marked_and_ties_are_all(scored: Callable[..., RunScore]) -> None:
+def test_the_best_runs_are_marked_including_ties(scored: Callable[..., RunScore]) -> None:
     runs = [scored("a", qasper="yn", hotpotqa="yn"), scored("b", qasper="ny", hotpotqa="yy")]
     found = lines_of(compare([*runs, scored("c", qasper="nn", hotpotqa="nn")]))
     assert {name: [entry.best for entry in line.entries] for name, line in found.items() if line.kind == "dataset"} == {
@@ -281,7 +284,7 @@ def test_the_best_of_a_line_is_marked_and_ties_are_all(scored: Callable[..., Run
     assert [entry.best for entry in found["flat_mean"].entries] == [False, True, False]
 
 
-def test_what_a_reader_must_know_is_said(make_run: MakeRun, row: Row) -> None:
+def test_notes_qualify_the_numbers(make_run: MakeRun, row: Row) -> None:
     failed = row(1, "", error="OutOfMemoryError")
     first = make_run("a", {"qasper": [row(0), row(1)]}, expected={"qasper": 3})
     second = make_run("b", {"qasper": [row(0, prompt_sha256="0" * 64 + "x"), failed]})
@@ -296,12 +299,12 @@ def test_what_a_reader_must_know_is_said(make_run: MakeRun, row: Row) -> None:
     assert lines_of(found)["qasper"].entries[1].score == 50.0
 
 
-def test_whole_runs_over_the_same_rows_need_no_remark(make_run: MakeRun, row: Row) -> None:
+def test_complete_runs_over_the_same_rows_need_no_note(make_run: MakeRun, row: Row) -> None:
     rows = {"qasper": [row(at) for at in range(20)]}
     assert compare([score_run(make_run(name, rows)) for name in "ab"]).notes == ()
 
 
-def test_cost_is_that_of_run_json_and_of_the_rows(make_run: MakeRun, row: Row) -> None:
+def test_speed_comes_from_run_json_and_the_rows(make_run: MakeRun, row: Row) -> None:
     timed = [row(0, new_tokens=11, decode_s=2.0, kept=0.5), row(1, new_tokens=21, decode_s=1.0, kept=None)]
     odd = [row(2, new_tokens=1, decode_s=0.0), row(3, new_tokens="x", decode_s=1.0)]
     clock = {"prefill_s": 1.0, "prefill_tokens": 10, "decode_s": 4.0, "decode_tokens": 10, "peak_gpu_bytes": None}
@@ -317,7 +320,7 @@ def test_cost_is_that_of_run_json_and_of_the_rows(make_run: MakeRun, row: Row) -
     assert [entry.tokens_per_s for entry in lines_of(found)["flat_mean"].entries] == [10.0, 10.0]
 
 
-def test_folders_from_elsewhere_are_compared_if_their_rows_have_ids(make_run: MakeRun, row: Row) -> None:
+def test_folders_without_run_json_are_compared_if_rows_have_ids(make_run: MakeRun, row: Row) -> None:
     bare = [{"pred": "yes", "answers": ["yes"], "all_classes": None, "_id": str(at)} for at in range(2)]
     runs = [score_run(make_run(name, {"qasper": bare}, record=False)) for name in "ab"]
     found = compare(runs)
@@ -327,7 +330,7 @@ def test_folders_from_elsewhere_are_compared_if_their_rows_have_ids(make_run: Ma
     assert render(compare_document(found), "terminal")
 
 
-def test_runs_are_named_by_as_little_as_tells_them_apart() -> None:
+def test_run_names_are_the_shortest_distinct_ones() -> None:
     def names(*folders: str) -> list[str]:
         return short_names([Path(folder) for folder in folders])
 
@@ -339,7 +342,7 @@ def test_runs_are_named_by_as_little_as_tells_them_apart() -> None:
 # Tables
 
 
-def test_two_runs_are_one_table_and_more_are_one_for_each(scored: Callable[..., RunScore]) -> None:
+def test_two_runs_give_one_table_and_more_give_one_each(scored: Callable[..., RunScore]) -> None:
     runs = [scored(name, qasper=text * 10) for name, text in (("a", "yynn"), ("b", "yyny"), ("c", "ynnn"))]
     two, three = (compare_document(compare(runs[:count])) for count in (2, 3))
     assert two.tables[0].header == [
@@ -354,7 +357,7 @@ def test_two_runs_are_one_table_and_more_are_one_for_each(scored: Callable[..., 
     assert text.count("\nqasper") == 3
 
 
-def test_differences_have_the_digits_that_their_interval_deserves(make_run: MakeRun, row: Row) -> None:
+def test_decimals_of_differences_depend_on_the_interval(make_run: MakeRun, row: Row) -> None:
     rows = [row(at) for at in range(200)]
     worse = [row(0, "no"), *rows[1:]]
     close = compare_document(
@@ -370,7 +373,7 @@ def test_differences_have_the_digits_that_their_interval_deserves(make_run: Make
     assert text[4:6] == ["-0.01", "-0.03 to 0.00"]
 
 
-def test_the_flat_table_holds_every_number_in_full(scored: Callable[..., RunScore]) -> None:
+def test_the_flat_table_holds_unrounded_numbers(scored: Callable[..., RunScore]) -> None:
     found = compare([scored("a", qasper="yyn", trec="yn"), scored("b", qasper="yhn", trec="yy")])
     document = compare_document(found)
     rows = json.loads(render(document, "json"))["rows"]
@@ -390,7 +393,7 @@ def test_the_flat_table_holds_every_number_in_full(scored: Callable[..., RunScor
     assert [line["low"] for line in read if line["run"] == "a"] == [""] * len(found.groups)
 
 
-def test_the_note_of_a_checkpoint_stands_above(scored: Callable[..., RunScore]) -> None:
+def test_the_note_of_a_checkpoint_is_above_the_tables(scored: Callable[..., RunScore]) -> None:
     run = scored("a", qasper="yn")
     run = replace(run, run=replace(run.run, model=ModelRecord("Random weights.")))
     assert compare_document(compare([run, scored("b", qasper="yn")])).preamble == ["Note on a: Random weights."]

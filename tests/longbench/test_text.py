@@ -1,4 +1,4 @@
-"""When a text counts as garbled."""
+"""Detection of degenerate texts."""
 
 import json
 from pathlib import Path
@@ -36,21 +36,21 @@ FINE = {
 
 
 @pytest.mark.parametrize("text", GARBLED.values(), ids=GARBLED)
-def test_garbled(text: str) -> None:
+def test_degenerate_texts(text: str) -> None:
     assert is_degenerate(text)
 
 
 @pytest.mark.parametrize("text", FINE.values(), ids=FINE)
-def test_fine(text: str) -> None:
+def test_normal_texts(text: str) -> None:
     assert not is_degenerate(text)
 
 
 @pytest.mark.parametrize("name", [task.name for task in select_tasks("all")])
-def test_the_answers_of_the_sample_are_fine(name: str) -> None:
+def test_answers_of_the_sample_are_not_degenerate(name: str) -> None:
     assert not any(is_degenerate(answer) for row in make_rows(name, 5, 512, 0) for answer in row["answers"])
 
 
-def test_most_real_predictions_are_fine(fixtures_dir: Path) -> None:
+def test_most_real_predictions_are_not_degenerate(fixtures_dir: Path) -> None:
     texts = [
         json.loads(line)["pred"]
         for path in sorted(fixtures_dir.glob("pred*/*/*.jsonl"))
@@ -63,17 +63,17 @@ def test_most_real_predictions_are_fine(fixtures_dir: Path) -> None:
 
 
 @given(st.text(min_size=1, max_size=40), st.integers(20, 60))
-def test_any_piece_repeated_is_garbled(piece: str, times: int) -> None:
+def test_any_repeated_piece_is_degenerate(piece: str, times: int) -> None:
     text = (piece * times).strip()
     assert is_degenerate(text) == (len(" ".join(text.split())) >= 20)
 
 
 @given(st.text(max_size=19))
-def test_nothing_short_is_garbled(text: str) -> None:
+def test_short_texts_are_not_degenerate(text: str) -> None:
     assert not is_degenerate(text)
 
 
-def test_the_borders_of_both_rules() -> None:
+def test_the_limits_of_both_rules() -> None:
     letters = "abcdefghijkl"
     assert not is_degenerate(letters + "xyxyxyxyxyxy")  # just half of it
     assert is_degenerate(letters[:-1] + "xyxyxyxyxyxy")

@@ -1,4 +1,4 @@
-"""compare, gate, show and plot as they are typed: exit codes, files, messages."""
+"""The commands compare, gate, show and plot: exit codes, files and messages."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from tests.eval_cli.runs import Evaluate, one_sentence, row, save
 
 
 def save_run(tmp_path: Path, name: str, preds: list[str], **more: Any) -> Path:
-    """A run of qasper as longbench_pred.py records it, with a tenth of the past tokens kept."""
+    """Write a run of qasper as longbench_pred.py does, with a kept share of 0.1."""
     rows = [row(at, pred, kept=0.1, prompt_sha256=f"{at:064}", **more) for at, pred in enumerate(preds)]
     folder = save(tmp_path / "pred" / "m" / name, "qasper", rows)
     record = json.loads((folder / "run.json").read_text())
@@ -36,7 +36,7 @@ def test_runs_are_compared_by_path_or_by_name(evaluate: Evaluate, tmp_path: Path
     assert "h2o against vanilla (1)" in three.stdout and three.returncode == 0
 
 
-def test_compare_says_what_it_needs(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_compare_needs_two_runs(evaluate: Evaluate, tmp_path: Path) -> None:
     save_run(tmp_path, "a", ["yes"])
     assert "compare takes two runs or more, the reference first, not m/a." in one_sentence(evaluate("compare", "m/a"))
     assert "not none. To score a folder named compare, use ./compare." in one_sentence(evaluate("compare"))
@@ -46,7 +46,7 @@ def test_compare_says_what_it_needs(evaluate: Evaluate, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["score", "compare"])
-def test_tables_come_in_every_format(evaluate: Evaluate, tmp_path: Path, command: str) -> None:
+def test_tables_are_printed_in_every_format(evaluate: Evaluate, tmp_path: Path, command: str) -> None:
     runs = [save_run(tmp_path, name, ["yes", "no"]) for name in ("a", "b")]
     start = ([] if command == "score" else [command]) + [str(run) for run in runs]
     found = {format: evaluate(*start, "--format", format) for format in ("markdown", "csv", "latex", "json")}
@@ -65,7 +65,7 @@ def test_tables_come_in_every_format(evaluate: Evaluate, tmp_path: Path, command
     assert not any("Written" in done.stdout for done in found.values())
 
 
-def test_a_gate_passes_fails_and_saves(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_gate_passes_fails_and_saves(evaluate: Evaluate, tmp_path: Path) -> None:
     for name, preds in (("good", ["yes"] * 4), ("bad", ["yes", "yes", "yes", "no"])):
         save_run(tmp_path, name, preds)
     done = evaluate("gate", "m/good", "--save-baseline", "base.json")
@@ -91,7 +91,7 @@ def test_a_gate_passes_fails_and_saves(evaluate: Evaluate, tmp_path: Path) -> No
     assert json.loads((tmp_path / "base.json").read_text())["name"] == "pred/m/good"
 
 
-def test_a_gate_without_an_answer_exits_with_2(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_gate_exits_with_2_for_incomparable_runs(evaluate: Evaluate, tmp_path: Path) -> None:
     save_run(tmp_path, "a", ["yes"])
     other = save_run(tmp_path, "b", ["yes"])
     (other / "run.json").write_text(
@@ -134,7 +134,7 @@ def test_rows_are_shown(evaluate: Evaluate, tmp_path: Path) -> None:
     assert evaluate("show", "twice").returncode == 0  # what cannot be scored can be looked at
 
 
-def test_a_report_is_written_beside_the_tables(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_html_reports_are_written(evaluate: Evaluate, tmp_path: Path) -> None:
     for name, preds in (("old", ["yes", "yes"]), ("new", ["yes", "no"])):
         save_run(tmp_path, name, preds)
     commands = {
@@ -161,7 +161,7 @@ def test_a_report_is_written_beside_the_tables(evaluate: Evaluate, tmp_path: Pat
     assert refused.returncode == 2 and "missing/a.html cannot be written: No such file" in refused.stderr
 
 
-def test_pictures_are_files_with_a_caption(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_plots_are_files_with_a_caption(evaluate: Evaluate, tmp_path: Path) -> None:
     save_run(tmp_path, "old", ["yes", "yes", "yes"])
     part = save_run(tmp_path, "new", ["yes", "no"])
     record = json.loads((part / "run.json").read_text())
@@ -183,7 +183,7 @@ def test_pictures_are_files_with_a_caption(evaluate: Evaluate, tmp_path: Path) -
     assert (tmp_path / "c.PDF").read_bytes().startswith(b"%PDF")
 
 
-def test_what_cannot_be_drawn_is_said_before_anything_is_scored(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_impossible_plots_are_refused_before_scoring(evaluate: Evaluate, tmp_path: Path) -> None:
     save_run(tmp_path, "a", ["yes"])
     no_run = ["plot", "m/missing", "--kind", "bars", "--out"]
     assert "a.jpg has no suffix of an image format" in one_sentence(evaluate(*no_run, "a.jpg"))
