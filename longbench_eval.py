@@ -1,4 +1,7 @@
-"""Command line to score predictions, compare runs, plot them, gate them and show rows. Does not import torch."""
+"""Command line to score predictions, compare runs, plot them, gate them and show rows.
+
+Does not import torch.
+"""
 
 import os
 import sys

@@ -21,7 +21,7 @@ _PROMPT_DIGITS = 16  # of its SHA-256; guards against accidental changes, not ag
 
 @dataclass(frozen=True)
 class BaselineDataset:
-    """One dataset: metric, official score in percent, kept share, and by `_id` each row's score and prompt hash."""
+    """One dataset: metric, score in percent, kept share, and row scores and prompt hashes by `_id`."""
 
     metric: str
     score: Percent | None
@@ -61,7 +61,10 @@ class Baseline:
         return str(self.identity.get("method", "unknown method"))
 
     def save(self, path: Path) -> None:
-        """Write the file. Raises UsageError if that fails, and if `path` exists but is not a baseline."""
+        """Write the file.
+
+        Raises UsageError if that fails, and if `path` exists but is not a baseline.
+        """
         if path.exists():
             load_baseline(path)
         record = {"sparsecache_baseline": VERSION, **asdict(self)}
@@ -138,13 +141,13 @@ def _dataset(dataset: DatasetScore, folder: Path) -> BaselineDataset:
 
 
 def _prompt_key(record: dict[str, Any]) -> str | None:
-    """Return the first digits of the hashes of a row's prompt text and, if recorded, of its token ids."""
+    """Return the first digits of the hashes of a row's prompt text and token ids."""
     hashes = [record.get("prompt_sha256"), record.get("prompt_ids_sha256")]
     known = [found[:_PROMPT_DIGITS] for found in hashes if isinstance(found, str)]
     return ":".join(known) if isinstance(hashes[0], str) else None
 
 
 def same_prompt(first: str, second: str) -> bool:
-    """Return whether two entries of `prompts` mean the same prompt: by token ids if both have them, else by text."""
+    """Return whether two entries of `prompts` are equal: by token ids if both have them, else by text."""
     (first_text, _, first_ids), (second_text, _, second_ids) = first.partition(":"), second.partition(":")
     return first_ids == second_ids if first_ids and second_ids else first_text == second_text

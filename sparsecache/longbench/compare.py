@@ -1,4 +1,4 @@
-"""Compares runs over their common rows: scores, differences to the first run, speed and memory."""
+"""Compares runs over their common rows: scores, differences, speed and memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ MIN_ROWS = 20  # with fewer, a bootstrap interval is too narrow
 
 @dataclass(frozen=True)
 class _PairedDataset:
-    """A dataset in all runs, with the mean differences to the first run in percent, and resampled ones."""
+    """A dataset in all runs, with mean and resampled differences to the first run in percent."""
 
     datasets: tuple[DatasetScore, ...]
     differences: Floats  # [runs - 1]
@@ -133,7 +133,7 @@ def _difference(parts: Sequence[_PairedDataset], weights: Sequence[float], run: 
 
 
 def _weights(run: RunScore, name: str) -> dict[tuple[str, str], float]:
-    """Return a dataset's weight in each category and average: their score if it alone scores 100, others 0."""
+    """Return a dataset's weight in each category and average: their score if it alone scores 1."""
     perfect = replace(
         run,
         datasets=[
@@ -179,7 +179,7 @@ def _different_prompts(first: RunScore, other: RunScore) -> int:
 
 
 def _prompts_differ(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Return whether two rows had different prompts: by token ids if known, else by text; False if unknown."""
+    """Return whether prompts differ: by token ids if known, else by text; False if unknown."""
     for key in ("prompt_ids_sha256", "prompt_sha256"):
         if key in mine and key in theirs:
             return bool(mine[key] != theirs[key])

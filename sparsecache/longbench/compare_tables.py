@@ -63,7 +63,7 @@ def _details(group: Group, at: int) -> list[Cell]:
 
 
 def _difference(difference: Difference) -> list[Cell]:
-    """Return the cells of a difference and its interval: one decimal, two if the interval is below a point."""
+    """Return the cells of a difference and its interval, with two decimals below one point."""
     low, high = difference.interval or (None, None)
     digits = 1 if low is None or high is None or high - low >= 1 else 2
     bounds = "-" if low is None or high is None else f"{signed(low, digits)} to {signed(high, digits)}"

@@ -48,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """A dataset, category or average: an entry per run, over `n` rows of `datasets` of its `of_datasets` datasets."""
+    """A dataset, category or average, with an entry per run; `datasets` of `of_datasets` are present."""
 
     name: str
     kind: Kind

@@ -1,4 +1,4 @@
-"""Reads and checks the rows of datasets from the Hugging Face hub, a folder, a zip, or the bundled sample."""
+"""Reads and checks rows from the Hugging Face hub, a folder, a zip, or the bundled sample."""
 
 import hashlib
 import io
@@ -44,7 +44,10 @@ class Source(Protocol):
     """A source of datasets as JSON Lines."""
 
     def read(self, task: Task, e: bool) -> tuple[str, bytes]:
-        """Return a name for messages and the bytes of one dataset. Raises UsageError if it is missing."""
+        """Return a name for messages and the bytes of one dataset.
+
+        Raises UsageError if it is missing.
+        """
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of this source in run.json."""
@@ -88,7 +91,7 @@ def load_rows(source: Source, task: Task, e: bool = False) -> Rows:
 
 
 def open_source(data: str, *, sample: Source, revision: str | None = None, offline: bool = False) -> Source:
-    """Return the source of a `--data` value: `hub`, `sample`, a folder of JSONL files or a `.zip`.
+    """Return the source of a `--data` value: `hub`, `sample`, a folder or a zip.
 
     `sample`: the source to return for `sample`. Only `hub` uses the network, and not with `offline`. Raises UsageError
     for any other value.
@@ -135,7 +138,10 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class ZipSource:
-    """A zip with `<dataset>.jsonl` members in any folder. `hub`: the repository and commit of the hub's `data.zip`."""
+    """A zip with `<dataset>.jsonl` members in any folder.
+
+    `hub`: the repository and commit of the hub's `data.zip`.
+    """
 
     path: Path
     hub: dict[str, Any] | None = None

@@ -1,4 +1,7 @@
-"""Decides whether a run is as good as a baseline within limits. Raises UsageError if they are not comparable."""
+"""Decides whether a run is as good as a baseline within limits.
+
+Raises UsageError if they are not comparable.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -226,7 +229,7 @@ def _change(name: str, run: float, baseline: float, allowed: float) -> str:
 
 
 def _interval(pairs: list[_Pair]) -> str:
-    """Return the 95 % bootstrap interval of the change of the mean; empty if a dataset has a single row."""
+    """Return the 95 % interval of the change; empty if a dataset has a single row."""
     if any(len(pair.run) < 2 for pair in pairs):
         return ""
     means = [

@@ -65,7 +65,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def loads(text: str | bytes) -> Any:
-    """Parse strict JSON. Raises ValueError for anything else, RecursionError for very deep nesting."""
+    """Parse strict JSON.
+
+    Raises ValueError for anything else, RecursionError for very deep nesting.
+    """
     value = json.loads(text, parse_constant=_refuse_constant)
     _check(value)
     return value

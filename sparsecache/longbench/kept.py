@@ -1,4 +1,7 @@
-"""Aggregates what sparse methods report per row: kept share, sparse steps, fetched bytes. Independent of methods."""
+"""Aggregates what sparse methods report per row: kept share, sparse steps, fetched bytes.
+
+Independent of methods.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,7 +100,7 @@ def format_kept(parts: Iterable[KeptStats | None]) -> Iterator[str]:
 
 
 def dropped_nothing(parts: Iterable[KeptStats | None]) -> int:
-    """Return the number of rows over the method's budget if every one of them attended to all past tokens; else 0.
+    """Return the number of rows over the budget if all of them attended to every token; else 0.
 
     With options that are lossless by construction, no row is over the budget.
     """

@@ -1,4 +1,4 @@
-"""The official metrics of LongBench, one function each; configs/datasets.toml refers to them by name.
+"""The official metrics of LongBench, one function each, as configs/datasets.toml names them.
 
 Every public function is a metric, `metric(prediction, answer, context) -> float` in 0 to 1. A metric raises on texts
 that it cannot score; the caller decides how they count. The behaviour, including its oddities, is that of the reference
@@ -40,17 +40,17 @@ class Context:
 
 
 def token_f1(prediction: str, answer: str, context: Context) -> float:
-    """Return F1 over the words of both texts, in lower case, without punctuation and articles (as SQuAD)."""
+    """Return F1 over lower-case words without punctuation and articles (as SQuAD)."""
     return _f1(normalized_words(prediction), normalized_words(answer))
 
 
 def jieba_f1(prediction: str, answer: str, context: Context) -> float:
-    """Return F1 over jieba's words of both texts, in lower case, without Chinese and ASCII punctuation."""
+    """Return F1 over jieba's lower-case words without Chinese and ASCII punctuation."""
     return _f1(chinese_words(prediction), chinese_words(answer))
 
 
 def rouge_l(prediction: str, answer: str, context: Context) -> float:
-    """Return the F value of summary-level ROUGE-L as the package `rouge` computes it for the published tables.
+    """Return the F value of summary-level ROUGE-L as the package `rouge` computes it.
 
     Raises ValueError as that package does: for a text without a sentence, such as "" or ".".
     """
@@ -63,7 +63,7 @@ def jieba_rouge_l(prediction: str, answer: str, context: Context) -> float:
 
 
 def classification(prediction: str, answer: str, context: Context) -> float:
-    """Return 1 / n for n class names found in the prediction, if the answer is among them; else 0."""
+    """Return 1 / n for n class names in the prediction, if the answer is among them; else 0."""
     if context.all_classes is None:
         raise ValueError("classification needs all_classes.")
     found = [name for name in context.all_classes if name in prediction]
@@ -78,12 +78,12 @@ def classification(prediction: str, answer: str, context: Context) -> float:
 
 
 def retrieval(prediction: str, answer: str, context: Context) -> float:
-    """Return the share of the prediction's numbers that equal the answer's paragraph number ("Paragraph 7")."""
+    """Return the share of the prediction's numbers that equal the answer's ("Paragraph 7")."""
     return _share_of_numbers(prediction, re.findall(r"Paragraph (\d+)", answer)[0])
 
 
 def retrieval_zh(prediction: str, answer: str, context: Context) -> float:
-    """Return the share of the prediction's numbers that equal the answer's paragraph number ("段落7")."""
+    """Return the share of the prediction's numbers that equal the answer's ("段落7")."""
     return _share_of_numbers(prediction, re.findall(r"段落(\d+)", answer)[0])
 
 
@@ -132,7 +132,10 @@ def _fuzzywuzzy_ratio() -> Callable[[str, str], int]:
 
 
 def _rouge_l(prediction: str, answer: str, context: Context, official_frames: int) -> float:
-    """Return ROUGE-L, and set `recursion_exceeded`. `official_frames`: stack depth of the reference scorer."""
+    """Return ROUGE-L, and set `recursion_exceeded`.
+
+    `official_frames`: stack depth of the reference scorer.
+    """
     score, recursion_exceeded = rouge.rouge_l(prediction, answer, _ROUGE_FRAMES - official_frames)
     context.recursion_exceeded |= recursion_exceeded
     return 0.0 if recursion_exceeded and context.official_recursion else score

@@ -1,4 +1,4 @@
-"""Matches the rows of several runs, and gives bootstrap intervals of their paired differences."""
+"""Matches the rows of several runs, and bootstraps their paired differences."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Makes token ids from a row: fills the template, truncates the middle, applies the chat wrapper."""
+"""Makes a prompt from a row: fills the template, truncates the middle, applies the wrapper."""
 
 import hashlib
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Writes scores as JSON files, and formats the speed of a run and the health of its predictions."""
+"""Writes scores as JSON, and formats the speed of a run and the health of its predictions."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +17,10 @@ MIN_SECONDS = 1e-6  # shorter times give no speed
 
 
 def result_json(result: RunScore) -> dict[str, Any]:
-    """Return scores in the official format: dataset -> score, or -> bucket -> score. None without rows."""
+    """Return scores in the official format: dataset -> score, or -> bucket -> score.
+
+    None without rows.
+    """
     if result.e:
         return {
             dataset.task.name: {name: summary.score for name, summary in dataset.buckets.items()}
@@ -45,7 +48,10 @@ def summary_json(result: RunScore, options: ScoringOptions) -> dict[str, Any]:
 
 
 def write_results(result: RunScore, options: ScoringOptions) -> list[Path]:
-    """Write result.json and summary.json (result_e.json, summary_e.json for LongBench-E). Returns their paths."""
+    """Write result.json and summary.json (result_e.json, summary_e.json for LongBench-E).
+
+    Returns their paths.
+    """
     ending = "_e.json" if result.e else ".json"
     contents = {"result": result_json(result), "summary": summary_json(result, options)}
     paths = []
@@ -56,7 +62,7 @@ def write_results(result: RunScore, options: ScoringOptions) -> list[Path]:
 
 
 def decode_speed(run: RunRecord) -> dict[str, Any] | None:
-    """Return decode tokens per second and peak GPU bytes over all sessions of a run, measured by the engine."""
+    """Return speed (tokens/s) and peak GPU bytes over all sessions, as the engine measured them."""
     seconds = run.total("decode_s")
     if seconds < MIN_SECONDS:
         return None

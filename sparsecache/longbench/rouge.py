@@ -1,4 +1,4 @@
-"""Summary-level ROUGE-L with the exact results of the package `rouge` 1.0.1, in linear memory.
+"""Summary-level ROUGE-L, equal to the package `rouge` 1.0.1 but in linear memory.
 
 The published tables were made with https://github.com/pltrdy/rouge, so its oddities are kept: every "." ends a
 sentence, a blank sentence holds one empty word, and a repeated word counts once. For every pair of an answer sentence
@@ -58,7 +58,7 @@ def _any_longer(max_steps: int, predicted: Sequence[_Sentence], wanted: Sequence
 
 
 class _Table:
-    """The tables of one sentence (rows) against several sentences (columns), and the traces through them.
+    """The tables of one sentence (rows) against several (columns), and the traces through them.
 
     Bits: a border, then the words of each column sentence followed by another border. A trace that leaves its table on
     the left stops at that border. Memory is linear in the texts: the bits of a word are computed from its positions on
@@ -83,7 +83,7 @@ class _Table:
         self._cached_mirrored: dict[str, int] = {}
 
     def trace(self, sentence: _Sentence) -> tuple[set[str], int]:
-        """Return the words of all diagonal steps, and the number of steps (for a single column sentence)."""
+        """Return the words of diagonal steps, and the number of steps (for one column sentence)."""
         words, borders = self._words_mirrored, self._borders_mirrored
         traces = last = borders << 1 & words  # start at the last word of each sentence
         common: set[str] = set()
@@ -107,7 +107,7 @@ class _Table:
         return (self._words ^ self._last_row(self._words, sentence)).bit_count()
 
     def _rows_reversed(self, top: int, sentence: _Sentence) -> Iterator[tuple[str, int]]:
-        """Yield the words from the last to the first, each with the mirrored bits where its row of T grows.
+        """Yield the words in reverse, each with the mirrored bits where its row of T grows.
 
         `top`: the row above the first. Keeps _ROWS_KEPT rows, and _PARTS rows per recursion level, instead of all.
         """
@@ -169,5 +169,5 @@ class _Table:
         return int.from_bytes(content, "little")
 
     def _mirror(self, bits: int) -> int:
-        """Return the bits in reverse order: sums carry to higher bits, but traces move to lower columns."""
+        """Return the bits in reverse order: sums carry upwards, but traces move to lower columns."""
         return int.from_bytes(bits.to_bytes(self._nbytes, "little").translate(_MIRRORED), "big")

@@ -9,7 +9,10 @@ from sparsecache.longbench.run_record import RUN_FILE
 
 
 def find_run(name: str, pred_dir: Path) -> Path:
-    """Return the folder of a run: the path `name`, or MODEL/NAME below `pred_dir`. Raises UsageError."""
+    """Return the folder of a run: the path `name`, or MODEL/NAME below `pred_dir`.
+
+    Raises UsageError.
+    """
     for folder in (Path(name), pred_dir / name):
         if name and os.path.isdir(folder):  # unlike Path.is_dir, False for an invalid name
             return folder
@@ -22,7 +25,10 @@ def find_run(name: str, pred_dir: Path) -> Path:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest distinct endings of the paths. A repeated folder gets its number added."""
+    """Return the shortest distinct endings of the paths.
+
+    A repeated folder gets its number added.
+    """
     parts = [folder.absolute().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]

@@ -35,7 +35,10 @@ Amount = Annotated[float, Range(0, 1e15)]
 
 
 def parse(schema: type[T], value: Any, path: str = "") -> T:
-    """Convert a JSON value to an object of `schema`. Raises SchemaError, with the path of the field below `path`."""
+    """Convert a JSON value to an object of `schema`.
+
+    Raises SchemaError, with the path of the field below `path`.
+    """
     parsed: T = _parse(schema, value, path)
     return parsed
 

@@ -21,7 +21,10 @@ def score_table(result: RunScore) -> str:
 
 
 def score_document(result: RunScore) -> Document:
-    """Return the table of scores and its notes. The flat table has a row per dataset, category and average."""
+    """Return the table of scores and its notes.
+
+    The flat table has a row per dataset, category and average.
+    """
     sparse = any(dataset.kept and dataset.kept.rows for dataset in result.datasets)
     means = [(name, mean) for name, mean in result.categories.items() if mean.datasets]
     averages = [(AVERAGE_NAMES[name], mean) for name, mean in result.averages.items() if mean.datasets]
@@ -66,7 +69,7 @@ def _average_row(name: str, mean: Average, sparse: bool) -> list[Cell]:
 
 
 def average_label(name: str, datasets: int, of: int) -> str:
-    """Return the label of a category or average, with the number of its datasets if some are missing."""
+    """Return the label of a category or average, which counts its datasets if some are missing."""
     return name if datasets == of else f"{name} ({datasets} of {of} datasets)"
 
 
@@ -85,7 +88,10 @@ def _records(result: RunScore) -> Iterator[dict[str, Value]]:
 def _record(
     result: RunScore, kind: str, name: str, mean: Average, dataset: DatasetScore | None = None
 ) -> dict[str, Value]:
-    """Return a row of the flat table. Only datasets have `expected_n`, and buckets for LongBench-E."""
+    """Return a row of the flat table.
+
+    Only datasets have `expected_n`, and buckets for LongBench-E.
+    """
     record: dict[str, Value] = {
         "run": str(result.folder),
         "kind": kind,

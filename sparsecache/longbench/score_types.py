@@ -32,7 +32,10 @@ class RowScore:
 
 @dataclass(frozen=True)
 class Summary:
-    """A mean in percent and its standard error over `n` rows. None for no rows; no error for a single row."""
+    """A mean in percent and its standard error over `n` rows.
+
+    None for no rows; no error for a single row.
+    """
 
     score: float | None
     stderr: float | None
@@ -86,7 +89,7 @@ class DatasetScore:
         return self.num_finished == len(self.rows) == self.num_requested
 
     def count(self, flag: str) -> int:
-        """Return the number of rows with a flag: empty, metric_error, error_row or recursion_exceeded."""
+        """Return the number of rows with a flag of RowScore, such as `error_row`."""
         return sum(getattr(row, flag) for row in self.rows)
 
 
@@ -132,7 +135,7 @@ class RunScore:
 
     @cached_property
     def averages(self) -> dict[str, Average]:
-        """The official averages (means of category means) of English, Chinese and all datasets, and the flat mean.
+        """The official averages (means of category means) per language, and the flat mean.
 
         Code counts in both languages, as in the published tables. Without other datasets, code gives no average.
         """
@@ -178,7 +181,7 @@ def mean_in_percent(scores: Sequence[float]) -> float:
 
 
 def _numpy_mean_in_percent(scores: Sequence[float]) -> float:
-    """Return the mean in percent as the reference computes buckets: numpy rounds 0.325 to 0.32, Python to 0.33."""
+    """Return the mean in percent, rounded by numpy as the reference does for buckets."""
     return float(numpy.round(100 * numpy.mean(list(scores)), 2))
 
 

@@ -22,7 +22,9 @@ Metric = Callable[[str, str, metrics.Context], float]
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """Scoring options. The defaults reproduce published tables, except beyond the reference's recursion limit.
+    """Scoring options.
+
+    The defaults reproduce published tables, except beyond the reference's recursion limit.
 
     Rows beyond that limit get their true score; `official_recursion` gives them 0.0, as the reference does.
     """
@@ -67,7 +69,10 @@ def score_run(folder: Path, e: bool = False, options: ScoringOptions = ScoringOp
 
 
 def score_file(path: Path, task: Task, e: bool, expected: int | None, options: ScoringOptions) -> DatasetScore:
-    """Score one prediction file. `expected`: number of rows in run.json; None means the published number."""
+    """Score one prediction file.
+
+    `expected`: number of rows in run.json; None means the published number.
+    """
     rows = list(read_rows(path, needed=NEEDED))
     warnings = _file_warnings(path, rows, e, options.allow_duplicates)
     if expected is None and (expected := task.published_rows(e)) is not None:
@@ -169,7 +174,7 @@ def _scored_text(prediction: str, task: Task) -> str:
 
 
 def _rouge_score(rows: list[dict[str, Any]], task: Task) -> dict[str, float]:
-    """Return the F values of ROUGE-1, -2 and -L in percent as the package rouge-score computes them."""
+    """Return the F values in percent that the package rouge-score gives."""
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 
@@ -187,7 +192,7 @@ def _rouge_score(rows: list[dict[str, Any]], task: Task) -> dict[str, float]:
 
 
 def _lcs_f(prediction: Sequence[str], answer: Sequence[str]) -> float:
-    """Return rouge-score's ROUGE-L F value in linear memory; the package takes memory per pair of words."""
+    """Return rouge-score's ROUGE-L in linear memory; the package takes memory per pair of words."""
     common = rouge.common_length(prediction, answer)
     if not common:
         return 0.0

@@ -1,4 +1,4 @@
-"""Formats the rows of a run for the terminal: the worst first, or those whose text another run changed."""
+"""Formats the rows of a run for the terminal: the worst first, or changed ones."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,10 @@ class ShownRow:
 
 
 def worst_rows(run: RunScore, dataset: str | None = None) -> list[ShownRow]:
-    """Return all rows, lowest score first, ties in file order. Raises UsageError for an unknown dataset."""
+    """Return all rows, lowest score first, ties in file order.
+
+    Raises UsageError for an unknown dataset.
+    """
     return sorted((row for part in _chosen(run, dataset) for row in _rows(part)), key=lambda row: row.score)
 
 
@@ -50,7 +53,9 @@ def changed_rows(run: RunScore, other: RunScore, dataset: str | None = None) -> 
 
 
 def format_rows(rows: Sequence[ShownRow], runs: Sequence[RunScore], max_rows: int, columns: int) -> Iterator[str]:
-    """Yield the lines for at most `max_rows` rows. Texts are shortened to about `columns` terminal columns.
+    """Yield the lines for at most `max_rows` rows.
+
+    Texts are shortened to about `columns` terminal columns.
 
     `runs`: the run shown, and the other run for changed rows.
     """

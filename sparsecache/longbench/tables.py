@@ -1,4 +1,6 @@
-"""Formats tables as terminal text, Markdown, LaTeX, CSV or JSON. Independent of their content.
+"""Formats tables as terminal text, Markdown, LaTeX, CSV or JSON.
+
+Independent of their content.
 
 CSV and JSON hold unrounded values, the others rounded ones. Every format escapes text that comes from data.
 """
@@ -17,7 +19,7 @@ Value = str | float | int | bool | None
 
 @dataclass(frozen=True)
 class Cell:
-    """The text shown, the unrounded value, and whether the cell is marked as the best of its row."""
+    """The text shown, the unrounded value, and whether the cell is the best of its row."""
 
     text: str
     value: Value = None
@@ -89,7 +91,7 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def to_terminal(table: Table) -> str:
-    """Return a table as text: columns two spaces apart, an asterisk after the best cell of a row."""
+    """Return a table as text, with an asterisk after the best cell of a row."""
     marked = [any(row[at].best for row in table.data_rows) for at in range(len(table.header))]
     header = [escape_control_chars(text) + " " * mark for text, mark in zip(table.header, marked, strict=True)]
     body = [
@@ -115,7 +117,10 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """Return a tabular with booktabs rules, the best of a row in bold. The title becomes a comment."""
+    """Return a tabular with booktabs rules, the best of a row in bold.
+
+    The title becomes a comment.
+    """
     header, *rows = (
         " & ".join(_bold(_latex(cell.text), r"\textbf{{{}}}", cell.best) for cell in row) + r" \\"
         if row
@@ -139,7 +144,10 @@ def to_csv(table: Table) -> str:
 
 
 def render(document: Document, format: str) -> str:
-    """Return a document in one of FORMATS. CSV has no notes; JSON is one object: title, rows, notes."""
+    """Return a document in one of FORMATS.
+
+    CSV has no notes; JSON is one object: title, rows, notes.
+    """
     if format == "csv":
         return to_csv(document.records)
     if format == "json":

@@ -61,16 +61,19 @@ class Task:
         return self.category not in ("summarization", "code")
 
     def file_stem(self, e: bool) -> str:
-        """Return the name of data and prediction files without suffix: `qasper`, `qasper_e` for LongBench-E."""
+        """Return the stem of data and prediction files: `qasper`, `qasper_e` for LongBench-E."""
         return f"{self.name}_e" if e else self.name
 
     def published_rows(self, e: bool) -> int | None:
-        """Return the published number of rows; None if the dataset is not part of LongBench (or LongBench-E)."""
+        """Return the published number of rows; None outside LongBench (or LongBench-E)."""
         return self.rows_e if e else self.rows
 
 
 def load_tasks() -> dict[str, Task]:
-    """Return all tasks by dataset name, in file order. Raises UsageError for an invalid configs/datasets.toml."""
+    """Return all tasks by dataset name, in file order.
+
+    Raises UsageError for an invalid configs/datasets.toml.
+    """
     known = {field.name for field in fields(Task)} - {"name"}
     needed = {field.name for field in fields(Task) if field.default is MISSING} - {"name"}
     for name, table in read_tables("datasets.toml").items():
@@ -81,7 +84,7 @@ def load_tasks() -> dict[str, Task]:
 
 
 def select_tasks(names: str, e: bool = False) -> list[Task]:
-    """Return the tasks of a `--datasets` value: a comma-separated list of datasets, `all`, `en`, `zh` or categories.
+    """Return the tasks of a `--datasets` value: comma-separated datasets, `all`, `en`, `zh`, categories.
 
     The groups hold the datasets of LongBench only, or of LongBench-E with `e`; `en` includes code. Other datasets must
     be named. Raises UsageError for an unknown name, and for a dataset that LongBench-E lacks.

@@ -1,4 +1,4 @@
-"""Shows text from data on a terminal: escapes control characters, measures width, shortens long text."""
+"""Prepares text for a terminal: escapes control characters, measures width, shortens."""
 
 import unicodedata
 from itertools import accumulate
@@ -29,7 +29,7 @@ def pad(text: str, columns: int, right: bool = False) -> str:
 
 
 def truncate_middle(text: str, columns: int) -> str:
-    """Return text, or its two ends within `columns` and between them the number of characters left out."""
+    """Return text, shortened to its two ends within `columns` if it is wider."""
     if display_width(text) <= columns:
         return text
     head = sum(taken <= columns - columns // 2 for taken in accumulate(map(_columns, text)))

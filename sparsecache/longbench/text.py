@@ -21,7 +21,7 @@ def normalized_words(text: str) -> list[str]:
 
 
 def chinese_words(text: str) -> list[str]:
-    """Return jieba's words in lower case, without Chinese or ASCII punctuation and without white space."""
+    """Return jieba's lower-case words without Chinese or ASCII punctuation and white space."""
     kept = (
         "".join(character for character in word.lower() if character not in _ALL_PUNCTUATION)
         for word in jieba_cut(text)
@@ -35,7 +35,7 @@ def jieba_cut(text: str) -> list[str]:
 
 
 def is_degenerate(text: str) -> bool:
-    """Return whether a text of 20 characters or more is mostly repetitions, or mostly symbols and digits.
+    """Return whether 20 characters or more are mostly repetitions, or mostly symbols and digits.
 
     Repetitions: more than half of the text consists of pieces of up to 40 characters that repeat four times or more in
     a row. Symbols: fewer than one in five characters is a letter. White space counts as one space.
@@ -50,7 +50,7 @@ def is_degenerate(text: str) -> bool:
 
 @cache
 def _tokenizer() -> Any:
-    """Return a jieba tokenizer with the installed package's dictionary, built in this process (about a second).
+    """Return a jieba tokenizer with the installed dictionary, built in about a second.
 
     jieba itself reads `jieba.cache` from the temporary folder, where any user can place another dictionary, and its
     global tokenizer may hold user words. Both change scores.

@@ -1,4 +1,4 @@
-"""Wraps a raw prompt as one user turn, with the tokenizer's chat template or a text that holds {prompt}.
+"""Wraps a raw prompt as one user turn, with a chat template or a text that holds {prompt}.
 
 Templates come from checkpoints and are not trusted: they may drop or change the prompt, or never finish.
 """
@@ -44,7 +44,9 @@ class Tokenizer(Protocol):
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text with special tokens. A BOS token at the start of the text is not doubled.
+    """Return the ids of a text with special tokens.
+
+    A BOS token at the start of the text is not doubled.
 
     Raises ValueError if the ids still begin with two BOS tokens.
     """
@@ -176,7 +178,9 @@ class Wrapper:
         )
 
     def probe_sha256(self) -> str:
-        """Return the SHA-256 of the token ids of a fixed text, raw and wrapped. It identifies the tokenization.
+        """Return the SHA-256 of the token ids of a fixed text, raw and wrapped.
+
+        It identifies the tokenization.
 
         Raises UsageError as `tokens` does, and for a tokenizer that cannot encode the text.
         """
@@ -199,7 +203,7 @@ def _describe_damage(wrapped: str) -> str:
 
 
 def _clock_macro() -> str:
-    """Return a macro that replaces transformers' `strftime_now`, whose clock cannot be set by an argument.
+    """Return a macro that replaces transformers' `strftime_now`, whose clock cannot be set.
 
     It ends in the newline that Jinja drops after a block, so that the template starts on a new line.
     """

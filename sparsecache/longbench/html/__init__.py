@@ -1,4 +1,4 @@
-"""HTML reports of a comparison, of scores, or of a gate's verdict, each in one self-contained file."""
+"""HTML reports of comparisons, scores and gate verdicts, each in one self-contained file."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 
 def compare_page(comparison: Comparison, runs: Sequence[RunScore], plots: Sequence["Plot"]) -> str:
-    """Return the page of a comparison, with plots of its runs. `runs` are in the comparison's order."""
+    """Return the page of a comparison, with plots of its runs.
+
+    `runs` are in the comparison's order.
+    """
     first, *others = [run.name for run in comparison.runs]
     content = compare_document(comparison)
     changed = [(name, changed_rows(run, runs[0])) for name, run in zip(others, runs[1:], strict=True)]
@@ -69,7 +72,7 @@ def score_page(runs: Sequence[RunScore], plots: Sequence[Sequence["Plot"]]) -> s
 
 
 def gate_page(run: Baseline, baseline: Baseline, verdict: Verdict) -> str:
-    """Return the page of a gate's verdict: checks (failed ones first), warnings and both identities."""
+    """Return the page of a verdict: checks (failed ones first), warnings, both identities."""
     checks = sorted(verdict.checks, key=lambda check: check.passed)
     failed = sum(not check.passed for check in checks)
     return page(

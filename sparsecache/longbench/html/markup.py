@@ -8,11 +8,14 @@ _VOID = ("meta", "br")
 
 
 class Html(str):
-    """A string that is HTML. String operations (`+`, formatting) return plain text, which is escaped again."""
+    """A string that is HTML.
+
+    String operations (`+`, formatting) return plain text, which is escaped again.
+    """
 
 
 def escape(content: str) -> Html:
-    """Return text as HTML on one line, with invisible and direction-changing characters as escapes."""
+    """Return text as HTML on one line, with control and formatting characters escaped."""
     return Html(html.escape(escape_control_chars(content)))
 
 
@@ -27,7 +30,10 @@ def join(*parts: str, between: str = "\n") -> Html:
 
 
 def tag(name: str, /, *children: str, **attributes: str | bool) -> Html:
-    """Return an element. `class_` means class, other underscores mean dashes, False omits the attribute."""
+    """Return an element.
+
+    `class_` means class, other underscores mean dashes, False omits the attribute.
+    """
     start = name + "".join(
         f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(value)}"')
         for key, value in attributes.items()

@@ -1,4 +1,4 @@
-"""The parts of a report page: sections, tables, plots, rows and run records, and the page itself."""
+"""The parts of a report page: sections, tables, plots, rows and run records."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -63,7 +63,10 @@ def definitions(named: Iterable[tuple[str, str]]) -> Html:
 
 
 def table(content: Table, title: str = "") -> Html:
-    """Return a table in a frame that scrolls sideways. `title` labels a table without its own title."""
+    """Return a table in a frame that scrolls sideways.
+
+    `title` labels a table without its own title.
+    """
     sides = ["left" if letter == "l" else False for letter in content.column_alignment]
     head = [tag("th", text, scope="col", class_=side) for text, side in zip(content.header, sides, strict=True)]
     bodies = [tag("tbody", join(*(_table_row(row, sides) for row in group))) for group in _groups(content.rows)]
@@ -73,7 +76,10 @@ def table(content: Table, title: str = "") -> Html:
 
 
 def figures(plots: Sequence["Plot"], prefix: str) -> Html:
-    """Return plots with their captions. `prefix` begins their ids and must be unique in the page."""
+    """Return plots with their captions.
+
+    `prefix` begins their ids and must be unique in the page.
+    """
     parts = [
         tag(
             "figure",
@@ -87,7 +93,10 @@ def figures(plots: Sequence["Plot"], prefix: str) -> Html:
 
 
 def row_list(rows: Sequence[ShownRow], *names: str) -> Html:
-    """Return the first MAX_ROWS rows with their texts. `names`: the run, and the other run for changed rows."""
+    """Return the first MAX_ROWS rows with their texts.
+
+    `names`: the run, and the other run for changed rows.
+    """
     note = [tag("p", f"Only {MAX_ROWS} of {len(rows)} rows.", class_="about")] if len(rows) > MAX_ROWS else []
     return join(*note, *(_row(row, names) for row in rows[:MAX_ROWS]))
 

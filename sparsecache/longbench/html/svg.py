@@ -8,7 +8,9 @@ from sparsecache.longbench.html.markup import Html
 
 
 def inline(svg: bytes, name: str, title: str, description: str) -> Html:
-    """Return the svg element with a title and a description for screen readers. Its ids begin with `name`.
+    """Return the svg element with a title and a description for screen readers.
+
+    Its ids begin with `name`.
 
     A color `#0077bb` becomes `var(--c-0077bb, #0077bb)`, so that the page can replace it. The page also sets fonts and
     size.

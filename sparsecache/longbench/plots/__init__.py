@@ -54,7 +54,10 @@ def draw_all(runs: "Sequence[RunScore]") -> "list[Plot]":
 
 
 def check_suffix(path: Path) -> str:
-    """Return the suffix of a plot's file in lower case. Raises UsageError unless it is one of SUFFIXES."""
+    """Return the suffix of a plot's file in lower case.
+
+    Raises UsageError unless it is one of SUFFIXES.
+    """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(

@@ -25,7 +25,7 @@ def run_labels(runs: Sequence[RunScore], max_runs: int | None = None) -> list[st
 
 
 def shorten(text: str, max_chars: int = 44) -> str:
-    """Return a name as one line of at most `max_chars` characters, without its middle if it is longer."""
+    """Return a name as one line of at most `max_chars` characters; longer ones lose their middle."""
     text = escape_control_chars(text) or "-"
     if len(text) <= max_chars:
         return text
@@ -44,7 +44,7 @@ def legend_above(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> N
 
 
 def error_bar(score: float, stderr: float | None) -> tuple[float, float]:
-    """Return the lengths of the 95 % interval below and above a score in percent, clipped to 0 and 100.
+    """Return the lengths of the 95 % interval below and above a score, clipped to 0 and 100 %.
 
     Both are 0 if the standard error is unknown.
     """
@@ -70,7 +70,10 @@ def set_score_axis(axis: Any) -> None:
 
 
 def set_share_axis(axis: Any, shares: Iterable[float]) -> None:
-    """Make a horizontal axis logarithmic, in percent, for shares above 0. It spans at least a factor of ten."""
+    """Make a horizontal axis logarithmic, in percent, for shares above 0.
+
+    It spans at least a factor of ten.
+    """
     shares = list(shares)
     middle = math.sqrt(min(shares) * max(shares))
     factor = max(1.35 * max(shares) / middle, math.sqrt(10))

@@ -1,4 +1,4 @@
-"""Figures in one style, with colors safe for color blindness, and files with reproducible bytes.
+"""Figures in one style, with color-blind safe colors and reproducible files.
 
 The only module that imports matplotlib. Importing it raises UsageError if matplotlib is missing.
 """
@@ -88,7 +88,9 @@ class Plot:
     figure: Figure
 
     def save(self, path: Path) -> None:
-        """Write a file in the format of its suffix. Only PNG has a background; the bytes are reproducible.
+        """Write a file in the format of its suffix.
+
+        Only PNG has a background; the bytes are reproducible.
 
         Raises UsageError for a suffix that is not in SUFFIXES, and if the file cannot be written.
         """
@@ -106,7 +108,7 @@ class Plot:
 
 
 def new_figure(height: float, columns: int = 1, **layout: Any) -> tuple[Figure, Any]:
-    """Return a figure of one column's width and `height` inches, and its axes (several if `columns` > 1)."""
+    """Return a figure one column wide and `height` inches high, and its axes."""
     figure = Figure(figsize=(COLUMN, height))
     return figure, figure.subplots(1, columns, **layout)
 
@@ -117,7 +119,10 @@ def run_colors(runs: int) -> list[str]:
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Return the color, marker and dashes of series `number`. The first twelve differ also in grayscale."""
+    """Return the color, marker and dashes of series `number`.
+
+    The first twelve differ also in grayscale.
+    """
     return {
         "color": SERIES[number % len(SERIES)],
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -141,7 +146,10 @@ def with_style(draw: Callable[Arguments, Plot]) -> Callable[Arguments, Plot]:
 
 @contextmanager
 def _style(more: dict[str, Any] | None = None) -> Iterator[None]:
-    """Apply the style, with an installed CJK font for Chinese names. Without one, suppress the warning."""
+    """Apply the style, with an installed CJK font for Chinese names.
+
+    Without one, suppress the warning.
+    """
     installed = {font.name for font in fontManager.ttflist}
     fonts = ["DejaVu Sans", *(font for font in _CJK_FONTS if font in installed)]
     style = matplotlib.style.context(["default", {**_STYLE, "font.family": fonts, **(more or {})}])

@@ -1,4 +1,4 @@
-"""Scores by dataset: bars with 95 % intervals, runs side by side, and the mean over datasets."""
+"""Scores by dataset: bars with 95 % intervals, runs side by side, and the mean."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def _groups(runs: Sequence[RunScore]) -> Iterator[_Group]:
 
 
 def _layout(groups: Sequence[_Group], height: float) -> tuple[list[float], list[tuple[float, str]], float]:
-    """Return the start of each group, the position and text of each heading, and the end, in inches from the top."""
+    """Return the starts of groups, the headings with positions, and the end, in inches from the top."""
     starts: list[float] = []
     headings: list[tuple[float, str]] = []
     at = 0.0

@@ -1,4 +1,4 @@
-"""Scores by length, for LongBench-E: the mean over datasets in each length bucket, with 95 % intervals."""
+"""Scores by length, for LongBench-E: means over datasets per bucket, with 95 % intervals."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,10 @@ _OFFSET = 0.06  # between two runs, as a share of the distance between two bucke
 
 @with_style
 def draw(runs: Sequence[RunScore]) -> Plot:
-    """Return the plot. Raises UsageError for more than MAX_RUNS runs, for LongBench, and if no row has a length."""
+    """Return the plot.
+
+    Raises UsageError for more than MAX_RUNS runs, for LongBench, and if no row has a length.
+    """
     names = run_labels(runs, MAX_RUNS)
     if not all(run.e for run in runs):
         raise UsageError("Only LongBench-E has length buckets. Add --e for LongBench-E runs, or use another --kind.")
@@ -43,7 +46,7 @@ def draw(runs: Sequence[RunScore]) -> Plot:
 
 
 def bucket_mean(run: RunScore, name: str) -> tuple[float, float | None] | None:
-    """Return the mean of the datasets' means in one bucket and its standard error; None for an empty bucket."""
+    """Return the mean over datasets in one bucket and its standard error; None if empty."""
     parts = [part for dataset in run.datasets if (part := dataset.buckets[name]).n]
     if not parts:
         return None

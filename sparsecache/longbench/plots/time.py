@@ -1,4 +1,4 @@
-"""Time of prefill and decode over all rows of a run, and decode time per token, measured by the engine."""
+"""Prefill and decode time over all rows, and decode time per token, measured by the engine."""
 
 from collections.abc import Sequence
 
