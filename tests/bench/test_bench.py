@@ -320,6 +320,10 @@ def test_options_that_vary_stand_beside_one_measurement_of_a_peer(main, tmp_path
         (["prefill", "--vary", "budget=1"], "--vary says nothing in mode prefill"),
         (["decode", "--tokens", "8k"], "--tokens '8k' is no comma list of whole numbers"),
         (["decode", "--tokens", "0"], "numbers from 1 on"),
+        (["decode", "--tokens", str(2**31)], f"--tokens '{2**31}' is too large: at most {2**26}"),
+        (["decode", "--batch", "9" * 4000], "is too large: at most"),
+        (["decode", "--tokens", "131072", "--batch", "1024"], f"--tokens times --batch is {2**27}: at most {2**26}"),
+        (["replay", "--workload", "w.csv", "--rows", str(2**31)], "--rows"),
         (
             ["decode", "--peers", "vllm"],
             "'vllm' is no peer in decode. Peers: offloaded, static, streamed, transformers, vanilla",
