@@ -1,4 +1,7 @@
-"""Evaluate: prediction folders in; official scores, comparisons, verdicts and rows out. Imports no torch."""
+"""Command line to score predictions, compare runs, plot them, gate them and show rows.
+
+Does not import torch.
+"""
 
 import os
 import sys
@@ -12,38 +15,40 @@ import click
 from sparsecache.cli import DefaultGroup, FlexibleCommand, report_usage_errors
 from sparsecache.errors import UsageError
 from sparsecache.longbench.metrics import EDIT_BACKENDS
-from sparsecache.longbench.pictures import SUFFIXES, check_suffix, kinds, painter, pictures, require_matplotlib
-from sparsecache.longbench.tables import FORMATS, Document, joined, render
-from sparsecache.longbench.terminal import visible
+from sparsecache.longbench.plots import SUFFIXES, check_suffix, draw_all, get_plot, plot_kinds, require_matplotlib
+from sparsecache.longbench.tables import FORMATS, Document, merge_documents, render
+from sparsecache.longbench.terminal import escape_control_chars
 
 if TYPE_CHECKING:
     from sparsecache.longbench.baseline import Baseline
-    from sparsecache.longbench.scores import RunScore
+    from sparsecache.longbench.score_types import RunScore
 
 _SCORING = (
     click.option("--pred_dir", type=click.Path(path_type=Path), default=Path("pred"), show_default=True),
-    click.option("--e", is_flag=True, help="LongBench-E: <dataset>_e.jsonl, by length bucket."),
+    click.option("--e", is_flag=True, help="Score LongBench-E (<dataset>_e.jsonl) by length bucket."),
     click.option("--edit_backend", type=click.Choice(EDIT_BACKENDS), default=EDIT_BACKENDS[0], show_default=True),
-    click.option("--official_recursion", is_flag=True, help="Give 0.0 where the reference hits the recursion limit."),
+    click.option(
+        "--official_recursion", is_flag=True, help="Give 0.0 where the reference exceeds the recursion limit."
+    ),
 )
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-def _page(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
-    """Refuses a name under which predictions or a baseline might lie."""
+def _check_html(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
+    """Refuse other suffixes, so that --html cannot overwrite predictions or a baseline."""
     if file is not None and file.suffix.lower() not in (".html", ".htm"):
-        raise click.BadParameter(f"{file} must end in .html or .htm, so that no other file is overwritten.")
+        raise click.BadParameter(f"{file} must end in .html or .htm, so that it overwrites no other file.")
     return file
 
 
-_REPORT: dict[str, Any] = {"type": _FILE, "metavar": "FILE", "callback": _page}
-_HTML = click.option("--html", **_REPORT, help="Also write a report with tables and pictures to FILE (.html).")
+_REPORT: dict[str, Any] = {"type": _FILE, "metavar": "FILE", "callback": _check_html}
+_HTML = click.option("--html", **_REPORT, help="Also write a report with tables and plots to FILE (.html).")
 _FORMAT = click.option("--format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True)
 
 
 @dataclass(frozen=True)
 class _Scoring:
-    """Where runs lie and how they are scored: the options that every command has."""
+    """The options that every command has: where runs are, and how to score them."""
 
     pred_dir: Path
     e: bool
@@ -51,21 +56,21 @@ class _Scoring:
     official_recursion: bool
 
     def run(self, name: str, **more: bool) -> "RunScore":
-        """The scores of a run named on the command line."""
+        """Return the scores of a run named on the command line."""
         from sparsecache.longbench.runs import find_run
-        from sparsecache.longbench.scores import Options, score_run
+        from sparsecache.longbench.scores import ScoringOptions, score_run
 
-        options = Options(self.edit_backend, self.official_recursion, **more)
+        options = ScoringOptions(self.edit_backend, self.official_recursion, **more)
         return score_run(find_run(name, self.pred_dir), self.e, options)
 
     def baseline(self, name: str) -> "Baseline":
-        """A run, or a saved baseline, for a gate."""
-        from sparsecache.longbench.baseline import baseline_of, load_baseline
-        from sparsecache.longbench.scores import Options
+        """Return a saved baseline, or a run as one."""
+        from sparsecache.longbench.baseline import load_baseline, make_baseline
+        from sparsecache.longbench.scores import ScoringOptions
 
         if os.path.isfile(name):
             return load_baseline(Path(name))
-        return baseline_of(self.run(name), Options(self.edit_backend, self.official_recursion))
+        return make_baseline(self.run(name), ScoringOptions(self.edit_backend, self.official_recursion))
 
 
 def _scoring(command: Callable[..., None]) -> Callable[..., None]:
@@ -76,9 +81,9 @@ def _scoring(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.group(cls=DefaultGroup, default="score")
 def main() -> None:
-    """Score the predictions in FOLDERS, or those of --model and --name; or do one of the commands below.
+    """Score the predictions in FOLDERS, or those of --model and --name; or run one of the commands below.
 
-    A run is named by the path of its folder, or as MODEL/NAME below --pred_dir. Every command has --help.
+    A run is given as the path of its folder, or as MODEL/NAME below --pred_dir. Every command has --help.
     """
 
 
@@ -88,8 +93,8 @@ def main() -> None:
 @click.option("--name", help="Name of the run, with --model.")
 @_scoring
 @click.option("--allow_partial", is_flag=True, help="Exit with 0 even if rows are missing or failed.")
-@click.option("--allow_duplicates", is_flag=True, help="Score repeated _ids as often as they stand there.")
-@click.option("--rouge_score", is_flag=True, help="Show rouge-score's ROUGE-1/2/L beside the official ROUGE-L.")
+@click.option("--allow_duplicates", is_flag=True, help="Count rows with a repeated _id every time.")
+@click.option("--rouge_score", is_flag=True, help="Also show ROUGE-1/2/L of the package rouge-score.")
 @_HTML
 @_FORMAT
 def score(
@@ -106,11 +111,11 @@ def score(
     edit_backend: str,
     official_recursion: bool,
 ) -> None:
-    """Official scores of FOLDERS (the default).
+    """Print official scores of FOLDERS (the default command).
 
-    Scores the predictions in FOLDERS, or those of --model and --name: writes result.json (the official shape) and
-    summary.json beside them and prints a table. Exit code: 0, 1 when a file is incomplete, 2 when something cannot
-    be scored.
+    Scores the predictions in FOLDERS, or those of --model and --name. Writes result.json (the official format) and
+    summary.json into each folder and prints a table. Exit code: 0; 1 if a file is incomplete; 2 if predictions
+    cannot be scored.
     """
     with report_usage_errors():
         if (model is None) != (name is None) or (model is None) == (not folders):
@@ -118,46 +123,46 @@ def score(
         from sparsecache.longbench.report import write_results
         from sparsecache.longbench.runs import find_run
         from sparsecache.longbench.score_tables import score_document
-        from sparsecache.longbench.scores import Options, score_run
+        from sparsecache.longbench.scores import ScoringOptions, score_run
 
         if html is not None:
             require_matplotlib()
         paths = [pred_dir / model / name] if model is not None and name is not None else []
-        options = Options(edit_backend, official_recursion, rouge_score, allow_duplicates)
+        options = ScoringOptions(edit_backend, official_recursion, rouge_score, allow_duplicates)
         results = []
         for folder in paths or [find_run(folder, pred_dir) for folder in folders]:
             results.append(score_run(folder, e, options))
             if format == "terminal":
                 _print(score_document(results[-1]), format)
             written = ", ".join(str(path) for path in write_results(results[-1], options))
-            click.echo(visible(f"Written: {written}") + "\n", err=format != "terminal")
+            click.echo(escape_control_chars(f"Written: {written}") + "\n", err=format != "terminal")
         if format != "terminal":
-            _print(joined([score_document(result) for result in results]), format)
+            _print(merge_documents([score_document(result) for result in results]), format)
         if html is not None:
             from sparsecache.longbench.html import score_page
 
-            _write_page(html, score_page(results, [pictures([result]) for result in results]))
+            _write_page(html, score_page(results, [draw_all([result]) for result in results]))
         sys.exit(0 if allow_partial or all(result.complete for result in results) else 1)
 
 
 @main.command(cls=FlexibleCommand)
 @click.argument("runs", nargs=-1)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the bootstrap.")
 @_scoring
 @_HTML
 @_FORMAT
 def compare(runs: tuple[str, ...], seed: int, html: Path | None, format: str, **scoring: Any) -> None:
-    """Runs side by side, and what differs.
+    """Compare runs over their common rows.
 
-    One table of scores, of differences to the first of RUNS with 95 % intervals, and of what each run cost. Rows
-    are matched by dataset and _id; those that only some runs have are left out. Exit code: 0, or 2 when something
-    cannot be compared.
+    Prints scores, differences to the first of RUNS with 95 % intervals, and the speed and memory of each run. Rows
+    are matched by dataset and _id; rows that some run lacks are left out. Exit code: 0, or 2 if runs cannot be
+    compared.
     """
     with report_usage_errors():
         if len(runs) < 2:
             raise UsageError(
-                f"compare takes two runs or more, the one to compare with first, not {', '.join(runs) or 'none'}. "
-                f"To score a folder that is named compare, give ./compare."
+                f"compare takes two runs or more, the reference first, not {', '.join(runs) or 'none'}. To score a "
+                f"folder named compare, use ./compare."
             )
         from sparsecache.longbench.compare import compare as compared
         from sparsecache.longbench.compare_tables import compare_document
@@ -171,45 +176,45 @@ def compare(runs: tuple[str, ...], seed: int, html: Path | None, format: str, **
             from sparsecache.longbench.html import compare_page
             from sparsecache.longbench.paired import common_rows
 
-            _write_page(html, compare_page(comparison, scored, pictures(common_rows(scored).runs)))
+            _write_page(html, compare_page(comparison, scored, draw_all(common_rows(scored).runs)))
 
 
 @main.command(cls=FlexibleCommand)
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--kind", type=click.Choice(kinds()), required=True, help="What to draw (see below).")
-@click.option("--out", type=_FILE, required=True, help=f"File to write, which ends in {', '.join(SUFFIXES)}.")
+@click.option("--kind", type=click.Choice(plot_kinds()), required=True, help="Kind of plot (see below).")
+@click.option("--out", type=_FILE, required=True, help=f"File to write ({', '.join(SUFFIXES)}).")
 @_scoring
 def plot(runs: tuple[str, ...], kind: str, out: Path, **scoring: Any) -> None:
-    """A picture of one or more RUNS.
+    """Plot one or more RUNS.
 
     bars: scores by dataset. buckets: scores by length, with --e. frontier: scores against the kept share, a line per
-    method. time: prefill and decode. Of the rows that all RUNS have; prints a caption. Exit code: 0, or 2 when
-    something cannot be drawn.
+    method. time: prefill and decode time. Uses the rows that all RUNS have, and prints a caption. Exit code: 0, or 2
+    if the plot cannot be drawn.
     """
     with report_usage_errors():
         check_suffix(out)
-        draw = painter(kind)
-        from sparsecache.longbench.paired import remarks, same_rows
+        draw = get_plot(kind)
+        from sparsecache.longbench.paired import common_rows_notes, common_rows_or_all
 
         scored = [_Scoring(**scoring).run(name) for name in runs]
-        same = same_rows(scored)
-        picture = draw(same.runs)
-        picture.save(out)
-        for line in (picture.caption, *remarks(scored, same), f"Written: {out}"):
-            print(visible(line))
+        common = common_rows_or_all(scored)
+        drawn = draw(common.runs)
+        drawn.save(out)
+        for line in (drawn.caption, *common_rows_notes(scored, common), f"Written: {out}"):
+            print(escape_control_chars(line))
 
 
 @main.command(cls=FlexibleCommand)
 @click.argument("run")
-@click.option("--baseline", help="Run, or file of --save_baseline, to be as good as.")
-@click.option("--max_drop", type=float, default=1.0, show_default=True, help="Points, of the mean over datasets.")
-@click.option("--max_drop_dataset", type=float, help="Points, of each dataset.")
-@click.option("--max_kept", type=float, help="Share of past tokens attended to, 0 to 1: the mean over datasets.")
-@click.option("--min_speedup", type=float, help="Decode speed over the baseline's, on the same device.")
+@click.option("--baseline", help="Run or saved baseline to compare with.")
+@click.option("--max_drop", type=float, default=1.0, show_default=True, help="Largest drop of the mean, in points.")
+@click.option("--max_drop_dataset", type=float, help="Largest drop of any dataset, in points.")
+@click.option("--max_kept", type=float, help="Largest mean share of past tokens attended to, 0 to 1.")
+@click.option("--min_speedup", type=float, help="Smallest decode speedup over the baseline, on the same device.")
 @click.option("--save_baseline", type=click.Path(path_type=Path), help="Save RUN as a baseline unless the gate fails.")
-@click.option("--html", **_REPORT, help="Also write the verdict as a report to FILE (.html).")
-@click.option("--allow_partial", is_flag=True, help="Gate the rows that both have, though some miss or failed.")
-@click.option("--allow_unlike", is_flag=True, help="Warn of other data, prompts or checkpoints, and go on.")
+@click.option("--html", **_REPORT, help="Also write a report to FILE (.html).")
+@click.option("--allow_partial", is_flag=True, help="Use the common rows if rows are missing or failed.")
+@click.option("--allow_unlike", is_flag=True, help="Turn errors about different data or prompts into warnings.")
 @_scoring
 def gate(
     run: str,
@@ -224,53 +229,53 @@ def gate(
     allow_unlike: bool,
     **scoring: Any,
 ) -> None:
-    """Pass or fail a run beside a baseline.
+    """Check a run against a baseline.
 
-    Is RUN as good as --baseline, within limits? Exit code: 0 yes, 1 no, 2 when there is no telling. The method, its
-    options, the engine and the dtype may differ; checkpoint, data, prompts and everything else that identifies a
-    run in run.json must be the same.
+    Checks that RUN is as good as --baseline within the limits. Exit code: 0 if it passes, 1 if it fails, 2 if the
+    runs cannot be compared. The method, its options, the engine and the dtype may differ; the rest of the identity
+    in run.json (checkpoint, data, prompts, ...) must be equal.
     """
     with report_usage_errors():
         if baseline is None and save_baseline is None:
             raise UsageError("Give --baseline (a run, or a saved file), or --save_baseline to save one, or both.")
         if baseline is None and html is not None:
-            raise UsageError("--html writes a verdict, for which --baseline is missing. Give it, or leave --html out.")
+            raise UsageError("--html needs --baseline to report on. Give --baseline, or omit --html.")
         from sparsecache.longbench import gate as gating
 
         limits = gating.Limits(max_drop, max_drop_dataset, max_kept, min_speedup)
-        mine = _Scoring(**scoring).baseline(run)
+        candidate = _Scoring(**scoring).baseline(run)
         passed = True
         if baseline is not None:
-            theirs = _Scoring(**scoring).baseline(baseline)
-            verdict = gating.gate(mine, theirs, limits, allow_partial, allow_unlike)
+            reference = _Scoring(**scoring).baseline(baseline)
+            verdict = gating.gate(candidate, reference, limits, allow_partial, allow_unlike)
             for warning in verdict.warnings:
-                click.echo(visible(f"Warning: {warning}"), err=True)
-            print("\n".join(map(visible, gating.lines(mine, theirs, verdict))))
+                click.echo(escape_control_chars(f"Warning: {warning}"), err=True)
+            print("\n".join(map(escape_control_chars, gating.format_verdict(candidate, reference, verdict))))
             passed = verdict.passed
             if html is not None:
                 from sparsecache.longbench.html import gate_page
 
-                _write_page(html, gate_page(mine, theirs, verdict))
+                _write_page(html, gate_page(candidate, reference, verdict))
         if save_baseline is not None and passed:
-            gating.check_savable(mine, allow_partial, allow_unlike)
-            mine.save(save_baseline)
+            gating.check_complete(candidate, allow_partial, allow_unlike)
+            candidate.save(save_baseline)
         if save_baseline is not None:
-            print(visible(f"Written: {save_baseline}" if passed else f"Not written: {save_baseline}"))
+            print(escape_control_chars(f"Written: {save_baseline}" if passed else f"Not written: {save_baseline}"))
         sys.exit(0 if passed else 1)
 
 
 @main.command(cls=FlexibleCommand)
 @click.argument("run")
 @click.option("--dataset", help="Only this dataset.")
-@click.option("--rows", type=click.IntRange(1), default=10, show_default=True, help="How many rows at most.")
-@click.option("--changed_from", metavar="OTHER", help="Only rows whose text differs from this run's.")
-@click.option("--columns", type=click.IntRange(20), default=400, show_default=True, help="Cut longer texts to it.")
+@click.option("--rows", type=click.IntRange(1), default=10, show_default=True, help="Largest number of rows.")
+@click.option("--changed_from", metavar="OTHER", help="Only rows whose text differs from OTHER.")
+@click.option("--columns", type=click.IntRange(20), default=400, show_default=True, help="Shorten texts to this width.")
 @_scoring
 def show(run: str, dataset: str | None, rows: int, changed_from: str | None, columns: int, **scoring: Any) -> None:
-    """The rows of a run, worst first.
+    """Show the rows of a run, worst first.
 
-    Shows prediction, answers and score; with --changed_from both predictions, the greatest loss first. Long texts
-    are cut in the middle. Exit code: 0, or 2 when something cannot be shown.
+    Prints prediction, answers and score; with --changed_from, both predictions, greatest loss first. Long texts are
+    shortened in the middle. Exit code: 0, or 2 if the rows cannot be shown.
     """
     with report_usage_errors():
         from sparsecache.longbench import show as showing
@@ -281,7 +286,7 @@ def show(run: str, dataset: str | None, rows: int, changed_from: str | None, col
         else:
             runs.append(_Scoring(**scoring).run(changed_from))
             found = showing.changed_rows(runs[0], runs[1], dataset)
-        for line in showing.lines(found, runs, rows, columns):
+        for line in showing.format_rows(found, runs, rows, columns):
             print(line)
 
 
@@ -289,13 +294,13 @@ def _write_page(path: Path, page: str) -> None:
     from sparsecache.files import write_atomically
 
     write_atomically(path, page)
-    click.echo(visible(f"Written: {path}"), err=True)
+    click.echo(escape_control_chars(f"Written: {path}"), err=True)
 
 
 def _print(document: Document, format: str) -> None:
     print(render(document, format))
-    for remark in document.remarks if format == "csv" else ():
-        click.echo(visible(remark), err=True)
+    for note in document.all_notes if format == "csv" else ():
+        click.echo(escape_control_chars(note), err=True)
 
 
 if __name__ == "__main__":

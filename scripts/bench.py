@@ -32,7 +32,7 @@ from sparsecache.bench.workload import Workload
 from sparsecache.cli import FlexibleCommand, make_folder, option_pairs, report_usage_errors
 from sparsecache.engine.devices import find_device, find_devices
 from sparsecache.engine.loading import DTYPES
-from sparsecache.errors import UsageError, one_line
+from sparsecache.errors import UsageError, one_line, short
 from sparsecache.methods import method_names, parse_options
 from sparsecache.runner.settings import check_for_ray
 
@@ -43,6 +43,7 @@ _MODES_OF = {
     **dict.fromkeys(("batch", "new_tokens", "method", "options", "vary", "gpus", "profiled"), ("decode",)),
 }
 _OLD_NAMES = {"streamed": "vanilla_offload"}
+_MAX_TOKENS = 2**26  # of a batch together: beyond the memory of any machine here
 
 
 @click.command(cls=FlexibleCommand)
@@ -52,7 +53,9 @@ _OLD_NAMES = {"streamed": "vanilla_offload"}
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: bfloat16 on a GPU, float32 on a CPU.")
 @click.option("--tokens", default="8192", show_default=True, help="Prompt lengths, separated by commas.")
 @click.option("--batch", default="1", show_default=True, help="Sequences decoded together, separated by commas.")
-@click.option("--new_tokens", type=click.IntRange(2), default=64, show_default=True, help="New tokens per sequence.")
+@click.option(
+    "--new_tokens", type=click.IntRange(2, 2**20), default=64, show_default=True, help="New tokens per sequence."
+)
 @click.option(
     "--method",
     default="vanilla",
@@ -78,15 +81,19 @@ _OLD_NAMES = {"streamed": "vanilla_offload"}
     type=click.Path(path_type=Path),
     help="Of a replay: a CSV with the columns dataset, prompt_tokens, new_tokens.",
 )
-@click.option("--rows", type=click.IntRange(1), default=100, show_default=True, help="Prompts of a replay.")
+@click.option("--rows", type=click.IntRange(1, 10**6), default=100, show_default=True, help="Prompts of a replay.")
 @click.option(
-    "--slots", type=click.IntRange(1), default=16, show_default=True, help="Most sequences at once in a replay."
+    "--slots", type=click.IntRange(1, 4096), default=16, show_default=True, help="Most sequences at once in a replay."
 )
 @click.option(
-    "--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share the layers in decode."
+    "--gpus", type=click.IntRange(1, 1024), default=1, show_default=True, help="GPUs that share the layers in decode."
 )
 @click.option(
-    "--workers", type=click.IntRange(1), default=1, show_default=True, help="Workers that share a replay's prompts."
+    "--workers",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Workers that share a replay's prompts.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for the results as JSON, a plot, and the profile by kernel."
@@ -120,6 +127,8 @@ def main(
             for size in _numbers("batch", batch)
             for length in _numbers("tokens", tokens)
         ]
+        if (largest := max(each.tokens * each.batch for each in workloads)) > _MAX_TOKENS:
+            raise UsageError(f"--tokens times --batch is {largest}: at most {_MAX_TOKENS}. Lower one of them.")
         _check(mode, workload, workloads)
         specs = _specs(method, option_pairs(options), option_pairs(vary, "--vary"))
         place = find_device(device)
@@ -239,6 +248,8 @@ def _numbers(name: str, text: str) -> list[int]:
         raise UsageError(f"--{name} {text!r} must be whole numbers separated by commas.") from error
     if min(numbers) < 1:
         raise UsageError(f"--{name} {text!r} must be numbers of 1 or more.")
+    if max(numbers) > _MAX_TOKENS:
+        raise UsageError(f"--{name} {short(text)!r} is too large: at most {_MAX_TOKENS}.")
     return numbers
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from sweep import Run, read_sweep
+from sweep_runs import Run, check_runs, read_sweep
 from sweep_shared import SharedContext, predict_all
 from torch import Tensor
 
@@ -208,7 +208,9 @@ def main(file: Path, pred_dir: Path, out: Path | None) -> None:
         runs, arguments = read_sweep(file)
         if others := {run.method for run in runs} - {"infinigen"}:
             raise UsageError(f"{file} names {', '.join(sorted(others))}: only infinigen's selections can be recorded.")
-        predict_all(runs, arguments, pred_dir, RecordingContext)
+        failed, incomplete = predict_all(check_runs(runs, arguments, pred_dir), RecordingContext)
+        if problems := [*failed, *incomplete]:
+            raise UsageError(f"Rows failed in {', '.join(map(str, problems))}; see the logs in {pred_dir}/logs.")
         tables = document(runs, pred_dir)
         click.echo(render(tables, "terminal"))
         if out is not None:

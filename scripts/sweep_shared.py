@@ -5,6 +5,7 @@ since only the first run prefills; decode_s is the method's own. The prompts of 
 (bundled checkpoint: 62 MB for 2,048 tokens).
 """
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -13,10 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import click
-from sweep import Run, check_report, conclude, read_sweep
+from sweep_runs import Run, check_runs, read_sweep
+from sweep_table import Report
 
-from longbench_pred import main as predict_command
-from sparsecache.cli import option_pairs, report_usage_errors
+from sparsecache.cli import make_folder, report_usage_errors
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.prefill_cache import PrefillCache, PrefillCachingDecoder
@@ -40,41 +41,37 @@ class SharedContext(RunContext):
         return PrefillCachingDecoder(architecture, weights, rope, self.method, self.prompts)
 
 
-def settings_of(run: Run, arguments: list[str], pred_dir: Path) -> Settings:
-    """Return the settings of a run's command line. Raises UsageError if they are not valid."""
-    command = run.command(arguments, pred_dir)[2:]
-    values = predict_command.make_context("longbench_pred.py", command).params
-    settings = Settings(**{**values, "options": option_pairs(values["options"])})
-    settings.check()
-    return settings
-
-
 def predict_all(
-    runs: list[Run], arguments: list[str], pred_dir: Path, context_type: type[SharedContext] = SharedContext
-) -> None:
-    """Predict all runs, dataset by dataset; their output goes to logs below `pred_dir`.
+    settings: dict[Run, Settings], context_type: type[SharedContext] = SharedContext
+) -> tuple[dict[Run, str], set[Run]]:
+    """Predicts all runs, dataset by dataset, with their output in logs below --pred_dir.
 
-    Raises UsageError for settings that are not valid, and at the end if rows failed or a method dropped no tokens.
+    Returns why runs failed, and the runs with failed rows or a method that dropped nothing.
     """
-    all_settings = [settings_of(run, arguments, pred_dir) for run in runs]
-    failed = set()
-    for model in dict.fromkeys(settings.model for settings in all_settings):
-        of_model = [settings for settings in all_settings if settings.model == model]
-        for task in select_tasks(of_model[0].datasets, of_model[0].e):
-            began, prompts = time.perf_counter(), PrefillCache()
-            for settings in of_model:
-                log = pred_dir / "logs" / f"{Path(model).name}-{settings.run_name}.log"
+    failed, incomplete = dict[Run, str](), set[Run]()
+    for model in dict.fromkeys(run.model for run in settings):
+        of_model = {run: each for run, each in settings.items() if run.model == model}
+        first = next(iter(of_model.values()))
+        for task in select_tasks(first.datasets, first.e):
+            start, prompts = time.perf_counter(), PrefillCache()
+            for run, each in of_model.items():
+                if run in failed:
+                    continue
+                log = each.pred_dir / "logs" / f"{each.run_folder.parent.name}-{run.name}.log"
                 make_context = partial(context_type, prompts=prompts)
-                if _predict_quietly(replace(settings, datasets=task.name), make_context, log):
-                    failed.add(str(log))
-            click.echo(f"{model} {task.name}: {len(of_model)} runs, {time.perf_counter() - began:.0f} s", err=True)
-    if failed:
-        raise UsageError(f"Rows failed, or a method dropped no tokens; see {', '.join(sorted(failed))}.")
+                try:
+                    if _predict_quietly(replace(each, datasets=task.name), make_context, log):
+                        incomplete.add(run)
+                except UsageError as error:
+                    failed[run] = str(error)
+                    click.echo(f"{run} failed: {error}", err=True)
+            click.echo(f"{model} {task.name}: {len(of_model)} runs, {time.perf_counter() - start:.0f} s", err=True)
+    return failed, incomplete
 
 
 def _predict_quietly(settings: Settings, make_context: Callable[[Settings], RunContext], log: Path) -> int:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as out, redirect_stdout(out), redirect_stderr(out):
+    make_folder(log.parent, "--pred_dir")
+    with log.open("a", encoding="utf-8", errors="replace") as out, redirect_stdout(out), redirect_stderr(out):
         return predict(settings, make_context)
 
 
@@ -82,14 +79,19 @@ def _predict_quietly(settings: Settings, make_context: Callable[[Settings], RunC
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--pred_dir", type=click.Path(path_type=Path), default=Path("pred"), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the tables as Markdown and JSON.")
-@click.option("--html", is_flag=True, help="Write a report with pictures to --out, too.")
+@click.option("--html", is_flag=True, help="Write a report with plots to --out, too.")
 def main(file: Path, pred_dir: Path, out: Path | None, html: bool) -> None:
-    """Run the sweep in FILE, dataset by dataset, and print a table of its runs."""
+    """Run the sweep in FILE, dataset by dataset, and print a table of its runs; exits with 1 if a run failed."""
     with report_usage_errors():
-        check_report(out, html)
+        report = Report(out, html)
         runs, arguments = read_sweep(file)
-        predict_all(runs, arguments, pred_dir)
-        conclude(runs, pred_dir, out, html)
+        settings = check_runs(runs, arguments, pred_dir)
+        failed, incomplete = predict_all(settings)
+        for run in incomplete:
+            click.echo(f"{run}: rows failed, or the method dropped nothing; see its log in {pred_dir}/logs.", err=True)
+        done = [each for run, each in settings.items() if run not in failed]
+        report.show(done, [f"{run}, which failed: {reason}" for run, reason in failed.items()])
+        sys.exit(1 if failed or incomplete else 0)
 
 
 if __name__ == "__main__":

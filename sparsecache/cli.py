@@ -17,7 +17,7 @@ import click
 
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import make_folder as make_folder
-from sparsecache.longbench.terminal import cut, visible
+from sparsecache.longbench.terminal import escape_control_chars, truncate_middle
 
 
 class FlexibleCommand(click.Command):
@@ -110,7 +110,7 @@ def _report(error: BaseException) -> int:
         sentence, code = _sentence(error), 2
     with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed, too
         if sentence:
-            click.echo(cut(visible(sentence), _LONGEST), err=True)
+            click.echo(truncate_middle(escape_control_chars(sentence), _LONGEST), err=True)
     _abandon_broken_stdout()
     return code
 

@@ -1,4 +1,4 @@
-"""What a gate compares: a run boiled down to scores by row and to what it was made of; small enough to be committed."""
+"""Baselines: the row scores and the identity of a run, in a file small enough to commit."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,18 +9,19 @@ from sparsecache.longbench.jsonl import read_json, write_json
 from sparsecache.longbench.report import decode_speed
 from sparsecache.longbench.run_record import check_identity
 from sparsecache.longbench.schema import Amount, Count, Number, Range, SchemaError, parse
-from sparsecache.longbench.scores import DatasetScore, Options, RunScore
+from sparsecache.longbench.score_types import DatasetScore, RunScore
+from sparsecache.longbench.scores import ScoringOptions
 from sparsecache.longbench.sessions import batch_sizes, devices
 
 VERSION = 1
 Percent = Annotated[float, Range(0, 100)]
 Share = Annotated[float, Range(0, 1)]
-_PROMPT_DIGITS = 16  # of its SHA-256: enough to tell prompts apart by accident, not by malice
+_PROMPT_DIGITS = 16  # of its SHA-256; guards against accidental changes, not against attacks
 
 
 @dataclass(frozen=True)
 class BaselineDataset:
-    """One dataset: its metric, its official score, what was kept, and by `_id` each row's score and prompt's hash."""
+    """One dataset: metric, score in percent, kept share, and row scores and prompt hashes by `_id`."""
 
     metric: str
     score: Percent | None
@@ -31,11 +32,11 @@ class BaselineDataset:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A run for a gate.
+    """A run reduced to what a gate needs.
 
-    unfinished: what is missing of it, dataset by dataset. scoring: the scorer's choices. identity: that of run.json,
-    empty for a folder from elsewhere. tokens_per_s: decode speed over all rows, with the devices and batch sizes that
-    it was measured on. datasets: by file stem.
+    unfinished: a phrase per incomplete dataset. scoring: the scoring options. identity: that of run.json, empty for
+    predictions without one. tokens_per_s: decode speed over all rows, measured on `devices` with `batch_sizes`.
+    datasets: by file stem.
     """
 
     name: str
@@ -50,31 +51,34 @@ class Baseline:
 
     @property
     def kept(self) -> float | None:
-        """The share of past tokens attended to: the mean over the datasets that report one."""
+        """The share of past tokens attended to, averaged over the datasets that report it."""
         shares = [dataset.kept for dataset in self.datasets.values() if dataset.kept is not None]
         return sum(shares) / len(shares) if shares else None
 
     @property
     def method(self) -> str:
-        """The method's name, as far as it is known."""
+        """The method's name, if it is known."""
         return str(self.identity.get("method", "unknown method"))
 
     def save(self, path: Path) -> None:
-        """Writes the file. Raises UsageError where it cannot, or where something other than a baseline lies there."""
+        """Write the file.
+
+        Raises UsageError if that fails, and if `path` exists but is not a baseline.
+        """
         if path.exists():
             load_baseline(path)
         record = {"sparsecache_baseline": VERSION, **asdict(self)}
         write_json(path, record)
 
 
-def baseline_of(run: RunScore, options: Options) -> Baseline:
-    """The run as a baseline. Raises UsageError if rows have no `_id` or share one, so that they cannot be matched."""
+def make_baseline(run: RunScore, options: ScoringOptions) -> Baseline:
+    """Return a run as a baseline. Raises UsageError if rows lack an `_id` or share one."""
     speed = decode_speed(run.run) or {}
     return Baseline(
         name=str(run.folder),
         e=run.e,
         unfinished=[
-            f"{dataset.task.file_stem(run.e)} {dataset.finished} of {dataset.asked} rows{_failed(dataset)}"
+            f"{dataset.task.file_stem(run.e)} {dataset.num_finished} of {dataset.num_requested} rows{_failed(dataset)}"
             for dataset in run.datasets
             if not dataset.complete
         ],
@@ -88,24 +92,24 @@ def baseline_of(run: RunScore, options: Options) -> Baseline:
 
 
 def load_baseline(path: Path) -> Baseline:
-    """Reads a saved baseline. Raises UsageError for a file that is none."""
+    """Read a saved baseline. Raises UsageError for any other file."""
     try:
         baseline = _parse(read_json(path))
     except SchemaError as error:
         problem = str(error)
     except ValueError as error:
-        problem = f"it is not readable as JSON ({one_line(error)})"
+        problem = f"it is not valid JSON ({one_line(error)})"
     else:
         return replace(baseline, name=str(path))
-    raise UsageError(f"{path} is no baseline: {problem}. Save one with --save_baseline, under a free name.")
+    raise UsageError(f"{path} is not a baseline: {problem}. Save one with --save_baseline under another name.")
 
 
 def _parse(record: Any) -> Baseline:
     if not isinstance(record, dict) or "sparsecache_baseline" not in record:
-        raise SchemaError("it is JSON of another kind")
+        raise SchemaError("it lacks the key sparsecache_baseline")
     version = record["sparsecache_baseline"]
     if version != VERSION or isinstance(version, bool):
-        raise SchemaError(f"it has version {short(version)} of the format, not {VERSION}")
+        raise SchemaError(f"its format version is {short(version)}, not {VERSION}")
     baseline = parse(Baseline, record)
     check_identity(baseline.identity)
     return baseline
@@ -120,8 +124,8 @@ def _dataset(dataset: DatasetScore, folder: Path) -> BaselineDataset:
     ids = [str(record["_id"]) for record in dataset.records if record.get("_id") is not None]
     if len(set(ids)) < len(dataset.records):
         raise UsageError(
-            f"{dataset.task.name} of {folder} has rows without an `_id` or with the same one, so they cannot be "
-            f"matched with another run's. Predict them again."
+            f"{dataset.task.name} of {folder} has rows without an `_id` or with a repeated one, so they cannot be "
+            f"matched with the rows of another run. Predict them again."
         )
     return BaselineDataset(
         metric=dataset.task.metric,
@@ -131,19 +135,19 @@ def _dataset(dataset: DatasetScore, folder: Path) -> BaselineDataset:
         prompts={
             row_id: prompt
             for row_id, record in zip(ids, dataset.records, strict=True)
-            if (prompt := _prompt(record)) is not None
+            if (prompt := _prompt_key(record)) is not None
         },
     )
 
 
-def _prompt(record: dict[str, Any]) -> str | None:
-    """What tells a row's prompt from others: digits of the hash of its text, and of that of its ids if there is one."""
+def _prompt_key(record: dict[str, Any]) -> str | None:
+    """Return the first digits of the hashes of a row's prompt text and token ids."""
     hashes = [record.get("prompt_sha256"), record.get("prompt_ids_sha256")]
     known = [found[:_PROMPT_DIGITS] for found in hashes if isinstance(found, str)]
     return ":".join(known) if isinstance(hashes[0], str) else None
 
 
-def same_prompt(mine: str, theirs: str) -> bool:
-    """Whether two entries of `prompts` are of the same prompt: by its token ids where both know them, else its text."""
-    (my_text, _, my_ids), (their_text, _, their_ids) = mine.partition(":"), theirs.partition(":")
-    return my_ids == their_ids if my_ids and their_ids else my_text == their_text
+def same_prompt(first: str, second: str) -> bool:
+    """Return whether two entries of `prompts` are equal: by token ids if both have them, else by text."""
+    (first_text, _, first_ids), (second_text, _, second_ids) = first.partition(":"), second.partition(":")
+    return first_ids == second_ids if first_ids and second_ids else first_text == second_text

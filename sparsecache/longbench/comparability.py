@@ -1,26 +1,26 @@
-"""Whether two runs may be gated against each other: what must be alike, and what of them is the very question.
+"""Decides whether two runs may be gated against each other.
 
-Alike must be: the data (SHA-256 of each file), templates and protocol of every shared dataset, the prompts of every
-shared row, the checkpoint's fingerprint, window, prompt length, chat wrapping, stop ids, the metrics and the scorer's
-choices; everything in run.json's identity but MAY_DIFFER. For a speed also the device, the batch size, the dtype and
-the rows.
+Everything in run.json's identity must be the same except MAY_DIFFER: data, templates and protocol of every shared
+dataset, checkpoint, window, prompt length, chat wrapper, stop ids. So must the prompts of shared rows, the metrics and
+the scorer's options, and for a speed the device, the batch size, the dtype and the rows.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 from sparsecache.longbench.baseline import Baseline, same_prompt
+from sparsecache.longbench.identity import HASHED
 from sparsecache.longbench.run_record import BY_DATASET
 
 TOKENIZED_BY = ("transformers", "tokenizers", "probe_ids_sha256")
-"""What the tokens of prompts depend on; the rows' own hashes say whether they differ."""
+"""What the token ids of prompts depend on. The rows' own hashes tell whether they differ."""
 _ADDED = ("chat_wrapper", "chat_clock")
-"""What older run.json files lack: compared where both have it."""
+"""Keys that older run.json files lack: compared where both have them."""
 MAY_DIFFER = ("method", "options", "calibration_sha256", "engine", "dtype", *TOKENIZED_BY)
 
 
 def mismatches(run: Baseline, baseline: Baseline) -> Iterator[str]:
-    """What differs that must not, as parts of a sentence."""
+    """Yields what differs and must not, as parts of a sentence."""
     stems = [stem for stem in run.datasets if stem in baseline.datasets]
     unknown = [side.name for side in (run, baseline) if not side.identity]
     yield from (f"no run.json says how {name} was made" for name in unknown)
@@ -38,7 +38,7 @@ def mismatches(run: Baseline, baseline: Baseline) -> Iterator[str]:
 
 
 def speed_mismatches(run: Baseline, baseline: Baseline) -> Iterator[str]:
-    """What differs, or is mixed, so that decode speeds say nothing of the method."""
+    """Yields what differs, or is mixed, so that decode speeds cannot be compared."""
     for what, mine, theirs in (
         ("the device", run.devices, baseline.devices),
         ("the batch size", run.batch_sizes, baseline.batch_sizes),
@@ -52,7 +52,7 @@ def speed_mismatches(run: Baseline, baseline: Baseline) -> Iterator[str]:
 
 
 def different(run: Baseline, baseline: Baseline) -> Iterator[str]:
-    """What differs and may, beside the method and its options."""
+    """Yields what differs and may, besides the method and its options."""
     for key in ("engine", "dtype", "transformers", "tokenizers"):
         mine, theirs = run.identity.get(key), baseline.identity.get(key)
         if mine != theirs:
@@ -61,19 +61,31 @@ def different(run: Baseline, baseline: Baseline) -> Iterator[str]:
 
 def _identities(mine: dict[str, Any], theirs: dict[str, Any], stems: list[str]) -> Iterator[str]:
     left_out = {*MAY_DIFFER, *BY_DATASET, *(key for key in _ADDED if key not in mine or key not in theirs)}
-    flat = [{key: table[key] for key in table if key not in left_out} for table in (mine, theirs)]
-    yield from _tables("the ", *flat)
+    for key in dict.fromkeys([*mine, *theirs]):
+        if key not in left_out and (key not in mine or key not in theirs or mine[key] != theirs[key]):
+            yield _difference(key, "", mine.get(key), theirs.get(key))
     for key in BY_DATASET:
         for stem in stems:
             values = [table.get(key, {}).get(stem) for table in (mine, theirs)]
             if None in values or values[0] != values[1]:
-                yield _said(f"the {key} of {stem}", *values)
+                yield _difference(key, f" of {stem}", *values)
 
 
 def _tables(what: str, mine: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
     for key in dict.fromkeys([*mine, *theirs]):
         if key not in mine or key not in theirs or mine[key] != theirs[key]:
             yield _said(f"{what}{key}", mine.get(key), theirs.get(key))
+
+
+def _difference(key: str, of: str, mine: Any, theirs: Any) -> str:
+    """A phrase on one key of two identities. Hashes are not shown, and of tables only the entries that differ."""
+    if key in HASHED and None not in (mine, theirs):
+        return f"{HASHED[key]}{of}"
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        names = [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
+        return " and ".join(_said(f"{name} of {key}{of}", mine.get(name), theirs.get(name)) for name in names)
+    shown = [value if value is None or key not in HASHED else "known" for value in (mine, theirs)]
+    return _said(f"the {key}{of}", *shown)
 
 
 def _said(what: str, mine: Any, theirs: Any) -> str:

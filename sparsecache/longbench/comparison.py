@@ -1,4 +1,4 @@
-"""What a comparison of runs consists of. Tables and reports read these fields."""
+"""The result of comparing runs, as tables and reports read it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +10,15 @@ Kind = Literal["dataset", "category", "average"]
 
 
 @dataclass(frozen=True)
-class Versus:
-    """A run against the first run, on one line.
+class Difference:
+    """The difference of a run to the first run, in one group.
 
-    difference: in points of the score, unrounded; the mean of the rows' differences, averaged as the line's scores
-    are. interval: its 95 % bootstrap interval, None where a dataset has one row. wins, losses, ties: rows that score
-    more, less, the same. changed: rows whose text is another one.
+    mean: points of the score, unrounded: the mean over rows, averaged over datasets as the group's score is.
+    interval: 95 % bootstrap interval of the mean; None if a dataset has a single row.
+    wins, losses, ties: rows with a higher, lower or equal score. changed: rows with another text.
     """
 
-    difference: float
+    mean: float
     interval: tuple[float, float] | None
     wins: int
     losses: int
@@ -28,11 +28,13 @@ class Versus:
 
 @dataclass(frozen=True)
 class Entry:
-    """One run on one line: its score and standard error as the scorer gives them, and whether no run is better.
+    """The result of one run in one group.
 
-    kept: mean share of past tokens attended to, None without a sparse step. tokens_per_s: decode speed as these rows
-    saw it, first to last token (other rows of a batch included, unlike in a run's own speed). errors: rows that failed
-    and count 0.0. versus: None for the first run.
+    score, stderr: the official score and its standard error. best: whether no run scores higher.
+    kept: mean share of past tokens attended to; None without a sparse step.
+    tokens_per_s: decode tokens per second of these rows, from first to last token. In a batch this includes time
+        spent on other rows, unlike the speed of a run.
+    errors: failed rows, which count 0.0. difference: None for the first run.
     """
 
     score: float
@@ -41,18 +43,18 @@ class Entry:
     tokens_per_s: float | None
     errors: int
     best: bool
-    versus: Versus | None
+    difference: Difference | None
 
 
 @dataclass(frozen=True)
-class Line:
-    """One dataset, category or average: over how many rows, of how many of its datasets, and an entry for each run."""
+class Group:
+    """A dataset, category or average, with an entry per run; `datasets` of `of_datasets` are present."""
 
     name: str
     kind: Kind
     n: int
     datasets: int
-    of: int
+    of_datasets: int
     entries: tuple[Entry, ...]
 
 
@@ -60,8 +62,8 @@ class Line:
 class ComparedRun:
     """A run as a whole, over all of its rows.
 
-    left_out: its rows that another run lacks. decode: speed and peak memory (report.decode_speed), None if run.json
-    has none. record: run.json.
+    left_out: rows that another run lacks. decode: speed and peak memory (`report.decode_speed`); None if run.json has
+    none. record: run.json.
     """
 
     name: str
@@ -76,29 +78,29 @@ class ComparedRun:
 
     @property
     def note(self) -> str | None:
-        """What the checkpoint's table says that a reader must know."""
+        """The note on the checkpoint in models.toml, if there is one."""
         return self.record.model.note
 
     @property
     def method(self) -> str | None:
-        """The method's name, as far as run.json says."""
+        """The method's name, if run.json records it."""
         return self.record.identity.method
 
     @property
     def options(self) -> str:
-        """The method's options, as far as run.json says: `key=value`, with commas between."""
+        """The method's options in run.json as `key=value`, separated by commas."""
         return ", ".join(f"{key}={value}" for key, value in (self.record.identity.options or {}).items())
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything known of runs over their common rows. `runs[0]` is the one that differences are taken to.
+    """The comparison of runs over their common rows. Differences are to `runs[0]`.
 
-    notes: full sentences on what a reader must know.
+    notes: sentences that qualify the numbers.
     """
 
     runs: tuple[ComparedRun, ...]
-    lines: tuple[Line, ...]
+    groups: tuple[Group, ...]
     notes: tuple[str, ...]
     e: bool
     seed: int

@@ -1,4 +1,4 @@
-"""Where rows come from: the Hugging Face hub, a folder of JSONL, a zip, or the bundled sample."""
+"""Reads and checks rows from the Hugging Face hub, a folder, a zip, or the bundled sample."""
 
 import hashlib
 import io
@@ -34,24 +34,27 @@ _FEATURES = Features(
     }
 )
 _TYPES: dict[str, type] = {"input": str, "context": str, "length": int, "dataset": str, "language": str, "_id": str}
-MOST_BYTES = 2**30  # of one dataset: its rows take several times as much memory
+MAX_BYTES = 2**30  # per dataset; its rows take several times as much memory
 # RuntimeError: an encrypted member; NotImplementedError: an unknown method; ValueError, OverflowError: broken sizes.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, OverflowError)
-_ADVICE = "No row is skipped: fetch or write the file again, whole."
+_ADVICE = "Invalid rows are never skipped. Fetch or write the complete file again."
 
 
 class Source(Protocol):
-    """Anything that holds the rows of datasets as JSON Lines."""
+    """A source of datasets as JSON Lines."""
 
     def read(self, task: Task, e: bool) -> tuple[str, bytes]:
-        """The name (for messages) and the bytes of one dataset's lines. Raises UsageError if it is not there."""
+        """Return a name for messages and the bytes of one dataset.
+
+        Raises UsageError if it is missing.
+        """
 
     def describe(self) -> dict[str, Any]:
-        """What is recorded of the source in run.json."""
+        """Return the entry of this source in run.json."""
 
     @property
     def published(self) -> bool:
-        """Whether row counts must be the published ones."""
+        """Whether row counts must equal the published ones."""
 
 
 @dataclass(frozen=True)
@@ -63,40 +66,40 @@ class Rows:
 
 
 def load_rows(source: Source, task: Task, e: bool = False) -> Rows:
-    """Reads and checks every row of one dataset.
+    """Read and check every row of one dataset.
 
-    Raises UsageError, naming file and line, for invalid JSON, a half-written line, a missing key, a value of
-    the wrong type, a row of another dataset, a repeated `_id`, or a row count other than the published one.
+    Raises UsageError with file and line for invalid JSON, a missing key, a value of a wrong type, a row of another
+    dataset, a repeated `_id`, and for a row count other than the published one.
     """
     name, content = source.read(task, e)
     rows: list[dict[str, Any]] = []
     seen: dict[str, int] = {}
     for number, row in read_objects(io.BytesIO(content), name, _ADVICE):
-        problem = _problem(row, task.file_stem(e)) or _repeated(row["_id"], seen)
+        problem = _find_problem(row, task.file_stem(e)) or _find_repeat(row["_id"], seen)
         if problem:
             raise UsageError(f"{name}, line {number}: {problem} {_ADVICE}")
         seen[row["_id"]] = number
         rows.append({key: row[key] for key in _FEATURES})
     expected = task.published_rows(e)
     if source.published and expected is not None and len(rows) != expected:
-        raise UsageError(f"{name} holds {len(rows)} rows; the benchmark publishes {expected}. {_ADVICE}")
+        raise UsageError(f"{name} holds {len(rows)} rows; the published dataset has {expected}. {_ADVICE}")
     if not rows:
         raise UsageError(f"{name} holds no rows. {_ADVICE}")
     digest = hashlib.sha256(content).hexdigest()
     table = InMemoryTable.from_pylist(rows, schema=_FEATURES.arrow_schema)
-    return Rows(Dataset(table, fingerprint=digest), digest)  # from_list would pickle its parts for a fingerprint
+    return Rows(Dataset(table, fingerprint=digest), digest)  # Dataset.from_list would compute a fingerprint by pickling
 
 
 def open_source(data: str, *, sample: Source, revision: str | None = None, offline: bool = False) -> Source:
-    """The source that a `--data` value names: `hub`, `sample`, a folder of JSONL files or a `.zip`.
+    """Return the source of a `--data` value: `hub`, `sample`, a folder or a zip.
 
-    `sample` is what `sample` stands for: this half knows no bundled data. Raises UsageError for anything else. Only
-    `hub` ever touches the network, and not with `offline`.
+    `sample`: the source to return for `sample`. Only `hub` uses the network, and not with `offline`. Raises UsageError
+    for any other value.
     """
     if revision is not None and data != "hub":
-        raise UsageError(f"--data_revision {revision} pins the hub's data; with --data {data} it has no meaning.")
+        raise UsageError(f"--data_revision {revision} applies to --data hub only, not to --data {data}. Omit it.")
     if data == "hub":
-        return ZipSource(*_download(revision, offline))
+        return ZipSource(*_get_from_hub(revision, offline))
     if data == "sample":
         return sample
     path = Path(data)
@@ -124,10 +127,10 @@ class FolderSource:
         if not os.path.lexists(path):
             found = sorted(file.stem for file in self.folder.glob("*.jsonl"))
             raise UsageError(
-                f"{path} is not there. {self.folder} holds: {', '.join(found) or 'no .jsonl file'}. Name what is "
-                f"there with --datasets."
+                f"{path} does not exist. {self.folder} holds: {', '.join(found) or 'no .jsonl file'}. Choose among "
+                f"these with --datasets."
             )
-        return str(path), read_file(path, MOST_BYTES)
+        return str(path), read_file(path, MAX_BYTES)
 
     def describe(self) -> dict[str, Any]:
         return {"source": "folder", "path": str(self.folder)}
@@ -135,7 +138,10 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class ZipSource:
-    """A zip with `<dataset>.jsonl` members in any folder; the hub's `data.zip` when `hub` says so."""
+    """A zip with `<dataset>.jsonl` members in any folder.
+
+    `hub`: the repository and commit of the hub's `data.zip`.
+    """
 
     path: Path
     hub: dict[str, Any] | None = None
@@ -151,7 +157,7 @@ class ZipSource:
                 return self._read_member(archive, wanted)
         except _ZIP_ERRORS as error:
             raise UsageError(
-                f"{self.path} is not a readable zip ({one_line(error)}). Delete it and fetch it again."
+                f"{self.path} is not a readable zip ({one_line(error)}). Delete it and download it again."
             ) from error
 
     def _read_member(self, archive: zipfile.ZipFile, wanted: str) -> tuple[str, bytes]:
@@ -161,14 +167,14 @@ class ZipSource:
             if Path(member.filename).name == wanted and not member.filename.startswith("__MACOSX/")
         ]
         if len(members) != 1:
-            raise UsageError(f"{self.path} holds {len(members)} members named {wanted}; one is needed.")
+            raise UsageError(f"{self.path} holds {len(members)} members named {wanted}; it must hold exactly one.")
         (member,) = members
         name = f"{self.path}:{member.filename}"
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UsageError(f"{name} is packed with a method other than deflate. Pack the zip again with deflate.")
-        if member.file_size > MOST_BYTES:
+            raise UsageError(f"{name} is not compressed with deflate. Create the zip again with deflate.")
+        if member.file_size > MAX_BYTES:
             raise UsageError(
-                f"{name} is too large: {member.file_size:,} bytes unpacked; at most {MOST_BYTES:,} are read."
+                f"{name} is too large: {member.file_size:,} bytes uncompressed; at most {MAX_BYTES:,} are read."
             )
         return name, archive.read(member)
 
@@ -178,40 +184,40 @@ class ZipSource:
         return {"source": "hub" if self.hub else "zip", "path": str(self.path), "sha256": digest, **(self.hub or {})}
 
 
-def _download(revision: str | None, offline: bool) -> tuple[Path, dict[str, Any]]:
-    """The hub's data.zip in its cache, and the commit that the revision resolved to."""
-    path = _cached(revision) if offline else _fetched(revision)
+def _get_from_hub(revision: str | None, offline: bool) -> tuple[Path, dict[str, Any]]:
+    """Return the path of data.zip in the hub's cache, and its repository, revision and commit."""
+    path = _find_cached(revision) if offline else _download(revision)
     commit = path.parent.name  # .../snapshots/<commit>/data.zip
     return path, {"repo": HUB_REPO, "revision": revision, "commit": commit}
 
 
-def _cached(revision: str | None) -> Path:
-    # Not hf_hub_download with local_files_only, which may still ask the hub how to name itself to it.
+def _find_cached(revision: str | None) -> Path:
+    # hf_hub_download may use the network even with local_files_only.
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(HUB_REPO, HUB_FILE, repo_type="dataset", revision=revision)
     if not isinstance(found, str):
         raise UsageError(
             f"{HUB_FILE} of {HUB_REPO} at revision {revision or 'main'} is not in the hub's cache, and --offline "
-            f"forbids fetching it. Run once without --offline, or name a folder or zip with --data."
+            f"forbids the download. Run once without --offline, or name a folder or zip with --data."
         )
     return Path(found)
 
 
-def _fetched(revision: str | None) -> Path:
+def _download(revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(HUB_REPO, HUB_FILE, repo_type="dataset", revision=revision))
-    except Exception as error:  # the client's many failures (network, status, cache) all mean: no data
+    except Exception as error:  # the client raises many types (network, status, cache)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"{HUB_FILE} of {HUB_REPO} could not be had ({reason}). Check the network and --data_revision, or name a "
+            f"Could not download {HUB_FILE} of {HUB_REPO} ({reason}). Check the network and --data_revision, or name a "
             f"folder or zip with --data."
         ) from error
 
 
-def _problem(row: dict[str, Any], dataset: str) -> str | None:
+def _find_problem(row: dict[str, Any], dataset: str) -> str | None:
     missing = [key for key in _FEATURES if key not in row]
     if missing:
         return f"the row lacks {', '.join(missing)}."
@@ -219,20 +225,20 @@ def _problem(row: dict[str, Any], dataset: str) -> str | None:
         if not isinstance(row[key], kind) or isinstance(row[key], bool):
             return f"{key} is {json.dumps(row[key])[:40]}, not of type {kind.__name__}."
     if row["length"].bit_length() > 63:
-        return "length is too large to be one."
+        return "length does not fit into 64 bits."
     if not _strings(row["answers"]) or not row["answers"]:
         return "answers is not a list of at least one string."
     if row["all_classes"] is not None and not _strings(row["all_classes"]):
         return "all_classes is neither null nor a list of strings."
     if not _encodable(row):
-        return "a string holds half of a surrogate pair, which is no character."
+        return "a string holds a lone surrogate."
     if row["dataset"] != dataset:
         return f"the row belongs to dataset {row['dataset']!r}, not {dataset!r}."
     return None
 
 
-def _repeated(row_id: str, seen: dict[str, int]) -> str | None:
-    return f"_id {row_id!r} stands in line {seen[row_id]} already." if row_id in seen else None
+def _find_repeat(row_id: str, seen: dict[str, int]) -> str | None:
+    return f"_id {row_id!r} is already in line {seen[row_id]}." if row_id in seen else None
 
 
 def _encodable(row: dict[str, Any]) -> bool:

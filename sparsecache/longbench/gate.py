@@ -1,4 +1,7 @@
-"""Whether a run is good enough beside a baseline: checks that pass or fail, or a refusal where they say nothing."""
+"""Decides whether a run is as good as a baseline within limits.
+
+Raises UsageError if they are not comparable.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,18 +13,18 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.baseline import Baseline, BaselineDataset
 from sparsecache.longbench.comparability import different, mismatches, speed_mismatches
 from sparsecache.longbench.compare_tables import signed
-from sparsecache.longbench.paired import interval, resampled_means
-from sparsecache.longbench.scores import mean_in_percent
+from sparsecache.longbench.paired import bootstrap_means, confidence_interval
+from sparsecache.longbench.score_types import mean_in_percent
 
-_SHOWN = 5
+_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may cost: points of the mean over datasets and of any one of them, kept share, decode speed.
+    """The limits of a gate; None is not checked.
 
-    max_kept is a share from 0 to 1; min_speedup is times the baseline's speed. None: not checked. Raises UsageError
-    for anything but a number from 0 on.
+    max_drop, max_drop_dataset: points of the mean over datasets, and of each dataset. max_kept: share of past tokens,
+    0 to 1. min_speedup: decode speed divided by the baseline's. Raises UsageError for a value out of range.
     """
 
     max_drop: float = 1.0
@@ -32,14 +35,14 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"--{name} {value} is no limit. Give a number from 0 on.")
+                raise UsageError(f"--{name} is {value}; it must be a number, 0 or more.")
         if self.max_kept is not None and self.max_kept > 1:
-            raise UsageError(f"--max_kept {self.max_kept:g} is no share. Give one from 0 to 1: 0.2 is 20 %.")
+            raise UsageError(f"--max_kept is {self.max_kept:g}; it must be a share from 0 to 1 (0.2 is 20 %).")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked, and in words what came of it."""
+    """The outcome of one check, and its description."""
 
     passed: bool
     text: str
@@ -47,7 +50,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All checks, and warnings on what was let through."""
+    """The checks of a gate, and warnings about allowed differences."""
 
     checks: list[Check]
     warnings: list[str]
@@ -60,62 +63,61 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Pair:
-    """One dataset's scores on both sides over the shared rows, rounded as the official scorer does."""
+    """The row scores of one dataset in both runs, over their common rows."""
 
     stem: str
-    mine: list[float]
-    theirs: list[float]
+    run: list[float]
+    baseline: list[float]
 
     @property
     def scores(self) -> tuple[float, float]:
-        return mean_in_percent(self.mine), mean_in_percent(self.theirs)
+        return mean_in_percent(self.run), mean_in_percent(self.baseline)
 
     @property
     def drop(self) -> float:
-        mine, theirs = self.scores
-        return round(theirs - mine, 2)
+        run, baseline = self.scores
+        return round(baseline - run, 2)
 
 
 def gate(
     run: Baseline, baseline: Baseline, limits: Limits, allow_partial: bool = False, allow_unlike: bool = False
 ) -> Verdict:
-    """Checks a run against a baseline over the rows that both have.
+    """Check a run against a baseline over their common rows.
 
-    What is judged is what is printed: scores and drops have two digits, shares of past tokens two of a percent,
-    speedups two. Raises UsageError where a verdict would mean nothing: no row in common; rows of either side missing
-    or failed (unless allow_partial); unlike things (see likeness; unless allow_unlike); a limit on something that
-    was not measured.
+    Limits are checked against the rounded (two-decimal) values shown. Raises UsageError if the runs have no common
+    rows, if rows are missing or failed (unless `allow_partial`), if more than the method differs (`comparability`;
+    unless `allow_unlike`), and for a limit on a value that was not measured.
     """
     if run.e != baseline.e:
         raise UsageError(f"{baseline.name} is of LongBench{'-E' if baseline.e else ''}, {run.name} is not. {_E_ADVICE}")
     warnings = [*_partial(run, baseline, allow_partial), *_mismatches(run, baseline, limits, allow_unlike)]
-    warnings += [f"{part}: this may differ, and is part of what is gated." for part in different(run, baseline)]
+    warnings += [f"{part}: the gate includes this difference." for part in different(run, baseline)]
     pairs = [_pair(stem, dataset, baseline.datasets.get(stem)) for stem, dataset in run.datasets.items()]
-    pairs = [pair for pair in pairs if pair.mine]
+    pairs = [pair for pair in pairs if pair.run]
     if not pairs:
         raise UsageError(f"{run.name} and {baseline.name} have no row in common. Predict the same data with both.")
     return Verdict(list(_checks(run, baseline, pairs, limits)), warnings)
 
 
-_E_ADVICE = "Give --e for LongBench-E and leave it out for LongBench, and gate like against like."
+_E_ADVICE = "Compare two LongBench-E runs with --e, or two LongBench runs without it."
 
 
-def check_savable(run: Baseline, allow_partial: bool = False, allow_unlike: bool = False) -> None:
-    """Raises UsageError if a run is not fit to be a baseline: not whole, or made nobody knows how."""
+def check_complete(run: Baseline, allow_partial: bool = False, allow_unlike: bool = False) -> None:
+    """Raise UsageError if a run cannot serve as a baseline: rows or its run.json are missing."""
     if run.unfinished and not allow_partial:
         raise UsageError(
-            f"{run.name} is not whole ({_some(run.unfinished)}), so it is no baseline yet. Predict what is missing, or "
-            f"save it as it is with --allow_partial."
+            f"{run.name} is incomplete ({_listed(run.unfinished)}), so it cannot be a baseline. Predict the missing "
+            f"rows, or save it anyway with --allow_partial."
         )
     if not run.identity and not allow_unlike:
         raise UsageError(
-            f"No run.json says how {run.name} was made, so a later gate could not tell like from unlike. Predict it "
-            f"with longbench_pred.py, or save it all the same with --allow_unlike."
+            f"{run.name} has no run.json, so later runs could not be checked for the same settings. Predict it with "
+            f"longbench_pred.py, or save it anyway with --allow_unlike."
         )
 
 
-def lines(run: Baseline, baseline: Baseline, verdict: Verdict) -> Iterator[str]:
-    """The verdict as it is printed."""
+def format_verdict(run: Baseline, baseline: Baseline, verdict: Verdict) -> Iterator[str]:
+    """Yield the lines of a verdict, failed checks first."""
     yield f"{run.name} ({run.method}) against {baseline.name} ({baseline.method})"
     for check in sorted(verdict.checks, key=lambda check: check.passed):
         yield f"{'passed' if check.passed else 'FAILED'}  {check.text}"
@@ -124,19 +126,19 @@ def lines(run: Baseline, baseline: Baseline, verdict: Verdict) -> Iterator[str]:
 
 
 def _partial(run: Baseline, baseline: Baseline, allow: bool) -> Iterator[str]:
-    found = [f"{side.name} is not whole ({_some(side.unfinished)})" for side in (run, baseline) if side.unfinished]
-    lacking = [
+    found = [f"{side.name} is incomplete ({_listed(side.unfinished)})" for side in (run, baseline) if side.unfinished]
+    missing_rows = [
         f"{stem} {missing} of {len(dataset.scores)} rows"
         for stem, dataset in baseline.datasets.items()
         if (missing := len(dataset.scores.keys() - _scores(run, stem).keys()))
     ]
-    if lacking:
-        found.append(f"{run.name} lacks rows of the baseline ({_some(lacking)})")
+    if missing_rows:
+        found.append(f"{run.name} lacks rows of the baseline ({_listed(missing_rows)})")
     if found and not allow:
         raise UsageError(
-            f"{'; '.join(found)}. Predict what is missing, or gate the rows that both have with --allow_partial."
+            f"{'; '.join(found)}. Predict the missing rows, or use only the common rows with --allow_partial."
         )
-    yield from (f"{part}; only rows that both have are gated, and failed ones count 0.0." for part in found)
+    yield from (f"{part}; only common rows are compared, and failed rows count 0.0." for part in found)
 
 
 def _mismatches(run: Baseline, baseline: Baseline, limits: Limits, allow: bool) -> Iterator[str]:
@@ -145,10 +147,10 @@ def _mismatches(run: Baseline, baseline: Baseline, limits: Limits, allow: bool) 
         found += [f"{part}, for the speed" for part in speed_mismatches(run, baseline)]
     if found and not allow:
         raise UsageError(
-            f"{run.name} and {baseline.name} are unlike in more than the method: {_some(found, '; ')}. Predict them "
-            f"alike, save a new baseline with --save_baseline, or gate all the same with --allow_unlike."
+            f"{run.name} and {baseline.name} differ in more than the method: {_listed(found, '; ')}. Predict both "
+            f"with the same settings, save a new baseline with --save_baseline, or compare anyway with --allow_unlike."
         )
-    yield from (f"unlike: {part}." for part in found)
+    yield from (f"{part}; allowed by --allow_unlike." for part in found)
 
 
 def _checks(run: Baseline, baseline: Baseline, pairs: list[_Pair], limits: Limits) -> Iterator[Check]:
@@ -162,75 +164,79 @@ def _checks(run: Baseline, baseline: Baseline, pairs: list[_Pair], limits: Limit
 
 
 def _mean_check(pairs: list[_Pair], allowed: float) -> Check:
-    mine, theirs = (round(sum(pair.scores[at] for pair in pairs) / len(pairs), 2) for at in (0, 1))
-    text = _change(f"mean of {len(pairs)} datasets", mine, theirs, allowed) + _noise(pairs)
-    drop = round(theirs - mine, 2)
+    run, baseline = (round(sum(pair.scores[at] for pair in pairs) / len(pairs), 2) for at in (0, 1))
+    text = _change(f"mean of {len(pairs)} datasets", run, baseline, allowed) + _interval(pairs)
+    drop = round(baseline - run, 2)
     if drop > allowed:
         worst = sorted((pair for pair in pairs if pair.drop > 0), key=lambda pair: -pair.drop)
-        text += f"; most in {', '.join(f'{pair.stem} {pair.drop:.2f}' for pair in worst[:_SHOWN])}"
+        text += f"; largest drops: {', '.join(f'{pair.stem} {pair.drop:.2f}' for pair in worst[:_MAX_SHOWN])}"
     return Check(drop <= allowed, text)
 
 
 def _dataset_checks(pairs: list[_Pair], allowed: float) -> Iterator[Check]:
-    fine = [pair for pair in pairs if pair.drop <= allowed]
+    passed = [pair for pair in pairs if pair.drop <= allowed]
     yield from (
         Check(False, _change(pair.stem, *pair.scores, allowed)) for pair in pairs if pair.drop > allowed
     )  # fmt: skip
-    if fine:
-        worst = max(fine, key=lambda pair: pair.drop)
-        most = f"down {worst.drop:.2f} at most ({worst.stem})" if worst.drop > 0 else "none is down"
-        yield Check(True, f"{len(fine)} of {len(pairs)} datasets: {most}, allowed {_short(allowed)}")
+    if passed:
+        worst = max(passed, key=lambda pair: pair.drop)
+        most = f"largest drop {worst.drop:.2f} ({worst.stem})" if worst.drop > 0 else "no drop"
+        yield Check(True, f"{len(passed)} of {len(pairs)} datasets: {most}, allowed {_short(allowed)}")
 
 
 def _kept_check(run: Baseline, allowed: float) -> Check:
     if run.kept is None:
         raise UsageError(
-            f"--max_kept {allowed:g} cannot be checked: no row of {run.name} says what was kept, as with the full "
-            f"cache. Gate a sparse method, or leave --max_kept out."
+            f"--max_kept {allowed:g} cannot be checked: no row of {run.name} reports a kept share (the full cache "
+            f"reports none). Use a run of a sparse method, or omit --max_kept."
         )
     kept = round(run.kept, 4)
     text = f"kept {100 * kept:.2f}%, allowed {_short(100 * allowed)}%"
-    return Check(kept <= allowed, text if kept <= allowed else f"{text}: {_short(100 * (kept - allowed))}% too much")
+    return Check(
+        kept <= allowed, text if kept <= allowed else f"{text}: {_short(100 * (kept - allowed))} points over the limit"
+    )
 
 
-def _speed_check(run: Baseline, baseline: Baseline, asked: float) -> Check:
+def _speed_check(run: Baseline, baseline: Baseline, required: float) -> Check:
     for side in (run, baseline):
         if not side.tokens_per_s:
             raise UsageError(
-                f"--min_speedup {asked:g} cannot be checked: {side.name} holds no decode speed. Predict it again, or "
-                f"leave --min_speedup out."
+                f"--min_speedup {required:g} cannot be checked: {side.name} has no decode speed. Predict it again, or "
+                f"omit --min_speedup."
             )
-    mine, theirs = run.tokens_per_s or 0.0, baseline.tokens_per_s or 1.0
-    speedup = round(mine / theirs, 2)
-    text = f"decode {mine:.1f} tokens/s, baseline {theirs:.1f}: {speedup:.2f} times as fast, asked {_short(asked)}"
-    return Check(speedup >= asked, text if speedup >= asked else f"{text}: {_short(asked - speedup)} too little")
+    speed, reference = run.tokens_per_s or 0.0, baseline.tokens_per_s or 1.0
+    speedup = round(speed / reference, 2)
+    text = f"decode {speed:.1f} tokens/s, baseline {reference:.1f}: speedup {speedup:.2f}, required {_short(required)}"
+    passed = speedup >= required
+    return Check(passed, text if passed else f"{text}: {_short(required - speedup)} below the limit")
 
 
-def _pair(stem: str, mine: BaselineDataset, theirs: BaselineDataset | None) -> _Pair:
-    rows = [row for row in mine.scores if theirs is not None and row in theirs.scores]
-    return _Pair(stem, [mine.scores[row] for row in rows], [theirs.scores[row] for row in rows] if theirs else [])
+def _pair(stem: str, run: BaselineDataset, baseline: BaselineDataset | None) -> _Pair:
+    known = baseline.scores if baseline else {}
+    rows = [row for row in run.scores if row in known]
+    return _Pair(stem, [run.scores[row] for row in rows], [known[row] for row in rows])
 
 
 def _scores(side: Baseline, stem: str) -> dict[str, float]:
     return side.datasets[stem].scores if stem in side.datasets else {}
 
 
-def _change(what: str, mine: float, theirs: float, allowed: float) -> str:
-    drop = round(theirs - mine, 2)
-    way = f"{'down' if drop > 0 else 'up'} {abs(drop):.2f}" if drop else "no change"
-    text = f"{what}: {mine:.2f}, baseline {theirs:.2f}, {way}, allowed {_short(allowed)}"
-    return f"{text}: {_short(drop - allowed)} too much" if drop > allowed else text
+def _change(name: str, run: float, baseline: float, allowed: float) -> str:
+    drop = round(baseline - run, 2)
+    change = f"{'down' if drop > 0 else 'up'} {abs(drop):.2f}" if drop else "no change"
+    text = f"{name}: {run:.2f}, baseline {baseline:.2f}, {change}, allowed drop {_short(allowed)}"
+    return f"{text}: {_short(drop - allowed)} over the limit" if drop > allowed else text
 
 
-def _noise(pairs: list[_Pair]) -> str:
-    """The 95 % bootstrap interval of the mean's change, which says how much of it may be chance."""
-    if any(len(pair.mine) < 2 for pair in pairs):
+def _interval(pairs: list[_Pair]) -> str:
+    """Return the 95 % interval of the change; empty if a dataset has a single row."""
+    if any(len(pair.run) < 2 for pair in pairs):
         return ""
     means = [
-        resampled_means(100 * (numpy.array([pair.mine]) - numpy.array([pair.theirs])).T, pair.stem, seed=0)
+        bootstrap_means(100 * (numpy.array([pair.run]) - numpy.array([pair.baseline])).T, pair.stem, seed=0)
         for pair in pairs
     ]
-    low, high = interval(numpy.mean(means, axis=0))
+    low, high = confidence_interval(numpy.mean(means, axis=0))
     return f" (95% interval of the change: {signed(low, 2)} to {signed(high, 2)})"
 
 
@@ -238,6 +244,6 @@ def _short(value: float) -> str:
     return f"{round(value, 4):g}"
 
 
-def _some(parts: Sequence[str], between: str = ", ") -> str:
-    more = [f"and {len(parts) - _SHOWN} more"] if len(parts) > _SHOWN else []
-    return between.join([*parts[:_SHOWN], *more])
+def _listed(parts: Sequence[str], separator: str = ", ") -> str:
+    more = [f"and {len(parts) - _MAX_SHOWN} more"] if len(parts) > _MAX_SHOWN else []
+    return separator.join([*parts[:_MAX_SHOWN], *more])

@@ -7,7 +7,7 @@ from sparsecache.errors import short
 from sparsecache.longbench.run_record import BY_DATASET
 
 _SHOWN = 40  # characters; a longer value is a text that would hide the difference
-_HASHED = {
+HASHED = {
     "checkpoint": "the checkpoint's files",
     "calibration_sha256": "the calibration text",
     "probe_ids_sha256": "the token ids that the tokenizer gives a test text",
@@ -15,6 +15,7 @@ _HASHED = {
     "templates": "the prompt template",
     "data": "the data",
 }
+"""What stands for each value that is a hash or a long text."""
 
 
 def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
@@ -24,7 +25,7 @@ def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[s
     """
     for key, value in new.items():
         if key not in old:
-            yield f"{_HASHED.get(key, key)}: not recorded"
+            yield f"{HASHED.get(key, key)}: not recorded"
         elif key in BY_DATASET:
             for stem in sorted(old[key].keys() & value.keys()):
                 yield from _differences(key, old[key][stem], value[stem], f" of {stem}")
@@ -35,8 +36,8 @@ def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[s
 def _differences(key: str, old: Any, new: Any, of: str = "") -> Iterator[str]:
     if old == new:
         return
-    if key in _HASHED:
-        yield f"{_HASHED[key]}{of}: not the same"
+    if key in HASHED:
+        yield f"{HASHED[key]}{of}: not the same"
         return
     if key == "protocol":
         old, new = _protocol(old), _protocol(new)

@@ -1,7 +1,7 @@
-"""Reads and writes JSON and JSON Lines. Errors name the file, the line and what to do. Lines end at \\n only.
+"""Reads and writes JSON and JSON Lines. Errors name the file, the line and the fix.
 
-Readers accept strict JSON only: no NaN, no infinity (`1e999` is one), no number of more than 100 digits, no nesting
-deeper than 50. So no later step meets a value that arithmetic or JSON cannot hold.
+Readers accept strict JSON only: no NaN, no infinity (including `1e999`), at most 100 digits per whole number and 50
+levels of nesting. Later code therefore never meets a value that arithmetic or JSON cannot hold.
 """
 
 import json
@@ -16,28 +16,28 @@ import jsonlines
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import read_file, reason, write_atomically
 
-_MOST_BYTES = 2**28  # of a JSON file, and of a line
-_MOST_DIGITS = 100
-_TOO_LARGE = 10**_MOST_DIGITS
-_DEEPEST = 50
-_MOST = 1e15  # of a measured number: sums and ratios of these stay finite
+_MAX_BYTES = 2**28  # per JSON file and per line
+_MAX_DIGITS = 100
+_TOO_LARGE = 10**_MAX_DIGITS
+_MAX_DEPTH = 50
+_MAX_NUMBER = 1e15  # keeps sums and ratios of measured numbers finite
 
 
 def read_objects(lines: Iterable[bytes], name: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) for every line that is not blank.
+    """Yield (line number from 1, object) for every line that is not blank.
 
-    `lines`: a file opened in binary mode, or its lines. They are split on newlines only, since real rows hold raw
-    U+0085, U+2028 and carriage returns. Raises UsageError, naming `name` and the line and ending in `advice`, for a
-    line that is not one whole JSON object in UTF-8.
+    `lines`: a file opened in binary mode, or its lines. Only \\n ends a line, because real rows hold raw U+0085, U+2028
+    and carriage returns. Raises UsageError for a line that is not one JSON object in UTF-8; the message has `name`, the
+    line number and `advice`.
     """
     number = 0
 
     def counted() -> Iterator[bytes]:
         nonlocal number
-        for number, line in enumerate(_bounded(lines), 1):  # noqa: B007 (read where an error is reported)
+        for number, line in enumerate(_bounded(lines), 1):  # noqa: B007 (read in error messages)
             yield line
 
-    reader = jsonlines.Reader(counted(), loads=loads)  # its default is whichever JSON package is installed
+    reader = jsonlines.Reader(counted(), loads=loads)  # the default may be another JSON package
     while True:
         try:
             record = reader.read(type=dict, skip_empty=True)
@@ -53,10 +53,11 @@ def read_objects(lines: Iterable[bytes], name: str, advice: str) -> Iterator[tup
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads one JSON value from a regular file. Raises UsageError for a file that cannot be read, ValueError for one
-    that is not strict JSON in UTF-8.
+    """Read one JSON value from a regular file.
+
+    Raises UsageError if the file cannot be read, and ValueError if it is not strict JSON in UTF-8.
     """
-    content = read_file(path, _MOST_BYTES)
+    content = read_file(path, _MAX_BYTES)
     try:
         return loads(content.decode("utf-8-sig"))
     except RecursionError as error:
@@ -64,36 +65,39 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def loads(text: str | bytes) -> Any:
-    """Parses strict JSON. Raises ValueError for anything else, RecursionError for very deep nesting."""
+    """Parse strict JSON.
+
+    Raises ValueError for anything else, RecursionError for very deep nesting.
+    """
     value = json.loads(text, parse_constant=_refuse_constant)
     _check(value)
     return value
 
 
 def dumps(record: dict[str, Any]) -> str:
-    """Formats a record as one line of strict JSON: characters as themselves, half surrogate pairs as escapes.
+    """Format a record as one line of strict JSON. Only lone surrogates are escaped.
 
-    Raises ValueError for what `loads` would refuse.
+    Raises ValueError for a value that `loads` would refuse.
     """
     _check(record)
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace").decode()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces a file by a JSON value, indented; NaN and infinity become null. Raises as `write_atomically`."""
+    """Write a JSON value, indented; NaN and infinity become null. Raises as `write_atomically`."""
     write_atomically(path, json.dumps(_without_nan(value), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
-def figure(record: dict[str, Any], key: str) -> float | None:
-    """Returns a record's number; None for anything else, and for one too large to calculate with."""
+def get_number(record: dict[str, Any], key: str) -> float | None:
+    """Return a number of a record; None for another type, and for a number beyond ±1e15."""
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if abs(value) <= _MOST else None  # False for NaN, too
+    return value if abs(value) <= _MAX_NUMBER else None  # also None for NaN
 
 
 class _LineTooLongError(Exception):
-    """A line longer than this many bytes."""
+    """A line is longer than this many bytes."""
 
 
 def _bounded(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -101,19 +105,19 @@ def _bounded(lines: Iterable[bytes]) -> Iterator[bytes]:
         yield from lines
         return
     file: BinaryIO = lines  # type: ignore[assignment]
-    while line := file.readline(_MOST_BYTES + 1):
-        if len(line) > _MOST_BYTES:
-            raise _LineTooLongError(f"{_MOST_BYTES:,}")
+    while line := file.readline(_MAX_BYTES + 1):
+        if len(line) > _MAX_BYTES:
+            raise _LineTooLongError(f"{_MAX_BYTES:,}")
         yield line
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _check(value: Any) -> None:
     level = [value]
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         parts: list[Any] = []
         for each in level:
             if isinstance(each, dict):
@@ -121,17 +125,17 @@ def _check(value: Any) -> None:
             elif isinstance(each, list | tuple):
                 parts += each
             elif isinstance(each, float) and not math.isfinite(each):
-                raise ValueError("a number is too large, or is no JSON (NaN, Infinity)")
+                raise ValueError("a number is infinite or NaN, which is not valid JSON")
             elif isinstance(each, int) and abs(each) >= _TOO_LARGE:
-                raise ValueError(f"a whole number is too large; at most {_MOST_DIGITS} digits are read")
+                raise ValueError(f"a whole number has more than {_MAX_DIGITS} digits")
         if not parts:
             return
         level = parts
-    raise ValueError(f"nested deeper than {_DEEPEST} levels")
+    raise ValueError(f"nested deeper than {_MAX_DEPTH} levels")
 
 
 def _without_nan(value: Any) -> Any:
-    """Returns a JSON value with null in place of NaN and infinity, which JSON lacks."""
+    """Return a JSON value with null for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

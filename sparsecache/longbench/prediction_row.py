@@ -1,7 +1,7 @@
-"""The fields of a prediction row that scores depend on, checked where rows are read.
+"""Checks the fields of a prediction row that scores depend on.
 
-What a run measured of a row (`kept`, `decode_s`, ...) is read through `jsonl.figure`, which takes any value that is
-not a usable number as missing: files from elsewhere may hold other things under these names, and must stay scorable.
+Measurements (`kept`, `decode_s`, ...) are not checked: `jsonl.get_number` treats any unusable value as missing, because
+files from other programs may use these names differently and must still be scored.
 """
 
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from typing import Any, TypedDict
 
 from sparsecache.longbench.schema import SchemaError, parse
 
-NEEDED = ("pred", "answers")  # without which a row cannot be scored
+NEEDED = ("pred", "answers")  # to score a row
 
 
 class PredictionRow(TypedDict, total=False):
-    """The fields of the official format, and the row's name. A file from elsewhere may lack `_id`."""
+    """The fields of the official format, and `_id`, which other programs may not write."""
 
     pred: str
     answers: list[str]
@@ -22,12 +22,12 @@ class PredictionRow(TypedDict, total=False):
 
 
 def check_row(row: dict[str, Any], needed: tuple[str, ...] = ()) -> None:
-    """Raises SchemaError for a field of a wrong type, and for a `needed` one that is missing."""
+    """Raise SchemaError for a field of a wrong type, and for a missing `needed` field."""
     if missing := [key for key in needed if key not in row]:
         raise SchemaError(f"{missing[0]} is missing; a row needs `pred` (a text) and `answers` (a list of texts)")
     parse(PredictionRow, row)
 
 
 def is_finished(row: Mapping[str, Any]) -> bool:
-    """Whether a row holds a prediction that can be scored, and no error."""
+    """Return whether a row holds a prediction that can be scored, and no error."""
     return "error" not in row and all(key in row for key in NEEDED)

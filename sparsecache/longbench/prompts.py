@@ -1,4 +1,4 @@
-"""From a row to token ids: fill the template, cut the middle, wrap as chat, fit the window."""
+"""Makes a prompt from a row: fills the template, truncates the middle, applies the wrapper."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.tasks import Task
 from sparsecache.longbench.wrapping import Tokenizer, Wrapper, encode, ids_sha256
 
-_END = 200  # characters; most templates end in the question
+_END_CHARS = 200  # most templates end in the question
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the model gets it.
+    """The prompt of one row.
 
-    original_tokens: tokens of the filled template, before any cut.
-    truncated: whether anything was cut. overflow_tokens: how many tokens were cut after wrapping (mostly 0).
-    sha256: of the UTF-8 text that the token ids stand for. end: that text's last 200 characters.
-    ids_sha256: of the token ids (wrapping.ids_sha256).
+    original_tokens: tokens of the filled template, before truncation.
+    truncated: whether tokens were removed. overflow_tokens: tokens removed after wrapping (usually 0).
+    sha256: of the prompt's UTF-8 text. end: the last 200 characters of that text.
+    ids_sha256: of the token ids (`wrapping.ids_sha256`).
     """
 
     token_ids: list[int]
@@ -33,12 +33,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompter:
-    """Makes prompts by LongBench's protocol for one tokenizer.
+    """Makes prompts for one tokenizer, following LongBench's protocol.
 
-    window: tokens that prompt and new tokens together may take.
-    max_length: tokens of the raw prompt above which its middle is cut; None stands for the window less the
-        dataset's cap less the wrapper's tokens.
-    chat, chat_template_args: the wrapper (wrapping.Wrapper).
+    window: maximum number of prompt and new tokens together.
+    max_length: tokens above which the middle of a raw prompt is truncated. None: the window less the dataset's new
+        tokens and the wrapper's tokens.
+    chat, chat_template_args: the wrapper (`wrapping.Wrapper`).
     """
 
     tokenizer: Tokenizer
@@ -49,11 +49,11 @@ class Prompter:
 
     @cached_property
     def wrapper(self) -> Wrapper:
-        """The wrapper of prompts of the datasets that are wrapped."""
+        """The wrapper, for datasets whose prompts are wrapped."""
         return Wrapper(self.tokenizer, self.chat, self.chat_template_args)
 
     def build(self, task: Task, row: dict[str, Any]) -> Prompt:
-        """Makes the prompt of one row. Raises UsageError when the window leaves no room for a prompt."""
+        """Return the prompt of one row. Raises UsageError if the window is too small for any prompt."""
         text = task.template.format(**row)
         token_ids = encode(self.tokenizer, text)
         original_tokens = len(token_ids)
@@ -76,18 +76,18 @@ class Prompter:
             truncated=cut or overflow_tokens > 0,
             overflow_tokens=overflow_tokens,
             sha256=hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-            end=text[-_END:],
+            end=text[-_END_CHARS:],
             ids_sha256=ids_sha256(token_ids),
         )
 
     def cut_length(self, task: Task) -> int:
-        """Tokens of the raw prompt above which the middle is cut."""
+        """Return the tokens above which the middle of a raw prompt is truncated."""
         return self.room(task) if self.max_length is None else self.max_length
 
     def room(self, task: Task) -> int:
-        """Tokens that the window leaves for the raw prompt.
+        """Return the tokens that the window leaves for the raw prompt.
 
-        Raises UsageError if that is less than two, or if the wrapper cannot be used (Wrapper.tokens).
+        Raises UsageError if there are fewer than two, and if the wrapper is unusable (`Wrapper.tokens`).
         """
         return self._room(task, self.wrapper.tokens if self._wraps(task) else 0)
 
@@ -98,9 +98,9 @@ class Prompter:
         room = self.window - task.max_new_tokens - wrapper
         if room < 2:
             raise UsageError(
-                f"The window of {self.window} tokens leaves no room for a prompt beside the {task.max_new_tokens} "
-                f"new tokens of {task.name} and the wrapper's {wrapper}. Raise --window, or use a checkpoint with a "
-                f"longer one."
+                f"The window of {self.window} tokens is too small for a prompt: {task.name} needs "
+                f"{task.max_new_tokens} new tokens and the wrapper {wrapper}. Raise --window, or use a checkpoint "
+                f"with a longer context."
             )
         return room
 

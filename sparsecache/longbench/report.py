@@ -1,22 +1,26 @@
-"""Scores as JSON files, the health and speed of a run as lines on the terminal."""
+"""Writes scores as JSON, and formats the speed of a run and the health of its predictions."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sparsecache.longbench.jsonl import write_json
-from sparsecache.longbench.kept import kept_lines, kept_of, percent
+from sparsecache.longbench.kept import format_kept, format_percent, kept_of
 from sparsecache.longbench.run_record import RunRecord
-from sparsecache.longbench.scores import Average, DatasetScore, Options, RunScore
-from sparsecache.longbench.tables import table
+from sparsecache.longbench.score_types import Average, DatasetScore, RunScore
+from sparsecache.longbench.scores import ScoringOptions
+from sparsecache.longbench.tables import text_table
 from sparsecache.longbench.tasks import Task
-from sparsecache.longbench.text import degenerate
+from sparsecache.longbench.text import is_degenerate
 
-LEAST_S = 1e-6  # of a time that a speed is given for
+MIN_SECONDS = 1e-6  # shorter times give no speed
 
 
 def result_json(result: RunScore) -> dict[str, Any]:
-    """Scores in the official shape: dataset to score, or to bucket to score; null where there are no rows."""
+    """Return scores in the official format: dataset -> score, or -> bucket -> score.
+
+    None without rows.
+    """
     if result.e:
         return {
             dataset.task.name: {name: summary.score for name, summary in dataset.buckets.items()}
@@ -25,8 +29,8 @@ def result_json(result: RunScore) -> dict[str, Any]:
     return {dataset.task.name: dataset.summary.score for dataset in result.datasets}
 
 
-def summary_json(result: RunScore, options: Options) -> dict[str, Any]:
-    """Everything known of the scores, with n beside each number."""
+def summary_json(result: RunScore, options: ScoringOptions) -> dict[str, Any]:
+    """Return scores with standard errors, row counts, warnings, averages and speed."""
     return {
         "folder": result.folder.name,
         "longbench_e": result.e,
@@ -43,8 +47,11 @@ def summary_json(result: RunScore, options: Options) -> dict[str, Any]:
     }
 
 
-def write_results(result: RunScore, options: Options) -> list[Path]:
-    """Writes result.json and summary.json (`_e` in the name for LongBench-E) beside the predictions."""
+def write_results(result: RunScore, options: ScoringOptions) -> list[Path]:
+    """Write result.json and summary.json (result_e.json, summary_e.json for LongBench-E).
+
+    Returns their paths.
+    """
     ending = "_e.json" if result.e else ".json"
     contents = {"result": result_json(result), "summary": summary_json(result, options)}
     paths = []
@@ -55,9 +62,9 @@ def write_results(result: RunScore, options: Options) -> list[Path]:
 
 
 def decode_speed(run: RunRecord) -> dict[str, Any] | None:
-    """Returns decode tokens per second and peak GPU bytes over all sessions of a run, from the engine's clock."""
+    """Return speed (tokens/s) and peak GPU bytes over all sessions, as the engine measured them."""
     seconds = run.total("decode_s")
-    if seconds < LEAST_S:
+    if seconds < MIN_SECONDS:
         return None
     tokens = run.total("decode_tokens")
     prefilled, prefill_seconds = run.total("prefill_tokens"), run.total("prefill_s")
@@ -66,13 +73,13 @@ def decode_speed(run: RunRecord) -> dict[str, Any] | None:
         "tokens": tokens,
         "seconds": round(seconds, 3),
         "tokens_per_s": round(tokens / seconds, 1),
-        "prefill_tokens_per_s": round(prefilled / prefill_seconds, 1) if prefill_seconds >= LEAST_S else None,
+        "prefill_tokens_per_s": round(prefilled / prefill_seconds, 1) if prefill_seconds >= MIN_SECONDS else None,
         "peak_gpu_bytes": max(peaks) if peaks else None,
     }
 
 
 def speed_lines(run: RunRecord) -> Iterable[str]:
-    """One line on the speed and peak memory of a run, if anything was decoded."""
+    """Yield one line with the speed and peak memory of a run, if anything was decoded."""
     speed = decode_speed(run)
     if speed:
         peak = speed["peak_gpu_bytes"]
@@ -84,38 +91,41 @@ def speed_lines(run: RunRecord) -> Iterable[str]:
 
 
 def health_table(predictions: Iterable[tuple[Task, str, int, list[dict[str, Any]]]]) -> str:
-    """What a finished run must be watched for, from (task, file stem, expected rows, rows) of each dataset."""
+    """Return a table of signs of trouble in predictions, with warnings.
+
+    `predictions`: (task, file stem, number of expected rows, rows) per dataset.
+    """
     predictions = list(predictions)
     kept = [kept_of(rows) for *_, rows in predictions]
     sparse = any(part and part.rows for part in kept)
-    lines = []
-    many: dict[str, list[str]] = {}
+    table = []
+    warned: dict[str, list[str]] = {}
     for (task, stem, expected, rows), part in zip(predictions, kept, strict=True):
         counts = _health(rows)
-        line = [stem, f"{len(rows)}/{expected}", *(str(count) for count in counts.values())]
-        lines.append([*line, percent(part.share if part else None)] if sparse else line)
-        for remark in _HEALTH_WARNINGS:
-            if _too_many(remark, counts, len(rows), task):
-                many.setdefault(remark, []).append(f"{stem} {counts[remark]}/{len(rows)}")
-    head = ["dataset", "rows", "errors", "truncated", "recut", "ended by length", "empty", "degenerate"]
-    head += ["kept"] if sparse else []
-    warnings = [f"Warning: {_HEALTH_WARNINGS[remark]}: {', '.join(where)}." for remark, where in many.items()]
-    return "\n".join([table(head, lines), *warnings, *kept_lines(kept)])
+        cells = [stem, f"{len(rows)}/{expected}", *(str(count) for count in counts.values())]
+        table.append([*cells, format_percent(part.share if part else None)] if sparse else cells)
+        for sign in _HEALTH_WARNINGS:
+            if _too_many(sign, counts, len(rows), task):
+                warned.setdefault(sign, []).append(f"{stem} {counts[sign]}/{len(rows)}")
+    header = ["dataset", "rows", "errors", "truncated", "recut", "ended by length", "empty", "degenerate"]
+    header += ["kept"] if sparse else []
+    warnings = [f"Warning: {_HEALTH_WARNINGS[sign]}: {', '.join(where)}." for sign, where in warned.items()]
+    return "\n".join([text_table(header, table), *warnings, *format_kept(kept)])
 
 
 _HEALTH_WARNINGS = {
-    "errors": "rows failed, and the same command (without --overwrite) retries them",
+    "errors": "rows failed; rerun the command (without --overwrite) to retry them",
     "recut": "prompts lost more than 16 tokens after wrapping (max_length does not fit the window)",
     "length": "short answers ended by length (is the chat template or a stop id missing?)",
     "empty": "predictions are empty",
-    "degenerate": "predictions are mostly one repeated piece, symbols or digits",
+    "degenerate": "predictions are mostly repetitions, symbols or digits",
 }
 
 
-def _too_many(remark: str, counts: dict[str, int], rows: int, task: Task) -> bool:
-    if remark == "length":
-        return task.short_answer and counts[remark] > rows / 2
-    return counts[remark] > (0 if remark in ("errors", "recut") else rows / 10)
+def _too_many(sign: str, counts: dict[str, int], rows: int, task: Task) -> bool:
+    if sign == "length":
+        return task.short_answer and counts[sign] > rows / 2
+    return counts[sign] > (0 if sign in ("errors", "recut") else rows / 10)
 
 
 def _health(rows: list[dict[str, Any]]) -> dict[str, int]:
@@ -126,7 +136,7 @@ def _health(rows: list[dict[str, Any]]) -> dict[str, int]:
         "recut": sum(isinstance(cut := row.get("recut_tokens"), int) and cut > 16 for row in finished),
         "length": sum(row.get("finish_reason") == "length" for row in finished),
         "empty": sum(not str(row.get("pred", "")).strip() for row in finished),
-        "degenerate": sum(degenerate(str(row.get("pred", ""))) for row in finished),
+        "degenerate": sum(is_degenerate(str(row.get("pred", ""))) for row in finished),
     }
 
 
@@ -141,7 +151,7 @@ def _dataset_json(dataset: DatasetScore) -> dict[str, Any]:
         "empty": dataset.count("empty"),
         "metric_errors": dataset.count("metric_error"),
         "error_rows": dataset.count("error_row"),
-        "beyond_official_recursion": dataset.count("too_deep"),
+        "beyond_official_recursion": dataset.count("recursion_exceeded"),
         "warnings": dataset.warnings,
     }
     if dataset.kept is not None:
@@ -161,7 +171,7 @@ def _average_json(mean: Average) -> dict[str, Any]:
         "score": _rounded(mean.score),
         "stderr": _rounded(mean.stderr),
         "datasets": mean.datasets,
-        "of_datasets": mean.of,
+        "of_datasets": mean.of_datasets,
         "n": mean.n,
         "partial": mean.partial,
     }

@@ -1,10 +1,10 @@
-"""The scores of one run as a table, line by line, and what qualifies them."""
+"""Formats the scores of one run as a table, with notes that qualify them."""
 
 from collections.abc import Iterable, Iterator
 
-from sparsecache.longbench.kept import kept_lines, percent
+from sparsecache.longbench.kept import format_kept, format_percent
 from sparsecache.longbench.report import speed_lines
-from sparsecache.longbench.scores import BUCKETS, Average, DatasetScore, RunScore, Summary, as_average
+from sparsecache.longbench.score_types import BUCKETS, Average, DatasetScore, RunScore, Summary, as_average
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
 
 AVERAGE_NAMES = {
@@ -16,34 +16,41 @@ AVERAGE_NAMES = {
 
 
 def score_table(result: RunScore) -> str:
-    """The scores of one run on the terminal, with what qualifies them below the table."""
+    """Return the scores of one run as text for the terminal, with notes below the table."""
     return render(score_document(result), "terminal")
 
 
 def score_document(result: RunScore) -> Document:
-    """The scores of one run and what qualifies them; its records hold a line per dataset, category and average."""
+    """Return the table of scores and its notes.
+
+    The flat table has a row per dataset, category and average.
+    """
     sparse = any(dataset.kept and dataset.kept.rows for dataset in result.datasets)
     means = [(name, mean) for name, mean in result.categories.items() if mean.datasets]
     averages = [(AVERAGE_NAMES[name], mean) for name, mean in result.averages.items() if mean.datasets]
-    head = ["dataset", "score", "±", "n", "of", *(["kept"] if sparse else [])]
-    rows = [_dataset_line(dataset, sparse) for dataset in result.datasets]
+    header = ["dataset", "score", "±", "n", "of", *(["kept"] if sparse else [])]
+    rows = [_dataset_row(dataset, sparse) for dataset in result.datasets]
     for group in (means, averages):
-        rows += [[], *(_average_line(name, mean, sparse) for name, mean in group)]
+        rows += [[], *(_average_row(name, mean, sparse) for name, mean in group)]
     if result.e:
-        head += [text for name in BUCKETS for text in (name, "n")]
-        rows = [row + [words("")] * (len(head) - len(row)) if row else row for row in rows]
+        header += [text for name in BUCKETS for text in (name, "n")]
+        rows = [row + [words("")] * (len(header) - len(row)) if row else row for row in rows]
     note = result.run.model.note
     return Document(
-        tables=[Table("", head, rows)],
+        tables=[Table("", header, rows)],
         records=records(str(result.folder), _records(result)),
         title=str(result.folder),
-        lead=[f"Note: {note}"] if note else [],
-        notes=list(_remarks(result)),
+        preamble=[f"Note: {note}"] if note else [],
+        notes=list(_notes(result)),
     )
 
 
-def _dataset_line(dataset: DatasetScore, sparse: bool) -> list[Cell]:
-    line = [words(dataset.task.file_stem(dataset.e)), *_summary_cells(dataset.summary), number(dataset.asked, 0)]
+def _dataset_row(dataset: DatasetScore, sparse: bool) -> list[Cell]:
+    line = [
+        words(dataset.task.file_stem(dataset.e)),
+        *_summary_cells(dataset.summary),
+        number(dataset.num_requested, 0),
+    ]
     if sparse:
         line.append(share(dataset.kept.share if dataset.kept else None))
     if dataset.e:
@@ -55,20 +62,20 @@ def _summary_cells(summary: Summary) -> list[Cell]:
     return [number(summary.score, 2), number(summary.stderr, 1), number(summary.n, 0)]
 
 
-def _average_line(name: str, mean: Average, sparse: bool) -> list[Cell]:
-    label = average_label(name, mean.datasets, mean.of)
+def _average_row(name: str, mean: Average, sparse: bool) -> list[Cell]:
+    label = average_label(name, mean.datasets, mean.of_datasets)
     line = [words(label), number(mean.score, 2), number(mean.stderr, 1), number(mean.n, 0), words("")]
     return [*line, share(mean.kept)] if sparse else line
 
 
 def average_label(name: str, datasets: int, of: int) -> str:
-    """A category or average as people read it: with the number of its datasets, if some are missing."""
+    """Return the label of a category or average, which counts its datasets if some are missing."""
     return name if datasets == of else f"{name} ({datasets} of {of} datasets)"
 
 
 def share(value: float | None) -> Cell:
-    """A cell of a share of past tokens."""
-    return Cell(percent(value), value)
+    """Return a cell of a share of past tokens."""
+    return Cell(format_percent(value), value)
 
 
 def _records(result: RunScore) -> Iterator[dict[str, Value]]:
@@ -81,7 +88,10 @@ def _records(result: RunScore) -> Iterator[dict[str, Value]]:
 def _record(
     result: RunScore, kind: str, name: str, mean: Average, dataset: DatasetScore | None = None
 ) -> dict[str, Value]:
-    """One line of the flat table; only a dataset has a number of rows asked for, and buckets with LongBench-E."""
+    """Return a row of the flat table.
+
+    Only datasets have `expected_n`, and buckets for LongBench-E.
+    """
     record: dict[str, Value] = {
         "run": str(result.folder),
         "kind": kind,
@@ -91,7 +101,7 @@ def _record(
         "n": mean.n,
         "expected_n": dataset.expected if dataset else None,
         "datasets": mean.datasets,
-        "of_datasets": mean.of,
+        "of_datasets": mean.of_datasets,
         "kept": mean.kept,
     }
     for bucket in BUCKETS if result.e else ():
@@ -100,25 +110,25 @@ def _record(
     return record
 
 
-def _remarks(result: RunScore) -> Iterable[str]:
+def _notes(result: RunScore) -> Iterable[str]:
     stems = {id(dataset): dataset.task.file_stem(result.e) for dataset in result.datasets}
     partial = [
-        f"{stems[id(dataset)]} {dataset.finished} of {dataset.asked} rows"
+        f"{stems[id(dataset)]} {dataset.num_finished} of {dataset.num_requested} rows"
         for dataset in result.datasets
-        if not dataset.complete and dataset.finished < dataset.asked
+        if not dataset.complete and dataset.num_finished < dataset.num_requested
     ]
     if partial:
         yield f"INCOMPLETE: {', '.join(partial)}."
-    said_of: dict[str, list[str]] = {}
+    datasets_by_warning: dict[str, list[str]] = {}
     for dataset in result.datasets:
         for warning in dataset.warnings:
-            said_of.setdefault(warning, []).append(stems[id(dataset)])
-    for warning, names in said_of.items():
-        whom = "every dataset" if len(names) == len(result.datasets) else ", ".join(names)
-        yield f"Warning: {whom}: {warning}."
+            datasets_by_warning.setdefault(warning, []).append(stems[id(dataset)])
+    for warning, names in datasets_by_warning.items():
+        which = "every dataset" if len(names) == len(result.datasets) else ", ".join(names)
+        yield f"Warning: {which}: {warning}."
     for dataset in result.datasets:
         if dataset.rouge_score:
             values = ", ".join(f"{name} {value:.2f}" for name, value in dataset.rouge_score.items())
             yield f"rouge-score: {stems[id(dataset)]}: {values}"
-    yield from kept_lines(dataset.kept for dataset in result.datasets)
+    yield from format_kept(dataset.kept for dataset in result.datasets)
     yield from speed_lines(result.run)

@@ -1,21 +1,21 @@
-"""The rows of a run on the terminal, worst first, or those whose text changed from another run."""
+"""Formats the rows of a run for the terminal: the worst first, or changed ones."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.jsonl import figure
-from sparsecache.longbench.kept import percent
+from sparsecache.longbench.jsonl import get_number
+from sparsecache.longbench.kept import format_percent
 from sparsecache.longbench.paired import common_rows
 from sparsecache.longbench.runs import short_names
-from sparsecache.longbench.scores import DatasetScore, RunScore
-from sparsecache.longbench.terminal import cut, visible
+from sparsecache.longbench.score_types import DatasetScore, RunScore
+from sparsecache.longbench.terminal import escape_control_chars, truncate_middle
 
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row with its score in percent; `before`: the same row of another run."""
+    """A row with its score in percent. `before`: the same row in another run."""
 
     stem: str
     score: float
@@ -24,19 +24,22 @@ class ShownRow:
 
     @property
     def change(self) -> float:
-        """Points gained from the other run."""
+        """Points gained over the other run."""
         return self.score - self.before.score if self.before else 0.0
 
 
 def worst_rows(run: RunScore, dataset: str | None = None) -> list[ShownRow]:
-    """All rows, the lowest score first, then in the files' order. Raises UsageError for a dataset that is not there."""
+    """Return all rows, lowest score first, ties in file order.
+
+    Raises UsageError for an unknown dataset.
+    """
     return sorted((row for part in _chosen(run, dataset) for row in _rows(part)), key=lambda row: row.score)
 
 
 def changed_rows(run: RunScore, other: RunScore, dataset: str | None = None) -> list[ShownRow]:
-    """The rows of both whose text differs, the greatest loss from `other` first.
+    """Return the common rows whose text differs, greatest loss from `other` first.
 
-    Raises UsageError for a dataset that is not there, or for runs without common rows.
+    Raises UsageError for an unknown dataset, and for runs without common rows.
     """
     _chosen(run, dataset)
     after, before = common_rows([run, other]).runs
@@ -49,32 +52,40 @@ def changed_rows(run: RunScore, other: RunScore, dataset: str | None = None) -> 
     return sorted(pairs, key=lambda row: row.change)
 
 
-def lines(rows: Sequence[ShownRow], runs: Sequence[RunScore], most: int, columns: int) -> Iterator[str]:
-    """At most so many rows, long texts cut to about so many columns; `runs`: the one shown and the other, if any."""
+def format_rows(rows: Sequence[ShownRow], runs: Sequence[RunScore], max_rows: int, columns: int) -> Iterator[str]:
+    """Yield the lines for at most `max_rows` rows.
+
+    Texts are shortened to about `columns` terminal columns.
+
+    `runs`: the run shown, and the other run for changed rows.
+    """
     names = short_names([run.folder for run in runs])
-    what = "worst first" if len(runs) == 1 else f"those whose text differs from {names[1]}, greatest loss first"
-    shown = f"; {most} of them" if len(rows) > most else ""
-    yield visible(f"{runs[0].folder}: {len(rows)} rows, {what}{shown}")
-    for row in rows[:most]:
+    order = "worst first" if len(runs) == 1 else f"text differs from {names[1]}, greatest loss first"
+    shown = f"; {max_rows} shown" if len(rows) > max_rows else ""
+    yield escape_control_chars(f"{runs[0].folder}: {len(rows)} rows, {order}{shown}")
+    for row in rows[:max_rows]:
         yield ""
-        yield visible(heading(row))
+        yield escape_control_chars(row_heading(row))
         texts = row_texts(row, names)
         margin = max(len(name) for name, _ in texts)
-        yield from (f"  {visible(name):{margin}}  {cut(visible(text), columns)}" for name, text in texts)
+        yield from (
+            f"  {escape_control_chars(name):{margin}}  {truncate_middle(escape_control_chars(text), columns)}"
+            for name, text in texts
+        )
 
 
 def row_texts(row: ShownRow, names: Sequence[str]) -> list[tuple[str, str]]:
-    """What was asked, said and expected, as (heading, text); `names` of the run and of the other, if there is one.
+    """Return (label, text) pairs: end of the prompt, predictions, answers and error.
 
-    Files from elsewhere, or written before rows held `prompt_end`, do not say what was asked.
+    `names`: the run and, for changed rows, the other run. Rows without `prompt_end` have no prompt entry.
     """
     record = row.record
-    said = [("prediction", record["pred"])]
+    predictions = [("prediction", record["pred"])]
     if row.before:
-        said = [(names[1], row.before.record["pred"]), (names[0], record["pred"])]
-    asked = [("prompt ends", end)] if isinstance(end := record.get("prompt_end"), str) else []
-    failed = [("error", str(record["error"]))] if "error" in record else []
-    return [*asked, *said, ("answers", " | ".join(record["answers"])), *failed]
+        predictions = [(names[1], row.before.record["pred"]), (names[0], record["pred"])]
+    prompt = [("prompt ends", end)] if isinstance(end := record.get("prompt_end"), str) else []
+    error = [("error", str(record["error"]))] if "error" in record else []
+    return [*prompt, *predictions, ("answers", " | ".join(record["answers"])), *error]
 
 
 def _chosen(run: RunScore, dataset: str | None) -> list[DatasetScore]:
@@ -91,15 +102,15 @@ def _rows(part: DatasetScore) -> Iterator[ShownRow]:
         yield ShownRow(stem, 100 * row.score, record)
 
 
-def heading(row: ShownRow) -> str:
-    """What the record says of a row beside its texts; files from elsewhere say less."""
+def row_heading(row: ShownRow) -> str:
+    """Return one line with a row's score, lengths and kept share, as far as they are recorded."""
     record = row.record
     score = f"score {row.score:.2f}"
     if row.before:
         score += f", was {row.before.score:.2f} ({row.change:+.2f})"
-    prompt, original = figure(record, "prompt_tokens"), figure(record, "original_tokens")
+    prompt, original = get_number(record, "prompt_tokens"), get_number(record, "original_tokens")
     whole = f" of {original:g}" if record.get("truncated") is True and original is not None else ""
-    length, new, kept = (figure(record, key) for key in ("length", "new_tokens", "kept"))
+    length, new, kept = (get_number(record, key) for key in ("length", "new_tokens", "kept"))
     ended = f" (ended by {record['finish_reason']})" if "finish_reason" in record else ""
     parts = [
         f"{row.stem} {record.get('_id') or '(no _id)'}",
@@ -107,6 +118,6 @@ def heading(row: ShownRow) -> str:
         f"length {length:g}" if length is not None else "",
         f"prompt {prompt:g}{whole} tokens" if prompt is not None else "",
         f"{new:g} new tokens{ended}" if new is not None else "",
-        f"kept {percent(kept)}" if kept is not None else "",
+        f"kept {format_percent(kept)}" if kept is not None else "",
     ]
     return ", ".join(filter(None, parts))

@@ -1,6 +1,8 @@
-"""Tables for people (terminal, Markdown, LaTeX) and for machines (CSV, JSON). Knows nothing of what stands in them.
+"""Formats tables as terminal text, Markdown, LaTeX, CSV or JSON.
 
-People get rounded text, machines get whole values. Everything that comes from data is escaped in every format.
+Independent of their content.
+
+CSV and JSON hold unrounded values, the others rounded ones. Every format escapes text that comes from data.
 """
 
 import csv
@@ -10,14 +12,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from sparsecache.longbench.terminal import pad, visible, width
+from sparsecache.longbench.terminal import display_width, escape_control_chars, pad
 
 Value = str | float | int | bool | None
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What people read, the whole value behind it, and whether it is marked as the best of its line."""
+    """The text shown, the unrounded value, and whether the cell is the best of its row."""
 
     text: str
     value: Value = None
@@ -26,138 +28,150 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A title, a head, and rows of as many cells; an empty row is a rule.
+    """A title, a header, and rows with one cell per column; an empty row is a rule.
 
-    alignment: a letter per column, l or r; by default the first column is on the left, the others on the right.
+    alignment: a letter per column, l or r; by default l for the first column and r for the others.
     """
 
     title: str
-    head: Sequence[str]
+    header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     alignment: str = ""
 
     @property
-    def columns(self) -> str:
-        """The letters of all columns."""
-        return self.alignment or "l" + "r" * (len(self.head) - 1)
+    def column_alignment(self) -> str:
+        """The letter of every column."""
+        return self.alignment or "l" + "r" * (len(self.header) - 1)
 
     @property
-    def lines(self) -> list[Sequence[Cell]]:
+    def data_rows(self) -> list[Sequence[Cell]]:
         """The rows without the rules."""
         return [row for row in self.rows if row]
 
 
 @dataclass(frozen=True)
 class Document:
-    """What a command has to say: tables for people, the same facts as one flat table for machines, remarks.
+    """The output of a command: formatted tables, the same values as one flat table, and notes.
 
-    lead: lines that must be read before the tables; notes: those below them.
+    records: the flat table, for CSV and JSON. preamble: notes above the tables; notes: those below.
     """
 
     tables: Sequence[Table]
     records: Table
     title: str = ""
-    lead: Sequence[str] = ()
+    preamble: Sequence[str] = ()
     notes: Sequence[str] = ()
 
     @property
-    def remarks(self) -> list[str]:
-        """The lines that stand around the tables."""
-        return [*self.lead, *self.notes]
+    def all_notes(self) -> list[str]:
+        """The notes above and below the tables."""
+        return [*self.preamble, *self.notes]
 
 
 def words(text: str) -> Cell:
-    """A cell of text."""
+    """Return a cell of text."""
     return Cell(text, text)
 
 
 def number(value: float | None, digits: int, best: bool = False) -> Cell:
-    """A cell of a number with so many digits after the point; - where there is none."""
+    """Return a cell of a number with `digits` decimals; - for None."""
     return Cell("-" if value is None else f"{value:.{digits}f}", value, best)
 
 
 def records(title: str, rows: Iterable[dict[str, Value]]) -> Table:
-    """A flat table of rows with the same keys."""
+    """Return a flat table of rows with the same keys."""
     rows = list(rows)
-    head = list(rows[0]) if rows else []
-    return Table(title, head, [[Cell(str(value), value) for value in row.values()] for row in rows])
+    header = list(rows[0]) if rows else []
+    return Table(title, header, [[Cell(str(value), value) for value in row.values()] for row in rows])
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of plain texts for the terminal; an empty row is a rule."""
-    return terminal(Table("", head, [[Cell(text) for text in row] for row in rows]))
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of plain texts for the terminal; an empty row is a rule."""
+    return to_terminal(Table("", header, [[Cell(text) for text in row] for row in rows]))
 
 
-def terminal(table: Table) -> str:
-    """Columns two spaces apart, the best of a line with an asterisk behind it."""
-    marked = [any(row[at].best for row in table.lines) for at in range(len(table.head))]
-    head = [visible(text) + " " * mark for text, mark in zip(table.head, marked, strict=True)]
-    body = [[visible(cell.text) + ("*" if cell.best else " " * mark) for cell, mark in zip(row, marked, strict=True)]
-            if row else [] for row in table.rows]  # fmt: skip
-    widths = [max(width(line[at]) for line in [head, *filter(None, body)]) for at in range(len(head))]
-    sides = [letter == "r" for letter in table.columns]
+def to_terminal(table: Table) -> str:
+    """Return a table as text, with an asterisk after the best cell of a row."""
+    marked = [any(row[at].best for row in table.data_rows) for at in range(len(table.header))]
+    header = [escape_control_chars(text) + " " * mark for text, mark in zip(table.header, marked, strict=True)]
+    body = [
+        [
+            escape_control_chars(cell.text) + ("*" if cell.best else " " * mark)
+            for cell, mark in zip(row, marked, strict=bool(row))
+        ]
+        for row in table.rows
+    ]
+    widths = [max(display_width(line[at]) for line in [header, *filter(None, body)]) for at in range(len(header))]
+    right = [letter == "r" for letter in table.column_alignment]
     rule = "  ".join("-" * columns for columns in widths)
-    lines = ["  ".join(map(pad, line, widths, sides)).rstrip() if line else rule for line in [head, [], *body]]
-    return "\n".join([visible(table.title), *lines] if table.title else lines)
+    lines = ["  ".join(map(pad, line, widths, right)).rstrip() if line else rule for line in [header, [], *body]]
+    return "\n".join([escape_control_chars(table.title), *lines] if table.title else lines)
 
 
-def markdown(table: Table) -> str:
-    """GitHub's table, the best of a line in bold; rules are left out, since it knows none."""
-    rules = ["---:" if letter == "r" else ":---" for letter in table.columns]
-    body = [[_bold(_markdown(cell.text), "**{}**", cell.best) for cell in row] for row in table.lines]
-    lines = [f"| {' | '.join(line)} |" for line in [list(map(_markdown, table.head)), rules, *body]]
+def to_markdown(table: Table) -> str:
+    """Return a table in GitHub's Markdown, the best of a row in bold. Rules are left out."""
+    rules = ["---:" if letter == "r" else ":---" for letter in table.column_alignment]
+    body = [[_bold(_markdown(cell.text), "**{}**", cell.best) for cell in row] for row in table.data_rows]
+    lines = [f"| {' | '.join(line)} |" for line in [list(map(_markdown, table.header)), rules, *body]]
     return "\n".join([f"### {_markdown(table.title)}", "", *lines] if table.title else lines)
 
 
-def latex(table: Table) -> str:
-    """A tabular of the package booktabs, the best of a line in bold; the title is a comment above it."""
-    head, *rows = (
+def to_latex(table: Table) -> str:
+    """Return a tabular with booktabs rules, the best of a row in bold.
+
+    The title becomes a comment.
+    """
+    header, *rows = (
         " & ".join(_bold(_latex(cell.text), r"\textbf{{{}}}", cell.best) for cell in row) + r" \\"
         if row
         else r"\midrule"
-        for row in (list(map(Cell, table.head)), *table.rows)
+        for row in (list(map(Cell, table.header)), *table.rows)
     )
-    begin, end = [rf"\begin{{tabular}}{{{table.columns}}}", r"\toprule"], [r"\bottomrule", r"\end{tabular}"]
-    lines = [*begin, head, r"\midrule", *rows, *end]
-    return "\n".join([f"% {visible(table.title)}", *lines] if table.title else lines)
+    begin, end = [rf"\begin{{tabular}}{{{table.column_alignment}}}", r"\toprule"], [r"\bottomrule", r"\end{tabular}"]
+    lines = [*begin, header, r"\midrule", *rows, *end]
+    return "\n".join([f"% {escape_control_chars(table.title)}", *lines] if table.title else lines)
 
 
-def comma_separated(table: Table) -> str:
-    """CSV with whole values, empty where there is none.
+def to_csv(table: Table) -> str:
+    """Return a table as CSV with unrounded values; None is empty.
 
-    A text that a spreadsheet would take for a formula gets an apostrophe before it.
+    Text that a spreadsheet would run as a formula gets an apostrophe before it.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([table.head, *([_spreadsheet(cell.value) for cell in row] for row in table.lines)])
+    writer.writerows([table.header, *([_spreadsheet(cell.value) for cell in row] for row in table.data_rows)])
     return text.getvalue().rstrip("\n")
 
 
 def render(document: Document, format: str) -> str:
-    """The document in one of FORMATS. CSV has no place for remarks; JSON is one object: title, rows, notes."""
+    """Return a document in one of FORMATS.
+
+    CSV has no notes; JSON is one object: title, rows, notes.
+    """
     if format == "csv":
-        return comma_separated(document.records)
+        return to_csv(document.records)
     if format == "json":
-        rows = [dict(zip(document.records.head, (cell.value for cell in row), strict=True))
-                for row in document.records.lines]  # fmt: skip
-        return json.dumps({"title": document.title, "rows": rows, "notes": document.remarks}, allow_nan=False, indent=1)
-    text, remark, heading, gap = _FOR_PEOPLE[format]
-    parts = [heading.format(remark(document.title))] if document.title else []
-    above, below = ([gap.join(map(remark, lines))] if lines else [] for lines in (document.lead, document.notes))
+        header, rows = document.records.header, document.records.data_rows
+        objects = [dict(zip(header, (cell.value for cell in row), strict=True)) for row in rows]
+        content = {"title": document.title, "rows": objects, "notes": document.all_notes}
+        return json.dumps(content, allow_nan=False, indent=1)
+    to_text, note, heading, gap = _TEXT_FORMATS[format]
+    parts = [heading.format(note(document.title))] if document.title else []
+    above, below = ([gap.join(map(note, lines))] if lines else [] for lines in (document.preamble, document.notes))
     return ("\n" if format == "terminal" and len(document.tables) == 1 else "\n\n").join(
-        [*parts, *above, *map(text, document.tables), *below]
+        [*parts, *above, *map(to_text, document.tables), *below]
     )
 
 
-def joined(documents: Sequence[Document]) -> Document:
-    """Several documents of the same kind as one, in which each remark says whose it is."""
+def merge_documents(documents: Sequence[Document]) -> Document:
+    """Return several documents of the same kind as one. Every note gets its document's title."""
     if len(documents) == 1:
         return documents[0]
     flat = documents[0].records
     return Document(
         tables=[replace(table, title=document.title) for document in documents for table in document.tables],
         records=replace(flat, rows=[row for document in documents for row in document.records.rows]),
-        notes=[f"{document.title}: {remark}" for document in documents for remark in document.remarks],
+        notes=[f"{document.title}: {note}" for document in documents for note in document.all_notes],
     )
 
 
@@ -166,7 +180,7 @@ def _bold(text: str, pattern: str, bold: bool) -> str:
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", visible(text))
+    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", escape_control_chars(text))
 
 
 _LATEX = {
@@ -177,30 +191,31 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    "[": "{[}",  # after a line's end it would begin an option
+    "[": "{[}",  # after \\ it would begin an optional argument
     "]": "{]}",
     "*": "{*}",
 }
 
 
 def _latex(text: str) -> str:
-    escaped = "".join(_LATEX.get(character, character) for character in visible(text))
+    escaped = "".join(_LATEX.get(character, character) for character in escape_control_chars(text))
     return re.sub(r"(?<![\w-])-(?=\d)", "$-$", escaped)
 
 
 def _spreadsheet(value: Value) -> Value:
     if not isinstance(value, str):
         return value
-    return ("'" if value[:1] in ("=", "+", "-", "@", "\t", "\r") else "") + visible(value)
+    return ("'" if value[:1] in ("=", "+", "-", "@", "\t", "\r") else "") + escape_control_chars(value)
 
 
 def _comment(text: str) -> str:
-    return f"% {visible(text)}"
+    return f"% {escape_control_chars(text)}"
 
 
-_FOR_PEOPLE: dict[str, tuple[Callable[[Table], str], Callable[[str], str], str, str]] = {
-    "terminal": (terminal, visible, "{}", "\n"),
-    "markdown": (markdown, _markdown, "## {}", "\n\n"),
-    "latex": (latex, _comment, "{}", "\n"),
+# Per format: formats a table, formats a note, the pattern of the title, what separates notes.
+_TEXT_FORMATS: dict[str, tuple[Callable[[Table], str], Callable[[str], str], str, str]] = {
+    "terminal": (to_terminal, escape_control_chars, "{}", "\n"),
+    "markdown": (to_markdown, _markdown, "## {}", "\n\n"),
+    "latex": (to_latex, _comment, "{}", "\n"),
 }
 FORMATS = ("terminal", "markdown", "csv", "latex", "json")

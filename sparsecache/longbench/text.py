@@ -1,4 +1,4 @@
-"""Words of a text as the metrics count them, and whether a text is garbled. Knows nothing of rows or scores."""
+"""Splits text into the words that the metrics compare, and detects degenerate text."""
 
 import re
 import string
@@ -15,13 +15,13 @@ _REPEATED = re.compile(r"(.{1,40}?)\1{3,}", re.DOTALL)
 
 
 def normalized_words(text: str) -> list[str]:
-    """Lower-case words without ASCII punctuation and without the articles a, an, the."""
+    """Return lower-case words without ASCII punctuation and without the articles a, an, the."""
     bare = "".join(character for character in text.lower() if character not in _PUNCTUATION)
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
 def chinese_words(text: str) -> list[str]:
-    """jieba's words in lower case, without Chinese or ASCII punctuation and without white space."""
+    """Return jieba's lower-case words without Chinese or ASCII punctuation and white space."""
     kept = (
         "".join(character for character in word.lower() if character not in _ALL_PUNCTUATION)
         for word in jieba_cut(text)
@@ -30,15 +30,15 @@ def chinese_words(text: str) -> list[str]:
 
 
 def jieba_cut(text: str) -> list[str]:
-    """jieba's words in precise mode, white space and punctuation included."""
+    """Return jieba's words in precise mode, including white space and punctuation."""
     return list(_tokenizer().cut(text, cut_all=False))
 
 
-def degenerate(text: str) -> bool:
-    """Whether a text of 20 characters or more is mostly one repeated piece, or symbols and digits.
+def is_degenerate(text: str) -> bool:
+    """Return whether 20 characters or more are mostly repetitions, or mostly symbols and digits.
 
-    Repeated: more than half of it lies in runs of a piece of up to 40 characters, four times or more in a row.
-    Symbols: fewer than one in five characters is a letter. White space counts as one space.
+    Repetitions: more than half of the text consists of pieces of up to 40 characters that repeat four times or more in
+    a row. Symbols: fewer than one in five characters is a letter. White space counts as one space.
     """
     squeezed = " ".join(text.split())
     if len(squeezed) < 20:
@@ -50,13 +50,13 @@ def degenerate(text: str) -> bool:
 
 @cache
 def _tokenizer() -> Any:
-    """A jieba tokenizer with the dictionary of the installed package, built in this process (about a second).
+    """Return a jieba tokenizer with the installed dictionary, built in about a second.
 
-    jieba's own start reads `jieba.cache` from the temporary folder, where any user may have put another dictionary,
-    and its global tokenizer may have been given user words; both change scores.
+    jieba itself reads `jieba.cache` from the temporary folder, where any user can place another dictionary, and its
+    global tokenizer may hold user words. Both change scores.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its use of pkg_resources and unescaped patterns
+        warnings.simplefilter("ignore")  # jieba uses pkg_resources and unescaped patterns
         import jieba
     tokenizer = jieba.Tokenizer()
     tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())

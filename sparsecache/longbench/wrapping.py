@@ -1,6 +1,6 @@
-"""Wraps a raw prompt as one user turn: by the tokenizer's chat template, or by a text with {prompt} in it.
+"""Wraps a raw prompt as one user turn, with a chat template or a text that holds {prompt}.
 
-Templates come with checkpoints and are not trusted: they may drop the prompt, change it, or never end.
+Templates come from checkpoints and are not trusted: they may drop or change the prompt, or never finish.
 """
 
 import ctypes
@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from sparsecache.errors import UsageError, one_line
 
 CLOCK = datetime(2024, 7, 26)
-"""The time that every chat template sees, the date of models.toml's `date_string`: prompts must not change by day."""
+"""The fixed time for chat templates (`date_string` in models.toml), so that prompts do not change from day to day."""
 PROMPT = "{prompt}"
-_RENDER_S = 10.0  # of a prompt of a million characters, sound templates take well under a second
+_RENDER_S = 10.0  # sound templates render a million characters in well under a second
 _WORD = "kVq3wXz9JtYbR5mLhD8sPfG2nCuEa4Tg"
 _PROBE = "\n".join(
     f"{at} {_WORD}  'two' \"spaces\", {{braces}} <tags> & 漢字É\t[{_WORD[::-1]}]\n\n" for at in range(50)
@@ -28,7 +28,7 @@ _HINT = "Choose another --chat, or give the checkpoint a table with another `cha
 
 
 class Tokenizer(Protocol):
-    """What is used of a tokenizer, with the names of transformers."""
+    """The part of transformers' tokenizer interface that prompts need."""
 
     bos_token: str | None
     bos_token_id: int | None
@@ -44,9 +44,11 @@ class Tokenizer(Protocol):
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the ids of a text with the tokenizer's special tokens; a BOS that begins the text is not doubled.
+    """Return the ids of a text with special tokens.
 
-    Raises ValueError if two BOS tokens begin it all the same.
+    A BOS token at the start of the text is not doubled.
+
+    Raises ValueError if the ids still begin with two BOS tokens.
     """
     token_ids: list[int] = list(tokenizer(text, verbose=False)["input_ids"])
     if tokenizer.bos_token and text.startswith(str(tokenizer.bos_token)) and _doubled(tokenizer, token_ids):
@@ -60,16 +62,16 @@ def _doubled(tokenizer: Tokenizer, token_ids: list[int]) -> bool:
 
 def _checked(tokenizer: Tokenizer, token_ids: list[int]) -> list[int]:
     if _doubled(tokenizer, token_ids):
-        raise ValueError(f"The prompt begins with two {tokenizer.bos_token} tokens; it must begin with one at most.")
+        raise ValueError(f"The prompt begins with two {tokenizer.bos_token} tokens; it must begin with at most one.")
     return token_ids
 
 
 @dataclass(frozen=True)
 class Wrapper:
-    """The wrapping of one run.
+    """The chat wrapper of one run.
 
-    chat: "template" (the tokenizer's chat template), "none", or a text with {prompt} in it.
-    arguments: variables handed to the template.
+    chat: "template" (the tokenizer's chat template), "none", or a text that holds {prompt}.
+    arguments: variables of the template.
     """
 
     tokenizer: Tokenizer
@@ -77,16 +79,16 @@ class Wrapper:
     arguments: tuple[tuple[str, Any], ...] = ()
 
     def wrap(self, text: str) -> str:
-        """Returns the wrapped text. Raises ValueError if the template does not keep the text whole."""
+        """Return the wrapped text. Raises ValueError if the template changes the text."""
         wrapped = self._wrap(text, self.content_is_list)
         if text.strip() not in wrapped:
-            raise ValueError("The chat template does not keep the text of this prompt whole.")
+            raise ValueError("The chat template changes the text of this prompt.")
         return wrapped
 
     def encode(self, wrapped: str) -> list[int]:
-        """Returns the ids of a wrapped text.
+        """Return the ids of a wrapped text.
 
-        A rendered template brings its special tokens along, so none are added; to a hand-made wrapper they are.
+        Special tokens are added unless a chat template was rendered, which already contains them.
         """
         if self.chat != "template":
             return encode(self.tokenizer, wrapped)
@@ -95,19 +97,19 @@ class Wrapper:
 
     @cached_property
     def text(self) -> str:
-        """What stands around a prompt, with {prompt} in the prompt's place. Raises UsageError as `tokens` does."""
+        """The wrapper with {prompt} in place of the prompt. Raises UsageError as `tokens` does."""
         return self._probed[0]
 
     @cached_property
     def content_is_list(self) -> bool:
-        """Whether the template renders a turn's content only as a list of parts, not as a text."""
+        """Whether the template accepts the content of a turn only as a list of parts."""
         return self._probed[1]
 
     @cached_property
     def tokens(self) -> int:
-        """How many tokens the wrapper adds to a prompt.
+        """The number of tokens that the wrapper adds to a prompt.
 
-        Raises UsageError for a wrapper that fails, drops, repeats or changes the prompt, or doubles the BOS token.
+        Raises UsageError for a wrapper that fails, that drops, repeats or changes the prompt, or doubles the BOS token.
         """
         wrapped = self._wrap("x", self.content_is_list)
         return len(self.encode(wrapped)) - len(encode(self.tokenizer, "x"))
@@ -123,30 +125,30 @@ class Wrapper:
         templates = self.tokenizer.chat_template
         if self.chat == "template" and isinstance(templates, dict) and "default" not in templates:
             raise UsageError(
-                f"The tokenizer has several chat templates ({', '.join(map(str, templates))}), and none is called "
+                f"The tokenizer has several chat templates ({', '.join(map(str, templates))}), none of them named "
                 f"default. {_HINT}"
             )
         try:
             wrapped, is_list = self._probe_contents()
             self.encode(wrapped)
-            changing = self._wrap(_PROBE, is_list) != wrapped
+            varies = self._wrap(_PROBE, is_list) != wrapped
         except Exception as error:  # whatever a broken template raises
             raise UsageError(f"The chat wrapper cannot be used ({one_line(error)}). {_HINT}") from error
-        if changing:
-            raise UsageError(f"The chat template renders another text each time. {_HINT}")
+        if varies:
+            raise UsageError(f"The chat template renders a different text each time. {_HINT}")
         if wrapped.count(_PROBE) != 1:
-            raise UsageError(f"The chat template {_damage(wrapped)} the prompt. {_HINT}")
+            raise UsageError(f"The chat template {_describe_damage(wrapped)} the prompt. {_HINT}")
         text = wrapped.replace(_PROBE, PROMPT)
         missing = [token for token in getattr(self.tokenizer, "missing_tokens", ()) if token in text]
         if missing:
             raise UsageError(
-                f"The chat wrapper holds {', '.join(missing)}, which tokenizer.json does not know as one token, though "
-                f"the checkpoint's other tokenizer files do. Fetch or save the tokenizer again."
+                f"The chat wrapper holds {', '.join(missing)}, which is one token in the checkpoint's other tokenizer "
+                f"files but not in tokenizer.json. Download or save the tokenizer again."
             )
         return text, is_list
 
     def _probe_contents(self) -> tuple[str, bool]:
-        """Renders the probe as text, and as a list of parts where that gives nothing of it."""
+        """Render the probe as text, or as a list of parts if the template drops the text."""
         try:
             wrapped = self._wrap(_PROBE, False)
             if self.chat != "template" or _WORD.lower() in wrapped.lower():
@@ -165,7 +167,7 @@ class Wrapper:
         if self.chat != "template":
             return self.chat.replace(PROMPT, text) if self.chat != "none" else text
         content: Any = [{"type": "text", "text": text}] if content_is_list else text
-        return _bounded(
+        return _run_with_timeout(
             lambda: self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}],
                 chat_template=_PINNED_CLOCK + self.tokenizer.get_chat_template(),
@@ -176,9 +178,11 @@ class Wrapper:
         )
 
     def probe_sha256(self) -> str:
-        """Returns the SHA-256 of the token ids of a fixed text, raw and wrapped, which tells tokenizers apart.
+        """Return the SHA-256 of the token ids of a fixed text, raw and wrapped.
 
-        Raises UsageError, as `tokens` does, and for a tokenizer that cannot encode that text.
+        It identifies the tokenization.
+
+        Raises UsageError as `tokens` does, and for a tokenizer that cannot encode the text.
         """
         wrapped = self.text.replace(PROMPT, _PROBE)
         try:
@@ -188,20 +192,20 @@ class Wrapper:
 
 
 def ids_sha256(token_ids: list[int]) -> str:
-    """SHA-256 of token ids, written in decimal with commas between them."""
+    """Return the SHA-256 of token ids, written in decimal and separated by commas."""
     return hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()
 
 
-def _damage(wrapped: str) -> str:
+def _describe_damage(wrapped: str) -> str:
     if _WORD.lower() not in wrapped.lower():
         return "drops"
     return "repeats" if _PROBE in wrapped else "changes or cuts"
 
 
 def _clock_macro() -> str:
-    """A macro that stands for transformers' `strftime_now`, whose clock no argument can set.
+    """Return a macro that replaces transformers' `strftime_now`, whose clock cannot be set.
 
-    It ends in the newline that Jinja drops after a block, so that the template after it starts a line.
+    It ends in the newline that Jinja drops after a block, so that the template starts on a new line.
     """
     names = [f"%{flag}{letter}" for flag in ("-", "") for letter in string.ascii_letters if letter != "s"]
     pinned = [("%%", "\0"), *((name, CLOCK.strftime(name)) for name in names), ("\0", "%")]
@@ -212,8 +216,8 @@ def _clock_macro() -> str:
 _PINNED_CLOCK = _clock_macro()
 
 
-def _bounded(render: Callable[[], str]) -> str:
-    """Returns what `render` returns. Raises TimeoutError if it takes longer than _RENDER_S."""
+def _run_with_timeout(render: Callable[[], str]) -> str:
+    """Return the result of `render`. Raises TimeoutError after _RENDER_S seconds."""
     outcome: list[str | BaseException] = []
 
     def work() -> None:
@@ -228,7 +232,7 @@ def _bounded(render: Callable[[], str]) -> str:
     if thread.is_alive():
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
         raise TimeoutError(f"the chat template takes longer than {_RENDER_S:.0f} s to render")
-    done = outcome[0]
-    if isinstance(done, BaseException):
-        raise done
-    return done
+    result = outcome[0]
+    if isinstance(result, BaseException):
+        raise result
+    return result

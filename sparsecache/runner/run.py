@@ -66,8 +66,7 @@ class _Run:
         self.settings, self.cluster = settings, cluster
         self.context = make_context(settings)  # first: it finds mistakes sooner than the data does
         self.source = _source(settings)
-        self.model_name = settings.model_name or self.context.model.name
-        self.folder = RunFolder(settings.pred_dir / self.model_name / settings.run_name)
+        self.folder = RunFolder(settings.run_folder)
         self.failed = 0
         self._expected: list[Expected] = []
 

@@ -59,6 +59,11 @@ class Settings:
         return self.name or default_run_name(self.method, self.options)
 
     @property
+    def run_folder(self) -> Path:
+        """The folder of the run: `pred_dir`, the model's name, the run's name."""
+        return self.pred_dir / (self.model_name or find_model(self.model).name) / self.run_name
+
+    @property
     def data_source(self) -> str:
         """Where rows come from: `data`, else the model's table, else the hub."""
         return self.data if self.data is not None else find_model(self.model).data or "hub"

@@ -1,4 +1,4 @@
-"""Generators of the Chinese datasets: multifieldqa_zh, dureader, vcsum, lsht and passage_retrieval_zh."""
+"""Generators of multifieldqa_zh, dureader, vcsum, lsht and passage_retrieval_zh."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ _INSTRUMENTS = "二胡 琵琶 古筝 笛子 唢呐 月琴 扬琴 柳琴 大鼓 �
 
 
 def person(rng: Rng) -> str:
-    """One of about 80,000 names."""
+    """Return one of about 80,000 names."""
     return rng.choice(_FAMILY) + rng.choice(_GIVEN) + rng.choice(_GIVEN)
 
 
@@ -83,7 +83,7 @@ _FILLER = (
 
 
 def filler(rng: Rng) -> str:
-    """A sentence that states no fact."""
+    """Return a sentence that states no fact."""
     return rng.choice(_FILLER).format(t=thing(rng), n=rng.choice(_THINGS), m=rng.randint(1, 12))
 
 
@@ -132,12 +132,12 @@ PLACES = World(
 
 
 def multifieldqa_zh(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """A text about many people, and a question about one of them."""
+    """Return a text about many people, and a question about one of them."""
     return single_fact_draft(rng, PEOPLE, tokens, repeat_prob)
 
 
 def dureader(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """Two hops: a person, a linked person, a fact about that person."""
+    """Return two hops: a person, a linked person, a fact about that person."""
     return multi_hop_draft(rng, PEOPLE, tokens, 2, "文章{n}\n标题：{title}\n", repeat_prob)
 
 
@@ -145,7 +145,7 @@ _WORDING = Wording("段落{n}：", "{e}，{c}。", "文中介绍了一个地方�
 
 
 def passage_retrieval_zh(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """Numbered paragraphs; the answer is the paragraph that the abstract summarizes."""
+    """Return numbered paragraphs; the answer is the paragraph that the abstract summarizes."""
     return retrieval_draft(rng, PLACES, _WORDING, tokens, repeat_prob)
 
 
@@ -166,7 +166,7 @@ def _resolution(rng: Rng) -> str:
 
 
 def vcsum(rng: Rng, tokens: float) -> Draft:
-    """A meeting; the summary is its resolutions, each after `结论：`."""
+    """Return a meeting; the summary is its resolutions, each after `结论：`."""
     resolutions = [_resolution(rng) + "。" for _ in range(num_parts(tokens, 150, 2, 10))]
     speakers = rng.randint(2, 6)
 
@@ -200,7 +200,7 @@ CLASSES = {
 
 
 def _news(rng: Rng, kind: str, tokens: float) -> str:
-    """A news item up to `类别：`."""
+    """Return a news item up to `类别：`."""
     lead = rng.choice(CLASSES[kind]).format(
         c=town(rng), e=town(rng), p=person(rng), v=number(rng), d=rng.choice(_FOODS)
     )
@@ -210,7 +210,7 @@ def _news(rng: Rng, kind: str, tokens: float) -> str:
 
 
 def lsht(rng: Rng, tokens: float) -> Draft:
-    """Labelled news items, and one to classify.
+    """Return labelled news items, and one to classify.
 
     At least one example has the label asked for. In half of the rows the labels are permuted (see `draw_labels`).
     """

@@ -1,4 +1,4 @@
-"""Generators of the code datasets lcc and repobench-p: predict a call of a function that the code defines."""
+"""Generators of lcc and repobench-p: predict a call of a function that the code defines."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ def _name(rng: Rng) -> str:
 
 
 def _lookalike_name(rng: Rng, name: str) -> str:
-    """Another name that shares one or two of the three words of `name`."""
+    """Return another name that shares one or two of the three words of `name`."""
     words = name.split("_")
     for index in rng.sample((0, 1, 2), rng.randint(1, 2)):
         words[index] = rng.choice(_NOUNS if index else _VERBS)
@@ -75,7 +75,7 @@ def _define(rng: Rng, name: str) -> Function:
 
 
 def _library(rng: Rng, target: Function, names: set[str], tokens: float, others: int = 1) -> list[Function]:
-    """About `tokens` tokens of functions: the target at a uniform random position, and at least `others` more.
+    """Return about `tokens` tokens of functions: the target and at least `others` more.
 
     40 % of the others have a name similar to the target's. Names are not in `names` and are added to it.
     """
@@ -92,14 +92,14 @@ def _library(rng: Rng, target: Function, names: set[str], tokens: float, others:
 
 
 def _main(rng: Rng, functions: list[Function], target: Function, calls: int) -> str:
-    """A `main` with `calls` commented calls that ends after the comment for the target's call."""
+    """Return a `main` with `calls` commented calls that ends before the target's call."""
     others = rng.sample([function for function in functions if function is not target], calls)
     lines = [f"    # {function.comment}\n{mark(function.call)}\n" for function in others]
     return "def main():\n" + "".join(lines) + f"    # {target.comment}\n"
 
 
 def _follow_ups(rng: Rng, functions: list[Function], target: Function) -> Iterator[QAPair]:
-    """The next line after the comments of the other functions."""
+    """Return the next line after the comments of the other functions."""
     return (function.qa_pair for function in rng.shuffled(functions) if function is not target)
 
 
@@ -108,7 +108,7 @@ def _blocks(functions: list[Function]) -> str:
 
 
 def lcc(rng: Rng, tokens: float) -> Draft:
-    """One file; the next line calls a function that the file defines."""
+    """Return one file; the next line calls a function that the file defines."""
     target = _define(rng, _name(rng))
     calls = num_parts(tokens, 300, 1, 3)
     functions = _library(rng, target, {target.name}, tokens - _CALL_TOKENS * (calls + 1))
@@ -118,7 +118,7 @@ def lcc(rng: Rng, tokens: float) -> Draft:
 
 
 def repobench(rng: Rng, tokens: float) -> Draft:
-    """Several files; the next line calls a function that another file defines."""
+    """Return several files; the next line calls a function that another file defines."""
     target = _define(rng, _name(rng))
     names, package = {target.name}, rng.choice(_NOUNS)
     modules = [f"{noun}_tools" for noun in rng.sample(_NOUNS, num_parts(tokens, 300, 2, 12))]

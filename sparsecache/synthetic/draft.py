@@ -1,4 +1,4 @@
-"""The draft of a row, a reproducible random source, and helpers that fill a token budget with text.
+"""Drafts of rows, a reproducible random source, and helpers that fill a token budget.
 
 This module is independent of datasets and languages.
 """
@@ -38,12 +38,12 @@ def mark(text: str) -> str:
 
 
 def strip_marks(text: str) -> str:
-    """The text without its marks."""
+    """Return the text without its marks."""
     return text.replace(_OPEN, "").replace(_CLOSE, "")
 
 
 def split_marks(text: str) -> Iterator[tuple[str, bool]]:
-    """The non-empty pieces of a text in order, each with whether it was marked.
+    """Return the non-empty pieces of a text in order, each with whether it was marked.
 
     A marked piece includes the space before it and the newlines after it.
     """
@@ -56,7 +56,7 @@ def split_marks(text: str) -> Iterator[tuple[str, bool]]:
 
 
 class Rng:
-    """Random choices that depend on the seed string only, not on the process or the Python version.
+    """Random choices that depend only on the seed, not on the process or the Python version.
 
     It uses only `random.Random.random`, whose sequence Python guarantees to keep.
     """
@@ -65,11 +65,11 @@ class Rng:
         self.random = random.Random(seed).random
 
     def randbelow(self, bound: int) -> int:
-        """An integer from 0 to bound - 1."""
+        """Return an integer from 0 to bound - 1."""
         return int(self.random() * bound)
 
     def randint(self, low: int, high: int) -> int:
-        """An integer from low to high, both included."""
+        """Return an integer from low to high, both included."""
         return low + self.randbelow(high - low + 1)
 
     def chance(self, probability: float) -> bool:
@@ -85,11 +85,11 @@ class Rng:
             yield left.pop(self.randbelow(len(left)))
 
     def sample(self, items: Iterable[T], count: int) -> list[T]:
-        """Up to `count` of the items in random order, without replacement."""
+        """Return up to `count` of the items in random order, without replacement."""
         return list(islice(self.shuffled(items), count))
 
     def unique(self, make: Callable[["Rng"], str], used: set[str]) -> str:
-        """A value of `make` that is not in `used`; adds it to `used`.
+        """Return a value of `make` that is not in `used`; adds it to `used`.
 
         Does not return if `used` holds every value of `make`: keep `used` small against the inventory.
         """
@@ -99,14 +99,14 @@ class Rng:
         return value
 
     def insert(self, items: list[T], *extra: T) -> None:
-        """Insert each of `extra` into `items` at a uniform random position; keeps the order of `extra`."""
+        """Insert `extra` into `items` at uniform random positions, in the order of `extra`."""
         positions = sorted(self.randbelow(len(items) + 1) for _ in extra)
         for position, item in reversed(list(zip(positions, extra, strict=True))):
             items.insert(position, item)
 
 
 def estimate_tokens(text: str) -> float:
-    """Estimated number of tokens: one per 4 ASCII characters, and one per other character (Chinese)."""
+    """Return an estimated number of tokens: one per 4 ASCII characters, one per other character."""
     narrow = len(text.encode("ascii", "ignore"))
     return narrow / CHARS_PER_TOKEN + (len(text) - narrow)
 
@@ -124,7 +124,10 @@ def fill(tokens: float, make: Callable[[], T]) -> list[T]:
 
 
 def write_parts(tokens: float, writers: Sequence[Callable[[float], str]]) -> list[str]:
-    """One text per writer. Each writer gets an equal share of the tokens that are left when it is called."""
+    """Return one text per writer.
+
+    Each writer gets an equal share of the tokens that are left when it is called.
+    """
     texts: list[str] = []
     for index, write in enumerate(writers):
         texts.append(write(tokens / (len(writers) - index)))
@@ -133,7 +136,7 @@ def write_parts(tokens: float, writers: Sequence[Callable[[float], str]]) -> lis
 
 
 def num_parts(tokens: float, tokens_per_part: float, minimum: int, maximum: int) -> int:
-    """How many parts of about `tokens_per_part` fit into `tokens`, clamped to `minimum` and `maximum`."""
+    """Return how many parts of about `tokens_per_part` fit into `tokens`, within the limits."""
     return max(minimum, min(maximum, round(tokens / tokens_per_part)))
 
 

@@ -141,7 +141,7 @@ _STORY_RELATIONS = (
 
 
 def _system(rng: Rng) -> str:
-    """The name of a made-up system: `Kormiwick-3`."""
+    """Return the name of a made-up system: `Kormiwick-3`."""
     return words.person(rng).split()[1] + "-" + str(rng.randint(1, 9))
 
 
@@ -221,12 +221,12 @@ PAPER = World(_system, _PAPER_RELATIONS, _remark)
 
 
 def narrativeqa(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """A story about many people, and a question about one of them."""
+    """Return a story about many people, and a question about one of them."""
     return single_fact_draft(rng, STORY, tokens, repeat_prob)
 
 
 def multifieldqa_en(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """A text about many people, and a question about one of them."""
+    """Return a text about many people, and a question about one of them."""
     return single_fact_draft(rng, PEOPLE, tokens, repeat_prob)
 
 
@@ -234,7 +234,10 @@ _KINDS = ("value", "value", "value", "value", "value", "value", "yes_no", "unans
 
 
 def qasper(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """A paper about many systems. One question in eight is yes/no, one in eight is unanswerable."""
+    """Return a paper about many systems.
+
+    One question in eight is yes/no, one in eight is unanswerable.
+    """
     writer = FactWriter(rng, PAPER)
     kind = rng.choice(_KINDS)
     entity = writer.add_entity(PAPER.make_entity, ()) if kind == "unanswerable" else writer.new_entity()
@@ -246,7 +249,7 @@ def qasper(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
 
 
 def _follow_ups(writer: FactWriter, asked: Fact) -> Iterator[QAPair]:
-    """Questions of every kind about the facts other than `asked`."""
+    """Return questions of every kind about the facts other than `asked`."""
     for fact in writer.rng.shuffled(writer.stated):
         kind = writer.rng.choice(_KINDS)
         if kind == "unanswerable":
@@ -256,7 +259,10 @@ def _follow_ups(writer: FactWriter, asked: Fact) -> Iterator[QAPair]:
 
 
 def _ask_about(rng: Rng, fact: Fact, kind: str) -> QAPair:
-    """A question of the given kind about the fact, and its answer. `yes` and `no` are equally likely."""
+    """Return a question of the given kind about the fact, and its answer.
+
+    `yes` and `no` are equally likely.
+    """
     question, answer = fact.qa_pair
     if kind == "unanswerable":
         return question, "unanswerable"
@@ -271,15 +277,15 @@ _PASSAGE = "Passage {n}:\n{title}\n"
 
 
 def hotpotqa(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """Two hops: a person, a linked person, a fact about that person."""
+    """Return two hops: a person, a linked person, a fact about that person."""
     return multi_hop_draft(rng, PEOPLE, tokens, 2, _PASSAGE, repeat_prob)
 
 
 def two_wiki(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """Two hops: a film, song or novel, its creator, a fact about the creator."""
+    """Return two hops: a film, song or novel, its creator, a fact about the creator."""
     return multi_hop_draft(rng, WORKS, tokens, 2, _PASSAGE, repeat_prob)
 
 
 def musique(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """Three hops: a person, two linked people, a fact about the last one."""
+    """Return three hops: a person, two linked people, a fact about the last one."""
     return multi_hop_draft(rng, PEOPLE, tokens, 3, _PASSAGE, repeat_prob)

@@ -78,7 +78,9 @@ class Fact:
 
 
 class FactWriter:
-    """Makes the facts of one text. No relation of an entity is used twice, so no two facts contradict each other.
+    """Makes the facts of one text.
+
+    No relation of an entity is used twice, so no two facts contradict each other.
 
     `reserved_values` are never drawn as values: they answer questions. `stated` lists the facts written so far.
     """
@@ -92,23 +94,23 @@ class FactWriter:
         self._open: list[str] = []
 
     def add_entity(self, make_entity: MakeText, relations: Sequence[Relation]) -> str:
-        """A new entity that may have facts of the given relations."""
+        """Return a new entity that may have facts of the given relations."""
         while (entity := make_entity(self.rng)) in self._unused:
             pass
         self._unused[entity] = self.rng.sample(relations, self.max_relations)
         return entity
 
     def new_entity(self) -> str:
-        """A new entity of the world, which `random_fact` may use again."""
+        """Return a new entity of the world, which `random_fact` may use again."""
         self._open.append(self.add_entity(self.world.make_entity, self.world.relations))
         return self._open[-1]
 
     def unused_relations(self, entity: str) -> list[Relation]:
-        """The relations of an entity that have no fact yet, in random order."""
+        """Return the relations of an entity that have no fact yet, in random order."""
         return self._unused[entity]
 
     def make_fact(self, entity: str, relation: Relation, value: str = "") -> Fact:
-        """A new fact. Draws a value if none is given, or if the given one is reserved."""
+        """Return a new fact. Draws a value if none is given, or if the given one is reserved."""
         unused = self._unused[entity]
         if relation in unused:
             unused.remove(relation)
@@ -117,7 +119,7 @@ class FactWriter:
         return Fact(entity, relation, value, relation.state(self.rng, entity, value))
 
     def random_fact(self) -> Fact:
-        """A fact about an earlier entity (70 % of the calls, if there is one) or about a new one."""
+        """Return a fact about an earlier entity (70 % of the calls, if any) or about a new one."""
         if not self._open or self.rng.chance(0.3):
             self.new_entity()
         index = self.rng.randbelow(len(self._open))
@@ -129,11 +131,14 @@ class FactWriter:
         return fact
 
     def random_item(self) -> Fact | str:
-        """A random fact (75 %) or a filler sentence (25 %)."""
+        """Return a random fact (75 %) or a filler sentence (25 %)."""
         return self.world.make_filler(self.rng) if self.rng.chance(0.25) else self.random_fact()
 
     def to_sentences(self, items: Iterable[Fact | str], repeat_prob: float) -> list[str]:
-        """The items as sentences. After a fact, an earlier one is repeated with probability `repeat_prob`."""
+        """Return the items as sentences.
+
+        After a fact, an earlier one is repeated with probability `repeat_prob`.
+        """
         sentences: list[str] = []
         for item in items:
             sentences.append(str(item))
@@ -144,7 +149,7 @@ class FactWriter:
         return sentences
 
     def follow_ups(self, asked: Fact) -> Iterator[QAPair]:
-        """Questions about the stated facts other than `asked`, in random order."""
+        """Return questions about the stated facts other than `asked`, in random order."""
         return (fact.qa_pair for fact in self.rng.shuffled(self.stated) if fact is not asked)
 
     def _repeat(self, fact: Fact) -> str:
@@ -154,7 +159,7 @@ class FactWriter:
 
 
 def add_distractors(writer: FactWriter, fact: Fact, tokens: float, stated: bool = True) -> list[Fact | str]:
-    """About `tokens` tokens of facts and filler, with `fact` at a uniform random position if `stated`.
+    """Return about `tokens` tokens of facts and filler, with `fact` at a random position if `stated`.
 
     At least one distractor has the relation of `fact`.
     """
@@ -170,7 +175,7 @@ def add_distractors(writer: FactWriter, fact: Fact, tokens: float, stated: bool 
 
 
 def single_fact_draft(rng: Rng, world: World, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """A text about many entities, and a question that one sentence answers."""
+    """Return a text about many entities, and a question that one sentence answers."""
     writer = FactWriter(rng, world)
     fact = writer.make_fact(writer.new_entity(), rng.choice(world.relations))
     question, answer = fact.qa_pair

@@ -48,7 +48,7 @@ CLASSES = {
 
 
 def draw_labels(rng: Rng, kinds: Iterable[str]) -> dict[str, str]:
-    """Draw at least six of the class names `kinds`, each with the label that the examples use for it.
+    """Draw at least six of the class names `kinds`, each with its label in the examples.
 
     In half of the rows the labels are the class names; in the other half they are permuted, so that only the examples
     tell which label a class has. Labels always come from `kinds`, the class list by which all rows are scored.
@@ -82,7 +82,10 @@ def _classification(rng: Rng, kind: str, label: str) -> Shot:
 
 
 def trec(rng: Rng, tokens: float) -> Draft:
-    """Labelled questions, and one to classify. At least one example has the label asked for."""
+    """Return labelled questions, and one to classify.
+
+    At least one example has the label asked for.
+    """
     labels = draw_labels(rng, CLASSES)
     kinds = list(labels.items())
     asked = rng.choice(kinds)
@@ -98,14 +101,14 @@ def trec(rng: Rng, tokens: float) -> Draft:
 
 
 def _reading(rng: Rng, tokens: float) -> Shot:
-    """A passage with a question up to `Answer:`, and the answer."""
+    """Return a passage with a question up to `Answer:`, and the answer."""
     tokens -= estimate_tokens("Passage:\n\nQuestion:\n\nAnswer: and all it takes")  # the frame and a typical answer
     draft = single_fact_draft(rng, PEOPLE, tokens)
     return Shot(f"Passage:\n{draft.context}\nQuestion:\n{draft.input}\nAnswer:", draft.answers[0])
 
 
 def triviaqa(rng: Rng, tokens: float) -> Draft:
-    """Passages with questions and answers; the last answer is missing."""
+    """Return passages with questions and answers; the last answer is missing."""
     return _few_shot_draft(rng, tokens, _reading, num_parts(tokens, 400, 3, 24))
 
 
@@ -128,7 +131,7 @@ _SMALL_TALK = (
 
 
 def _dialogue(rng: Rng, style: str, tokens: float) -> Shot:
-    """A dialogue up to `Summary:`, and its summary in the given style."""
+    """Return a dialogue up to `Summary:`, and its summary in the given style."""
     x, y = rng.sample(words.GIVEN, 2)
     plan = rng.choice(_PLANS).format(
         t=words.thing(rng), f=words.dish(rng), c=words.town(rng), w=words.title(rng), i=words.instrument(rng)
@@ -155,14 +158,14 @@ def _dialogue(rng: Rng, style: str, tokens: float) -> Shot:
 
 
 def samsum(rng: Rng, tokens: float) -> Draft:
-    """Dialogues with summaries of one style; the last summary is missing."""
+    """Return dialogues with summaries of one style; the last summary is missing."""
     style = rng.choice(_SUMMARIES)
     count = num_parts(tokens, 110, 2, 400)
     return _few_shot_draft(rng, tokens, lambda rng, tokens: _dialogue(rng, style, tokens), count)
 
 
 def _few_shot_draft(rng: Rng, tokens: float, make: Callable[[Rng, float], Shot], count: int) -> Draft:
-    """`count` examples of about `tokens` tokens in all; one of them becomes the row's input and answer."""
+    """Return `count` examples of about `tokens` tokens in all; one becomes the row's question."""
     shots: list[Shot] = []
 
     def text(tokens: float) -> str:

@@ -53,7 +53,7 @@ def multi_hop_draft(rng: Rng, world: World, tokens: float, hops: int, heading: s
 
 
 def _chain(writer: FactWriter, links: list[Link], last: Relation) -> list[Fact]:
-    """One fact per link, from a new entity to new entities, and a fact of relation `last` about the last entity."""
+    """Return one fact per link between new entities, and a `last` fact about the last entity."""
     world = writer.world
     relations = [*world.relations, *(link for link in world.links if not link.make_source)]
     make_source = links[0].make_source
@@ -67,7 +67,7 @@ def _chain(writer: FactWriter, links: list[Link], last: Relation) -> list[Fact]:
 
 
 def _passage(writer: FactWriter, evidence: Fact, others: list[str], tokens: float) -> list[Fact | str]:
-    """The evidence among other facts about its entity, facts about unrelated entities, and filler."""
+    """Return the evidence among other facts about its entity and others, and filler."""
     rng, entity = writer.rng, evidence.entity
     linkable = [other for other in others if other != entity]
 
@@ -86,7 +86,7 @@ def _passage(writer: FactWriter, evidence: Fact, others: list[str], tokens: floa
 
 
 def _ask(world: World, facts: list[Fact]) -> QAPair:
-    """A question about every hop of a chain of facts, and its answer."""
+    """Return a question about every hop of a chain of facts, and its answer."""
     questions: list[str] = []
     subject = facts[0].entity
     for fact in facts:
@@ -101,7 +101,7 @@ def _ask(world: World, facts: list[Fact]) -> QAPair:
 
 
 def _follow_ups(writer: FactWriter, asked: list[Fact]) -> Iterator[QAPair]:
-    """Questions about other chains of the stated facts, mixed with single facts; then about the single facts left."""
+    """Yield questions about other chains of the stated facts, mixed with single facts."""
     singles = writer.follow_ups(asked[-1])
     for facts in writer.rng.shuffled(_chains_of(writer.stated, len(asked))):
         if writer.rng.chance(0.3):
@@ -112,7 +112,7 @@ def _follow_ups(writer: FactWriter, asked: list[Fact]) -> Iterator[QAPair]:
 
 
 def _chains_of(stated: list[Fact], hops: int) -> list[list[Fact]]:
-    """All chains of `hops` stated facts with different links that do not return to an earlier entity."""
+    """Return all chains of `hops` stated facts with different links and without cycles."""
     by_entity: dict[str, list[Fact]] = {}
     for fact in stated:
         by_entity.setdefault(fact.entity, []).append(fact)

@@ -1,4 +1,4 @@
-"""Generators of passage_count and passage_retrieval; retrieval takes the wording of any language."""
+"""Generators of passage_count and passage_retrieval; retrieval works in any language."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ PLACES = World(
 
 
 def paragraph(rng: Rng, world: World, used: set[str], tokens: float) -> tuple[str, list[str], list[str]]:
-    """A place, the sentences of a paragraph about it, and its facts as clauses.
+    """Return a place, the sentences of a paragraph about it, and its facts as clauses.
 
     The paragraph states at least two facts; the rest is filler. Names and values are not in `used` and are added to
     it, so that no fact belongs to two paragraphs.
@@ -53,7 +53,7 @@ def paragraph(rng: Rng, world: World, used: set[str], tokens: float) -> tuple[st
 
 
 def passage_count(rng: Rng, tokens: float) -> Draft:
-    """Numbered paragraphs, some repeated; the answer is the number of distinct ones, 2 to 20.
+    """Return numbered paragraphs, some repeated; the answer counts the distinct ones, 2 to 20.
 
     Follow-up questions count the distinct paragraphs up to an earlier one.
     """
@@ -96,7 +96,7 @@ ENGLISH = Wording(
 
 
 def retrieval_draft(rng: Rng, world: World, wording: Wording, tokens: float, repeat_prob: float) -> Draft:
-    """Up to 30 numbered paragraphs, and an abstract that paraphrases two facts of one of them.
+    """Return up to 30 numbered paragraphs, and an abstract of two facts of one of them.
 
     Half of the abstracts name the place. The answer is the heading without its colon. A third of the follow-up
     questions quote two sentences instead. With probability `repeat_prob`, the heading is repeated after a sentence.
@@ -130,5 +130,5 @@ def retrieval_draft(rng: Rng, world: World, wording: Wording, tokens: float, rep
 
 
 def passage_retrieval_en(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """Numbered paragraphs; the answer is the paragraph that the abstract summarizes."""
+    """Return numbered paragraphs; the answer is the paragraph that the abstract summarizes."""
     return retrieval_draft(rng, PLACES, ENGLISH, tokens, repeat_prob)

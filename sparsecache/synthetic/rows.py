@@ -64,7 +64,7 @@ def make_rows(dataset: str, rows: int, tokens: int, seed: int) -> list[dict[str,
 
 
 def make_draft(dataset: str, rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """The draft of one row of `dataset` whose filled prompt has about `tokens` estimated tokens.
+    """Return the draft of one row of `dataset` whose prompt has about `tokens` estimated tokens.
 
     `repeat_prob` is for training. It may be above 0 for datasets of facts and for retrieval only: a fact is then
     followed, with that probability, by an earlier one whose value is marked, and a sentence of a paragraph by its
@@ -76,7 +76,7 @@ def make_draft(dataset: str, rng: Rng, tokens: float, repeat_prob: float = 0.0) 
 
 @cache
 def load_template(dataset: str) -> str:
-    """The official prompt template of a dataset."""
+    """Return the official prompt template of a dataset."""
     return load_tasks()[dataset].template
 
 

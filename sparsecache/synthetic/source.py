@@ -23,7 +23,7 @@ def check_sample_size(rows: int, tokens: int) -> None:
 
 @dataclass(frozen=True)
 class SampleSource:
-    """Generates `rows` synthetic rows per dataset, with prompts of about `tokens` tokens, from `seed`.
+    """Generates `rows` rows per dataset, with prompts of about `tokens` tokens, from `seed`.
 
     The constructor raises UsageError as `check_sample_size`.
     """
@@ -37,12 +37,15 @@ class SampleSource:
         check_sample_size(self.rows, self.tokens)
 
     def read(self, task: Task, e: bool) -> tuple[str, bytes]:
-        """A name for messages, and the rows of one dataset as JSON Lines. Raises UsageError for LongBench-E."""
+        """Return a name for messages, and the rows of one dataset as JSON Lines.
+
+        Raises UsageError for LongBench-E.
+        """
         if e:
             raise UsageError("--data sample has no LongBench-E rows. Leave out --e, or choose another --data.")
         rows = make_rows(task.name, self.rows, self.tokens, self.seed)
         return f"sample of {task.name}", "".join(dumps(row) + "\n" for row in rows).encode()
 
     def describe(self) -> dict[str, Any]:
-        """The entry of this source in run.json."""
+        """Return the entry of this source in run.json."""
         return {"source": "sample", "rows": self.rows, "tokens": self.tokens, "seed": self.seed}

@@ -56,7 +56,7 @@ def _background(rng: Rng) -> str:
 
 
 def gov_report(rng: Rng, tokens: float) -> Draft:
-    """A report; the summary is the sentences after `Key finding:`."""
+    """Return a report; the summary is the sentences after `Key finding:`."""
     findings = [_sentence(_finding(rng)) for _ in range(num_parts(tokens, 120, 2, 10))]
     key_sentences = ["Key finding: " + finding for finding in findings]
     sentences = fill(tokens - sum(map(estimate_tokens, key_sentences)), lambda: _background(rng))
@@ -65,7 +65,7 @@ def gov_report(rng: Rng, tokens: float) -> Draft:
 
 
 def multi_news(rng: Rng, tokens: float) -> Draft:
-    """News passages; the summary is the sentence after `In short:` of each."""
+    """Return news passages; the summary is the sentence after `In short:` of each."""
     news = [_sentence(_finding(rng)) for _ in range(num_parts(tokens, 150, 2, 8))]
 
     def passage_writer(number: int, main: str) -> Callable[[float], str]:
@@ -96,7 +96,7 @@ def _talk(rng: Rng) -> str:
 
 
 def qmsum(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
-    """A meeting about many people; the answer lists all facts about one, in a fixed order of relations."""
+    """Return a meeting about many people; the answer lists all facts about one, in a fixed order."""
     writer = FactWriter(rng, replace(PEOPLE, make_filler=_talk), max_relations=5)
     person = writer.add_entity(words.person, PEOPLE.relations)
     relations = writer.unused_relations(person)[: num_parts(tokens, 300, 2, 5)]
@@ -111,7 +111,7 @@ def qmsum(rng: Rng, tokens: float, repeat_prob: float = 0.0) -> Draft:
 
 
 def _follow_ups(writer: FactWriter, asked: str) -> Iterator[QAPair]:
-    """Questions about the other people with at least two stated facts."""
+    """Return questions about the other people with at least two stated facts."""
     by_person: dict[str, list[Fact]] = {}
     for fact in writer.stated:
         by_person.setdefault(fact.entity, []).append(fact)
@@ -121,7 +121,7 @@ def _follow_ups(writer: FactWriter, asked: str) -> Iterator[QAPair]:
 
 
 def _summary_of_person(facts: list[Fact]) -> QAPair:
-    """The question about the person of `facts`, and its answer."""
+    """Return the question about the person of `facts`, and its answer."""
     person = facts[0].entity
     ordered = sorted(facts, key=lambda fact: PEOPLE.relations.index(fact.relation))
     *first, last = (fact.relation.clause.format(v=fact.value) for fact in ordered)

@@ -73,12 +73,12 @@ MONTHS = "January February March April May June July August September October No
 
 
 def person(rng: Rng) -> str:
-    """One of about 700,000 names: `Hedda Kormiwick`."""
+    """Return one of about 700,000 names: `Hedda Kormiwick`."""
     return rng.choice(GIVEN) + " " + "".join(rng.choice(part) for part in _SURNAME)
 
 
 def town(rng: Rng) -> str:
-    """One of about 8,000 town names."""
+    """Return one of about 8,000 town names."""
     name = "".join(rng.choice(part) for part in _TOWN)
     return rng.choice(("Upper ", "Port ", "New ", "Great ")) + name if rng.chance(0.3) else name
 
@@ -104,12 +104,12 @@ def thing(rng: Rng) -> str:
 
 
 def title_words(rng: Rng) -> str:
-    """Two capitalized words: `Silent Otter`."""
+    """Return two capitalized words: `Silent Otter`."""
     return f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}".title()
 
 
 def title(rng: Rng) -> str:
-    """The title of a book, film or song."""
+    """Return the title of a book, film or song."""
     return rng.choice(("The {t}", "{t}", "The {t} of {c}", "A {t} in {c}")).format(t=title_words(rng), c=town(rng))
 
 
@@ -150,5 +150,5 @@ _FILLER = (
 
 
 def filler(rng: Rng) -> str:
-    """A sentence that states no fact."""
+    """Return a sentence that states no fact."""
     return rng.choice(_FILLER).format(t=thing(rng), n=rng.choice(NOUNS), a=rng.choice(ADJECTIVES), m=rng.choice(MONTHS))

@@ -1,4 +1,4 @@
-"""Small runs to type commands about, and what an error must look like."""
+"""Small runs for the commands, and the expected form of an error."""
 
 import json
 from collections.abc import Callable

@@ -1,5 +1,6 @@
-"""What the system refuses ends in one sentence and exit code 2: special files, odd names, a full or narrow stdout."""
+"""System errors end in one sentence and exit code 2: special files, invalid names, broken stdout."""
 
+import itertools
 import json
 import os
 import re
@@ -39,7 +40,7 @@ def commands(runs: tuple[Path, Path]) -> list[list[str | Path]]:
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
-def test_a_full_stdout_is_reported_and_is_no_success(runs, repo: Path, tmp_path: Path) -> None:
+def test_a_full_stdout_is_an_error(runs, repo: Path, tmp_path: Path) -> None:
     for arguments in commands(runs):
         with FULL.open("w") as full:
             done = _evaluate(repo, tmp_path, arguments, full)
@@ -49,7 +50,7 @@ def test_a_full_stdout_is_reported_and_is_no_success(runs, repo: Path, tmp_path:
         assert last == told and all(line.startswith(("Written: ", "Warning: ", "\n")) for line in before)
 
 
-def test_a_reader_that_has_gone_is_not_reported(runs, repo: Path, tmp_path: Path) -> None:
+def test_a_closed_pipe_prints_no_error(runs, repo: Path, tmp_path: Path) -> None:
     for arguments in commands(runs)[:7]:
         reading, writing = os.pipe()
         os.close(reading)
@@ -58,7 +59,7 @@ def test_a_reader_that_has_gone_is_not_reported(runs, repo: Path, tmp_path: Path
         assert done.returncode == 2 and b"rror" not in done.stderr, done.stderr
 
 
-def test_a_closed_stdout_is_no_traceback(runs, repo: Path, tmp_path: Path) -> None:
+def test_a_closed_stdout_gives_no_traceback(runs, repo: Path, tmp_path: Path) -> None:
     for arguments in commands(runs)[:7]:
         line = 'exec "$0" "$@" >&-'
         command = ["sh", "-c", line, sys.executable, repo / "longbench_eval.py", *arguments]
@@ -66,21 +67,20 @@ def test_a_closed_stdout_is_no_traceback(runs, repo: Path, tmp_path: Path) -> No
         assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
 
 
-def test_what_stdout_cannot_hold_is_escaped(runs, repo: Path, evaluate: Evaluate) -> None:
-    for arguments in commands(runs):
-        for encoding in ("ascii", "latin-1", "ascii:strict"):
-            command = [sys.executable, repo / "longbench_eval.py", *arguments]
-            environment = {**os.environ, "PYTHONPATH": str(repo), "PYTHONIOENCODING": encoding}
-            done = subprocess.run(command, env=environment, capture_output=True)
-            assert done.returncode == 0, (arguments, done.stderr)
-            assert done.stdout.isascii() or encoding == "latin-1"
-    shown = evaluate("show", runs[0], env={"PYTHONIOENCODING": "ascii"}).stdout
-    assert r"caf\xe9 \ud83d \u8bf7" in shown and r"qasper \udcff" in shown
+def test_stdout_escapes_characters_outside_its_encoding(runs, evaluate: Evaluate, evaluate_process: Evaluate) -> None:
+    for arguments, encoding in itertools.product(commands(runs), ("ascii", "latin-1")):
+        done = evaluate(*arguments, charset=encoding)
+        assert done.returncode == 0, (arguments, done.stderr)
+        assert done.stdout.isascii() or encoding == "latin-1"
+    for encoding in ("ascii", "ascii:strict"):
+        shown = evaluate_process("show", runs[0], env={"PYTHONIOENCODING": encoding})
+        assert shown.returncode == 0 and r"\ud83d \u8bf7" in shown.stdout and r"qasper \udcff" in shown.stdout
+        assert r"caf\xe9" in shown.stdout
 
 
 @pytest.mark.parametrize("name", ["qasper.jsonl", "run.json"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "device"])
-def test_special_files_in_a_run_are_refused_at_once(name: str, kind: str, evaluate: Evaluate, tmp_path: Path) -> None:
+def test_special_files_in_a_run_are_refused(name: str, kind: str, evaluate: Evaluate, tmp_path: Path) -> None:
     folder = save(tmp_path / "run", "qasper", [row(0)])
     path = folder / name
     path.unlink()
@@ -90,7 +90,7 @@ def test_special_files_in_a_run_are_refused_at_once(name: str, kind: str, evalua
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "device"])
-def test_special_files_as_baselines_and_reports_are_refused_at_once(kind: str, evaluate, tmp_path: Path) -> None:
+def test_special_files_as_baselines_are_refused(kind: str, evaluate, tmp_path: Path) -> None:
     folder = save(tmp_path / "run", "qasper", [row(0)])
     path = tmp_path / "base.json"
     _make(path, kind)
@@ -101,7 +101,7 @@ def test_special_files_as_baselines_and_reports_are_refused_at_once(kind: str, e
         assert saved.returncode == 2 and "base.json" in saved.stderr and "Traceback" not in saved.stderr
 
 
-def test_odd_names_are_shown_escaped_and_too_long_ones_refused(evaluate: Evaluate, repo: Path, tmp_path: Path) -> None:
+def test_invalid_names_are_escaped_and_long_names_refused(evaluate: Evaluate, repo: Path, tmp_path: Path) -> None:
     odd = os.fsdecode(b"odd\xff\xfe")
     save(tmp_path / odd, "qasper", [row(0)])
     environment = {**os.environ, "PYTHONPATH": str(repo)}
@@ -129,7 +129,7 @@ def test_odd_names_are_shown_escaped_and_too_long_ones_refused(evaluate: Evaluat
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_the_systems_errors_are_one_sentence_and_the_programs_own_are_not_hidden(error: Exception, words: str) -> None:
+def test_system_errors_are_one_sentence_and_bugs_are_not_hidden(error: Exception, words: str) -> None:
     @click.command(cls=FlexibleCommand)
     @click.option("--own", is_flag=True)
     def fail(own: bool) -> None:

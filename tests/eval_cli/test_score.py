@@ -1,4 +1,4 @@
-"""Scoring as it is typed: exit codes, files, messages."""
+"""The command score: exit codes, files and messages."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 from tests.eval_cli.runs import Evaluate, one_sentence, row, save
 
 
-def test_a_complete_run_exits_with_0_and_leaves_both_files(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_a_complete_run_exits_with_0_and_writes_both_files(evaluate: Evaluate, tmp_path: Path) -> None:
     folder = save(tmp_path / "pred" / "m" / "n", "qasper", [row(0), row(1, "no")])
     done = evaluate("--model", "m", "--name", "n")
     assert (done.returncode, done.stderr) == (0, "")
@@ -19,7 +19,7 @@ def test_a_complete_run_exits_with_0_and_leaves_both_files(evaluate: Evaluate, t
     assert json.loads((folder / "summary.json").read_text())["complete"] is True
 
 
-def test_what_a_sparse_method_kept_is_shown_and_written(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_the_kept_share_is_shown_and_written(evaluate: Evaluate, tmp_path: Path) -> None:
     sparse = {"sparse_steps": 9, "capped_steps": 9, "dense_layers": 2}
     folder = save(tmp_path / "run", "qasper", [row(0, kept=0.021, **sparse), row(1, kept=None, **sparse)])
     done = evaluate(folder)
@@ -85,15 +85,15 @@ def test_the_edit_backend_is_recorded(evaluate: Evaluate, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "arguments", [[], ["--model", "m"], ["--name", "n"], ["--model", "m", "--name", "n", "x"], ["x", "--name", "n"]]
 )
-def test_what_to_score_is_named_in_one_way(evaluate: Evaluate, arguments: list[str]) -> None:
+def test_folders_and_model_exclude_each_other(evaluate: Evaluate, arguments: list[str]) -> None:
     assert "either --model and --name, or the paths of prediction folders" in one_sentence(evaluate(*arguments))
 
 
-def test_what_cannot_be_scored_is_one_sentence_and_exit_code_2(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_unscorable_folders_exit_with_2(evaluate: Evaluate, tmp_path: Path) -> None:
     assert "There is no folder pred/m/n." in one_sentence(evaluate("--model", "m", "--name", "n"))
     assert "no <dataset>.jsonl file" in one_sentence(evaluate(tmp_path))
     unknown = save(tmp_path / "unknown", "qaspar", [row(0)])
-    assert "no known dataset: qaspar.jsonl" in one_sentence(evaluate(unknown))
+    assert "unknown datasets: qaspar.jsonl" in one_sentence(evaluate(unknown))
     repeated = save(tmp_path / "repeated", "qasper", [row(0), row(0)])
     assert "--allow_duplicates" in one_sentence(evaluate(repeated))
     half = save(tmp_path / "half", "qasper", [row(0)])
@@ -105,7 +105,7 @@ def test_what_cannot_be_scored_is_one_sentence_and_exit_code_2(evaluate: Evaluat
     assert evaluate(half, "--no_such_option").returncode == 2
 
 
-def test_scores_are_shown_even_where_they_cannot_be_written(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_scores_are_shown_even_if_they_cannot_be_written(evaluate: Evaluate, tmp_path: Path) -> None:
     folder = save(tmp_path / "run", "qasper", [row(0)])
     (folder / "result.json").mkdir()
     done = evaluate(folder)
@@ -114,7 +114,7 @@ def test_scores_are_shown_even_where_they_cannot_be_written(evaluate: Evaluate, 
     assert "result.json cannot be written: Is a directory" in done.stderr
 
 
-def test_real_predictions_of_elsewhere(evaluate: Evaluate, fixtures_dir: Path, tmp_path: Path) -> None:
+def test_real_predictions_of_another_program(evaluate: Evaluate, fixtures_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "quest"
     source = fixtures_dir / "pred" / "llama2-7b-chat-quest-1024"
     shutil.copytree(source, folder, copy_function=shutil.copyfile)

@@ -1,4 +1,4 @@
-"""Small runs on disk, as longbench_pred.py leaves them."""
+"""Fixtures that write small runs as longbench_pred.py does."""
 
 import functools
 import json
@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from sparsecache.longbench.baseline import Baseline, baseline_of
-from sparsecache.longbench.scores import Options, score_run
+from sparsecache.longbench.baseline import Baseline, make_baseline
+from sparsecache.longbench.scores import ScoringOptions, score_run
 
 Rows = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
 def row() -> Callable[..., dict[str, Any]]:
-    """A finished row; `...` leaves a key out."""
+    """Return a function that makes a finished row; `...` omits a key."""
 
     def make(number: int | str, pred: str = "yes", **more: Any) -> dict[str, Any]:
         made = {
@@ -36,25 +36,25 @@ def row() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def make_run(tmp_path: Path, write_run: Callable[..., Path]) -> Callable[..., Path]:
-    """Writes a run below a folder of the test's own: see write_run."""
+    """Return `write_run` for the folder of the test."""
     return functools.partial(write_run, tmp_path)
 
 
 @pytest.fixture(scope="session")
-def boiled_down() -> Callable[..., Baseline]:
-    """Makes a baseline of a run's folder, by the scorer's options."""
+def score_to_baseline() -> Callable[..., Baseline]:
+    """Return a function that scores a folder and makes a baseline of it."""
 
-    def boil(folder: Path, e: bool = False, options: Options = Options()) -> Baseline:
-        return baseline_of(score_run(folder, e, options), options)
+    def make(folder: Path, e: bool = False, options: ScoringOptions = ScoringOptions()) -> Baseline:
+        return make_baseline(score_run(folder, e, options), options)
 
-    return boil
+    return make
 
 
 @pytest.fixture
-def made(
-    make_run: Callable[..., Path], row: Callable[..., dict[str, Any]], boiled_down: Callable[..., Baseline]
+def make_baseline_run(
+    make_run: Callable[..., Path], row: Callable[..., dict[str, Any]], score_to_baseline: Callable[..., Baseline]
 ) -> Callable[..., Baseline]:
-    """A run whose rows of a dataset score 1 (y), 0 (n), 2/3 (h), or failed (x), as a baseline."""
+    """Return a function that makes a baseline from letters per dataset: score 1 (y), 0 (n), 2/3 (h), failed (x)."""
     texts = {"y": "yes", "n": "no", "h": "yes maybe"}
 
     def make(name: str, datasets: dict[str, str], more: dict[str, Any] | None = None, **options: Any) -> Baseline:
@@ -65,14 +65,14 @@ def made(
             ]
             for stem, letters in datasets.items()
         }
-        return boiled_down(make_run(name, rows, **options))
+        return score_to_baseline(make_run(name, rows, **options))
 
     return make
 
 
 @pytest.fixture(scope="session")
 def write_run() -> Callable[..., Path]:
-    """Writes a run below a folder: rows by file stem, run.json with an identity and one session.
+    """Return a function that writes a run: rows by file stem, and run.json with an identity and one session.
 
     `identity` and `session` change parts of these; `expected` changes numbers of rows; record=False: no run.json.
     """

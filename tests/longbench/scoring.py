@@ -1,10 +1,11 @@
-"""Prediction files of a few made-up rows, and their scores."""
+"""Writes small prediction files and scores them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from sparsecache.longbench.scores import DatasetScore, Options, score_file
+from sparsecache.longbench.score_types import DatasetScore
+from sparsecache.longbench.scores import ScoringOptions, score_file
 from sparsecache.longbench.tasks import load_tasks
 
 
@@ -20,10 +21,10 @@ def save(folder: Path, stem: str, rows: list[dict[str, Any]], end: str = "\n") -
 
 
 def score(folder: Path, rows: list[dict[str, Any]], stem: str = "qasper", **options: Any) -> DatasetScore:
-    """The score of a file of these rows, of which run.json expects just as many."""
+    """Write a file of these rows and score it; all of them are expected."""
     path = save(folder, stem, rows)
     task = load_tasks()[stem.removesuffix("_e")]
-    return score_file(path, task, stem.endswith("_e"), len(rows), Options(**options))
+    return score_file(path, task, stem.endswith("_e"), len(rows), ScoringOptions(**options))
 
 
 def expect_rows(folder: Path, **rows: int) -> None:

@@ -1,4 +1,4 @@
-"""Saved baselines: the run again, small, and refused where they are broken."""
+"""Saved baselines equal the run and are small; broken files are refused."""
 
 import json
 from collections.abc import Callable
@@ -13,33 +13,35 @@ from sparsecache.longbench.gate import Limits, gate
 
 MakeRun = Callable[..., Path]
 Row = Callable[..., dict[str, Any]]
-Make = BoiledDown = Callable[..., Baseline]
+Make = ScoreToBaseline = Callable[..., Baseline]
 
 
-def test_a_saved_baseline_is_the_run(made: Make, tmp_path: Path) -> None:
-    run = made("a", {"qasper": "yhn", "lcc": "yy"}, {"kept": 0.25})
+def test_a_saved_baseline_equals_the_run(make_baseline_run: Make, tmp_path: Path) -> None:
+    run = make_baseline_run("a", {"qasper": "yhn", "lcc": "yy"}, {"kept": 0.25})
     path = tmp_path / "baseline.json"
     run.save(path)
     run.save(path)  # again, over itself
     saved = load_baseline(path)
     assert saved == Baseline(**{**vars(run), "name": str(path)})
     assert gate(run, saved, Limits(0, 0, 0.25, 1)).passed
-    worse = made("b", {"qasper": "yhn", "lcc": "yn"})
+    worse = make_baseline_run("b", {"qasper": "yhn", "lcc": "yn"})
     assert not gate(worse, saved, Limits()).passed
     text = path.read_text()
     assert text.count("\n") < 100 and '   "1": 0.6666666666666666,\n' in text
 
 
-def test_a_full_baseline_is_small(make_run: MakeRun, row: Row, tmp_path: Path, boiled_down: BoiledDown) -> None:
+def test_a_full_baseline_is_small(
+    make_run: MakeRun, row: Row, tmp_path: Path, score_to_baseline: ScoreToBaseline
+) -> None:
     rows = [row(at, _id=f"{at:048x}", prompt_sha256=f"{at:064x}") for at in range(200)]
-    boiled_down(make_run("a", {"qasper": rows})).save(tmp_path / "b.json")
+    score_to_baseline(make_run("a", {"qasper": rows})).save(tmp_path / "b.json")
     assert (tmp_path / "b.json").stat().st_size < 200 * 150  # 4,750 rows: 700 KB
 
 
 BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda record: [], "it is JSON of another kind"),
-    (lambda record: {"a": 1}, "it is JSON of another kind"),
-    (lambda record: record | {"sparsecache_baseline": 2}, "it has version 2 of the format, not 1"),
+    (lambda record: [], "it lacks the key sparsecache_baseline"),
+    (lambda record: {"a": 1}, "it lacks the key sparsecache_baseline"),
+    (lambda record: record | {"sparsecache_baseline": 2}, "its format version is 2, not 1"),
     (lambda record: {key: value for key, value in record.items() if key != "identity"}, "lacks identity"),
     (lambda record: record | {"datasets": []}, r"datasets is \[\]; it must be an object"),
     (lambda record: record | {"e": 0}, "e is 0; it must be true or false"),
@@ -58,27 +60,27 @@ BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), BROKEN)
 def test_a_broken_baseline_is_refused(
-    made: Make, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+    make_baseline_run: Make, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     path = tmp_path / "baseline.json"
-    made("a", {"qasper": "y"}).save(path)
+    make_baseline_run("a", {"qasper": "y"}).save(path)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(UsageError, match=rf"baseline\.json is no baseline: {message}"):
+    with pytest.raises(UsageError, match=rf"baseline\.json is not a baseline: {message}"):
         load_baseline(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "NaN", '{"sparsecache_baseline": 1, "e": NaN}', "[" * 10**5, "\ud800"])
-def test_a_file_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "b.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(UsageError, match=r"b\.json is no baseline: it is not readable as JSON"):
+    with pytest.raises(UsageError, match=r"b\.json is not a baseline: it is not valid JSON"):
         load_baseline(tmp_path / "b.json")
 
 
-def test_no_other_file_is_overwritten(made: Make, tmp_path: Path) -> None:
-    run = made("a", {"qasper": "y"})
+def test_no_other_file_is_overwritten(make_baseline_run: Make, tmp_path: Path) -> None:
+    run = make_baseline_run("a", {"qasper": "y"})
     for name, text in (("README.md", "# Title"), ("summary.json", '{"complete": true}')):
         (tmp_path / name).write_text(text)
-        with pytest.raises(UsageError, match=f"{name} is no baseline: .*under a free name"):
+        with pytest.raises(UsageError, match=f"{name} is not a baseline: .*under another name"):
             run.save(tmp_path / name)
         assert (tmp_path / name).read_text() == text
     with pytest.raises(UsageError, match="cannot be written: No such file"):

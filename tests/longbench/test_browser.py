@@ -1,4 +1,4 @@
-"""Reports in a real browser: opened from a file, on a desk, a phone and paper, light and dark, with nothing let out.
+"""Reports in a real browser: wide, narrow and printed, light and dark, without any request.
 
 Skipped where there is no Chromium; CONTRIBUTING.md says how to have it run.
 """
@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from sparsecache.longbench.baseline import baseline_of
+from sparsecache.longbench.baseline import make_baseline
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.gate import Limits, gate
 from sparsecache.longbench.html import compare_page, gate_page, score_page
-from sparsecache.longbench.paired import same_rows
-from sparsecache.longbench.pictures import pictures
-from sparsecache.longbench.scores import Options, RunScore, score_run
-from sparsecache.longbench.terminal import visible
+from sparsecache.longbench.paired import common_rows_or_all
+from sparsecache.longbench.plots import draw_all
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import ScoringOptions, score_run
+from sparsecache.longbench.terminal import escape_control_chars
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = (
@@ -53,7 +54,7 @@ def browser() -> Iterator[Browser]:
 def reports(
     write_run: Callable[..., Path], row: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """A report of each kind, of eight datasets and three runs whose every text is an attack."""
+    """Write a report of each kind, of eight datasets and three runs. Every text is an attack."""
     folder = tmp_path_factory.mktemp("reports")
     stems = "narrativeqa qasper hotpotqa gov_report samsum lsht passage_retrieval_en lcc".split()
     attack = {"prompt_end": ATTACK, "finish_reason": ATTACK, "answers": [ATTACK], "all_classes": [ATTACK]}
@@ -65,8 +66,8 @@ def reports(
 
     name = ATTACK.replace("/", "")[:90]
     runs = [run("vanilla", ATTACK, "vanilla"), run(name, "no", ATTACK, kept=0.1), run("z" * 90, "x", "h2o", kept=0.02)]
-    first, other = (baseline_of(each, Options()) for each in runs[:2])
-    drawn = pictures(same_rows(runs).runs)
+    first, other = (make_baseline(each, ScoringOptions()) for each in runs[:2])
+    drawn = draw_all(common_rows_or_all(runs).runs)
     pages = {
         "compare": compare_page(compare(runs, resamples=9), runs, drawn),
         "score": score_page(runs[:2], [drawn, drawn]),
@@ -79,27 +80,27 @@ def reports(
 
 
 def opened(browser: Browser, path: Path, **context: Any) -> tuple[Page, list[str]]:
-    """The page, its folds open, and whatever it asked for or complained of."""
+    """Open a page with all details expanded. Returns it with its requests and error messages."""
     page = browser.new_context(**context).new_page()
-    odd: list[str] = []
-    page.on("request", lambda request: odd.append(request.url))
-    page.on("console", lambda message: odd.append(message.text))
-    page.on("pageerror", lambda error: odd.append(str(error)))
-    page.on("dialog", lambda dialog: odd.append(dialog.message))
+    seen: list[str] = []
+    page.on("request", lambda request: seen.append(request.url))
+    page.on("console", lambda message: seen.append(message.text))
+    page.on("pageerror", lambda error: seen.append(str(error)))
+    page.on("dialog", lambda dialog: seen.append(dialog.message))
     page.goto(path.as_uri())
-    assert odd == [path.as_uri()], "the page itself is all that is loaded"
-    page.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true })")
-    return page, odd
+    assert seen == [path.as_uri()], "the page itself is all that is loaded"
+    page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true })")
+    return page, seen
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_report_opens_from_a_file_and_runs_nothing(browser: Browser, reports: dict[str, Path], kind: str) -> None:
-    page, odd = opened(browser, reports[kind])
+    page, seen = opened(browser, reports[kind])
     assert page.evaluate("typeof attacked") == "undefined"
     assert page.evaluate("document.querySelectorAll('script, img, a, [onload], [onerror]').length") == 0
-    assert visible(ATTACK)[:80] in page.inner_text("body")
+    assert escape_control_chars(ATTACK)[:80] in page.inner_text("body")
     assert page.title() == page.inner_text("h1")
-    assert odd == [reports[kind].as_uri()]
+    assert seen == [reports[kind].as_uri()]
     refused = """() => new Promise(done => {
         document.addEventListener('securitypolicyviolation', event => done(event.blockedURI))
         setTimeout(() => done('nothing'), 5000)
@@ -123,7 +124,7 @@ def test_nothing_is_wider_than_a_phone(browser: Browser, reports: dict[str, Path
     assert min(sizes, default=13) >= 13
 
 
-def test_first_columns_stay_where_tables_scroll(browser: Browser, reports: dict[str, Path]) -> None:
+def test_first_columns_stay_visible_when_tables_scroll(browser: Browser, reports: dict[str, Path]) -> None:
     page, _ = opened(browser, reports["compare"], viewport=PHONE)
     frame = page.locator(".scroll").nth(1)
     assert frame.evaluate("each => each.scrollWidth > each.clientWidth")
@@ -135,7 +136,7 @@ def test_first_columns_stay_where_tables_scroll(browser: Browser, reports: dict[
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_and_pictures_have_contrast(browser: Browser, reports: dict[str, Path], scheme: Any) -> None:
+def test_texts_and_plots_have_contrast(browser: Browser, reports: dict[str, Path], scheme: Any) -> None:
     page, _ = opened(browser, reports["compare"], color_scheme=scheme)
     ratios = page.evaluate(
         """() => {
@@ -161,7 +162,7 @@ def test_texts_and_pictures_have_contrast(browser: Browser, reports: dict[str, P
     assert dark == (scheme == "dark")
 
 
-def test_pictures_texts_stay_within_them(browser: Browser, reports: dict[str, Path]) -> None:
+def test_the_texts_of_plots_stay_inside(browser: Browser, reports: dict[str, Path]) -> None:
     page, _ = opened(browser, reports["score"])
     outside = page.evaluate(
         """[...document.querySelectorAll('svg text')].filter(text => {

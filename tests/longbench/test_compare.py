@@ -1,4 +1,7 @@
-"""Comparisons: intervals against obvious loops and known distributions, rows matched by _id, official scores."""
+"""Comparisons: bootstrap intervals, matching of rows, official scores, notes and tables.
+
+In one file because every test compares runs made by the same fixture.
+"""
 
 import csv
 import io
@@ -18,11 +21,12 @@ import pytest
 from sparsecache.errors import UsageError
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.compare_tables import compare_document
-from sparsecache.longbench.comparison import Comparison, Line, Versus
-from sparsecache.longbench.paired import interval, resampled_means
+from sparsecache.longbench.comparison import Comparison, Difference, Group
+from sparsecache.longbench.paired import bootstrap_means, confidence_interval
 from sparsecache.longbench.run_record import ModelRecord
 from sparsecache.longbench.runs import short_names
-from sparsecache.longbench.scores import RunScore, score_run
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tables import render
 
 MakeRun = Callable[..., Path]
@@ -30,19 +34,19 @@ Row = Callable[..., dict[str, Any]]
 FEW = 200  # resamples, where the interval is not the question
 
 
-def lines_of(comparison: Comparison) -> dict[str, Line]:
-    return {line.name: line for line in comparison.lines}
+def lines_of(comparison: Comparison) -> dict[str, Group]:
+    return {line.name: line for line in comparison.groups}
 
 
-def versus(comparison: Comparison, name: str, run: int = 1) -> Versus:
-    found = lines_of(comparison)[name].entries[run].versus
+def difference(comparison: Comparison, name: str, run: int = 1) -> Difference:
+    found = lines_of(comparison)[name].entries[run].difference
     assert found is not None
     return found
 
 
 @pytest.fixture
 def scored(make_run: MakeRun, row: Row) -> Callable[..., RunScore]:
-    """A scored run whose rows of a dataset get 1 (y), 0 (n), or 2/3 (h) in this order."""
+    """Return a function that scores a run from letters per dataset: 1 (y), 0 (n), 2/3 (h)."""
     texts = {"y": "yes", "n": "no", "h": "yes maybe"}
     classes = {"trec": ["yes", "no"]}
 
@@ -66,7 +70,7 @@ def letters(rng: random.Random, rows: int) -> str:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """Linear between the two nearest ranks."""
+    """Return a quantile, interpolated between the two nearest ranks."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = math.floor(place)
@@ -74,7 +78,7 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def test_intervals_are_those_of_an_obvious_loop(scored: Callable[..., RunScore]) -> None:
+def test_intervals_equal_those_of_a_plain_loop(scored: Callable[..., RunScore]) -> None:
     rng = random.Random(0)
     sizes = {"qasper": 7, "multifieldqa_en": 5, "hotpotqa": 11, "lcc": 4}
     first, second = (scored(name, **{stem: letters(rng, rows) for stem, rows in sizes.items()}) for name in "ab")
@@ -97,24 +101,24 @@ def test_intervals_are_those_of_an_obvious_loop(scored: Callable[..., RunScore])
     loop["flat_mean"] = [sum(four) / 4 for four in zip(*(means[stem] for stem in sizes), strict=True)]
     for name, values in loop.items():
         expected = [quantile(values, share) for share in (0.025, 0.975)]
-        assert versus(found, name).interval == pytest.approx(expected, abs=1e-9), name
+        assert difference(found, name).interval == pytest.approx(expected, abs=1e-9), name
 
 
-def test_drawing_in_portions_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_in_batches_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = numpy.random.default_rng(0).normal(size=(37, 2))
-    whole = resampled_means(values, "qasper", 5, 1000)
-    monkeypatch.setattr("sparsecache.longbench.paired._AT_ONCE", 100)
+    whole = bootstrap_means(values, "qasper", 5, 1000)
+    monkeypatch.setattr("sparsecache.longbench.paired._MAX_DRAWS", 100)
     assert whole.shape == (1000, 2)
-    assert (resampled_means(values, "qasper", 5, 1000) == whole).all()
-    assert (resampled_means(values[:, 1:], "qasper", 5, 1000) == whole[:, 1:]).all()  # whoever else is compared
-    assert (resampled_means(values, "qasper", 6, 1000) != whole).any()
-    assert (resampled_means(values, "lcc", 5, 1000) != whole).any()
+    assert (bootstrap_means(values, "qasper", 5, 1000) == whole).all()
+    assert (bootstrap_means(values[:, 1:], "qasper", 5, 1000) == whole[:, 1:]).all()  # whoever else is compared
+    assert (bootstrap_means(values, "qasper", 6, 1000) != whole).any()
+    assert (bootstrap_means(values, "lcc", 5, 1000) != whole).any()
 
 
 @pytest.mark.parametrize(("rows", "ones"), [(100, 50), (200, 20), (60, 45)])
-def test_intervals_of_wins_and_losses_are_the_binomial_ones(rows: int, ones: int) -> None:
+def test_intervals_of_wins_and_losses_are_binomial(rows: int, ones: int) -> None:
     values = numpy.array([[1.0]] * ones + [[0.0]] * (rows - ones))
-    low, high = interval(resampled_means(values, "qasper", 0)[:, 0])
+    low, high = confidence_interval(bootstrap_means(values, "qasper", 0)[:, 0])
     share, cumulated, bounds = ones / rows, 0.0, []
     for count in range(rows + 1):
         before = cumulated
@@ -123,57 +127,57 @@ def test_intervals_of_wins_and_losses_are_the_binomial_ones(rows: int, ones: int
     assert (low, high) == pytest.approx(bounds, abs=1.01 / rows)
 
 
-def test_a_true_difference_lies_in_about_95_of_100_intervals() -> None:
+def test_intervals_cover_the_true_difference_in_95_percent() -> None:
     generator = numpy.random.default_rng(1)
     inside = 0
     for trial in range(400):
         # Rows of very different spread in two datasets; scores gain 3 points on average in one and lose 1 in the other.
         first = 3 + 30 * (generator.random((120, 1)) - 0.5) * generator.integers(1, 4, size=(120, 1))
         second = generator.choice([-21.0, 19.0], size=(80, 1))
-        means = [resampled_means(values, name, trial, 1000) for values, name in ((first, "a"), (second, "b"))]
-        low, high = interval((means[0][:, 0] + means[1][:, 0]) / 2)
+        means = [bootstrap_means(values, name, trial, 1000) for values, name in ((first, "a"), (second, "b"))]
+        low, high = confidence_interval((means[0][:, 0] + means[1][:, 0]) / 2)
         inside += low <= 1.0 <= high
     assert 365 <= inside <= 393  # 91 to 98 %
 
 
-def test_two_directions_mirror_each_other(scored: Callable[..., RunScore]) -> None:
+def test_swapping_the_runs_mirrors_the_differences(scored: Callable[..., RunScore]) -> None:
     rng = random.Random(2)
     runs = [scored(name, qasper=letters(rng, 12), hotpotqa=letters(rng, 9)) for name in "ab"]
     there, back = compare(runs), compare(runs[::-1])
-    for line in there.lines:
-        one, other = versus(there, line.name), versus(back, line.name)
+    for line in there.groups:
+        one, other = difference(there, line.name), difference(back, line.name)
         assert one.interval is not None and other.interval is not None
-        assert one.difference == pytest.approx(-other.difference)
+        assert one.mean == pytest.approx(-other.mean)
         assert one.interval == pytest.approx([-other.interval[1], -other.interval[0]])
         assert (one.wins, one.losses, one.ties, one.changed) == (other.losses, other.wins, other.ties, other.changed)
 
 
-def test_the_same_seed_gives_the_same_and_another_another(scored: Callable[..., RunScore]) -> None:
+def test_the_seed_determines_the_intervals(scored: Callable[..., RunScore]) -> None:
     rng = random.Random(2)
     runs = [scored(name, qasper=letters(rng, 30)) for name in "ab"]
     assert compare(runs, 1) == compare(runs, 1)
-    assert versus(compare(runs, 1), "qasper").interval != versus(compare(runs, 2), "qasper").interval
+    assert difference(compare(runs, 1), "qasper").interval != difference(compare(runs, 2), "qasper").interval
     assert (compare(runs).seed, compare(runs).resamples) == (0, 10_000)
 
 
-def test_a_run_beside_itself_is_the_same(scored: Callable[..., RunScore]) -> None:
+def test_a_run_compared_with_itself_has_no_difference(scored: Callable[..., RunScore]) -> None:
     run = scored("a", qasper="ynhhy", lcc="nh", trec="yyn")
     found = compare([run, run])
     assert [one.name for one in found.runs] == ["a (1)", "a (2)"]
-    for line in found.lines:
-        assert line.entries[1].versus == Versus(0.0, (0.0, 0.0), 0, 0, line.n, 0)
+    for line in found.groups:
+        assert line.entries[1].difference == Difference(0.0, (0.0, 0.0), 0, 0, line.n, 0)
         assert line.entries[0].score == line.entries[1].score
-        assert line.entries[0].best and line.entries[1].best and line.entries[0].versus is None
+        assert line.entries[0].best and line.entries[1].best and line.entries[0].difference is None
 
 
 def test_one_row_has_no_interval(scored: Callable[..., RunScore]) -> None:
     found = compare([scored("a", qasper="y", hotpotqa="yn"), scored("b", qasper="n", hotpotqa="yy")])
-    intervals = {name: versus(found, name).interval is None for name in lines_of(found)}
+    intervals = {name: difference(found, name).interval is None for name in lines_of(found)}
     assert intervals == {
         "qasper": True, "hotpotqa": False, "single_doc_qa": True, "multi_doc_qa": False,
         "avg_en": True, "avg_all": True, "flat_mean": True,
     }  # fmt: skip
-    assert versus(found, "qasper").difference == -100.0
+    assert difference(found, "qasper").mean == -100.0
 
 
 # Rows
@@ -185,24 +189,24 @@ def test_rows_are_matched_by_id_in_any_order(make_run: MakeRun, row: Row) -> Non
     found = compare([score_run(first), score_run(second)])
     line = lines_of(found)["qasper"]
     assert (line.n, [entry.score for entry in line.entries]) == (3, [66.67, 66.67])
-    won = versus(found, "qasper")
-    assert (won.wins, won.losses, won.ties, won.changed, won.difference) == (1, 1, 1, 2, 0.0)
+    won = difference(found, "qasper")
+    assert (won.wins, won.losses, won.ties, won.changed, won.mean) == (1, 1, 1, 2, 0.0)
     assert {"lcc", "trec"}.isdisjoint(lines_of(found))
     assert [(run.rows, run.left_out) for run in found.runs] == [(4, 1), (5, 2)]
     assert found.notes[0] == (
-        "Compared on the 3 rows that all runs have (same dataset, same _id); left out: 1 of 4 rows of a, 2 of 5 rows "
+        "Compared on the 3 rows that all runs have (same dataset and _id). Left out: 1 of 4 rows of a, 2 of 5 rows "
         "of b."
     )
 
 
-def test_rows_must_be_in_all_runs(make_run: MakeRun, row: Row) -> None:
+def test_only_rows_of_all_runs_count(make_run: MakeRun, row: Row) -> None:
     sets = {"a": [0, 1, 2, 3], "b": [1, 2, 3, 4], "c": [2, 3, 5]}
     runs = [score_run(make_run(name, {"qasper": [row(at) for at in ids]})) for name, ids in sets.items()]
     assert lines_of(compare(runs))["qasper"].n == 2
     assert [lines_of(compare(list(pair)))["qasper"].n for pair in itertools.combinations(runs, 2)] == [3, 2, 2]
 
 
-def test_scores_are_the_official_ones_of_a_file_with_just_these_rows(make_run: MakeRun, row: Row) -> None:
+def test_scores_equal_those_of_files_with_only_the_common_rows(make_run: MakeRun, row: Row) -> None:
     rng = random.Random(5)
     stems = ("qasper", "multifieldqa_en", "hotpotqa", "gov_report", "vcsum", "samsum", "lcc")
     texts = ["yes", "no", "yes no", "yes yes maybe so", "a yes", ""]
@@ -223,18 +227,18 @@ def test_scores_are_the_official_ones_of_a_file_with_just_these_rows(make_run: M
         lines = lines_of(found)
         assert {key: (line.entries[at].score, line.entries[at].stderr) for key, line in lines.items()} == expected
         assert {key: line.entries[at].kept for key, line in lines.items()} == kept
-    for line in found.lines:
+    for line in found.groups:
         of_scores = line.entries[1].score - line.entries[0].score
-        assert versus(found, line.name).difference == pytest.approx(of_scores, abs=0.0101)
-    assert [line.kind for line in found.lines] == ["dataset"] * 7 + ["category"] * 5 + ["average"] * 4
-    assert (lines_of(found)["avg_all"].datasets, lines_of(found)["avg_all"].of) == (7, 21)
+        assert difference(found, line.name).mean == pytest.approx(of_scores, abs=0.0101)
+    assert [line.kind for line in found.groups] == ["dataset"] * 7 + ["category"] * 5 + ["average"] * 4
+    assert (lines_of(found)["avg_all"].datasets, lines_of(found)["avg_all"].of_datasets) == (7, 21)
 
 
-def test_longbench_e_is_compared_by_its_own_files(scored: Callable[..., RunScore]) -> None:
+def test_longbench_e_is_compared(scored: Callable[..., RunScore]) -> None:
     runs = [scored("a", e=True, qasper="yn", trec="yy"), scored("b", e=True, qasper="yy", trec="yn")]
     found = compare(runs)
-    assert found.e and [line.name for line in found.lines][:2] == ["qasper_e", "trec_e"]
-    assert versus(found, "qasper_e").difference == 50.0
+    assert found.e and [line.name for line in found.groups][:2] == ["qasper_e", "trec_e"]
+    assert difference(found, "qasper_e").mean == 50.0
     with pytest.raises(ValueError, match="all of LongBench-E"):
         compare([runs[0], scored("c", qasper="yy")])
     with pytest.raises(ValueError, match="two or more"):
@@ -244,25 +248,25 @@ def test_longbench_e_is_compared_by_its_own_files(scored: Callable[..., RunScore
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"qasper": [("7", {})]}, "have no row in common"),
-        ({"hotpotqa": [("1", {})]}, "have no row in common"),
+        ({"qasper": [("7", {})]}, "have no rows in common"),
+        ({"hotpotqa": [("1", {})]}, "have no rows in common"),
         ({"qasper": [("1", {"_id": ...})]}, "rows without an `_id` cannot be matched"),
         ({"qasper": [("1", {"_id": None})]}, "rows without an `_id` cannot be matched"),
-        ({"qasper": [("1", {"answers": ["no"]})]}, "Row 1 of qasper has other answers in a than in b"),
+        ({"qasper": [("1", {"answers": ["no"]})]}, "Row 1 of qasper has different answers in a and b"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(make_run: MakeRun, row: Row, other: Any, message: str) -> None:
+def test_incomparable_runs_are_refused(make_run: MakeRun, row: Row, other: Any, message: str) -> None:
     rows = {stem: [row(number, **more) for number, more in rows] for stem, rows in other.items()}
     runs = [score_run(make_run("a", {"qasper": [row(1), row(2)]})), score_run(make_run("b", rows))]
     with pytest.raises(UsageError, match=message):
         compare(runs)
 
 
-def test_repeated_ids_are_refused_even_where_the_scorer_was_told_to_count_them(make_run: MakeRun, row: Row) -> None:
-    from sparsecache.longbench.scores import Options
+def test_repeated_ids_are_refused_even_if_the_scorer_allows_them(make_run: MakeRun, row: Row) -> None:
+    from sparsecache.longbench.scores import ScoringOptions
 
     folder = make_run("a", {"qasper": [row(1), row(1)]})
-    run = score_run(folder, options=Options(allow_duplicates=True))
+    run = score_run(folder, options=ScoringOptions(allow_duplicates=True))
     with pytest.raises(UsageError, match="qasper of a.* repeats _ids"):
         compare([run, run])
 
@@ -270,7 +274,7 @@ def test_repeated_ids_are_refused_even_where_the_scorer_was_told_to_count_them(m
 # What else is said
 
 
-def test_the_best_of_a_line_is_marked_and_ties_are_all(scored: Callable[..., RunScore]) -> None:
+def test_the_best_runs_are_marked_including_ties(scored: Callable[..., RunScore]) -> None:
     runs = [scored("a", qasper="yn", hotpotqa="yn"), scored("b", qasper="ny", hotpotqa="yy")]
     found = lines_of(compare([*runs, scored("c", qasper="nn", hotpotqa="nn")]))
     assert {name: [entry.best for entry in line.entries] for name, line in found.items() if line.kind == "dataset"} == {
@@ -280,27 +284,27 @@ def test_the_best_of_a_line_is_marked_and_ties_are_all(scored: Callable[..., Run
     assert [entry.best for entry in found["flat_mean"].entries] == [False, True, False]
 
 
-def test_what_a_reader_must_know_is_said(make_run: MakeRun, row: Row) -> None:
+def test_notes_qualify_the_numbers(make_run: MakeRun, row: Row) -> None:
     failed = row(1, "", error="OutOfMemoryError")
     first = make_run("a", {"qasper": [row(0), row(1)]}, expected={"qasper": 3})
     second = make_run("b", {"qasper": [row(0, prompt_sha256="0" * 64 + "x"), failed]})
     found = compare([score_run(first), score_run(second)])
     assert found.notes == (
-        "INCOMPLETE: a, b; score them alone to see what is missing.",
-        "1 of these rows failed in b and count 0.0 there; predict again to retry them.",
-        "b was asked other prompts than a in 1 of 2 rows.",
+        "INCOMPLETE: a, b. Score each run separately to see the missing rows.",
+        "1 of these rows failed in b and count 0.0. Predict again to retry them.",
+        "b and a had different prompts in 1 of 2 rows.",
         "Fewer than 20 rows, so the intervals are too narrow: every dataset.",
     )
     assert [entry.errors for entry in lines_of(found)["qasper"].entries] == [0, 1]
     assert lines_of(found)["qasper"].entries[1].score == 50.0
 
 
-def test_whole_runs_over_the_same_rows_need_no_remark(make_run: MakeRun, row: Row) -> None:
+def test_complete_runs_over_the_same_rows_need_no_note(make_run: MakeRun, row: Row) -> None:
     rows = {"qasper": [row(at) for at in range(20)]}
     assert compare([score_run(make_run(name, rows)) for name in "ab"]).notes == ()
 
 
-def test_cost_is_that_of_run_json_and_of_the_rows(make_run: MakeRun, row: Row) -> None:
+def test_speed_comes_from_run_json_and_the_rows(make_run: MakeRun, row: Row) -> None:
     timed = [row(0, new_tokens=11, decode_s=2.0, kept=0.5), row(1, new_tokens=21, decode_s=1.0, kept=None)]
     odd = [row(2, new_tokens=1, decode_s=0.0), row(3, new_tokens="x", decode_s=1.0)]
     clock = {"prefill_s": 1.0, "prefill_tokens": 10, "decode_s": 4.0, "decode_tokens": 10, "peak_gpu_bytes": None}
@@ -316,7 +320,7 @@ def test_cost_is_that_of_run_json_and_of_the_rows(make_run: MakeRun, row: Row) -
     assert [entry.tokens_per_s for entry in lines_of(found)["flat_mean"].entries] == [10.0, 10.0]
 
 
-def test_folders_from_elsewhere_are_compared_if_their_rows_have_ids(make_run: MakeRun, row: Row) -> None:
+def test_folders_without_run_json_are_compared_if_rows_have_ids(make_run: MakeRun, row: Row) -> None:
     bare = [{"pred": "yes", "answers": ["yes"], "all_classes": None, "_id": str(at)} for at in range(2)]
     runs = [score_run(make_run(name, {"qasper": bare}, record=False)) for name in "ab"]
     found = compare(runs)
@@ -326,7 +330,7 @@ def test_folders_from_elsewhere_are_compared_if_their_rows_have_ids(make_run: Ma
     assert render(compare_document(found), "terminal")
 
 
-def test_runs_are_named_by_as_little_as_tells_them_apart() -> None:
+def test_run_names_are_the_shortest_distinct_ones() -> None:
     def names(*folders: str) -> list[str]:
         return short_names([Path(folder) for folder in folders])
 
@@ -338,12 +342,12 @@ def test_runs_are_named_by_as_little_as_tells_them_apart() -> None:
 # Tables
 
 
-def test_two_runs_are_one_table_and_more_are_one_for_each(scored: Callable[..., RunScore]) -> None:
+def test_two_runs_give_one_table_and_more_give_one_each(scored: Callable[..., RunScore]) -> None:
     runs = [scored(name, qasper=text * 10) for name, text in (("a", "yynn"), ("b", "yyny"), ("c", "ynnn"))]
     two, three = (compare_document(compare(runs[:count])) for count in (2, 3))
-    assert two.tables[0].head == [
+    assert two.tables[0].header == [
         "dataset", "n", "a", "b", "difference", "95% interval", "wins", "losses", "changed", "kept"]  # fmt: skip
-    assert [table.title for table in two.tables] == ["", "what each run cost, over all of its rows"]
+    assert [table.title for table in two.tables] == ["", "speed and memory of each run, over all of its rows"]
     assert [table.title for table in three.tables][1:3] == ["b against a", "c against a"]
     line = render(two, "terminal").split("\n")[4]
     assert line.split()[:5] == ["qasper", "40", "50.00", "75.00*", "+25.0"]
@@ -353,7 +357,7 @@ def test_two_runs_are_one_table_and_more_are_one_for_each(scored: Callable[..., 
     assert text.count("\nqasper") == 3
 
 
-def test_differences_have_the_digits_that_their_interval_deserves(make_run: MakeRun, row: Row) -> None:
+def test_decimals_of_differences_depend_on_the_interval(make_run: MakeRun, row: Row) -> None:
     rows = [row(at) for at in range(200)]
     worse = [row(0, "no"), *rows[1:]]
     close = compare_document(
@@ -369,27 +373,27 @@ def test_differences_have_the_digits_that_their_interval_deserves(make_run: Make
     assert text[4:6] == ["-0.01", "-0.03 to 0.00"]
 
 
-def test_the_flat_table_holds_every_number_in_full(scored: Callable[..., RunScore]) -> None:
+def test_the_flat_table_holds_unrounded_numbers(scored: Callable[..., RunScore]) -> None:
     found = compare([scored("a", qasper="yyn", trec="yn"), scored("b", qasper="yhn", trec="yy")])
     document = compare_document(found)
     rows = json.loads(render(document, "json"))["rows"]
-    assert len(rows) == 2 * len(found.lines)
-    for at, (line, run) in enumerate((line, run) for line in found.lines for run in range(2)):
+    assert len(rows) == 2 * len(found.groups)
+    for at, (line, run) in enumerate((line, run) for line in found.groups for run in range(2)):
         entry, said = line.entries[run], rows[at]
         assert (said["run"], said["kind"], said["name"], said["n"]) == ("ab"[run], line.kind, line.name, line.n)
         assert (said["score"], said["stderr"], said["best"]) == (entry.score, entry.stderr, entry.best)
-        if entry.versus is None:
+        if entry.difference is None:
             assert {said[key] for key in ("difference", "low", "high", "wins", "changed")} == {None}
         else:
             assert (said["difference"], [said["low"], said["high"]]) == (
-                entry.versus.difference, list(entry.versus.interval or ()))  # fmt: skip
+                entry.difference.mean, list(entry.difference.interval or ()))  # fmt: skip
             assert said["wins"] + said["losses"] + said["ties"] == line.n
     read = list(csv.DictReader(io.StringIO(render(document, "csv"))))
     assert [float(line["score"]) for line in read] == [line["score"] for line in rows]
-    assert [line["low"] for line in read if line["run"] == "a"] == [""] * len(found.lines)
+    assert [line["low"] for line in read if line["run"] == "a"] == [""] * len(found.groups)
 
 
-def test_the_note_of_a_checkpoint_stands_above(scored: Callable[..., RunScore]) -> None:
+def test_the_note_of_a_checkpoint_is_above_the_tables(scored: Callable[..., RunScore]) -> None:
     run = scored("a", qasper="yn")
     run = replace(run, run=replace(run.run, model=ModelRecord("Random weights.")))
-    assert compare_document(compare([run, scored("b", qasper="yn")])).lead == ["Note on a: Random weights."]
+    assert compare_document(compare([run, scored("b", qasper="yn")])).preamble == ["Note on a: Random weights."]

@@ -1,4 +1,4 @@
-"""Reading rows: every source, what real files hold, and each way a file can be broken."""
+"""Reading rows from every source, with the contents of real files, and with broken files."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from sparsecache.synthetic.source import SampleSource
 KEYS = ["input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"]
 SAMPLE = SampleSource(rows=7)
 QASPER = load_tasks()["qasper"]
-ADVICE = "No row is skipped: fetch or write the file again, whole."
+ADVICE = "Invalid rows are never skipped. Fetch or write the complete file again."
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def refusal(folder: Path, content: bytes) -> str:
     return message
 
 
-def test_every_real_row_loads_unchanged(fixtures_dir: Path) -> None:
+def test_real_rows_load_unchanged(fixtures_dir: Path) -> None:
     source, loaded = FolderSource(fixtures_dir / "raw"), 0
     for task in select_tasks("all"):
         for e in (False, True) if task.rows_e else (False,):
@@ -69,7 +69,7 @@ def test_every_real_row_loads_unchanged(fixtures_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "e"), [("hotpotqa", True), ("multi_news", True), ("multifieldqa_zh", False)])
-def test_the_real_half_written_files_are_refused(fixtures_dir: Path, name: str, e: bool) -> None:
+def test_real_truncated_files_are_refused(fixtures_dir: Path, name: str, e: bool) -> None:
     task = load_tasks()[name]
     path = fixtures_dir / "broken" / f"{task.file_stem(e)}.jsonl"
     last = path.read_bytes().count(b"\n") + 1
@@ -94,7 +94,7 @@ def test_the_sample_has_no_longbench_e() -> None:
 ODD = "a\x00b\rc\r\nd\x85e\u2028f\u2029g\x0bh\x0ci\x1cj\ufeffk{l}}m😀 \t"
 
 
-def test_odd_characters_survive(tmp_path: Path) -> None:
+def test_unusual_characters_survive(tmp_path: Path) -> None:
     for escaped in (False, True):
         content = (json.dumps(row(context=ODD, input=ODD, answers=[ODD]), ensure_ascii=escaped) + "\n").encode()
         assert load(tmp_path, content) == [row(context=ODD, input=ODD, answers=[ODD])]
@@ -118,11 +118,11 @@ def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, context: st
     ],
     ids=["crlf", "bom", "no final newline", "blank lines"],
 )
-def test_harmless_differences_of_files(tmp_path: Path, content: bytes) -> None:
+def test_harmless_differences_between_files_are_accepted(tmp_path: Path, content: bytes) -> None:
     assert load(tmp_path, content) == [row(), row(_id="b")]
 
 
-def test_further_keys_are_left_out_and_length_may_be_large(tmp_path: Path) -> None:
+def test_unknown_keys_are_dropped_and_length_may_be_large(tmp_path: Path) -> None:
     assert load(tmp_path, lines(row(length=2**40, note="x"))) == [row(length=2**40)]
 
 
@@ -139,7 +139,7 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
         ({"length": "7"}, 'length is "7", not of type int.'),
         ({"length": True}, "length is true, not of type int."),
         ({"length": 7.0}, "length is 7.0, not of type int."),
-        ({"length": 10**30}, "length is too large to be one."),
+        ({"length": 10**30}, "length does not fit into 64 bits."),
         ({"input": None}, "input is null, not of type str."),
         ({"_id": 3}, "_id is 3, not of type str."),
         ({"answers": "So."}, "answers is not a list of at least one string."),
@@ -148,7 +148,7 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
         ({"all_classes": [1]}, "all_classes is neither null nor a list of strings."),
         ({"all_classes": "x"}, "all_classes is neither null nor a list of strings."),
         ({"dataset": "qasper_e"}, "the row belongs to dataset 'qasper_e', not 'qasper'."),
-        ({"_id": "a"}, "_id 'a' stands in line 1 already."),
+        ({"_id": "a"}, "_id 'a' is already in line 1."),
     ],
 )
 def test_a_wrong_value_is_named_with_its_line(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
@@ -171,16 +171,16 @@ def test_the_line_counts_blank_lines_too(tmp_path: Path) -> None:
     ],
     ids=["half", "list", "null", "latin-1", "nested"],
 )
-def test_a_line_that_is_no_object_is_refused(tmp_path: Path, line: bytes, problem: str) -> None:
+def test_a_line_that_is_not_an_object_is_refused(tmp_path: Path, line: bytes, problem: str) -> None:
     message = refusal(tmp_path, lines(row()) + line)
     assert ", line 2: " in message and problem in message and message.endswith(ADVICE)
 
 
 @pytest.mark.parametrize("key", ["context", "answers"])
-def test_half_a_surrogate_pair_is_refused(tmp_path: Path, key: str) -> None:
+def test_a_lone_surrogate_is_refused(tmp_path: Path, key: str) -> None:
     text = '"\\ud83d"' if key == "context" else '["\\ud83d"]'
     value = json.dumps(row(_id="b")).replace(json.dumps(row()[key]), text)
-    assert "line 2: a string holds half of a surrogate pair" in refusal(tmp_path, lines(row()) + value.encode())
+    assert "line 2: a string holds a lone surrogate" in refusal(tmp_path, lines(row()) + value.encode())
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
@@ -188,15 +188,15 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     assert "holds no rows" in refusal(tmp_path, content)
 
 
-def test_a_missing_file_names_those_that_are_there(tmp_path: Path) -> None:
+def test_a_missing_file_error_lists_existing_files(tmp_path: Path) -> None:
     (tmp_path / "trec.jsonl").touch()
     with pytest.raises(
-        UsageError, match=r"qasper\.jsonl is not there.*holds: trec\. Name what is there with --datasets"
+        UsageError, match=r"qasper\.jsonl does not exist.*holds: trec\. Choose among these with --datasets"
     ):
         load_rows(FolderSource(tmp_path), QASPER)
 
 
-def test_longbench_e_rows_carry_the_ending(tmp_path: Path) -> None:
+def test_longbench_e_rows_have_the_suffix(tmp_path: Path) -> None:
     wanted = [row(dataset="qasper_e")]
     assert load(tmp_path, lines(*wanted), e=True) == wanted
     with pytest.raises(UsageError, match="belongs to dataset 'qasper', not 'qasper_e'"):
@@ -210,7 +210,7 @@ def make_zip(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-def test_a_zip_is_read_in_any_folder_and_described(tmp_path: Path) -> None:
+def test_a_zip_may_have_any_folder_and_is_described(tmp_path: Path) -> None:
     path = make_zip(
         tmp_path / "x.zip",
         [("data/qasper.jsonl", lines(row())), ("__MACOSX/data/qasper.jsonl", b"x"), ("data/my_qasper.jsonl", b"x")],
@@ -222,9 +222,9 @@ def test_a_zip_is_read_in_any_folder_and_described(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("members", [[], ["a/qasper.jsonl", "b/qasper.jsonl"]])
-def test_a_zip_with_none_or_two_of_a_name_is_refused(tmp_path: Path, members: list[str]) -> None:
+def test_a_zip_without_exactly_one_member_is_refused(tmp_path: Path, members: list[str]) -> None:
     path = make_zip(tmp_path / "x.zip", [(name, lines(row())) for name in members])
-    with pytest.raises(UsageError, match=f"holds {len(members)} members named qasper.jsonl; one is needed"):
+    with pytest.raises(UsageError, match=f"holds {len(members)} members named qasper.jsonl; it must hold exactly one"):
         load_rows(ZipSource(path), QASPER)
 
 
@@ -246,41 +246,41 @@ def test_row_counts_are_checked_for_hub_data_only(tmp_path: Path) -> None:
     part = make_zip(tmp_path / "part.zip", [(f"data/{task.name}.jsonl", lines(*rows[:149]))])
     assert len(load_rows(ZipSource(whole, hub={"commit": "c"}), task).dataset) == 150
     assert len(load_rows(ZipSource(part), task).dataset) == 149
-    with pytest.raises(UsageError, match="holds 149 rows; the benchmark publishes 150"):
+    with pytest.raises(UsageError, match="holds 149 rows; the published dataset has 150"):
         load_rows(ZipSource(part, hub={"commit": "c"}), task)
 
 
 @pytest.mark.parametrize("value", ["nowhere", "setup.cfg", ""])
-def test_a_data_value_that_is_nothing_lists_what_is_allowed(tmp_path: Path, value: str) -> None:
+def test_an_invalid_data_value_lists_the_allowed_ones(tmp_path: Path, value: str) -> None:
     (tmp_path / "setup.cfg").write_text("[x]")
     with pytest.raises(UsageError, match="Allowed: hub, sample, a folder of <dataset>.jsonl"):
         open_source(str(tmp_path / value) if value == "setup.cfg" else value, sample=SAMPLE)
 
 
-def test_a_revision_is_for_the_hub_only() -> None:
-    with pytest.raises(UsageError, match="--data_revision v1 pins the hub's data; with --data sample"):
+def test_a_revision_needs_the_hub() -> None:
+    with pytest.raises(UsageError, match="--data_revision v1 applies to --data hub only, not to --data sample"):
         open_source("sample", sample=SAMPLE, revision="v1")
 
 
-def test_sources_say_what_they_are(tmp_path: Path) -> None:
+def test_sources_describe_themselves(tmp_path: Path) -> None:
     assert open_source(str(tmp_path), sample=SAMPLE).describe() == {"source": "folder", "path": str(tmp_path)}
     assert open_source("sample", sample=SAMPLE) is SAMPLE
 
 
 @given(st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.booleans(), max_size=4))
-def test_dumped_records_come_back_in_one_line(record: dict[str, Any]) -> None:
+def test_records_survive_dumping_to_one_line(record: dict[str, Any]) -> None:
     line = dumps(record).encode()
     assert b"\n" not in line
     assert [value for _, value in read_objects([line], "x", "y")] == [record]
 
 
-def test_dumped_records_keep_characters_and_refuse_what_is_not_json() -> None:
+def test_dumping_keeps_characters_and_refuses_invalid_values() -> None:
     assert dumps({"a": "é中\x85"}) == '{"a": "é中\x85"}'
     with pytest.raises(ValueError, match="JSON"):
         dumps({"a": float("nan")})
 
 
-def test_another_json_package_changes_nothing(tmp_path: Path, run_python: Callable[..., CompletedProcess[str]]) -> None:
+def test_other_json_packages_change_nothing(tmp_path: Path, run_python: Callable[..., CompletedProcess[str]]) -> None:
     # jsonlines reads with orjson or ujson where there is one, and these differ from json.
     for name in ("orjson", "ujson"):
         (tmp_path / f"{name}.py").write_text("def loads(text):\n    return {'wrong': 1}\n")

@@ -1,4 +1,7 @@
-"""The gate: planted regressions fail, improvements pass, and what is not comparable is refused."""
+"""The gate fails regressions, passes improvements, and refuses runs that are not comparable.
+
+In one file because every test gates runs made by the same fixtures.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,92 +11,104 @@ import pytest
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.baseline import Baseline
-from sparsecache.longbench.gate import Limits, Verdict, check_savable, gate, lines
-from sparsecache.longbench.scores import Options
+from sparsecache.longbench.gate import Limits, Verdict, check_complete, format_verdict, gate
+from sparsecache.longbench.scores import ScoringOptions
 
 MakeRun = Callable[..., Path]
 Row = Callable[..., dict[str, Any]]
-Make = BoiledDown = Callable[..., Baseline]
+Make = ScoreToBaseline = Callable[..., Baseline]
 
 
 def texts(verdict: Verdict) -> list[str]:
     return [("" if check.passed else "FAILED ") + check.text for check in verdict.checks]
 
 
-def test_a_regression_fails_and_says_by_how_much(made: Make) -> None:
-    before = made("a", {"qasper": "y" * 10, "hotpotqa": "yn" * 5, "lcc": "n"})
-    after = made("b", {"qasper": "y" * 9 + "n", "hotpotqa": "yn" * 5, "lcc": "n"})
+def test_a_regression_fails_with_its_size(make_baseline_run: Make) -> None:
+    before = make_baseline_run("a", {"qasper": "y" * 10, "hotpotqa": "yn" * 5, "lcc": "n"})
+    after = make_baseline_run("b", {"qasper": "y" * 9 + "n", "hotpotqa": "yn" * 5, "lcc": "n"})
     verdict = gate(after, before, Limits(max_drop=2.0))
     assert not verdict.passed and verdict.warnings == []
     assert texts(verdict) == [
-        "FAILED mean of 3 datasets: 46.67, baseline 50.00, down 3.33, allowed 2: 1.33 too much; most in qasper 10.00"
+        "FAILED mean of 3 datasets: 46.67, baseline 50.00, down 3.33, allowed drop 2: 1.33 over the limit; "
+        "largest drops: qasper 10.00"
     ]
-    assert list(lines(after, before, verdict)) == [
+    assert list(format_verdict(after, before, verdict)) == [
         f"{after.name} (vanilla) against {before.name} (vanilla)",
         *texts(verdict)[0].replace("FAILED ", "FAILED  ", 1).split("\n"),
         "FAILED: 1 of 1 checks.",
     ]
 
 
-def test_an_improvement_passes(made: Make) -> None:
-    before, after = made("a", {"qasper": "yynn"}), made("b", {"qasper": "yyyn"})
+def test_an_improvement_passes(make_baseline_run: Make) -> None:
+    before, after = make_baseline_run("a", {"qasper": "yynn"}), make_baseline_run("b", {"qasper": "yyyn"})
     verdict = gate(after, before, Limits(max_drop=0, max_drop_dataset=0))
     assert verdict.passed
     assert texts(verdict) == [
-        "mean of 1 datasets: 75.00, baseline 50.00, up 25.00, allowed 0 (95% interval of the change: 0.00 to +75.00)",
-        "1 of 1 datasets: none is down, allowed 0",
+        "mean of 1 datasets: 75.00, baseline 50.00, up 25.00, allowed drop 0 "
+        "(95% interval of the change: 0.00 to +75.00)",
+        "1 of 1 datasets: no drop, allowed 0",
     ]
-    assert list(lines(after, before, verdict))[-1] == "Passed."
+    assert list(format_verdict(after, before, verdict))[-1] == "Passed."
 
 
-def test_a_run_passes_beside_itself_without_any_room(made: Make) -> None:
-    run = made("a", {"qasper": "ynh", "trec": "y"}, {"kept": 0.1, "all_classes": ["yes"]})
+def test_a_run_passes_against_itself_with_limits_of_zero(make_baseline_run: Make) -> None:
+    run = make_baseline_run("a", {"qasper": "ynh", "trec": "y"}, {"kept": 0.1, "all_classes": ["yes"]})
     assert gate(run, run, Limits(0, 0, 1, 1)).passed
 
 
 @pytest.mark.parametrize(("allowed", "passed"), [(0.99, False), (1.0, True), (1.01, True)])
-def test_a_drop_of_just_the_limit_is_allowed(made: Make, allowed: float, passed: bool) -> None:
-    before, after = made("a", {"qasper": "y" * 100}), made("b", {"qasper": "y" * 99 + "n"})
+def test_a_drop_equal_to_the_limit_is_allowed(make_baseline_run: Make, allowed: float, passed: bool) -> None:
+    before, after = make_baseline_run("a", {"qasper": "y" * 100}), make_baseline_run("b", {"qasper": "y" * 99 + "n"})
     assert gate(after, before, Limits(allowed)).passed is passed
     assert gate(after, before, Limits(100, allowed)).passed is passed
 
 
-def test_one_dataset_may_fail_where_the_mean_passes(made: Make) -> None:
-    before = made("a", {"qasper": "yyyy", "hotpotqa": "nnnn", "musique": "yyyy"})
-    after = made("b", {"qasper": "yynn", "hotpotqa": "yynn", "musique": "yyyh"})
+def test_a_dataset_may_fail_while_the_mean_passes(make_baseline_run: Make) -> None:
+    before = make_baseline_run("a", {"qasper": "yyyy", "hotpotqa": "nnnn", "musique": "yyyy"})
+    after = make_baseline_run("b", {"qasper": "yynn", "hotpotqa": "yynn", "musique": "yyyh"})
     assert gate(after, before, Limits(3)).passed
     verdict = gate(after, before, Limits(3, 10))
     assert [check.passed for check in verdict.checks] == [True, False, True]
     assert texts(verdict)[1:] == [
-        "FAILED qasper: 50.00, baseline 100.00, down 50.00, allowed 10: 40 too much",
-        "2 of 3 datasets: down 8.33 at most (musique), allowed 10",
+        "FAILED qasper: 50.00, baseline 100.00, down 50.00, allowed drop 10: 40 over the limit",
+        "2 of 3 datasets: largest drop 8.33 (musique), allowed 10",
     ]
-    assert [line.split("  ")[0] for line in lines(after, before, verdict)][1:4] == ["FAILED", "passed", "passed"]
+    assert [line.split("  ")[0] for line in format_verdict(after, before, verdict)][1:4] == [
+        "FAILED",
+        "passed",
+        "passed",
+    ]
 
 
-def test_scores_are_the_official_ones_of_the_rows_that_both_have(made: Make) -> None:
-    before, after = made("a", {"qasper": "yyn"}), made("b", {"qasper": "yyhnnnn", "hotpotqa": "y"})
+def test_scores_are_the_official_ones_of_the_common_rows(make_baseline_run: Make) -> None:
+    before, after = (
+        make_baseline_run("a", {"qasper": "yyn"}),
+        make_baseline_run("b", {"qasper": "yyhnnnn", "hotpotqa": "y"}),
+    )
     assert "mean of 1 datasets: 88.89, baseline 66.67, up 22.22, " in texts(gate(after, before, Limits()))[0]
 
 
-def test_what_was_kept_is_limited(made: Make) -> None:
-    before = made("a", {"qasper": "y", "lcc": "y"})
-    sparse = made("b", {"qasper": "y", "lcc": "y"}, {"kept": 0.2004})
-    assert texts(gate(sparse, before, Limits(max_kept=0.2)))[1] == "FAILED kept 20.04%, allowed 20%: 0.04% too much"
+def test_the_kept_share_is_limited(make_baseline_run: Make) -> None:
+    before = make_baseline_run("a", {"qasper": "y", "lcc": "y"})
+    sparse = make_baseline_run("b", {"qasper": "y", "lcc": "y"}, {"kept": 0.2004})
+    assert (
+        texts(gate(sparse, before, Limits(max_kept=0.2)))[1]
+        == "FAILED kept 20.04%, allowed 20%: 0.04 points over the limit"
+    )
     assert texts(gate(sparse, before, Limits(max_kept=0.2004)))[1] == "kept 20.04%, allowed 20.04%"
     with pytest.raises(UsageError, match=r"--max_kept 0\.2 cannot be checked: no row of .*full cache"):
         gate(before, sparse, Limits(max_kept=0.2))
 
 
 def test_kept_is_the_mean_over_the_datasets_that_report_it(
-    make_run: MakeRun, row: Row, boiled_down: BoiledDown
+    make_run: MakeRun, row: Row, score_to_baseline: ScoreToBaseline
 ) -> None:
     rows = {
         "qasper": [row(0, kept=0.1), row(1, kept=0.3), row(2, kept=None)],
         "hotpotqa": [row(0, kept=0.6)],
         "lcc": [row(0)],
     }
-    assert boiled_down(make_run("a", rows)).kept == pytest.approx(0.4)
+    assert score_to_baseline(make_run("a", rows)).kept == pytest.approx(0.4)
 
 
 def clock(tokens: int, seconds: float) -> dict[str, Any]:
@@ -101,13 +116,16 @@ def clock(tokens: int, seconds: float) -> dict[str, Any]:
                       "peak_gpu_bytes": None}}  # fmt: skip
 
 
-def test_speed_is_limited(made: Make) -> None:
-    slow, fast = made("a", {"qasper": "y"}, session=clock(100, 4)), made("b", {"qasper": "y"}, session=clock(100, 2.5))
+def test_speed_is_limited(make_baseline_run: Make) -> None:
+    slow, fast = (
+        make_baseline_run("a", {"qasper": "y"}, session=clock(100, 4)),
+        make_baseline_run("b", {"qasper": "y"}, session=clock(100, 2.5)),
+    )
     assert texts(gate(fast, slow, Limits(min_speedup=1.5)))[1] == (
-        "decode 40.0 tokens/s, baseline 25.0: 1.60 times as fast, asked 1.5"
+        "decode 40.0 tokens/s, baseline 25.0: speedup 1.60, required 1.5"
     )
     assert texts(gate(slow, fast, Limits(min_speedup=1)))[1] == (
-        "FAILED decode 25.0 tokens/s, baseline 40.0: 0.62 times as fast, asked 1: 0.38 too little"
+        "FAILED decode 25.0 tokens/s, baseline 40.0: speedup 0.62, required 1: 0.38 below the limit"
     )
     assert gate(fast, slow, Limits(min_speedup=1.6)).passed
 
@@ -121,91 +139,99 @@ def test_speed_is_limited(made: Make) -> None:
         ({"identity": {"dtype": "float32"}}, r"the dtype \(float32, baseline bfloat16\)"),
     ],
 )
-def test_speeds_of_unlike_machines_are_refused(made: Make, more: dict[str, Any], message: str) -> None:
-    before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "y"}, **more)
+def test_speeds_of_different_machines_are_refused(make_baseline_run: Make, more: dict[str, Any], message: str) -> None:
+    before, after = make_baseline_run("a", {"qasper": "y"}), make_baseline_run("b", {"qasper": "y"}, **more)
     assert gate(after, before, Limits()).passed
-    with pytest.raises(UsageError, match=f"unlike in more than the method: {message}, for the speed"):
+    with pytest.raises(UsageError, match=f"differ in more than the method: {message}, for the speed"):
         gate(after, before, Limits(min_speedup=1))
     verdict = gate(after, before, Limits(min_speedup=1), allow_unlike=True)
-    assert verdict.passed and verdict.warnings[0].startswith("unlike: ")
+    assert verdict.passed and verdict.warnings[0].endswith(", for the speed; allowed by --allow_unlike.")
 
 
-def test_speeds_over_other_rows_are_refused(made: Make) -> None:
-    before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "yy"})
+def test_speeds_over_other_rows_are_refused(make_baseline_run: Make) -> None:
+    before, after = make_baseline_run("a", {"qasper": "y"}), make_baseline_run("b", {"qasper": "yy"})
     with pytest.raises(UsageError, match="the rows that the speed was measured on"):
         gate(after, before, Limits(min_speedup=1))
 
 
-def test_cpus_of_two_hosts_are_two_devices(made: Make) -> None:
+def test_cpus_of_two_hosts_are_two_devices(make_baseline_run: Make) -> None:
     cpu = {"gpu": None, "device": "cpu"}
-    before = made("a", {"qasper": "y"}, session={**cpu, "id": "1-here"})
-    after = made("b", {"qasper": "y"}, session={**cpu, "id": "2-there"})
+    before = make_baseline_run("a", {"qasper": "y"}, session={**cpu, "id": "1-here"})
+    after = make_baseline_run("b", {"qasper": "y"}, session={**cpu, "id": "2-there"})
     with pytest.raises(UsageError, match=r"the device \(cpu of there, baseline cpu of here\)"):
         gate(after, before, Limits(min_speedup=1))
-    again = made("c", {"qasper": "y"}, session={**cpu, "id": "3-here"})
+    again = make_baseline_run("c", {"qasper": "y"}, session={**cpu, "id": "3-here"})
     assert gate(again, before, Limits(min_speedup=1)).passed
 
 
-def test_speeds_measured_on_several_devices_are_refused(made: Make) -> None:
-    run = made("a", {"qasper": "y"})
+def test_speeds_measured_on_several_devices_are_refused(make_baseline_run: Make) -> None:
+    run = make_baseline_run("a", {"qasper": "y"})
     mixed = Baseline(**{**vars(run), "devices": ["A100", "H200"]})
     with pytest.raises(UsageError, match=r"the device \(A100 and H200, baseline A100 and H200\)"):
         gate(mixed, mixed, Limits(min_speedup=1))
 
 
-def test_a_session_that_decoded_nothing_is_no_device(made: Make) -> None:
-    assert made("a", {"qasper": "y"}, session={"clock": None}).devices == []
-    assert made("b", {"qasper": "y"}, session=clock(0, 0.0)).batch_sizes == []
+def test_a_session_without_decoding_adds_no_device(make_baseline_run: Make) -> None:
+    assert make_baseline_run("a", {"qasper": "y"}, session={"clock": None}).devices == []
+    assert make_baseline_run("b", {"qasper": "y"}, session=clock(0, 0.0)).batch_sizes == []
 
 
-def test_a_run_without_a_speed_is_refused(made: Make) -> None:
-    before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "y"}, session={"clock": None})
+def test_a_run_without_a_speed_is_refused(make_baseline_run: Make) -> None:
+    before, after = (
+        make_baseline_run("a", {"qasper": "y"}),
+        make_baseline_run("b", {"qasper": "y"}, session={"clock": None}),
+    )
     for mine, theirs in ((before, after), (after, before)):
-        with pytest.raises(UsageError, match=f"{after.name} holds no decode speed"):
+        with pytest.raises(UsageError, match=f"{after.name} has no decode speed"):
             gate(mine, theirs, Limits(min_speedup=1), allow_unlike=True)
 
 
 @pytest.mark.parametrize(
     ("identity", "message"),
     [
-        ({"checkpoint": "d" * 64}, r"the checkpoint \(d{12}\.\.\., baseline c{12}\.\.\.\)"),
+        ({"checkpoint": "d" * 64}, "the checkpoint's files"),
         ({"window": 2048}, r"the window \(2048, baseline 4096\)"),
         ({"max_length": 3500}, r"the max_length \(3500, baseline unknown\)"),
         ({"stop_ids": [1, 2]}, r"the stop_ids \(\[1, 2\], baseline \[1\]\)"),
         ({"chat": "template"}, r"the chat \(template, baseline unknown\)"),
         ({"something_new": 1}, r"the something_new"),
-        ({"data": {"qasper": "other"}}, r"the data of qasper \(other, baseline data\)"),
-        ({"templates": {"qasper": "other"}}, "the templates of qasper"),
+        ({"data": {"qasper": "other"}}, "the data of qasper"),
+        ({"templates": {"qasper": "other"}}, "the prompt template of qasper"),
         ({"protocol": {}}, r"the protocol of qasper \(unknown, baseline protocol\)"),
     ],
 )
-def test_unlike_runs_are_refused(made: Make, identity: dict[str, Any], message: str) -> None:
-    before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "y"}, identity=identity)
-    with pytest.raises(UsageError, match=f"unlike in more than the method: {message}.*--allow_unlike"):
+def test_runs_with_different_identities_are_refused(
+    make_baseline_run: Make, identity: dict[str, Any], message: str
+) -> None:
+    before, after = make_baseline_run("a", {"qasper": "y"}), make_baseline_run("b", {"qasper": "y"}, identity=identity)
+    with pytest.raises(UsageError, match=f"differ in more than the method: {message}.*--allow_unlike"):
         gate(after, before, Limits())
-    with pytest.raises(UsageError, match=r"unlike in more than the method"):
+    with pytest.raises(UsageError, match=r"differ in more than the method"):
         gate(before, after, Limits())
     verdict = gate(after, before, Limits(), allow_unlike=True)
     assert verdict.passed and len(verdict.warnings) == 1
 
 
-def test_what_neither_side_says_is_not_taken_for_the_same(made: Make) -> None:
-    run = made("a", {"qasper": "y"}, identity={"data": {}})
+def test_unknown_values_do_not_count_as_equal(make_baseline_run: Make) -> None:
+    run = make_baseline_run("a", {"qasper": "y"}, identity={"data": {}})
     with pytest.raises(UsageError, match=r"the data of qasper \(unknown, baseline unknown\)"):
         gate(run, run, Limits())
 
 
-def test_other_prompts_are_refused(made: Make) -> None:
-    before, after = made("a", {"qasper": "yy"}), made("b", {"qasper": "yy"}, {"prompt_sha256": "0" * 64 + "x"})
+def test_different_prompts_are_refused(make_baseline_run: Make) -> None:
+    before, after = (
+        make_baseline_run("a", {"qasper": "yy"}),
+        make_baseline_run("b", {"qasper": "yy"}, {"prompt_sha256": "0" * 64 + "x"}),
+    )
     with pytest.raises(UsageError, match="the prompts of 1 rows of qasper"):
         gate(after, before, Limits())
 
 
-def test_other_choices_of_the_scorer_are_refused(make_run: MakeRun, row: Row, boiled_down: BoiledDown) -> None:
+def test_different_scoring_options_are_refused(make_run: MakeRun, row: Row, score_to_baseline: ScoreToBaseline) -> None:
     folder = make_run("a", {"lcc": [row(0)]})
-    mine = boiled_down(folder, options=Options(edit_backend="fuzzywuzzy"))
+    mine = score_to_baseline(folder, options=ScoringOptions(edit_backend="fuzzywuzzy"))
     with pytest.raises(UsageError, match=r"the scorer's choice of edit_backend \(fuzzywuzzy, baseline difflib\)"):
-        gate(mine, boiled_down(folder), Limits())
+        gate(mine, score_to_baseline(folder), Limits())
 
 
 @pytest.mark.parametrize(
@@ -216,8 +242,10 @@ def test_other_choices_of_the_scorer_are_refused(make_run: MakeRun, row: Row, bo
         ({"data": {"qasper": "data", "lcc": "more"}}, []),
     ],
 )
-def test_what_is_gated_may_differ(made: Make, identity: dict[str, Any], warnings: list[str]) -> None:
-    before, after = made("a", {"qasper": "y"}), made("b", {"qasper": "y"}, identity=identity)
+def test_the_method_and_engine_may_differ(
+    make_baseline_run: Make, identity: dict[str, Any], warnings: list[str]
+) -> None:
+    before, after = make_baseline_run("a", {"qasper": "y"}), make_baseline_run("b", {"qasper": "y"}, identity=identity)
     verdict = gate(after, before, Limits())
     assert verdict.passed
     assert [warning.startswith(start) for warning, start in zip(verdict.warnings, warnings, strict=True)] == [
@@ -225,89 +253,89 @@ def test_what_is_gated_may_differ(made: Make, identity: dict[str, Any], warnings
     ]
 
 
-def test_many_differences_are_cut_short(made: Make) -> None:
+def test_long_lists_of_differences_are_shortened(make_baseline_run: Make) -> None:
     stems = ["qasper", "hotpotqa", "lcc", "samsum", "triviaqa", "musique", "vcsum"]
-    before = made("a", dict.fromkeys(stems, "y"))
-    after = made("b", dict.fromkeys(stems, "y"), identity={"data": dict.fromkeys(stems, "other")})
-    with pytest.raises(UsageError, match=r"(the data of \w+ \(other, baseline data\); ){5}and 2 more\. Predict"):
+    before = make_baseline_run("a", dict.fromkeys(stems, "y"))
+    after = make_baseline_run("b", dict.fromkeys(stems, "y"), identity={"data": dict.fromkeys(stems, "other")})
+    with pytest.raises(UsageError, match=r"(the data of \w+; ){5}and 2 more\. Predict"):
         gate(after, before, Limits())
 
 
-def test_a_folder_from_elsewhere_is_gated_only_on_demand(made: Make) -> None:
-    before = made("a", {"qasper": "y" * 200}, record=False)
-    after = made("b", {"qasper": "y" * 200})
+def test_a_folder_without_run_json_needs_allow_unlike(make_baseline_run: Make) -> None:
+    before = make_baseline_run("a", {"qasper": "y" * 200}, record=False)
+    after = make_baseline_run("b", {"qasper": "y" * 200})
     for mine, theirs in ((after, before), (before, after), (before, before)):
         with pytest.raises(UsageError, match=f"no run.json says how {before.name} was made"):
             gate(mine, theirs, Limits())
         assert gate(mine, theirs, Limits(), allow_unlike=True).passed
-    with pytest.raises(UsageError, match="No run.json says how"):
-        check_savable(before)
-    check_savable(before, allow_unlike=True)
+    with pytest.raises(UsageError, match="has no run.json"):
+        check_complete(before)
+    check_complete(before, allow_unlike=True)
 
 
 @pytest.mark.parametrize(
     ("datasets", "expected", "message"),
     [
-        ({"qasper": "yyx"}, None, r"b is not whole \(qasper 2 of 3 rows, 1 failed\)"),
-        ({"qasper": "yyy"}, {"qasper": 4}, r"b is not whole \(qasper 3 of 4 rows\)"),
-        ({"qasper": "yyy"}, {"qasper": 3, "lcc": 2}, r"b is not whole \(lcc 0 of 2 rows\)"),
+        ({"qasper": "yyx"}, None, r"b is incomplete \(qasper 2 of 3 rows, 1 failed\)"),
+        ({"qasper": "yyy"}, {"qasper": 4}, r"b is incomplete \(qasper 3 of 4 rows\)"),
+        ({"qasper": "yyy"}, {"qasper": 3, "lcc": 2}, r"b is incomplete \(lcc 0 of 2 rows\)"),
         ({"qasper": "yy"}, None, r"b lacks rows of the baseline \(qasper 1 of 3 rows\)"),
         ({"qasper": "yyy"}, None, r"b lacks rows of the baseline \(hotpotqa 1 of 1 rows\)"),
     ],
 )
 def test_partial_runs_are_refused(
-    made: Make, datasets: dict[str, str], expected: dict[str, int] | None, message: str
+    make_baseline_run: Make, datasets: dict[str, str], expected: dict[str, int] | None, message: str
 ) -> None:
     whole = {"qasper": "yyy", "hotpotqa": "y"} if "hotpotqa" in message else {"qasper": "yyy"}
-    before, after = made("a", whole), made("b", datasets, expected=expected)
+    before, after = make_baseline_run("a", whole), make_baseline_run("b", datasets, expected=expected)
     with pytest.raises(UsageError, match=f"{message}.*--allow_partial"):
         gate(after, before, Limits())
     verdict = gate(after, before, Limits(100), allow_partial=True)
-    assert verdict.passed and "only rows that both have are gated, and failed ones count 0.0" in verdict.warnings[0]
+    assert verdict.passed and "only common rows are compared, and failed rows count 0.0" in verdict.warnings[0]
 
 
-def test_partial_baselines_are_refused_and_not_saved(made: Make) -> None:
-    before, after = made("a", {"qasper": "yx"}), made("b", {"qasper": "yy"})
-    with pytest.raises(UsageError, match=r"a is not whole \(qasper 1 of 2 rows, 1 failed\)"):
+def test_partial_baselines_are_refused_and_not_saved(make_baseline_run: Make) -> None:
+    before, after = make_baseline_run("a", {"qasper": "yx"}), make_baseline_run("b", {"qasper": "yy"})
+    with pytest.raises(UsageError, match=r"a is incomplete \(qasper 1 of 2 rows, 1 failed\)"):
         gate(after, before, Limits())
     assert gate(after, before, Limits(), allow_partial=True).passed
-    with pytest.raises(UsageError, match="no baseline yet"):
-        check_savable(before)
-    check_savable(before, allow_partial=True)
-    check_savable(after)
+    with pytest.raises(UsageError, match="cannot be a baseline"):
+        check_complete(before)
+    check_complete(before, allow_partial=True)
+    check_complete(after)
 
 
-def test_runs_without_common_rows_are_refused_whatever_is_allowed(made: Make) -> None:
-    before, after = made("a", {"qasper": "y"}), made("b", {"lcc": "y"})
+def test_runs_without_common_rows_are_always_refused(make_baseline_run: Make) -> None:
+    before, after = make_baseline_run("a", {"qasper": "y"}), make_baseline_run("b", {"lcc": "y"})
     with pytest.raises(UsageError, match="have no row in common"):
         gate(after, before, Limits(), allow_partial=True, allow_unlike=True)
 
 
-def test_longbench_and_longbench_e_are_not_gated_against_each_other(
-    make_run: MakeRun, row: Row, boiled_down: BoiledDown
+def test_longbench_and_longbench_e_are_not_comparable(
+    make_run: MakeRun, row: Row, score_to_baseline: ScoreToBaseline
 ) -> None:
-    plain = boiled_down(make_run("a", {"qasper": [row(0)]}))
-    e = boiled_down(make_run("b", {"qasper_e": [row(0)]}), e=True)
-    with pytest.raises(UsageError, match=r"of LongBench-E, .* is not\. Give --e"):
+    plain = score_to_baseline(make_run("a", {"qasper": [row(0)]}))
+    e = score_to_baseline(make_run("b", {"qasper_e": [row(0)]}), e=True)
+    with pytest.raises(UsageError, match=r"of LongBench-E, .* is not\. Compare two LongBench-E runs with --e"):
         gate(plain, e, Limits(), allow_unlike=True)
     assert list(e.datasets) == ["qasper_e"] and gate(e, e, Limits()).passed
 
 
 @pytest.mark.parametrize("more", [{"_id": ...}, {"_id": None}])
 def test_rows_that_cannot_be_matched_are_refused(
-    make_run: MakeRun, row: Row, more: dict[str, Any], boiled_down: BoiledDown
+    make_run: MakeRun, row: Row, more: dict[str, Any], score_to_baseline: ScoreToBaseline
 ) -> None:
-    with pytest.raises(UsageError, match="rows without an `_id` or with the same one"):
-        boiled_down(make_run("a", {"qasper": [row(0, **more)]}))
+    with pytest.raises(UsageError, match="rows without an `_id` or with a repeated one"):
+        score_to_baseline(make_run("a", {"qasper": [row(0, **more)]}))
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["max_drop", "max_drop_dataset", "max_kept", "min_speedup"])
-def test_limits_are_numbers_from_0_on(name: str, value: float) -> None:
-    with pytest.raises(UsageError, match=f"--{name} {value} is no limit"):
+def test_limits_are_finite_numbers_of_0_or_more(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=rf"--{name} is {value}; it must be a number, 0 or more"):
         Limits(**{name: value})
 
 
 def test_max_kept_is_a_share() -> None:
-    with pytest.raises(UsageError, match="--max_kept 20 is no share"):
+    with pytest.raises(UsageError, match="--max_kept is 20; it must be a share"):
         Limits(max_kept=20)

@@ -1,4 +1,4 @@
-"""The hub's data, fetched by the real client from a small server on loopback that answers as the hub does."""
+"""Downloading data with the real hub client from a local server."""
 
 import hashlib
 import io
@@ -60,19 +60,19 @@ def data_zip(rows: int, context: str) -> bytes:
 
 @dataclass
 class Hub:
-    """A server of THUDM/LongBench: the zip of each commit, and the requests it got."""
+    """The state of a server of THUDM/LongBench: the zip of each commit, and the requests received."""
 
     zips: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     url: str = ""
 
     def take(self) -> list[tuple[str, str]]:
-        """The requests about the data since the last call (the client has questions of its own)."""
+        """Return the requests for data since the last call. The client also sends other requests."""
         taken, self.requests = self.requests, []
         return [(method, path) for method, path in taken if not path.startswith("/api/agent-")]
 
-    def asked_anything(self) -> bool:
-        """Whether any request at all came since the last `take`."""
+    def received_any(self) -> bool:
+        """Return whether any request came since the last `take`."""
         return bool(self.requests)
 
 
@@ -127,12 +127,12 @@ Load = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def load(hub: Hub, tmp_path: Path, run_python: Callable[..., CompletedProcess[str]]) -> Load:
-    """Loads the dataset in a fresh interpreter whose client knows the server only, and has its own cache."""
+    """Return a function that loads the dataset in a new process with its own hub cache."""
 
-    def run(**asked: Any) -> dict[str, Any]:
+    def run(**arguments: Any) -> dict[str, Any]:
         env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "", "NO_PROXY": "127.0.0.1"}
         env |= {name: str(tmp_path / "hf" / name) for name in ("HF_HUB_CACHE", "HF_XET_CACHE", "HF_DATASETS_CACHE")}
-        done = run_python("-c", SCRIPT, json.dumps(asked), env=env)
+        done = run_python("-c", SCRIPT, json.dumps(arguments), env=env)
         assert done.returncode == 0, done.stderr
         result: dict[str, Any] = json.loads(done.stdout)
         return result
@@ -140,7 +140,7 @@ def load(hub: Hub, tmp_path: Path, run_python: Callable[..., CompletedProcess[st
     return run
 
 
-def test_data_is_fetched_once_recorded_and_then_kept(hub: Hub, load: Load) -> None:
+def test_data_is_downloaded_once_and_recorded(hub: Hub, load: Load) -> None:
     first = load()
     assert hub.take() == [("HEAD", ZIP), ("GET", ZIP)]
     assert (first["first"], first["n"]) == ("new", 150)
@@ -154,7 +154,7 @@ def test_data_is_fetched_once_recorded_and_then_kept(hub: Hub, load: Load) -> No
     assert load() == first
     assert hub.take() == [("HEAD", ZIP)]
     assert load(offline=True) == first
-    assert hub.asked_anything() is False
+    assert hub.received_any() is False
 
 
 @pytest.mark.parametrize("revision", ["v0", OLD])
@@ -163,24 +163,24 @@ def test_a_revision_pins_the_commit(hub: Hub, load: Load, revision: str) -> None
     assert (pinned["first"], pinned["commit"], pinned["revision"]) == ("old", OLD, revision)
     assert hub.take() == [(method, ZIP.replace("main", revision)) for method in ("HEAD", "GET")]
     assert load(revision=revision, offline=True) == pinned
-    assert hub.asked_anything() is False
+    assert hub.received_any() is False
 
 
-def test_offline_with_an_empty_cache_is_an_error_and_asks_nobody(hub: Hub, load: Load) -> None:
+def test_offline_with_an_empty_cache_is_an_error_without_requests(hub: Hub, load: Load) -> None:
     error = load(offline=True)["error"]
     assert error.startswith("data.zip of THUDM/LongBench at revision main is not in the hub's cache")
     assert error.endswith("Run once without --offline, or name a folder or zip with --data.")
-    assert hub.asked_anything() is False
+    assert hub.received_any() is False
 
 
 def test_an_unknown_revision_is_an_error(hub: Hub, load: Load) -> None:
     error = load(revision="nowhere")["error"]
-    assert "could not be had (404" in error
+    assert "Could not download data.zip of THUDM/LongBench (404" in error
     assert error.endswith("Check the network and --data_revision, or name a folder or zip with --data.")
-    assert hub.asked_anything()
+    assert hub.received_any()
 
 
 def test_a_wrong_row_count_is_refused(hub: Hub, load: Load) -> None:
     hub.zips[MAIN] = data_zip(149, "short")
     error = load()["error"]
-    assert "data.zip:data/multifieldqa_en.jsonl holds 149 rows; the benchmark publishes 150." in error
+    assert "data.zip:data/multifieldqa_en.jsonl holds 149 rows; the published dataset has 150." in error

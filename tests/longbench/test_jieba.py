@@ -1,4 +1,4 @@
-"""Chinese words come from the installed dictionary, whatever else on the machine speaks of jieba."""
+"""Chinese words depend only on the installed jieba dictionary."""
 
 import marshal
 import os
@@ -23,7 +23,7 @@ print(round(100 * jieba_f1({PREDICTION!r}, {ANSWER!r}, Context()), 2))
 
 
 @pytest.mark.parametrize("kind", ["none", "another one", "corrupt", "a folder", "a pipe", "read-only folder"])
-def test_a_shared_cache_changes_nothing(kind: str, run_python: RunPython, tmp_path: Path) -> None:
+def test_a_shared_jieba_cache_changes_nothing(kind: str, run_python: RunPython, tmp_path: Path) -> None:
     cache = tmp_path / "jieba.cache"
     if kind == "another one":
         cache.write_bytes(marshal.dumps(OTHER))
@@ -41,14 +41,14 @@ def test_a_shared_cache_changes_nothing(kind: str, run_python: RunPython, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_user_words_of_the_process_change_nothing(run_python: RunPython, tmp_path: Path) -> None:
+def test_user_words_change_nothing(run_python: RunPython, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("小镇上有 9000\n", encoding="utf-8")
     changes = f"import jieba; jieba.load_userdict({str(tmp_path / 'words.txt')!r}); jieba.add_word('石桥和一个', 99999)"
     done = run_python("-W", "ignore", "-c", SCORE.format(before=changes), env={"TMPDIR": str(tmp_path)})
     assert done.stdout == "46.15\n", done.stderr
 
 
-def test_words_are_those_of_a_fresh_jieba(fixtures_dir: Path) -> None:
+def test_words_equal_those_of_a_fresh_jieba(fixtures_dir: Path) -> None:
     fresh = jieba.Tokenizer()
     text = (fixtures_dir / "raw" / "dureader.jsonl").read_text(encoding="utf-8")[:20_000]
     assert jieba_cut(text) == list(fresh.cut(text, cut_all=False))

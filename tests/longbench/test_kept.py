@@ -1,10 +1,10 @@
-"""What a sparse method reported of its rows: means over those that have a number, sums, and nothing from nowhere."""
+"""Statistics of kept shares: means over rows with a number, sums, and invalid values."""
 
 from typing import Any
 
 import pytest
 
-from sparsecache.longbench.kept import Kept, dropped_nothing, kept_lines, kept_of, percent
+from sparsecache.longbench.kept import KeptStats, dropped_nothing, format_kept, format_percent, kept_of
 
 
 def row(kept: Any = 0.25, **more: Any) -> dict[str, Any]:
@@ -16,11 +16,11 @@ ERROR = {"pred": "", "error": "OutOfMemoryError"}
 
 
 def test_rows_without_a_number_are_counted_and_left_out_of_the_mean() -> None:
-    assert kept_of([row(0.1), row(0.3), SHORT, ERROR]) == Kept(
+    assert kept_of([row(0.1), row(0.3), SHORT, ERROR]) == KeptStats(
         share=0.2,
         rows=2,
-        idle_rows=1,
-        odd_rows=0,
+        rows_without_sparse_step=1,
+        invalid_rows=0,
         sparse_steps=20,
         capped_steps=20,
         capped_rows=2,
@@ -31,7 +31,7 @@ def test_rows_without_a_number_are_counted_and_left_out_of_the_mean() -> None:
     )
 
 
-def test_rows_of_the_full_cache_report_nothing() -> None:
+def test_full_cache_rows_have_no_statistics() -> None:
     assert kept_of([{"pred": "x"}, ERROR]) is None
     assert kept_of([]) is None
     assert kept_of([{**ERROR, "kept": 0.5}]) is None
@@ -40,10 +40,10 @@ def test_rows_of_the_full_cache_report_nothing() -> None:
 def test_rows_too_short_for_a_sparse_step_have_no_mean() -> None:
     found = kept_of([SHORT, SHORT])
     assert found is not None
-    assert (found.share, found.rows, found.idle_rows, found.sparse_steps) == (None, 0, 2, 0)
+    assert (found.share, found.rows, found.rows_without_sparse_step, found.sparse_steps) == (None, 0, 2, 0)
 
 
-def test_what_offload_reports_is_summed_and_averaged_where_it_is() -> None:
+def test_offload_values_are_aggregated_if_present() -> None:
     rows = [row(fetched_bytes=100, gpu_cache_hit=0.5), row(fetched_bytes=50, gpu_cache_hit=None)]
     found = kept_of([*rows, row(fetched_bytes=2, gpu_cache_hit=1.0)])
     assert found is not None
@@ -54,12 +54,18 @@ def test_what_offload_reports_is_summed_and_averaged_where_it_is() -> None:
 
 
 @pytest.mark.parametrize("kept", ["0.5", True, float("nan"), float("inf"), [1], {"x": 1}, -4, 1.01])
-def test_what_is_no_share_in_files_from_elsewhere_is_left_out_and_said(kept: Any) -> None:
+def test_invalid_shares_are_left_out_and_counted(kept: Any) -> None:
     found = kept_of([row(kept), row(0.5)])
     assert found is not None
-    assert (found.share, found.rows, found.idle_rows, found.odd_rows, found.dropping_rows) == (0.5, 1, 0, 1, 1)
-    (line,) = kept_lines([found])
-    assert "of 1 rows (1 more say something else than a share from 0 to 1, and are left out)" in line
+    assert (found.share, found.rows, found.rows_without_sparse_step, found.invalid_rows, found.dropping_rows) == (
+        0.5,
+        1,
+        0,
+        1,
+        1,
+    )
+    (line,) = format_kept([found])
+    assert "of 1 rows (1 more hold no share from 0 to 1 and are left out)" in line
 
 
 @pytest.mark.parametrize(
@@ -74,19 +80,19 @@ def test_what_is_no_share_in_files_from_elsewhere_is_left_out_and_said(kept: Any
         (0, "0.00%"),
     ],
 )
-def test_shares_below_one_percent_have_two_digits(share: float | None, text: str) -> None:
-    assert percent(share) == text
+def test_shares_below_one_percent_have_two_decimals(share: float | None, text: str) -> None:
+    assert format_percent(share) == text
 
 
-def test_one_line_says_what_the_share_is_of() -> None:
-    (line,) = kept_lines([kept_of([row(), SHORT]), None, kept_of([row()])])
+def test_one_line_explains_the_share() -> None:
+    (line,) = format_kept([kept_of([row(), SHORT]), None, kept_of([row()])])
     assert line == (
         "Kept: mean share of past tokens attended to, over 20 sparse steps of 2 rows (1 more had no sparse step); "
         "dense layers: 2."
     )
-    (line,) = kept_lines([kept_of([row(dense_layers=0)])])
+    (line,) = format_kept([kept_of([row(dense_layers=0)])])
     assert line.endswith("over 10 sparse steps of 1 rows.")
-    assert list(kept_lines([None, None])) == []
+    assert list(format_kept([None, None])) == []
 
 
 WHOLE = row(1.0)
@@ -104,7 +110,5 @@ LOSSLESS = row(1.0, capped_steps=0)
         ([[{"pred": "x"}], []], 0),
     ],
 )
-def test_a_method_did_nothing_where_no_row_above_its_cap_kept_less_than_all(
-    datasets: list[list[dict[str, Any]]], rows: int
-) -> None:
+def test_rows_over_the_budget_that_kept_everything_are_counted(datasets: list[list[dict[str, Any]]], rows: int) -> None:
     assert dropped_nothing(map(kept_of, datasets)) == rows

@@ -1,4 +1,7 @@
-"""Each metric against the library that defined it, or against the reference's few lines told again."""
+"""Every metric against the library that defines it, or against a copy of the reference's formula.
+
+In one file because the metrics are one module, with one test or two each.
+"""
 
 import functools
 import json
@@ -36,7 +39,7 @@ def f1(prediction: list[str], answer: list[str]) -> float:
 
 
 def squad_words(text: str) -> list[str]:
-    """The normalisation of SQuAD's evaluation script."""
+    """Normalize text as SQuAD's evaluation script does."""
     text = "".join(ch for ch in text.lower() if ch not in set(string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()).split()
 
@@ -92,19 +95,19 @@ def library_rouge_l(prediction: str, answer: str) -> float:
 
 
 @given(WORDS.filter(lambda text: text.strip(".")), WORDS.filter(lambda text: text.strip(".")))
-def test_rouge_l_is_the_packages(prediction: str, answer: str) -> None:
+def test_rouge_l_equals_the_package(prediction: str, answer: str) -> None:
     assert metrics.rouge_l(prediction, answer, Context()) == library_rouge_l(prediction, answer)
 
 
 @given(CHINESE.filter(lambda text: text.strip(".")), CHINESE.filter(lambda text: text.strip(".")))
-def test_jieba_rouge_l_is_the_packages_over_jiebas_words(prediction: str, answer: str) -> None:
+def test_jieba_rouge_l_equals_the_package_over_jieba_words(prediction: str, answer: str) -> None:
     expected = library_rouge_l(" ".join(jieba.cut(prediction)), " ".join(jieba.cut(answer)))
     assert metrics.jieba_rouge_l(prediction, answer, Context()) == expected
 
 
 @pytest.mark.parametrize("metric", [metrics.rouge_l, metrics.jieba_rouge_l])
 @pytest.mark.parametrize("text", ["", ".", "..."])
-def test_rouge_l_raises_where_the_package_does(metric: Callable[[str, str, Context], float], text: str) -> None:
+def test_rouge_l_raises_as_the_package_does(metric: Callable[[str, str, Context], float], text: str) -> None:
     with pytest.raises(ValueError, match="Collections must contain"):
         Rouge(["rouge-l"]).get_scores(text, "a cat")
     for pair in ((text, "a cat"), ("a cat", text)):
@@ -165,7 +168,7 @@ CASES: list[Case] = [
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, run_python: RunPython) -> list[tuple[float, float]]:
-    """What the reference scorer gives for CASES, and what it would give without a recursion limit."""
+    """Return the reference scorer's results for CASES, with and without its recursion limit."""
     folder = tmp_path_factory.mktemp("reference")
     (folder / "eval.py").write_text(REFERENCE)
     (folder / "cases.json").write_text(json.dumps(CASES))
@@ -178,7 +181,7 @@ def score(case: Case, official_recursion: bool = False) -> tuple[float, bool]:
     name, prediction, answer = case
     context = Context(official_recursion=official_recursion)
     value: float = getattr(metrics, name)(prediction, answer, context)
-    return value, context.too_deep
+    return value, context.recursion_exceeded
 
 
 def deep(frames: int, work: Callable[[], object]) -> object:
@@ -191,7 +194,7 @@ def deep_in_calls_from_c(frames: int, work: Callable[[], object]) -> object:
     return functools.reduce(lambda _, left: deep_in_calls_from_c(left, work), [frames - 1], None)
 
 
-def test_deep_texts_get_their_true_score_and_are_marked(reference: list[tuple[float, float]]) -> None:
+def test_deep_texts_get_their_true_score_and_a_flag(reference: list[tuple[float, float]]) -> None:
     limit = sys.getrecursionlimit()
     assert {official == 0 for official, _ in reference} == {True, False}
     assert all(true > 0 for _, true in reference)
@@ -200,7 +203,7 @@ def test_deep_texts_get_their_true_score_and_are_marked(reference: list[tuple[fl
 
 
 @pytest.mark.parametrize("go", [lambda work: work(), lambda work: deep(800, work)], ids=["here", "800 deep"])
-def test_official_recursion_gives_zero_just_where_the_reference_does(
+def test_official_recursion_gives_zero_as_the_reference_does(
     reference: list[tuple[float, float]], go: Callable[[Callable[[], object]], object]
 ) -> None:
     expected = [(official, official == 0) for official, _ in reference]
@@ -208,7 +211,7 @@ def test_official_recursion_gives_zero_just_where_the_reference_does(
 
 
 @pytest.mark.parametrize("caller", [deep, deep_in_calls_from_c])
-def test_where_it_is_called_changes_nothing(
+def test_the_stack_depth_of_the_caller_changes_nothing(
     reference: list[tuple[float, float]], caller: Callable[..., object]
 ) -> None:
     frames = 800 if caller is deep else 150
@@ -243,7 +246,7 @@ def test_classification_by_hand() -> None:
     ("prediction", "value"),
     [("Paragraph 7", 1.0), ("7 or 17", 1 / 2), ("77", 0.0), ("07", 0.0), ("seven", 0.0), ("", 0.0), ("7 7 1 2", 1 / 2)],
 )
-def test_numbers(prediction: str, value: float) -> None:
+def test_number_metrics(prediction: str, value: float) -> None:
     assert metrics.retrieval(prediction, "Paragraph 7", Context()) == value
     assert metrics.retrieval_zh(prediction, "段落7", Context()) == value
     assert metrics.count(prediction, "7", Context()) == value
@@ -266,7 +269,7 @@ def test_an_answer_without_a_paragraph_raises(metric: Callable[[str, str, Contex
         ("", ""),
     ],
 )
-def test_the_compared_line_of_code(prediction: str, compared: str) -> None:
+def test_edit_similarity_compares_one_line(prediction: str, compared: str) -> None:
     assert metrics.edit_similarity(prediction, compared, Context()) == 1.0
     assert metrics.edit_similarity(prediction, compared + "?", Context()) < 1.0
 
@@ -298,12 +301,12 @@ print("compared")
 """
 
 
-def test_edit_similarity_is_fuzzywuzzys_without_levenshtein(run_python: RunPython) -> None:
+def test_edit_similarity_equals_fuzzywuzzy_without_levenshtein(run_python: RunPython) -> None:
     done = run_python("-c", AGAINST_FUZZYWUZZY)
     assert done.stdout == "compared\n", done.stderr
 
 
-def test_an_installed_levenshtein_changes_the_second_backend_only(tmp_path: Path, run_python: RunPython) -> None:
+def test_an_installed_levenshtein_changes_only_the_fuzzywuzzy_backend(tmp_path: Path, run_python: RunPython) -> None:
     (tmp_path / "Levenshtein.py").write_text("def ratio(first, second):\n    return 0.77\n")
     code = (
         "from sparsecache.longbench.metrics import Context, edit_similarity as edit\n"

@@ -1,4 +1,4 @@
-"""Prompts against a plain retelling of the protocol, for tokenizers with and without a BOS and a chat template."""
+"""Prompts against a plain implementation of the protocol, with and without BOS and chat template."""
 
 import hashlib
 from collections.abc import Callable
@@ -25,7 +25,7 @@ TASKS = {task.name: task for task in select_tasks("all")}  # the published ones
 
 
 def make_tokenizer(chat_template: str | None = None, bos: bool = True) -> Any:
-    """A byte-level tokenizer of a few hundred entries, which puts `<s>` before a text if `bos`."""
+    """Return a byte-level tokenizer with a few hundred entries. With `bos` it puts `<s>` before a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -64,7 +64,7 @@ def chat() -> Any:
 
 
 def retold(tokenizer: Any, name: str, row: dict[str, Any], max_length: int, wrap: Callable[[str], str]) -> str:
-    """The protocol's first three steps, as its page tells them."""
+    """Return a prompt by the first three steps of the protocol."""
     text = TASKS[name].template.format(**row)
     token_ids = tokenizer(text).input_ids
     if len(token_ids) > max_length:
@@ -84,7 +84,7 @@ def tiny_task(template: str = "{context}", chat: bool = True, max_new_tokens: in
 
 @pytest.mark.parametrize("max_length", [100_000, 200, 201])
 @pytest.mark.parametrize("name", TASKS)
-def test_prompts_of_every_dataset_are_the_protocols(plain: Any, name: str, max_length: int) -> None:
+def test_prompts_of_every_dataset_follow_the_protocol(plain: Any, name: str, max_length: int) -> None:
     row = make_rows(name, 1, 300, 3)[0]
     prompt = Prompter(plain, 100_000, max_length, LLAMA_2).build(TASKS[name], row)
     text = retold(plain, name, row, max_length, lambda raw: f"[INST]{raw}[/INST]")
@@ -128,7 +128,7 @@ def test_two_bos_tokens_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[5].content }}", "{% if %}"])
-def test_a_template_that_raises_is_told_before_any_row(template: str) -> None:
+def test_a_template_that_raises_is_an_error_before_any_row(template: str) -> None:
     with pytest.raises(UsageError, match="The chat wrapper cannot be used .*another `chat`"):
         Prompter(make_tokenizer(template), 4096, chat="template").room(tiny_task())
 
@@ -145,7 +145,7 @@ def test_a_tokenizer_without_bos_gets_none(without_bos: Any) -> None:
 
 
 @pytest.mark.parametrize("max_length", range(2, 22))
-def test_the_middle_is_cut_and_the_bos_counts_in_the_first_half(plain: Any, max_length: int) -> None:
+def test_the_middle_is_truncated_and_the_first_half_includes_the_bos(plain: Any, max_length: int) -> None:
     context = "\x01".join("0123456789")  # 19 tokens of one character, and the BOS
     assert len(plain(context).input_ids) == 1 + len(context) == 20
     prompt = Prompter(plain, 4096, max_length).build(tiny_task(), {"context": context})
@@ -155,14 +155,14 @@ def test_the_middle_is_cut_and_the_bos_counts_in_the_first_half(plain: Any, max_
     assert (prompt.original_tokens, prompt.truncated) == (20, max_length < 20)
 
 
-def test_braces_of_a_row_and_of_its_wrapped_text_stay(plain: Any) -> None:
+def test_braces_in_rows_are_kept(plain: Any) -> None:
     row = {"context": "f(){ return {prompt} + {input} + {{0}} } {", "input": "}"}
     prompt = Prompter(plain, 4096, chat="<{prompt}>").build(tiny_task("{context}\n{input}"), row)
     assert plain.decode(prompt.token_ids, skip_special_tokens=True) == f"<{row['context']}\n}}>"
 
 
 @pytest.mark.parametrize("wrapper", [LLAMA_2, "template", "none"])
-def test_without_max_length_the_window_less_cap_and_wrapper_is_used(chat: Any, wrapper: str) -> None:
+def test_max_length_defaults_to_the_free_window(chat: Any, wrapper: str) -> None:
     prompter = Prompter(chat, 200, chat=wrapper)
     extra = {LLAMA_2: len(chat("[INST]x[/INST]").input_ids) - 2, "none": 0}.get(wrapper)
     if extra is None:
@@ -173,12 +173,12 @@ def test_without_max_length_the_window_less_cap_and_wrapper_is_used(chat: Any, w
 
 
 @pytest.mark.parametrize(("window", "wrapper"), [(129, "none"), (130 + 5, "[INST][INST]{prompt}")])
-def test_a_window_without_room_is_refused(plain: Any, window: int, wrapper: str) -> None:
-    with pytest.raises(UsageError, match=f"window of {window} tokens.*128 new tokens of qasper"):
+def test_a_window_that_is_too_small_is_refused(plain: Any, window: int, wrapper: str) -> None:
+    with pytest.raises(UsageError, match=f"window of {window} tokens.*qasper needs 128 new tokens"):
         Prompter(plain, window, chat=wrapper).build(TASKS["qasper"], make_rows("qasper", 1, 300, 0)[0])
 
 
-def test_a_prompt_that_is_still_too_long_is_cut_again_by_tokens(plain: Any) -> None:
+def test_a_prompt_that_overflows_after_wrapping_is_truncated_again(plain: Any) -> None:
     row = {"context": "\x01".join("0123456789")}
     prompt = Prompter(plain, 14, 100).build(tiny_task(), row)  # 20 tokens, and room for 10
     whole = plain(row["context"]).input_ids

@@ -1,4 +1,7 @@
-"""What is printed and written: tables that line up, JSON that is JSON, and every number with its n."""
+"""Printed tables and written JSON files: alignment, valid JSON, row counts and warnings.
+
+In one file because tables and JSON are checked on the same scores.
+"""
 
 import json
 from collections.abc import Callable
@@ -12,7 +15,8 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.report import decode_speed, health_table, speed_lines, write_results
 from sparsecache.longbench.run_record import RunRecord, parse_run_record
 from sparsecache.longbench.score_tables import score_table
-from sparsecache.longbench.scores import Options, RunScore, score_run
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import ScoringOptions, score_run
 from sparsecache.longbench.tasks import load_tasks
 
 Save = Callable[..., Path]
@@ -37,11 +41,11 @@ def save(folder: Path, **datasets: list[dict[str, Any]]) -> None:
     (folder / "run.json").write_text(json.dumps({"datasets": expected}))
 
 
-def written(result: RunScore, options: Options = Options()) -> list[Any]:
+def written(result: RunScore, options: ScoringOptions = ScoringOptions()) -> list[Any]:
     return [read_json(path) for path in write_results(result, options)]
 
 
-def test_every_line_of_a_score_table_has_its_columns_in_place(tmp_path: Path) -> None:
+def test_the_columns_of_a_score_table_are_aligned(tmp_path: Path) -> None:
     save(tmp_path, qasper=[row(0), row(1, "no")], trec=[row(0)], lcc=[row(0)])
     lines = score_table(score_run(tmp_path)).split("\n")
     assert lines[0] == str(tmp_path)
@@ -60,7 +64,7 @@ def test_every_line_of_a_score_table_has_its_columns_in_place(tmp_path: Path) ->
     assert not any("INCOMPLETE" in line or "Warning" in line for line in lines)
 
 
-def test_what_qualifies_the_scores_stands_below_them(tmp_path: Path) -> None:
+def test_notes_are_below_the_scores(tmp_path: Path) -> None:
     save(tmp_path, qasper=[row(0), row(1, "", error="OutOfMemoryError")], trec=[row(0, "")])
     (tmp_path / "lcc.jsonl").write_text("")
     text = score_table(score_run(tmp_path))
@@ -70,14 +74,14 @@ def test_what_qualifies_the_scores_stands_below_them(tmp_path: Path) -> None:
     assert "lcc" in text and " 0  500" in text
 
 
-def test_a_warning_of_every_dataset_is_said_once(tmp_path: Path) -> None:
+def test_a_warning_about_every_dataset_is_printed_once(tmp_path: Path) -> None:
     save(tmp_path, qasper=[row(0)], trec=[row(0)])
     (tmp_path / "run.json").unlink()
     text = score_table(score_run(tmp_path))
-    assert text.count("Warning: every dataset: no run.json") == text.count("Warning") == 1
+    assert text.count("Warning: every dataset: run.json") == text.count("Warning") == 1
 
 
-def test_results_have_the_official_shape(tmp_path: Path) -> None:
+def test_results_have_the_official_format(tmp_path: Path) -> None:
     save(tmp_path, qasper=[row(0), row(1, "no")], trec=[])
     result, _ = written(score_run(tmp_path))
     assert result == {"qasper": 50.0, "trec": None}
@@ -94,9 +98,9 @@ def test_results_have_the_official_shape(tmp_path: Path) -> None:
     assert names == ["result.json", "result_e.json", "run.json", "summary.json", "summary_e.json"]
 
 
-def test_the_summary_has_each_number_with_its_n(tmp_path: Path) -> None:
+def test_the_summary_has_n_for_every_number(tmp_path: Path) -> None:
     save(tmp_path, qasper=[row(0), row(1, "no"), row(2, ""), row(3, "", error="x")], hotpotqa=[row(0)])
-    _, summary = written(score_run(tmp_path), Options(edit_backend="fuzzywuzzy", official_recursion=True))
+    _, summary = written(score_run(tmp_path), ScoringOptions(edit_backend="fuzzywuzzy", official_recursion=True))
     assert summary["datasets"]["qasper"] == {
         "score": 25.0,
         "stderr": 25.0,
@@ -132,7 +136,7 @@ def sparse(number: int, kept: float | None, **more: Any) -> dict[str, Any]:
     return row(number, **{"kept": kept, "sparse_steps": 10, "capped_steps": 10, "dense_layers": 2, **more})
 
 
-def test_kept_is_a_column_of_its_own(tmp_path: Path) -> None:
+def test_kept_is_a_column(tmp_path: Path) -> None:
     save(tmp_path, qasper=[sparse(0, 0.04), sparse(1, 0.06), sparse(2, None)], trec=[sparse(0, 0.005)], lcc=[row(0)])
     text = score_table(score_run(tmp_path))
     lines = [line.split() for line in text.split("\n")]
@@ -146,7 +150,7 @@ def test_kept_is_a_column_of_its_own(tmp_path: Path) -> None:
     assert "over 40 sparse steps of 3 rows (1 more had no sparse step); dense layers: 2.\n" in text + "\n"
 
 
-def test_kept_stands_before_the_buckets(tmp_path: Path) -> None:
+def test_kept_comes_before_the_buckets(tmp_path: Path) -> None:
     save(tmp_path, qasper_e=[sparse(0, 0.04), sparse(1, 0.06, length=9000)])
     lines = score_table(score_run(tmp_path, e=True)).split("\n")
     assert lines[1].split() == "dataset score ± n of kept 0-4k n 4-8k n 8k+ n".split()
@@ -154,7 +158,7 @@ def test_kept_stands_before_the_buckets(tmp_path: Path) -> None:
     assert "5.0%" in lines[5] and lines[5].index("5.0%") == lines[3].index("5.0%")
 
 
-def test_rows_that_were_all_too_short_give_a_line_and_no_column(tmp_path: Path) -> None:
+def test_rows_without_sparse_steps_give_a_line_and_no_column(tmp_path: Path) -> None:
     save(tmp_path, qasper=[sparse(0, None, sparse_steps=0)])
     result = score_run(tmp_path)
     text = score_table(result)
@@ -163,7 +167,7 @@ def test_rows_that_were_all_too_short_give_a_line_and_no_column(tmp_path: Path) 
     assert written(result)[1]["datasets"]["qasper"]["kept"] is None
 
 
-def test_the_summary_has_what_was_kept_and_the_result_stays_official(tmp_path: Path) -> None:
+def test_the_summary_has_kept_and_the_result_is_official(tmp_path: Path) -> None:
     offload = {"fetched_bytes": 7, "gpu_cache_hit": 0.5}
     save(tmp_path, qasper=[sparse(0, 0.04), sparse(1, None)], hotpotqa=[sparse(0, 0.08, **offload)], trec=[row(0)])
     result, summary = written(score_run(tmp_path))
@@ -187,9 +191,9 @@ def test_the_recorded_version_of_rouge_is_the_installed_one(tmp_path: Path) -> N
     assert summary["backends"]["rouge_l"] == f"rouge {version('rouge')}"
 
 
-def test_rouge_score_stands_beside_the_official_value(tmp_path: Path) -> None:
+def test_rouge_score_is_shown_in_addition(tmp_path: Path) -> None:
     save(tmp_path, gov_report=[row(0, "a cat sat", answers=["a cat ran"])], vcsum=[row(0, "会议", answers=["会议"])])
-    options = Options(rouge_score=True)
+    options = ScoringOptions(rouge_score=True)
     result = score_run(tmp_path, options=options)
     _, summary = written(result, options)
     assert summary["datasets"]["gov_report"]["rouge_score"] == {"rouge1": 66.67, "rouge2": 50.0, "rougeL": 66.67}
@@ -221,17 +225,17 @@ def test_the_note_of_the_model_and_its_speed_are_shown(tmp_path: Path) -> None:
     assert lines[-1].startswith("Speed: decode 30.0 tokens/s over 90 tokens, prefill 500.0 tokens/s")
 
 
-def test_no_decoded_second_is_no_speed() -> None:
+def test_runs_without_decoding_have_no_speed() -> None:
     assert decode_speed(RunRecord()) is None
     idle = {"prefill_s": 1.0, "prefill_tokens": 9, "decode_s": 0.0, "decode_tokens": 0, "peak_gpu_bytes": None}
     assert decode_speed(parse_run_record({"sessions": [{"clock": idle}]})) is None
 
 
-def test_a_result_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+def test_a_result_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> None:
     save(tmp_path, qasper=[row(0)])
     (tmp_path / "result.json").mkdir()
     with pytest.raises(UsageError, match=r"result\.json cannot be written: Is a directory"):
-        write_results(score_run(tmp_path), Options())
+        write_results(score_run(tmp_path), ScoringOptions())
 
 
 def finished(pred: str = "Paris.", **more: Any) -> dict[str, Any]:
@@ -246,15 +250,15 @@ def health(name: str, rows: list[dict[str, Any]], expected: int | None = None) -
     return health_table([(load_tasks()[name], name, expected or len(rows), rows)]).split("\n")
 
 
-def test_health_counts_what_a_run_must_be_watched_for() -> None:
+def test_health_counts_signs_of_trouble() -> None:
     odd = [finished(truncated=True, recut_tokens=16), finished(" \n", finish_reason="length"), finished(GARBLED), ERROR]
     lines = health("qasper", [*odd, *[finished()] * 16], expected=30)
     assert lines[0].split("  ")[-1].strip() == "degenerate"
     assert lines[2].split() == ["qasper", "20/30", "1", "1", "0", "1", "1", "1"]
-    assert lines[3:] == ["Warning: rows failed, and the same command (without --overwrite) retries them: qasper 1/20."]
+    assert lines[3:] == ["Warning: rows failed; rerun the command (without --overwrite) to retry them: qasper 1/20."]
 
 
-def test_health_shows_what_was_kept_where_a_method_says_so() -> None:
+def test_health_shows_kept_if_reported() -> None:
     few = {"sparse_steps": 10, "capped_steps": 10, "dense_layers": 1}
     tasks = load_tasks()
     sparse_rows = [finished(kept=0.01, **few), finished(kept=0.005, **few), finished(kept=None, **few), ERROR]
@@ -272,7 +276,7 @@ def test_health_shows_what_was_kept_where_a_method_says_so() -> None:
         (
             "vcsum",
             [finished()] * 8 + [finished(GARBLED)] * 2,
-            "mostly one repeated piece, symbols or digits: vcsum 2/10",
+            "mostly repetitions, symbols or digits: vcsum 2/10",
         ),
         ("qasper", [finished(finish_reason="length")] * 5 + [finished()] * 5, None),
         ("qasper", [finished(finish_reason="length")] * 6 + [finished()] * 4, "ended by length .*: qasper 6/10"),
@@ -288,7 +292,7 @@ def test_health_shows_what_was_kept_where_a_method_says_so() -> None:
         ("qasper", [], None),
     ],
 )
-def test_health_warns_where_they_are_many(name: str, rows: list[dict[str, Any]], warning: str | None) -> None:
+def test_health_warns_above_a_threshold(name: str, rows: list[dict[str, Any]], warning: str | None) -> None:
     lines = health(name, rows)[3:]
     assert len(lines) == (warning is not None)
     if warning:
@@ -297,13 +301,13 @@ def test_health_warns_where_they_are_many(name: str, rows: list[dict[str, Any]],
         assert re.search(warning, lines[0])
 
 
-def test_one_warning_names_every_dataset_it_is_about() -> None:
+def test_a_warning_names_all_its_datasets() -> None:
     tasks = load_tasks()
     text = health_table([(tasks[name], name, 1, [finished("")]) for name in ("qasper", "trec")])
     assert text.split("\n")[-1] == "Warning: predictions are empty: qasper 1/1, trec 1/1."
 
 
-def test_a_missing_file_is_told_as_incomplete(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_as_incomplete(tmp_path: Path) -> None:
     save(tmp_path, qasper=[row(0)], trec=[row(0), row(1)])
     (tmp_path / "trec.jsonl").unlink()
     result = score_run(tmp_path)
@@ -315,9 +319,7 @@ def test_a_missing_file_is_told_as_incomplete(tmp_path: Path) -> None:
     assert summary["complete"] is False and summary["datasets"]["trec"]["expected_n"] == 2
 
 
-def test_a_dataset_of_ones_own_is_complete_with_any_number_of_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_custom_dataset_is_complete_with_any_number_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = {"template": "{context}", "max_new_tokens": 8, "metric": "token_f1", "category": "code", "language": "en"}
     tables = {**read_tables("datasets.toml"), "mine": fields}
     monkeypatch.setattr("sparsecache.longbench.tasks.read_tables", lambda name: tables)
@@ -331,7 +333,7 @@ def test_a_dataset_of_ones_own_is_complete_with_any_number_of_rows(
         (tmp_path / "run.json").unlink(missing_ok=True)
 
 
-def test_the_speed_line_without_a_prefill_clock_and_with_memory() -> None:
+def test_the_speed_line_without_prefill_time_and_with_memory() -> None:
     clock = {"prefill_s": 0.0, "prefill_tokens": 0, "decode_s": 2.0, "decode_tokens": 5, "peak_gpu_bytes": 3 * 2**29}
     run = parse_run_record({"sessions": [{"clock": clock}]})
     assert decode_speed(run)["prefill_tokens_per_s"] is None  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Scores of a run: averages over datasets, which files count, and how many rows were to be there."""
+"""Scores of runs: averages over datasets, the choice of files, and expected rows."""
 
 import math
 import statistics
@@ -33,7 +33,7 @@ def test_averages_are_means_of_category_means(tmp_path: Path) -> None:
     assert {name: value for name, (_, value) in texts.items()} == {
         dataset.task.name: dataset.summary.score for dataset in result.datasets
     }
-    categories = {name: (mean.score, mean.datasets, mean.of) for name, mean in result.categories.items()}
+    categories = {name: (mean.score, mean.datasets, mean.of_datasets) for name, mean in result.categories.items()}
     assert categories == {
         "single_doc_qa": (pytest.approx(200 / 3), 3, 4),
         "multi_doc_qa": (66.67, 1, 4),
@@ -42,7 +42,7 @@ def test_averages_are_means_of_category_means(tmp_path: Path) -> None:
         "synthetic": (50.0, 1, 3),
         "code": (50.0, 2, 2),
     }
-    averages = {name: (mean.score, mean.datasets, mean.of, mean.n) for name, mean in result.averages.items()}
+    averages = {name: (mean.score, mean.datasets, mean.of_datasets, mean.n) for name, mean in result.averages.items()}
     assert averages == {
         "avg_en": (pytest.approx((50 + 66.67 + 100 + 50 + 50) / 5), 7, 16, 7),
         "avg_zh": (pytest.approx((100 + 0 + 50) / 3), 4, 7, 4),
@@ -52,7 +52,7 @@ def test_averages_are_means_of_category_means(tmp_path: Path) -> None:
     assert result.averages["avg_en"].partial and not result.categories["code"].partial
 
 
-def test_the_error_of_an_average_is_that_of_independent_means(tmp_path: Path) -> None:
+def test_the_error_of_an_average_assumes_independent_means(tmp_path: Path) -> None:
     for name in ("qasper", "hotpotqa"):
         save(tmp_path, name, [row(0), row(1, "no")])
     result = score_run(tmp_path)
@@ -62,12 +62,12 @@ def test_the_error_of_an_average_is_that_of_independent_means(tmp_path: Path) ->
     assert score_run(tmp_path).averages["avg_en"].stderr is None
 
 
-def test_averages_of_longbench_e_count_its_13_sets(tmp_path: Path) -> None:
+def test_averages_of_longbench_e_cover_13_datasets(tmp_path: Path) -> None:
     save(tmp_path, "qasper_e", [row(0)])
     averages = score_run(tmp_path, e=True).averages
-    assert {name: (mean.datasets, mean.of) for name, mean in averages.items()} == {
+    assert {name: (mean.datasets, mean.of_datasets) for name, mean in averages.items()} == {
         "avg_en": (1, 13),
-        "avg_zh": (0, averages["avg_zh"].of),
+        "avg_zh": (0, averages["avg_zh"].of_datasets),
         "avg_all": (1, 13),
         "flat_mean": (1, 13),
     }
@@ -77,7 +77,7 @@ def test_expected_rows_come_from_run_json_else_from_the_benchmark(tmp_path: Path
     save(tmp_path, "qasper", [row(0), row(1)])
     result = score_run(tmp_path)
     assert (result.datasets[0].expected, result.complete) == (200, False)
-    assert "no run.json tells how many rows were asked for, so the published number is expected" in (
+    assert "run.json does not record the number of rows, so the published number is expected" in (
         result.datasets[0].warnings
     )
     expect_rows(tmp_path, qasper=2)
@@ -87,7 +87,7 @@ def test_expected_rows_come_from_run_json_else_from_the_benchmark(tmp_path: Path
     assert not score_run(tmp_path).complete
 
 
-def test_more_rows_than_expected_are_no_complete_run(tmp_path: Path) -> None:
+def test_more_rows_than_expected_are_not_complete(tmp_path: Path) -> None:
     save(tmp_path, "qasper", [row(0), row(1)])
     expect_rows(tmp_path, qasper=1)
     result = score_run(tmp_path)
@@ -99,9 +99,9 @@ def test_more_rows_than_expected_are_no_complete_run(tmp_path: Path) -> None:
     ("names", "e", "message"),
     [
         ([], False, "holds no <dataset>.jsonl file"),
-        (["qasper", "qaspar"], False, r"files of no known dataset: qaspar\.jsonl\. Datasets: narrativeqa"),
+        (["qasper", "qaspar"], False, r"files of unknown datasets: qaspar\.jsonl\. Datasets: narrativeqa"),
         (["lsht"], True, "none belongs to LongBench-E"),
-        (["lsht_e"], True, r"files of no known dataset: lsht_e\.jsonl"),
+        (["lsht_e"], True, r"files of unknown datasets: lsht_e\.jsonl"),
         (["qasper_e"], False, r"all are LongBench-E's \(add --e\)"),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         score_run(tmp_path / "nowhere")
 
 
-def test_longbench_e_files_are_preferred_and_plain_ones_stand_in(tmp_path: Path) -> None:
+def test_longbench_e_uses_plain_files_as_a_fallback(tmp_path: Path) -> None:
     save(tmp_path, "qasper", [row(0, "no")])
     save(tmp_path, "vcsum", [row(0)])
     assert result_json(score_run(tmp_path, e=True)) == {"qasper": {"0-4k": 0.0, "4-8k": None, "8k+": None}}
@@ -128,7 +128,7 @@ def test_longbench_e_files_are_preferred_and_plain_ones_stand_in(tmp_path: Path)
 
 
 @pytest.mark.parametrize("language", ["en", "zh", "code"])
-def test_a_dataset_of_ones_own_is_scored_but_in_no_average(
+def test_a_custom_dataset_is_scored_but_in_no_average(
     tmp_path: Path, language: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("qasper", "lcc", "vcsum"):
@@ -159,7 +159,7 @@ def test_a_dataset_of_ones_own_is_scored_but_in_no_average(
     ],
     ids=lambda value: ",".join(sorted(value)),
 )
-def test_code_alone_is_no_average_of_a_language(tmp_path: Path, names: list[str], averaged: set[str]) -> None:
+def test_code_alone_gives_no_average(tmp_path: Path, names: list[str], averaged: set[str]) -> None:
     for name in names:
         save(tmp_path, name, [row(0)])
     averages = score_run(tmp_path).averages
@@ -169,12 +169,12 @@ def test_code_alone_is_no_average_of_a_language(tmp_path: Path, names: list[str]
 
 
 @pytest.mark.parametrize("e", [False, True])
-def test_a_file_that_run_json_expects_and_that_is_not_there_is_incomplete(tmp_path: Path, e: bool) -> None:
+def test_a_missing_expected_file_makes_the_run_incomplete(tmp_path: Path, e: bool) -> None:
     stems = [f"{name}_e" if e else name for name in ("qasper", "trec")]
     save(tmp_path, stems[1], [row(0, all_classes=["yes"])])
     expect_rows(tmp_path, **{stems[0]: 7, stems[1]: 1})
     result = score_run(tmp_path, e)
-    found = {each.task.name: (each.finished, each.expected, each.complete) for each in result.datasets}
+    found = {each.task.name: (each.num_finished, each.expected, each.complete) for each in result.datasets}
     assert found == {"qasper": (0, 7, False), "trec": (1, 1, True)}
     (missing,) = (each for each in result.datasets if each.task.name == "qasper")
     assert missing.warnings == ["its file is missing"] and missing.summary.score is None
@@ -182,7 +182,7 @@ def test_a_file_that_run_json_expects_and_that_is_not_there_is_incomplete(tmp_pa
     assert result.averages["flat_mean"].datasets == 1
 
 
-def test_plain_files_stand_in_for_longbench_e_only_where_no_run_json_names_datasets(tmp_path: Path) -> None:
+def test_the_fallback_to_plain_files_needs_a_missing_run_json(tmp_path: Path) -> None:
     save(tmp_path, "qasper", [row(0)])
     assert list(result_json(score_run(tmp_path, e=True))) == ["qasper"]
     (tmp_path / "run.json").write_text("{}")
@@ -192,7 +192,7 @@ def test_plain_files_stand_in_for_longbench_e_only_where_no_run_json_names_datas
         score_run(tmp_path, e=True)
 
 
-def test_what_was_kept_is_averaged_as_the_scores_are(tmp_path: Path) -> None:
+def test_kept_is_averaged_as_scores_are(tmp_path: Path) -> None:
     shares = {"qasper": [0.1, 0.3], "multifieldqa_en": [None], "hotpotqa": [0.4], "lcc": [0.8], "vcsum": [0.9]}
     for stem, values in shares.items():
         save(tmp_path, stem, [{**row(number), "kept": value} for number, value in enumerate(values)])

@@ -1,4 +1,4 @@
-"""Files changed by hand: any value in any place is read or refused with its field, and never breaks a later step."""
+"""Edited files: any value in any place is accepted or refused with its field."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.baseline import baseline_of, load_baseline
+from sparsecache.longbench.baseline import load_baseline, make_baseline
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.gate import Limits, gate
@@ -20,8 +20,8 @@ from sparsecache.longbench.html import compare_page
 from sparsecache.longbench.report import write_results
 from sparsecache.longbench.schema import Count, Number, SchemaError, parse
 from sparsecache.longbench.score_tables import score_document
-from sparsecache.longbench.scores import Options, score_run
-from sparsecache.longbench.show import lines, worst_rows
+from sparsecache.longbench.scores import ScoringOptions, score_run
+from sparsecache.longbench.show import format_rows, worst_rows
 from sparsecache.longbench.tables import FORMATS, render
 
 MakeRun = Callable[..., Path]
@@ -67,13 +67,13 @@ class Outer:
         ({"inner": {"count": 1}, "either": []}, "either is []; it must be a whole number"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_is_allowed(value: Any, problem: str) -> None:
+def test_errors_name_the_field_the_value_and_what_is_allowed(value: Any, problem: str) -> None:
     with pytest.raises(SchemaError) as refused:
         parse(Outer, value)
     assert str(refused.value) == problem
 
 
-def test_what_is_allowed_becomes_an_object_and_further_keys_are_ignored() -> None:
+def test_valid_values_become_objects_and_unknown_keys_are_ignored() -> None:
     value = {"inner": {"count": 3, "more": 1}, "numbers": [1, 2.5], "table": {"a": True}, "either": 4, "x": None}
     assert parse(Outer, value) == Outer(Inner(3), [1, 2.5], {"a": True}, 4)
     assert parse(Open, {"inner": {"count": 1}, "x": 2}) == {"inner": {"count": 1}, "x": 2}
@@ -87,7 +87,7 @@ def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def _changed(content: Any, draw: Any) -> str:
-    """The JSON text of `content` with one value replaced, removed, or written as JSON does not allow."""
+    """Return `content` as JSON with one value replaced, removed, or written as invalid JSON."""
     place = draw(st.sampled_from(list(_places(content))))
     mark, content = "@@mark@@", deepcopy(content)
     raw = draw(st.sampled_from(RAW) | st.sampled_from(VALUES).map(json.dumps))
@@ -122,31 +122,31 @@ def folder(make_run: MakeRun, row: Row) -> Path:
 
 
 def _use(path: Path) -> None:
-    """Everything that the commands do with one run."""
+    """Do everything that the commands do with one run."""
     run = score_run(path)
     found = compare([run, run], resamples=2)
     for document in (score_document(run), compare_document(found)):
         for format in FORMATS:
             render(document, format)
-    list(lines(worst_rows(run), [run], 5, 80))
-    write_results(run, Options())
+    list(format_rows(worst_rows(run), [run], 5, 80))
+    write_results(run, ScoringOptions())
     compare_page(found, [run, run], [])
-    baseline = baseline_of(run, Options())
+    baseline = make_baseline(run, ScoringOptions())
     baseline.save(path / "saved.json")
     gate(baseline, load_baseline(path / "saved.json"), Limits(min_speedup=0.1), allow_unlike=True)
 
 
-def test_the_whole_run_can_be_used(folder: Path) -> None:
+def test_an_unchanged_run_works(folder: Path) -> None:
     _use(folder)
 
 
 @pytest.mark.parametrize("name", ["run.json", "qasper.jsonl", "saved.json"])
 @FEW
 @given(data=st.data())
-def test_any_change_is_read_or_refused(folder: Path, name: str, data: st.DataObject) -> None:
+def test_any_change_is_accepted_or_refused(folder: Path, name: str, data: st.DataObject) -> None:
     whole = {path: path.read_text() for path in sorted(folder.glob("*.json*"))}
     if name == "saved.json":
-        baseline_of(score_run(folder), Options()).save(folder / name)
+        make_baseline(score_run(folder), ScoringOptions()).save(folder / name)
     first, *others = (folder / name).read_text().splitlines(keepends=True) if name == "qasper.jsonl" else (
         (folder / name).read_text(), )  # fmt: skip
     text = _changed(json.loads(first), data.draw)

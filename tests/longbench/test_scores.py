@@ -1,4 +1,4 @@
-"""Scores of a dataset: the official scorer's on real files, its arithmetic by hand, and what is odd about a file."""
+"""Scores of datasets against the official scorer, computed by hand, and with warnings about files."""
 
 import json
 import math
@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.report import result_json
-from sparsecache.longbench.scores import DatasetScore, Options, RowScore, Summary, bucket, score_file, score_run
+from sparsecache.longbench.score_types import DatasetScore, RowScore, Summary, bucket
+from sparsecache.longbench.scores import ScoringOptions, score_file, score_run
 from sparsecache.longbench.tasks import load_tasks
 from tests.longbench.scoring import row, save, score
 
@@ -29,7 +30,7 @@ REAL = ["pred/llama2-7b-chat-quest-1024", "pred/Qwen2.5-1.5B", "pred_e/llama3-8b
 
 
 @pytest.mark.parametrize("folder", REAL)
-def test_real_predictions_score_as_the_official_scorer_has_it(fixtures_dir: Path, folder: str) -> None:
+def test_real_predictions_get_the_official_scores(fixtures_dir: Path, folder: str) -> None:
     expected = json.loads((fixtures_dir / "expected_official.json").read_bytes())
     assert sorted(expected) == sorted(REAL)
     result = score_run(fixtures_dir / folder, e=folder.startswith("pred_e"))
@@ -38,7 +39,7 @@ def test_real_predictions_score_as_the_official_scorer_has_it(fixtures_dir: Path
     assert not result.complete
 
 
-def test_neither_the_call_stack_nor_levenshtein_changes_them(
+def test_stack_depth_and_levenshtein_do_not_change_scores(
     fixtures_dir: Path, tmp_path: Path, run_python: RunPython
 ) -> None:
     (tmp_path / "Levenshtein.py").write_text("def ratio(first, second):\n    return 0.77\n")
@@ -73,7 +74,7 @@ def test_buckets(length: int, name: str) -> None:
     assert bucket(length) == name
 
 
-def test_buckets_hold_the_rows_of_their_length(tmp_path: Path) -> None:
+def test_buckets_contain_rows_by_length(tmp_path: Path) -> None:
     lengths = [3999, 4000, 7999, 8000.0, 3999]
     rows = [row(number, "yes" if number % 2 else "no", length=length) for number, length in enumerate(lengths)]
     result = score(tmp_path, rows, "qasper_e")
@@ -85,7 +86,7 @@ def test_buckets_hold_the_rows_of_their_length(tmp_path: Path) -> None:
     assert result.warnings == []
 
 
-def test_an_empty_bucket_is_null(tmp_path: Path) -> None:
+def test_an_empty_bucket_is_none(tmp_path: Path) -> None:
     save(tmp_path, "qasper_e", [row(0, length=5000)])
     result = score_run(tmp_path, e=True)
     assert result_json(result) == {"qasper": {"0-4k": None, "4-8k": 100.0, "8k+": None}}
@@ -96,7 +97,7 @@ SCORES = st.lists(st.integers(0, 100).map(lambda percent: percent / 100) | st.fl
 
 
 @given(SCORES)
-def test_means_are_rounded_as_the_reference_rounds_them(scores: list[float]) -> None:
+def test_means_are_rounded_as_in_the_reference(scores: list[float]) -> None:
     rows = [RowScore(value, 5000, False, False, False, False) for value in scores]
     total = 0.0
     for value in scores:
@@ -106,14 +107,14 @@ def test_means_are_rounded_as_the_reference_rounds_them(scores: list[float]) -> 
     assert result.buckets["4-8k"].score == float(round(100 * numpy.mean(scores), 2))
 
 
-def test_numpy_rounds_a_bucket_its_own_way() -> None:
+def test_buckets_are_rounded_by_numpy() -> None:
     # 13 of 4000: numpy gives 0.32 where Python gives 0.33.
     rows = [RowScore(float(number < 13), 1, False, False, False, False) for number in range(4000)]
     result = DatasetScore(QASPER, True, rows, 4000, [])
     assert (result.buckets["0-4k"].score, result.summary.score) == (0.32, 0.33)
 
 
-def test_scores_are_added_one_after_the_other() -> None:
+def test_scores_are_added_left_to_right() -> None:
     # Added exactly, as `sum` has it since Python 3.12, these make 39.12.
     values = [0.97, 0.18, 0.03, 0.15, 0.9, 0.55, 0.31, 0.04]
     rows = [RowScore(value, 1, False, False, False, False) for value in values]
@@ -129,36 +130,36 @@ def test_the_standard_error_is_of_the_mean(tmp_path: Path) -> None:
     assert score(tmp_path, rows[:1]).summary == Summary(100.0, None, 1)
 
 
-def test_the_best_answer_counts_and_no_answer_is_zero(tmp_path: Path) -> None:
+def test_the_best_answer_counts_and_no_answers_give_zero(tmp_path: Path) -> None:
     rows = [row(0, answers=["no", "yes", "maybe"]), row(1, answers=[])]
     result = score(tmp_path, rows)
     assert [item.score for item in result.rows] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("name", ["trec", "triviaqa", "samsum", "lsht", "qasper", "gov_report"])
-def test_only_the_first_line_counts_for_the_few_shot_sets(tmp_path: Path, name: str) -> None:
+def test_only_the_first_line_counts_for_few_shot_datasets(tmp_path: Path, name: str) -> None:
     rows = [row(0, "\n\nyes\nno no no", all_classes=["yes", "no"])]
     first_line_only = name in ("trec", "triviaqa", "samsum", "lsht")
     assert (score(tmp_path, rows, name).summary.score == 100.0) == first_line_only
 
 
-def test_classes_are_those_of_the_last_row(tmp_path: Path) -> None:
+def test_classes_come_from_the_last_row(tmp_path: Path) -> None:
     rows = [row(0, "yes no", all_classes=["yes", "no"]), row(1, "yes", all_classes=["yes"])]
     assert [item.score for item in score(tmp_path, rows, "trec").rows] == [1.0, 1.0]
 
 
-def test_error_rows_count_zero_and_are_told_from_empty_ones(tmp_path: Path) -> None:
+def test_error_rows_count_zero_and_are_not_empty(tmp_path: Path) -> None:
     result = score(tmp_path, [row(0), row(1, "", error="OutOfMemoryError"), row(2, " \n")])
     assert result.summary.score == 33.33
     assert [result.count(name) for name in ("error_row", "empty", "metric_error")] == [1, 1, 0]
-    assert (result.finished, result.complete) == (2, False)
+    assert (result.num_finished, result.complete) == (2, False)
     assert result.warnings == [
         "1 of 3 predictions are empty",
         "1 error rows count 0.0; run the prediction again to retry them",
     ]
 
 
-def test_metric_errors_count_zero_and_are_shown_above_one_percent(tmp_path: Path) -> None:
+def test_metric_errors_count_zero_and_warn_above_one_percent(tmp_path: Path) -> None:
     rows = [row(number) for number in range(100)]
     one, two = [*rows[:99], row(99, "...")], [*rows[:98], row(98, "..."), row(99, ".")]
     assert score(tmp_path, one, "gov_report").count("metric_error") == 1
@@ -168,40 +169,40 @@ def test_metric_errors_count_zero_and_are_shown_above_one_percent(tmp_path: Path
     assert score(tmp_path, [row(0, "1", answers=["1"])], "passage_retrieval_en").count("metric_error") == 1
 
 
-def test_rows_too_deep_for_the_reference_are_counted(tmp_path: Path) -> None:
+def test_rows_beyond_the_recursion_limit_are_counted(tmp_path: Path) -> None:
     long = " ".join(f"w{number}" for number in range(1200))
     result = score(tmp_path, [row(0, "w0", answers=[long])], "gov_report")
-    assert result.count("too_deep") == 1
+    assert result.count("recursion_exceeded") == 1
     assert result.rows[0].score > 0
     assert result.warnings == ["1 rows get 0.0 from the reference scorer (recursion limit)"]
     official = score(tmp_path, [row(0, "w0", answers=[long])], "gov_report", official_recursion=True)
-    assert (official.rows[0].score, official.count("too_deep")) == (0.0, 1)
+    assert (official.rows[0].score, official.count("recursion_exceeded")) == (0.0, 1)
 
 
-def test_a_file_from_elsewhere_scores_with_a_word_on_what_is_odd(tmp_path: Path) -> None:
+def test_files_of_other_programs_are_scored_with_warnings(tmp_path: Path) -> None:
     rows = [row(number, "yes" if number else "no", _id=..., length=...) for number in range(4)]
     result = score(tmp_path, rows, "qasper_e")
     assert result.summary.score == 75.0
     assert result.warnings == [
-        "4 rows have no _id, so repeats cannot be seen",
+        "4 rows have no _id, so repeats cannot be detected",
         "rows have no length and are in no bucket",
     ]
     assert all(part.n == 0 for part in result.buckets.values())
     shuffled = score(tmp_path, rows[::-1])
     assert shuffled.summary == result.summary
-    twice = score_file(save(tmp_path, "qasper", rows * 2), QASPER, False, None, Options())
+    twice = score_file(save(tmp_path, "qasper", rows * 2), QASPER, False, None, ScoringOptions())
     assert (twice.summary.score, len(twice.rows), twice.complete) == (75.0, 8, False)
     assert score(tmp_path, [row(0, _id=None), row(1, _id=None)]).warnings[0].startswith("2 rows have no _id")
 
 
-def test_windows_line_ends_and_a_missing_last_newline_change_nothing(tmp_path: Path) -> None:
+def test_line_ends_change_nothing(tmp_path: Path) -> None:
     path = save(tmp_path, "qasper", [row(0), row(1, "no\r\n\x85\u2028")], end="")
-    expected = score_file(path, QASPER, False, 2, Options()).rows
+    expected = score_file(path, QASPER, False, 2, ScoringOptions()).rows
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert score_file(path, QASPER, False, 2, Options()).rows == expected
+    assert score_file(path, QASPER, False, 2, ScoringOptions()).rows == expected
 
 
-def test_repeated_ids_are_refused_or_counted_on_demand(tmp_path: Path) -> None:
+def test_repeated_ids_are_refused_unless_allowed(tmp_path: Path) -> None:
     rows = [row(0), row(1, "no"), row(0)]
     with pytest.raises(UsageError, match=r"qasper\.jsonl repeats 1 _ids.*--allow_duplicates"):
         score(tmp_path, rows)
@@ -231,21 +232,21 @@ def test_an_empty_file_has_no_score(tmp_path: Path) -> None:
         {"answers": None},
     ],
 )
-def test_a_row_that_is_no_prediction_is_refused(tmp_path: Path, broken: dict[str, Any]) -> None:
+def test_a_row_that_is_not_a_prediction_is_refused(tmp_path: Path, broken: dict[str, Any]) -> None:
     with pytest.raises(
         UsageError, match=r"qasper\.jsonl, line 2: (pred|answers)\S* is .*(must be a|a row needs `pred`)"
     ):
         score(tmp_path, [row(0), row(1, **broken)])
 
 
-def test_a_half_written_line_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_line_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, "qasper", [row(0), row(1)])
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UsageError, match=r"qasper\.jsonl, line 2: line contains invalid json"):
         score_run(tmp_path)
 
 
-def test_rouge_score_is_the_packages_mean_and_sees_chinese(tmp_path: Path) -> None:
+def test_rouge_score_equals_the_package_and_handles_chinese(tmp_path: Path) -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
     rows = [

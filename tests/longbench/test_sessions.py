@@ -1,4 +1,4 @@
-"""What run.json's sessions say of workers."""
+"""Devices and worker utilization from the sessions in run.json."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def _worker(number: int, rows: int, seconds: float, died: bool = False) -> dict[
     return {"worker": number, "rows": rows, "seconds": seconds, "died": died}
 
 
-def test_a_cpu_that_workers_share_is_another_device_than_the_whole_one() -> None:
+def test_a_shared_cpu_is_a_different_device() -> None:
     two = _session(_worker(1, 3, 9.0), _worker(2, 4, 9.0), _worker(1, 3, 9.0))
     one = {key: value for key, value in two.items() if key not in ("workers", "seconds")}
     assert devices(parse_run_record({"sessions": [one, two]})) == ["cpu of host", "cpu of host shared by 2 workers"]
@@ -43,5 +43,5 @@ def test_a_cpu_that_workers_share_is_another_device_than_the_whole_one() -> None
     ],
     ids=["two", "a dead one", "none came", "one process"],
 )
-def test_how_busy_the_workers_were(session, line) -> None:
+def test_worker_utilization(session, line) -> None:
     assert list(workers_lines(session)) == ([line] if line else [])

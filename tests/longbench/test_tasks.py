@@ -1,4 +1,7 @@
-"""The dataset table against the published protocol, dataset by dataset."""
+"""The dataset table against the published protocol.
+
+In one file because the expected table of 21 datasets fills most of it.
+"""
 
 import hashlib
 import json
@@ -213,7 +216,7 @@ def _published() -> dict[str, Task]:
     return {name: task for name, task in load_tasks().items() if task.rows is not None}
 
 
-def test_the_table_is_the_published_one() -> None:
+def test_datasets_equal_the_published_table() -> None:
     table = {
         name: (
             hashlib.sha256(task.template.encode()).hexdigest(),
@@ -237,7 +240,7 @@ def test_there_are_21_datasets_13_of_longbench_e_and_4750_rows() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_three_rules(name: str) -> None:
+def test_chat_first_line_and_newline_stop_rules(name: str) -> None:
     task = load_tasks()[name]
     assert task.chat == (name not in NOT_WRAPPED)
     assert task.first_line == (name in FIRST_LINE)
@@ -246,14 +249,14 @@ def test_the_three_rules(name: str) -> None:
     assert callable(load_metric(task.metric))
 
 
-def test_templates_and_caps_are_the_official_files_byte_for_byte(fixtures_dir: Path) -> None:
+def test_templates_and_lengths_equal_the_official_files(fixtures_dir: Path) -> None:
     prompts = json.loads((fixtures_dir / "official" / "dataset2prompt.json").read_bytes())
     caps = json.loads((fixtures_dir / "official" / "dataset2maxlen.json").read_bytes())
     assert {name: task.template for name, task in _published().items()} == prompts
     assert {name: task.max_new_tokens for name, task in _published().items()} == caps
 
 
-def test_every_metric_of_the_module_is_used_and_others_are_named() -> None:
+def test_every_metric_is_used_and_unknown_ones_are_refused() -> None:
     with pytest.raises(UsageError, match="no metric 'bleu'") as failure:
         load_metric("bleu")
     offered = str(failure.value).split("Metrics: ")[1].rstrip(".").split(", ")
@@ -284,11 +287,11 @@ CHINESE = ["multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh
         (" lcc , qasper,qasper ,code", ["qasper", "lcc", "repobench-p"]),
     ],
 )
-def test_selection(names: str, expected: list[str]) -> None:
+def test_select_tasks_by_name_and_group(names: str, expected: list[str]) -> None:
     assert [task.name for task in select_tasks(names)] == expected
 
 
-def test_the_english_group_has_the_16_sets_of_the_published_average() -> None:
+def test_the_english_group_has_16_datasets() -> None:
     assert len(ENGLISH) == 16
 
 
@@ -300,7 +303,7 @@ def test_the_english_group_has_the_16_sets_of_the_published_average() -> None:
         ("2wikimqa,trec", ["2wikimqa", "trec"]),
     ],
 )
-def test_selection_of_longbench_e(names: str, expected: list[str]) -> None:
+def test_select_tasks_of_longbench_e(names: str, expected: list[str]) -> None:
     assert [task.name for task in select_tasks(names, e=True)] == expected
 
 
@@ -315,7 +318,7 @@ def test_selection_of_longbench_e(names: str, expected: list[str]) -> None:
         ("zh", True, "'zh' is not part of LongBench-E"),
     ],
 )
-def test_wrong_selections_name_the_value_and_the_choices(names: str, e: bool, message: str) -> None:
+def test_invalid_selections_list_the_choices(names: str, e: bool, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         select_tasks(names, e)
 
@@ -340,7 +343,7 @@ OWN = {"template": "{context}?", "max_new_tokens": 8, "metric": "count", "catego
 
 @pytest.fixture
 def add_table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts a table [mine] into datasets.toml for one test: OWN with changes; a field of None is left out."""
+    """Add the table [mine] to datasets.toml for one test: OWN with changes; None removes a field."""
 
     def add(**changes: Any) -> None:
         table = {key: value for key, value in {**OWN, **changes}.items() if value is not None}
@@ -351,7 +354,7 @@ def add_table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("language", ["en", "zh", "code"])
-def test_a_dataset_of_ones_own_is_in_no_group_and_of_any_length(language: str, add_table: Callable[..., None]) -> None:
+def test_a_custom_dataset_is_in_no_group_and_has_any_length(language: str, add_table: Callable[..., None]) -> None:
     groups = ["all", "en", "zh", *{row[2] for row in PUBLISHED.values()}]
     before = {group: [task.name for task in select_tasks(group)] for group in groups}
     add_table(language=language)
@@ -374,7 +377,7 @@ def test_a_dataset_of_ones_own_is_in_no_group_and_of_any_length(language: str, a
     ],
     ids=["unknown", "missing", "category", "language", "template"],
 )
-def test_a_mistake_in_a_table_is_told_with_its_name(
+def test_errors_in_a_table_name_the_dataset(
     changes: dict[str, Any], message: str, add_table: Callable[..., None]
 ) -> None:
     add_table(**changes)

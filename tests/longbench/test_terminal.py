@@ -1,4 +1,4 @@
-"""Text on a terminal: nothing hidden, nothing acted on, widths as they are, long texts cut in the middle."""
+"""Text on a terminal: escapes, display widths, and shortening."""
 
 import re
 import unicodedata
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecache.longbench.terminal import cut, pad, visible, width
+from sparsecache.longbench.terminal import display_width, escape_control_chars, pad, truncate_middle
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
 
@@ -27,31 +27,31 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()))
         ("full\u3000width", "full\u3000width"),
     ],
 )
-def test_what_a_terminal_acts_on_is_spelled_out(text: str, shown: str) -> None:
-    assert visible(text) == shown
+def test_control_characters_are_escaped(text: str, shown: str) -> None:
+    assert escape_control_chars(text) == shown
 
 
 @given(ANY_TEXT)
-def test_any_text_becomes_one_harmless_line(text: str) -> None:
-    shown = visible(text)
+def test_any_text_becomes_one_printable_line(text: str) -> None:
+    shown = escape_control_chars(text)
     assert not {unicodedata.category(character) for character in shown} & {"Cc", "Cf", "Cs", "Zl", "Zp"}
     assert shown.encode() and len(shown.splitlines()) == 1 if text else shown == ""
-    assert visible(shown) == shown
+    assert escape_control_chars(shown) == shown
 
 
-def test_widths_are_those_of_a_terminal() -> None:
-    assert [width(text) for text in ("", "abc", "会议", "a会b", "e\u0301", "ｆｕｌｌ")] == [0, 3, 4, 4, 1, 8]
+def test_display_widths() -> None:
+    assert [display_width(text) for text in ("", "abc", "会议", "a会b", "e\u0301", "ｆｕｌｌ")] == [0, 3, 4, 4, 1, 8]
     assert pad("会", 4) == "会  " and pad("会", 4, right=True) == "  会"
 
 
-def test_short_texts_are_whole() -> None:
-    assert cut("abc", 3) == "abc" and cut("会议", 4) == "会议"
+def test_short_texts_are_unchanged() -> None:
+    assert truncate_middle("abc", 3) == "abc" and truncate_middle("会议", 4) == "会议"
 
 
 @given(st.text(st.characters(exclude_categories=("C", "Z"))), st.integers(1, 50))
-def test_long_texts_keep_both_ends_and_say_what_is_missing(text: str, columns: int) -> None:
-    found = cut(text, columns)
-    if width(text) <= columns:
+def test_long_texts_keep_both_ends_and_count_the_rest(text: str, columns: int) -> None:
+    found = truncate_middle(text, columns)
+    if display_width(text) <= columns:
         assert found == text
         return
     match = re.fullmatch(r"(.*) \[\.\.\. (\d+) characters \.\.\.\] (.*)", found, re.DOTALL)
@@ -59,4 +59,4 @@ def test_long_texts_keep_both_ends_and_say_what_is_missing(text: str, columns: i
     head, left_out, tail = match.groups()
     assert text.startswith(head) and text.endswith(tail)
     assert len(head) + int(left_out) + len(tail) == len(text)
-    assert columns - 2 <= width(head) + width(tail) <= columns
+    assert columns - 2 <= display_width(head) + display_width(tail) <= columns

@@ -1,4 +1,4 @@
-"""When a text counts as garbled."""
+"""Detection of degenerate texts."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecache.longbench.tasks import select_tasks
-from sparsecache.longbench.text import degenerate
+from sparsecache.longbench.text import is_degenerate
 from sparsecache.synthetic.rows import make_rows
 
 GARBLED = {
@@ -36,52 +36,52 @@ FINE = {
 
 
 @pytest.mark.parametrize("text", GARBLED.values(), ids=GARBLED)
-def test_garbled(text: str) -> None:
-    assert degenerate(text)
+def test_degenerate_texts(text: str) -> None:
+    assert is_degenerate(text)
 
 
 @pytest.mark.parametrize("text", FINE.values(), ids=FINE)
-def test_fine(text: str) -> None:
-    assert not degenerate(text)
+def test_normal_texts(text: str) -> None:
+    assert not is_degenerate(text)
 
 
 @pytest.mark.parametrize("name", [task.name for task in select_tasks("all")])
-def test_the_answers_of_the_sample_are_fine(name: str) -> None:
-    assert not any(degenerate(answer) for row in make_rows(name, 5, 512, 0) for answer in row["answers"])
+def test_answers_of_the_sample_are_not_degenerate(name: str) -> None:
+    assert not any(is_degenerate(answer) for row in make_rows(name, 5, 512, 0) for answer in row["answers"])
 
 
-def test_most_real_predictions_are_fine(fixtures_dir: Path) -> None:
+def test_most_real_predictions_are_not_degenerate(fixtures_dir: Path) -> None:
     texts = [
         json.loads(line)["pred"]
         for path in sorted(fixtures_dir.glob("pred*/*/*.jsonl"))
         for line in path.read_bytes().split(b"\n")
         if line
     ]
-    garbled = [text for text in texts if degenerate(text)]
+    garbled = [text for text in texts if is_degenerate(text)]
     assert len(texts) > 500
     assert len(garbled) < len(texts) * 0.05, garbled
 
 
 @given(st.text(min_size=1, max_size=40), st.integers(20, 60))
-def test_any_piece_repeated_is_garbled(piece: str, times: int) -> None:
+def test_any_repeated_piece_is_degenerate(piece: str, times: int) -> None:
     text = (piece * times).strip()
-    assert degenerate(text) == (len(" ".join(text.split())) >= 20)
+    assert is_degenerate(text) == (len(" ".join(text.split())) >= 20)
 
 
 @given(st.text(max_size=19))
-def test_nothing_short_is_garbled(text: str) -> None:
-    assert not degenerate(text)
+def test_short_texts_are_not_degenerate(text: str) -> None:
+    assert not is_degenerate(text)
 
 
-def test_the_borders_of_both_rules() -> None:
+def test_the_limits_of_both_rules() -> None:
     letters = "abcdefghijkl"
-    assert not degenerate(letters + "xyxyxyxyxyxy")  # just half of it
-    assert degenerate(letters[:-1] + "xyxyxyxyxyxy")
+    assert not is_degenerate(letters + "xyxyxyxyxyxy")  # just half of it
+    assert is_degenerate(letters[:-1] + "xyxyxyxyxyxy")
     piece = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLM"
     assert len(piece) == 40
-    assert degenerate(piece * 4)
-    assert not degenerate(piece * 3)
-    assert not degenerate((piece + "!") * 4)
+    assert is_degenerate(piece * 4)
+    assert not is_degenerate(piece * 3)
+    assert not is_degenerate((piece + "!") * 4)
     digits = "0918273645546372819092736455463728190172838"
-    assert not degenerate(letters[:10] + digits[:40])  # one in five is a letter
-    assert degenerate(letters[:9] + digits[:41])
+    assert not is_degenerate(letters[:10] + digits[:40])  # one in five is a letter
+    assert is_degenerate(letters[:9] + digits[:41])

@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -269,6 +270,17 @@ def test_a_refusal_leaves_the_rows_that_overwrite_would_delete(address, predict,
     for arguments in (["--workers", "64", "--ray_address", address], ["--ray_address", "127.0.0.1:9"]):
         assert predict(*arguments, "--device", "cpu", "--overwrite").exit_code == 2
         assert (folder / "qasper.jsonl").read_bytes() == before
+
+
+def test_overwrite_keeps_the_old_rows_where_workers_cannot_load(address, predict, folder, tiny, tmp_path) -> None:
+    broken = shutil.copytree(tiny, tmp_path / "broken" / "tiny")
+    arguments = ("--model", str(broken), "--workers", "1", "--ray_address", address)
+    assert predict("--model", str(broken)).exit_code == 0
+    before = (folder / "qasper.jsonl").read_bytes()
+    (broken / "model.safetensors").write_bytes(b"")
+    told = predict(*arguments, "--overwrite")
+    assert told.exit_code == 2 and "model.safetensors" in told.stderr, told.output
+    assert (folder / "qasper.jsonl").read_bytes() == before
 
 
 def test_an_address_where_no_cluster_answers_is_refused_at_once(predict) -> None:

@@ -1,10 +1,13 @@
 """The sweep that prefills each prompt once, against the command line."""
 
+import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
+import pytest
+from click.testing import CliRunner, Result
 
 from longbench_pred import main
 
@@ -41,6 +44,29 @@ def test_every_run_has_the_rows_of_the_command_line_and_one_line_of_the_table(sw
             assert rows(tmp_path / "tiny" / other) != expected
 
 
-def test_an_unknown_method_is_refused_before_any_run(sweep, tiny: Path):
-    done, folder = sweep("sweep_shared", tiny, {"method": ["vanilla", "nope"]})
-    assert done.exit_code == 2 and "nope" in done.output and not (folder / "pred").exists()
+@pytest.fixture
+def sweep_here(repo: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Result]:
+    """Runs scripts/sweep_shared.py in this process over these [[methods]]."""
+    monkeypatch.syspath_prepend(str(repo / "scripts"))
+    script = importlib.import_module("sweep_shared")
+
+    def run(methods: str) -> Result:
+        arguments = ["--data", "sample", "--datasets", "qasper", "--sample_rows", "2", "--sample_tokens", "256"]
+        text = f"models = [{json.dumps(str(tiny))}]\narguments = {json.dumps(arguments)}\n{methods}"
+        (tmp_path / "sweep.toml").write_text(text)
+        return CliRunner().invoke(script.main, [str(tmp_path / "sweep.toml"), "--pred_dir", str(tmp_path / "pred")])
+
+    return run
+
+
+def test_a_method_that_there_is_not_is_refused_before_any_run(sweep_here, tmp_path: Path):
+    told = sweep_here('[[methods]]\nmethod = ["vanilla", "nope"]')
+    assert told.exit_code == 2 and "nope" in told.stderr and not (tmp_path / "pred").exists()
+
+
+def test_a_run_that_fails_leaves_the_others_in_the_table(sweep_here):
+    told = sweep_here('[[methods]]\nmethod = "vanilla"\n[[methods]]\nmethod = "streaming"\ndense_layers = [0, 99]')
+    assert told.exit_code == 1
+    assert "streaming-dense_layers=99 failed: Method streaming refuses its options" in told.stderr
+    assert [line.split()[0] for line in told.stdout.splitlines()[3:5]] == ["vanilla", "streaming-dense_layers=0"]
+    assert "Not in the table: " in told.stdout

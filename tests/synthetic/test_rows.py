@@ -13,7 +13,7 @@ import pytest
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.jsonl import dumps
-from sparsecache.longbench.scores import Options, score_file
+from sparsecache.longbench.scores import ScoringOptions, score_file
 from sparsecache.longbench.tasks import load_tasks, select_tasks
 from sparsecache.synthetic import chinese, english, few_shot, passages
 from sparsecache.synthetic.draft import estimate_tokens
@@ -102,7 +102,7 @@ def test_the_answer_is_stated_once_among_distractors(dataset: str) -> None:
 
 
 def _asked(question: str, world: World) -> Relation:
-    """The relation that a question, or one step of it, is about."""
+    """Return the relation of a question, or of one step of it."""
     for relation in (*world.relations, *world.links):
         pattern = re.escape(relation.question.rstrip("?？")).replace(r"\{e\}", ".+") + "[?？]?"
         if re.fullmatch(pattern, question, re.IGNORECASE):
@@ -111,7 +111,7 @@ def _asked(question: str, world: World) -> Relation:
 
 
 def _statements(text: str, relation: Relation) -> list[tuple[str, str]]:
-    """Entity and value of every sentence of the text that states the relation."""
+    """Return entity and value of every sentence that states the relation."""
     escaped = [re.escape(says) for says in relation.statements]
     patterns = [says.replace(r"\{e\}", "(?P<e>.+?)").replace(r"\{v\}", "(?P<v>.+?)") for says in escaped]
     stated = []
@@ -124,7 +124,7 @@ def _statements(text: str, relation: Relation) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("dataset", [*STATED, *CHAINED, *RETRIEVED, "lcc", "repobench-p"])
-def test_the_evidence_is_anywhere_in_the_context(dataset: str) -> None:
+def test_the_evidence_is_at_random_positions(dataset: str) -> None:
     rows = make_rows(dataset, 200, 1024, 0)
     places = [row["context"].index(_evidence(row)) / len(row["context"]) for row in rows]
     assert 0.4 < mean(places) < 0.6
@@ -132,7 +132,7 @@ def test_the_evidence_is_anywhere_in_the_context(dataset: str) -> None:
 
 
 def _evidence(row: dict[str, Any]) -> str:
-    """What stands in the context where the row's answer is settled: at last, for a chain."""
+    """Return the text in the context that determines the answer; the last one of a chain."""
     answer: str = row["answers"][0]
     if row["dataset"] in CHAINED:
         return re.split("[,，]", answer)[-1].strip()
@@ -188,7 +188,7 @@ def test_summaries_are_the_marked_sentences(dataset: str) -> None:
         assert row["answers"] == [("" if row["language"] == "zh" else " ").join(found)]
 
 
-def test_qmsum_answers_with_all_that_was_said_of_one_person() -> None:
+def test_qmsum_answers_with_all_facts_about_one_person() -> None:
     for row in make_rows("qmsum", 10, 2048, 0):
         person = row["input"].removeprefix("Summarize what was said about ").removesuffix(".")
         speech = re.sub(r"^\w+: ", "", row["context"], flags=re.MULTILINE)
@@ -209,14 +209,14 @@ def test_classes_are_shown_by_example(dataset: str) -> None:
 
 
 @pytest.mark.parametrize("dataset", CLASSIFIED)
-def test_half_of_the_rows_deal_the_names_of_the_classes_anew(dataset: str) -> None:
+def test_half_of_the_rows_permute_the_class_names(dataset: str) -> None:
     rows = make_rows(dataset, 60, 300, 0)
     assert all(row["all_classes"] == list(CLASSIFIED[dataset]) for row in rows)
     assert 15 <= sum(_has_usual_names(row["context"], CLASSIFIED[dataset]) for row in rows) <= 45
 
 
 def _has_usual_names(context: str, classes: dict[str, tuple[str, ...]]) -> bool:
-    """Whether every example bears the name of the class that its text is made for."""
+    """Return whether every example has the label of the class that its text is made for."""
     shown = re.findall(r"(?:Question: |新闻内容：\n)((?:.+\n)+?)(?:Type: |类别：)(.+)", context)
     assert shown
     return all(
@@ -227,16 +227,16 @@ def _has_usual_names(context: str, classes: dict[str, tuple[str, ...]]) -> bool:
 
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("tokens", [300, 2048])
-def test_the_answers_themselves_score_100(dataset: str, tokens: int, tmp_path: Path) -> None:
+def test_the_answers_score_100(dataset: str, tokens: int, tmp_path: Path) -> None:
     rows = [{**row, "pred": row["answers"][0]} for row in make_rows(dataset, 25, tokens, 0)]
     file = tmp_path / f"{dataset}.jsonl"
     file.write_bytes("".join(dumps(row) + "\n" for row in rows).encode())
-    score = score_file(file, load_tasks()[dataset], False, len(rows), Options())
+    score = score_file(file, load_tasks()[dataset], False, len(rows), ScoringOptions())
     assert (score.summary.score, score.summary.n, score.warnings) == (100, 25, [])
 
 
 @pytest.mark.parametrize(("dataset", "end"), [("triviaqa", "Answer:"), ("samsum", "Summary:")])
-def test_few_shot_inputs_stop_where_the_answer_begins(dataset: str, end: str) -> None:
+def test_few_shot_inputs_end_before_the_answer(dataset: str, end: str) -> None:
     for row in make_rows(dataset, 10, 1024, 0):
         assert row["input"].endswith(end) and row["input"].count(end) == 1
         assert row["context"].count(end) >= 2
@@ -244,7 +244,7 @@ def test_few_shot_inputs_stop_where_the_answer_begins(dataset: str, end: str) ->
 
 
 @pytest.mark.parametrize("tokens", [256, 1024, 8192])
-def test_the_count_is_that_of_different_paragraphs(tokens: int) -> None:
+def test_the_count_is_that_of_distinct_paragraphs(tokens: int) -> None:
     for row in make_rows("passage_count", 10, tokens, 0):
         texts = [text.split(": ", 1)[1] for text in row["context"].split("\n\n")]
         assert row["answers"] == [str(len(set(texts)))]
@@ -263,7 +263,7 @@ def test_the_abstract_is_of_the_named_paragraph(dataset: str, tokens: int) -> No
 
 
 def _abstract_values(abstract: str, world: World) -> list[str]:
-    """The values of the facts that an abstract repeats in other words."""
+    """Return the values of the facts that an abstract paraphrases."""
     clauses = [re.escape(relation.clause).replace(r"\{v\}", "(.+?)") for relation in world.relations]
     found = [re.search(clause + r"(?= and |\.$|，而且|。$)", abstract) for clause in clauses]
     return [match[1] for match in found if match]

@@ -147,7 +147,7 @@ REFUSED = {
     "unknown name": ("{{ now() }}{{ messages[0].content }}", "'now' is undefined"),
     "syntax": ("{% if %}", "cannot be used"),
     "forbidden": ("{{ ''.__class__.__mro__ }}{{ messages[0].content }}", "unsafe"),
-    "by chance": ("{{ range(90000) | random }}{{ messages[0].content }}", "another text each time"),
+    "by chance": ("{{ range(90000) | random }}{{ messages[0].content }}", "a different text each time"),
 }
 
 
@@ -162,7 +162,7 @@ def test_a_template_that_cannot_be_used_is_refused_in_one_sentence(case, make_to
 def test_several_templates_need_a_default(make_tokenizer, write) -> None:
     template = [{"name": "default", "template": CHATML}, {"name": "rag", "template": "R"}]
     assert prompter(write(make_tokenizer(), chat_template=template)).room(QASPER) > 0
-    with pytest.raises(UsageError, match=r"several chat templates \(rag\), and none is called default"):
+    with pytest.raises(UsageError, match=r"several chat templates \(rag\), none of them named default"):
         prompter(write(make_tokenizer(), chat_template=template[1:])).room(QASPER)
 
 
@@ -183,7 +183,7 @@ def test_a_hand_made_wrapper_holds_the_prompt_once(wrapper, make_tokenizer, writ
 def test_a_row_that_the_template_cuts_is_an_error(make_tokenizer, write) -> None:
     made = prompter(write(make_tokenizer(), chat_template="{{ messages[0].content[:60000] }}<|end|>"))
     assert made.build(PLAIN, {"context": "a b" * 99}).token_ids
-    with pytest.raises(ValueError, match="does not keep the text of this prompt whole"):
+    with pytest.raises(ValueError, match="changes the text of this prompt"):
         Prompter(made.tokenizer, 99_999, chat="template").build(PLAIN, {"context": "a b " * 20_000})
 
 

@@ -1,4 +1,4 @@
-"""Reports: one HTML file for a comparison, for scores, or for a gate's verdict, that needs nothing else to be read."""
+"""HTML reports of comparisons, scores and gate verdicts, each in one self-contained file."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -7,46 +7,61 @@ from sparsecache.longbench.baseline import Baseline
 from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.comparison import Comparison
 from sparsecache.longbench.gate import Verdict
-from sparsecache.longbench.html.parts import document, facts, fold, notes, page, pictures, rows, run_records, section
+from sparsecache.longbench.html.parts import (
+    definitions,
+    details,
+    document,
+    figures,
+    note_list,
+    page,
+    row_list,
+    run_records,
+    section,
+)
 from sparsecache.longbench.runs import short_names
 from sparsecache.longbench.score_tables import score_document
-from sparsecache.longbench.scores import RunScore
+from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.show import changed_rows, worst_rows
 
 if TYPE_CHECKING:
-    from sparsecache.longbench.pictures._canvas import Picture
+    from sparsecache.longbench.plots._figure import Plot
 
 
-def compare_page(comparison: Comparison, runs: Sequence[RunScore], drawn: Sequence["Picture"]) -> str:
-    """The page of a comparison, of the runs that it was made from, in its order, and of pictures of them."""
+def compare_page(comparison: Comparison, runs: Sequence[RunScore], plots: Sequence["Plot"]) -> str:
+    """Return the page of a comparison, with plots of its runs.
+
+    `runs` are in the comparison's order.
+    """
     first, *others = [run.name for run in comparison.runs]
     content = compare_document(comparison)
-    found = [changed_rows(run, runs[0]) for run in runs[1:]]
-    changed = [
-        fold(f"{name} against {first}: {len(those)} rows", rows(those, name, first))
-        for name, those in zip(others, found, strict=True)
-    ]
+    changed = [(name, changed_rows(run, runs[0])) for name, run in zip(others, runs[1:], strict=True)]
     return page(
         content.title,
-        f"{len(runs)} runs of {_benchmark(comparison.e)}, row by row over those that all have.",
+        f"{len(runs)} runs of {_benchmark(comparison.e)}, compared row by row over their common rows.",
         document(content),
-        *([section("Pictures", pictures(drawn, "picture"))] if drawn else []),
-        section("Rows whose text changed, greatest loss first", *changed),
+        *([section("Plots", figures(plots, "plot"))] if plots else []),
+        section(
+            "Rows whose text changed, greatest loss first",
+            *(
+                details(f"{name} against {first}: {len(rows)} rows", row_list(rows, name, first))
+                for name, rows in changed
+            ),
+        ),
         run_records((run.name, run.record.json) for run in comparison.runs),
     )
 
 
-def score_page(runs: Sequence[RunScore], drawn: Sequence[Sequence["Picture"]]) -> str:
-    """The page of one run, or of several that have nothing to do with each other; pictures of each."""
+def score_page(runs: Sequence[RunScore], plots: Sequence[Sequence["Plot"]]) -> str:
+    """Return the page of one or more independent runs, with the plots of each."""
     names = short_names([run.folder for run in runs])
     parts = [
         section(
             name,
             document(score_document(run)),
-            pictures(its, f"picture-{number}"),
-            fold("Rows with the lowest scores", rows(worst_rows(run), name)),
+            figures(of_run, f"plot-{number}"),
+            details("Rows with the lowest scores", row_list(worst_rows(run), name)),
         )
-        for number, (name, run, its) in enumerate(zip(names, runs, drawn, strict=True), 1)
+        for number, (name, run, of_run) in enumerate(zip(names, runs, plots, strict=True), 1)
     ]
     return page(
         f"Scores of {', '.join(names)}",
@@ -57,14 +72,14 @@ def score_page(runs: Sequence[RunScore], drawn: Sequence[Sequence["Picture"]]) -
 
 
 def gate_page(run: Baseline, baseline: Baseline, verdict: Verdict) -> str:
-    """The page of a gate's verdict: failed checks first, warnings, and the identities of both sides."""
+    """Return the page of a verdict: checks (failed ones first), warnings, both identities."""
     checks = sorted(verdict.checks, key=lambda check: check.passed)
     failed = sum(not check.passed for check in checks)
     return page(
         f"Failed: {failed} of {len(checks)} checks" if failed else "Passed",
         f"{run.name} ({run.method}) against {baseline.name} ({baseline.method})",
-        notes([f"Warning: {warning}" for warning in verdict.warnings]),
-        facts(("passed" if check.passed else "FAILED", check.text) for check in checks),
+        note_list([f"Warning: {warning}" for warning in verdict.warnings]),
+        definitions(("passed" if check.passed else "FAILED", check.text) for check in checks),
         run_records((f"{side.name} ({side.method})", side.identity) for side in (run, baseline)),
     )
 

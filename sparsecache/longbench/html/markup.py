@@ -1,43 +1,49 @@
-"""HTML out of small parts. Text is escaped unless it is Html already, so that nothing from data can become markup."""
+"""Builds HTML from escaped text. Only `Html` is taken as markup, so data cannot inject any."""
 
 import html
 
-from sparsecache.longbench.terminal import visible
+from sparsecache.longbench.terminal import escape_control_chars
 
 _VOID = ("meta", "br")
 
 
 class Html(str):
-    """Text that is HTML. What is done to it as text (`+`, formatting) gives plain text again, which is escaped."""
+    """A string that is HTML.
+
+    String operations (`+`, formatting) return plain text, which is escaped again.
+    """
 
 
-def text(content: str) -> Html:
-    """Text on one line; characters that are not seen, or change the direction, are spelled out as on the terminal."""
-    return Html(html.escape(visible(content)))
+def escape(content: str) -> Html:
+    """Return text as HTML on one line, with control and formatting characters escaped."""
+    return Html(html.escape(escape_control_chars(content)))
 
 
-def lines(content: str) -> Html:
-    """The same with its lines kept, for where white space counts."""
-    return Html("\n".join(map(text, content.split("\n"))))
+def escape_lines(content: str) -> Html:
+    """Return text as HTML as `escape` does, but keep its line ends."""
+    return Html("\n".join(map(escape, content.split("\n"))))
 
 
-def joined(*parts: str, between: str = "\n") -> Html:
-    """Parts behind each other."""
-    return Html(between.join(map(_escaped, parts)))
+def join(*parts: str, between: str = "\n") -> Html:
+    """Return the parts as one piece of HTML. Text parts are escaped."""
+    return Html(between.join(map(_as_html, parts)))
 
 
 def tag(name: str, /, *children: str, **attributes: str | bool) -> Html:
-    """An element. `class_` is class, and other underscores are dashes; an attribute that is False is left out."""
+    """Return an element.
+
+    `class_` means class, other underscores mean dashes, False omits the attribute.
+    """
     start = name + "".join(
-        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{text(value)}"')
+        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(value)}"')
         for key, value in attributes.items()
         if value is not False
     )
     if name in _VOID:
         return Html(f"<{start}>")
-    lead = "\n" if name == "pre" else ""  # a parser drops the first line's end there
-    return Html(f"<{start}>{lead}{''.join(map(_escaped, children))}</{name}>")
+    first_newline = "\n" if name == "pre" else ""  # parsers drop the first newline of a pre
+    return Html(f"<{start}>{first_newline}{''.join(map(_as_html, children))}</{name}>")
 
 
-def _escaped(part: str) -> Html:
-    return part if isinstance(part, Html) else text(part)
+def _as_html(part: str) -> Html:
+    return part if isinstance(part, Html) else escape(part)

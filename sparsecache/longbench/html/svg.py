@@ -1,4 +1,4 @@
-"""A picture's SVG as a part of a page. Knows SVG as matplotlib writes it, and nothing of what is drawn."""
+"""Embeds the SVG that matplotlib writes in a page."""
 
 import re
 from collections.abc import Iterator
@@ -8,10 +8,12 @@ from sparsecache.longbench.html.markup import Html
 
 
 def inline(svg: bytes, name: str, title: str, description: str) -> Html:
-    """The svg element, titled and described for whoever cannot see it; its ids begin with `name`.
+    """Return the svg element with a title and a description for screen readers.
 
-    A colour `#0077bb` becomes `var(--c-0077bb, #0077bb)`, so that the page can put another in its place; fonts and the
-    size are left to the page.
+    Its ids begin with `name`.
+
+    A color `#0077bb` becomes `var(--c-0077bb, #0077bb)`, so that the page can replace it. The page also sets fonts and
+    size.
     """
     root = ElementTree.fromstring(svg)
     used = set(re.findall(r"#([\w-]+)", " ".join(value for each in root.iter() for value in each.attrib.values())))
@@ -19,7 +21,7 @@ def inline(svg: bytes, name: str, title: str, description: str) -> Html:
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = dict(_attributes(element.attrib, name, used))
     for parent in root.findall(".//style/.."):
-        parent.clear()  # a style would hold for the whole page
+        parent.clear()  # a style element would apply to the whole page
     for size in ("width", "height", "version"):
         root.attrib.pop(size)
     root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title {name}-text"}
@@ -31,7 +33,7 @@ def inline(svg: bytes, name: str, title: str, description: str) -> Html:
 
 
 def _attributes(attributes: dict[str, str], name: str, used: set[str]) -> Iterator[tuple[str, str]]:
-    """Without namespaces, and without ids that nothing refers to."""
+    """Yield the attributes without namespaces and without unused ids."""
     for key, value in attributes.items():
         key = key.rpartition("}")[2]
         if key == "id":

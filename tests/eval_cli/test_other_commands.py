@@ -1,4 +1,4 @@
-"""compare, gate, show and plot as they are typed: exit codes, files, messages."""
+"""The commands compare, gate, show and plot: exit codes, files and messages."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from tests.eval_cli.runs import Evaluate, one_sentence, row, save
 
 
 def save_run(tmp_path: Path, name: str, preds: list[str], **more: Any) -> Path:
-    """A run of qasper as longbench_pred.py records it, with a tenth of the past tokens kept."""
+    """Write a run of qasper as longbench_pred.py does, with a kept share of 0.1."""
     rows = [row(at, pred, kept=0.1, prompt_sha256=f"{at:064}", **more) for at, pred in enumerate(preds)]
     folder = save(tmp_path / "pred" / "m" / name, "qasper", rows)
     record = json.loads((folder / "run.json").read_text())
@@ -36,19 +36,17 @@ def test_runs_are_compared_by_path_or_by_name(evaluate: Evaluate, tmp_path: Path
     assert "h2o against vanilla (1)" in three.stdout and three.returncode == 0
 
 
-def test_compare_says_what_it_needs(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_compare_needs_two_runs(evaluate: Evaluate, tmp_path: Path) -> None:
     save_run(tmp_path, "a", ["yes"])
-    assert "compare takes two runs or more, the one to compare with first, not m/a." in one_sentence(
-        evaluate("compare", "m/a")
-    )
-    assert "not none. To score a folder that is named compare, give ./compare." in one_sentence(evaluate("compare"))
+    assert "compare takes two runs or more, the reference first, not m/a." in one_sentence(evaluate("compare", "m/a"))
+    assert "not none. To score a folder named compare, use ./compare." in one_sentence(evaluate("compare"))
     missing = one_sentence(evaluate("compare", "m/a", "m/b"))
-    assert "There is no run 'm/b': neither a folder of that path nor pred/m/b." in missing
+    assert "There is no run 'm/b': neither that folder nor pred/m/b exists." in missing
     assert "(pred holds: m/a)" in missing
 
 
 @pytest.mark.parametrize("command", ["score", "compare"])
-def test_tables_come_in_every_format(evaluate: Evaluate, tmp_path: Path, command: str) -> None:
+def test_tables_are_printed_in_every_format(evaluate: Evaluate, tmp_path: Path, command: str) -> None:
     runs = [save_run(tmp_path, name, ["yes", "no"]) for name in ("a", "b")]
     start = ([] if command == "score" else [command]) + [str(run) for run in runs]
     found = {format: evaluate(*start, "--format", format) for format in ("markdown", "csv", "latex", "json")}
@@ -67,7 +65,7 @@ def test_tables_come_in_every_format(evaluate: Evaluate, tmp_path: Path, command
     assert not any("Written" in done.stdout for done in found.values())
 
 
-def test_a_gate_passes_fails_and_saves(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_gate_passes_fails_and_saves(evaluate: Evaluate, tmp_path: Path) -> None:
     for name, preds in (("good", ["yes"] * 4), ("bad", ["yes", "yes", "yes", "no"])):
         save_run(tmp_path, name, preds)
     done = evaluate("gate", "m/good", "--save-baseline", "base.json")
@@ -77,8 +75,8 @@ def test_a_gate_passes_fails_and_saves(evaluate: Evaluate, tmp_path: Path) -> No
     assert done.returncode == 1
     assert done.stdout.splitlines() == [
         "pred/m/bad (bad) against base.json (good)",
-        "FAILED  mean of 1 datasets: 75.00, baseline 100.00, down 25.00, allowed 1: 24 too much (95% interval of the "
-        "change: -75.00 to 0.00); most in qasper 25.00",
+        "FAILED  mean of 1 datasets: 75.00, baseline 100.00, down 25.00, allowed drop 1: 24 over the limit (95% "
+        "interval of the change: -75.00 to 0.00); largest drops: qasper 25.00",
         "FAILED: 1 of 1 checks.",
         "Not written: base.json",
     ]
@@ -93,23 +91,28 @@ def test_a_gate_passes_fails_and_saves(evaluate: Evaluate, tmp_path: Path) -> No
     assert json.loads((tmp_path / "base.json").read_text())["name"] == "pred/m/good"
 
 
-def test_a_gate_without_an_answer_exits_with_2(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_gate_exits_with_2_for_incomparable_runs(evaluate: Evaluate, tmp_path: Path) -> None:
     save_run(tmp_path, "a", ["yes"])
     other = save_run(tmp_path, "b", ["yes"])
     (other / "run.json").write_text(
         (other / "run.json").read_text().replace('"checkpoint": "abc"', '"checkpoint": "d"')
     )
     assert "Give --baseline (a run, or a saved file), or --save_baseline" in one_sentence(evaluate("gate", "m/a"))
-    assert "the checkpoint (d, baseline abc)" in one_sentence(evaluate("gate", "m/b", "--baseline", "m/a"))
+    assert "the checkpoint's files. Predict" in one_sentence(evaluate("gate", "m/b", "--baseline", "m/a"))
     assert "There is no run 'base.json'" in one_sentence(evaluate("gate", "m/b", "--baseline", "base.json"))
-    assert "--max_drop nan is no limit" in one_sentence(
+    assert "--max_drop is nan; it must be a number" in one_sentence(
         evaluate("gate", "m/a", "--baseline", "m/a", "--max_drop", "nan")
     )
     allowed = evaluate("gate", "m/b", "--baseline", "m/a", "--allow_unlike")
-    assert (allowed.returncode, allowed.stderr) == (0, "Warning: unlike: the checkpoint (d, baseline abc).\n")
+    assert (allowed.returncode, allowed.stderr) == (
+        0,
+        "Warning: the checkpoint's files; allowed by --allow_unlike.\n",
+    )
     save(other, "qasper", [row(0, error="x", pred="")])
     (other / "run.json").write_text((tmp_path / "pred" / "m" / "a" / "run.json").read_text())
-    assert "b is not whole (qasper 0 of 1 rows, 1 failed)" in one_sentence(evaluate("gate", "m/b", "--baseline", "m/a"))
+    assert "b is incomplete (qasper 0 of 1 rows, 1 failed)" in one_sentence(
+        evaluate("gate", "m/b", "--baseline", "m/a")
+    )
 
 
 def test_rows_are_shown(evaluate: Evaluate, tmp_path: Path) -> None:
@@ -118,20 +121,20 @@ def test_rows_are_shown(evaluate: Evaluate, tmp_path: Path) -> None:
     done = evaluate("show", "m/new", "--rows", "1", "--dataset", "qasper")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "pred/m/new: 3 rows, worst first; 1 of them",
+        "pred/m/new: 3 rows, worst first; 1 shown",
         "",
         "qasper 1, score 0.00, length 5000, kept 10.0%",
         "  prediction  no \\x1b[31m",
         "  answers     yes",
     ]
     changed = evaluate("show", "m/new", "--changed-from", "m/old")
-    assert changed.stdout.startswith("pred/m/new: 1 rows, those whose text differs from old, greatest loss first\n")
+    assert changed.stdout.startswith("pred/m/new: 1 rows, text differs from old, greatest loss first\n")
     assert "There is no dataset 'lcc'" in one_sentence(evaluate("show", "m/new", "--dataset", "lcc"))
     save(tmp_path / "twice", "qasper", [row(0), row(0)])
     assert evaluate("show", "twice").returncode == 0  # what cannot be scored can be looked at
 
 
-def test_a_report_is_written_beside_the_tables(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_html_reports_are_written(evaluate: Evaluate, tmp_path: Path) -> None:
     for name, preds in (("old", ["yes", "yes"]), ("new", ["yes", "no"])):
         save_run(tmp_path, name, preds)
     commands = {
@@ -146,7 +149,7 @@ def test_a_report_is_written_beside_the_tables(evaluate: Evaluate, tmp_path: Pat
         page = (tmp_path / f"{kind}.html").read_text(encoding="utf-8")
         assert heading in page and page.count("<svg") == {"compare": 3, "score": 4, "gate": 0}[kind]
     saving = evaluate("gate", "m/old", "--save_baseline", "base.json", "--html", "a.html")
-    assert "--html writes a verdict, for which --baseline is missing." in one_sentence(saving)
+    assert "--html needs --baseline to report on." in one_sentence(saving)
     before = (tmp_path / "base.json").read_text() if (tmp_path / "base.json").exists() else None
     overwriting = evaluate("gate", "m/old", "--baseline", "m/new", "--html", "base.json")
     assert overwriting.returncode == 2 and "base.json must end in .html or .htm" in overwriting.stderr
@@ -158,7 +161,7 @@ def test_a_report_is_written_beside_the_tables(evaluate: Evaluate, tmp_path: Pat
     assert refused.returncode == 2 and "missing/a.html cannot be written: No such file" in refused.stderr
 
 
-def test_pictures_are_files_with_a_caption(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_plots_are_files_with_a_caption(evaluate: Evaluate, tmp_path: Path) -> None:
     save_run(tmp_path, "old", ["yes", "yes", "yes"])
     part = save_run(tmp_path, "new", ["yes", "no"])
     record = json.loads((part / "run.json").read_text())
@@ -170,8 +173,8 @@ def test_pictures_are_files_with_a_caption(evaluate: Evaluate, tmp_path: Path) -
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines() == [
             "Score by dataset of old, new; lines are 95% intervals (1.96 standard errors).",
-            "Compared on the 2 rows that all runs have (same dataset, same _id); left out: 1 of 3 rows of old.",
-            "INCOMPLETE: new; score them alone to see what is missing.",
+            "Compared on the 2 rows that all runs have (same dataset and _id). Left out: 1 of 3 rows of old.",
+            "INCOMPLETE: new. Score each run separately to see the missing rows.",
             f"Written: {name}",
         ]
         contents.add((tmp_path / name).read_bytes())
@@ -180,12 +183,12 @@ def test_pictures_are_files_with_a_caption(evaluate: Evaluate, tmp_path: Path) -
     assert (tmp_path / "c.PDF").read_bytes().startswith(b"%PDF")
 
 
-def test_what_cannot_be_drawn_is_said_before_anything_is_scored(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_impossible_plots_are_refused_before_scoring(evaluate: Evaluate, tmp_path: Path) -> None:
     save_run(tmp_path, "a", ["yes"])
     no_run = ["plot", "m/missing", "--kind", "bars", "--out"]
-    assert "a.jpg is no file name for a picture" in one_sentence(evaluate(*no_run, "a.jpg"))
+    assert "a.jpg has no suffix of an image format" in one_sentence(evaluate(*no_run, "a.jpg"))
     assert "There is no run 'm/missing'" in one_sentence(evaluate(*no_run, "a.svg"))
-    assert "Length buckets are LongBench-E's." in one_sentence(
+    assert "Only LongBench-E has length buckets." in one_sentence(
         evaluate("plot", "m/a", "--kind", "buckets", "--out", "a.svg")
     )
     assert (
@@ -194,7 +197,7 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_scored(evaluate: Evalua
     assert not list(tmp_path.glob("a.*"))
 
 
-def test_tables_need_no_matplotlib_and_pictures_say_that_they_do(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_only_plots_need_matplotlib(evaluate_process: Evaluate, tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_run(tmp_path, name, ["yes", "no"])
     guard = tmp_path / "guard" / "matplotlib"
@@ -202,12 +205,12 @@ def test_tables_need_no_matplotlib_and_pictures_say_that_they_do(evaluate: Evalu
     (guard / "__init__.py").write_text("raise ImportError('none here')\n")
     without = {"path": (tmp_path / "guard",)}
     for arguments in (["m/a"], ["compare", "m/a", "m/b"], ["show", "m/a"]):
-        assert evaluate(*arguments, **without).returncode == 0
-    gate = evaluate("gate", "m/a", "--baseline", "m/b", "--html", "gate.html", **without)
+        assert evaluate_process(*arguments, **without).returncode == 0
+    gate = evaluate_process("gate", "m/a", "--baseline", "m/b", "--html", "gate.html", **without)
     assert gate.returncode == 0 and (tmp_path / "gate.html").exists()
     (tmp_path / "pred" / "m" / "a" / "result.json").unlink()
     report = ["--html", "a.html"]
     for arguments in (["m/a", *report], ["compare", "m/a", "x", *report], ["plot", "x", "--kind=bars", "--out=a.svg"]):
-        told = one_sentence(evaluate(*arguments, **without))
+        told = one_sentence(evaluate_process(*arguments, **without))
         assert "need matplotlib, which cannot be imported (none here). Install it: python -m pip install" in told
     assert not (tmp_path / "pred" / "m" / "a" / "result.json").exists()

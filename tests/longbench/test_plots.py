@@ -1,4 +1,7 @@
-"""Pictures: what they show against the numbers of a comparison, files whose bytes repeat, names that are only names."""
+"""Plots show the numbers of the comparison, their files are reproducible, their colors distinct.
+
+In one file because every kind of plot is tested with the same runs.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -13,11 +16,12 @@ import pytest
 from sparsecache.errors import UsageError
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.html import parts
-from sparsecache.longbench.paired import same_rows
-from sparsecache.longbench.pictures import kinds, painter, pictures
-from sparsecache.longbench.pictures._axes import MOST_RUNS, error_95, short
-from sparsecache.longbench.pictures._canvas import REFERENCE, SERIES, Picture, pen
-from sparsecache.longbench.scores import RunScore, score_run
+from sparsecache.longbench.paired import common_rows_or_all
+from sparsecache.longbench.plots import draw_all, get_plot, plot_kinds
+from sparsecache.longbench.plots._axes import MAX_RUNS, error_bar, shorten
+from sparsecache.longbench.plots._figure import REFERENCE, SERIES, Plot, line_style
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import score_run
 
 MakeRun = Callable[..., Path]
 Row = Callable[..., dict[str, Any]]
@@ -26,7 +30,7 @@ TEXTS = {"y": "yes", "n": "no", "h": "yes maybe"}  # score 1, 0 and 2/3
 
 @pytest.fixture
 def scored(make_run: MakeRun, row: Row) -> Callable[..., RunScore]:
-    """A scored run whose rows of a dataset get 1 (y), 0 (n), or 2/3 (h) in this order; `kept` with a sparse method."""
+    """Return a function that scores a run from letters per dataset: 1 (y), 0 (n), 2/3 (h)."""
 
     def make(name: str, method: str = "vanilla", kept: float | None = None, **datasets: str) -> RunScore:
         more = {} if kept is None else {"kept": kept}
@@ -41,7 +45,7 @@ def scored(make_run: MakeRun, row: Row) -> Callable[..., RunScore]:
 
 @pytest.fixture
 def sweep(scored: Callable[..., RunScore]) -> list[RunScore]:
-    """The full cache, and two methods at several shares, of three datasets."""
+    """Return runs of three datasets: the full cache, and two methods with several kept shares."""
     scores = {"vanilla": ("yyyh", None), "h2o-2": ("nnhy", 0.2), "h2o-1": ("nnny", 0.1), "quest-1": ("hhyy", 0.015)}
     return [
         scored(name, name.partition("-")[0], kept, qasper=letters, hotpotqa=letters[::-1], trec="ynyn")
@@ -50,8 +54,8 @@ def sweep(scored: Callable[..., RunScore]) -> list[RunScore]:
 
 
 @pytest.fixture
-def of_lengths(make_run: MakeRun, row: Row) -> Callable[..., RunScore]:
-    """A scored run of LongBench-E, by dataset a score letter and a length per row."""
+def scored_by_length(make_run: MakeRun, row: Row) -> Callable[..., RunScore]:
+    """Return a function that scores a LongBench-E run from (letter, length) pairs per dataset."""
 
     def make(name: str, **datasets: list[tuple[str, Any]]) -> RunScore:
         rows = {
@@ -66,20 +70,20 @@ def of_lengths(make_run: MakeRun, row: Row) -> Callable[..., RunScore]:
     return make
 
 
-def draw(kind: str, *runs: RunScore) -> Picture:
-    return painter(kind)(same_rows(runs).runs)
+def draw(kind: str, *runs: RunScore) -> Plot:
+    return get_plot(kind)(common_rows_or_all(runs).runs)
 
 
 def labels(axis: Any) -> list[str]:
     return [label.get_text() for label in axis.get_yticklabels()]
 
 
-def legend(picture: Picture) -> list[str]:
-    return [text.get_text() for each in picture.figure.legends for text in each.get_texts()]
+def legend(plot: Plot) -> list[str]:
+    return [text.get_text() for each in plot.figure.legends for text in each.get_texts()]
 
 
-def spans(axis: Any, along: int) -> list[numpy.ndarray]:
-    """The two ends of every interval, container by container: [intervals, 2]."""
+def error_bar_ends(axis: Any, along: int) -> list[numpy.ndarray]:
+    """Return the ends of the error bars per container: [bars, 2]."""
     return [
         numpy.array(lines.get_segments())[:, :, along]
         for each in axis.containers
@@ -88,15 +92,15 @@ def spans(axis: Any, along: int) -> list[numpy.ndarray]:
     ]
 
 
-# What they show
+# Content
 
 
-def test_bars_are_the_scores_of_the_comparison_with_their_intervals(sweep: list[RunScore]) -> None:
-    lines = [line for line in compare(sweep, resamples=9).lines if line.kind == "dataset" or line.name == "flat_mean"]
-    picture = draw("bars", *sweep)
-    (axis,) = picture.figure.axes
+def test_bars_show_the_scores_and_intervals_of_the_comparison(sweep: list[RunScore]) -> None:
+    lines = [line for line in compare(sweep, resamples=9).groups if line.kind == "dataset" or line.name == "flat_mean"]
+    plot = draw("bars", *sweep)
+    (axis,) = plot.figure.axes
     groups = [each for each in axis.containers if hasattr(each, "datavalues")]
-    for at, (group, interval) in enumerate(zip(groups, spans(axis, 0), strict=True)):
+    for at, (group, interval) in enumerate(zip(groups, error_bar_ends(axis, 0), strict=True)):
         scores = [line.entries[at].score for line in lines]
         assert list(group.datavalues) == scores
         reach = [1.96 * (line.entries[at].stderr or 0) for line in lines]
@@ -104,58 +108,58 @@ def test_bars_are_the_scores_of_the_comparison_with_their_intervals(sweep: list[
         assert numpy.allclose(interval, ends)
     assert labels(axis) == [line.name for line in lines[:-1]] + ["mean"]
     assert [text.get_text() for text in axis.texts] == ["single doc qa", "multi doc qa", "few shot", "3 datasets"]
-    assert legend(picture) == ["vanilla", "h2o-2", "h2o-1", "quest-1"]
-    assert picture.caption.startswith("Score by dataset of vanilla, h2o-2, h2o-1, quest-1;")
+    assert legend(plot) == ["vanilla", "h2o-2", "h2o-1", "quest-1"]
+    assert plot.caption.startswith("Score by dataset of vanilla, h2o-2, h2o-1, quest-1;")
     middles = [bar.get_y() + bar.get_height() / 2 for bar in itertools.chain(*groups)]
     assert len(set(middles)) == len(middles) and list(axis.get_ylim()) == sorted(axis.get_ylim(), reverse=True)
 
 
-def test_one_run_alone_has_bars_too(scored: Callable[..., RunScore], make_run: MakeRun) -> None:
+def test_a_single_run_has_bars(scored: Callable[..., RunScore], make_run: MakeRun) -> None:
     bare = [{"pred": "yes", "answers": ["yes"], "all_classes": None}, {"pred": "", "answers": ["yes"]}]
     run = score_run(make_run("elsewhere", {"qasper": bare}, record=False))  # rows without an _id
-    picture = draw("bars", run)
-    assert legend(picture) == []
-    assert [list(each.datavalues) for each in picture.figure.axes[0].containers[:1]] == [[50.0]]
-    assert labels(picture.figure.axes[0]) == ["qasper"]  # no mean of one
+    plot = draw("bars", run)
+    assert legend(plot) == []
+    assert [list(each.datavalues) for each in plot.figure.axes[0].containers[:1]] == [[50.0]]
+    assert labels(plot.figure.axes[0]) == ["qasper"]  # no mean of one
 
 
-def test_the_frontier_has_a_line_per_method_over_the_kept_share(sweep: list[RunScore]) -> None:
-    mean = next(line for line in compare(sweep, resamples=9).lines if line.name == "flat_mean")
+def test_the_frontier_has_a_line_per_method(sweep: list[RunScore]) -> None:
+    mean = next(line for line in compare(sweep, resamples=9).groups if line.name == "flat_mean")
     full, *sparse = [(entry.kept, entry.score) for entry in mean.entries]
-    picture = draw("frontier", *sweep)
-    (axis,) = picture.figure.axes
+    plot = draw("frontier", *sweep)
+    (axis,) = plot.figure.axes
     band, (line, *lines) = axis.patches[0], axis.lines
     assert list(line.get_ydata()) == [full[1]] * 2
-    below, above = error_95(full[1], mean.entries[0].stderr)
+    below, above = error_bar(full[1], mean.entries[0].stderr)
     assert numpy.isclose([band.get_y(), band.get_height()], [full[1] - below, below + above]).all()
     points = [list(map(tuple, each.get_xydata())) for each in lines]
     assert points == [[sparse[1], sparse[0]], [sparse[2]]]  # from the smallest share on
-    assert legend(picture) == ["vanilla, 95% interval", "h2o", "quest"]
+    assert legend(plot) == ["vanilla, 95% interval", "h2o", "quest"]
     assert axis.get_xscale() == "log"
     low, high = axis.get_xlim()
     assert low < 0.015 and high > 0.2 and [text.get_text() for text in axis.get_xticklabels()] == [
         "2%", "5%", "10%", "20%"]  # fmt: skip
-    assert picture.caption == (
+    assert plot.caption == (
         "Mean score of 3 datasets (12 rows) against the share of past tokens attended to. The band is the 95% interval "
-        "of vanilla's own score."
+        "of the score of vanilla."
     )
     drawn_low, drawn_high = axis.get_ylim()
     assert all(drawn_low < y < drawn_high for y in [full[1], *(score for _, score in sparse)])
 
 
-def test_the_band_is_vanilla_and_other_full_caches_are_named(scored: Callable[..., RunScore]) -> None:
+def test_the_band_shows_vanilla_and_the_caption_names_other_full_caches(scored: Callable[..., RunScore]) -> None:
     runs = [
         scored("other", "transformers", qasper="yn"),
         scored("full", qasper="yy"),
         scored("s", "h2o", 0.3, qasper="yh"),
     ]
-    picture = draw("frontier", *runs)
-    assert legend(picture) == ["full, 95% interval", "h2o"]
-    assert picture.caption.endswith("Not drawn, since they report no share: other.")
+    plot = draw("frontier", *runs)
+    assert legend(plot) == ["full, 95% interval", "h2o"]
+    assert plot.caption.endswith("Not shown, because they report no kept share: other.")
 
 
 @pytest.mark.parametrize(("share", "score"), [(0.0003, "n"), (0.35, "y"), (1.0, "h"), (0.5, "y")])
-def test_one_point_anywhere_lies_within_labelled_axes(scored: Any, share: float, score: str) -> None:
+def test_a_single_point_is_within_labeled_axes(scored: Any, share: float, score: str) -> None:
     runs = [scored(name, "h2o", share, qasper=score) for name in ("a", "b")]
     (axis,) = draw("frontier", *runs).figure.axes
     (low, high), (bottom, top) = axis.get_xlim(), axis.get_ylim()
@@ -164,36 +168,36 @@ def test_one_point_anywhere_lies_within_labelled_axes(scored: Any, share: float,
     assert min(axis.get_yticks()) >= 0 and max(axis.get_yticks()) <= 100 and max(axis.get_xticks()) <= 1
 
 
-def test_buckets_are_means_over_the_datasets_with_rows_of_that_length(of_lengths: Callable[..., RunScore]) -> None:
-    one = of_lengths("one", qasper=[("y", 10), ("n", 10), ("y", 9000)], trec=[("n", 10)], hotpotqa=[("h", 5000)])
-    two = of_lengths("two", qasper=[("n", 10), ("n", 10), ("h", 9000)], trec=[("y", 10)], hotpotqa=[("y", 5000)])
-    picture = draw("buckets", one, two)
-    (axis,) = picture.figure.axes
+def test_buckets_show_means_over_datasets(scored_by_length: Callable[..., RunScore]) -> None:
+    one = scored_by_length("one", qasper=[("y", 10), ("n", 10), ("y", 9000)], trec=[("n", 10)], hotpotqa=[("h", 5000)])
+    two = scored_by_length("two", qasper=[("n", 10), ("n", 10), ("h", 9000)], trec=[("y", 10)], hotpotqa=[("y", 5000)])
+    plot = draw("buckets", one, two)
+    (axis,) = plot.figure.axes
     first, second = (each[0].get_ydata() for each in axis.containers)
     assert list(first) == [25.0, 66.67, 100.0]  # (50 + 0) / 2
     assert list(second) == [50.0, 100.0, 66.67]
     assert [text.get_text() for text in axis.get_xticklabels()] == ["0-4k", "4-8k", "8k+"]
-    assert legend(picture) == ["one", "two"]
+    assert legend(plot) == ["one", "two"]
     assert all(each[0].get_xdata()[1] == pytest.approx(1, abs=0.1) for each in axis.containers)
 
 
-def test_a_buckets_interval_is_that_of_the_mean_of_means(of_lengths: Callable[..., RunScore]) -> None:
+def test_bucket_intervals_are_those_of_a_mean_of_means(scored_by_length: Callable[..., RunScore]) -> None:
     letters = {"qasper": "ynyy", "hotpotqa": "nnyh"}
-    run = of_lengths("one", **{name: [(letter, 10) for letter in text] for name, text in letters.items()})
+    run = scored_by_length("one", **{name: [(letter, 10) for letter in text] for name, text in letters.items()})
     (axis,) = draw("buckets", run).figure.axes
     values = [[{"y": 1, "n": 0, "h": 2 / 3}[letter] for letter in text] for text in letters.values()]
     errors = [100 * numpy.std(each, ddof=1) / 2 for each in values]
     reach = 1.96 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2
-    (ends,) = spans(axis, 1)
+    (ends,) = error_bar_ends(axis, 1)
     assert numpy.allclose(ends[0], [max(58.33 - reach, 0), min(58.33 + reach, 100)], atol=0.01)
 
 
-def test_buckets_without_rows_are_left_out(of_lengths: Callable[..., RunScore]) -> None:
-    (axis,) = draw("buckets", of_lengths("one", qasper=[("y", 10), ("n", 8000)])).figure.axes
+def test_buckets_without_rows_are_left_out(scored_by_length: Callable[..., RunScore]) -> None:
+    (axis,) = draw("buckets", scored_by_length("one", qasper=[("y", 10), ("n", 8000)])).figure.axes
     assert list(axis.containers[0][0].get_xdata()) == [0, 2]
 
 
-def test_time_is_that_of_the_clocks_of_all_sessions(make_run: MakeRun, row: Row) -> None:
+def test_times_are_summed_over_sessions(make_run: MakeRun, row: Row) -> None:
     clocks = {"a": (30.0, 90.0, 1000), "b": (40.0, 400.0, 20_000)}
     runs = []
     for name, (prefill, decode, tokens) in clocks.items():
@@ -201,8 +205,8 @@ def test_time_is_that_of_the_clocks_of_all_sessions(make_run: MakeRun, row: Row)
         session = {"clock": {**clock, "peak_gpu_bytes": None}}
         runs.append(score_run(make_run(name, {"qasper": [row(0)]}, session=session)))
     runs.append(score_run(make_run("c", {"qasper": [row(0)]}, record=False)))
-    picture = draw("time", *runs)
-    left, right = picture.figure.axes
+    plot = draw("time", *runs)
+    left, right = plot.figure.axes
     prefill, decode = left.containers
     assert list(prefill.datavalues) == pytest.approx([0.5, 40 / 60])
     assert [bar.get_x() for bar in decode] == pytest.approx([0.5, 40 / 60])
@@ -213,37 +217,37 @@ def test_time_is_that_of_the_clocks_of_all_sessions(make_run: MakeRun, row: Row)
     assert (left.get_xlabel(), right.get_xlabel()) == ("minutes, all rows", "decode, ms per token")
 
 
-def test_a_page_gets_every_picture_that_there_is_something_for(
-    sweep: list[RunScore], of_lengths: Callable[..., RunScore]
+def test_draw_all_returns_every_possible_plot(sweep: list[RunScore], scored_by_length: Callable[..., RunScore]) -> None:
+    assert plot_kinds() == ["bars", "buckets", "frontier", "time"]
+    titles = ["Scores by dataset", "Score against kept share", "Prefill and decode time"]
+    assert [plot.title for plot in draw_all(common_rows_or_all(sweep).runs)] == titles
+    alone = draw_all([scored_by_length("e", qasper=[("y", 10)])])
+    assert [plot.title for plot in alone] == ["Scores by dataset", "Scores by length", "Prefill and decode time"]
+
+
+# Refused plots
+
+
+def test_impossible_plots_are_refused(
+    scored: Callable[..., RunScore], scored_by_length: Any, make_run: MakeRun
 ) -> None:
-    assert kinds() == ["bars", "buckets", "frontier", "time"]
-    titles = ["Scores by dataset", "Score against kept share", "Where the time goes"]
-    assert [picture.title for picture in pictures(same_rows(sweep).runs)] == titles
-    alone = pictures([of_lengths("e", qasper=[("y", 10)])])
-    assert [picture.title for picture in alone] == ["Scores by dataset", "Scores by length", "Where the time goes"]
-
-
-# What cannot be drawn
-
-
-def test_what_cannot_be_drawn_is_said(scored: Callable[..., RunScore], of_lengths: Any, make_run: MakeRun) -> None:
-    runs = [scored(str(at), qasper="yn") for at in range(MOST_RUNS + 1)]
+    runs = [scored(str(at), qasper="yn") for at in range(MAX_RUNS + 1)]
     assert draw("bars", *runs[:-1])
     with pytest.raises(
-        UsageError, match=r"^8 runs do not fit beside each other: 7 do\. Name fewer, or give --kind fro"
+        UsageError, match=r"^8 runs are too many for this plot; it shows at most 7\. Name fewer runs, or use --kind fro"
     ):
         draw("bars", *runs)
-    with pytest.raises(UsageError, match=r"No run says what it kept .* Name runs of sparse methods"):
+    with pytest.raises(UsageError, match=r"No run reports a kept share .* Name runs of sparse methods"):
         draw("frontier", *runs)
-    with pytest.raises(UsageError, match=r"^One run is one point\. Name several"):
+    with pytest.raises(UsageError, match=r"^This plot needs two runs or more\. Name several"):
         draw("frontier", scored("alone", "h2o", 0.1, qasper="yn"))
-    with pytest.raises(UsageError, match=r"Length buckets are LongBench-E's\. Give --e"):
+    with pytest.raises(UsageError, match=r"Only LongBench-E has length buckets\. Add --e"):
         draw("buckets", runs[0])
     with pytest.raises(UsageError, match=r"No row of .*one has a length"):
-        draw("buckets", of_lengths("one", qasper=[("y", None)]))
-    with pytest.raises(UsageError, match=r"No run\.json says how long decoding took"):
+        draw("buckets", scored_by_length("one", qasper=[("y", None)]))
+    with pytest.raises(UsageError, match=r"No run\.json records decode times"):
         draw("time", score_run(make_run("bare", {"qasper": [{"pred": "", "answers": []}]}, record=False)))
-    with pytest.raises(UsageError, match=r"^empty: no row, so there is no score to draw"):
+    with pytest.raises(UsageError, match=r"^empty: there are no rows, so there is no score to plot"):
         draw("bars", score_run(make_run("empty", {"qasper": []})))
 
 
@@ -251,7 +255,7 @@ def test_what_cannot_be_drawn_is_said(scored: Callable[..., RunScore], of_length
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".pdf", ".PNG"])
-def test_the_same_runs_give_the_same_bytes(sweep: list[RunScore], tmp_path: Path, suffix: str) -> None:
+def test_files_are_reproducible(sweep: list[RunScore], tmp_path: Path, suffix: str) -> None:
     starts = {".svg": b"<?xml", ".pdf": b"%PDF", ".PNG": b"\x89PNG"}
     for kind in ("bars", "frontier", "time"):
         draw(kind, *sweep).save(tmp_path / f"a{suffix}")
@@ -264,49 +268,49 @@ def test_the_same_runs_give_the_same_bytes(sweep: list[RunScore], tmp_path: Path
 
 
 def test_an_unknown_suffix_or_an_unwritable_file_is_refused(scored: Callable[..., RunScore], tmp_path: Path) -> None:
-    picture = draw("bars", scored("a", qasper="yn"))
+    plot = draw("bars", scored("a", qasper="yn"))
     for name in ("a.jpg", "a", "svg"):
-        with pytest.raises(UsageError, match=rf"{name} is no file name for a picture.*\.svg, \.pdf or \.png\.$"):
-            picture.save(tmp_path / name)
+        with pytest.raises(UsageError, match=rf"{name} has no suffix of an image format.*\.svg, \.pdf or \.png\.$"):
+            plot.save(tmp_path / name)
     with pytest.raises(UsageError, match=r"a\.svg cannot be written: No such file or directory"):
-        picture.save(tmp_path / "missing" / "a.svg")
+        plot.save(tmp_path / "missing" / "a.svg")
 
 
 NAMES = ["_hidden", "$x$ & <b>", "一个很长的名字", "a\nb\x1b[0m", "not\ufffexml\uffff", "n" * 90]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_only_names(scored: Callable[..., RunScore], name: str) -> None:
+def test_names_are_plain_text(scored: Callable[..., RunScore], name: str) -> None:
     one, two = scored(name, name, 0.1, qasper="yn"), scored("plain", qasper="yy")
     for kind in ("bars", "frontier", "time"):
-        picture = draw(kind, one, two)
-        svg = ElementTree.fromstring(picture.svg())
+        plot = draw(kind, one, two)
+        svg = ElementTree.fromstring(plot.svg())
         texts = ["".join(each.itertext()) for each in svg.iter("{http://www.w3.org/2000/svg}text")]
-        assert short(name, 24 if kind != "bars" else 44) in texts
-        assert short(name) in picture.caption or kind != "bars"
+        assert shorten(name, 24 if kind != "bars" else 44) in texts
+        assert shorten(name) in plot.caption or kind != "bars"
 
 
-def test_names_are_cut_in_the_middle() -> None:
-    assert short("abcdefghij", 10) == "abcdefghij"
-    assert short("abcdefghijk", 10) == "abcde…hijk" and len(short("a" * 99, 24)) == 24
-    assert short("") == "-"
+def test_long_names_lose_their_middle() -> None:
+    assert shorten("abcdefghij", 10) == "abcdefghij"
+    assert shorten("abcdefghijk", 10) == "abcde…hijk" and len(shorten("a" * 99, 24)) == 24
+    assert shorten("") == "-"
 
 
-# Colours
+# Colors
 
 # Severity 1 of Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color Vision
 # Deficiency" (2009), on linear RGB.
-EYES = {
+VISION = {
     "usual": numpy.eye(3),
     "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
     "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
 }
-NOTICEABLE = 2.3  # distance in CIELAB
+JUST_NOTICEABLE = 2.3  # distance in CIELAB
 
 
-def linear(colour: str) -> numpy.ndarray:
-    values = numpy.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+def linear(color: str) -> numpy.ndarray:
+    values = numpy.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) / 255
     return numpy.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
 
 
@@ -317,8 +321,8 @@ def lab(rgb: numpy.ndarray) -> numpy.ndarray:
     return numpy.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-def luminance(colour: str) -> float:
-    return float(numpy.array([0.2126, 0.7152, 0.0722]) @ linear(colour))
+def luminance(color: str) -> float:
+    return float(numpy.array([0.2126, 0.7152, 0.0722]) @ linear(color))
 
 
 @pytest.fixture(scope="module")
@@ -327,28 +331,28 @@ def css() -> str:
 
 
 @pytest.fixture(params=["paper", "dark"])
-def colours(request: pytest.FixtureRequest, css: str) -> tuple[list[str], str]:
-    """The colours of runs, and the colour of the page below them."""
+def run_colors(request: pytest.FixtureRequest, css: str) -> tuple[list[str], str]:
+    """Return the colors of runs and the color of the page."""
     written = [REFERENCE, *SERIES]
     if request.param == "paper":
         return written, "#ffffff"
     dark = css[css.index("prefers-color-scheme: dark") :]
-    return [dark.partition(f"--c-{colour[1:]}: ")[2][:7] for colour in written], dark.partition("--page: ")[2][:7]
+    return [dark.partition(f"--c-{color[1:]}: ")[2][:7] for color in written], dark.partition("--page: ")[2][:7]
 
 
-@pytest.mark.parametrize("eyes", EYES)
-def test_everybody_can_tell_the_colours_of_runs_apart(colours: tuple[list[str], str], eyes: str) -> None:
-    seen = [lab(numpy.array(EYES[eyes]) @ linear(colour)) for colour in colours[0]]
-    assert min(numpy.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 4 * NOTICEABLE
+@pytest.mark.parametrize("vision", VISION)
+def test_colors_are_distinct_for_color_blind_readers(run_colors: tuple[list[str], str], vision: str) -> None:
+    seen = [lab(numpy.array(VISION[vision]) @ linear(color)) for color in run_colors[0]]
+    assert min(numpy.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 4 * JUST_NOTICEABLE
 
 
-def test_the_colours_of_runs_stand_out_from_the_page(colours: tuple[list[str], str]) -> None:
-    page = luminance(colours[1])
-    for colour in colours[0]:
-        low, high = sorted([page, luminance(colour)])
-        assert (high + 0.05) / (low + 0.05) >= 3, colour
+def test_colors_have_contrast_with_the_page(run_colors: tuple[list[str], str]) -> None:
+    page = luminance(run_colors[1])
+    for color in run_colors[0]:
+        low, high = sorted([page, luminance(color)])
+        assert (high + 0.05) / (low + 0.05) >= 3, color
 
 
-def test_no_two_of_twelve_lines_look_alike_even_in_grey() -> None:
-    looks = [pen(number) for number in range(12)]
+def test_twelve_line_styles_are_distinct_in_grayscale() -> None:
+    looks = [line_style(number) for number in range(12)]
     assert len({(look["marker"], str(look["linestyle"])) for look in looks}) == 12

@@ -1,0 +1,130 @@
+"""The runs of a sweep: read from its file, and checked before the first one starts."""
+
+import io
+import itertools
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from longbench_pred import main as predict_command
+from sparsecache.cli import option_pairs
+from sparsecache.errors import UsageError, listed, one_line, short
+from sparsecache.files import read_file
+from sparsecache.methods import make_method, parse_options
+from sparsecache.options import show
+from sparsecache.runner.settings import Settings
+
+PROJECT = Path(__file__).resolve().parent.parent
+_MAX_BYTES = 2**20
+_VALUES = str | bool | int | float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep: a model, a method, and the options that the sweep states."""
+
+    model: str
+    method: str
+    options: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        """The folder of the run: the method and its options."""
+        return "-".join([self.method, *(f"{key}={value}" for key, value in self.options)])
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.name}"
+
+    def arguments(self, shared: list[str], pred_dir: Path) -> list[str]:
+        """The arguments of longbench_pred.py; `shared` are those of every run."""
+        options = [part for key, value in self.options for part in ("-o", f"{key}={value}")]
+        named = ["--model", self.model, "--method", self.method, "--name", self.name, "--pred_dir", str(pred_dir)]
+        return [*named, *options, *shared]
+
+    def command(self, shared: list[str], pred_dir: Path) -> list[str]:
+        """The command line that predicts it."""
+        return [sys.executable, str(PROJECT / "longbench_pred.py"), *self.arguments(shared, pred_dir)]
+
+    def shown(self, shared: list[str], pred_dir: Path) -> str:
+        """The command line as it is typed."""
+        return shlex.join(["python", "longbench_pred.py", *self.arguments(shared, pred_dir)])
+
+
+def read_sweep(file: Path) -> tuple[list[Run], list[str]]:
+    """Reads a sweep file: its runs in order, and the arguments of every run. Raises UsageError for a bad file."""
+    try:
+        sweep = tomllib.loads(read_file(file, _MAX_BYTES).decode())
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, nested too deeply
+        raise UsageError(f"{file} is no readable TOML file ({one_line(error)}).") from error
+    unknown = sweep.keys() - {"models", "methods", "arguments"}
+    if unknown or not sweep.get("models") or not sweep.get("methods"):
+        raise UsageError(f"{file} needs `models` and [[methods]], may have `arguments`, and nothing else.")
+    lists = (("models", str), ("methods", dict))
+    if any(not isinstance(sweep[key], list) or not all(isinstance(x, kind) for x in sweep[key]) for key, kind in lists):
+        raise UsageError(
+            f'{file}: `models` is a list of texts (models = ["demo"]), and methods are tables ([[methods]]).'
+        )
+    arguments = sweep.get("arguments", [])
+    if not isinstance(arguments, list) or not all(isinstance(argument, _VALUES) for argument in arguments):
+        raise UsageError(f'{file}: `arguments` is a list of texts (arguments = ["--max_samples", "20"]).')
+    runs = [run for model in sweep["models"] for table in sweep["methods"] for run in _runs(model, table, file)]
+    repeated = {run.name for run in runs if runs.count(run) > 1}
+    if repeated:
+        raise UsageError(f"{file} names a run twice: {listed(sorted(repeated))}.")
+    return runs, [str(argument) for argument in arguments]
+
+
+def _runs(model: str, table: dict[str, Any], file: Path) -> Iterator[Run]:
+    if not table.get("method"):
+        raise UsageError(f"{file}: each of [[methods]] needs a `method`.")
+    keys = ["method", *(key for key in table if key != "method")]
+    values = [table[key] if isinstance(table[key], list) else [table[key]] for key in keys]
+    for key, choices in zip(keys, values, strict=True):
+        kind = str if key == "method" else _VALUES
+        if not choices or not all(isinstance(choice, kind) for choice in choices):
+            raise UsageError(f"{file}: {key} = {short(table[key])} must be a value, or a list of some.")
+    for method, *chosen in itertools.product(*values):
+        yield Run(model, method, tuple(zip(keys[1:], map(show, chosen), strict=True)))
+
+
+def check_runs(runs: list[Run], shared: list[str], pred_dir: Path) -> dict[Run, Settings]:
+    """Returns the settings of every run.
+
+    Raises UsageError, naming each run, for options that longbench_pred.py or the method does not take, and for two
+    runs that would share a folder.
+    """
+    settings, problems, folders = dict[Run, Settings](), list[str](), dict[Path, Run]()
+    for run in runs:
+        try:
+            settings[run] = _settings(run, shared, pred_dir)
+            folder = settings[run].run_folder
+            if folder in folders:
+                raise UsageError(f"its folder {folder} is also that of {folders[folder]}. Rename one of the models.")
+            folders[folder] = run
+        except UsageError as error:
+            problems.append(f"{run}: {error}")
+    if problems:
+        raise UsageError(f"{len(problems)} of {len(runs)} runs cannot start. {' '.join(dict.fromkeys(problems))}")
+    return settings
+
+
+def _settings(run: Run, shared: list[str], pred_dir: Path) -> Settings:
+    """What longbench_pred.py makes of the run's command line, checked."""
+    try:
+        with redirect_stdout(io.StringIO()):  # of --help
+            values = predict_command.make_context("longbench_pred.py", run.arguments(shared, pred_dir)).params
+        settings = Settings(**{**values, "options": option_pairs(values["options"])})
+    except click.ClickException as error:
+        raise UsageError(error.format_message()) from error
+    except click.exceptions.Exit as error:
+        raise UsageError("its arguments only print something (--help, --list_methods).") from error
+    settings.check()
+    make_method(settings.method, parse_options(settings.method, settings.options))
+    return settings

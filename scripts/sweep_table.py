@@ -1,0 +1,115 @@
+"""One table of a sweep's runs: score, difference to the first, share of tokens kept, speed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from sparsecache.cli import make_folder
+from sparsecache.errors import UsageError
+from sparsecache.files import write_atomically
+from sparsecache.longbench.compare import compare
+from sparsecache.longbench.comparison import Comparison
+from sparsecache.longbench.html import compare_page
+from sparsecache.longbench.paired import common_rows
+from sparsecache.longbench.plots import draw_all, require_matplotlib
+from sparsecache.longbench.report import decode_speed
+from sparsecache.longbench.score_tables import share
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import score_run
+from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
+from sparsecache.methods import parse_options
+from sparsecache.runner.folders import made_by
+from sparsecache.runner.settings import Settings
+
+_HEAD = ["run", "mean", "difference", "95% interval", "kept", "decode tokens/s"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where the tables go: `out`, a folder for Markdown and JSON, if any; with `html` for a report with plots too.
+
+    The constructor raises UsageError for `html` without `out` or without matplotlib.
+    """
+
+    out: Path | None
+    html: bool
+
+    def __post_init__(self) -> None:
+        if self.html and self.out is None:
+            raise UsageError("--html needs --out, the folder for the report.")
+        if self.html:
+            require_matplotlib()
+
+    def show(self, done: Sequence[Settings], missing: Sequence[str]) -> None:
+        """Prints and writes a table per model of the runs that are `done`; notes those that are `missing`."""
+        done = [settings for settings in done if made_by(settings, parse_options(settings.method, settings.options))]
+        for folder in dict.fromkeys(settings.run_folder.parent for settings in done):
+            scored = [score_run(each.run_folder, each.e) for each in done if each.run_folder.parent == folder]
+            self._show(folder.name, scored, [f"Not in the table: {each}." for each in missing])
+        if not done:
+            click.echo("No run succeeded, so there is no table.", err=True)
+
+    def _show(self, model: str, scored: list[RunScore], notes: list[str]) -> None:
+        comparison = compare(scored) if len(scored) > 1 else None
+        document = sweep_table(comparison, notes) if comparison else _one_run(scored[0], notes)
+        click.echo(f"\n{render(document, 'terminal')}")
+        if self.out is None:
+            return
+        make_folder(self.out, "--out")
+        for suffix, form in (("md", "markdown"), ("json", "json")):
+            write_atomically(self.out / f"{model}.{suffix}", render(document, form).rstrip("\n") + "\n")
+        if self.html and comparison:
+            page = compare_page(comparison, scored, draw_all(common_rows(scored).runs))
+            write_atomically(self.out / f"{model}.html", page)
+        kinds = ", ".join(["md", "json", *["html"] * (self.html and comparison is not None)])
+        click.echo(f"Written: {self.out / model}.* ({kinds})")
+
+
+def sweep_table(comparison: Comparison, notes: Sequence[str] = ()) -> Document:
+    """One line per run: its mean over the datasets, the difference to the first run, what it kept, its speed."""
+    mean = next(group for group in comparison.groups if group.name == "flat_mean")
+    rows: list[list[Cell]] = []
+    facts: list[dict[str, Value]] = []
+    for run, entry in zip(comparison.runs, mean.entries, strict=True):
+        difference, speed = entry.difference, (run.decode or {}).get("tokens_per_s")
+        low, high = difference.interval if difference and difference.interval else (None, None)
+        interval = "-" if low is None or high is None else f"{low:+.1f} to {high:+.1f}"
+        rows.append(
+            [
+                words(run.name),
+                number(entry.score, 1, entry.best),
+                number(difference.mean if difference else None, 1),
+                words(interval),
+                share(entry.kept),
+                number(speed, 1),
+            ]
+        )
+        facts.append(
+            {
+                "run": run.name,
+                "method": run.method,
+                "mean": entry.score,
+                "difference": difference.mean if difference else None,
+                "low": low,
+                "high": high,
+                "kept": entry.kept,
+                "decode_tokens_per_s": speed,
+                "rows": mean.n,
+                "datasets": mean.datasets,
+            }
+        )
+    explained = f"Mean of {mean.datasets} datasets over {mean.n} rows; differences are to {comparison.runs[0].name}."
+    return Document([Table("", _HEAD, rows)], records("", facts), notes=[explained, *comparison.notes, *notes])
+
+
+def _one_run(run: RunScore, notes: Sequence[str]) -> Document:
+    """The table where one run alone succeeded: no difference to show."""
+    mean, speed = run.averages["flat_mean"], (decode_speed(run.run) or {}).get("tokens_per_s")
+    rows = sum(len(dataset.rows) for dataset in run.datasets)
+    cells = [words(run.folder.name), number(mean.score, 1), words("-"), words("-"), share(mean.kept), number(speed, 1)]
+    fact: dict[str, Value] = {"run": run.folder.name, "method": run.run.identity.method, "mean": mean.score}
+    fact |= {"kept": mean.kept, "decode_tokens_per_s": speed, "rows": rows, "datasets": mean.datasets}
+    explained = f"Mean of {mean.datasets} datasets over {rows} rows; no other run to compare with."
+    return Document([Table("", _HEAD, [cells])], records("", [fact]), notes=[explained, *notes])

@@ -1,0 +1,86 @@
+"""Parts that several plots share: run labels, legends, axes and error bars."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sparsecache.errors import UsageError
+from sparsecache.longbench.runs import short_names
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.terminal import escape_control_chars
+
+MAX_RUNS = 7  # side by side
+_LEGEND_CHARS = 62  # that fit into one line of a legend
+_HANDLE_CHARS = 6  # width of a legend handle, in characters
+
+
+def run_labels(runs: Sequence[RunScore], max_runs: int | None = None) -> list[str]:
+    """Return a short, distinct label per run. Raises UsageError for more than `max_runs` runs."""
+    if max_runs is not None and len(runs) > max_runs:
+        raise UsageError(
+            f"{len(runs)} runs are too many for this plot; it shows at most {max_runs}. Name fewer runs, or use "
+            f"--kind frontier, which shows any number."
+        )
+    return [shorten(name) for name in short_names([run.folder for run in runs])]
+
+
+def shorten(text: str, max_chars: int = 44) -> str:
+    """Return a name as one line of at most `max_chars` characters; longer ones lose their middle."""
+    text = escape_control_chars(text) or "-"
+    if len(text) <= max_chars:
+        return text
+    return f"{text[: max_chars // 2]}…{text[len(text) - (max_chars - 1) // 2 :]}"
+
+
+def legend_above(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Add a legend above the axes, in as many columns as fit."""
+    columns = max(1, min(len(names), _LEGEND_CHARS // (max(map(len, names)) + _HANDLE_CHARS)))
+    legend = figure.legend(
+        handles, [""] * len(names), loc="outside upper left", ncols=columns, columnspacing=1.2, handlelength=2.2
+    )
+    # Set afterwards: legend() leaves out labels that begin with an underscore.
+    for label, name in zip(legend.get_texts(), names, strict=True):
+        label.set_text(name)
+
+
+def error_bar(score: float, stderr: float | None) -> tuple[float, float]:
+    """Return the lengths of the 95 % interval below and above a score, clipped to 0 and 100 %.
+
+    Both are 0 if the standard error is unknown.
+    """
+    error = 1.96 * (stderr or 0.0)
+    return min(error, score), min(error, 100 - score)
+
+
+def label_y_axis(axis: Any, positions: Sequence[float], names: Sequence[str], start: float, end: float) -> None:
+    """Label a vertical axis with names. It runs downwards from `start` to `end`."""
+    axis.set_yticks(positions, [shorten(name, 24) for name in names])
+    axis.tick_params(axis="y", length=0)
+    axis.set_ylim(end, start)
+
+
+def set_score_axis(axis: Any) -> None:
+    """Limit a vertical axis of scores to the data plus a margin, within 0 to 100."""
+    low, high = axis.get_ylim()
+    margin = max(0.15 * (high - low), 5 - (high - low) / 2)
+    low, high = max(low - margin, -4), min(high + margin, 104)
+    axis.set_ylim(low, high)
+    axis.set_yticks([tick for tick in axis.get_yticks() if max(low, 0) <= tick <= min(high, 100)])
+    axis.grid(axis="y")
+
+
+def set_share_axis(axis: Any, shares: Iterable[float]) -> None:
+    """Make a horizontal axis logarithmic, in percent, for shares above 0.
+
+    It spans at least a factor of ten.
+    """
+    shares = list(shares)
+    middle = math.sqrt(min(shares) * max(shares))
+    factor = max(1.35 * max(shares) / middle, math.sqrt(10))
+    low, high = middle / factor, min(middle * factor, 1.35)
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    ticks = [tick for power in range(-9, 1) for step in steps if low <= (tick := step * 10.0**power) <= min(high, 1)]
+    axis.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
+    axis.minorticks_off()

@@ -1,0 +1,253 @@
+"""Sweeps: the runs of a small file, one line each, resumed where they stopped, ending in a table and a report."""
+
+import importlib
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from longbench_pred import main as predict_command
+from sparsecache.testing.random_checkpoint import make_random_checkpoint
+
+Sweep = Callable[..., Result]
+FILE = """
+models = ["{model}"]
+arguments = ["--data", "sample", "--datasets", "qasper", "--sample_rows", "2", "--sample_tokens", "256"]
+
+[[methods]]
+method = "vanilla"
+
+[[methods]]
+method = ["streaming"]
+budget = [0.1]
+"""
+NAMES = ["vanilla", "streaming-budget=0.1"]
+
+
+class _Subprocess:
+    """Stands for the module `subprocess` in sweep.py."""
+
+    STDOUT = subprocess.STDOUT
+
+    def __init__(self, run: Callable[..., subprocess.CompletedProcess[bytes]]):
+        self.run = run
+
+
+@pytest.fixture
+def script(repo, monkeypatch) -> Any:
+    """The module scripts/sweep.py."""
+    monkeypatch.syspath_prepend(str(repo / "scripts"))
+    return importlib.import_module("sweep")
+
+
+@pytest.fixture
+def started(monkeypatch, script) -> list[str]:
+    """The names of the runs whose command was started. The commands run in this process."""
+    names: list[str] = []
+
+    def run(command: list[str], stdout: Any, **others: Any) -> subprocess.CompletedProcess[bytes]:
+        assert command[1].endswith("longbench_pred.py")
+        names.append(command[command.index("--name") + 1])
+        told = CliRunner().invoke(predict_command, command[2:])
+        stdout.write(told.output.encode())
+        return subprocess.CompletedProcess(command, told.exit_code)
+
+    monkeypatch.setattr(script, "subprocess", _Subprocess(run))
+    return names
+
+
+@pytest.fixture
+def sweep(script, tiny, tmp_path, monkeypatch, started) -> Sweep:
+    """Runs scripts/sweep.py in this process over a file of this text, in which {model} is a tiny checkpoint."""
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+
+    def run(text: str, *arguments: str) -> Result:
+        (tmp_path / "sweep.toml").write_text(text.replace("{model}", str(tiny)), encoding="utf-8")
+        return CliRunner().invoke(script.main, ["sweep.toml", *arguments])
+
+    return run
+
+
+def _progress(told: Result) -> list[str]:
+    return [line for line in told.stdout.splitlines() if line.startswith("[")]
+
+
+def test_a_sweep_ends_in_a_table_and_a_report(sweep, tmp_path, started, tiny) -> None:
+    done = sweep(FILE, "--jobs", "1", "--out", "out", "--html")
+    assert done.exit_code == 0, done.output
+    progress, table = done.stdout.split("\n\n", 1)
+    expected = [f"[{at}/2] {tiny} {name}: done" for at, name in enumerate(NAMES, 1)]
+    assert [line.partition(",")[0] for line in progress.splitlines()] == expected
+    assert [line.split()[0] for line in table.splitlines()[2:4]] == NAMES == started
+    rows = json.loads((tmp_path / "out" / "tiny.json").read_text())["rows"]
+    assert [(row["run"], row["rows"]) for row in rows] == [(name, 2) for name in NAMES]
+    assert "| streaming-budget=0.1 |" in (tmp_path / "out" / "tiny.md").read_text()
+    assert (tmp_path / "out" / "tiny.html").read_text().count("<svg") == 3
+    assert done.stdout.endswith("Written: out/tiny.* (md, json, html)\n")
+
+
+def test_a_sweep_resumes_and_skips_finished_runs_fast(sweep, tmp_path, started) -> None:
+    assert sweep(FILE).exit_code == 0
+    predictions = tmp_path / "pred" / "tiny" / NAMES[1] / "qasper.jsonl"
+    whole = predictions.read_bytes()
+    predictions.write_bytes(whole[: whole.index(b"\n") + 1])
+    finished = tmp_path / "pred" / "tiny" / "vanilla" / "qasper.jsonl"
+    before = finished.stat().st_mtime_ns
+    started.clear()
+    told = sweep(FILE)
+    assert told.exit_code == 0 and started == [NAMES[1]]
+    assert _progress(told)[0].endswith("vanilla: finished before")
+    texts = [[json.loads(line)["pred"] for line in each.splitlines()] for each in (whole, predictions.read_bytes())]
+    assert texts[0] == texts[1] and finished.stat().st_mtime_ns == before
+    began = time.process_time()
+    assert sweep(FILE).exit_code == 0 and len(started) == 1
+    assert time.process_time() - began < 2  # two runs, each under a second
+
+
+def test_a_run_of_a_sweep_is_a_process_of_its_own(sweep, run_python, repo, tmp_path, tiny) -> None:
+    """Against the script itself, which starts the command itself."""
+    assert sweep(FILE.replace('[[methods]]\nmethod = "vanilla"\n', ""), "--dry_run").exit_code == 0
+    told = run_python(repo / "scripts" / "sweep.py", "sweep.toml", "--threads", "1", cwd=tmp_path)
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert told.stdout.startswith(f"[1/1] {tiny} streaming-budget=0.1: done, ")
+    assert "rows        2 of 2 to do" in (tmp_path / "pred" / "logs" / "tiny-streaming-budget=0.1.log").read_text()
+
+
+def test_a_dry_run_prints_each_command_and_starts_none(sweep, tmp_path, started, tiny) -> None:
+    told = sweep(FILE.replace("qasper", "qasper,a b").replace(",a b", ""), "--dry_run", "--", "--max_samples", "1")
+    assert told.exit_code == 0, told.output
+    lines = told.stdout.splitlines()
+    assert len(lines) == 2 and all(line.startswith("python longbench_pred.py --model ") for line in lines)
+    assert "--name streaming-budget=0.1 " in lines[1] and "-o budget=0.1" in lines[1] and "--max_samples 1" in lines[1]
+    assert started == [] and not (tmp_path / "pred").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("models = [", "sweep.toml is no readable TOML file"),
+        ("models = ['\0']", "sweep.toml is no readable TOML file"),
+        ('models = ["demo"]', "needs `models` and [[methods]], may have `arguments`, and nothing else"),
+        ('models = ["demo"]\nbudget = 1\n[[methods]]\nmethod = "h2o"', "and nothing else"),
+        ('models = ["demo"]\n[[methods]]\nbudget = 1', "each of [[methods]] needs a `method`"),
+        ('models = ["demo"]\n[[methods]]\nmethod = ["h2o", "h2o"]', "names a run twice: h2o"),
+        ('models = "demo"\n[[methods]]\nmethod = "h2o"', "`models` is a list of texts"),
+        ('models = ["demo"]\nmethods = "h2o"', "methods are tables ([[methods]])"),
+        ('models = ["demo"]\narguments = "--e"\n[[methods]]\nmethod = "h2o"', "`arguments` is a list of texts"),
+        ('models = ["demo"]\narguments = [["--e"]]\n[[methods]]\nmethod = "h2o"', "`arguments` is a list of texts"),
+        ('models = ["demo"]\n[[methods]]\nmethod = 3', "method = 3 must be a value"),
+        ('models = ["demo"]\n[[methods]]\nmethod = "h2o"\nbudget = []', "budget = [] must be a value"),
+        ('models = ["demo"]\n[[methods]]\nmethod = "h2o"\nbudget = 2020-01-01', "must be a value"),
+        ('models = ["demo"]\n[[methods]]\nmethod = "h2o"\nbudget = {a = 1}', "budget = {'a': 1} must be a value"),
+    ],
+)
+def test_a_bad_file_is_refused_before_anything_runs(sweep, tmp_path, text: str, told: str) -> None:
+    done = sweep(text)
+    assert (done.exit_code, done.stdout) == (2, "") and done.stderr.startswith("Error: ") and told in done.stderr
+    assert not (tmp_path / "pred").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("budget = [0.1]", "budgt = [0.1]", ["streaming-budgt=0.1", "has no option 'budgt'"]),
+        ("budget = [0.1]", "budget = [0.1, 'x']", ["streaming-budget=x", "budget='x' is not a number"]),
+        ("budget = [0.1]", "budget = [-1, 0.1]", ["streaming-budget=-1", "budget=-1.0 must be a share"]),
+        ('["streaming"]', '["streaming", "nope"]', ["nope-budget=0.1", "no method 'nope'"]),
+        ('"--sample_rows", "2"', '"--sample_rws", "2"', ["2 of 2 runs cannot start", "--sample_rws"]),
+        ('"--sample_rows", "2"', '"--sample_rows", "0"', ["2 of 2 runs cannot start", "--sample_rows"]),
+        ('"qasper"', '"qaspr"', ["2 of 2 runs cannot start", "qaspr"]),
+        ('"--sample_rows", "2"', '"--help"', ["2 of 2 runs cannot start", "--help"]),
+        ('"--sample_rows", "2"', '"--name", "same"', ["its folder pred/tiny/same is also that of "]),
+    ],
+)
+def test_a_mistake_in_any_run_is_found_before_the_first_one_starts(sweep, tmp_path, started, old, new, parts) -> None:
+    for arguments in ((), ("--dry_run",)):
+        done = sweep(FILE.replace(old, new), *arguments)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert done.stderr.startswith("Error: ") and all(part in done.stderr for part in parts), done.stderr
+    assert started == [] and not (tmp_path / "pred").exists()
+
+
+def test_a_report_needs_a_folder(sweep) -> None:
+    done = sweep(FILE, "--html")
+    assert (done.exit_code, done.stderr) == (2, "Error: --html needs --out, the folder for the report.\n")
+
+
+def test_a_run_that_does_not_fit_the_model_fails_alone_and_the_others_are_tabulated(sweep, started) -> None:
+    done = sweep(FILE.replace("budget = [0.1]", "budget = [0.1]\ndense_layers = [0, 99]"))
+    assert done.exit_code == 1 and started == ["vanilla", "streaming-budget=0.1-dense_layers=0"]
+    assert "streaming-budget=0.1-dense_layers=99: failed: " in _progress(done)[2]
+    table = done.stdout.split("\n\n", 1)[1].splitlines()
+    assert [line.split()[0] for line in table[2:4]] == started
+    (missing,) = (line for line in table if line.startswith("Not in the table: "))
+    assert "dense_layers=99, which failed: Method streaming" in missing and "must be 0 to 3" in missing
+
+
+def test_a_run_that_ends_with_an_error_is_told_with_its_log_and_its_own_reason(
+    sweep, script, tmp_path, monkeypatch
+) -> None:
+    log = tmp_path / "pred" / "logs" / "tiny-streaming-budget=0.1.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("Error: of long ago\n")
+    whole = script.subprocess.run
+
+    def run(command: list[str], stdout: Any, **others: Any) -> Any:
+        if "streaming" in command:
+            stdout.write(b"qasper 1 of 2\nError: The disk is full.\n")
+            return subprocess.CompletedProcess(command, 2)
+        return whole(command, stdout, **others)
+
+    monkeypatch.setattr(script, "subprocess", _Subprocess(run))
+    done = sweep(FILE)
+    assert done.exit_code == 1
+    assert (
+        "failed (exit code 2), 0 s; see pred/logs/tiny-streaming-budget=0.1.log. Error: The disk is full" in done.stdout
+    )
+    table = done.stdout.split("\n\n", 1)[1]
+    assert table.splitlines()[2].split()[0] == "vanilla" and "no other run to compare with" in table
+
+
+def test_a_run_with_failed_rows_is_tabulated_and_fails_the_sweep(sweep, script, monkeypatch) -> None:
+    whole = script.subprocess.run
+
+    def run(command: list[str], stdout: Any, **others: Any) -> Any:
+        return subprocess.CompletedProcess(command, max(1, whole(command, stdout, **others).returncode))
+
+    monkeypatch.setattr(script, "subprocess", _Subprocess(run))
+    done = sweep(FILE)
+    assert done.exit_code == 1 and "done, with failed rows" in _progress(done)[1]
+    assert [line.split()[0] for line in done.stdout.split("\n\n", 1)[1].splitlines()[2:4]] == NAMES
+
+
+def test_numbers_of_another_model_or_of_other_settings_are_never_tabulated(
+    sweep, script, tmp_path, started, tiny, capsys
+) -> None:
+    assert sweep(FILE).exit_code == 0
+    other = make_random_checkpoint(tmp_path / "other" / "tiny", seed=5, num_hidden_layers=3)
+    for text, arguments in ((FILE.replace("{model}", str(other)), ()), (FILE, ("--", "--window", "1000"))):
+        started.clear()
+        done = sweep(text, *arguments)
+        assert done.exit_code == 1 and started == []
+        assert "mean" not in done.stdout and "No run succeeded, so there is no table." in done.stderr
+        assert all(": failed: " in line for line in _progress(done))
+    done = sweep(FILE.replace('"{model}"', f'"{{model}}", "{other}"'))
+    assert done.exit_code == 2 and f"its folder pred/tiny/vanilla is also that of {tiny} vanilla" in done.stderr
+    # A process that ends well but left another run's record behind.
+    record = tmp_path / "pred" / "tiny" / NAMES[1] / "run.json"
+    content = json.loads(record.read_text())
+    content["identity"]["options"]["budget"] = 0.5
+    record.write_text(json.dumps(content))
+    (tmp_path / "sweep.toml").write_text(FILE.replace("{model}", str(tiny)))
+    runs, shared = script.read_sweep(tmp_path / "sweep.toml")
+    capsys.readouterr()
+    script.Report(None, False).show(list(script.check_runs(runs, shared, Path("pred")).values()), [])
+    table = capsys.readouterr().out
+    assert "vanilla" in table and "streaming" not in table
