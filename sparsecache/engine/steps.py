@@ -50,7 +50,7 @@ def most_likely(logits: Tensor) -> Tensor:
 
 def blocked_max(logits: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """Return the largest of logits [..., V], NaN above all, and its first index; `blocks` divides V."""
-    of_blocks, places = logits.unflatten(-1, (blocks, -1)).max(dim=-1)
+    of_blocks, places = logits.view(*logits.shape[:-1], blocks, -1).max(dim=-1)
     best, block = of_blocks.max(dim=-1, keepdim=True)
     token_ids = block * (logits.shape[-1] // blocks) + places.gather(-1, block)
     return best[..., 0], token_ids[..., 0]
