@@ -38,8 +38,9 @@ def selected(text: Text, layer: int, budget: float, matrices: list[Tensor]) -> l
 
 def _of_head(text: Text, layer: int, kv: int, past: int, budget: float, matrix: Tensor) -> list[int]:
     near = [-float("inf")] * past
+    keys = text.k[layer, kv, :past].double() @ matrix
     for head in range(kv * text.group, (kv + 1) * text.group):
-        query = text.q[layer, head, past].double() @ matrix
-        scores = [float(query @ (text.k[layer, kv, at].double() @ matrix)) for at in range(past)]
-        near = [max(each, score - max(scores)) for each, score in zip(near, scores, strict=True)]
+        scores = (keys @ (text.q[layer, head, past].double() @ matrix)).tolist()
+        best = max(scores)
+        near = [max(each, score - best) for each, score in zip(near, scores, strict=True)]
     return sorted(sorted(range(past), key=lambda at: -near[at])[: budget_tokens(budget, past)])

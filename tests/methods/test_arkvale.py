@@ -1,6 +1,7 @@
-"""ArkVale against pages whose centre and mean deviation are computed one channel at a time, in float64."""
+"""ArkVale against pages whose centre and mean deviation are computed one page at a time, in float64."""
 
 import pytest
+import torch
 
 from sparsecache.methods.arkvale import ArkVale
 from tests.methods.stepping import Kept, Text, budget_tokens, check_against, random_texts, shape_of
@@ -25,18 +26,14 @@ def _selected(text: Text, layer: int, kv: int, past: int, budget: int, page: int
 
 def _score(text: Text, layer: int, kv: int, head: int, at: int, positions: list[int]) -> float:
     """Return the highest q . k in the box around the centre of a page's keys, as far as they deviate on average."""
-    query = text.q[layer, head, at].double().tolist()
-    total = 0.0
-    for channel, value in enumerate(query):
-        keys = text.k[layer, kv, positions, channel].double().tolist()
-        centre = (max(keys) + min(keys)) / 2
-        deviation = sum(abs(key - centre) for key in keys) / len(keys)
-        total += max(value * (centre - deviation), value * (centre + deviation))
-    return total
+    query, keys = text.q[layer, head, at].double(), text.k[layer, kv, positions].double()
+    centre = (keys.amax(0) + keys.amin(0)) / 2
+    deviation = (keys - centre).abs().mean(0)
+    return float(torch.maximum(query * (centre - deviation), query * (centre + deviation)).sum())
 
 
 @pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize(("budget", "page"), [(0.2, 16), (0.5, 5), (0.1, 1), (1.0, 32), (20, 16), (30, 3)])
+@pytest.mark.parametrize(("budget", "page"), [(0.2, 16), (0.5, 5), (1, 1), (1.0, 32), (20, 7)])
 def test_pages_are_taken_by_centre_and_mean_deviation(budget, page, group) -> None:
     shape = shape_of(group)
     method = ArkVale(budget=budget, page=page, dense_layers=1)

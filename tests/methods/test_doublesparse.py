@@ -1,4 +1,4 @@
-"""Double Sparsity against channels weighed and scores added one at a time, in float64."""
+"""Double Sparsity against channels weighed one at a time and scores of one head at a time, in float64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Loki against principal components by a singular value decomposition, and one score at a time, in float64."""
+"""Loki against principal components by a singular value decomposition, and scores of one head at a time, in float64."""
 
 import pytest
 import torch
