@@ -61,6 +61,11 @@ def is_finished(settings: Settings) -> bool:
     return _Run(settings, RunContext, None).is_finished()
 
 
+def check_recorded(settings: Settings) -> None:
+    """Raises UsageError unless the run's folder records what these settings would make. Reads no weights."""
+    _Run(settings, RunContext, None).check_recorded()
+
+
 class _Run:
     def __init__(self, settings: Settings, make_context: Callable[[Settings], RunContext], cluster: "Cluster | None"):
         self.settings, self.cluster = settings, cluster
@@ -70,9 +75,13 @@ class _Run:
         self.failed = 0
         self._expected: list[Expected] = []
 
-    def is_finished(self) -> bool:
+    def check_recorded(self) -> list[WantedDataset]:
         datasets = self._wanted_datasets()
         self.folder.check(self._identity(datasets))
+        return datasets
+
+    def is_finished(self) -> bool:
+        datasets = self.check_recorded()
         return all(self._is_complete(dataset) for dataset in datasets)
 
     def execute(self) -> int:
