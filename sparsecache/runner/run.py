@@ -15,7 +15,7 @@ from sparsecache.engine.base import Engine, Request
 from sparsecache.engine.library_warnings import show_library_warnings
 from sparsecache.errors import UsageError
 from sparsecache.longbench.data import Source, load_rows, open_source
-from sparsecache.longbench.kept import dropped_nothing, kept_of
+from sparsecache.longbench.kept import aggregate_kept, count_undropped_rows
 from sparsecache.longbench.prompts import Prompt
 from sparsecache.longbench.records import RunFolder, verify_rows
 from sparsecache.longbench.report import health_table, speed_lines
@@ -277,7 +277,7 @@ class _Run:
 
 def _useless(method: str, datasets: Iterable[list[dict[str, Any]]]) -> str | None:
     """Returns the error for a method that dropped nothing in any of these rows though it could have; else None."""
-    rows = dropped_nothing(kept_of(rows) for rows in datasets)
+    rows = count_undropped_rows(aggregate_kept(rows) for rows in datasets)
     if not rows:
         return None
     return (
