@@ -1,6 +1,6 @@
 """Command line to score predictions, compare runs, plot them, gate them and show rows.
 
-Does not import torch.
+Does not import torch. In one file because the commands share their options.
 """
 
 import os

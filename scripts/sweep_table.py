@@ -19,8 +19,7 @@ from sparsecache.longbench.score_tables import share
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
-from sparsecache.methods import parse_options
-from sparsecache.runner.folders import made_by
+from sparsecache.runner.run import check_recorded
 from sparsecache.runner.settings import Settings
 
 _HEAD = ["run", "mean", "difference", "95% interval", "kept", "decode tokens/s"]
@@ -44,7 +43,15 @@ class Report:
 
     def show(self, done: Sequence[Settings], missing: Sequence[str]) -> None:
         """Prints and writes a table per model of the runs that are `done`; notes those that are `missing`."""
-        done = [settings for settings in done if made_by(settings, parse_options(settings.method, settings.options))]
+        missing, recorded = list(missing), []
+        for settings in done:
+            try:
+                if not settings.on_ray:  # there the cluster decides on the device, and so on the dtype
+                    check_recorded(settings)
+                recorded.append(settings)
+            except UsageError as error:
+                missing.append(f"{settings.run_folder}: {error}".rstrip("."))
+        done = recorded
         for folder in dict.fromkeys(settings.run_folder.parent for settings in done):
             scored = [score_run(each.run_folder, each.e) for each in done if each.run_folder.parent == folder]
             self._show(folder.name, scored, [f"Not in the table: {each}." for each in missing])

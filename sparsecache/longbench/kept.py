@@ -51,7 +51,7 @@ class KeptStats:
         return fields
 
 
-def kept_of(rows: Iterable[dict[str, Any]]) -> KeptStats | None:
+def aggregate_kept(rows: Iterable[dict[str, Any]]) -> KeptStats | None:
     """Return the statistics of the finished rows; None if no row reports `kept` (full cache)."""
     rows = [row for row in rows if "kept" in row and "error" not in row]
     if not rows:
@@ -99,7 +99,7 @@ def format_kept(parts: Iterable[KeptStats | None]) -> Iterator[str]:
     )
 
 
-def dropped_nothing(parts: Iterable[KeptStats | None]) -> int:
+def count_undropped_rows(parts: Iterable[KeptStats | None]) -> int:
     """Return the number of rows over the budget if all of them attended to every token; else 0.
 
     With options that are lossless by construction, no row is over the budget.

@@ -8,7 +8,7 @@ import numpy
 from numpy.typing import NDArray
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.kept import kept_of
+from sparsecache.longbench.kept import aggregate_kept
 from sparsecache.longbench.runs import short_names
 from sparsecache.longbench.score_types import DatasetScore, RunScore
 
@@ -130,7 +130,13 @@ def _only(dataset: DatasetScore, places: dict[str, int], ids: dict[str, list[str
     records = [dataset.records[place] for place in at]
     rows = [dataset.rows[place] for place in at]
     return replace(
-        dataset, rows=rows, records=records, expected=len(rows), warnings=[], kept=kept_of(records), rouge_score=None
+        dataset,
+        rows=rows,
+        records=records,
+        expected=len(rows),
+        warnings=[],
+        kept=aggregate_kept(records),
+        rouge_score=None,
     )
 
 

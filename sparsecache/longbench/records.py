@@ -233,7 +233,7 @@ class RunFolder:
 
         Tables by dataset (templates, protocol, data) are compared where both have the dataset.
         """
-        self._check(self.read(), as_json(identity))
+        self._check(self.read(), _as_json(identity))
 
     def claim(self, identity: dict[str, Any]) -> None:
         """Records `identity` in run.json. Raises UsageError as `check`.
@@ -241,7 +241,7 @@ class RunFolder:
         Tables by dataset are merged, so that one run may be filled dataset by dataset. An infinite number is
         recorded as text, since JSON has none.
         """
-        identity = as_json(identity)
+        identity = _as_json(identity)
 
         def change(record: dict[str, Any]) -> None:
             self._check(record, identity)
@@ -300,7 +300,7 @@ def _lock_path(path: Path) -> Path:
     return path.with_name(f".{path.stem}.lock")
 
 
-def as_json(identity: dict[str, Any]) -> dict[str, Any]:
+def _as_json(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity as it is read back from run.json; an infinite number becomes a text."""
     found: dict[str, Any] = json.loads(json.dumps(identity), parse_constant=lambda name: str(float(name)))
     return found

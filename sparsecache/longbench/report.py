@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsecache.longbench.jsonl import write_json
-from sparsecache.longbench.kept import format_kept, format_percent, kept_of
+from sparsecache.longbench.kept import aggregate_kept, format_kept, format_percent
 from sparsecache.longbench.run_record import RunRecord
 from sparsecache.longbench.score_types import Average, DatasetScore, RunScore
 from sparsecache.longbench.scores import ScoringOptions
@@ -96,7 +96,7 @@ def health_table(predictions: Iterable[tuple[Task, str, int, list[dict[str, Any]
     `predictions`: (task, file stem, number of expected rows, rows) per dataset.
     """
     predictions = list(predictions)
-    kept = [kept_of(rows) for *_, rows in predictions]
+    kept = [aggregate_kept(rows) for *_, rows in predictions]
     sparse = any(part and part.rows for part in kept)
     table = []
     warned: dict[str, list[str]] = {}

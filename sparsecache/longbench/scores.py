@@ -9,7 +9,7 @@ from typing import Any
 from sparsecache.errors import UsageError
 from sparsecache.longbench import metrics, rouge
 from sparsecache.longbench.jsonl import get_number
-from sparsecache.longbench.kept import kept_of
+from sparsecache.longbench.kept import aggregate_kept
 from sparsecache.longbench.prediction_row import NEEDED
 from sparsecache.longbench.records import RunFolder, read_rows
 from sparsecache.longbench.score_types import DatasetScore, RowScore
@@ -80,7 +80,7 @@ def score_file(path: Path, task: Task, e: bool, expected: int | None, options: S
     all_classes = rows[-1].get("all_classes") if rows else None  # the reference uses those of the last row
     scored = [_score_row(row, task, e, all_classes, options) for row in rows]
     rouge_values = _rouge_score(rows, task) if options.rouge_score and "rouge_l" in task.metric and rows else None
-    result = DatasetScore(task, e, scored, expected, warnings, rouge_values, kept_of(rows), rows)
+    result = DatasetScore(task, e, scored, expected, warnings, rouge_values, aggregate_kept(rows), rows)
     warnings.extend(_row_warnings(result))
     return result
 

@@ -1,15 +1,12 @@
-"""Checks whose run a folder holds: of which checkpoint, and made with which settings."""
+"""Checks that all runs below one model's folder are of the same checkpoint."""
 
-import os
 from pathlib import Path
 from typing import Any
 
-from sparsecache.engine.model_registry import checkpoint_folder, find_model
 from sparsecache.errors import UsageError
 from sparsecache.files import list_folder
-from sparsecache.longbench.records import RunFolder, as_json
+from sparsecache.longbench.records import RunFolder
 from sparsecache.longbench.run_record import RUN_FILE
-from sparsecache.runner.settings import Settings
 
 
 def check_same_checkpoint(folder: Path, checkpoint: str, fingerprint: str, overwrite: bool) -> None:
@@ -34,19 +31,6 @@ def check_same_checkpoint(folder: Path, checkpoint: str, fingerprint: str, overw
                 f"{sibling} holds a run of another checkpoint with the same name: {place}, and this run is of "
                 f"{checkpoint}. Give this checkpoint a folder of its own with --model_name."
             )
-
-
-def made_by(settings: Settings, options: dict[str, Any]) -> bool:
-    """Whether the folder's record is of this model and method with these options, as parse_options returns them."""
-    record = RunFolder(settings.run_folder).load()
-    model = find_model(settings.model)
-    place = model.hub or os.path.abspath(checkpoint_folder(model, settings.offline))
-    identity = record.identity
-    return (
-        identity.method == settings.method
-        and identity.options == as_json(options)
-        and checkpoint_of(record.json) in (None, place)
-    )
 
 
 def checkpoint_of(record: dict[str, Any]) -> str | None:

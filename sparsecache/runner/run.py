@@ -15,7 +15,7 @@ from sparsecache.engine.base import Engine, Request
 from sparsecache.engine.library_warnings import show_library_warnings
 from sparsecache.errors import UsageError
 from sparsecache.longbench.data import Source, load_rows, open_source
-from sparsecache.longbench.kept import dropped_nothing, kept_of
+from sparsecache.longbench.kept import aggregate_kept, count_undropped_rows
 from sparsecache.longbench.prompts import Prompt
 from sparsecache.longbench.records import RunFolder, verify_rows
 from sparsecache.longbench.report import health_table, speed_lines
@@ -61,6 +61,11 @@ def is_finished(settings: Settings) -> bool:
     return _Run(settings, RunContext, None).is_finished()
 
 
+def check_recorded(settings: Settings) -> None:
+    """Raises UsageError unless the run's folder records what these settings would make. Reads no weights."""
+    _Run(settings, RunContext, None).check_recorded()
+
+
 class _Run:
     def __init__(self, settings: Settings, make_context: Callable[[Settings], RunContext], cluster: "Cluster | None"):
         self.settings, self.cluster = settings, cluster
@@ -70,9 +75,13 @@ class _Run:
         self.failed = 0
         self._expected: list[Expected] = []
 
-    def is_finished(self) -> bool:
+    def check_recorded(self) -> list[WantedDataset]:
         datasets = self._wanted_datasets()
         self.folder.check(self._identity(datasets))
+        return datasets
+
+    def is_finished(self) -> bool:
+        datasets = self.check_recorded()
         return all(self._is_complete(dataset) for dataset in datasets)
 
     def execute(self) -> int:
@@ -270,7 +279,7 @@ class _Run:
 
 def _useless(method: str, datasets: Iterable[list[dict[str, Any]]]) -> str | None:
     """Returns the error for a method that dropped nothing in any of these rows though it could have; else None."""
-    rows = dropped_nothing(kept_of(rows) for rows in datasets)
+    rows = count_undropped_rows(aggregate_kept(rows) for rows in datasets)
     if not rows:
         return None
     return (

@@ -43,5 +43,5 @@ def test_different_versions_alone_are_allowed(make_run, row, score_to_baseline) 
     assert verdict.passed
     assert any("transformers" in warning and "5.10.1" in warning for warning in verdict.warnings)
     assert gate(runs[0], runs[2], Limits()).passed  # a run of before these were recorded
-    with pytest.raises(UsageError, match="the chat_wrapper"):
+    with pytest.raises(UsageError, match="the rendered chat wrapper"):
         gate(runs[0], runs[3], Limits())

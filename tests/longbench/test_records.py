@@ -1,4 +1,7 @@
-"""Prediction files and run.json through kills, full disks and several processes."""
+"""Prediction files and run.json after kills, full disks and concurrent processes.
+
+In one file because every test writes to the same kind of run folder.
+"""
 
 import json
 import math

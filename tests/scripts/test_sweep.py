@@ -250,4 +250,5 @@ def test_numbers_of_another_model_or_of_other_settings_are_never_tabulated(
     capsys.readouterr()
     script.Report(None, False).show(list(script.check_runs(runs, shared, Path("pred")).values()), [])
     table = capsys.readouterr().out
-    assert "vanilla" in table and "streaming" not in table
+    assert [line.split()[0] for line in table.splitlines()[3:4]] == ["vanilla"]
+    assert "Not in the table: pred/tiny/streaming-budget=0.1: " in table and "budget: 0.5, now 0.1" in table
