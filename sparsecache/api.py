@@ -22,7 +22,8 @@ from typing import Any
 from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.model_registry import find_model
 from sparsecache.errors import UsageError
-from sparsecache.longbench.scores import RunScore, score_run
+from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.wrapping import encode
 from sparsecache.options import show
 from sparsecache.runner.context import RunContext
