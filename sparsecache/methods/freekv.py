@@ -6,8 +6,9 @@ recent pages always come first. The defaults are those of the authors' LongBench
 
 GQA: as in the paper, a KV head takes the mean similarity of its query heads, and the mean of their softmax over pages.
 
-Differences: every token stays on the device, so what is measured is the selection. First and recent tokens are a share
-of the budget, as 128 tokens each of 2,048 are. As in `quest`, the budget counts tokens, and the last page may be cut.
+Differences: every token stays on the device, so what is measured is the selection. First and recent pages are a share
+of the budget, as the authors' 128 tokens each of 2,048 are, so a budget below 512 has none. As in `quest`, the budget
+counts tokens, and the last page may be cut.
 """
 
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ class FreeKV(Quest):
     similarity: Annotated[float, "cosine similarity to the query before, -1 to 1, below which the true one selects"] = (
         0.8
     )
-    sinks: Annotated[float, "share of the budget for the first tokens, 0 to 1, in whole pages"] = 1 / 16
-    recent: Annotated[float, "share of the budget for the most recent tokens, 0 to 1, in whole pages"] = 1 / 16
+    sinks: Annotated[float, "share of the budget for the first pages, 0 to 1, rounded down to pages"] = 1 / 16
+    recent: Annotated[float, "share of the budget for the last pages, 0 to 1, rounded down to pages"] = 1 / 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,12 +48,12 @@ class FreeKV(Quest):
         assert isinstance(cache, FreeKVCache)
         bounds = cache.page_bounds(cache.probe(q, slots), slots, width)  # [B, G, H / G, pages]
         past = cache.seq_lens[slots][:, None]
-        first = self.page * torch.arange(bounds.shape[3], device=q.device)
-        is_free = (first >= past)[:, None]
+        pages, page = -(-past // self.page), torch.arange(bounds.shape[3], device=q.device)
+        is_free = (page >= pages)[:, None]
         scores = bounds.masked_fill(is_free[:, None], -torch.inf).log_softmax(3).logsumexp(2)
         budget = torch.minimum(cache.budgets[past], past).double()
-        sinks, recent = (self.sinks * budget).long(), (self.recent * budget).long()  # tokens
-        is_kept = (first < sinks) | ((first + self.page > past - recent) & (recent > 0))
+        sinks, recent = ((share * budget).long() // self.page for share in (self.sinks, self.recent))  # pages
+        is_kept = (page < sinks) | (page >= pages - recent)
         return scores.masked_fill(is_kept[:, None], torch.inf)
 
 

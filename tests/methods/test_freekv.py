@@ -25,8 +25,8 @@ def _selected(text: Text, layer: int, kv: int, past: int, method: FreeKV) -> lis
         weights = [math.exp(_bound(text, layer, kv, head, asked, page)) for page in pages]
         shares = [share + weight / sum(weights) for share, weight in zip(shares, weights, strict=True)]
     budget = min(budget_tokens(method.budget, past), past)
-    always = {*range(int(method.sinks * budget)), *range(past - int(method.recent * budget), past)}
-    first = [at for at, page in enumerate(pages) if always & {*page}]
+    sinks, recent = (math.floor(share * budget) // method.page for share in (method.sinks, method.recent))
+    first = [at for at in range(len(pages)) if at < sinks or at >= len(pages) - recent]
     others = [at for at in range(len(pages)) if at not in first]
     kept: list[int] = []
     for at in [*first, *sorted(others, key=lambda at: -shares[at])]:
