@@ -45,10 +45,13 @@ class SelectionCache(LayerCache):
         return index_slots(self.full.keys, slots)[:, :, : self.width(slots)]
 
     def width(self, slots: Tensor) -> int:
-        """Return how many positions a step scores: the longest sequence's on a CPU, all on a GPU, which cannot ask."""
+        """Return how many positions a step scores, 1 or more.
+
+        The longest sequence's on a CPU; all on a GPU, which cannot ask.
+        """
         if slots.is_cuda:
             return self.config.max_tokens
-        return min(int(self.seq_lens[slots].max()), self.config.max_tokens)
+        return max(1, min(int(self.seq_lens[slots].max()), self.config.max_tokens))
 
     def select_topk(self, scores: Tensor, slots: Tensor, within: float = math.inf) -> Selection:
         """Return the past positions of highest score within the budget; scores: [B, G, T] float32, T as `width`.
