@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         key = json.dumps([model_type, settings], sort_keys=True)
         if key not in made:
             folder = tmp_path_factory.mktemp("checkpoint") / model_type
-            made[key] = make_random_checkpoint(folder, seed=len(made), model_type=model_type, **settings)
+            seed = zlib.crc32(key.encode())  # the same in every selection of tests
+            made[key] = make_random_checkpoint(folder, seed=seed, model_type=model_type, **settings)
             _randomise_vectors(folder / "model.safetensors")
         return made[key]
 
