@@ -1,7 +1,7 @@
 """Top-p: as many tokens as make a share p of the attention, by true scores (Twilight, NeurIPS'25, arXiv 2502.02770).
 
 A token is selected if the tokens of higher probability sum to less than p, so the count follows how concentrated the
-attention is. The budget is an upper bound. The default p is the authors' for Llama-3.1.
+attention is. The budget is an upper bound.
 
 GQA: a KV head selects what any of its query heads needs, in the order of how little comes before a token.
 
