@@ -65,12 +65,12 @@ def prefill(model: BenchModel, workloads: Sequence[Workload], baselines: Sequenc
     """Yield the time from a prompt to its first token."""
     for workload in workloads:
         short = Workload(workload.tokens, 2)
-        clock = timing.measure(model.engine(), short, model.vocab_size, model.devices, timing.prefill_s).clock
+        stats = timing.measure(model.engine(), short, model.vocab_size, model.devices, timing.prefill_s).stats
         baseline_s = measure_baselines(baselines, partial(_baseline_prefill_s, model, short))
-        notes = {"peak_gpu_bytes": clock.peak_gpu_bytes, "weights_bytes": model.nbytes}
+        notes = {"peak_gpu_bytes": stats.peak_gpu_bytes, "weights_bytes": model.nbytes}
         limit = roofline.prefill_s(model, workload.tokens)
         name = f"prefill, {workload.tokens} tokens"
-        yield Result(name, clock.prefill_s, workload.tokens, limit, baseline_s, notes)
+        yield Result(name, stats.prefill_s, workload.tokens, limit, baseline_s, notes)
 
 
 def replay(model: BenchModel, file: Path, rows: int, slots: int, baselines: Sequence[str]) -> Iterator[Result]:
@@ -80,7 +80,7 @@ def replay(model: BenchModel, file: Path, rows: int, slots: int, baselines: Sequ
     """
     requests = sample_requests(file, rows, model.vocab_size)
     engine = model.engine(slots=slots)
-    seconds, clock = timing.time_requests(engine, requests)
+    seconds, stats = timing.time_requests(engine, requests)
     slots = engine.slots  # fewer if memory does not suffice
     del engine
     if baselines:  # which may take minutes
@@ -92,10 +92,10 @@ def replay(model: BenchModel, file: Path, rows: int, slots: int, baselines: Sequ
 
     notes = {
         "prompts_per_s": len(requests) / seconds,
-        "prefill_share": clock.prefill_s / seconds,
-        "decode_share": clock.decode_s / seconds,
-        "prompt_tokens": clock.prefill_tokens,
-        "decode_tokens": clock.decode_tokens,
+        "prefill_share": stats.prefill_s / seconds,
+        "decode_share": stats.decode_s / seconds,
+        "prompt_tokens": stats.prefill_tokens,
+        "decode_tokens": stats.decode_tokens,
         "slots": slots,
     }
     yield Result(
@@ -148,13 +148,13 @@ def _decode_result(
         "fetched_bytes_per_step": sum(_reported(run, "fetched_bytes")) / (workload.new_tokens - 1),
         "kept": _reported(run, "kept"),
         "gpu_cache_hit": _reported(run, "gpu_cache_hit"),
-        "peak_gpu_bytes": run.clock.peak_gpu_bytes,
+        "peak_gpu_bytes": run.stats.peak_gpu_bytes,
         "cache_gpu_bytes": run.gpu_bytes,
         "cache_host_bytes": run.host_bytes,
     }
     return Result(
         f"{workload.tokens} tokens, batch {workload.batch}, {spec}",
-        workload.batch * timing.decode_step_s(run.clock),
+        workload.batch * timing.decode_step_s(run.stats),
         workload.batch,
         None if nbytes is None else roofline.decode_step_s(model.nbytes, nbytes, rates),
         baselines,
@@ -183,12 +183,12 @@ def _baseline_step_s(model: BenchModel, workload: Workload, name: str) -> float:
     if name in OWN_BASELINES:
         own = model.engine("vanilla", OWN_BASELINES[name], workload.batch)
         run = timing.measure(own, workload, model.vocab_size, model.devices, timing.decode_step_s)
-        return workload.batch * timing.decode_step_s(run.clock)
+        return workload.batch * timing.decode_step_s(run.stats)
     reference = model.reference(**BASELINES[name])
     run = timing.measure(reference, workload, model.vocab_size, model.devices, timing.decode_step_s)
-    return timing.decode_step_s(run.clock)
+    return timing.decode_step_s(run.stats)
 
 
 def _baseline_prefill_s(model: BenchModel, workload: Workload, name: str) -> float:
     reference = model.reference(**BASELINES[name])
-    return timing.measure(reference, workload, model.vocab_size, model.devices, timing.prefill_s).clock.prefill_s
+    return timing.measure(reference, workload, model.vocab_size, model.devices, timing.prefill_s).stats.prefill_s

@@ -10,7 +10,7 @@ import torch
 
 from sparsecache.bench.workload import Workload
 from sparsecache.cache.host import pinned_bytes
-from sparsecache.engine.base import Clock, Engine, Request
+from sparsecache.engine.base import Engine, EngineStats, Request
 from sparsecache.engine.generator import Generator
 from sparsecache.errors import one_line
 
@@ -19,9 +19,9 @@ Measured = TypeVar("Measured")
 
 
 class Measurement(NamedTuple):
-    """The fastest run: the engine's clock, each sequence's report, and the bytes that `reserve` allocated."""
+    """The fastest run: the engine's stats, each sequence's report, and the bytes that `reserve` allocated."""
 
-    clock: Clock
+    stats: EngineStats
     reports: list[dict[str, Any]]
     gpu_bytes: int
     host_bytes: int
@@ -32,7 +32,7 @@ def measure(
     workload: Workload,
     vocab_size: int,
     devices: Sequence[torch.device],
-    seconds: Callable[[Clock], float],
+    seconds: Callable[[EngineStats], float],
 ) -> Measurement:
     """Run a workload and return the fastest run by `seconds`.
 
@@ -48,22 +48,22 @@ def measure(
     measured: list[Measurement] = []
     began = time.perf_counter()
     while not measured or (len(measured) < _MAX_RUNS and time.perf_counter() - began < _MAX_SECONDS):
-        engine.reset_clock()
+        engine.reset_stats()
         reports = complete(engine, requests)
-        measured.append(Measurement(engine.clock, reports, gpu_bytes, host_bytes))
+        measured.append(Measurement(engine.stats, reports, gpu_bytes, host_bytes))
     _check_slots(engine, workload)  # a run may have run out of memory
-    return min(measured, key=lambda each: seconds(each.clock))
+    return min(measured, key=lambda each: seconds(each.stats))
 
 
-def time_requests(engine: Engine, requests: list[Request]) -> tuple[float, Clock]:
-    """Return the seconds of all requests and the clock, after the first two requests alone, which are not counted."""
+def time_requests(engine: Engine, requests: list[Request]) -> tuple[float, EngineStats]:
+    """Return the seconds of all requests and the stats, after the first two requests alone, which are not counted."""
     longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
     engine.reserve(longest, max(request.max_new_tokens for request in requests))
     complete(engine, requests[:2])
-    engine.reset_clock()
+    engine.reset_stats()
     began = time.perf_counter()
     complete(engine, requests)
-    return time.perf_counter() - began, engine.clock
+    return time.perf_counter() - began, engine.stats
 
 
 def complete(engine: Engine, requests: list[Request]) -> list[dict[str, Any]]:
@@ -81,14 +81,14 @@ def check_workers(workers: list[dict[str, Any]], count: int) -> None:
         raise RuntimeError(f"one of {count} workers died and was replaced, so the time is not comparable.")
 
 
-def decode_step_s(clock: Clock) -> float:
+def decode_step_s(stats: EngineStats) -> float:
     """Return seconds of decoding per token."""
-    return clock.decode_s / clock.decode_tokens
+    return stats.decode_s / stats.decode_tokens
 
 
-def prefill_s(clock: Clock) -> float:
+def prefill_s(stats: EngineStats) -> float:
     """Return seconds of prefill."""
-    return clock.prefill_s
+    return stats.prefill_s
 
 
 def measure_baselines(names: Sequence[str], measure_one: Callable[[str], Measured]) -> dict[str, Measured]:

@@ -16,7 +16,7 @@ from sparsecache.bench.workload import Workload, sample_requests
 from sparsecache.cluster.connection import Cluster
 from sparsecache.cluster.worker import Worker, WorkerConfig, WorkerInfo
 from sparsecache.cluster.workers import PoolSize, Workers
-from sparsecache.engine.base import Clock, Completion, Engine, Request
+from sparsecache.engine.base import Completion, Engine, EngineStats, Request
 from sparsecache.engine.devices import find_device
 from sparsecache.engine.loading import DTYPES
 
@@ -40,7 +40,7 @@ def replay_by_workers(group: WorkerGroup, file: Path, rows: int) -> Iterator[Res
     """
     requests = sample_requests(file, rows, vocab_size(group.model))
     powers = {2**power for power in range(group.workers.bit_length())}
-    measured: dict[int, tuple[float, Clock]] = {}
+    measured: dict[int, tuple[float, EngineStats]] = {}
     with _started(group, requests) as engine:
         for workers in sorted({group.workers, *powers}, reverse=True):
             engine.scale_down(workers)
@@ -50,14 +50,14 @@ def replay_by_workers(group: WorkerGroup, file: Path, rows: int) -> Iterator[Res
             check_workers(engine.session()["workers"], workers)
             print(f"{measured[workers][0]:.1f} s.", file=sys.stderr)
     single_s, _ = measured.pop(1)
-    for workers, (seconds, clock) in sorted(measured.items()):
+    for workers, (seconds, stats) in sorted(measured.items()):
         yield Result(
             f"replay of {len(requests)} prompts by {workers} workers",
             seconds / len(requests),
             baselines={"one worker": single_s / len(requests)},
             notes={
                 "prompts_per_s": len(requests) / seconds,
-                "prompt_tokens": clock.prefill_tokens,
+                "prompt_tokens": stats.prefill_tokens,
                 "slots": group.slots,
             },
         )

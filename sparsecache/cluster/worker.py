@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sparsecache.cluster.work_queue import Tickets
-from sparsecache.engine.base import Clock, Completion, Engine, Request
+from sparsecache.engine.base import Completion, Engine, EngineStats, Request
 from sparsecache.engine.devices import gpu_name
 
 LoadEngine = Callable[[], tuple[Engine, list[torch.device]]]
@@ -47,7 +47,7 @@ class Reply:
 
     ticket: int | None
     completion: Completion | None
-    clock: Clock
+    stats: EngineStats
     seconds: float
     stderr: str
 
@@ -75,9 +75,9 @@ class Worker:
         """Calls Engine.reserve."""
         self._engine.reserve(max_tokens, max_new_tokens)
 
-    def reset_clock(self) -> None:
-        """Calls Engine.reset_clock."""
-        self._engine.reset_clock()
+    def reset_stats(self) -> None:
+        """Calls Engine.reset_stats."""
+        self._engine.reset_stats()
 
     def sync(self) -> None:
         """Does nothing. Its answer tells the driver that all earlier calls have ended."""
@@ -92,10 +92,10 @@ class Worker:
             _exit_if_device_is_broken(self._device)
         self._seconds += time.perf_counter() - start
         if completion is None:
-            return Reply(None, None, self._engine.clock, self._seconds, stderr.getvalue())
+            return Reply(None, None, self._engine.stats, self._seconds, stderr.getvalue())
         ticket = completion.key
         completion = replace(completion, request=replace(completion.request, token_ids=[]))
-        return Reply(ticket, completion, self._engine.clock, self._seconds, stderr.getvalue())
+        return Reply(ticket, completion, self._engine.stats, self._seconds, stderr.getvalue())
 
     def _restart_generation(self) -> Completion | None:
         """Starts the engine again for requests that came after it had seen the end of its input."""

@@ -17,7 +17,7 @@ from sparsecache.cluster.connection import Cluster
 from sparsecache.cluster.work_queue import MAX_ATTEMPTS, Assigned, WorkQueue
 from sparsecache.cluster.worker import Reply, Worker, WorkerConfig, WorkerInfo
 from sparsecache.configs import project_dir
-from sparsecache.engine.base import Clock, Completion, Request, Tick, no_tick
+from sparsecache.engine.base import Completion, EngineStats, OnTokens, Request, ignore_tokens
 from sparsecache.errors import UsageError, one_line
 
 _CALLS = 2  # in flight per worker, so that none waits for the driver
@@ -52,7 +52,7 @@ class WorkerHandle:
     failed_starts: int = 0
     info: WorkerInfo | None = None
     assigned: Assigned = field(default_factory=Assigned)
-    clock: Clock = field(default_factory=Clock)
+    stats: EngineStats = field(default_factory=EngineStats)
     rows: int = 0
     seconds: float = 0.0
     died: bool = False
@@ -97,23 +97,23 @@ class Workers:
             ray.kill(handle.actor)
 
     @property
-    def clock(self) -> Clock:
+    def stats(self) -> EngineStats:
         """The sum over all workers, so tokens per second are those of one worker; the peak memory is the highest."""
-        clocks = [handle.clock for handle in self._ended + self._handles]
-        peaks = [clock.peak_gpu_bytes for clock in clocks if clock.peak_gpu_bytes is not None]
+        all_stats = [handle.stats for handle in self._ended + self._handles]
+        peaks = [each.peak_gpu_bytes for each in all_stats if each.peak_gpu_bytes is not None]
         totals = {
-            each.name: sum(getattr(clock, each.name) for clock in clocks)
-            for each in fields(Clock)
-            if each.name != "peak_gpu_bytes"
+            field.name: sum(getattr(each, field.name) for each in all_stats)
+            for field in fields(EngineStats)
+            if field.name != "peak_gpu_bytes"
         }
-        return Clock(**totals, peak_gpu_bytes=max(peaks, default=None))
+        return EngineStats(**totals, peak_gpu_bytes=max(peaks, default=None))
 
     def session(self) -> dict[str, Any]:
-        """Returns the clock, the seconds from the first ready worker to the last row, and an entry per worker."""
+        """Returns the stats, the seconds from the first ready worker to the last row, and an entry per worker."""
         handles = sorted((one for one in self._ended + self._handles if one.info), key=lambda handle: handle.number)
         gpus = sorted({handle.info.gpu for handle in handles if handle.info and handle.info.gpu})
         return {
-            "clock": asdict(self.clock),
+            "clock": asdict(self.stats),
             "gpu": ", ".join(gpus) or None,
             "seconds": round(max(0.0, self._last_row - self._first_ready), 3),
             "workers": [handle.record() for handle in handles],
@@ -144,12 +144,12 @@ class Workers:
         for handle in self._handles:
             handle.actor.reserve.remote(max_tokens, max_new_tokens)
 
-    def reset_clock(self) -> None:
+    def reset_stats(self) -> None:
         """Sets all totals to zero."""
         self._ended.clear()
         for handle in self._handles:
-            handle.clock, handle.seconds, handle.rows = Clock(), 0.0, 0
-            handle.actor.reset_clock.remote()
+            handle.stats, handle.seconds, handle.rows = EngineStats(), 0.0, 0
+            handle.actor.reset_stats.remote()
 
     def scale_down(self, workers: int) -> None:
         """Ends workers until `workers` are left. Only between calls of `generate`: the requests they hold are lost."""
@@ -158,7 +158,7 @@ class Workers:
         self._ended += self._handles[workers:]
         del self._handles[workers:]
 
-    def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], on_tokens: OnTokens = ignore_tokens) -> Iterator[Completion]:
         """Yields a completion per request, in the order in which they end; requests are drawn in their order."""
         queue = WorkQueue(requests, len(self._handles), self._slots)
         all_ready = time.monotonic()
@@ -175,7 +175,7 @@ class Workers:
                 all_ready = time.monotonic()
             for handle in answered:
                 for completion in self._receive(handle, queue):
-                    tick(len(completion.token_ids))
+                    on_tokens(len(completion.token_ids))
                     yield completion
 
     def _submit(self, handle: WorkerHandle, queue: WorkQueue) -> None:
@@ -215,7 +215,7 @@ class Workers:
             yield from self._handle_reply(handle, answer)
 
     def _handle_reply(self, handle: WorkerHandle, reply: Reply) -> Iterator[Completion]:
-        handle.clock, handle.seconds = reply.clock, reply.seconds
+        handle.stats, handle.seconds = reply.stats, reply.seconds
         if reply.stderr:
             tqdm.write(f"On {handle}: {reply.stderr.rstrip()}", file=sys.stderr)
         if reply.completion is not None and reply.ticket is not None:

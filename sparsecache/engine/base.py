@@ -1,4 +1,4 @@
-"""What an engine is asked and what it answers, and what all engines answer alike."""
+"""The interface of an engine: requests, completions and statistics, and the completions of failed requests."""
 
 import sys
 import traceback
@@ -11,10 +11,10 @@ import torch
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to be continued greedily.
+    """A prompt to continue greedily.
 
-    Generation ends after a stop id (which is kept) or max_new_tokens; before min_new_tokens stop ids are
-    masked. `key` is the caller's own.
+    Generation ends with a stop id, which is part of the output, or after max_new_tokens. Stop ids are masked until
+    min_new_tokens tokens are there. key: an object of the caller's that identifies the request.
     """
 
     key: Any
@@ -26,12 +26,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of a request.
+    """The result of a request.
 
-    token_ids: new tokens, the stop id included. finish_reason: "stop" or "length". prefill_s: start of the prompt to
-    first token, and on a GPU until the next prompt is planned, if that takes longer (`Decoder.expect`); decode_s: first
-    to last token, on the wall clock. report: what the method kept. error: set instead of all these when the request
-    failed.
+    token_ids: new tokens, the stop id included. finish_reason: "stop" or "length". prefill_s: seconds of wall time from
+    the start of the prompt to the first token; on a GPU they include the attention plan of the next prompt
+    (`Decoder.warm_attention_plan`) if that takes longer. decode_s: seconds of wall time from the first to the last
+    token. report: what the method reports of the cache. error: why the request failed; the other fields are then empty.
     """
 
     request: Request
@@ -44,15 +44,15 @@ class Completion:
 
     @property
     def key(self) -> Any:
-        """The request's key."""
+        """Return the request's key."""
         return self.request.key
 
 
 @dataclass
-class Clock:
-    """The engine's own totals: seconds spent in prefill and in decode steps, never overlapping.
+class EngineStats:
+    """Totals of an engine: tokens, and seconds of prefill and of decode steps, which never overlap.
 
-    A device may go on with a step while whoever asked has a completion to deal with: that time is in neither.
+    The time in which the caller handles a completion counts as neither, though a step may be in flight.
     """
 
     prefill_tokens: int = 0
@@ -62,51 +62,51 @@ class Clock:
     peak_gpu_bytes: int | None = None
 
     def note_memory(self, *devices: torch.device) -> None:
-        """Takes down the peak of GPU memory so far, of the device where it is highest."""
+        """Record the peak of GPU memory so far, of the device where it is highest."""
         if devices[0].type == "cuda":
             self.peak_gpu_bytes = max(map(torch.cuda.max_memory_allocated, devices))
 
 
-Tick = Callable[[int], None]
-"""Is told how many new tokens there are, whenever there are some."""
+OnTokens = Callable[[int], None]
+"""A callback that receives the number of new tokens after each prefill and each step."""
 
 
 class Engine(Protocol):
-    """Anything that continues prompts."""
+    """An engine that continues prompts."""
 
     @property
-    def clock(self) -> Clock:
-        """Its own totals."""
+    def stats(self) -> EngineStats:
+        """Return the totals since the last `reset_stats`."""
 
     def reserve(self, max_tokens: int, max_new_tokens: int | None = None) -> None:
-        """Allocate for sequences of max_tokens, at most max_new_tokens of them new (None: all), where that helps."""
+        """Allocate memory for sequences of max_tokens, max_new_tokens of them new at most (None: all may be)."""
 
-    def reset_clock(self) -> None:
-        """Starts the totals and the peak of GPU memory anew."""
+    def reset_stats(self) -> None:
+        """Set the totals and the peak of GPU memory to zero."""
 
     def session(self) -> dict[str, Any]:
-        """What run.json records of the work so far: the clock, and whatever else is known of who did it."""
+        """Return what run.json records of the work so far: the stats as "clock", and facts about workers."""
 
-    def generate(self, requests: Iterable[Request], tick: Tick = ...) -> Iterator[Completion]:
-        """Yields a completion for every request, in the order in which they end."""
-
-
-def no_tick(tokens: int) -> None:
-    """Nobody watches."""
+    def generate(self, requests: Iterable[Request], on_tokens: OnTokens = ...) -> Iterator[Completion]:
+        """Yield a completion per request, in the order in which they end."""
 
 
-def failure(request: Request, error: Exception) -> Completion:
-    """The completion of a request that raised: its traceback goes to stderr, one line of it to the record."""
+def ignore_tokens(tokens: int) -> None:
+    """Ignore the number of new tokens: the default callback."""
+
+
+def failed_completion(request: Request, error: Exception) -> Completion:
+    """Return the completion of a request that raised an error, and print the traceback on stderr."""
     traceback.print_exception(error, file=sys.stderr)
-    error.__traceback__ = None  # it holds the frames, and the frames hold the tensors that did not fit
+    error.__traceback__ = None  # its frames hold tensors, which would keep memory in use
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     first_line = (str(error).splitlines() or [""])[0]
     return Completion(request, error=f"{type(error).__name__}: {first_line}")
 
 
-def not_finite(request: Request, new_tokens: int) -> Completion:
-    """The completion of a request whose logits were not finite after `new_tokens` tokens."""
+def not_finite_completion(request: Request, new_tokens: int) -> Completion:
+    """Return the completion of a request whose logits were not finite after `new_tokens` tokens."""
     return Completion(
         request,
         error=f"NonFiniteLogits: the logits of new token {new_tokens + 1} are NaN or infinite. The weights or "
@@ -114,9 +114,9 @@ def not_finite(request: Request, new_tokens: int) -> Completion:
     )
 
 
-def fresh_clock(*devices: torch.device) -> Clock:
-    """A clock at zero, with the peak of GPU memory forgotten."""
+def new_stats(*devices: torch.device) -> EngineStats:
+    """Return empty stats, and reset the peak of GPU memory of the devices."""
     for device in devices:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-    return Clock()
+    return EngineStats()

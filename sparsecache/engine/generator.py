@@ -1,4 +1,7 @@
-"""Greedy generation in slots: prompts are prefilled into free slots and decoded together."""
+"""Greedy generation with continuous batching: prompts are prefilled into free slots and decoded together.
+
+In one file because the scheduler, its queue and its handling of failures share the state of the slots.
+"""
 
 import math
 import sys
@@ -12,14 +15,22 @@ from typing import Any
 import torch
 
 from sparsecache.cache.model_cache import ModelCache
-from sparsecache.engine.base import Completion, Request, Tick, failure, fresh_clock, no_tick, not_finite
+from sparsecache.engine.base import (
+    Completion,
+    OnTokens,
+    Request,
+    failed_completion,
+    ignore_tokens,
+    new_stats,
+    not_finite_completion,
+)
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.steps import EagerSteps, StepHandle, Steps, TokenReadback, make_steps, most_likely
 
 
 @dataclass(eq=False)
 class _Sequence:
-    """A request in flight."""
+    """A request in flight. first_token_at: when its first token was there, by time.perf_counter."""
 
     request: Request
     slot: int
@@ -29,11 +40,12 @@ class _Sequence:
 
     @property
     def position(self) -> int:
-        """Of the newest token, which the next step reads."""
+        """Return the position of the newest token, the input of the next step."""
         return len(self.request.token_ids) + len(self.new_ids) - 1
 
     @property
     def finish_reason(self) -> str:
+        """Return "stop", "length", "error" (logits that are not finite), or "" while it goes on."""
         if self.new_ids[-1] < 0:
             return "error"
         if self.new_ids[-1] in self.request.stop_ids and len(self.new_ids) > self.request.min_new_tokens:
@@ -43,23 +55,23 @@ class _Sequence:
 
 @dataclass
 class _Step:
-    """A step under way, and whose."""
+    """A step in flight, and the sequences in its batch."""
 
-    rows: list[_Sequence]
+    sequences: list[_Sequence]
     handle: StepHandle
 
 
 class _RequestQueue:
-    """Waiting requests, which can be looked at before they are taken, and put back."""
+    """The requests that have not started. They are drawn from the caller's iterable only when needed."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self._rest = iter(requests)
         self._front: list[Request] = []
 
-    def peek(self, place: int = 0) -> Request | None:
-        """Return the request at a place; None if there is none."""
-        self._front.extend(islice(self._rest, max(0, place + 1 - len(self._front))))
-        return self._front[place] if place < len(self._front) else None
+    def peek(self, index: int = 0) -> Request | None:
+        """Return the request at an index without removing it; None if there is none."""
+        self._front.extend(islice(self._rest, max(0, index + 1 - len(self._front))))
+        return self._front[index] if index < len(self._front) else None
 
     def drop_first(self) -> None:
         """Remove the first request."""
@@ -71,111 +83,111 @@ class _RequestQueue:
 
 
 class Generator:
-    """The engine over our own decoder. It draws at most one request more than it can start.
+    """The engine over this project's decoder. It draws at most one request more than it can start.
 
-    At most `slots` sequences are in flight, fewer where memory is short. A failed request becomes a completion with an
-    error and the others go on; when a step fails, that is every request in flight. Out of memory fails a request only
-    when nothing else is in flight; otherwise all of them restart, half as many at once.
+    At most `slots` sequences are in flight, fewer if memory is short. A failed prompt becomes a completion with an
+    error, and the others continue. If a step fails, every request in flight fails. If memory runs out with several
+    requests in flight, all of them restart with half as many slots; a single request fails.
 
-    Where possible, a step is launched before the one before it is read, so that the device does not wait for the
-    host. A sequence that a stop id ends has then been decoded one step too many; that step is discarded.
+    Where possible, a step is launched before the previous one is read, so that the device does not wait for the host.
+    A sequence that a stop id ends has then been decoded for one extra step, which is discarded.
     """
 
     def __init__(self, decoder: Decoder, slots: int):
-        self.clock = fresh_clock(*decoder.devices)
+        self.stats = new_stats(*decoder.devices)
         self._decoder = decoder
         self._max_slots = self._slots = slots
         self._max_tokens = self._max_new_tokens = 0  # per slot; 0: nothing is allocated
         self._steps: Steps = EagerSteps(decoder)
-        self._in_flight: _Step | None = None  # launched ahead
+        self._in_flight: _Step | None = None  # launched before the previous step was read
 
     @property
     def slots(self) -> int:
-        """How many sequences may be in flight at once now."""
+        """Return how many sequences may be in flight at once."""
         return self._slots
 
     @torch.inference_mode()
     def reserve(self, max_tokens: int, max_new_tokens: int | None = None) -> None:
         """Allocate for sequences of max_tokens, in as many slots as memory allows.
 
-        max_new_tokens: new tokens among them at most; None: all may be. Without `reserve` each longer request
-        allocates anew.
+        max_new_tokens: the most of them that are new; None: all may be. Without `reserve`, each request that is longer
+        than all before it reallocates the caches.
         """
         self._slots = self._max_slots
         while not self._fits(max_tokens, max_new_tokens or max_tokens) and self._slots > 1:
             self._slots = max(1, self._slots * 3 // 4)
 
     def _fits(self, max_tokens: int, max_new_tokens: int) -> bool:
-        """Allocate, and return whether that leaves enough memory for a prompt's pass."""
+        """Allocate, and return whether that leaves enough memory for the prefill of a prompt."""
         try:
             self._allocate(max_tokens, max_new_tokens)
             devices, needed = self._decoder.devices, self._decoder.prompt_nbytes(max_tokens)
             if self._slots > 1 and any(_free_nbytes(device) <= needed for device in devices):
                 return False
             self._make_steps(max_tokens, max_new_tokens)
-        except torch.OutOfMemoryError:  # a request that is too long fails by itself
+        except torch.OutOfMemoryError:  # with one slot, only the requests that do not fit fail
             self._max_tokens = 0
             return False
         return True
 
-    def reset_clock(self) -> None:
-        """Starts the totals and the peak of GPU memory anew."""
-        self.clock = fresh_clock(*self._decoder.devices)
+    def reset_stats(self) -> None:
+        """Set the totals and the peak of GPU memory to zero."""
+        self.stats = new_stats(*self._decoder.devices)
 
     def session(self) -> dict[str, Any]:
-        """The clock."""
-        return {"clock": asdict(self.clock)}
+        """Return the stats as "clock", their key in run.json."""
+        return {"clock": asdict(self.stats)}
 
-    def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
-        """Yields a completion for every request, in the order in which they end."""
+    def generate(self, requests: Iterable[Request], on_tokens: OnTokens = ignore_tokens) -> Iterator[Completion]:
+        """Yield a completion per request, in the order in which they end."""
         queue = _RequestQueue(requests)
         active: dict[int, _Sequence] = {}
-        self._drain()  # what an earlier call left, that was cut off
+        self._discard_in_flight()  # of an earlier call that its caller did not finish
         while active or queue.peek() is not None:
             short_of_memory = False
             try:
-                while (upcoming := queue.peek()) is not None and self._can_start(upcoming, active):
+                while (request := queue.peek()) is not None and self._can_start(request, active):
                     if self._in_flight is not None:
-                        yield from self._step(active, tick, ahead=False)
+                        yield from self._step(active, on_tokens, ahead=False)
                         continue
-                    started = self._start(upcoming, queue.peek(1), active)
+                    started = self._start(request, queue.peek(1), active)
                     queue.drop_first()
                     if started is None or started.error is None:
-                        tick(1)
+                        on_tokens(1)
                     if started is not None:
                         yield started
-                yield from self._step(active, tick)
+                yield from self._step(active, on_tokens)
             except torch.OutOfMemoryError:
                 short_of_memory = True
-            if short_of_memory:  # only now, since the error holds the frames, and the frames the tensors
+            if short_of_memory:  # outside `except`: the error's frames hold tensors, which would stay allocated
                 self._shrink(queue, active)
 
     def _can_start(self, request: Request, active: dict[int, _Sequence]) -> bool:
-        """Whether a slot is free and long enough; caches are allocated anew only when nothing is in flight."""
+        """Return whether a free slot has capacity. Caches are reallocated only when nothing is in flight."""
         return not active or (len(active) < self._slots and self._has_capacity(request))
 
     def _has_capacity(self, request: Request) -> bool:
         return _num_tokens(request) <= self._max_tokens and request.max_new_tokens <= self._max_new_tokens
 
     def _shrink(self, queue: _RequestQueue, active: dict[int, _Sequence]) -> None:
-        """All in flight start over, half as many at once."""
+        """Requeue all requests in flight, and halve the slots."""
         before, self._slots = self._slots, self._slots // 2
         print(
-            f"Warning: out of memory with up to {before} sequences at a time. Going on with up to {self._slots}.",
+            f"Warning: out of memory with up to {before} sequences at a time. Continuing with up to {self._slots}.",
             file=sys.stderr,
         )
-        queue.put_back([row.request for row in active.values()])
+        queue.put_back([sequence.request for sequence in active.values()])
         active.clear()
-        self._drain()
+        self._discard_in_flight()
         self._max_tokens = 0
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _start(self, request: Request, following: Request | None, active: dict[int, _Sequence]) -> Completion | None:
-        """Prefills a request; returns its completion if it ends at once or fails.
+    def _start(self, request: Request, next_request: Request | None, active: dict[int, _Sequence]) -> Completion | None:
+        """Prefill a request; return its completion if it ends with its first token or fails.
 
-        While the device reads it, what the following one needs is made ready. Raises OutOfMemoryError where fewer slots
+        While the device works, the host plans the attention of the next request. Raises OutOfMemoryError if fewer slots
         could help.
         """
         slot = next(slot for slot in range(self._slots) if slot not in active)
@@ -188,19 +200,19 @@ class Generator:
             began = time.perf_counter()
             token_ids = torch.tensor(request.token_ids, device=self._decoder.device)
             logits = self._decoder.prefill(token_ids, slot)[None]
-            told = TokenReadback(1, logits.device)
-            told.copy(most_likely(logits))
-            if following is not None:
-                with suppress(Exception):  # a prompt that cannot be read will say so itself
-                    self._decoder.warm_attention_plan(len(following.token_ids))
-            first = self._choose([request], [0], logits, told.read(1))[0]
+            readback = TokenReadback(1, logits.device)
+            readback.copy(most_likely(logits))
+            if next_request is not None:
+                with suppress(Exception):  # its own prefill reports the error
+                    self._decoder.warm_attention_plan(len(next_request.token_ids))
+            first = self._pick_tokens([request], [0], logits, readback.read(1))[0]
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) and self._slots > 1:
                 raise
             return self._fail(request, slot, error)
         now = time.perf_counter()
-        self.clock.prefill_tokens += len(request.token_ids)
-        self.clock.prefill_s += now - began
+        self.stats.prefill_tokens += len(request.token_ids)
+        self.stats.prefill_s += now - began
         sequence = _Sequence(request, slot, [first], now - began, now)
         if sequence.finish_reason:
             return self._finish(sequence, now)
@@ -208,114 +220,127 @@ class Generator:
         return None
 
     @torch.inference_mode()
-    def _step(self, active: dict[int, _Sequence], tick: Tick, ahead: bool = True) -> list[Completion]:
-        """One token for every sequence in flight; returns the completions of those that end.
+    def _step(self, active: dict[int, _Sequence], on_tokens: OnTokens, ahead: bool = True) -> list[Completion]:
+        """Decode one token per sequence in flight; return the completions of those that end.
 
-        What is under way is read, for the sequences that it was launched for. ahead: whether the next step may be
-        launched before that. Raises OutOfMemoryError where fewer slots could help.
+        A step that is in flight is read; otherwise one is launched. ahead: whether the next step may be launched before
+        this one is read. Raises OutOfMemoryError if fewer slots could help.
         """
         if not active:
             return []
         began = time.perf_counter()
-        rows = list(active.values())
+        sequences = list(active.values())
         try:
-            step, chosen = self._advance(rows, ahead)
+            step, chosen = self._advance(sequences, ahead)
         except Exception as error:
             self._in_flight = None
             if isinstance(error, torch.OutOfMemoryError) and self._slots > 1:
                 raise
             active.clear()
-            return [self._fail(row.request, row.slot, error) for row in rows]
+            return [self._fail(sequence.request, sequence.slot, error) for sequence in sequences]
         now = time.perf_counter()
-        in_flight = [(row, token_id) for row, token_id in zip(step.rows, chosen, strict=True) if row in rows]
-        for row, token_id in in_flight:  # the others had ended when this was launched
-            row.new_ids.append(token_id)
-        ended = [active.pop(row.slot) for row, _ in in_flight if row.finish_reason]
-        one_too_many = self._in_flight is not None
-        completions = [self._finish(row, now, one_too_many) for row in ended]
+        in_flight = [
+            (sequence, token_id)
+            for sequence, token_id in zip(step.sequences, chosen, strict=True)
+            if sequence in sequences
+        ]
+        for sequence, token_id in in_flight:  # the others ended before this step was read
+            sequence.new_ids.append(token_id)
+        ended = [active.pop(sequence.slot) for sequence, _ in in_flight if sequence.finish_reason]
+        extra_step = self._in_flight is not None
+        completions = [self._finish(sequence, now, extra_step) for sequence in ended]
         if not active:
-            self._drain()
-        # With a step under way, what the ended ones tell is waited for until that is done.
-        self.clock.decode_s += (time.perf_counter() if ended and one_too_many else now) - began
-        self.clock.decode_tokens += len(in_flight)
-        tick(len(in_flight))
+            self._discard_in_flight()
+        # Reading the reports of ended sequences waits for the step in flight, so that time is decode time.
+        self.stats.decode_s += (time.perf_counter() if ended and extra_step else now) - began
+        self.stats.decode_tokens += len(in_flight)
+        on_tokens(len(in_flight))
         return completions
 
-    def _advance(self, rows: list[_Sequence], ahead: bool) -> tuple[_Step, list[int]]:
-        """The step that is under way, or one launched now, and what it chose; before that the next one is launched."""
-        step = self._in_flight or _Step(rows, self._launch(rows))
+    def _advance(self, sequences: list[_Sequence], ahead: bool) -> tuple[_Step, list[int]]:
+        """Return the step in flight, or a new one, and its tokens; launch the next one first if possible."""
+        step = self._in_flight or _Step(sequences, self._launch(sequences))
         self._in_flight = None
-        if ahead and self._continues(step, rows):
+        if ahead and self._can_run_ahead(step, sequences):
             handle = self._steps.submit_next()
-            self._in_flight = None if handle is None else _Step(step.rows, handle)
+            self._in_flight = None if handle is None else _Step(step.sequences, handle)
         return step, self._read(step)
 
-    def _drain(self) -> None:
-        """Waits for a step that nobody wants any more, whatever becomes of it."""
+    def _discard_in_flight(self) -> None:
+        """Wait for the step in flight and discard it, with any error."""
         if self._in_flight is not None:
             with suppress(Exception):
                 self._in_flight.handle.read()
         self._in_flight = None
 
-    def _continues(self, step: _Step, rows: list[_Sequence]) -> bool:
-        """Whether the sequences of a step, before it is read, are known to be those of the next one, with its tokens.
+    def _can_run_ahead(self, step: _Step, sequences: list[_Sequence]) -> bool:
+        """Return whether the next step can be launched before `step` is read.
 
-        Not if one begins or ends with it, or must not take its most likely token; that a stop id ends one is not known.
-        rows: what is in flight now.
+        That step must have the same sequences, and its inputs must be the most likely tokens. So none may have begun
+        since, end by length now, or have masked stop ids. A stop id may end one: that is not known yet. sequences:
+        those in flight now.
         """
-        return rows == step.rows and all(
-            row.request.min_new_tokens <= len(row.new_ids) < row.request.max_new_tokens - 1 for row in step.rows
+        return sequences == step.sequences and all(
+            sequence.request.min_new_tokens <= len(sequence.new_ids) < sequence.request.max_new_tokens - 1
+            for sequence in step.sequences
         )
 
-    def _launch(self, rows: list[_Sequence]) -> StepHandle:
-        newest = [row.new_ids[-1] for row in rows]
-        places = [[row.position for row in rows], [row.slot for row in rows]]
-        return self._steps.launch(torch.tensor([newest, *places]))
+    def _launch(self, sequences: list[_Sequence]) -> StepHandle:
+        newest = [sequence.new_ids[-1] for sequence in sequences]
+        positions, slots = [sequence.position for sequence in sequences], [sequence.slot for sequence in sequences]
+        return self._steps.launch(torch.tensor([newest, positions, slots]))
 
     def _read(self, step: _Step) -> list[int]:
         logits, greedy = step.handle.read()
-        return self._choose([row.request for row in step.rows], [len(row.new_ids) for row in step.rows], logits, greedy)
+        return self._pick_tokens(
+            [sequence.request for sequence in step.sequences],
+            [len(sequence.new_ids) for sequence in step.sequences],
+            logits,
+            greedy,
+        )
 
-    def _choose(
+    def _pick_tokens(
         self, requests: list[Request], produced: list[int], logits: torch.Tensor, greedy: torch.Tensor
     ) -> list[int]:
-        """The `greedy` choice [B] from logits [B, V]; made anew without stop ids for rows below their minimum.
+        """Return the greedy tokens [B] of logits [B, V]; stop ids are masked below a request's min_new_tokens.
 
-        A choice is -1 where the logits are not finite.
+        produced: new tokens of each request so far. A token is -1 if the logits are not finite.
         """
-        for row, (request, count) in enumerate(zip(requests, produced, strict=True)):
-            if count < request.min_new_tokens and greedy[row] >= 0:
-                allowed = logits[row].clone()
+        for index, (request, count) in enumerate(zip(requests, produced, strict=True)):
+            if count < request.min_new_tokens and greedy[index] >= 0:
+                allowed = logits[index].clone()
                 allowed[[stop_id for stop_id in request.stop_ids if stop_id < len(allowed)]] = -torch.inf
-                greedy[row] = most_likely(allowed)
+                greedy[index] = most_likely(allowed)
         chosen: list[int] = greedy.tolist()
         return chosen
 
-    def _finish(self, row: _Sequence, now: float, one_too_many: bool = False) -> Completion:
+    def _finish(self, sequence: _Sequence, now: float, extra_step: bool = False) -> Completion:
         """Return the completion of an ended sequence and free its slot.
 
-        one_too_many: whether a step was launched after the one that ended it.
+        extra_step: whether a step was launched after the one that ended the sequence.
         """
-        if row.finish_reason == "error":
-            self._free(row.slot)
-            return not_finite(row.request, len(row.new_ids) - 1)
+        if sequence.finish_reason == "error":
+            self._free(sequence.slot)
+            return not_finite_completion(sequence.request, len(sequence.new_ids) - 1)
         cache = self._cache()
         try:
-            report = cache.report(row.slot, discard_last_step=one_too_many)
+            report = cache.report(sequence.slot, discard_last_step=extra_step)
         except Exception as error:
-            return self._fail(row.request, row.slot, error)
-        cache.free_slot(row.slot)
-        self.clock.note_memory(*self._decoder.devices)
-        decode_s = now - row.first_token_at
-        return Completion(row.request, row.new_ids, row.finish_reason, row.prefill_s, decode_s, report)
+            return self._fail(sequence.request, sequence.slot, error)
+        cache.free_slot(sequence.slot)
+        self.stats.note_memory(*self._decoder.devices)
+        decode_s = now - sequence.first_token_at
+        return Completion(
+            sequence.request, sequence.new_ids, sequence.finish_reason, sequence.prefill_s, decode_s, report
+        )
 
     def _fail(self, request: Request, slot: int, error: Exception) -> Completion:
         self._free(slot)
-        return failure(request, error)
+        return failed_completion(request, error)
 
     def _free(self, slot: int) -> None:
         if self._max_tokens:
-            self._synchronize()  # what was launched before the failure may still write to the slot
+            self._synchronize()  # steps launched before the failure may still write to the slot
             self._cache().free_slot(slot)
 
     def _cache(self) -> ModelCache:
@@ -324,25 +349,25 @@ class Generator:
 
     def _allocate(self, max_tokens: int, max_new_tokens: int) -> None:
         self._max_tokens = 0
-        self._drain()
+        self._discard_in_flight()
         self._synchronize()  # a step may still use the old caches, whose host memory is freed at once
         self._steps = EagerSteps(self._decoder)  # frees the graphs of the old caches
         self._decoder.allocate(self._slots, max_tokens, max_new_tokens)
 
     def _synchronize(self) -> None:
-        """Wait until the devices have done all that was launched."""
+        """Wait for all work on the devices."""
         for device in self._decoder.devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
     def _make_steps(self, max_tokens: int, max_new_tokens: int) -> None:
-        """Make steps over the allocated caches."""
+        """Prepare decode steps over the allocated caches."""
         self._steps = make_steps(self._decoder, self._slots)
         self._max_tokens, self._max_new_tokens = max_tokens, max_new_tokens
 
 
 def _free_nbytes(device: torch.device) -> float:
-    """Return the bytes that tensors can still take on a device."""
+    """Return the bytes of a device's memory that are free for tensors."""
     if device.type != "cuda":
         return math.inf
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

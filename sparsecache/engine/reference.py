@@ -1,4 +1,4 @@
-"""The same job through transformers' own generate: any architecture, one prompt at a time, vanilla only."""
+"""The engine over transformers' generate: any architecture, one prompt at a time, full cache only."""
 
 import copy
 import time
@@ -17,73 +17,81 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from sparsecache.engine.base import Completion, Request, Tick, failure, fresh_clock, no_tick, not_finite
+from sparsecache.engine.base import (
+    Completion,
+    OnTokens,
+    Request,
+    failed_completion,
+    ignore_tokens,
+    new_stats,
+    not_finite_completion,
+)
 from sparsecache.engine.gguf_file import alone
 from sparsecache.errors import UsageError
 
 
 class TransformersEngine:
-    """Greedy generation by transformers, as the reference for ours."""
+    """Greedy generation by transformers: the reference for this project's engine."""
 
     def __init__(self, model: Any, device: torch.device, **generation: Any):
-        """`model` is a transformers model on the device; `generation`, more fields of its GenerationConfig."""
-        self.clock = fresh_clock(device)
-        self.on_logits: Callable[[torch.Tensor], None] | None = None  # called with each step's logits [1, V]
+        """model: a transformers model on the device. generation: further fields of its GenerationConfig."""
+        self.stats = new_stats(device)
+        self.on_logits: Callable[[torch.Tensor], None] | None = None  # receives each step's logits [1, V]
         self._model, self._device, self._generation = model, device, generation
-        # A checkpoint's own sampling and penalties are not part of greedy decoding.
+        # Greedy decoding ignores the sampling settings and penalties of a checkpoint.
         self._model.generation_config = GenerationConfig()
 
     @classmethod
     def load(
         cls, path: Path, device: torch.device, dtype: torch.dtype, allow_pickle: bool = False, config: Any = None
     ) -> "TransformersEngine":
-        """Loads the checkpoint, with `config` in place of its own configuration if there is one.
+        """Load a checkpoint; config: a configuration to use instead of the checkpoint's own.
 
-        Raises UsageError if transformers cannot without running code from it, or would make up missing weights.
+        Raises UsageError if transformers cannot load it without running its code, or if weights are missing.
         """
         options = {"config": config, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
         try:
             if path.suffix == ".gguf":
-                model, told = _load_gguf(path, options)
+                model, loading_info = _load_gguf(path, options)
             else:
                 config = _with_default_attention(config or AutoConfig.from_pretrained(path, trust_remote_code=False))
                 use_safetensors = None if allow_pickle else True
-                model, told = AutoModelForCausalLM.from_pretrained(
+                model, loading_info = AutoModelForCausalLM.from_pretrained(
                     path, use_safetensors=use_safetensors, **{**options, "config": config}
                 )
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # another shape, a broken file, an architecture that generates no text
+        except Exception as error:  # wrong shapes, a broken file, an architecture that generates no text
             raise UsageError(f"transformers cannot load {path}: {' '.join(str(error).split())}") from error
-        if told["missing_keys"]:
+        if loading_info["missing_keys"]:
             raise UsageError(
-                f"{path} does not fit its config.json: it lacks {', '.join(sorted(told['missing_keys']))}."
+                f"{path} does not fit its config.json: it lacks {', '.join(sorted(loading_info['missing_keys']))}."
             )
         return cls(model.to(device).eval(), device)
 
     def reserve(self, max_tokens: int, max_new_tokens: int | None = None) -> None:
         """Do nothing: transformers allocates per prompt."""
 
-    def reset_clock(self) -> None:
-        """Starts the totals and the peak of GPU memory anew."""
-        self.clock = fresh_clock(self._device)
+    def reset_stats(self) -> None:
+        """Set the totals and the peak of GPU memory to zero."""
+        self.stats = new_stats(self._device)
 
     def session(self) -> dict[str, Any]:
-        """The clock."""
-        return {"clock": asdict(self.clock)}
+        """Return the stats as "clock", their key in run.json."""
+        return {"clock": asdict(self.stats)}
 
-    def generate(self, requests: Iterable[Request], tick: Tick = no_tick) -> Iterator[Completion]:
-        """Yields a completion for every request, in order."""
+    def generate(self, requests: Iterable[Request], on_tokens: OnTokens = ignore_tokens) -> Iterator[Completion]:
+        """Yield a completion per request, in order."""
         for request in requests:
             try:
-                yield self._generate(request, tick)
+                yield self._generate(request, on_tokens)
             except Exception as error:
-                yield failure(request, error)
+                yield failed_completion(request, error)
 
     @torch.inference_mode()
-    def _generate(self, request: Request, tick: Tick) -> Completion:
-        self._forget_lengths()
-        watch = _Watch(self._device, self.on_logits)
+    def _generate(self, request: Request, on_tokens: OnTokens) -> Completion:
+        self._reset_dynamic_rope()
+        observer = _LogitsObserver(self._device, self.on_logits)
         prompt = torch.tensor([request.token_ids], device=self._device)
         began = time.perf_counter()
         generation = GenerationConfig(
@@ -99,34 +107,35 @@ class TransformersEngine:
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 generation_config=generation,
-                logits_processor=LogitsProcessorList([watch]),
+                logits_processor=LogitsProcessorList([observer]),
             )
         except _NotFiniteError:
-            return not_finite(request, watch.new_tokens)
+            return not_finite_completion(request, observer.new_tokens)
         new_ids = output[0, prompt.shape[1] :].tolist()
         ended = time.perf_counter()
-        tick(len(new_ids))
-        self._count(len(request.token_ids), watch.at - began, len(new_ids) - 1, ended - watch.at)
+        prefill_s, decode_s = observer.first_token_at - began, ended - observer.first_token_at
+        on_tokens(len(new_ids))
+        self._count(len(request.token_ids), prefill_s, len(new_ids) - 1, decode_s)
         stopped = new_ids[-1] in request.stop_ids and len(new_ids) > request.min_new_tokens
-        return Completion(request, new_ids, "stop" if stopped else "length", watch.at - began, ended - watch.at)
+        return Completion(request, new_ids, "stop" if stopped else "length", prefill_s, decode_s)
 
-    def _forget_lengths(self) -> None:
-        """Gives rotations that grow with the length their first frequencies back: they may outlast a long prompt."""
+    def _reset_dynamic_rope(self) -> None:
+        """Restore the frequencies of dynamic RoPE, which transformers may keep from an earlier, longer prompt."""
         for module in self._model.modules():
             if getattr(module, "rope_type", None) == "dynamic":
                 module.inv_freq = module.original_inv_freq.to(self._device, copy=True)
                 module.max_seq_len_cached = module.original_max_seq_len
 
     def _count(self, prompt_tokens: int, prefill_s: float, decode_tokens: int, decode_s: float) -> None:
-        self.clock.prefill_tokens += prompt_tokens
-        self.clock.prefill_s += prefill_s
-        self.clock.decode_tokens += decode_tokens
-        self.clock.decode_s += decode_s
-        self.clock.note_memory(self._device)
+        self.stats.prefill_tokens += prompt_tokens
+        self.stats.prefill_s += prefill_s
+        self.stats.decode_tokens += decode_tokens
+        self.stats.decode_s += decode_s
+        self.stats.note_memory(self._device)
 
 
 def _load_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Loads a GGUF file with its weights dequantised, which is the default before transformers 5.23."""
+    """Load a GGUF file with dequantised weights, the default before transformers 5.23."""
     try:
         from transformers import GgufConfig
     except ImportError:
@@ -134,19 +143,19 @@ def _load_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     else:
         options = {**options, "quantization_config": GgufConfig(dequantize=True)}
     with alone(path) as folder:
-        model, told = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, **options)
-    return model, told
+        model, loading_info = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, **options)
+    return model, loading_info
 
 
 class _NotFiniteError(Exception):
     """Logits that are NaN or infinite."""
 
 
-class _Watch(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
-    """Notes when the first logits are there, and stops at logits that are not finite; changes nothing."""
+class _LogitsObserver(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
+    """Records the time of the first logits; raises _NotFiniteError for logits that are not finite. Changes none."""
 
     def __init__(self, device: torch.device, on_logits: Callable[[torch.Tensor], None] | None):
-        self.at = 0.0
+        self.first_token_at = 0.0
         self.new_tokens = -1
         self._device, self._on_logits = device, on_logits
 
@@ -154,17 +163,17 @@ class _Watch(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped 
         self.new_tokens += 1
         if not scores.max().isfinite():  # which also waits for the device
             raise _NotFiniteError
-        if not self.at:
-            self.at = time.perf_counter()
+        if not self.first_token_at:
+            self.first_token_at = time.perf_counter()
         if self._on_logits is not None:
             self._on_logits(scores)
         return scores
 
 
 def _with_default_attention(config: Any) -> Any:
-    """A copy of a configuration whose kernels transformers chooses: sdpa, or eager where a model has no sdpa.
+    """Return a copy of a configuration with transformers' default kernels: sdpa, or eager if a model has no sdpa.
 
-    config.json may name a kernel to be downloaded from the hub, also for a part of the model.
+    config.json may name a kernel to download from the hub, also for a part of the model.
     """
     config = copy.deepcopy(config)
     pending = [config]

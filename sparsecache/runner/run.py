@@ -194,7 +194,7 @@ class _Run:
         saved = time.monotonic()
         if self._expected:
             session["verify"] = verify(engine, self._expected, self.context.dtype, self.settings.method)
-            engine.reset_clock()  # the run's figures are those of its own rows
+            engine.reset_stats()  # the run's figures are those of its own rows
         for together in [datasets] if self.cluster else [[dataset] for dataset in datasets]:
             for _ in self._predict_together(engine, together):
                 if time.monotonic() - saved > _SAVE_EVERY_S:

@@ -59,7 +59,7 @@ def test_float32_text_is_that_of_transformers(
     engine = make_engine(folder, slots, None, torch.float32, GPU)
     assert _texts(engine, _requests()) == expected
     assert max(len(set(tokens)) for tokens in expected.values()) > 20
-    assert engine.clock.peak_gpu_bytes is not None
+    assert engine.stats.peak_gpu_bytes is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

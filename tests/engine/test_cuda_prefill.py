@@ -120,9 +120,9 @@ def test_no_matrix_of_all_scores_of_a_prompt_is_built(
     engine = make_engine(make_checkpoint(), 1, None, torch.bfloat16, GPU)
     length = 30_000
     engine.reserve(length + 1)
-    engine.reset_clock()
+    engine.reset_stats()
     before = torch.cuda.memory_allocated()
     (done,) = engine.generate([Request(0, torch.randint(3, 1024, (length,)).tolist(), 1, ())])
-    assert done.error is None and engine.clock.peak_gpu_bytes is not None
-    assert engine.clock.peak_gpu_bytes - before < length**2 / 2  # one head's scores take four times as much
-    assert engine.clock.peak_gpu_bytes - before < 2 * engine._decoder.prompt_nbytes(length)
+    assert done.error is None and engine.stats.peak_gpu_bytes is not None
+    assert engine.stats.peak_gpu_bytes - before < length**2 / 2  # one head's scores take four times as much
+    assert engine.stats.peak_gpu_bytes - before < 2 * engine._decoder.prompt_nbytes(length)

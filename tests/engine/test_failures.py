@@ -129,12 +129,12 @@ def test_a_failing_request_becomes_an_error_and_leaves_the_others_alone(
 
 
 def test_tokens_of_failed_requests_are_not_counted(folder, make_engine, make_prompts) -> None:
-    engine, ticks = make_engine(folder, 1, _Faulty("prefill", ERRORS[0])), []
+    engine, counts = make_engine(folder, 1, _Faulty("prefill", ERRORS[0])), []
     requests = [Request(key, prompt, 3, ()) for key, prompt in enumerate(make_prompts(BAD, 5))]
-    done = list(engine.generate(requests, ticks.append))
+    done = list(engine.generate(requests, counts.append))
     assert done[0].error and not done[1].error
-    assert sum(ticks) == 3
-    assert engine.clock.prefill_tokens == 5
+    assert sum(counts) == 3
+    assert engine.stats.prefill_tokens == 5
 
 
 def test_caches_that_do_not_fit_are_allocated_anew_request_by_request(folder, make_engine, make_prompts) -> None:

@@ -1,4 +1,4 @@
-"""The generator: stop rules, slots, allocation, and its clock. What it does about failures: test_failures.py."""
+"""The generator: stop rules, slots, allocation, and its stats. What it does about failures: test_failures.py."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -229,18 +229,18 @@ def test_requests_are_taken_one_at_a_time_as_slots_get_free(folder, make_engine,
     assert taken <= 4 + 2 + 1
 
 
-def test_the_clock_adds_up_and_ticks_count_tokens(folder, make_engine, make_prompts) -> None:
+def test_the_stats_add_up_and_the_callback_counts_tokens(folder, make_engine, make_prompts) -> None:
     for slots in (1, 3):
-        engine, ticks = make_engine(folder, slots), []
+        engine, counts = make_engine(folder, slots), []
         engine.reserve(80)
         requests = [Request(key, prompt, 6 + key, ()) for key, prompt in enumerate(make_prompts(30, 5, 60, 8))]
-        done = list(engine.generate(requests, ticks.append))
-        clock = engine.clock
-        assert clock.prefill_tokens == 30 + 5 + 60 + 8
-        assert sum(ticks) == sum(len(completion.token_ids) for completion in done) == 6 + 7 + 8 + 9
-        assert clock.decode_tokens == sum(ticks) - len(requests)
-        assert clock.prefill_s == pytest.approx(sum(completion.prefill_s for completion in done))
-        assert clock.decode_s > 0
+        done = list(engine.generate(requests, counts.append))
+        stats = engine.stats
+        assert stats.prefill_tokens == 30 + 5 + 60 + 8
+        assert sum(counts) == sum(len(completion.token_ids) for completion in done) == 6 + 7 + 8 + 9
+        assert stats.decode_tokens == sum(counts) - len(requests)
+        assert stats.prefill_s == pytest.approx(sum(completion.prefill_s for completion in done))
+        assert stats.decode_s > 0
         if slots == 1:
-            assert clock.decode_s <= sum(completion.decode_s for completion in done)
-        assert clock.peak_gpu_bytes is None
+            assert stats.decode_s <= sum(completion.decode_s for completion in done)
+        assert stats.peak_gpu_bytes is None

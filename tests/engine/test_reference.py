@@ -94,13 +94,13 @@ def test_rows_do_not_depend_on_the_rows_before(rope, make_checkpoint, make_engin
     assert _texts(make_engine(folder), requests) == alone
 
 
-def test_the_clock_and_ticks_count_tokens(make_checkpoint, make_prompts) -> None:
-    engine, ticks = _reference(make_checkpoint()), []
-    done = list(engine.generate(_requests(make_prompts(30, 4)), ticks.append))
-    assert sum(ticks) == sum(len(completion.token_ids) for completion in done) == 2 * NEW_TOKENS
-    assert (engine.clock.prefill_tokens, engine.clock.decode_tokens) == (34, 2 * NEW_TOKENS - 2)
-    assert engine.clock.prefill_s == pytest.approx(sum(completion.prefill_s for completion in done))
-    assert engine.clock.decode_s == pytest.approx(sum(completion.decode_s for completion in done))
+def test_the_stats_and_the_callback_count_tokens(make_checkpoint, make_prompts) -> None:
+    engine, counts = _reference(make_checkpoint()), []
+    done = list(engine.generate(_requests(make_prompts(30, 4)), counts.append))
+    assert sum(counts) == sum(len(completion.token_ids) for completion in done) == 2 * NEW_TOKENS
+    assert (engine.stats.prefill_tokens, engine.stats.decode_tokens) == (34, 2 * NEW_TOKENS - 2)
+    assert engine.stats.prefill_s == pytest.approx(sum(completion.prefill_s for completion in done))
+    assert engine.stats.decode_s == pytest.approx(sum(completion.decode_s for completion in done))
     assert min(completion.prefill_s for completion in done) > 0
 
 

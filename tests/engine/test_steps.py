@@ -163,15 +163,15 @@ def test_text_does_not_depend_on_steps_launched_ahead(
     stops = [text[3 + 2 * at] for at, text in enumerate(texts)]
     requests = [Request(at, prompt, 30 - at, (stops[at],), minimum) for at, prompt in enumerate(prompts)]
     alone = {done.key: done.token_ids for done in make_engine(folder).generate(requests)}
-    launches, ticks = [], []
+    launches, counts = [], []
     for kind in (_Replayed, _NeverAhead):
         made = replayed(kind)
         engine = make_engine(folder, slots)
         engine.reserve(100)
-        assert {done.key: done.token_ids for done in engine.generate(requests, ticks.append)} == alone
-        assert engine.clock.decode_tokens == sum(map(len, alone.values())) - len(alone)
+        assert {done.key: done.token_ids for done in engine.generate(requests, counts.append)} == alone
+        assert engine.stats.decode_tokens == sum(map(len, alone.values())) - len(alone)
         launches.append(sum(len(steps.batches) for steps in made))
-    assert sum(ticks) == 2 * sum(map(len, alone.values()))
+    assert sum(counts) == 2 * sum(map(len, alone.values()))
     assert {len(text) for text in alone.values()} - {30 - at for at in range(len(prompts))}, "some are stopped"
     assert launches[0] > launches[1] if slots == 1 else launches[0] >= launches[1], "some steps went too far"
 

@@ -37,14 +37,14 @@ class _Decoder:
         self.texts: list[list[int]] = []
         self.method: Any = None
 
-    def calibrate(self, token_ids: Tensor, tick: Callable[[int], None]) -> None:
+    def calibrate(self, token_ids: Tensor, on_layer: Callable[[int], None]) -> None:
         self.texts.append(token_ids.tolist())
         generator = torch.Generator().manual_seed(int(token_ids.sum()))
         for layer in range(self.shape.layers):
             size = (self.shape.kv_heads, self.shape.heads // self.shape.kv_heads, 30, self.shape.head_dim)
             q = torch.randn(size, generator=generator)
             self.method.calibrate(layer, q, torch.randn(size[0], *size[2:], generator=generator))
-            tick(1)
+            on_layer(1)
 
 
 def _calibrate(
@@ -293,9 +293,9 @@ def shown(monkeypatch) -> list[int]:
     found: list[int] = []
     real = Decoder.calibrate
 
-    def note(self: Decoder, token_ids: Tensor, tick: Callable[[int], None]) -> None:
+    def note(self: Decoder, token_ids: Tensor, on_layer: Callable[[int], None]) -> None:
         found.append(len(token_ids))
-        real(self, token_ids, tick)
+        real(self, token_ids, on_layer)
 
     monkeypatch.setattr(Decoder, "calibrate", note)
     return found

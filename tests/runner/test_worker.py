@@ -96,7 +96,7 @@ def test_rows_that_come_after_the_last_one_are_done_too(worker) -> None:
     reply = worker.process([(7, first)])
     assert (reply.ticket, len(reply.completion.token_ids)) == (7, first.max_new_tokens)
     reply = worker.process([(9, second)])
-    assert reply.ticket == 9 and reply.clock.prefill_tokens == len(first.token_ids) + len(second.token_ids)
+    assert reply.ticket == 9 and reply.stats.prefill_tokens == len(first.token_ids) + len(second.token_ids)
     assert worker.process([]).completion is None
 
 
