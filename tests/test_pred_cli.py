@@ -214,7 +214,7 @@ def test_a_checkpoint_with_a_sliding_window_is_refused_unless_within(broken, inv
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' are not decoded here. Families: llama"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' are not supported. Supported: llama"),
         ({"model_type": "never-heard-of"}, "never-heard-of"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}}, "RoPE type 'spiral'"),

@@ -101,11 +101,8 @@ class Workers:
         """The sum over all workers, so tokens per second are those of one worker; the peak memory is the highest."""
         all_stats = [handle.stats for handle in self._ended + self._handles]
         peaks = [each.peak_gpu_bytes for each in all_stats if each.peak_gpu_bytes is not None]
-        totals = {
-            field.name: sum(getattr(each, field.name) for each in all_stats)
-            for field in fields(EngineStats)
-            if field.name != "peak_gpu_bytes"
-        }
+        names = [each.name for each in fields(EngineStats) if each.name != "peak_gpu_bytes"]
+        totals = {name: sum(getattr(each, name) for each in all_stats) for name in names}
         return EngineStats(**totals, peak_gpu_bytes=max(peaks, default=None))
 
     def session(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""Reads a checkpoint's config.json as plain JSON and checks its numbers before transformers sees them.
+"""Read a checkpoint's config.json as plain JSON, and check its numbers before transformers reads them.
 
-A size is a loop or an allocation in whatever reads it next (a layer list, an embedding), so one that no checkpoint
-has is refused first, by its field.
+transformers loops over sizes and allocates memory by them. An impossible size is therefore refused first.
 """
 
 import json
@@ -13,11 +12,11 @@ from typing import Any
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import read_file
 
-_MOST_BYTES = 16 * 2**20  # the largest config.json known is 0.1 MiB
+_MAX_BYTES = 16 * 2**20  # the largest known config.json has 0.1 MiB
 
-# Field: largest value. Far above any checkpoint, far below what takes a minute or a gigabyte to reach.
+# Largest value per field: far above any checkpoint, and far below what takes a minute or a gigabyte.
 _LAYERS, _WIDTH, _HEADS, _TOKENS = 4096, 2**20, 2**14, 2**26
-_MOST = {
+_MAX_VALUES = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "block_count"), _LAYERS),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_length"), _WIDTH),
     **dict.fromkeys(("intermediate_size", "feed_forward_length"), 4 * _WIDTH),
@@ -29,40 +28,44 @@ _MOST = {
     "original_max_position_embeddings": 2**31,
     "rope.scaling.original_context_length": 2**31,
 }
-_POSITIVE = {
+_POSITIVE_FIELDS = {
     "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rope_theta", "rope_condense_ratio",
     "factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "short_factor",
     "long_factor", "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor",
 }  # fmt: skip
+_HEAD_FIELDS = (
+    ("num_attention_heads", "num_key_value_heads"),
+    ("attention.head_count", "attention.head_count_kv"),  # GGUF
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises UsageError for a file that is missing, too large, broken or no object."""
+    """Read a JSON object. Raises UsageError for a file that is missing, too large, invalid or not an object."""
     try:
-        value = json.loads(read_file(path, _MOST_BYTES))
-    except (ValueError, RecursionError) as error:  # broken, not UTF-8, nested too deep, numbers of 5,000 digits
-        raise UsageError(f"{path} is no valid JSON ({one_line(error)}). Download it again.") from error
+        value = json.loads(read_file(path, _MAX_BYTES))
+    except (ValueError, RecursionError) as error:  # invalid, not UTF-8, nested too deep, numbers of 5,000 digits
+        raise UsageError(f"{path} is not valid JSON ({one_line(error)}). Download it again.") from error
     if not isinstance(value, dict):
-        raise UsageError(f"{path} holds {type(value).__name__} where a JSON object belongs. Download it again.")
+        raise UsageError(f"{path} holds {type(value).__name__} instead of a JSON object. Download it again.")
     return value
 
 
 def check_sizes(config: Mapping[str, Any], source: str) -> None:
-    """Raises UsageError, naming `source` and the field, for a size or a constant that no model can have.
+    """Raise UsageError for a size or a constant that no model can have.
 
-    `config` is a config.json or the fields of a GGUF header without the architecture's prefix. Values of other types
-    than numbers are left to transformers, which checks them.
+    config: a config.json, or the fields of a GGUF header without the architecture's prefix. source: the file, for
+    errors. transformers checks values that are not numbers.
     """
     for field, value in _fields(config):
         name = field.rsplit("/", 1)[-1]
         for number in value if isinstance(value, list) else [value]:
             if type(number) not in (int, float):
                 continue
-            if name in _MOST and not 1 <= number <= _MOST[name]:
-                raise UsageError(f"{source} states {field} = {number!r}. Allowed: 1 to {_MOST[name]}.")
-            if name in _POSITIVE and not (math.isfinite(number) and number > 0):
+            if name in _MAX_VALUES and not 1 <= number <= _MAX_VALUES[name]:
+                raise UsageError(f"{source} states {field} = {number!r}. Allowed: 1 to {_MAX_VALUES[name]}.")
+            if name in _POSITIVE_FIELDS and not (math.isfinite(number) and number > 0):
                 raise UsageError(f"{source} states {field} = {number!r}. It must be a finite number above 0.")
-    for heads, kv_heads in (("num_attention_heads", "num_key_value_heads"), _GGUF_HEADS):
+    for heads, kv_heads in _HEAD_FIELDS:
         queries, keys = config.get(heads), config.get(kv_heads)
         if type(queries) is int and type(keys) is int and queries % keys:
             raise UsageError(f"{source} states {heads} = {queries}, which {kv_heads} = {keys} does not divide.")
@@ -70,11 +73,8 @@ def check_sizes(config: Mapping[str, Any], source: str) -> None:
         raise UsageError(f"{source} states head_dim = {config['head_dim']}. RoPE needs an even one.")
 
 
-_GGUF_HEADS = ("attention.head_count", "attention.head_count_kv")
-
-
 def _fields(config: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Every field, those of nested objects as outer/inner."""
+    """Yield every field and its value; fields of nested objects are named outer/inner."""
     for name, value in config.items():
         if isinstance(value, Mapping) and depth < 8:
             yield from _fields(value, f"{prefix}{name}/", depth + 1)

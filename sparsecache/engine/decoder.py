@@ -1,6 +1,6 @@
-"""One forward pass: a prompt into a slot, or one token per slot for several slots.
+"""The forward pass of a model: prefill of a prompt into a slot, or one decode step of several slots.
 
-Knows weights and tokens. Keys and values belong to the caches of a ModelCache, and nothing here depends on the method.
+The caches of a ModelCache hold keys and values. Nothing here depends on the cache method.
 """
 
 from collections.abc import Callable
@@ -20,15 +20,15 @@ from sparsecache.kernels.linear import add_linear, linear, linear_rope, swiglu
 from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, rotate, split_and_rotate
 
-_CHUNK = 8192  # tokens
+_CHUNK = 8192  # tokens of a prompt in one SwiGLU
 TakeLayer = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class Decoder:
-    """A model: an architecture, its weights and its rotations, and a method that makes the caches of its layers.
+    """A model: its architecture, weights and RoPE, and the cache method of its layers.
 
-    device: where token ids go in. devices: all that the layers lie on, in order; logits come from the last. cache: the
-    caches, None before `allocate`.
+    device: of the embedding and of token ids. devices: those of the layers, in order; logits are on the last. cache:
+    the caches, None before `allocate`.
     """
 
     def __init__(self, architecture: Architecture, weights: Weights, rope: Rope, method: CacheMethod):
@@ -47,9 +47,9 @@ class Decoder:
 
     @property
     def graphable(self) -> bool:
-        """Whether a step may be captured in a CUDA graph. `allocate` comes first."""
-        alone = self.device.type == "cuda" and len(self.devices) == 1
-        return alone and uses_kernels(self.device) and self._rope.graphable and self._layers_cache().graphable
+        """Return whether a step may be captured in a CUDA graph. Requires `allocate`."""
+        on_one_gpu = self.device.type == "cuda" and len(self.devices) == 1
+        return on_one_gpu and uses_kernels(self.device) and self._rope.graphable and self._layers_cache().graphable
 
     def allocate(self, slots: int, max_tokens: int, max_new_tokens: int) -> None:
         """Allocate caches for `slots` sequences of at most max_tokens tokens; earlier ones are freed first."""
@@ -59,9 +59,9 @@ class Decoder:
         )
 
     def prefill(self, token_ids: Tensor, slot: int) -> Tensor:
-        """Run a prompt, token_ids: [L], into a free slot; return the last token's logits [V].
+        """Prefill a prompt, token_ids: [L], into a free slot; return the last token's logits [V].
 
-        Attention over the prompt is dense and exact, and no L x L tensor is built.
+        Attention over the prompt is dense and exact. No L x L tensor is built.
         """
         cache = self._layers_cache()
         hidden = self._prompt(token_ids, lambda layer, q, k, v: cache.layers[layer].prefill(slot, q, k, v))
@@ -69,16 +69,16 @@ class Decoder:
         return self._lm_head(hidden)[0]
 
     def warm_attention_plan(self, tokens: int) -> None:
-        """Let cuDNN plan the attention of a prompt of so many tokens, on the host, unless it has.
+        """Let cuDNN plan the attention over a prompt of this length on the host, unless it is planned.
 
-        That runs the attention of one layer once, over arbitrary values.
+        It runs the attention of one layer once, over arbitrary values.
         """
         shape = self.shape
         for device in self.devices:
             warm_attention_plan(tokens, shape.heads, shape.kv_heads, shape.head_dim, device, self.dtype)
 
     def calibrate(self, token_ids: Tensor, on_layer: Callable[[int], None]) -> None:
-        """Run a text, token_ids: [L], and give the method each layer's queries and keys; keep nothing.
+        """Run a text, token_ids: [L], and pass each layer's queries and keys to the method. Caches nothing.
 
         on_layer: called with 1 after each layer.
         """
@@ -104,7 +104,7 @@ class Decoder:
             x = linear(out.flatten(1), layer.output, layer.output_bias, residual=x)
             self._speculate(index + 1, "residual", x, rotation, slots)
             x = linear(self._mlp_hidden(x, layer), layer.down, layer.down_bias, residual=x)
-        caches.end_step(all_slots)  # beside the projection to the vocabulary
+        caches.end_step(all_slots)  # on a side stream, while the head runs
         logits = self._lm_head(x)
         caches.join()
         return logits
@@ -112,7 +112,7 @@ class Decoder:
     def _speculate(
         self, index: int, source: SpeculationSource, hidden: Tensor, rotation: Rotation, slots: Tensor
     ) -> None:
-        """Give layer `index`'s cache the hidden state of the layer before, if it speculates from it."""
+        """Pass a hidden state of the layer before to layer `index`'s cache, if it speculates from `source`."""
         caches = self._layers_cache().layers
         if index == len(caches) or caches[index].speculation_source != source:
             return
@@ -124,14 +124,14 @@ class Decoder:
             return self._qkv_rope(x, query_weights, Rotation(cos, sin))[:, :, None]
 
         caches[index].speculate(hidden, ProjectQuery(project, (cos, sin)), slots)
-        _to_layer_device(self._weights.layers[index - 1])  # kernels run there again
+        _to_layer_device(self._weights.layers[index - 1])  # the layer before continues on its device
 
     def query_nbytes(self, layer: int) -> int:
-        """Return the bytes of a layer's query weights, which a speculated query reads once more per step."""
+        """Return the bytes of a layer's query weights, which speculation reads a second time per step."""
         return self._query_weights[layer].qkv.nbytes
 
     def _layers_cache(self) -> ModelCache:
-        assert self.cache is not None, "allocate comes first"
+        assert self.cache is not None, "call allocate first"
         return self.cache
 
     def _qkv(self, normed: Tensor, layer: LayerWeights, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +142,7 @@ class Decoder:
         return q, k, v
 
     def _qkv_rope(self, normed: Tensor, layer: LayerWeights, rotation: Rotation) -> Tensor:
-        """As `_heads`, with queries and keys rotated."""
+        """Project [N, hidden] as `_heads`, and rotate queries and keys."""
         num_rotated = self.shape.heads + self.shape.kv_heads
         if layer.q_norm is None:
             return linear_rope(normed, layer.qkv, layer.qkv_bias, rotation, num_rotated)
@@ -159,14 +159,14 @@ class Decoder:
         return torch.cat((self._normed(q, layer.q_norm), self._normed(k, layer.k_norm), v), dim=1)
 
     def prompt_nbytes(self, tokens: int) -> int:
-        """Return about how many bytes a prompt's pass takes at its peak, beside weights and caches."""
+        """Return an estimate of the peak bytes of a prefill, without weights and caches."""
         shape = self.shape
         hidden, intermediate = self._weights.embedding.shape[1], len(self._weights.layers[0].gate_up)
         per_token = 2 * hidden + 2 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         return self.dtype.itemsize * (tokens * per_token + 2 * min(tokens, _CHUNK) * (intermediate + 2 * hidden))
 
     def _prompt(self, token_ids: Tensor, take: TakeLayer) -> Tensor:
-        """Return the last token's hidden state [1, hidden] of token_ids [L]; `take` gets each layer's q, k, v."""
+        """Return the last token's hidden state [1, hidden]; take: receives each layer's q, k and v."""
         positions = torch.arange(len(token_ids), device=self.device)
         rotation = self._rope.cos_sin(positions, positions[-1:] + 1, self.dtype)
         x = self._weights.embedding[token_ids]  # [L, hidden]
@@ -176,9 +176,9 @@ class Decoder:
             is_last = index == len(self._weights.layers) - 1
             heads = self._prompt_attention(index, x, rotation, take, num_queries=1 if is_last else len(x))
             x = x[-len(heads) :]
-            # In chunks, since the hidden layer of a SwiGLU is several times as wide as everything else.
-            for rows, of_rows in zip(torch.split(x, _CHUNK), torch.split(heads, _CHUNK), strict=True):
-                add_linear(rows, of_rows, layer.output, layer.output_bias)
+            # In chunks, since the hidden layer of the SwiGLU takes several times the memory of x.
+            for rows, head_rows in zip(torch.split(x, _CHUNK), torch.split(heads, _CHUNK), strict=True):
+                add_linear(rows, head_rows, layer.output, layer.output_bias)
                 add_linear(rows, self._mlp_hidden(rows, layer), layer.down, layer.down_bias)
         return x
 
@@ -210,7 +210,7 @@ def _query_rows(layer: LayerWeights, rows: int) -> LayerWeights:
 
 
 def _to_layer_device(layer: LayerWeights, *tensors: Tensor) -> list[Tensor]:
-    """Return the tensors on the layer's device, where kernels then run: copies where a model is split before it."""
+    """Return the tensors on the layer's device, copied if the model is split there; make it the current device."""
     device = layer.qkv.device
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)

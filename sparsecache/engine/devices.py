@@ -1,4 +1,4 @@
-"""Finds the devices that an engine decodes on, and names them."""
+"""Find the devices that an engine decodes on, and name them."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from sparsecache.errors import UsageError
 
 
 def find_device(name: str) -> torch.device:
-    """Returns the device that `--device` names. Raises UsageError if torch does not see it."""
+    """Return the device that `--device` names. Raises UsageError if torch does not see it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -16,7 +16,7 @@ def find_device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name!r} is no device to decode on. Allowed: auto, cpu, cuda, cuda:<number>.")
+        raise UsageError(f"--device {name!r} cannot be decoded on. Allowed: auto, cpu, cuda, cuda:<number>.")
     found = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= found:
         raise UsageError(f"--device {name} does not exist: torch sees {found} GPUs. Use --device cpu.")
@@ -24,7 +24,7 @@ def find_device(name: str) -> torch.device:
 
 
 def find_devices(first: torch.device, count: int, option: str) -> list[torch.device]:
-    """Returns `count` devices from `first` on. Raises UsageError, naming `option`, if torch sees fewer."""
+    """Return `count` devices, beginning with `first`. Raises UsageError, naming `option`, if torch sees fewer."""
     if count == 1:
         return [first]
     found, start = torch.cuda.device_count(), first.index or 0
@@ -37,7 +37,7 @@ def find_devices(first: torch.device, count: int, option: str) -> list[torch.dev
 
 
 def gpu_name(devices: Sequence[torch.device]) -> str | None:
-    """Returns the name of the GPU, with a count if the model is split over several; None for a CPU."""
+    """Return the name of the GPU, with a count if the model is split over several; None for a CPU."""
     if devices[0].type != "cuda":
         return None
     name: str = torch.cuda.get_device_name(devices[0])

@@ -1,8 +1,9 @@
-"""GGUF files: metadata and tensors, checked against the file's size before any of it is used.
+"""Read GGUF files: the header, checked against the file's size, and the tensors, one at a time.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Configuration and tokenizer come from
-transformers' own GGUF support; this module reads the header itself because a damaged one can keep other readers
-busy for hours, and reads the weights one at a time.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The configuration and the tokenizer come from
+transformers' GGUF support. The header is parsed here, since a damaged one can keep other readers busy for hours.
+
+In one file because the parser and the reader of tensors share the constants of the format.
 """
 
 import contextlib
@@ -28,16 +29,16 @@ from sparsecache.files import open_regular
 
 _SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _VERSIONS = (2, 3)
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_LONGEST_KEPT = 4096  # elements; longer arrays are the vocabulary, which transformers reads
-_MOST_DIMENSIONS = 4  # of a ggml tensor
-_PLAIN = {0: np.float32, 1: np.float16}  # ggml types
+_MAX_ARRAY = 4096  # elements; longer arrays are the vocabulary, which transformers reads
+_MAX_DIMENSIONS = 4  # of a ggml tensor
+_UNQUANTISED_TYPES = {0: np.float32, 1: np.float16}  # ggml types
 
-# The architectures that our own engine decodes, and how llama.cpp names their tensors.
+# The architectures that this project's engine decodes, and llama.cpp's tensor names with transformers' names.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_LAYER = {
+_TOP_LEVEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -55,7 +56,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where a tensor lies. shape is in torch's order; start is a byte offset in the file."""
+    """A tensor's place in a file. shape: in torch's order. start: byte offset in the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -66,7 +67,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """The header of a GGUF file. metadata holds no array over 4,096 elements and no array of strings."""
+    """The header of a GGUF file. metadata: without arrays of strings or of more than 4,096 elements."""
 
     path: Path
     metadata: dict[str, Any]
@@ -75,16 +76,16 @@ class GGUFHeader:
 
     @property
     def architecture(self) -> str:
-        """llama.cpp's name of the architecture."""
+        """Return llama.cpp's name of the architecture."""
         return str(self.metadata["general.architecture"])
 
     def get(self, key: str) -> Any:
-        """The value of the architecture's own `key`; None without one."""
+        """Return the value of `ARCHITECTURE.key`; None if the file does not state it."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
     @property
     def quantization(self) -> str:
-        """The file's type, such as Q4_K_M, as llama.cpp names it."""
+        """Return llama.cpp's name of the file's quantisation, such as Q4_K_M."""
         from gguf import LlamaFileType
 
         try:
@@ -93,8 +94,8 @@ class GGUFHeader:
             return "unknown"
 
 
-def check_for_gguf() -> None:
-    """Raises UsageError, saying how to install them, without the packages that GGUF files need."""
+def check_gguf_packages() -> None:
+    """Raise UsageError, with the install command, if packages that GGUF files need are missing."""
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
@@ -104,15 +105,15 @@ def check_for_gguf() -> None:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Reads and checks the header. Raises UsageError for a split, damaged, foreign or unsupported file."""
+    """Read and check the header. Raises UsageError for a split or damaged file, or one of another format."""
     if _SPLIT_NAME.search(path.name):
-        raise _split(path)
-    check_for_gguf()
+        raise _split_file_error(path)
+    check_gguf_packages()
     try:
         with open_regular(path) as file:
             start = file.read(4)
             if start != b"GGUF":
-                raise UsageError(f"{path} is no GGUF file: it starts with {start!r}, not b'GGUF'.")
+                raise UsageError(f"{path} is not a GGUF file: it starts with {start!r}, not b'GGUF'.")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 header = _Parser(path, data).header()
     except (struct.error, ValueError, OverflowError) as error:  # OSError is left to the command line
@@ -121,28 +122,27 @@ def read_header(path: Path) -> GGUFHeader:
             f"checks what it downloads."
         ) from error
     if header.metadata.get("split.count", 0) not in (0, 1):
-        raise _split(path)
+        raise _split_file_error(path)
     return header
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[Path]:
-    """A folder with a link to the file and nothing else: transformers also reads what lies beside the file it loads."""
+def isolated_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder with only a link to the file, since transformers also reads files beside the one it loads."""
     with tempfile.TemporaryDirectory(prefix="sparsecache-") as folder:
         (Path(folder) / path.name).symlink_to(path.resolve())
         yield Path(folder)
 
 
 def open_tensors(header: GGUFHeader) -> dict[str, StoredTensor]:
-    """The tensors by transformers' names. Raises UsageError for an architecture that is not decoded here.
+    """Return the tensors by transformers' names. Raises UsageError for an unsupported architecture.
 
-    Reading one dequantises it to float32, as the package gguf does, and puts llama's permuted query and key rows
-    into transformers' order.
+    Reading a tensor dequantises it to float32 with the package gguf. The permuted query and key rows of llama files
+    are put into transformers' order.
     """
     if header.architecture not in ARCHITECTURES:
         raise UsageError(
-            f"{header.path} holds the GGUF architecture {header.architecture!r}. Decoded from GGUF are: "
-            f"{', '.join(ARCHITECTURES)}."
+            f"{header.path} holds the GGUF architecture {header.architecture!r}. Supported: {', '.join(ARCHITECTURES)}."
         )
     data = np.memmap(header.path, mode="r")
     permuted = {"attn_q": header.get("attention.head_count")}
@@ -158,45 +158,48 @@ def open_tensors(header: GGUFHeader) -> dict[str, StoredTensor]:
 
 
 def transformers_name(name: str) -> str:
-    """The name of a dense decoder's tensor in transformers; any other name as it is."""
+    """Return transformers' name of a dense decoder's tensor; other names are unchanged."""
     stem, _, kind = name.rpartition(".")
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{kind}"
-    if (match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)) and match[2] in _IN_LAYER:
-        return f"model.layers.{match[1]}.{_IN_LAYER[match[2]]}.{kind}"
+    if stem in _TOP_LEVEL_NAMES:
+        return f"{_TOP_LEVEL_NAMES[stem]}.{kind}"
+    if (match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)) and match[2] in _LAYER_NAMES:
+        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{kind}"
     return name
 
 
-def rope_parameters(header: GGUFHeader, plain: dict[str, Any]) -> dict[str, Any]:
-    """transformers' rope_parameters of the file; `plain` are those without scaling.
+def rope_parameters(header: GGUFHeader, unscaled: dict[str, Any]) -> dict[str, Any]:
+    """Return transformers' rope_parameters of a file; unscaled: the parameters without scaling.
 
-    transformers (to 5.24 at least) drops both forms of scaling that GGUF has: the keys rope.scaling.*, and the
-    tensor rope_freqs.weight of Llama 3.1 and later. Raises UsageError for scaling that cannot be expressed.
+    transformers, up to 5.24 at least, drops both forms of scaling in GGUF: the keys rope.scaling.*, and the tensor
+    rope_freqs.weight of Llama 3.1 and later. Raises UsageError for scaling of another kind.
     """
     kind = header.get("rope.scaling.type") or "none"
     factors = next((tensor for tensor in header.tensors if tensor.name == _ROPE_FACTORS), None)
     if factors is not None:
-        return {**plain, **_llama3(header, factors, plain)}
+        return {**unscaled, **_llama3_parameters(header, factors, unscaled)}
     if kind == "none":
-        return plain
+        return unscaled
     factor = header.get("rope.scaling.factor")
     if kind == "linear" and factor:
-        return {**plain, "rope_type": "linear", "factor": float(factor)}
+        return {**unscaled, "rope_type": "linear", "factor": float(factor)}
     if kind == "yarn" and factor:
         original = header.get("rope.scaling.original_context_length") or header.get("context_length")
         return {
-            **plain,
+            **unscaled,
             "rope_type": "yarn",
             "factor": float(factor),
             "original_max_position_embeddings": int(original),
         }
     raise UsageError(
-        f"{header.path} scales RoPE by {kind!r}, factor {factor!r}. Read from GGUF are linear and yarn, with a factor."
+        f"{header.path} scales RoPE by {kind!r}, factor {factor!r}. Supported in GGUF: linear and yarn, with a factor."
     )
 
 
-def _llama3(header: GGUFHeader, stored: GGUFTensor, plain: dict[str, Any]) -> dict[str, Any]:
-    """The parameters that Llama 3.1, 3.2 and 3.3 were published with, if they give the stored factors."""
+def _llama3_parameters(header: GGUFHeader, stored: GGUFTensor, unscaled: dict[str, Any]) -> dict[str, Any]:
+    """Return the published parameters of Llama 3.1 to 3.3 if they give the stored factors.
+
+    Raises UsageError if they do not.
+    """
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -211,14 +214,14 @@ def _llama3(header: GGUFHeader, stored: GGUFTensor, plain: dict[str, Any]) -> di
         "original_max_position_embeddings": 8192,
     }
     size = {"hidden_size": 2 * len(factors), "num_attention_heads": 1, "num_key_value_heads": 1}
-    base = {"rope_theta": plain["rope_theta"]}
+    base = {"rope_theta": unscaled["rope_theta"]}
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(**size, rope_parameters={**base, **llama3}), "cpu")
     exponents = torch.arange(0, 2 * len(factors), 2, dtype=torch.float32) / (2 * len(factors))
-    unscaled = 1.0 / base["rope_theta"] ** exponents
-    if not torch.allclose(unscaled / scaled, factors, rtol=1e-3):
+    frequencies = 1.0 / base["rope_theta"] ** exponents
+    if not torch.allclose(frequencies / scaled, factors, rtol=1e-3):
         raise UsageError(
-            f"{header.path} holds rope_freqs.weight that are not those of Llama 3.1 to 3.3. Other frequency factors "
-            f"are not decoded here. Use the checkpoint's safetensors."
+            f"{header.path} holds a rope_freqs.weight that is not that of Llama 3.1 to 3.3. Other frequency "
+            f"factors are not supported. Use the checkpoint's safetensors."
         )
     return llama3
 
@@ -228,7 +231,7 @@ def _read(data: Any, tensor: GGUFTensor, heads: int | None) -> Tensor:
 
     raw = data[tensor.start : tensor.start + tensor.nbytes]
     kind = GGMLQuantizationType(tensor.ggml_type)
-    values = raw.view(_PLAIN[kind]) if kind in _PLAIN else dequantize(raw, kind)
+    values = raw.view(_UNQUANTISED_TYPES[kind]) if kind in _UNQUANTISED_TYPES else dequantize(raw, kind)
     found = torch.from_numpy(np.array(values, dtype=np.float32).reshape(tensor.shape))
     if heads:
         rows = found.shape[0] // heads
@@ -236,7 +239,7 @@ def _read(data: Any, tensor: GGUFTensor, heads: int | None) -> Tensor:
     return found
 
 
-def _split(path: Path) -> UsageError:
+def _split_file_error(path: Path) -> UsageError:
     return UsageError(
         f"{path} is one part of a split GGUF file. Join the parts with llama.cpp's gguf-split --merge and pass the "
         f"joined file."
@@ -244,7 +247,7 @@ def _split(path: Path) -> UsageError:
 
 
 class _Parser:
-    """Reads the header field by field. Raises ValueError or struct.error where the file contradicts itself."""
+    """Reads the header field by field. Raises ValueError or struct.error if the file is inconsistent."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data, self.at = path, data, 4
@@ -274,7 +277,7 @@ class _Parser:
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._text()
         (count,) = self._unpack("I")
-        if not 1 <= count <= _MOST_DIMENSIONS:
+        if not 1 <= count <= _MAX_DIMENSIONS:
             raise ValueError(f"tensor {name!r} has {count} dimensions")
         shape = tuple(reversed(self._unpack(f"{count}Q")))
         return name, shape, *self._unpack("IQ")
@@ -306,16 +309,16 @@ class _Parser:
         return self.data[self.at - length : self.at]
 
     def _value(self, kind: int) -> Any:
-        if kind in _SCALARS:
-            return self._unpack(_SCALARS[kind])[0]
+        if kind in _SCALAR_FORMATS:
+            return self._unpack(_SCALAR_FORMATS[kind])[0]
         if kind == _STRING:
             return self._text()
         if kind != _ARRAY:
             raise ValueError(f"a field has the unknown type {kind}")
         element, count = self._unpack("IQ")
-        if element in _SCALARS:
-            raw = self._skip(count * struct.calcsize(f"<{_SCALARS[element]}"))
-            return list(struct.unpack(f"<{count}{_SCALARS[element]}", raw)) if count <= _LONGEST_KEPT else None
+        if element in _SCALAR_FORMATS:
+            raw = self._skip(count * struct.calcsize(f"<{_SCALAR_FORMATS[element]}"))
+            return list(struct.unpack(f"<{count}{_SCALAR_FORMATS[element]}", raw)) if count <= _MAX_ARRAY else None
         if element != _STRING:
             raise ValueError(f"an array has elements of type {element}")
         for _ in range(count):

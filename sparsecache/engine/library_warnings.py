@@ -1,27 +1,27 @@
-"""Passes the warnings of transformers on to the user, each once and on one line, without those that never matter."""
+"""Show the warnings of transformers to the user, each once and on one line, without irrelevant ones."""
 
 import logging
 import sys
 
 from transformers.utils import logging as transformers_logging
 
-_NOISE = (
-    "sequence length is longer than the specified maximum",  # the window is checked here
-    "generation flags are not valid",  # decoding is greedy whatever generation_config.json says
+_IRRELEVANT = (
+    "sequence length is longer than the specified maximum",  # this project checks the window
+    "generation flags are not valid",  # decoding is always greedy
     "Setting `pad_token_id`",
 )
 
 
 def show_library_warnings() -> None:
-    """Shows what transformers warns of on stderr, at its own level (TRANSFORMERS_VERBOSITY), and no progress bars."""
+    """Show transformers' warnings on stderr, at the level of TRANSFORMERS_VERBOSITY; turn off progress bars."""
     logger = logging.getLogger("transformers")
-    if not any(isinstance(handler, _Handler) for handler in logger.handlers):
+    if not any(isinstance(handler, _WarningHandler) for handler in logger.handlers):
         transformers_logging.disable_default_handler()
-        logger.addHandler(_Handler(logging.WARNING))
+        logger.addHandler(_WarningHandler(logging.WARNING))
     transformers_logging.disable_progress_bar()
 
 
-class _Handler(logging.Handler):
+class _WarningHandler(logging.Handler):
     """Writes each message once."""
 
     def __init__(self, level: int):
@@ -30,6 +30,6 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = " ".join(record.getMessage().split())
-        if message not in self._shown and not any(noise in message for noise in _NOISE):
+        if message not in self._shown and not any(text in message for text in _IRRELEVANT):
             self._shown.add(message)
             print(f"Warning: transformers: {message}", file=sys.stderr)

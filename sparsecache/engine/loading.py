@@ -1,6 +1,6 @@
-"""A checkpoint: its configuration, tokenizer, stop ids, window and fingerprint, and how its weights are loaded.
+"""Load a checkpoint: its configuration, tokenizer, stop ids, context window, fingerprint and weights.
 
-A checkpoint is a folder in Hugging Face format or a GGUF file. No code from it is run.
+A checkpoint is a folder in Hugging Face format or a GGUF file. Code from a checkpoint is never run.
 """
 
 import hashlib
@@ -18,7 +18,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from sparsecache.engine import model_registry
 from sparsecache.engine.config_checks import check_sizes, read_json
 from sparsecache.engine.families.base import Architecture
-from sparsecache.engine.gguf_file import ARCHITECTURES, GGUFHeader, alone, open_tensors, read_header, rope_parameters
+from sparsecache.engine.gguf_file import (
+    ARCHITECTURES,
+    GGUFHeader,
+    isolated_folder,
+    open_tensors,
+    read_header,
+    rope_parameters,
+)
 from sparsecache.engine.stored import StoredTensor
 from sparsecache.engine.tokenization import find_stop_ids, load_tokenizer
 from sparsecache.engine.weight_files import find_weight_files
@@ -29,10 +36,10 @@ from sparsecache.errors import UsageError, one_line
 from sparsecache.files import open_regular
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in model_registry.DTYPES}
-_DESCRIPTIONS = (".json", ".model", ".jinja", ".tiktoken")
-_VOCABULARY = ("merges.txt", "vocab.txt", "vocab.bpe")
-_TEMPLATES = "additional_chat_templates"  # a folder that tokenizers read, too
-_GGUF_FIELDS = {
+_DESCRIPTION_SUFFIXES = (".json", ".model", ".jinja", ".tiktoken")
+_VOCABULARY_FILES = ("merges.txt", "vocab.txt", "vocab.bpe")
+_TEMPLATE_FOLDER = "additional_chat_templates"  # tokenizers read it too
+_REQUIRED_GGUF_FIELDS = {
     "block_count",
     "context_length",
     "embedding_length",
@@ -48,7 +55,7 @@ class Checkpoint:
     """A Hugging Face checkpoint folder or a GGUF file, read without running any code from it."""
 
     def __init__(self, path: Path, allow_pickle: bool = False):
-        """Reads the configuration only. Raises UsageError for one that transformers does not know."""
+        """Read the configuration only. Raises UsageError for one that transformers does not know."""
         self.path = path
         self._allow_pickle = allow_pickle
         self.gguf: GGUFHeader | None = read_header(path) if path.suffix == ".gguf" else None
@@ -65,24 +72,24 @@ class Checkpoint:
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             _apply_condensed_rope(self.config)
-        except Exception as error:  # refused by transformers' own checks of each field
+        except Exception as error:  # transformers checks each field
             raise UsageError(
                 f"{self.config_source} describes no model that transformers can build: {one_line(error)}"
             ) from error
 
     @property
     def model_type(self) -> str:
-        """The `model_type` of the configuration."""
+        """Return the `model_type` of the configuration."""
         return str(self.config.model_type)
 
     @property
     def window(self) -> int | None:
-        """Tokens that prompt and answer may take together; None if the configuration does not say."""
+        """Return the context window in tokens; None if the configuration does not state one."""
         return context_window(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the configuration states; bfloat16 if it states none."""
+        """Return the dtype that the configuration states; bfloat16 if it states none."""
         stated = str(getattr(self.config, "dtype", None) or torch.bfloat16).removeprefix("torch.")
         if stated not in DTYPES:
             raise UsageError(f"{self.config_source} states dtype {stated}. Choose --dtype {', '.join(DTYPES)}.")
@@ -90,38 +97,38 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer. Raises UsageError if transformers cannot make one."""
+        """Return the tokenizer. Raises UsageError if it cannot be loaded."""
         return load_tokenizer(self.path)
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """Token ids that end a text (tokenization.find_stop_ids)."""
+        """Return the token ids that end generation (tokenization.find_stop_ids)."""
         return find_stop_ids(self.path, self.config, self.tokenizer)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration, the tokenizer, the chat templates and the weights that are loaded.
+        """Return a SHA-256 over the configuration, the tokenizer, the chat templates and the weights.
 
-        Of a file over 4 MiB only the size and 65 blocks of 64 KiB, spread evenly from the first to the last, are
-        read, so that large checkpoints do not cost a minute each start: a small change between them goes unseen.
-        The header of a GGUF file, which is its configuration and tokenizer, is read whole.
+        Of a file over 4 MiB only the size and 65 evenly spaced blocks of 64 KiB are read, since hashing a large
+        checkpoint would take a minute at each start. A small change between two blocks is not detected. The header of a
+        GGUF file, which holds its configuration and tokenizer, is read in full.
         """
         digest = hashlib.sha256()
         if self.gguf is not None:
-            digest.update(_sampled(self.path, whole=self.gguf.data_start))
+            digest.update(_sampled_digest(self.path, whole=self.gguf.data_start))
             return digest.hexdigest()
         weights = {path.name for path in self._weight_files()}
-        for path in [*sorted(self.path.iterdir()), *sorted((self.path / _TEMPLATES).glob("*.jinja"))]:
-            described = path.name in weights or path.name in _VOCABULARY or path.suffix in _DESCRIPTIONS
-            if described and path.is_file():
+        for path in [*sorted(self.path.iterdir()), *sorted((self.path / _TEMPLATE_FOLDER).glob("*.jinja"))]:
+            is_part = path.name in weights or path.name in _VOCABULARY_FILES or path.suffix in _DESCRIPTION_SUFFIXES
+            if is_part and path.is_file():
                 digest.update(f"{path.relative_to(self.path)}\0{path.stat().st_size}\0".encode())
-                digest.update(_sampled(path))
+                digest.update(_sampled_digest(path))
         return digest.hexdigest()
 
     def check_format(self, engine: str) -> None:
-        """Raises UsageError, saying what they are, for weights that the engine cannot load as the numbers they mean.
+        """Raise UsageError, naming the format, for weights that an engine cannot decode, such as quantised ones.
 
-        Reads the configuration and file names only. `engine` is sparsecache or transformers.
+        Reads the configuration and file names only. engine: "sparsecache" or "transformers".
         """
         if self.gguf is not None:
             return
@@ -131,7 +138,7 @@ class Checkpoint:
             raise UsageError(problem)
 
     def check_vocabulary(self) -> None:
-        """Raises UsageError for tokens that the tokenizer can produce and the embedding has no row for."""
+        """Raise UsageError if the tokenizer has token ids beyond the rows of the embedding."""
         rows = getattr(self.config.get_text_config(), "vocab_size", None)
         beyond = sorted((at, token) for token, at in self.tokenizer.get_vocab().items() if rows and at >= rows)
         if beyond:
@@ -143,9 +150,9 @@ class Checkpoint:
             )
 
     def check_weights(self, architecture: Architecture | None) -> None:
-        """Compares names, shapes and dtypes of the stored tensors with the configuration; reads no data.
+        """Compare names, shapes and dtypes of the stored tensors with the configuration; read no values.
 
-        `architecture` is None for transformers' engine, which checks names itself. Raises UsageError for what differs.
+        architecture: None for transformers' engine, which checks names itself. Raises UsageError if they differ.
         """
         tensors = self._open()
         if architecture is not None:
@@ -165,9 +172,9 @@ class Checkpoint:
     def load(
         self, architecture: Architecture, device: torch.device | Sequence[torch.device], dtype: torch.dtype
     ) -> Weights:
-        """All weights on the device, or the layers in equal parts on several.
+        """Load all weights to a device, or the layers to several devices in equal parts.
 
-        Raises UsageError for a tensor that is missing, unexpected, misshapen or quantised.
+        Raises UsageError for a tensor that is missing, unexpected, quantised or of the wrong shape.
         """
         self.check_format("sparsecache")
         devices = [device] if isinstance(device, torch.device) else device
@@ -196,22 +203,22 @@ def _check_model_type(source: Path, raw: dict[str, Any]) -> None:
 
 
 def _gguf_config(header: GGUFHeader) -> Any:
-    """transformers' configuration of a GGUF file, with the scaling of RoPE that transformers leaves out."""
+    """Return transformers' configuration of a GGUF file, with the RoPE scaling that transformers drops."""
     prefix = f"{header.architecture}."
     own = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
-    if header.architecture in ARCHITECTURES and (missing := sorted(_GGUF_FIELDS - own.keys())):
-        # transformers would take the values of another model for them
+    if header.architecture in ARCHITECTURES and (missing := sorted(_REQUIRED_GGUF_FIELDS - own.keys())):
+        # transformers would silently use defaults
         raise UsageError(f"{header.path} does not state {prefix}{f', {prefix}'.join(missing)}. Download it again.")
     check_sizes(own, str(header.path))
     try:
-        with alone(header.path) as folder:
+        with isolated_folder(header.path) as folder:
             config = AutoConfig.from_pretrained(folder, gguf_file=header.path.name)
-    except Exception as error:  # an architecture that transformers does not know, or a missing or wrong field
+    except Exception as error:  # an unknown architecture, or a missing or wrong field
         from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
         raise UsageError(
-            f"{header.path} holds the GGUF architecture {header.architecture!r}, of which transformers "
-            f"{transformers.__version__} makes no configuration ({one_line(error)}). Architectures it knows: "
+            f"{header.path} holds the GGUF architecture {header.architecture!r}, which transformers "
+            f"{transformers.__version__} cannot configure ({one_line(error)}). Supported architectures: "
             f"{', '.join(sorted({*GGUF_SUPPORTED_ARCHITECTURES} - {'general', 'tokenizer'}))}."
         ) from error
     rope = getattr(config, "rope_parameters", None)
@@ -224,14 +231,14 @@ def _gguf_config(header: GGUFHeader) -> Any:
 
 
 def _apply_condensed_rope(config: Any) -> None:
-    """LongChat's own spelling of linear scaling, which transformers does not read."""
+    """Apply `rope_condense_ratio`, LongChat's name for linear RoPE scaling, which transformers ignores."""
     ratio = getattr(config, "rope_condense_ratio", None)
     if ratio and config.rope_parameters.get("rope_type", "default") == "default":
         config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": float(ratio)}
 
 
-def _sampled(path: Path, whole: int = 0) -> bytes:
-    """A digest of the file, sampled if it is large; its first `whole` bytes count in full."""
+def _sampled_digest(path: Path, whole: int = 0) -> bytes:
+    """Return a SHA-256 of a file, sampled if it is large; its first `whole` bytes are read in full."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""Which checkpoint a `--model` value means: a folder, a GGUF file, a table of configs/models.toml, or a hub id."""
+"""Find the checkpoint of a `--model` value: a folder, a GGUF file, a name in configs/models.toml, or a hub id."""
 
 import os
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from sparsecache.configs import project_dir, read_tables
 from sparsecache.errors import UsageError, one_line
 
 DTYPES = ("bfloat16", "float16", "float32")
-_SHORTEST = 32  # tokens; below that, no prompt of LongBench keeps its question
-_LONGEST = 2**31
+_MIN_LENGTH = 32  # tokens; a shorter window cuts the question off every LongBench prompt
+_MAX_LENGTH = 2**31
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint's address and settings (configs/models.toml says what each field means)."""
+    """The location and settings of a checkpoint. configs/models.toml describes the fields."""
 
     name: str
     path: Path | None = None
@@ -34,32 +34,32 @@ class Model:
 
 
 def model_names() -> list[str]:
-    """The names of all tables of models.toml."""
+    """Return the names of all tables of models.toml."""
     return [name for name in _tables() if name != "default"]
 
 
 def find_model(text: str) -> Model:
-    """The model that `--model` names.
+    """Return the model of a `--model` value.
 
-    A GGUF file or a folder comes first, then a table's name, then anything with one slash as a hub id. A plain name
-    of a table with a `path` (demo) is that table, and a folder hides a hub table's name only if it is a checkpoint. A
-    file, folder or hub id whose last part is a table's name, or the last part of a table's `hub`, takes that table's
-    settings. Raises UsageError, listing the names, for anything else.
+    The value is, in this order, an existing GGUF file or folder, the name of a table, or a hub id with one slash. Two
+    exceptions: the name of a table with a `path` (demo) always means that table, and a folder with the name of a hub
+    table counts only if it is a checkpoint. A file, folder or hub id takes the settings of the table whose name, or
+    last part of `hub`, is its own last part. Raises UsageError, with the names, for anything else.
     """
     path, tables = Path(text), _tables()
     is_name = text in tables and text != "default"
     if text.endswith(".gguf") and os.path.lexists(text):
-        return _of_gguf(path)
+        return _gguf_model(path)
     if text and path.is_dir() and not (is_name and ("path" in tables[text] or not _is_checkpoint(path))):
         if not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
             if len(files) > 1:
                 raise UsageError(
                     f"{path} holds {len(files)} GGUF files ({', '.join(file.name for file in files[:4])}"
-                    f"{', ...' * (len(files) > 4)}). Pass the one that is meant: --model {files[0]}."
+                    f"{', ...' * (len(files) > 4)}). Pass one of them, such as --model {files[0]}."
                 )
-            return _of_gguf(files[0])
-        name = os.path.basename(os.path.abspath(path))  # the name as typed, where it is a link
-        return _with_settings(name, _table_of(name), path=path, hub=None)
+            return _gguf_model(files[0])
+        name = os.path.basename(os.path.abspath(path))  # without resolving links
+        return _with_settings(name, _find_table(name), path=path, hub=None)
     if is_name:
         local = project_dir() / tables[text]["path"] if "path" in tables[text] else None
         return _with_settings(text, text, path=local, hub=tables[text].get("hub"))
@@ -69,15 +69,15 @@ def find_model(text: str) -> Model:
         )
     if text.count("/") == 1 and all(text.split("/")) and not text.startswith((".", "/", "~")):
         name = text.split("/")[1]
-        return _with_settings(name, _table_of(name), path=None, hub=text)
+        return _with_settings(name, _find_table(name), path=None, hub=text)
     raise UsageError(
         f"--model {text!r} is neither a folder, nor a .gguf file, nor a name of configs/models.toml "
         f"({', '.join(model_names())}), nor a hub id (owner/name)."
     )
 
 
-def _of_gguf(path: Path) -> Model:
-    return _with_settings(path.stem, _table_of(path.stem), path=path, hub=None)
+def _gguf_model(path: Path) -> Model:
+    return _with_settings(path.stem, _find_table(path.stem), path=path, hub=None)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -90,9 +90,10 @@ _PICKLES = ["*.bin"]
 
 
 def checkpoint_folder(model: Model, offline: bool, *, weights: bool = False, allow_pickle: bool = False) -> Path:
-    """The folder of a model's files, or its GGUF file; downloaded from the hub if need be (never with `offline`).
+    """Return a model's folder or GGUF file; a hub model is downloaded unless it is cached.
 
-    Without `weights` only what describes the checkpoint is fetched. Raises UsageError if the download fails.
+    offline: do not download. weights: fetch weights too, not only configuration and tokenizer. Raises UsageError if the
+    download fails.
     """
     if model.path is not None:
         return model.path
@@ -107,19 +108,19 @@ def checkpoint_folder(model: Model, offline: bool, *, weights: bool = False, all
                 revision=model.revision,
                 local_files_only=offline,
                 allow_patterns=patterns,
-                ignore_patterns=["*/*", "consolidated*"],  # the same weights once more, in other formats
+                ignore_patterns=["*/*", "consolidated*"],  # the same weights in other formats
             )
         )
-    except Exception as error:  # the client's many failures (network, status, gate, cache) all mean: not there
-        way_out = "Run once without --offline" if offline else "Check the name, the network and your access"
+    except Exception as error:  # network, HTTP status, gated repository or cache
+        hint = "Run once without --offline" if offline else "Check the name, the network and your access"
         raise UsageError(
-            f"Could not download the checkpoint {model.hub} ({one_line(error)}). {way_out}, or pass the path of a "
+            f"Could not download the checkpoint {model.hub} ({one_line(error)}). {hint}, or pass the path of a "
             f"folder or .gguf file as --model."
         ) from error
 
 
-def _table_of(name: str) -> str | None:
-    """The table whose name or hub's last part is `name`; a table with a `path` describes that folder only."""
+def _find_table(name: str) -> str | None:
+    """Return the table whose name, or last part of `hub`, is `name`. Tables with a `path` do not count."""
     for key, table in _tables().items():
         if key != "default" and "path" not in table and name in (key, table.get("hub", "").split("/")[-1]):
             return key
@@ -129,7 +130,7 @@ def _table_of(name: str) -> str | None:
 def _with_settings(name: str, key: str | None, *, path: Path | None, hub: str | None) -> Model:
     tables = _tables()
     table = dict(tables[key]) if key else {}
-    if hub != table.get("hub"):  # the same name elsewhere: another repository has other revisions
+    if hub != table.get("hub"):  # a revision belongs to its repository
         table.pop("revision", None)
     arguments = {**tables.get("default", {}).get("chat_template_args", {}), **table.get("chat_template_args", {})}
     return Model(**{**table, "name": name, "table": key, "path": path, "hub": hub, "chat_template_args": arguments})
@@ -140,11 +141,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_length(value: Any) -> bool:
-    return type(value) is int and _SHORTEST <= value <= _LONGEST
+    return type(value) is int and _MIN_LENGTH <= value <= _MAX_LENGTH
 
 
-# What each field of a table must be.
-_LENGTH = (_is_length, f"a whole number from {_SHORTEST} to {_LONGEST}")
+# Per field of a table: the check of its value, and what is allowed.
+_LENGTH = (_is_length, f"a whole number from {_MIN_LENGTH} to {_MAX_LENGTH}")
 _TEXT = (_is_text, "a text")
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "path": _TEXT,
@@ -165,7 +166,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _tables() -> dict[str, dict[str, Any]]:
-    """The tables of models.toml. Raises UsageError for a broken file, an unknown field or a wrong value."""
+    """Return the tables of models.toml. Raises UsageError for a broken file, an unknown field or a wrong value."""
     try:
         tables = read_tables("models.toml")
     except (OSError, ValueError, RecursionError) as error:  # missing, not UTF-8, not TOML

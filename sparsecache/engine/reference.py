@@ -26,7 +26,7 @@ from sparsecache.engine.base import (
     new_stats,
     not_finite_completion,
 )
-from sparsecache.engine.gguf_file import alone
+from sparsecache.engine.gguf_file import isolated_folder
 from sparsecache.errors import UsageError
 
 
@@ -142,7 +142,7 @@ def _load_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
         pass
     else:
         options = {**options, "quantization_config": GgufConfig(dequantize=True)}
-    with alone(path) as folder:
+    with isolated_folder(path) as folder:
         model, loading_info = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, **options)
     return model, loading_info
 

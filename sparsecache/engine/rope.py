@@ -1,7 +1,7 @@
-"""Rotary position embedding for any position, of every type that transformers initialises.
+"""Rotary position embedding (RoPE) of every type that transformers initialises.
 
-The frequencies come from transformers' own initialisation; what is ours is that nothing is remembered between
-calls: a row's rotation depends on its position and its sequence's length, never on what was decoded before.
+The frequencies come from transformers' initialisation. Unlike transformers', this implementation keeps no state between
+calls: a rotation depends on the position and the sequence's length only.
 """
 
 from typing import Any
@@ -17,12 +17,12 @@ from sparsecache.kernels.rotation import Rotation
 class Rope:
     """The rotations of one model.
 
-    Types `dynamic` and `longrope` have frequencies that follow the sequence's length, as they do in
-    transformers: keys keep the rotation they were written with.
+    The frequencies of types `dynamic` and `longrope` depend on the sequence's length, as in transformers. A key keeps
+    the rotation with which it was stored.
     """
 
     def __init__(self, config: Any, device: torch.device):
-        """`config` is a transformers configuration. Raises UsageError for a rotation of another kind."""
+        """config: a transformers configuration. Raises UsageError for an unknown type and for partial rotation."""
         self._config = config
         self._device = device
         self._parameters: dict[str, Any] = dict(config.rope_parameters)
@@ -31,13 +31,15 @@ class Rope:
             known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
             raise UsageError(f"RoPE type {self.type!r} of the checkpoint is unknown. Known: {known}.")
         if self._parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UsageError("The checkpoint rotates a part of each head only, which no family here does.")
+            raise UsageError(
+                "The checkpoint rotates only a part of each head (partial_rotary_factor), which is not supported."
+            )
         self._base, self._scaling = self._initialise(None)
         if self.type == "longrope":
             self._long, _ = self._initialise(self._original_window + 1)
 
     def cos_sin(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Rotation:
-        """Cosines and sines [N, D] for positions [N] of sequences that are lengths [N] or [1] tokens long by now."""
+        """Return cosines and sines [N, D] of positions [N]; lengths: [N] or [1], the sequences' tokens so far."""
         angles = positions[:, None] * self._frequencies(lengths)
         tables = angles.cos(), angles.sin()
         if self._scaling != 1:
@@ -46,11 +48,11 @@ class Rope:
 
     @property
     def graphable(self) -> bool:
-        """Whether rotations can be made without the host looking at positions."""
+        """Return whether rotations need no synchronisation with the host, and so fit a CUDA graph."""
         return self.type != "dynamic"
 
     def _frequencies(self, lengths: Tensor) -> Tensor:
-        """[D], the second half as the first, or one row of [D] for each length where they follow it."""
+        """Return frequencies [D], or [N, D] if they depend on the length; the second half repeats the first."""
         if self.type == "longrope":
             return torch.where((lengths > self._original_window)[:, None], self._long, self._base)
         if self.type == "dynamic":
@@ -67,7 +69,7 @@ class Rope:
         return int(self._parameters["original_max_position_embeddings"])
 
     def _initialise(self, length: int | Tensor | None) -> tuple[Tensor, float]:
-        """Frequencies [D] float32, the second half as the first, and what cosines and sines are multiplied by."""
+        """Return frequencies [D] float32, the second half repeating the first, and the factor of cos and sin."""
         if self.type != "default":
             frequencies, scaling = ROPE_INIT_FUNCTIONS[self.type](self._config, self._device, seq_len=length)
             return frequencies.to(self._device, torch.float32).repeat(2), float(scaling)

@@ -1,4 +1,4 @@
-"""Decode steps: CUDA graphs where the decoder allows it, else operation by operation."""
+"""Decode steps: captured as CUDA graphs where the decoder allows it, else launched operation by operation."""
 
 import gc
 import math
@@ -32,9 +32,9 @@ class Steps(Protocol):
         """Launch a step from token ids, positions and slots: [3, B] on the CPU."""
 
     def submit_next(self) -> StepHandle | None:
-        """Launch the step after the latest one before that is read: the same sequences, its most likely tokens.
+        """Launch the step after the latest one, before that is read: same sequences, its most likely tokens.
 
-        Returns None, and does nothing, where that is not possible.
+        Returns None, and does nothing, if that is not possible.
         """
 
 
@@ -43,7 +43,7 @@ def most_likely(logits: Tensor) -> Tensor:
 
     -1 is a valid index of the embedding, so a step that was launched ahead may read it.
     """
-    blocks = math.gcd(logits.shape[-1], _BLOCKS) if logits.device.type == "cuda" else 1  # a program reduces a block
+    blocks = math.gcd(logits.shape[-1], _BLOCKS) if logits.device.type == "cuda" else 1  # a GPU program per block
     best, token_ids = blocked_max(logits, blocks)
     return torch.where(best.abs() < torch.inf, token_ids, -1)
 
@@ -62,7 +62,7 @@ def make_steps(decoder: Decoder, slots: int) -> Steps:
 
 
 class EagerStep(NamedTuple):
-    """A step whose operations were launched one by one; reading it waits by itself."""
+    """A step that was launched operation by operation."""
 
     logits: Tensor
     greedy: Tensor
@@ -84,7 +84,7 @@ class EagerSteps:
         return EagerStep(logits, most_likely(logits))
 
     def submit_next(self) -> None:
-        """Return None: with so many launches the host cannot be ahead of the device."""
+        """Return None: launching so many operations takes the host as long as the device."""
 
 
 class TokenReadback:
@@ -110,11 +110,12 @@ class TokenReadback:
 
 @dataclass(eq=False)
 class _Graph:
-    """A captured step of some batch size.
+    """The captured step of one batch size.
 
-    inputs: [3, size] on the device; a replay leaves in them those of the next step: its most likely tokens, one
-    position on. readbacks: where tokens are copied to, of one step and the next by turns. latest: positions and slots
-    of the latest replay; next_inputs: the inputs that it leaves, where the host knows them.
+    inputs: [3, size] on the device: token ids, positions, slots. A replay overwrites them with the inputs of the next
+    step: its most likely tokens, at the next positions. readbacks: host copies of the tokens, for alternate steps.
+    latest: positions and slots [2, B] of the latest replay. next_inputs: `inputs` after it, None if the host has not
+    read them.
     """
 
     graph: Any
@@ -127,7 +128,7 @@ class _Graph:
 
 @dataclass(eq=False)
 class _Replay:
-    """A replayed step. places: positions and slots, [2, B]."""
+    """A replayed step. places: its positions and slots, [2, B]."""
 
     graph: _Graph
     readback: TokenReadback
@@ -143,7 +144,7 @@ class _Replay:
 
 
 class GraphedSteps:
-    """One CUDA graph per batch size among 1, 2, 4, ... and `slots`; a graph is good for any sequence length.
+    """One CUDA graph per batch size 1, 2, 4, ... and `slots`. A graph serves any sequence length.
 
     A smaller batch is padded with free slots, which a LayerCache must allow.
     """
@@ -154,14 +155,14 @@ class GraphedSteps:
         self._latest: _Graph | None = None
         sizes = sorted({*(2**power for power in range(slots.bit_length())), slots}, reverse=True)
         self._graphs: dict[int, _Graph] = {}
-        for size in sizes:  # the largest first: the others fit into its memory
+        for size in sizes:  # the largest first: the others reuse its memory
             self._graphs[size] = self._capture(size)
 
     def launch(self, inputs: Tensor) -> StepHandle:
         """As Steps.launch."""
         rows = inputs.shape[1]
         graph = self._graphs[min(size for size in self._graphs if size >= rows)]
-        known, graph.next_inputs = graph.next_inputs, None  # unknown again, should the replay be interrupted
+        known, graph.next_inputs = graph.next_inputs, None  # unknown until read, also if the replay is interrupted
         if known is None or not torch.equal(known, inputs):
             graph.inputs.copy_(self._padded(inputs, graph.inputs.shape[1]))
         return self._replay(graph, inputs[1:])
@@ -206,7 +207,7 @@ class GraphedSteps:
         return _Graph(graph, inputs, logits, (TokenReadback(size, inputs.device), TokenReadback(size, inputs.device)))
 
     def _run(self, inputs: Tensor) -> Tensor:
-        """Run one step and leave in `inputs` those of the next; return logits [size, V]."""
+        """Run one step and overwrite `inputs` with those of the next; return logits [size, V]."""
         logits = self._decoder.step(*inputs)
         inputs[0] = most_likely(logits)
         inputs[1] += 1
@@ -215,7 +216,7 @@ class GraphedSteps:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Keep Python from freeing an earlier engine's pinned memory within, which would end a capture with an error."""
+    """Disable garbage collection: freeing an earlier engine's pinned memory would make a capture fail."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

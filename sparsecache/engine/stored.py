@@ -1,4 +1,4 @@
-"""A tensor in a file."""
+"""A tensor in a file that is read on demand."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Shape and dtype of a stored tensor; `read` returns its values."""
+    """The shape and dtype of a stored tensor. read: returns its values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

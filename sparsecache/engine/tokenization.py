@@ -1,8 +1,8 @@
-"""The tokenizer of a checkpoint folder, and the token ids that end a text.
+"""Load the tokenizer of a checkpoint, and find the token ids that end generation.
 
-A `tokenizer.json` is read by the `tokenizers` library alone: the classes of transformers rebuild parts of it by the
-name in tokenizer_config.json, and differently from release to release. transformers gives what stands beside it: chat
-template and names of special tokens. Folders without a tokenizer.json get the tokenizer that transformers makes.
+The `tokenizers` library alone reads a `tokenizer.json`, since transformers' classes rebuild parts of it depending on
+the class in tokenizer_config.json and on the release. transformers reads the chat template and the names of special
+tokens. Folders without a tokenizer.json get transformers' own tokenizer.
 """
 
 from functools import cached_property
@@ -13,11 +13,11 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, BatchEncoding, GenerationConfig, PreTrainedTokenizerFast
 
-from sparsecache.engine.gguf_file import alone
+from sparsecache.engine.gguf_file import isolated_folder
 from sparsecache.errors import UsageError, one_line
 
-_TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
-_PROBES = (
+_END_OF_TURN_TOKENS = ("<|eot_id|>", "<|im_end|>")
+_PROBE_TEXTS = (
     "Question: which of the towns has a mill? Don't say I'LL, they'd ask.",
     "  two  spaces,   three\n\n\nand lines\t\tand tabs \r\n ",
     " 1 22 333 4444 55555 1,234.50 17:45 12% 2024-07-26",
@@ -28,19 +28,19 @@ _PROBES = (
 
 
 class Tokenizer:
-    """A tokenizer.json, read by the `tokenizers` library, with the chat template and token names of transformers.
+    """The tokenizer of a tokenizer.json, with the chat template and special tokens that transformers reads.
 
-    Text becomes ids, and ids text, exactly as that library has it, without the truncation and padding that may be
-    stored in the file. The methods have the names and arguments of a transformers tokenizer.
+    It encodes and decodes exactly as the `tokenizers` library, without the truncation and padding that the file may
+    state. Its methods have the names and arguments of a transformers tokenizer.
     """
 
     def __init__(self, path: Path, hf_tokenizer: Any):
-        """`path` is the tokenizer.json; `hf_tokenizer` is transformers' tokenizer of its folder."""
+        """path: the tokenizer.json. hf_tokenizer: transformers' tokenizer of its folder."""
         self._path, self._hf_tokenizer = path, hf_tokenizer
         self._encoder = tokenizers.Tokenizer.from_file(str(path))
         self._encoder.no_truncation()
         self._encoder.no_padding()
-        # Set by transformers where it takes the regex for a wrong one: True if tokenizer_config.json asks for the fix.
+        # Set by transformers if it detects the incorrect regex: True if tokenizer_config.json asks for the correct one.
         self._mistral_regex_fixed: bool | None = getattr(hf_tokenizer.backend_tokenizer, "fix_mistral_regex", None)
         if self._mistral_regex_fixed:
             self._encoder.pre_tokenizer = hf_tokenizer.backend_tokenizer.pre_tokenizer
@@ -48,59 +48,61 @@ class Tokenizer:
         self.bos_token_id = self._id_of(hf_tokenizer.bos_token)
         self.eos_token_id = self._id_of(hf_tokenizer.eos_token)
         self.chat_template: Any = hf_tokenizer.chat_template
-        self._skipped = {*hf_tokenizer.all_special_ids}
+        self._special_ids = {*hf_tokenizer.all_special_ids}
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._encoder.token_to_id(token)
 
     def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> BatchEncoding:
-        """Returns the ids as `input_ids`; `verbose` is accepted and ignored."""
+        """Return the ids as `input_ids`; `verbose` is ignored."""
         return BatchEncoding({"input_ids": self.encode(text, add_special_tokens=add_special_tokens)})
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Returns the token ids of a text."""
+        """Return the token ids of a text."""
         ids: list[int] = self._encoder.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        """Returns the text of token ids; special are those of tokenizer.json and of transformers' token names."""
+        """Return the text of token ids. tokenizer.json and transformers both name special tokens."""
         if skip_special_tokens:
-            token_ids = [token_id for token_id in token_ids if token_id not in self._skipped]
+            token_ids = [token_id for token_id in token_ids if token_id not in self._special_ids]
         text: str = self._encoder.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def get_vocab(self) -> dict[str, int]:
-        """Returns the ids of all tokens, added ones included."""
+        """Return the ids of all tokens, with added ones."""
         vocabulary: dict[str, int] = self._encoder.get_vocab(with_added_tokens=True)
         return vocabulary
 
     def convert_ids_to_tokens(self, token_ids: list[int]) -> list[str | None]:
-        """Returns the token of each id; None for an id that there is not."""
+        """Return the token of each id; None for an unknown id."""
         return [self._encoder.id_to_token(token_id) for token_id in token_ids]
 
     def get_chat_template(self) -> str:
-        """Returns the chat template; of several named ones the default. Raises ValueError if there is none."""
+        """Return the chat template, the default of several. Raises ValueError if there is none."""
         template: str = self._hf_tokenizer.get_chat_template()
         return template
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """Renders a conversation to text, or to token ids with `tokenize=True`."""
+        """Render a conversation to text, or to token ids with `tokenize=True`."""
         tokenize = options.pop("tokenize", True)
         text = self._hf_tokenizer.apply_chat_template(conversation, tokenize=False, **options)
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     @cached_property
     def missing_tokens(self) -> list[str]:
-        """Tokens that tokenizer_config.json or its class adds, and that tokenizer.json reads as other ids."""
+        """Return tokens that tokenizer_config.json or its class adds and tokenizer.json does not know."""
         added: dict[str, int] = self._hf_tokenizer.added_tokens_encoder
         return [token for token, at in added.items() if at not in self.encode(token, add_special_tokens=False)]
 
     @cached_property
     def notes(self) -> list[str]:
-        """What a user should know of how texts are tokenized."""
+        """Return warnings for the user about tokenization."""
         notes = []
-        theirs = [self._hf_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in _PROBES]
-        if theirs != [self.encode(text, add_special_tokens=False) for text in _PROBES]:
+        hf_ids = [
+            self._hf_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in _PROBE_TEXTS
+        ]
+        if hf_ids != [self.encode(text, add_special_tokens=False) for text in _PROBE_TEXTS]:
             label = type(self._hf_tokenizer).__name__
             notes.append(
                 f"transformers' {label} tokenizes some texts differently from {self._path}. "
@@ -108,9 +110,9 @@ class Tokenizer:
             )
         if self._mistral_regex_fixed is False:
             notes.append(
-                f"transformers takes the regex of {self._path} for the incorrect one that some Mistral checkpoints "
-                f'ship. Prompts get the ids of tokenizer.json as it is. Add "fix_mistral_regex": true to '
-                f"tokenizer_config.json to use the correct regex."
+                f"transformers detects in {self._path} the incorrect regex that some Mistral checkpoints ship. "
+                f"Prompts get the ids of tokenizer.json as it is. To use the correct regex, add "
+                f'"fix_mistral_regex": true to tokenizer_config.json.'
             )
         if self.encode("x")[-1:] == [self.eos_token_id]:
             notes.append(
@@ -120,9 +122,9 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Loads the tokenizer of a folder or a GGUF file: a Tokenizer if there is a tokenizer.json, else transformers' own.
+    """Load the tokenizer of a folder or GGUF file: a Tokenizer of the tokenizer.json, or else transformers' own.
 
-    Raises UsageError if there is none that can be loaded without running code from the folder.
+    Raises UsageError if none can be loaded without running code from the folder.
     """
     if path.suffix == ".gguf":
         return _load_from_gguf(path)
@@ -137,7 +139,7 @@ def load_tokenizer(path: Path) -> Any:
             hf_tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         return Tokenizer(file, hf_tokenizer)
     except Exception as error:  # whatever a broken tokenizer file raises
-        raise UsageError(f"{path} holds no tokenizer that can be loaded: {one_line(error)}") from error
+        raise UsageError(f"Could not load a tokenizer from {path}: {one_line(error)}") from error
 
 
 def _check_sentencepiece(path: Path) -> None:
@@ -152,22 +154,23 @@ def _check_sentencepiece(path: Path) -> None:
 def _installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:  # its parent is not there
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def _load_from_gguf(path: Path) -> Any:
     try:
-        with alone(path) as folder:
+        with isolated_folder(path) as folder:
             return AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
     except Exception as error:  # whatever a broken file raises
-        raise UsageError(f"{path} holds no tokenizer that can be loaded: {one_line(error)}") from error
+        raise UsageError(f"Could not load a tokenizer from {path}: {one_line(error)}") from error
 
 
 def find_stop_ids(path: Path, config: Any, tokenizer: Any) -> list[int]:
-    """Returns the ids that end a turn: generation_config's eos, the tokenizer's eos, <|eot_id|> and <|im_end|>.
+    """Return the ids that end a turn: generation_config's eos, the tokenizer's eos, <|eot_id|> and <|im_end|>.
 
-    Without a generation_config.json its eos is the one of `config`, as in transformers.
+    Without a generation_config.json, the eos of `config` is used, as in transformers. Raises UsageError for an
+    eos_token_id that is not a token id.
     """
     if (path / "generation_config.json").is_file():
         stated = _read_generation_config(path).eos_token_id
@@ -179,7 +182,7 @@ def find_stop_ids(path: Path, config: Any, tokenizer: Any) -> list[int]:
         raise UsageError(f"{path} states eos_token_id {wrong[0]!r}; a token id is a whole number from 0 on.")
     ids = {*listed, tokenizer.eos_token_id}
     vocabulary = tokenizer.get_vocab()
-    ids |= {vocabulary[token] for token in _TURN_ENDS if token in vocabulary}
+    ids |= {vocabulary[token] for token in _END_OF_TURN_TOKENS if token in vocabulary}
     return sorted(stop_id for stop_id in ids if stop_id is not None)
 
 

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint folder hold its weights. Knows nothing of what is in them but the shards' index."""
+"""Find the weight files of a checkpoint folder. Reads the index of shards, but no weights."""
 
 import os
 from pathlib import Path
@@ -11,10 +11,10 @@ _FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
 def find_weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """The files of the one set of weights in `folder`: safetensors where there are any, else pickles.
+    """Return a folder's weight files: safetensors if there are any, else pickles.
 
-    All lie in the folder itself (links are followed, as the hub's cache makes them) and are regular files. Raises
-    UsageError for none, two sets, pickles without `allow_pickle`, and an index that does not name such files.
+    All are regular files in the folder itself, or links to such files, as in the hub's cache. Raises UsageError for a
+    folder without weights or with two sets, for pickles without allow_pickle, and for an index that names other files.
     """
     for stem, suffix in _FORMATS:
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
@@ -23,20 +23,20 @@ def find_weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
         if suffix == "bin" and not allow_pickle:
             raise UsageError(
                 f"{folder} holds its weights as pickle files ({single.name}) only. Convert them to safetensors, or "
-                f"pass --allow_pickle if you trust where they come from."
+                f"pass --allow_pickle if you trust their source."
             )
         names = _shards(index, suffix) if os.path.lexists(index) else [single.name]
         if os.path.lexists(single) and names != [single.name]:
             raise UsageError(
                 f"{folder} holds two sets of weights: {single.name}, and the shards of {index.name}. transformers "
-                f"reads the first and ignores the second. Remove the set that is not meant."
+                f"reads the first and ignores the second. Remove one of the two sets."
             )
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise UsageError(f"{folder} lacks {', '.join(missing[:5])}, named in {index.name}. Download it again.")
         for name in names:
             if not (folder / name).is_file():
-                raise UsageError(f"{folder / name} is no regular file. Download it again.")
+                raise UsageError(f"{folder / name} is not a regular file. Download it again.")
         return [folder / name for name in names]
     raise UsageError(
         f"{describe_folder(folder)} Weights are read from model.safetensors, its shards, a .gguf file, or with "
@@ -45,10 +45,10 @@ def find_weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
 
 
 def _shards(index: Path, suffix: str) -> list[str]:
-    """The names in an index, sorted. Raises UsageError for one that is no plain name of a file of its format."""
+    """Return the sorted file names in an index. Raises UsageError for a path, or another format's file."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UsageError(f"{index} is no index of shards: it has no weight_map. Download it again.")
+        raise UsageError(f"{index} is not an index of shards: it has no weight_map. Download it again.")
     names = set(weight_map.values()) if all(isinstance(name, str) for name in weight_map.values()) else {""}
     for name in names:
         if os.path.basename(name) != name or name in ("", ".", "..") or "\0" in name or "\\" in name:

@@ -1,8 +1,8 @@
-"""Recognises checkpoints whose weights are not plain floats under transformers' names, and says what they are.
+"""Recognise checkpoints whose weights this engine cannot decode, and describe their format.
 
-Three sources give it away: fields of config.json and its neighbours (`describe_quantization`), names of files
-(`describe_folder`), and names and dtypes of tensors (`describe_tensors`). Each returns a sentence on what it is and
-what to run instead, or None.
+A format shows in fields of config.json and files beside it (`describe_quantization`), in file names
+(`describe_folder`), or in names and dtypes of tensors (`describe_tensors`). Each function returns the text of an error,
+with a hint what to use instead, or None.
 """
 
 import re
@@ -21,11 +21,11 @@ _UNQUANTISED = "Use the checkpoint that it was made from, in bfloat16 or float16
 _SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # AutoGPTQ, AutoAWQ, ModelOpt
 _FIELDS = ("quantization_config", "quantization", "compression_config", "quant_config", "quant_method")
 
-# Files that are a model in another form: (pattern, what it is, what to do).
-_FORMS = (
-    (r"adapter_config\.json|adapter_model\.(safetensors|bin)", "a PEFT adapter (LoRA or its kin), not a whole model",
+# Files of other formats: (pattern of the file name, the format, the hint).
+_OTHER_FORMATS = (
+    (r"adapter_config\.json|adapter_model\.(safetensors|bin)", "a PEFT adapter, such as LoRA, not a whole model",
      "Merge it into its base model{base} with peft's merge_and_unload(), save that, and pass its folder."),
-    (r"consolidated.*\.(pth|pt|safetensors)|params\.json", "weights in the maker's own (consolidated) format",
+    (r"consolidated.*\.(pth|pt|safetensors)|params\.json", "weights in the publisher's own (consolidated) format",
      "Use the checkpoint in Hugging Face format, with model.safetensors."),
     (r".*\.distcp|\.metadata|pytorch_model_fsdp.*", "shards of an FSDP training run",
      "Join them with `accelerate merge-weights` and pass the result."),
@@ -41,11 +41,11 @@ _FORMS = (
      "Save the model with save_pretrained and pass that folder."),
     (r"model-\d+-of-\d+\.safetensors", "shards without their index, model.safetensors.index.json",
      "Download the checkpoint again, whole."),
-    (r".*\.(pth|pt|ckpt)", "weights in a form that transformers does not name",
+    (r".*\.(pth|pt|ckpt)", "weights in a format that transformers does not name",
      "Save the model with save_pretrained and pass that folder."),
 )  # fmt: skip
 
-# Tensor names: (pattern, what it is). The first match counts.
+# Tensor names: (pattern, quantisation method). The first match counts.
 _QUANTISED_NAMES = (
     (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
     (r"\.(SCB|absmax|quant_map|weight_format)$|\.quant_state\.|nested_absmax", "bitsandbytes"),
@@ -57,18 +57,18 @@ _PREFIXES = (
     ("_orig_mod.", "torch.compile", "Save model._orig_mod"),
     ("module.", "DataParallel or FSDP", "Save model.module"),
     ("base_model.model.", "PEFT", "Save what merge_and_unload() returns"),
-    ("model.language_model.", "a model that also sees images", "Save its language model alone"),
-    ("language_model.", "a model that also sees images", "Save its language model alone"),
-    ("transformer.", "another architecture (GPT-2 and its kin)", "Convert it to the names that transformers gives"),
+    ("model.language_model.", "a vision-language model", "Save its language model alone"),
+    ("language_model.", "a vision-language model", "Save its language model alone"),
+    ("transformer.", "another architecture, such as GPT-2", "Convert it to transformers' names"),
     ("model.model.", "a wrapper around the model", "Save the model itself"),
 )
 
 
 def describe_quantization(path: Path, config: Mapping[str, Any], engine: str) -> str | None:
-    """What config.json and the files beside it say of quantisation.
+    """Describe the quantisation stated in config.json or in files beside it; None if there is none.
 
-    `engine` is the one that is to load the weights. transformers loads what it knows and has the packages for; our
-    own loads plain floats only.
+    engine: the one that loads the weights. transformers loads the methods that it knows and has the packages for; this
+    project's engine loads unquantised floats only.
     """
     where, settings = _find_quantization(path, config)
     if where is None:
@@ -79,23 +79,23 @@ def describe_quantization(path: Path, config: Mapping[str, Any], engine: str) ->
         return None
     found = f"{path} is quantised by {method} ({where})"
     if refusal is None:
-        return f"{found}, which our engine does not decode. Use --engine transformers, or the unquantised checkpoint."
-    return f"{found}, which is not decoded here: {refusal.rstrip('.')}. {_UNQUANTISED}"
+        return f"{found}, which needs --engine transformers. Use that, or the unquantised checkpoint."
+    return f"{found}, which is not supported: {refusal.rstrip('.')}. {_UNQUANTISED}"
 
 
 def describe_folder(path: Path) -> str:
-    """What a folder without weights (or without config.json) holds instead."""
+    """Describe the contents of a folder without weights or without config.json."""
     names = sorted(entry.name for entry in path.iterdir())
-    for pattern, what, way_out in _FORMS:
+    for pattern, what, hint in _OTHER_FORMATS:
         found = [name for name in names if re.fullmatch(pattern, name)]
         if found:
             file = path / found[0]
-            return f"{path} holds {what} ({_few(found)}). {way_out.format(file=file, base=_base_model(path))}"
+            return f"{path} holds {what} ({_few(found)}). {hint.format(file=file, base=_base_model(path))}"
     return f"{path} holds no weights" + (f"; it holds {_few(names)}." if names else ": it is empty.")
 
 
 def describe_tensors(path: Path, tensors: Mapping[str, StoredTensor], expected: Iterable[str]) -> str | None:
-    """What stored names and dtypes say that differs from plain floats under the names that are `expected`."""
+    """Describe quantised, wrapped or renamed tensors; None if there are none. expected: the right names."""
     expected = set(expected)
     for name, tensor in tensors.items():
         if name in expected and tensor.dtype not in FLOATS:
@@ -117,11 +117,11 @@ def describe_tensors(path: Path, tensors: Mapping[str, StoredTensor], expected: 
 
 
 def _describe_names(path: Path, names: list[str], expected: set[str]) -> str | None:
-    for prefix, source, way_out in _PREFIXES:
+    for prefix, source, hint in _PREFIXES:
         is_prefixed = all(name.startswith(prefix) for name in names)
         if is_prefixed and any(_bare(name[len(prefix) :], expected) for name in names):
             return (
-                f"{path} names its tensors {prefix}... as {source} does. {way_out} with save_pretrained, or rename "
+                f"{path} names its tensors {prefix}... as {source} does. {hint} with save_pretrained, or rename "
                 f"them without the prefix."
             )
     if any(f"model.{name}" in expected for name in names):
@@ -137,7 +137,7 @@ def _bare(name: str, expected: set[str]) -> bool:
 
 
 def _find_quantization(path: Path, config: Mapping[str, Any]) -> tuple[str | None, Any]:
-    """Where quantisation is stated, and what is stated there."""
+    """Return where quantisation is stated, and its settings."""
     for field, value in _walk(config):
         if field.rsplit(".", 1)[-1] in _FIELDS and value not in (None, False):
             return f"{field} of config.json", value
@@ -167,11 +167,11 @@ def _method(settings: Any) -> str:
             return "awq"
         if {"group_size", "bits"} <= settings.keys():
             return "gptq" if "desc_act" in settings else "MLX"
-    return "a method that it does not name"
+    return "an unnamed method"
 
 
 def _transformers_refusal(config: Mapping[str, Any]) -> str | None:
-    """Why transformers cannot load weights with this quantization_config, on this machine; None if it can."""
+    """Return why transformers cannot load these weights on this machine; None if it can."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     inner = config.get("text_config")

@@ -1,4 +1,4 @@
-"""The weights of a model in memory, and how they are read from a checkpoint's files: strictly, and on the device."""
+"""Read the weights of a model from a checkpoint's files, checked against its architecture, to the device."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ _SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer: projections that read the same input are one matrix (rows: q, k, v; gate, up)."""
+    """The weights of a layer. Projections of the same input are one matrix: rows of q, k, v, and of gate, up."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -55,7 +55,7 @@ class LayerWeights:
 class Weights:
     """All weights of a model in one dtype: on one device, or split by layers over several.
 
-    The embedding lies with the first layer, norm and head with the last.
+    The embedding is on the first layer's device, the final norm and the head are on the last layer's.
     """
 
     embedding: Tensor
@@ -65,9 +65,9 @@ class Weights:
 
 
 def open_weights(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """The tensors of all files by name; no data is read yet.
+    """Return the tensors of all files by name, without reading values.
 
-    Raises UsageError for a file that cannot be read, and for a tensor that two files hold.
+    Raises UsageError for a file that cannot be read, and for a tensor that is in two files.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in files:
@@ -75,12 +75,11 @@ def open_weights(files: Sequence[Path]) -> dict[str, StoredTensor]:
             found = _open_pickle(path) if path.suffix == ".bin" else _open_safetensors(path)
         except UsageError:
             raise
-        except Exception as error:  # a truncated or foreign file
+        except Exception as error:  # a truncated file, or one of another format
             raise UsageError(f"{path} cannot be read ({one_line(error)}). Download it again.") from error
-        if twice := sorted(tensors.keys() & found.keys()):
+        if duplicates := sorted(tensors.keys() & found.keys()):
             raise UsageError(
-                f"{path} holds {twice[0]}, which another shard holds, too. Which of them is meant is unknown. "
-                f"Download the checkpoint again."
+                f"{path} holds {duplicates[0]}, which another shard also holds. Download the checkpoint again."
             )
         tensors.update(found)
     return tensors
@@ -93,42 +92,42 @@ def load_weights(
     devices: Sequence[torch.device],
     dtype: torch.dtype,
 ) -> Weights:
-    """All weights, the layers in equal parts on the devices, in order.
+    """Load all weights, with the layers split over the devices in equal parts, in order.
 
-    Raises UsageError, naming `path`, for a tensor that is missing, unexpected, misshapen or quantised, before any
-    data is read.
+    path: the checkpoint, for errors. Raises UsageError for a tensor that is missing, unexpected, quantised or of the
+    wrong shape, before any values are read.
     """
     check_tensors(path, architecture, tensors)
-    own_head = _HEAD in tensors
-    return _Reader(lambda name: tensors[name].read(), own_head, architecture, devices, dtype).weights()
+    has_head = _HEAD in tensors
+    return _Reader(lambda name: tensors[name].read(), has_head, architecture, devices, dtype).weights()
 
 
 def read_weights(
     read: Callable[[str], Tensor], architecture: Architecture, devices: Sequence[torch.device], dtype: torch.dtype
 ) -> Weights:
-    """The same, `read` by the names of `architecture.tensors()`, each once."""
+    """Load all weights with a function; read: returns a tensor of `architecture.tensors()` by name."""
     return _Reader(read, not architecture.tied, architecture, devices, dtype).weights()
 
 
 class _Reader:
-    """Reads tensors by name, fusing those that are used together."""
+    """Reads tensors by name, and concatenates projections of the same input."""
 
     def __init__(
         self,
         read: Callable[[str], Tensor],
-        own_head: bool,
+        has_head: bool,
         architecture: Architecture,
         devices: Sequence[torch.device],
         dtype: torch.dtype,
     ):
-        self._read, self._own_head, self._architecture = read, own_head, architecture
+        self._read, self._has_head, self._architecture = read, has_head, architecture
         self._devices, self._dtype = devices, dtype
-        self._device = devices[0]  # where what is being read goes
+        self._device = devices[0]  # of the layer that is being read
 
     def weights(self) -> Weights:
         embedding = self._take("model.embed_tokens.weight")
         layers = [self._layer(index) for index in range(self._architecture.shape.layers)]
-        head = self._take(_HEAD) if self._own_head else embedding.to(self._device)  # that of the last layer
+        head = self._take(_HEAD) if self._has_head else embedding.to(self._device)  # the last layer's
         if self._architecture.tied and head.device == embedding.device and torch.equal(head, embedding):
             head = embedding  # one copy is enough
         return Weights(embedding, layers, self._take("model.norm.weight"), head)
@@ -136,23 +135,23 @@ class _Reader:
     def _layer(self, index: int) -> LayerWeights:
         prefix = f"model.layers.{index}."
         self._device = self._devices[index * len(self._devices) // self._architecture.shape.layers]
-        has = self._architecture
+        architecture = self._architecture
         qkv = [f"{prefix}self_attn.{name}_proj" for name in "qkv"]
         output, down = f"{prefix}self_attn.o_proj", f"{prefix}mlp.down_proj"
         gate_up = [f"{prefix}mlp.{name}_proj" for name in ("gate", "up")]
         return LayerWeights(
             input_norm=self._take(f"{prefix}input_layernorm.weight"),
             qkv=self._take(*(f"{name}.weight" for name in qkv)),
-            qkv_bias=self._take_if(has.qkv_bias, *(f"{name}.bias" for name in qkv)),
-            q_norm=self._take_if(has.qk_norm, f"{prefix}self_attn.q_norm.weight"),
-            k_norm=self._take_if(has.qk_norm, f"{prefix}self_attn.k_norm.weight"),
+            qkv_bias=self._take_if(architecture.qkv_bias, *(f"{name}.bias" for name in qkv)),
+            q_norm=self._take_if(architecture.qk_norm, f"{prefix}self_attn.q_norm.weight"),
+            k_norm=self._take_if(architecture.qk_norm, f"{prefix}self_attn.k_norm.weight"),
             output=self._take(f"{output}.weight"),
-            output_bias=self._take_if(has.output_bias, f"{output}.bias"),
+            output_bias=self._take_if(architecture.output_bias, f"{output}.bias"),
             mlp_norm=self._take(f"{prefix}post_attention_layernorm.weight"),
             gate_up=self._take(*(f"{name}.weight" for name in gate_up)),
-            gate_up_bias=self._take_if(has.mlp_bias, *(f"{name}.bias" for name in gate_up)),
+            gate_up_bias=self._take_if(architecture.mlp_bias, *(f"{name}.bias" for name in gate_up)),
             down=self._take(f"{down}.weight"),
-            down_bias=self._take_if(has.mlp_bias, f"{down}.bias"),
+            down_bias=self._take_if(architecture.mlp_bias, f"{down}.bias"),
         )
 
     def _take(self, *names: str) -> Tensor:
@@ -164,7 +163,7 @@ class _Reader:
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    with open_regular(path):  # safetensors would wait for a named pipe
+    with open_regular(path):  # safetensors would block on a named pipe
         file: Any = safe_open(path, framework="pt")
     slices = {name: file.get_slice(name) for name in list(file.keys())}
     return {
@@ -174,7 +173,7 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors one; uint8 stands for those that torch has no name for here."""
+    """Return the torch dtype of a safetensors dtype; uint8 for others, which are refused as quantised."""
     return _SAFETENSORS_DTYPES.get(name, torch.uint8)
 
 
@@ -186,7 +185,7 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
     for name, tensor in loaded.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise UsageError(
-                f"{path} holds {type(tensor).__name__} {str(name)[:80]!r} where dense tensors by name belong. Save the "
+                f"{path} holds {type(tensor).__name__} {str(name)[:80]!r} instead of a dense tensor. Save the "
                 f"model's state_dict()."
             )
         if tensor.is_meta or tensor.is_quantized or tensor.is_nested:
@@ -197,7 +196,7 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
 
 
 def check_tensors(path: Path, architecture: Architecture, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raises UsageError if names, shapes and dtypes are not those that the architecture asks for."""
+    """Raise UsageError if names, shapes or dtypes differ from those of the architecture."""
     expected = architecture.tensors()
     ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}  # a buffer of old Llama files
     if architecture.tied and _HEAD in tensors:  # used as stored, as transformers does when it differs
@@ -208,7 +207,7 @@ def check_tensors(path: Path, architecture: Architecture, tensors: Mapping[str, 
     problems = [f"lacks {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"holds unexpected {name}" for name in known.keys() - expected.keys()]
     problems += [
-        f"holds {name} of shape {list(tensors[name].shape)} where the configuration asks for {list(shape)}"
+        f"holds {name} of shape {list(tensors[name].shape)} instead of {list(shape)}"
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]

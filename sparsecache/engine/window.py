@@ -1,20 +1,19 @@
-"""How many tokens a checkpoint is made for, from its configuration."""
+"""Compute the context window of a checkpoint from its configuration."""
 
 from typing import Any
 
 
 def context_window(config: Any) -> int | None:
-    """Tokens that prompt and answer may take; None if the configuration states none.
+    """Return the most tokens of prompt and answer together; None if the configuration does not state it.
 
-    `config` is a transformers configuration. `max_position_embeddings` counts, except where scaled RoPE reaches
-    further, as transformers computes it (modeling_rope_utils):
+    config: a transformers configuration. The window is `max_position_embeddings`, unless scaled RoPE extends it, as in
+    transformers' modeling_rope_utils:
 
-    linear, dynamic: factor x max_position_embeddings, which is the length before the scaling
-    yarn: factor x original_max_position_embeddings, which is max_position_embeddings where it is not stated
-    llama3, longrope: max_position_embeddings is the length after the scaling; if it equals the original length,
-        nothing but the factor tells how far the scaling reaches
+    linear, dynamic: factor x max_position_embeddings, the length before scaling
+    yarn: factor x original_max_position_embeddings; max_position_embeddings stands in for it if it is not stated
+    llama3, longrope: max_position_embeddings, the length after scaling; factor x that if it equals the original length
 
-    RoPE that differs by layer (Gemma 3) is not multiplied out: those configurations state the final length.
+    RoPE parameters per layer (Gemma 3) do not count: those configurations state the final length.
     """
     text = config.get_text_config()
     stated = getattr(text, "max_position_embeddings", None)

@@ -12,8 +12,7 @@ from sparsecache.longbench.jsonl import get_number
 from sparsecache.longbench.kept import aggregate_kept
 from sparsecache.longbench.prediction_row import NEEDED
 from sparsecache.longbench.records import RunFolder, read_rows
-from sparsecache.longbench.score_types import DatasetScore, RowScore
-from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.score_types import DatasetScore, RowScore, RunScore
 from sparsecache.longbench.tasks import Task, load_tasks
 from sparsecache.longbench.text import chinese_words
 

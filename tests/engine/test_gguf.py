@@ -185,7 +185,7 @@ def test_split_files_and_unknown_architectures_are_refused_by_name(make_gguf, tm
     part = path.rename(path.with_name("model-00001-of-00002.gguf"))
     with pytest.raises(UsageError, match="split"):
         Checkpoint(part)
-    with pytest.raises(UsageError, match=r"'rwkv9'.*Architectures it knows: .*llama.*qwen2"):
+    with pytest.raises(UsageError, match=r"'rwkv9'.*Supported architectures: .*llama.*qwen2"):
         Checkpoint(_without_fields(tmp_path / "rwkv.gguf", "rwkv9"))
 
 

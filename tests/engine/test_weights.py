@@ -90,7 +90,7 @@ def test_a_missing_shard_or_a_broken_index_is_refused_by_name(sharded) -> None:
             read(sharded)
     for text in ("{", "[]", "{}", '{"weight_map": null}'):
         index.write_text(text)
-        with pytest.raises(UsageError, match=rf"{index.name} (is no index of shards|is no valid JSON|holds list)"):
+        with pytest.raises(UsageError, match=rf"{index.name} (is not an index of shards|is not valid JSON|holds list)"):
             _load(sharded)
 
 
@@ -116,9 +116,9 @@ PICKED = "model.layers.1.self_attn.k_proj.weight"
         (lambda t: t.update({f"{PICKED[:-6]}bias": torch.zeros(32)}), f"it holds unexpected {PICKED[:-6]}bias."),
         (
             lambda t: t.update({PICKED: t[PICKED].T.contiguous()}),
-            f"{PICKED} of shape [64, 32] where the configuration asks",
+            f"{PICKED} of shape [64, 32] instead of [32, 64]",
         ),
-        (lambda t: t.update({PICKED: t[PICKED][:-1].clone()}), "[31, 64] where the configuration asks for [32, 64]"),
+        (lambda t: t.update({PICKED: t[PICKED][:-1].clone()}), "[31, 64] instead of [32, 64]"),
         (lambda t: t.update({PICKED: t[PICKED].flatten()}), f"{PICKED} of shape [2048]"),
         (lambda t: [t.pop(key) for key in list(t) if "layers.1" in key], " and 4 further differences."),
     ],

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 def family_names() -> list[str]:
-    """Every model_type there is a family for, without importing any."""
+    """Return the supported model_types, without importing any family."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 
 def load_family(model_type: str) -> "Family":
-    """The family of a model_type. Raises UsageError, listing the families, if there is none."""
+    """Return the family of a model_type. Raises UsageError, with the families, if it is unsupported."""
     if model_type not in family_names():
         raise UsageError(
-            f"Checkpoints of model_type {model_type!r} are not decoded here. Families: {', '.join(family_names())}. "
+            f"Checkpoints of model_type {model_type!r} are not supported. Supported: {', '.join(family_names())}. "
             f"With --engine transformers any architecture runs (vanilla only)."
         )
     family: Family = importlib.import_module(f"{__name__}.{model_type}").Family()

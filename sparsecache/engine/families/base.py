@@ -1,4 +1,4 @@
-"""What the families have in common, and the flags in which they differ."""
+"""The base class of model families, and the architecture that a family reads from a configuration."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from sparsecache.errors import UsageError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything the decoder must know of a model beside its weights and its RoPE."""
+    """What the decoder needs of a model beside its weights and its RoPE. tied: the head is the embedding."""
 
     shape: Shape
     hidden: int
@@ -24,7 +24,7 @@ class Architecture:
     qk_norm: bool
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that a checkpoint of this architecture must hold, and no other."""
+        """Return the name and shape of every tensor in a checkpoint of this architecture."""
         shape = self.shape
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         expected: dict[str, tuple[int, ...]] = {
@@ -57,33 +57,33 @@ class Architecture:
 
 
 class Family:
-    """A pre-norm decoder with RMS norms, RoPE, grouped-query attention and a SwiGLU: Llama and its kin.
+    """Llama-like models: pre-norm decoders with RMS norms, RoPE, grouped-query attention and a SwiGLU.
 
-    A subclass states what differs, from the transformers configuration of a checkpoint.
+    A subclass overrides what differs. config: transformers' configuration of a checkpoint.
     """
 
     qk_norm = False
 
     def qkv_bias(self, config: Any) -> bool:
-        """Whether the query, key and value projections have a bias."""
+        """Return whether the query, key and value projections have a bias."""
         return False
 
     def output_bias(self, config: Any) -> bool:
-        """Whether the attention's output projection has a bias."""
+        """Return whether the attention's output projection has a bias."""
         return False
 
     def mlp_bias(self, config: Any) -> bool:
-        """Whether the three projections of the SwiGLU have a bias."""
+        """Return whether the three projections of the SwiGLU have a bias."""
         return False
 
     def sliding_window(self, config: Any) -> int | None:
-        """Tokens that a sliding-window layer sees, if the checkpoint has such layers."""
+        """Return the window of sliding-window layers in tokens; None if there are none."""
         return None
 
     def architecture(self, config: Any) -> Architecture:
-        """The architecture of a checkpoint. Raises UsageError for an activation other than SiLU."""
+        """Return the architecture of a checkpoint. Raises UsageError for an activation other than SiLU."""
         if config.hidden_act not in ("silu", "swish"):
-            raise UsageError(f"The checkpoint's activation {config.hidden_act!r} is not decoded here; silu is.")
+            raise UsageError(f"The checkpoint's activation {config.hidden_act!r} is not supported. Supported: silu.")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = Shape(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, head_dim)
         return Architecture(

@@ -6,7 +6,7 @@ from sparsecache.engine.families import base
 
 
 class Family(base.Family):
-    """Biases where config.json asks for them."""
+    """Biases if config.json asks for them."""
 
     def qkv_bias(self, config: Any) -> bool:
         return bool(config.attention_bias)

@@ -1,4 +1,4 @@
-"""Mistral (https://arxiv.org/abs/2310.06825): Llama, where early checkpoints slide a window over all layers."""
+"""Mistral (https://arxiv.org/abs/2310.06825): Llama; early checkpoints have sliding-window attention."""
 
 from typing import Any
 

@@ -6,7 +6,7 @@ from sparsecache.engine.families import base
 
 
 class Family(base.Family):
-    """Biases on query, key and value only; some layers may slide a window."""
+    """Biases on query, key and value only; some layers may have sliding-window attention."""
 
     def qkv_bias(self, config: Any) -> bool:
         return True

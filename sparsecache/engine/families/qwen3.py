@@ -1,4 +1,4 @@
-"""Qwen3 (https://arxiv.org/abs/2505.09388): an RMS norm on every head's query and key, before RoPE."""
+"""Qwen3 (https://arxiv.org/abs/2505.09388): an RMS norm of each head's query and key, before RoPE."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from sparsecache.engine.families import base, qwen2
 
 
 class Family(base.Family):
-    """QK norm; attention biases where config.json asks for them; some layers may slide a window."""
+    """QK norm; attention biases if config.json asks for them; some layers may have sliding-window attention."""
 
     qk_norm = True
 
