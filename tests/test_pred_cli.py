@@ -1,4 +1,7 @@
-"""The prediction command line: help, spellings, and every bad value in one sentence before weights are read."""
+"""The prediction command line: help, spellings, and every bad value in one sentence before weights are read.
+
+In one file because every test calls the same command.
+"""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Imports go one way: command lines and API -> runner -> longbench | engine -> cache -> kernels, and never back."""
+"""Imports go one way: command lines and API -> runner -> longbench | engine -> cache -> kernels. Files are short."""
 
 import ast
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ APART = [
     (("engine", "cache"), ("methods",)),
 ]
 """Parts that import nothing of each other, whatever their order."""
+MAX_LINES = 300
 
 
 def imports() -> Iterator[tuple[str, str, Path]]:
@@ -56,3 +57,11 @@ def test_the_benchmark_half_imports_no_torch() -> None:
                 assert not any(alias.name.split(".")[0] in ("torch", "transformers") for alias in node.names), file
             if isinstance(node, ast.ImportFrom):
                 assert (node.module or "").split(".")[0] not in ("torch", "transformers"), file
+
+
+def test_a_long_file_says_why_it_is_one_file() -> None:
+    for folder in ("sparsecache", "scripts", "tests", "examples", "."):
+        for file in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py"):
+            text = file.read_text(encoding="utf-8")
+            docstring = " ".join((ast.get_docstring(ast.parse(text)) or "").split())
+            assert text.count("\n") <= MAX_LINES or "In one file because" in docstring, file

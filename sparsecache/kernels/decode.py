@@ -5,7 +5,7 @@ length, one program attends to one split, and a second kernel merges the results
 fills the GPU, so a long sequence gets more splits than a short one. The device computes the length of a split and its
 place. The host therefore never reads a sequence length, and a decode step can be a CUDA graph.
 
-Longer than 300 lines because all entry points share one kernel.
+In one file because all entry points share one kernel.
 """
 
 import math

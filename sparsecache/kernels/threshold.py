@@ -5,7 +5,7 @@ kernel counts tokens per bin; from the counts follows the bin that holds the thr
 in higher bins directly, in ascending order. It sets tokens in the threshold bin aside, a few percent of all. A radix
 select over those, 8 bits at a time, finds the exact threshold; the tokens at or above it are appended.
 
-Longer than 300 lines because both kernels share their helpers.
+In one file because both kernels share their helpers.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,8 @@
 """Prediction files and run.json on disk: appended row by row, repaired after a kill, never mixed up.
 
 Layout: `pred/<model>/<name>/<dataset>.jsonl`, one flushed line per row, and `run.json` beside them.
+
+In one file because both kinds of file share locking, appending and the check of identity.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""The context of a run: its checkpoint, method, device, dtype and prompts, before weights are read."""
+"""The context of a run: its checkpoint, method, device, dtype and prompts, before weights are read.
+
+In one file because the checks compare the settings, the checkpoint and the method with one another.
+"""
 
 import hashlib
 import os

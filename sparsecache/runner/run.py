@@ -1,4 +1,7 @@
-"""Runs the datasets of one run: rows, prompts, completions, prediction files, `run.json`."""
+"""Runs the datasets of one run: rows, prompts, completions, prediction files, `run.json`.
+
+In one file because the steps of a run share its folder, its datasets and its engine.
+"""
 
 import gc
 import sys

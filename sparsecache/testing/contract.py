@@ -1,9 +1,11 @@
-"""What every cache method must do, as checks that need nothing but the method.
+"""Check that a cache method keeps the contract of the engine. The checks need only the method.
 
     python -m sparsecache.testing.contract my_method.py
 
 runs them for a method of one's own, on tiny models with random weights, in under a minute. The project's tests run
 the same checks for every built-in method.
+
+In one file because the command and the project's tests run the same list of checks.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""What is learned from the calibration text: made once, kept, used again, and refused where it does not fit."""
+"""Calibration: made once, saved, restored by later runs, and refused if it does not fit.
+
+In one file because every test looks at the same calibration file.
+"""
 
 import json
 from collections.abc import Callable

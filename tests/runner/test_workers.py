@@ -1,4 +1,7 @@
-"""Runs over a Ray cluster of this machine: what one process writes, whoever dies on the way."""
+"""Runs over a Ray cluster on this machine: the rows they write, deaths of workers and drivers, refusals.
+
+In one file because starting a Ray cluster is slow, and its tests share one.
+"""
 
 import importlib
 import os
