@@ -1,6 +1,6 @@
-"""What cache methods are made of: the seam to the engine, and base classes for eviction and selection methods.
+"""The interface between the engine and cache methods, and base classes for eviction and selection methods.
 
-Knows neither weights nor text. A method of one's own needs no more than the names below.
+Nothing here depends on weights or text. The names below are all that a new method needs.
 """
 
 from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, ProjectQuery, Shape, StepBytes

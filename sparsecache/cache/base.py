@@ -1,8 +1,8 @@
-"""The seam between an engine and a cache method.
+"""The interface between the engine and a cache method.
 
-An engine makes one method and asks it for one cache per layer. A cache holds the keys and values of its layer for
-all slots; a slot is one sequence in flight. The engine knows weights and tokens, a cache knows keys and values. A
-cache sees no layer index and no device but its own, so a model split over several devices needs nothing of a method.
+An engine has one method, which makes one cache per layer. A cache holds the keys and values of its layer for all slots.
+A slot holds one sequence in flight. The engine handles weights and tokens, a cache handles keys and values. A cache
+uses the device of its layer only, so a method needs no code for models that are split over several devices.
 """
 
 from abc import ABC, abstractmethod
@@ -29,18 +29,18 @@ class Shape:
     head_dim: int
 
     def kv_nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one token's keys and values in all layers."""
+        """Return the bytes of one token's keys and values in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What the cache of one layer is made for.
+    """The configuration of one layer's cache.
 
-    slots: most sequences in flight. max_tokens: most tokens of a sequence, prompt and new ones; max_new_tokens: most
-    new ones. device, dtype: where the layer's q, k and v lie, and in what. seq_lens: [slots] int64 on the device, the
-    tokens before the current one of each slot; the engine sets it after a prompt and adds one after each step.
-    stats: where a sparse cache records the past tokens of each step.
+    slots: the most sequences in flight. max_tokens: the most tokens of a sequence, with its prompt. max_new_tokens: the
+    most new tokens. device, dtype: of the layer's q, k and v. seq_lens: [slots] int64 on the device, the past tokens of
+    each slot; the engine sets it after a prompt and adds one after each step. stats: a sparse cache records there how
+    many past tokens each step attended to.
     """
 
     shape: Shape
@@ -54,7 +54,7 @@ class CacheConfig:
 
     @property
     def token_nbytes(self) -> int:
-        """Bytes of one token's keys and values in one layer."""
+        """Return the bytes of one token's keys and values in one layer."""
         return 2 * self.shape.kv_heads * self.shape.head_dim * self.dtype.itemsize
 
     def zeros(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -65,7 +65,7 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes that a step must at least read from the layer's device and from host memory."""
+    """The fewest bytes that a step must read from the layer's device and from host memory."""
 
     device: float
     host: float = 0.0
@@ -79,7 +79,7 @@ class LayerCache(ABC):
         synchronisation with the host.
     speculation_source: which hidden state of the layer before `speculate` receives; None: it is not called.
         "input": that layer's normed attention input. "residual": its residual stream after attention.
-    estimates_rest: whether the output includes an estimate of the tokens that are not attended to, the same for all.
+    estimates_rest: whether the output includes one estimate for all tokens that are not attended to.
     """
 
     sparse: ClassVar[bool] = True
@@ -91,17 +91,16 @@ class LayerCache(ABC):
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Store a prompt in a free slot.
 
-        q: [H, L, D]; k, v: [G, L, D], rotated. They must not be changed. The attention over the prompt itself is
-        dense and exact, and is the engine's.
+        q: [H, L, D]; k, v: [G, L, D], rotated, not to be modified. The engine computes the attention over the prompt,
+        which is dense and exact.
         """
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         """Store one token per row and return the attention over what the row's slot keeps: [B, H, 1, D].
 
-        q: [B, H, 1, D]; k, v: [B, G, 1, D], rotated; slots: [B] int64 on the device, no slot twice. A row may name a
-        free slot, also more often than the slot has capacity: what it writes there is never read, and it must not
-        fail.
+        q: [B, H, 1, D]; k, v: [B, G, 1, D], rotated; slots: [B] int64 on the device, no slot twice. A row may be of
+        a free slot, for more steps than the slot has capacity. That must not fail; what it writes is never read.
         """
 
     def speculate(  # noqa: B027 (a no-op unless speculation_source is set)
@@ -113,23 +112,23 @@ class LayerCache(ABC):
         """
 
     def free_slot(self, slot: int) -> None:  # noqa: B027 (a no-op where `prefill` overwrites a slot's state)
-        """Forget the sequence in a slot. Freeing a free slot does nothing."""
+        """Remove the sequence from a slot. Does nothing for a free slot."""
 
     @abstractmethod
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
         """Return the fewest bytes of keys and values that a step must read, per sequence.
 
         seq_len: past tokens; attended: past tokens that a KV head attended to, on average; cache_hit: the share of
-        them that was found in a GPU cache of host memory. This is the roofline that the bench compares with.
+        them that a GPU cache of the host memory held. The benchmark computes its roofline from these bytes.
         """
 
 
 @dataclass(frozen=True)
 class ProjectQuery:
-    """A layer's query of a hidden state, with the rotation of the current positions.
+    """Computes a layer's query from a hidden state, rotated for the current positions.
 
-    project: hidden [B, hidden] and whether it is normed already, to [B, H, 1, D]. inputs: the tensors that a call
-    reads beside the hidden state, which a call on another stream must keep alive.
+    project: from hidden [B, hidden], and whether it is already normed, to [B, H, 1, D]. inputs: the tensors that a call
+    reads besides the hidden state; a call on another stream must keep them alive.
     """
 
     project: Callable[[Tensor, bool], Tensor]
@@ -141,13 +140,13 @@ class ProjectQuery:
 
 
 class CacheMethod(ABC):
-    """A way to keep and attend to the keys and values of past tokens. One instance serves one engine.
+    """A method of storing and attending to the keys and values of past tokens. An engine has one instance.
 
-    The constructor's annotated arguments are the options of `-o key=value`; all need defaults. Raise ValueError in a
-    full sentence for a value out of range. What layers share hangs on the instance.
+    The constructor's annotated arguments are the options of `-o key=value`; all need defaults. It raises ValueError, in
+    a full sentence, for a value out of range. Layers share state through the instance.
 
-    kind: what the method does with past tokens; --list_methods groups by it. calibration_version: raise it when
-    `calibrate` derives something else from the same text.
+    kind: what the method does with past tokens; --list_methods groups by it. calibration_version: increase it when
+    `calibrate` computes something else from the same text.
     """
 
     kind: ClassVar[MethodKind] = "full"
@@ -158,34 +157,34 @@ class CacheMethod(ABC):
 
     @abstractmethod
     def make_cache(self, layer: int, config: CacheConfig) -> LayerCache:
-        """Return the cache of one layer. Called once per layer, in order, whenever the engine allocates anew."""
+        """Return the cache of one layer. Called once per layer, in order, at each allocation."""
 
     def calibration_text(self) -> str | None:
         """Return a text whose queries and keys the method needs before the first prompt; None: it needs none.
 
-        The text is run once before `make_cache`, or never again when `restore` gets an earlier run's result.
+        The text is run once, before `make_cache`, unless `restore` receives the result of an earlier run.
         """
         return None
 
     def calibrate(self, layer: int, q: Tensor, k: Tensor) -> None:  # noqa: B027 (a no-op unless a method needs it)
         """Receive a layer's q [G, H / G, L, D] and k [G, L, D], rotated, over the calibration text.
 
-        Called once per layer, in order. What is derived must not depend on options.
+        Called once per layer, in order. The result must not depend on options.
         """
 
     def calibration(self) -> dict[str, Tensor]:
-        """Return what `calibrate` derived, by name, for `restore`."""
+        """Return the result of `calibrate` as tensors by name, for `restore`."""
         return {}
 
     def restore(self, calibration: dict[str, Tensor], shape: Shape) -> None:  # noqa: B027 (as calibrate)
-        """Take what `calibration` returned in an earlier run, instead of `calibrate`.
+        """Set what `calibration` returned in an earlier run, instead of calling `calibrate`.
 
         Raises ValueError, naming the problem, if it does not fit a model of this shape.
         """
 
     def report(self, stats: SequenceStats) -> dict[str, Any]:
-        """Return what a finished sequence's record says of the cache: JSON values under keys of the method's own.
+        """Return facts about a finished sequence for its record: JSON values by key.
 
-        Called before the slot is freed. A key that the record has already, or a value that is not JSON, is an error.
+        Called before the slot is freed. A key that the record already has, or a value that is not JSON, is an error.
         """
         return {}

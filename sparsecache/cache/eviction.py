@@ -1,6 +1,6 @@
-"""What methods share that drop tokens for good: at the end of the prompt, and some of them while decoding.
+"""Base classes of methods that evict tokens at the end of the prompt, or at every decode step.
 
-Memory follows what is kept: a cache has capacity for the budget, and for new tokens where these are kept on top.
+They save memory: a cache has capacity for the budget, and for new tokens where these do not count.
 """
 
 from abc import abstractmethod
@@ -15,15 +15,15 @@ from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.scores import scaled_scores
 
-_BLOCK = 64  # queries whose attention to a whole prompt is held at a time
+_BLOCK = 64  # queries whose attention to a prompt is in memory at a time
 _PINNED = 1e30  # above any score
 
 
 class PromptEvictionCache(LayerCache):
-    """The kept tokens of a prompt in the first rows, each KV head its own, and all new tokens behind them.
+    """The kept tokens of the prompt in the first rows, per KV head, followed by all new tokens.
 
-    keys, values: [slots, G, rows, D]; num_evicted: [slots, G] int64, tokens that the prompt lost. KV heads may keep
-    different counts. Rows are allocated for the highest that one may keep.
+    keys, values: [slots, G, rows, D]; num_evicted: [slots, G] int64, the evicted prompt tokens. KV heads may keep
+    different counts. Rows are allocated for the highest possible count.
     """
 
     def __init__(self, method: "EvictionMethod", layer: int, config: CacheConfig) -> None:
@@ -56,7 +56,7 @@ class PromptEvictionCache(LayerCache):
 class EvictionMethod(SparseMethod):
     """Keeps the prompt tokens of highest score and every new token: a subclass defines `score`.
 
-    Tokens are evicted once, at the end of the prompt. The budget is of the prompt's length.
+    Tokens are evicted once, at the end of the prompt. A budget up to 1 is a share of the prompt's length.
     """
 
     kind: ClassVar[MethodKind] = "eviction"
@@ -69,16 +69,16 @@ class EvictionMethod(SparseMethod):
 
     @abstractmethod
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return a score per KV head and prompt token, the highest are kept: [G, L].
+        """Return a score per KV head and prompt token: [G, L]. The highest are kept.
 
         q: [H, L, D]; k, v: [G, L, D], rotated. `pin_last` keeps the last tokens whatever their score.
         """
 
     def keep(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the positions of each KV head in falling order of scores [G, L], and how many of them it keeps [G].
+        """Return each KV head's positions by descending score [G, L], and how many of them it keeps [G].
 
-        Of equal scores the earlier position comes first. KV heads keep `count` tokens each, 1 to L, unless a subclass
-        gives them different counts of that mean.
+        Ties go to the earlier position. KV heads keep `count` tokens each, 1 to L, unless a subclass
+        gives them different counts with that mean.
         """
         order = scores.sort(dim=-1, descending=True, stable=True).indices
         return order, torch.full((len(order),), count, device=order.device)
@@ -89,11 +89,11 @@ class EvictionMethod(SparseMethod):
 
 
 class DecodingEvictionCache(LayerCache):
-    """At most `budget` past tokens per KV head; at a step the new token comes first, then one leaves.
+    """At most `budget` past tokens per KV head: each step appends the new token, then evicts one.
 
-    keys, values: [slots, G, rows, D], in no order, the first num_tokens [slots, G] of them in use; positions: [slots,
-    G, rows] int64, each token's; scores: [slots, G, rows] float32, a subclass's. token_state: the tensors that have a
-    row per token, which a subclass may add to.
+    keys, values: [slots, G, rows, D], unordered, the first num_tokens [slots, G] of them in use; positions: [slots,
+    G, rows] int64, of each token; scores: [slots, G, rows] float32, as the subclass defines them. token_state: all
+    tensors with a row per token; a subclass may add its own.
     """
 
     def __init__(self, method: SparseMethod, layer: int, config: CacheConfig) -> None:
@@ -115,15 +115,15 @@ class DecodingEvictionCache(LayerCache):
 
     @abstractmethod
     def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the new scores of the rows [B, G, rows], and the priorities by which the lowest leaves, alike.
+        """Return the new scores of the rows, and their priorities: [B, G, rows] each. The lowest priority is evicted.
 
-        Called with the new token among the rows; past: [B], tokens by now.
+        The rows include the new token. past: [B], the tokens of each sequence with the new one.
         """
 
-    def forget(self, slots: Tensor, row: Tensor, last: Tensor, over: Tensor) -> None:
-        """Prepare for the last row to take the place of `row`, which is lost where `over`; all [B, G].
+    def before_evict(self, slots: Tensor, row: Tensor, last: Tensor, over: Tensor) -> None:
+        """Update state before the last row replaces `row`, which is evicted where `over` is True; all [B, G].
 
-        For a subclass whose state of one row depends on others. Where not `over`, `row` is `last`, and stays.
+        For a subclass whose state of one row depends on other rows. Elsewhere `row` is `last`, and is not evicted.
         """
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -142,23 +142,23 @@ class DecodingEvictionCache(LayerCache):
         new_row = held.clamp(max=len(self._rows) - 1)
         index = slots[:, None], self._heads, new_row
         self.positions[index] = past[:, None].expand_as(held)
-        self.scores[index] = torch.zeros_like(held, dtype=torch.float32)  # a number would be copied from the host
+        self.scores[index] = torch.zeros_like(held, dtype=torch.float32)  # assigning a number would copy from the host
         held = new_row + 1
         self._evict(q, slots, held, past + 1)
         return out
 
     def _evict(self, q: Tensor, slots: Tensor, held: Tensor, past: Tensor) -> None:
-        """Drop the row of lowest priority where more than the budget are held [B, G]: the last row takes its place."""
+        """Evict the row of lowest priority where held [B, G] exceeds the budget; the last row replaces it."""
         scores, priorities = self.step_scores(q, slots, past)
         self.scores[slots] = scores
         positions = self.positions[slots]
         priorities = priorities.masked_fill(self._rows >= held[..., None], torch.inf)
         is_lowest = priorities == priorities.amin(2, keepdim=True)
-        victim = positions.masked_fill(~is_lowest, torch.iinfo(torch.int64).max).argmin(2)  # of equals the earliest
+        victim = positions.masked_fill(~is_lowest, torch.iinfo(torch.int64).max).argmin(2)  # ties go to the earliest
         over = held > self.budgets[past][:, None]
         last = held - 1
-        target = torch.where(over, victim, last)  # elsewhere a row replaces itself
-        self.forget(slots, target, last, over)
+        target = torch.where(over, victim, last)  # elsewhere the last row replaces itself
+        self.before_evict(slots, target, last, over)
         to, of = (slots[:, None], self._heads, target), (slots[:, None], self._heads, last)
         for rows in self.token_state:
             rows[to] = rows[of]
@@ -173,15 +173,15 @@ class DecodingEvictionCache(LayerCache):
     def probabilities(self, q: Tensor, slots: Tensor) -> Tensor:
         """Return the attention of q [B, H, 1, D] to each row, summed over a KV head's queries: [B, G, rows] float32."""
         keys = self.keys[slots]
-        is_free = self._rows > self.num_tokens[slots][..., None]  # the new token lies behind num_tokens
+        is_free = self._rows > self.num_tokens[slots][..., None]  # the new token is in row num_tokens
         scores = scaled_scores(q, keys, keys.shape[3]).view(*keys.shape[:2], -1, keys.shape[2])  # [B, G, H / G, rows]
         return scores.masked_fill(is_free[:, :, None], -torch.inf).softmax(-1).sum(2)
 
 
 def attention_sums(q: Tensor, k: Tensor, first: int) -> Tensor:
-    """Return the attention that prompt tokens get from the queries from position `first` on: [G, L] float32.
+    """Return the attention that each prompt token receives from queries `first` to the last: [G, L] float32.
 
-    q: [H, L, D]; k: [G, L, D]. Summed over the queries of a KV head. No L x L tensor is built.
+    q: [H, L, D]; k: [G, L, D]. The sum over queries and a KV head's query heads. No L x L tensor is built.
     """
     kv_heads, length, head_dim = k.shape
     sums = torch.zeros(kv_heads, length, device=k.device)
@@ -195,7 +195,7 @@ def attention_sums(q: Tensor, k: Tensor, first: int) -> Tensor:
 
 
 def pin_last(scores: Tensor, count: int) -> Tensor:
-    """Return scores [G, L] with those of the last `count` tokens above all others, rising to the last one."""
+    """Return scores [G, L] with the last `count` tokens above all others, the last one highest."""
     count = min(count, scores.shape[1])
     if not count:
         return scores

@@ -1,4 +1,4 @@
-"""The full KV cache: one row per position. Vanilla attends to all of it; selection methods attend to chosen rows."""
+"""The full KV cache: one row per position. Vanilla attends to all rows, selection methods to selected rows."""
 
 from typing import ClassVar
 
@@ -33,7 +33,7 @@ class FullCache(LayerCache):
     def attend_selected(
         self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, counts: Tensor
     ) -> Tensor:
-        """As `attend`, but over the new token and the first counts [B, G] of positions [B, G, N] alone."""
+        """As `attend`, but only over the new token and the first counts [B, G] of positions [B, G, N]."""
         out = attend_selected(q, k, v, self.keys, self.values, slots, positions, counts)
         append_kv(k, v, self.keys, self.values, self.seq_lens, slots)
         return out

@@ -1,4 +1,4 @@
-"""The caches of all layers of one engine, and the sequence lengths and statistics that they share."""
+"""The caches of all layers of a model, and the sequence lengths and statistics that they share."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +14,8 @@ from sparsecache.cache.streams import SideStream
 class ModelCache:
     """A LayerCache per layer for `slots` sequences of at most `max_tokens` tokens.
 
-    layers: the caches, in order. layer_stats: what each records, if it is sparse. A layer's tensors
-    lie on its device; what layers share is one tensor per device.
+    layers: the caches, in order. layer_stats: the counters of each, which a sparse cache writes. A layer's tensors are
+    on its device; layers share one tensor per device.
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class ModelCache:
 
     @property
     def graphable(self) -> bool:
-        """Whether the caches allow a decode step to be captured in a CUDA graph."""
+        """Return whether a decode step of the caches may be captured in a CUDA graph."""
         return all(cache.graphable for cache in self.layers)
 
     def start_sequence(self, slot: int, prompt_tokens: int) -> None:
-        """Begin a sequence in a free slot, once every layer's cache has its prompt."""
+        """Begin a sequence in a free slot, after the prefill of every layer's cache."""
         self._prompt_tokens[slot] = prompt_tokens
         for stats in self._stats.values():
             stats.start_sequence(slot, prompt_tokens)
 
     def end_step(self, slots: Tensor) -> None:
-        """End a decode step of slots [B], which every layer has attended in; on side streams until `join`."""
+        """End a decode step of slots [B], after every layer; the work is on side streams until `join`."""
         for device, stats in self._stats.items():
             slots_there = slots.to(device)
             with self._streams[device].after():
@@ -75,7 +75,7 @@ class ModelCache:
     def report(self, slot: int, discard_last_step: bool = False) -> dict[str, Any]:
         """Return what the method reports of a sequence, before `free_slot`.
 
-        discard_last_step: whether the slot's latest step came after the sequence's end, and must not count.
+        discard_last_step: whether the slot's latest step came after the end of the sequence, and does not count.
         """
         prompt_tokens = self._prompt_tokens[slot]
         shares: list[int] = []
@@ -102,7 +102,7 @@ class ModelCache:
         )
 
     def free_slot(self, slot: int) -> None:
-        """Forget the sequence in a slot. Freeing a free slot does nothing."""
+        """Remove the sequence from a slot. Does nothing for a free slot."""
         self._prompt_tokens.pop(slot, None)
         for stats in self._stats.values():
             stats.start_sequence(slot, 0)

@@ -1,6 +1,6 @@
-"""Selection by partial keys: every key's projection to a few channels, kept beside it, by a calibrated matrix.
+"""Selection by partial keys: each key's projection to a few channels by a calibrated matrix.
 
-Loki and Double Sparsity differ in the matrix alone.
+Loki and Double Sparsity differ only in the matrix.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""What methods share that keep every token and choose at each step which ones to attend to.
+"""Base classes of methods that keep every token and select at each step which ones to attend to.
 
-They save attention, not memory. A step works at fixed sizes on a GPU, so that it can be a CUDA graph.
+They save attention, not memory. On a GPU a step has fixed sizes, so that it can be a CUDA graph.
 """
 
 import math
@@ -22,7 +22,7 @@ from sparsecache.kernels.threshold import Selection
 class SelectionCache(LayerCache):
     """All keys and values of a layer, and the selection of a step.
 
-    full: the FullCache. budgets: [max_tokens + 1] int64, the most tokens to select of so many past ones.
+    full: the FullCache. budgets: [max_tokens + 1] int64, the most tokens to select, by past tokens.
     """
 
     def __init__(self, method: "SelectionMethod", layer: int, config: CacheConfig) -> None:
@@ -30,7 +30,7 @@ class SelectionCache(LayerCache):
         self.full = FullCache(config)
         self.seq_lens, self.stats = config.seq_lens, config.stats
         self.budgets = method.budget_table(layer, config)
-        self.max_budget = int(self.budgets[-1])  # budgets never fall
+        self.max_budget = int(self.budgets[-1])  # budgets are non-decreasing
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.full.prefill(slot, q, k, v)
@@ -41,22 +41,22 @@ class SelectionCache(LayerCache):
         return self.full.attend_selected(q, k, v, slots, positions, counts)
 
     def keys_of(self, slots: Tensor) -> Tensor:
-        """Return the keys of slots [B], to be read only: [B, G, T, D], T as `width`; beyond `seq_lens` anything."""
+        """Return the keys of slots [B], read-only: [B, G, T, D], T as `width`, undefined beyond `seq_lens`."""
         return index_slots(self.full.keys, slots)[:, :, : self.width(slots)]
 
     def width(self, slots: Tensor) -> int:
         """Return how many positions a step scores, 1 or more.
 
-        The longest sequence's on a CPU; all on a GPU, which cannot ask.
+        Those of the longest sequence on a CPU; all on a GPU.
         """
-        if slots.is_cuda:
+        if slots.is_cuda:  # reading a length would synchronise with the device
             return self.config.max_tokens
         return max(1, min(int(self.seq_lens[slots].max()), self.config.max_tokens))
 
     def select_topk(self, scores: Tensor, slots: Tensor, within: float = math.inf) -> Selection:
         """Return the past positions of highest score within the budget; scores: [B, G, T] float32, T as `width`.
 
-        within: how far below the best score a selected one may be, exclusive.
+        within: how far below the best score a selected token's may be, exclusive.
         """
         return select_topk(scores, self.seq_lens, slots, self.budgets, self.max_budget, within)
 
@@ -67,9 +67,9 @@ class SelectionCache(LayerCache):
 
 @dataclass
 class SelectionMethod(SparseMethod):
-    """Keeps every token and selects anew at each step: a subclass defines `select`.
+    """Keeps every token and selects tokens at each step: a subclass defines `select`.
 
-    A method with state of its own per layer, such as page bounds, also defines a subclass of SelectionCache.
+    A method with state per layer, such as page bounds, also defines a subclass of SelectionCache.
     """
 
     kind: ClassVar[MethodKind] = "selection"

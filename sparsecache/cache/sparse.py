@@ -1,4 +1,4 @@
-"""What sparse methods share: a budget, dense first layers, and the report of what was attended to."""
+"""The base class of sparse methods: a budget, dense first layers, and the report of kept tokens."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from sparsecache.cache.stats import SequenceStats
 class SparseMethod(CacheMethod):
     """Attends to at most `budget` past tokens per KV head in every layer but the first `dense_layers`.
 
-    min_dense_layers: fewest layers that must stay dense. budget_excludes_generated: whether the budget is of the
-    prompt alone, and generated tokens are kept on top of it.
+    min_dense_layers: fewest layers that must stay dense. budget_excludes_generated: whether the budget
+    limits prompt tokens only, and generated tokens are kept in addition.
     """
 
     min_dense_layers: ClassVar[int] = 0
@@ -49,11 +49,11 @@ class SparseMethod(CacheMethod):
         """Return the cache of a sparse layer, as `make_cache`."""
 
     def layer_budget(self, layer: int, shape: Shape) -> Budget:
-        """Return the budget of a layer, the same for all unless a method gives layers different ones."""
+        """Return the budget of a layer: the same for all, unless a method overrides this."""
         return Budget(self.budget)
 
     def budget_table(self, layer: int, config: CacheConfig) -> Tensor:
-        """Return the most tokens to attend to, by past tokens: [max_tokens + 1] int64, shared by alike layers."""
+        """Return the most tokens to attend to, by past tokens: [max_tokens + 1] int64, shared by equal budgets."""
         budget = self.layer_budget(layer, config.shape)
         key = (budget, config.device, config.max_tokens)
         if key not in self._tables:

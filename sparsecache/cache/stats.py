@@ -1,6 +1,6 @@
 """How many past tokens sparse layers attended to: counters per layer, slot and KV head, in one tensor per device.
 
-Counters are whole numbers, so that sums depend on no order and the latest step can be taken off exactly.
+Counters are integers, so that sums do not depend on their order and the latest step can be subtracted exactly.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SHARE_BITS = 40  # a share of the past is a whole number of 2 ** -40
+_SHARE_BITS = 40  # a share of the past is an integer multiple of 2 ** -40
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """The part of one layer: counts [slots, G] int64, past tokens attended to in a slot's latest step."""
+    """The counters of one layer: counts [slots, G] int64, past tokens attended to in the latest step."""
 
     counts: Tensor
 
@@ -24,12 +24,12 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class SequenceStats:
-    """What a finished sequence did.
+    """The statistics of a finished sequence.
 
     prompt_tokens; steps: decode steps. kept: mean share of past tokens attended to over sparse layers, KV heads and
     steps, None without a sparse step. attended: past tokens attended to, summed over the same. sparse_layers,
-    dense_layers: how many layers of each kind there are. slot: where it was. last_step_discarded: whether one more
-    step than `steps` was decoded, which counts in no sum here and must not count in a method's own.
+    dense_layers: the number of layers of each kind. slot: of the sequence. last_step_discarded: whether one more step
+    than `steps` was decoded. It does not count here, and must not count in a method's own sums.
     """
 
     prompt_tokens: int
@@ -67,7 +67,7 @@ class DeviceStats:
             counts = self._counts[:, slots]
             self._sums.index_add_(2, slots, torch.stack((_share(counts, self.seq_lens[slots][:, None]), counts)))
         self.seq_lens.index_add_(0, slots, self._one.expand(len(slots)))
-        self.seq_lens.clamp_(max=self._max_tokens)  # a free slot that a step names never ends
+        self.seq_lens.clamp_(max=self._max_tokens)  # padding steps of a free slot have no end
 
     def read(self, slot: int, discard_last_step: bool) -> tuple[int, list[list[int]], list[list[int]]]:
         """Return a slot's length and, per layer and KV head, the sums of shares and of counts."""

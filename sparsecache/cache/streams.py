@@ -1,4 +1,4 @@
-"""A second stream on a GPU, for work that the layers after the current one or the next step read."""
+"""Side streams on a GPU, for work whose results later layers or the next step need."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class SideStream:
-    """One more stream on a GPU, with high priority or without; on a CPU its work runs in place."""
+    """A second stream on a GPU, with high or default priority. On a CPU its work runs immediately."""
 
     def __init__(self, device: torch.device, high_priority: bool) -> None:
         make: Any = torch.cuda.Stream
@@ -18,11 +18,11 @@ class SideStream:
 
     @contextmanager
     def reading(self, *tensors: Tensor) -> Iterator[None]:
-        """Run the work within beside the current stream, after all that is on it now; it may read the tensors.
+        """Run the block on this stream, after the work on the current stream so far; it reads the tensors.
 
-        The allocator does not reuse the tensors' memory before that work is done. What the work makes may be used
-        outside once it is done, and its memory may be reused by the next `reading`: so drop it only when that one
-        waits for whatever still reads it.
+        The allocator does not reuse the tensors' memory until the block is done. Tensors that the block makes may be
+        used outside once it is done. The next block may reuse their memory, so delete them only if that block waits for
+        all work that reads them.
         """
         if self._stream is not None:
             for tensor in tensors:
@@ -32,7 +32,7 @@ class SideStream:
 
     @contextmanager
     def after(self) -> Iterator[None]:
-        """As `reading`, of tensors that the caller keeps until the current stream has joined."""
+        """Run the block as `reading`; the caller keeps the tensors until the current stream has joined."""
         if self._stream is None:
             yield
             return
@@ -42,7 +42,7 @@ class SideStream:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """Run the work within between what is on the current stream and what follows there."""
+        """Run the block on this stream, and let the current stream wait for it."""
         with self.after():
             yield
         self.join()

@@ -1,4 +1,4 @@
-"""The highest scores within a budget, at fixed sizes: what selection methods turn their scores into."""
+"""Select the tokens of highest score within a budget, at fixed sizes."""
 
 import math
 
@@ -15,11 +15,11 @@ _ALIGNMENT = 16
 def select_topk(
     scores: Tensor, seq_lens: Tensor, slots: Tensor, budgets: Tensor, max_budget: int, within: float = math.inf
 ) -> Selection:
-    """Return the positions of highest score of each slot and KV head, as many as `budgets` allows of its past tokens.
+    """Return the positions of highest score per slot and KV head, as many as `budgets` allows.
 
-    scores: [B, G, T] float32, beyond a slot's past tokens anything. seq_lens: [slots] int64; slots: [B] int64;
+    scores: [B, G, T] float32, undefined beyond a slot's past tokens. seq_lens: [slots] int64; slots: [B] int64;
     budgets: [max_tokens + 1] int64; max_budget: the highest of them. within: how far below the best
-    score a selected one may be, exclusive. Ties go to the lower position.
+    score a selected token's may be, exclusive. Ties go to the lower position.
     """
     params = SelectionParams(within, budgets, mean=False)
     width = min(max_budget, scores.shape[2])

@@ -130,7 +130,7 @@ class RKVCache(DecodingEvictionCache):
         self.similarity[slots] = torch.where(is_similar, found, similarity).scatter(2, new, to_row)
         return sums
 
-    def forget(self, slots: Tensor, row: Tensor, last: Tensor, over: Tensor) -> None:
+    def before_evict(self, slots: Tensor, row: Tensor, last: Tensor, over: Tensor) -> None:
         row, last, over = row[..., None], last[..., None], over[..., None]
         excused, sums = self.excused[slots], self.scores[slots]
         found = _similarities(normalize(self.keys[slots].float(), dim=-1), row)

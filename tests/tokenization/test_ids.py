@@ -136,7 +136,7 @@ def test_a_chat_token_that_only_tokenizer_config_adds_is_refused(make_tokenizer,
     added = {"607": {"content": "<|new|>", "special": True}}
     template = "<|new|>{{ messages[0]['content'] }}"
     ours = load_tokenizer(write(make_tokenizer(), added_tokens_decoder=added, chat_template=template))
-    with pytest.raises(UsageError, match=r"The chat wrapper holds <\|new\|>, which tokenizer.json does not know"):
+    with pytest.raises(UsageError, match=r"The chat wrapper holds <\|new\|>, which is one token in"):
         Prompter(ours, 4096, chat="template").room(load_tasks()["qasper"])
     assert Prompter(ours, 4096).room(load_tasks()["qasper"]) > 0
 
