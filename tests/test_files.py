@@ -79,7 +79,7 @@ SPECIAL = [
     ("link to a device", "it is a device, not a regular file"),
     ("link to itself", "Too many levels of symbolic links"),
     ("too long a name", "File name too long"),
-    ("name with NUL", "embedded null byte"),
+    ("name with NUL", "embedded null"),
     ("missing", "No such file or directory"),
 ]
 

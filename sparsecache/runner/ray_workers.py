@@ -1,44 +1,14 @@
-"""Starts the Ray workers of a run: what each loads, and what it compares with the driver before."""
+"""Starts the Ray workers of a run."""
 
 import os
-import platform
-from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from sparsecache.cluster.connection import Cluster
 from sparsecache.cluster.worker import Worker, WorkerConfig
 from sparsecache.cluster.workers import PoolSize, Workers
-from sparsecache.engine.base import Engine
-from sparsecache.errors import UsageError
-from sparsecache.runner.context import RunContext
+from sparsecache.runner.engine_loader import EngineLoader
 from sparsecache.runner.settings import Settings
 from sparsecache.versions import installed_versions
-
-
-@dataclass(frozen=True)
-class EngineLoader:
-    """Loads a run's engine in a worker's process.
-
-    identity, versions: the driver's, which the worker must find too. most_rows: the rows of the largest dataset.
-    """
-
-    settings: Settings
-    identity: dict[str, Any]
-    versions: dict[str, str]
-    most_rows: int
-
-    def __call__(self) -> tuple[Engine, list[torch.device]]:
-        """Returns the engine and its devices. Raises UsageError if code, files or devices differ from the driver's."""
-        node = platform.node()
-        advice = "Install the same on every machine."
-        _check_equal(self.versions, installed_versions(), f"The versions on {node}", advice)
-        context = RunContext(replace(self.settings, workers=1, ray_address=None))
-        context.fetch_weights()
-        advice = "Give every machine the same clone and the same checkpoint, at the same path."
-        _check_equal(self.identity, context.identity(), f"The run on {node}", advice)
-        return context.engine(self.most_rows), context.devices
 
 
 def check_capacity(cluster: Cluster, settings: Settings) -> None:
@@ -63,9 +33,3 @@ def _size(settings: Settings) -> PoolSize:
     if settings.device == "cuda":
         return PoolSize(settings.workers, "GPU", settings.gpus_per_worker)
     return PoolSize(settings.workers, "CPU")
-
-
-def _check_equal(wanted: dict[str, Any], found: dict[str, Any], what: str, advice: str) -> None:
-    differing = [f"{key} is {found.get(key)}, not {value}" for key, value in wanted.items() if found.get(key) != value]
-    if differing:
-        raise UsageError(f"{what} differs from the driver's: {'; '.join(differing)}. {advice}")

@@ -16,7 +16,7 @@ from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.generator import Generator
 from sparsecache.errors import UsageError
 from sparsecache.runner.context import RunContext
-from sparsecache.runner.ray_workers import EngineLoader
+from sparsecache.runner.engine_loader import EngineLoader
 from sparsecache.runner.settings import Settings
 from sparsecache.versions import installed_versions
 
@@ -121,8 +121,8 @@ def test_a_worker_whose_device_answers_no_more_ends_itself_and_others_do_not(wor
 @pytest.mark.parametrize(
     ("changed", "parts"),
     [
-        ({"versions": {"torch": "1.0"}}, ["torch is ", "not 1.0", "the same on every machine"]),
-        ({"identity": {"checkpoint": "other"}}, ["checkpoint is ", "not other", "the same checkpoint"]),
+        ({"versions": {"torch": "1.0"}}, ["torch: 1.0, now ", "the same on every machine"]),
+        ({"identity": {"checkpoint": "other"}}, ["the checkpoint's files: not the same", "the same checkpoint"]),
     ],
     ids=["version", "checkpoint"],
 )

@@ -9,7 +9,7 @@ from sparsecache.cluster.worker import Worker, WorkerConfig
 from sparsecache.engine.base import Request
 from sparsecache.errors import UsageError
 from sparsecache.runner.context import RunContext
-from sparsecache.runner.ray_workers import EngineLoader
+from sparsecache.runner.engine_loader import EngineLoader
 from sparsecache.runner.settings import Settings
 from sparsecache.versions import installed_versions
 

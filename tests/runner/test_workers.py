@@ -296,14 +296,15 @@ def test_an_address_where_no_cluster_answers_is_refused_at_once(predict) -> None
     assert f"Error: No Ray cluster answers at {address}" in told.stderr and "ray start --head" in told.stderr
 
 
-def test_a_worker_that_finds_something_else_is_refused_with_both_values(address, predict, folder, monkeypatch) -> None:
+def test_a_worker_that_finds_another_checkpoint_is_refused(address, predict, folder, monkeypatch) -> None:
     from sparsecache.runner.context import RunContext
 
     whole = RunContext.identity
     monkeypatch.setattr(RunContext, "identity", lambda self: {**whole(self), "checkpoint": "mine"})
     told = predict("--ray_address", address)
     assert told.exit_code == 2
-    assert "checkpoint is " in told.stderr and ", not mine." in told.stderr and "the same checkpoint" in told.stderr
+    assert "the checkpoint's files: not the same" in told.stderr and "the same checkpoint" in told.stderr
+    assert "mine" not in told.stderr  # hashes are not shown
 
 
 def test_workers_import_what_the_driver_finds_by_its_path(address, predict, tmp_path, monkeypatch) -> None:
