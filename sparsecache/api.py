@@ -47,11 +47,11 @@ _RUN_ONLY = {
 
 @dataclass(frozen=True)
 class Generation:
-    """A decoded text.
+    """A generated text.
 
     token_ids: new tokens, the stop token included; finish_reason: "stop" or "length". prefill_s, decode_s: seconds.
-    report: what the method says of the cache, such as `kept`, the mean share of past tokens attended to in sparse
-    layers. error: why decoding failed, None if it did not; the other fields are then empty.
+    report: what the method reports of the cache, such as `kept`, the mean share of past tokens that sparse layers
+    attended to. error: why decoding failed; the other fields are then empty. None if it did not fail.
     """
 
     text: str
@@ -68,7 +68,7 @@ class LLM:
     """A checkpoint with a cache method.
 
     model: a checkpoint's folder, a GGUF file, a name of configs/models.toml or a hub id. method: a built-in method, a
-    path to a .py file, or the dotted name of an installed module. Raises UsageError for whatever does not fit.
+    path to a .py file, or the dotted name of an installed module. Raises UsageError for invalid arguments.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class LLM:
 class Evaluation:
     """A finished run and its scores.
 
-    folder: the predictions. run: the scores in full. exit_code: 0, or 1 if a row failed or the method kept everything.
-    log: what the command line would have printed.
+    folder: of the predictions. run: all scores. exit_code: 0, or 1 if a row failed or the method dropped nothing.
+    log: the output of the command.
     """
 
     folder: Path
@@ -148,27 +148,27 @@ class Evaluation:
 
     @property
     def scores(self) -> dict[str, float | None]:
-        """Score per dataset, 0 to 100."""
+        """Return the score per dataset, 0 to 100."""
         return {dataset.task.name: dataset.summary.score for dataset in self.run.datasets}
 
     @property
     def mean(self) -> float | None:
-        """Mean of the datasets' scores."""
+        """Return the mean of the datasets' scores."""
         return self.run.averages["flat_mean"].score
 
     @property
     def kept(self) -> float | None:
-        """Mean share of past tokens that sparse layers attended to; None for a dense method."""
+        """Return the mean share of past tokens that sparse layers attended to; None for a dense method."""
         return self.run.averages["flat_mean"].kept
 
 
 def evaluate(
     model: str | Path, method: str | Path = "vanilla", options: Mapping[str, Any] | None = None, **more: Any
 ) -> Evaluation:
-    """Decode LongBench rows as longbench_pred.py does, and score them. A run that was stopped is resumed.
+    """Decode LongBench rows as longbench_pred.py does, and score them. Resumes a stopped run.
 
     datasets: names in a list or a comma list, "all" by default; data: "hub", "sample", a folder or a zip. Returns the
-    scores of all rows in the run's folder. Raises UsageError for whatever does not fit.
+    scores of all rows in the run's folder. Raises UsageError for invalid arguments.
     """
     return evaluate_settings(make_settings(model, method, options, **more))
 

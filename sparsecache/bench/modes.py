@@ -47,7 +47,7 @@ def decode(
     All methods of a workload are compared with the same measurement of a baseline. transformers is measured with one
     sequence at a time only.
     """
-    for spec in specs:  # refuses options before anything is measured
+    for spec in specs:  # raises for wrong options before anything is measured
         model.method(spec.method, spec.options)
     rates = roofline.Rates(model.device)
     for workload in workloads:

@@ -15,7 +15,7 @@ _OWN_KERNEL = re.compile(r"_([a-z][a-z_]*)_kernel")  # as in sparsecache/kernels
 _Times = dict[str, tuple[float, float]]  # by kernel: microseconds, and calls
 
 
-def stage_of(kernel: str) -> str:
+def row_label(kernel: str) -> str:
     """Return the row of a kernel in the table: its name for this project's kernels, "others" for libraries'."""
     own = _OWN_KERNEL.fullmatch(kernel)
     return own[1].replace("_", " ") if own else "others"
@@ -42,8 +42,8 @@ def profile_steps(decode: Callable[[int], object], new_tokens: int, gpu: bool, p
         return _table(dict(sorted(per_step.items(), key=_by_time)[:_MAX_ROWS]), gpu)
     stages: _Times = {}
     for kernel, (microseconds, count) in per_step.items():
-        before, fewer = stages.get(stage_of(kernel), (0.0, 0.0))
-        stages[stage_of(kernel)] = before + microseconds, fewer + count
+        before, fewer = stages.get(row_label(kernel), (0.0, 0.0))
+        stages[row_label(kernel)] = before + microseconds, fewer + count
     return _table(stages, gpu)
 
 

@@ -33,7 +33,7 @@ class Rates:
 
     @cached_property
     def link(self) -> float | None:
-        """None on a CPU."""
+        """Return the rate from host memory; None on a CPU."""
         return _link_rate(self._device) if self._device.type == "cuda" else None
 
 
@@ -45,7 +45,7 @@ def decode_step_nbytes(
     seq_len: past tokens of each sequence. kept: the share of them that sparse layers attend to, None if the method does
     not report it. cache_hit: as in `LayerCache.step_nbytes`. A speculating layer reads its query weights twice.
     """
-    assert decoder.cache is not None, "allocate comes first"
+    assert decoder.cache is not None, "call allocate first"
     device = host = 0.0
     for layer, cache in enumerate(decoder.cache.layers):
         share = kept if cache.sparse else 1.0

@@ -130,29 +130,29 @@ class Cluster:
 
     @property
     def machines(self) -> int:
-        """The number of machines."""
+        """Returns the number of machines."""
         return len(self._by_machine("CPU"))
 
     def total(self, kind: str) -> int:
-        """The number of GPUs or CPUs ("GPU", "CPU") of all machines together."""
+        """Returns the number of GPUs or CPUs of all machines; kind: "GPU" or "CPU"."""
         return sum(self._by_machine(kind))
 
     def free(self, kind: str) -> int:
-        """The number of them that no process has reserved."""
+        """Returns the number of GPUs or CPUs that no process has reserved."""
         return int(ray.available_resources().get(kind, 0))
 
     def threads(self, sharing: int) -> int:
-        """CPU threads per worker if `sharing` workers share the cluster; at most those of one machine."""
+        """Returns the CPU threads per worker if `sharing` workers share the cluster, at most those of a machine."""
         return max(1, min(self.total("CPU") // sharing, max(self._by_machine("CPU"))))
 
-    def check_room(self, workers: int, kind: str, each: int) -> None:
-        """Raises UsageError, with the numbers, if the machines cannot hold `workers` with `each` GPUs or CPUs."""
-        there = self._by_machine(kind)
-        if sum(count // each for count in there) < workers:
-            machines = f"{len(there)} machine{'s' * (len(there) != 1)} with {' + '.join(map(str, there))}"
-            together = f", {each} each on one machine" if each > 1 else ""
+    def check_capacity(self, workers: int, kind: str, per_worker: int) -> None:
+        """Raises UsageError, with the numbers, if `workers` workers do not fit; kind: "GPU" or "CPU"."""
+        counts = self._by_machine(kind)
+        if sum(count // per_worker for count in counts) < workers:
+            machines = f"{len(counts)} machine{'s' * (len(counts) != 1)} with {' + '.join(map(str, counts))}"
+            on_one_machine = f", {per_worker} each on one machine" if per_worker > 1 else ""
             raise UsageError(
-                f"{workers} workers need {workers * each} {kind}s{together}; {self} has {sum(there)} "
+                f"{workers} workers need {workers * per_worker} {kind}s{on_one_machine}; {self} has {sum(counts)} "
                 f"({machines}). Ask for fewer --workers, or add machines."
             )
 

@@ -42,9 +42,9 @@ class WorkQueue:
     @property
     def empty(self) -> bool:
         """Whether no request is left to assign."""
-        return not self._suspects and not self._ready and not self.prepare()
+        return not self._suspects and not self._ready and not self.prefetch()
 
-    def prepare(self) -> bool:
+    def prefetch(self) -> bool:
         """Draws one more request unless more are ready than there are workers; returns whether it did."""
         return len(self._ready) <= self._workers and self._draw()
 
@@ -80,7 +80,7 @@ class WorkQueue:
         return given_up
 
     def _is_nearly_empty(self) -> bool:
-        while self.prepare():
+        while self.prefetch():
             pass
         return len(self._ready) <= self._workers
 

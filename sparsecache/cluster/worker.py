@@ -80,7 +80,7 @@ class Worker:
         self._engine.reset_stats()
 
     def sync(self) -> None:
-        """Does nothing. Its answer tells the driver that all earlier calls have ended."""
+        """Does nothing. When it returns, all earlier calls have ended."""
 
     def process(self, tickets: Tickets) -> Reply:
         """Adds requests, and returns the next completion of all requests that the worker holds."""

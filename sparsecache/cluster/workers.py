@@ -1,4 +1,4 @@
-"""Runs requests in many workers on a Ray cluster, behind the interface of one engine."""
+"""An engine that spreads requests over many workers on a Ray cluster."""
 
 import os
 import sys
@@ -36,7 +36,7 @@ class PoolSize:
 
     def check_fits(self, cluster: Cluster) -> None:
         """Raises UsageError, with the numbers, if the connected cluster has too few GPUs or CPUs."""
-        cluster.check_room(self.workers, self.kind, self.per_worker)
+        cluster.check_capacity(self.workers, self.kind, self.per_worker)
 
 
 @dataclass
@@ -98,7 +98,10 @@ class Workers:
 
     @property
     def stats(self) -> EngineStats:
-        """The sum over all workers, so tokens per second are those of one worker; the peak memory is the highest."""
+        """Returns the sum over all workers, and the highest peak of memory.
+
+        Tokens per second of this sum are those of one worker.
+        """
         all_stats = [handle.stats for handle in self._ended + self._handles]
         peaks = [each.peak_gpu_bytes for each in all_stats if each.peak_gpu_bytes is not None]
         names = [each.name for each in fields(EngineStats) if each.name != "peak_gpu_bytes"]
@@ -106,7 +109,7 @@ class Workers:
         return EngineStats(**totals, peak_gpu_bytes=max(peaks, default=None))
 
     def session(self) -> dict[str, Any]:
-        """Returns the stats, the seconds from the first ready worker to the last row, and an entry per worker."""
+        """Returns the stats as "clock", the seconds from first ready worker to last row, and an entry per worker."""
         handles = sorted((one for one in self._ended + self._handles if one.info), key=lambda handle: handle.number)
         gpus = sorted({handle.info.gpu for handle in handles if handle.info and handle.info.gpu})
         return {
@@ -164,13 +167,13 @@ class Workers:
                 self._submit(handle, queue)
             if queue.empty and not any(handle.assigned.requests for handle in self._handles):
                 return
-            answered = self._poll(0 if queue.prepare() else _POLL_S)
+            ready = self._poll(0 if queue.prefetch() else _POLL_S)
             if all(handle.info for handle in self._handles):
                 all_ready = time.monotonic()
             elif time.monotonic() - all_ready > _REPORT_AFTER_S:
                 self._report_missing(sum(handle.info is None for handle in self._handles))
                 all_ready = time.monotonic()
-            for handle in answered:
+            for handle in ready:
                 for completion in self._receive(handle, queue):
                     on_tokens(len(completion.token_ids))
                     yield completion
@@ -194,7 +197,7 @@ class Workers:
         return [calls[call] for call in ready]
 
     def _receive(self, handle: WorkerHandle, queue: WorkQueue) -> Iterator[Completion]:
-        """Handles a worker's oldest answer, or its death."""
+        """Handles the result of a worker's oldest call, or its death."""
         try:
             answer = ray.get(handle.calls[0])
         except RayError as error:
@@ -222,7 +225,7 @@ class Workers:
             yield replace(reply.completion, request=handle.assigned.requests.pop(reply.ticket))
 
     def _replace(self, handle: WorkerHandle, queue: WorkQueue, error: RayError) -> Iterator[Completion]:
-        """Starts another worker in place of a dead one, unless it failed to load MAX_ATTEMPTS times."""
+        """Replaces a dead worker, unless it failed to load MAX_ATTEMPTS times in a row."""
         handle.died, reason = True, _reason(error)
         ray.kill(handle.actor)
         self._ended.append(handle)

@@ -20,7 +20,7 @@ from sparsecache.methods.quest import Quest
 
 @dataclass
 class ArkVale(Quest):
-    """Selects the pages whose centre and mean deviation promise the highest scores."""
+    """Selects the pages with the highest bounds from their centre and mean deviation."""
 
     page: Annotated[int, "tokens in a page, 1 or more"] = 32
 

@@ -1,7 +1,7 @@
 """FreeKV: Boosting KV Cache Retrieval for Efficient LLM Inference (2025, arXiv 2505.13109).
 
-As Quest, but pages are selected by the query of the step before, so that they could be fetched ahead. Where a query has
-turned, with a cosine similarity to the one before below `similarity`, the true query selects. The first and the most
+As Quest, but pages are selected by the query of the step before, so that they could be fetched ahead. If the
+cosine similarity of a query to the one before is below `similarity`, the true query selects. The first and the most
 recent pages always come first. The defaults are those of the authors' LongBench v2 runs.
 
 GQA: as in the paper, a KV head takes the mean similarity of its query heads, and the mean of their softmax over pages.
@@ -24,7 +24,7 @@ from sparsecache.methods.quest import Quest, QuestCache
 
 @dataclass
 class FreeKV(Quest):
-    """Selects pages by the query of the step before, unless the query has turned."""
+    """Selects pages by the query of the step before, unless the query has changed much."""
 
     page: Annotated[int, "tokens in a page, 1 or more"] = 32
     similarity: Annotated[float, "cosine similarity to the query before, -1 to 1, below which the true one selects"] = (
@@ -77,8 +77,8 @@ class FreeKVCache(QuestCache):
         return out
 
     def probe(self, q: Tensor, slots: Tensor) -> Tensor:
-        """Return the queries that select: per KV head those of the step before, or q [B, H, 1, D] if they turned."""
+        """Return the queries that select: per KV head those of the step before, or q [B, H, 1, D] if it changed."""
         before = self.last_queries[slots][:, :, None]
         similarity = cosine_similarity(q.float(), before.float(), dim=3).view(len(slots), self.lowest.shape[1], -1)
-        turned = similarity.mean(2) < self.method.similarity  # [B, G]
-        return torch.where(turned.repeat_interleave(similarity.shape[2], 1)[:, :, None, None], q, before)
+        has_changed = similarity.mean(2) < self.method.similarity  # [B, G]
+        return torch.where(has_changed.repeat_interleave(similarity.shape[2], 1)[:, :, None, None], q, before)

@@ -2,12 +2,12 @@
 
 Half of the budget holds the most recent tokens (the larger half of an odd one), half the heavy hitters: the other
 tokens with the most attention so far. Each step adds the new query's attention to every kept token's sum. When the
-budget is full, the token with the lowest sum that is not recent leaves; of equals the earliest.
+budget is full, the token with the lowest sum that is not recent is evicted; ties go to the earliest.
 
 GQA: the paper counts per head. Here a KV head counts for all its query heads and evicts for them all.
 
-Differences: the paper evicts while the prompt is read. Here, as in the authors' code that really drops tokens, the
-prompt's attention is dense, and tokens leave at its end, by the attention of all its queries.
+Differences: the paper evicts while the prompt is read. Here, as in the authors' code that frees memory, the
+prompt's attention is dense, and tokens are evicted at its end, by the attention of all its queries.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from sparsecache.cache.sparse import SparseMethod
 
 @dataclass
 class H2O(SparseMethod):
-    """Keeps the tokens that got the most attention, and the most recent ones."""
+    """Keeps the tokens that received the most attention, and the most recent ones."""
 
     kind: ClassVar[MethodKind] = "eviction"
 
@@ -32,7 +32,7 @@ class H2O(SparseMethod):
 
 
 class H2OCache(DecodingEvictionCache):
-    """Scores are the attention that each token got so far."""
+    """Scores are the attention that each token received so far."""
 
     def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
         kv_heads, length = k.shape[:2]

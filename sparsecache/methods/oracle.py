@@ -1,6 +1,6 @@
-"""Oracle: the tokens of highest true score, the ceiling of every selection (InfiniGen's rule without speculation).
+"""Oracle: the tokens of highest true score, an upper bound for selection methods (InfiniGen without speculation).
 
-It reads every key to choose, so it saves nothing. It shows what a perfect speculation would keep.
+It reads every key to select, so it saves nothing. It shows what perfect speculation would select.
 
 GQA: a token's score for a KV head is how near it comes to the best score of one of the head's queries, as in
 `infinigen`.

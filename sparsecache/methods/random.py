@@ -1,4 +1,4 @@
-"""Random: past tokens drawn at random at each step, the floor of every comparison of selections.
+"""Random: past tokens drawn at random at each step, a lower bound for selection methods.
 
 A position's draw depends on the position and the sequence's length alone, so that a text can be reproduced.
 """

@@ -1,18 +1,18 @@
 """R-KV: Redundancy-aware KV Cache Compression for Reasoning Models (NeurIPS'25, arXiv 2505.24133).
 
-When the budget is full, the token of lowest score leaves: its importance times `weight`, less its redundancy times
+When the budget is full, the token of lowest score is evicted: its importance times `weight`, less its redundancy times
 1 - `weight`. Importance is the attention of the last `window` queries, pooled over `kernel` neighbours. Redundancy is
-the mean cosine similarity of the token's key with the others, as a softmax over the tokens. A token is excused from its
-similarity with each token whose most recent similar one it is, so that of many alike the last stays. The last `window`
-tokens always stay.
+the mean cosine similarity of the token's key with the others, as a softmax over the tokens. A token is exempt from its
+similarity with each token of which it is the most recent similar one, so the last of many similar tokens stays. The
+last `window` tokens always stay.
 
 GQA: as in the authors' code, a KV head takes the highest score of its query heads before the softmax.
 
-Differences: the paper evicts every 128 steps; here a token leaves at each step, so that no step has more than the
-budget. Votes are pooled at the end of the prompt only: later the cache is in no order, as in the authors' code. When a
-token leaves, the tokens that excused it excuse none until a similar one comes. In the authors' code, a token that is
-like no other excuses the first one. Their default `weight` is 0.07 in the code and 0.1 in the paper. The authors decode
-long answers to short prompts; the budget is this project's.
+Differences: the paper evicts every 128 steps; here one is evicted at each step, so that no step exceeds the
+budget. Votes are pooled at the end of the prompt only: later the cache is unordered, as in the authors' code. When a
+token is evicted, the tokens that exempted it exempt none until a similar one comes. In the authors' code, a token that
+is similar to no other exempts the first one. Their default `weight` is 0.07 in the code and 0.1 in the paper. The
+authors decode long answers to short prompts; the budget is this project's.
 """
 
 from dataclasses import dataclass
@@ -59,17 +59,17 @@ class RKV(SparseMethod):
 
 
 class RKVCache(DecodingEvictionCache):
-    """Scores are sums of similarities with the other tokens, those left out that excuse a token.
+    """Scores are sums of similarities with the other tokens, except those that exempt a token.
 
-    excused: [slots, G, rows] int64, the row of the token that a token excuses, -1 for none; similarity: [slots, G,
+    exempted: [slots, G, rows] int64, the row of the token that a token exempts, -1 for none; similarity: [slots, G,
     rows] float32, with that token. queries: [slots, G, H / G, window, D], the last ones, by position % window.
     """
 
     def __init__(self, method: RKV, layer: int, config: CacheConfig) -> None:
         super().__init__(method, layer, config)
         self._method = method
-        self.excused, self.similarity = torch.zeros_like(self.positions), torch.zeros_like(self.scores)
-        self.token_state += [self.excused, self.similarity]
+        self.exempted, self.similarity = torch.zeros_like(self.positions), torch.zeros_like(self.scores)
+        self.token_state += [self.exempted, self.similarity]
         group = config.shape.heads // config.shape.kv_heads
         self.queries = config.zeros(group, method.window, config.shape.head_dim)
 
@@ -78,7 +78,7 @@ class RKVCache(DecodingEvictionCache):
         length, window = k.shape[1], self._method.window
         count = min(self._budget.tokens(length), length)
         unit = normalize(self.keys[slot, :, :count].float(), dim=-1)
-        for state, found in zip((self.scores, self.excused, self.similarity), _redundancy(unit), strict=True):
+        for state, found in zip((self.scores, self.exempted, self.similarity), _redundancy(unit), strict=True):
             state[slot, :, :count] = found
         last = torch.arange(max(0, length - window), length, device=q.device)
         self.queries[slot][:, :, last % window] = q[:, last].view(len(k), -1, len(last), q.shape[2])
@@ -115,31 +115,31 @@ class RKVCache(DecodingEvictionCache):
         return sums, torch.where(is_recent, _KEPT + positions, scores)
 
     def _add(self, unit: Tensor, positions: Tensor, slots: Tensor, new: Tensor) -> Tensor:
-        """Enter the new token's similarities; return the sums [B, G, rows]. unit: [B, G, rows, D]; new: [B, G, 1]."""
-        excused, similarity = self.excused[slots], self.similarity[slots]
+        """Add the new token's similarities; return the sums [B, G, rows]. unit: [B, G, rows, D]; new: [B, G, 1]."""
+        exempted, similarity = self.exempted[slots], self.similarity[slots]
         found = _similarities(unit, new).masked_fill(self._rows >= new, 0)
         is_similar = found > _SIMILAR
-        back = similarity.masked_fill(~is_similar | (excused < 0), 0)  # what the new token excuses from now on
-        sums = self.scores[slots].scatter_add(2, excused.clamp(min=0), back)
+        back = similarity.masked_fill(~is_similar | (exempted < 0), 0)  # what the new token exempts from now on
+        sums = self.scores[slots].scatter_add(2, exempted.clamp(min=0), back)
         latest, row = positions.masked_fill(~is_similar, -1).max(2, keepdim=True)
         to_row = found.gather(2, row).masked_fill(latest < 0, 0)
         sums = (sums + found).scatter_add(2, row, -to_row)
         sums.scatter_(2, new, found.masked_fill(is_similar, 0).sum(2, keepdim=True))
-        excused = torch.where(is_similar, new, excused).scatter(2, new, row.masked_fill(latest < 0, -1))
-        self.excused[slots] = excused
+        exempted = torch.where(is_similar, new, exempted).scatter(2, new, row.masked_fill(latest < 0, -1))
+        self.exempted[slots] = exempted
         self.similarity[slots] = torch.where(is_similar, found, similarity).scatter(2, new, to_row)
         return sums
 
     def before_evict(self, slots: Tensor, row: Tensor, last: Tensor, over: Tensor) -> None:
         row, last, over = row[..., None], last[..., None], over[..., None]
-        excused, sums = self.excused[slots], self.scores[slots]
+        exempted, sums = self.exempted[slots], self.scores[slots]
         found = _similarities(normalize(self.keys[slots].float(), dim=-1), row)
         found = found.masked_fill(~over | (self._rows > last) | (self._rows == row), 0)
-        of_row = excused.gather(2, row)
-        excused_by_row = found.gather(2, of_row.clamp(min=0)).masked_fill(of_row < 0, 0)
-        self.scores[slots] = (sums - found).scatter_add(2, of_row.clamp(min=0), excused_by_row)
-        excused = excused.masked_fill((excused == row) & over, -1)
-        self.excused[slots] = torch.where((excused == last) & over, row, excused)
+        of_row = exempted.gather(2, row)
+        exempted_by_row = found.gather(2, of_row.clamp(min=0)).masked_fill(of_row < 0, 0)
+        self.scores[slots] = (sums - found).scatter_add(2, of_row.clamp(min=0), exempted_by_row)
+        exempted = exempted.masked_fill((exempted == row) & over, -1)
+        self.exempted[slots] = torch.where((exempted == last) & over, row, exempted)
 
 
 def _similarities(unit: Tensor, row: Tensor) -> Tensor:
@@ -150,17 +150,17 @@ def _similarities(unit: Tensor, row: Tensor) -> Tensor:
 
 
 def _redundancy(unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums of similarities, the row that each token excuses or -1, and their similarity: [G, L] each.
+    """Return sums of similarities, the row that each token exempts or -1, and their similarity: [G, L] each.
 
     unit: [G, L, D], unit keys in the order of the text. No L x L tensor is built.
     """
     sums = torch.zeros(unit.shape[:2], device=unit.device)
     rows = torch.arange(unit.shape[1], device=unit.device)
-    excused, similarity = [], []
+    exempted, similarity = [], []
     for block, at in zip(torch.split(unit, _BLOCK, 1), torch.split(rows, _BLOCK), strict=True):
         found = (block @ unit.mT).masked_fill_(rows == at[:, None], 0)  # [G, block, L]
         latest = rows.expand_as(found).masked_fill(found <= _SIMILAR, -1).amax(2, keepdim=True)
-        excused.append(latest[..., 0])
+        exempted.append(latest[..., 0])
         similarity.append(found.gather(2, latest.clamp(min=0)).masked_fill(latest < 0, 0)[..., 0])
         sums += found.masked_fill_(rows == latest, 0).sum(1)
-    return sums, torch.cat(excused, 1), torch.cat(similarity, 1)
+    return sums, torch.cat(exempted, 1), torch.cat(similarity, 1)

@@ -1,4 +1,4 @@
-"""TidalDecode: Position Persistent Sparse Attention (ICLR'25, arXiv 2410.05076): a few layers select for all.
+"""TidalDecode: Position Persistent Sparse Attention (ICLR'25, arXiv 2410.05076): a few layers select for the rest.
 
 The first layer behind the dense ones, and one layer further in, attend to every token and select those of highest
 score. The layers behind attend to the selection of the last such layer.

@@ -1,11 +1,11 @@
 """TOVA: Transformers are Multi-State RNNs (EMNLP'24, arXiv 2401.06104).
 
-When the budget is full, the token that the current query attends to least leaves. At the end of the prompt, the tokens
-stay that its last query attends to most.
+When the budget is full, the token that the current query attends to least is evicted. The prompt keeps the tokens that
+its last query attends to most.
 
 GQA: as in the paper, attention is averaged over all query heads, so all KV heads of a layer keep the same tokens.
 
-Differences: the newest token always stays, as in kvpress. The paper lets it leave too. The prompt's own attention is
+Differences: the newest token always stays, as in kvpress. The paper can evict it too. The prompt's own attention is
 dense.
 """
 
@@ -30,7 +30,7 @@ class TOVA(SparseMethod):
 
 
 class TOVACache(DecodingEvictionCache):
-    """The token with the least attention, summed over all heads, leaves."""
+    """Evicts the token with the least attention, summed over all heads."""
 
     def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
         received = attention_sums(q, k, first=k.shape[1] - 1).sum(0, keepdim=True)

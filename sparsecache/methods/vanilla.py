@@ -1,4 +1,4 @@
-"""Vanilla: the full cache, every past token attended to. What every other method is measured against."""
+"""Vanilla: the full cache, every past token attended to. The baseline of all comparisons."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any

@@ -1,4 +1,4 @@
-"""Keeps what a method learns from its calibration text in a file, so that later runs need not calibrate.
+"""Calibrates methods, and stores the result in a file for later runs.
 
 The file is keyed by the checkpoint's fingerprint, the tokens of the text, the dtype, the method and the version of
 its calibration. It lies in `calibration/` of the cache folder (files.cache_folder).

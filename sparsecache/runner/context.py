@@ -101,7 +101,7 @@ class RunContext:
 
     @cached_property
     def prompter(self) -> Prompter:
-        """Builds this run's prompts."""
+        """Returns the builder of this run's prompts."""
         return Prompter(
             tokenizer=self.checkpoint.tokenizer,
             window=self.window,
@@ -159,7 +159,7 @@ class RunContext:
         return Generator(decoder, min(self.slots, most_rows))
 
     def make_decoder(self, architecture: Architecture, weights: Weights, rope: Rope) -> Decoder:
-        """The decoder over loaded weights; for subclasses with one of their own."""
+        """Returns a decoder over loaded weights; subclasses may override it."""
         return Decoder(architecture, weights, rope, self.method)
 
     def _calibrate(self, decoder: Decoder) -> None:

@@ -106,11 +106,11 @@ class _Run:
             rows = {dataset.stem: verify_rows(dataset.file.path, dataset.wanted_ids) for dataset in datasets}
             if not self.settings.quiet:
                 print(self._summary(datasets, rows))
-        useless = _useless(self.settings.method, rows.values())
-        if useless:
-            print(f"Error: {useless}", file=sys.stderr)
+        no_effect = _no_effect_error(self.settings.method, rows.values())
+        if no_effect:
+            print(f"Error: {no_effect}", file=sys.stderr)
         failed = self.failed or any("error" in row for each in rows.values() for row in each)
-        return 1 if failed or useless else 0
+        return 1 if failed or no_effect else 0
 
     def _wanted_datasets(self) -> list[WantedDataset]:
         """Loads the rows of all datasets, and checks that each can be predicted and scored."""
@@ -280,7 +280,7 @@ class _Run:
         return "\n".join([table, *speed_lines(self.folder.load())])
 
 
-def _useless(method: str, datasets: Iterable[list[dict[str, Any]]]) -> str | None:
+def _no_effect_error(method: str, datasets: Iterable[list[dict[str, Any]]]) -> str | None:
     """Returns the error for a method that dropped nothing in any of these rows though it could have; else None."""
     rows = count_undropped_rows(aggregate_kept(rows) for rows in datasets)
     if not rows:

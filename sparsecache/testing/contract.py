@@ -2,7 +2,7 @@
 
     python -m sparsecache.testing.contract my_method.py
 
-runs them for a method of one's own, on tiny models with random weights, in under a minute. The project's tests run
+runs them for your method, on tiny models with random weights, in under a minute. The project's tests run
 the same checks for every built-in method.
 
 In one file because the command and the project's tests run the same list of checks.
@@ -41,8 +41,9 @@ from sparsecache.testing.cache_checks import CPU, check_counts, check_free_empty
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 PROMPT_LENGTHS = (90, 5, 33, 14)
-NEW_TOKENS = (24, 12, 20, 7)  # different ones, so that rows of a batch are soon not those of the slots
+NEW_TOKENS = (24, 12, 20, 7)  # different ones, so that batches lose rows
 Options = dict[str, Any]
+Check = tuple[str, Callable[[], None]]
 # Built-in methods that a budget of everything does not make lossless, or that have none.
 _LOSSLESS: dict[str, Options] = {
     "vanilla": {},
@@ -55,11 +56,11 @@ _TIGHT: dict[str, Options] = {"duoattention": {"sparsity": 0.5, "sinks": 1, "rec
 
 
 @dataclass(frozen=True)
-class Subject:
+class MethodUnderTest:
     """A method, and the options that the checks need.
 
-    lossless: options that drop nothing, so that the text must be that of transformers; None: there are none. tight:
-    options that drop tokens of a prompt of 40 tokens. Both go over the defaults.
+    lossless: options that drop nothing (output must equal transformers'); None: there are none. tight: options that
+    already drop tokens of a prompt of 40 tokens. Both replace defaults.
     """
 
     method: str
@@ -67,8 +68,8 @@ class Subject:
     tight: Options
 
     @classmethod
-    def of(cls, method: str, lossless: Options | None = None, tight: Options | None = None) -> "Subject":
-        """Return the subject of a method; by default a budget of everything is lossless, and one of 4 tokens tight."""
+    def of(cls, method: str, lossless: Options | None = None, tight: Options | None = None) -> "MethodUnderTest":
+        """Return a method to test; by default a budget of 1.0 is lossless, and one of 4 tokens tight."""
         kind = load_method(method)
         known = method_options(kind)
         if lossless is None:
@@ -122,7 +123,7 @@ def texts(engine: Generator, order: list[int]) -> dict[int, list[int]]:
     return {each.key: each.token_ids for each in done}
 
 
-def check_options(subject: Subject) -> None:
+def check_options(subject: MethodUnderTest) -> None:
     """Options can be recorded and compared, and there are options that show something."""
     for name, value in parse_options(subject.method, {}).items():
         plain = value is None or isinstance(value, bool | int | str | float)
@@ -138,7 +139,7 @@ def check_options(subject: Subject) -> None:
         require(not unknown, f"the method has no option {unknown}")
 
 
-def check_lossless(subject: Subject, checkpoint: Path) -> None:
+def check_lossless(subject: MethodUnderTest, checkpoint: Path) -> None:
     """With options that drop nothing, the text is that of transformers."""
     if subject.lossless is None:
         return
@@ -199,7 +200,7 @@ def check_free_slots(decoder: Decoder) -> None:
         require(close, "a step that names a free slot changes the logits of another one")
 
 
-def check_tight_changes(subject: Subject, checkpoint: Path) -> None:
+def check_tight_changes(subject: MethodUnderTest, checkpoint: Path) -> None:
     """Options that drop tokens change the text; without that the other checks show little."""
     if subject.tight:
         made = [Vanilla(), subject.make(subject.tight)]
@@ -207,7 +208,7 @@ def check_tight_changes(subject: Subject, checkpoint: Path) -> None:
         require(found != whole, f"with {subject.tight} the text is that of the full cache")
 
 
-def check_budget(subject: Subject, checkpoint: Path) -> None:
+def check_budget(subject: MethodUnderTest, checkpoint: Path) -> None:
     """No sequence attends to more past tokens than the budget of its layers."""
     for options in subject.tested:
         method = subject.make(options)
@@ -250,7 +251,7 @@ def _most_share(method: SparseMethod, budget: Budget, prompt_tokens: int, past: 
     return min(1.0, budget.tokens(past) / past)
 
 
-def checks(subject: Subject, checkpoint: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+def checks(subject: MethodUnderTest, checkpoint: Path) -> Iterator[Check]:
     """Yield every check of a method on a checkpoint: what it checks, and the check, which raises AssertionError."""
     yield "options can be recorded", lambda: check_options(subject)
     yield "lossless options give the text of transformers", lambda: check_lossless(subject, checkpoint)
@@ -260,7 +261,7 @@ def checks(subject: Subject, checkpoint: Path) -> Iterator[tuple[str, Callable[[
         yield from _checks_with(subject, checkpoint, options)
 
 
-def _checks_with(subject: Subject, checkpoint: Path, options: Options) -> Iterator[tuple[str, Callable[[], None]]]:
+def _checks_with(subject: MethodUnderTest, checkpoint: Path, options: Options) -> Iterator[Check]:
     """Yield the checks of a method with these options, as `checks`."""
 
     def new() -> CacheMethod:
@@ -297,7 +298,9 @@ def main(method: str, lossless: tuple[str, ...], tight: tuple[str, ...], model_t
     budget=4 unless given.
     """
     with report_usage_errors(), option_errors(method):
-        subject = Subject.of(method, _converted(method, lossless, "--lossless"), _converted(method, tight, "--tight"))
+        subject = MethodUnderTest.of(
+            method, _converted(method, lossless, "--lossless"), _converted(method, tight, "--tight")
+        )
         torch.set_num_threads(1)
         disable_progress_bar()
         failed = 0
@@ -311,7 +314,7 @@ def main(method: str, lossless: tuple[str, ...], tight: tuple[str, ...], model_t
                         check()
                     except UsageError:
                         raise
-                    except Exception as error:  # a method of one's own may raise anything
+                    except Exception as error:  # an external method may raise anything
                         failed += 1
                         click.echo(f"FAILED  {family}: {name}: {type(error).__name__}: {error}")
                     else:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsecache.bench.profiling import profile_steps, stage_of
+from sparsecache.bench.profiling import profile_steps, row_label
 from sparsecache.bench.results import Result, table
 from sparsecache.bench.timing import check_workers
 
@@ -62,6 +62,6 @@ def test_own_kernels_are_told_from_those_of_libraries(repo) -> None:
     sources = [part for file in files for part in file.read_text().split("@triton.jit")[1:]]
     functions = [source.partition("def ")[2].partition("(")[0] for source in sources]
     kernels = [name for name in functions if name.endswith("_kernel")]
-    assert len(kernels) > 10 and all(f"_{stage_of(name).replace(' ', '_')}_kernel" == name for name in kernels)
+    assert len(kernels) > 10 and all(f"_{row_label(name).replace(' ', '_')}_kernel" == name for name in kernels)
     for name in ("void at::native::reduce_kernel<512, 1>", "_ZN7cutlass_kernel", "nvjet_hsh_128x8_64x12_kernel"):
-        assert stage_of(name) == "others"
+        assert row_label(name) == "others"

@@ -14,7 +14,7 @@ from sparsecache.engine.generator import Generator
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.steps import EagerSteps, GraphedSteps
 from sparsecache.methods import make_method, method_names, parse_options
-from sparsecache.testing.contract import Subject
+from sparsecache.testing.contract import MethodUnderTest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
 GPU = torch.device("cuda")
@@ -32,7 +32,7 @@ every_method = pytest.mark.parametrize("name", method_names())
 
 def _make(name: str, options: dict[str, Any] | None = None) -> CacheMethod:
     """Return a method with options that drop tokens of short prompts, and further options."""
-    return make_method(name, {**parse_options(name, {}), **Subject.of(name).tight, **(options or {})})
+    return make_method(name, {**parse_options(name, {}), **MethodUnderTest.of(name).tight, **(options or {})})
 
 
 def _requests(

@@ -13,7 +13,7 @@ from sparsecache.engine.generator import Generator
 from sparsecache.kernels import attention
 from sparsecache.methods import load_method, make_method, method_names, method_options, parse_options
 from sparsecache.methods.infinigen import InfiniGen
-from sparsecache.testing.contract import Subject
+from sparsecache.testing.contract import MethodUnderTest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
 GPU = torch.device("cuda")
@@ -27,7 +27,7 @@ def test_a_prompt_is_launched_without_waiting_for_the_device(
     name: str, offload: bool, make_checkpoint: Any, make_decoder: Callable[..., Decoder]
 ) -> None:
     """The host prepares the next prompt meanwhile. Options drop tokens."""
-    options = {**Subject.of(name).tight, **({"offload": True} if offload else {})}
+    options = {**MethodUnderTest.of(name).tight, **({"offload": True} if offload else {})}
     method = make_method(name, {**parse_options(name, {}), **options})
     decoder = make_decoder(make_checkpoint("llama", num_hidden_layers=3), method, torch.bfloat16, GPU)
     decoder.allocate(2, 400, 100)

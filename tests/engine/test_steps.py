@@ -16,7 +16,7 @@ from sparsecache.engine.steps import GraphedSteps, TokenReadback, _Graph, blocke
 from sparsecache.kernels._triton import INTERPRETED, force_backend
 from sparsecache.methods import method_names
 from sparsecache.methods.vanilla import Vanilla
-from sparsecache.testing.contract import Subject
+from sparsecache.testing.contract import MethodUnderTest
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 30, 4, 17, 12)
@@ -29,7 +29,7 @@ def folder(make_checkpoint):
 
 def _tight(name: str, **options: Any) -> CacheMethod:
     """Return a method with options that drop tokens of short prompts."""
-    subject = Subject.of(name)
+    subject = MethodUnderTest.of(name)
     return subject.make({**subject.tight, **options})
 
 

@@ -10,21 +10,21 @@ import pytest
 
 from sparsecache.engine.families import family_names
 from sparsecache.methods import method_names
-from sparsecache.testing.contract import Subject, check_lossless, checks
+from sparsecache.testing.contract import MethodUnderTest, check_lossless, checks
 
-CHECKS = [(method, name) for method in method_names() for name, _ in checks(Subject.of(method), Path())]
+CHECKS = [(method, name) for method in method_names() for name, _ in checks(MethodUnderTest.of(method), Path())]
 FIRST, *OTHERS = family_names()
 
 
 @pytest.mark.parametrize(("method", "name"), CHECKS)
 def test_built_in_methods_keep_the_contract(method, name, checkpoint: Callable[[str], Path]) -> None:
-    dict(checks(Subject.of(method), checkpoint(FIRST)))[name]()
+    dict(checks(MethodUnderTest.of(method), checkpoint(FIRST)))[name]()
 
 
 @pytest.mark.parametrize("method", method_names())
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_lossless_options_give_the_text_of_transformers_in_every_family(method, model_type, checkpoint) -> None:
     """Families differ in how q, k and v are computed, which no other check depends on."""
-    subject = Subject.of(method)
+    subject = MethodUnderTest.of(method)
     assert subject.lossless is not None
     check_lossless(subject, checkpoint(model_type))

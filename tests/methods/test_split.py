@@ -14,7 +14,7 @@ from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
 from sparsecache.methods import make_method, method_names, parse_options
 from sparsecache.methods.vanilla import Vanilla
-from sparsecache.testing.contract import Subject
+from sparsecache.testing.contract import MethodUnderTest
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 from tests.methods.fake_devices import FakeDevices
 
@@ -26,7 +26,7 @@ MORE = {"infinigen": [{"offload": True, "gpu_cache": 3, "budget": 4, "sinks": 1,
 CASES = [
     pytest.param(name, options, id=f"{name} {options}")
     for name in method_names()
-    for options in [Subject.of(name).tight, *MORE.get(name, [])]
+    for options in [MethodUnderTest.of(name).tight, *MORE.get(name, [])]
 ]
 
 

@@ -55,7 +55,7 @@ def test_requests_are_drawn_no_further_ahead_than_needed() -> None:
 
     queue = WorkQueue(requests(), 2, slots=2)
     assert drawn == []
-    while queue.prepare():
+    while queue.prefetch():
         pass
     assert drawn == [0, 1, 2]
     queue.take(Assigned())

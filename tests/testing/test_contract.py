@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from sparsecache.cache import EvictionMethod, FullCache, SelectionCache, SelectionMethod
 from sparsecache.methods.vanilla import Vanilla
-from sparsecache.testing.contract import Subject, check_options, checks, main
+from sparsecache.testing.contract import MethodUnderTest, check_options, checks, main
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 
@@ -22,7 +22,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass(frozen=True)
-class _OfClass(Subject):
+class _OfClass(MethodUnderTest):
     """The subject of a class of this file."""
 
     kind: type[Any]
@@ -31,7 +31,7 @@ class _OfClass(Subject):
         return self.kind(**options)
 
 
-def _subject(kind: type[Any]) -> Subject:
+def _subject(kind: type[Any]) -> MethodUnderTest:
     if issubclass(kind, Vanilla):
         return _OfClass("vanilla", {}, {}, kind)
     return _OfClass("streaming", {"budget": 1.0, "dense_layers": 0}, {"budget": 4.0, "dense_layers": 0}, kind)
@@ -241,13 +241,13 @@ def test_options_that_show_nothing_or_cannot_be_recorded_are_found(tmp_path) -> 
     method = str(tmp_path / "mine.py")
     Path(method).write_text(SOURCE.format(default="0.5"))
     with pytest.raises(AssertionError, match="need options that drop nothing .*--tight"):
-        check_options(Subject.of(method))
+        check_options(MethodUnderTest.of(method))
     with pytest.raises(AssertionError, match="the method has no option budgte"):
-        check_options(Subject.of(method, {}, {"budgte": 4}))
-    check_options(Subject.of(method, {}))
+        check_options(MethodUnderTest.of(method, {}, {"budgte": 4}))
+    check_options(MethodUnderTest.of(method, {}))
     Path(method).write_text(SOURCE.format(default='float("nan")'))
     with pytest.raises(AssertionError, match="the default share=nan cannot be recorded"):
-        check_options(Subject.of(method, {}))
+        check_options(MethodUnderTest.of(method, {}))
 
 
 def _command(*arguments: str) -> tuple[int, str]:

@@ -1,7 +1,7 @@
 """InfiniGen: speculate one layer ahead which past tokens matter, and attend to those (OSDI'24, arXiv 2406.19707).
 
-The speculated query is the next layer's query of this layer's input. It meets a few channels of the next layer's
-keys; the tokens whose score comes near the best are selected, and fetched where the cache is in host memory.
+The next layer's query is speculated from this layer's input, and scored against a few channels of the next layer's
+keys. Tokens with scores near the best are selected, and fetched if the cache is in host memory.
 
 GQA: the paper has one KV head per query head. Here a token's score for a KV head is how near it comes to the best
 score of one of the head's queries. A KV head has one skewing matrix and one set of partial channels.

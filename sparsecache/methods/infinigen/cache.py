@@ -1,7 +1,7 @@
 """The cache of a sparse layer: partial keys to speculate with, and the keys and values that are fetched.
 
-The selection of a layer, and the fetch of what it selected, are made on a side stream while the layer before attends
-and feeds forward. The new token is stored on another one. The host is asked nothing, so a step can be a CUDA graph.
+A layer's selection and fetch run on a side stream during the attention and MLP of the layer before. The new token is
+stored on another side stream. Nothing waits for the host, so a step can be a CUDA graph.
 """
 
 from dataclasses import dataclass
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 class DeviceStreams:
     """The side streams of one device, which its layers share.
 
-    Rows may still be fetched, and new tokens stored, when the next speculation begins. With offload all of these have
-    priority: the link is what a step waits for. Without, they take turns with the current stream.
+    Rows may still be fetched, and new tokens stored, when the next speculation begins. With offload all have
+    priority, since the link is the bottleneck. Otherwise they share the GPU with the current stream.
     """
 
     def __init__(self, device: torch.device, offload: bool) -> None:
         self.offload = offload
         self.speculation, self.storing = (SideStream(device, high_priority=offload) for _ in range(2))
         self.link = SideStream(device, high_priority=True)
-        # The projections of one sequence are thousands of small programs. A selection that takes turns with them
-        # would wait until all have begun.
+        # The projections of one sequence are thousands of small programs. A selection without priority would wait
+        # until all have begun.
         self.selection = SideStream(device, high_priority=True)
         self.cached: Any = None  # event: the latest layer's rows are in the GPU cache
         self.sent: Tensor | None = None  # a prompt's rows that are being copied to the host

@@ -1,6 +1,6 @@
 """The most recently fetched tokens of an offloaded layer, kept on the GPU: only new selections cross the link.
 
-The least recently used tokens leave first. It never changes what is attended to, only where it is read from.
+The least recently used tokens are evicted first. The cache does not change what is attended to.
 """
 
 import torch
@@ -10,7 +10,7 @@ from sparsecache.kernels.lru_cache import LRUCache
 
 
 def make_gpu_cache(tokens: int, config: CacheConfig) -> LRUCache:
-    """Return an empty cache of `tokens` rows, 1 at least, per slot and KV head."""
+    """Return an empty cache of `tokens` rows, 1 or more, per slot and KV head."""
     tokens = min(tokens, config.max_tokens)
     cache = LRUCache(
         rows=config.zeros(tokens, 2, config.shape.head_dim),
@@ -25,7 +25,7 @@ def make_gpu_cache(tokens: int, config: CacheConfig) -> LRUCache:
 
 
 def clear_slot(cache: LRUCache, slot: int) -> None:
-    """Forget what is kept of a slot."""
+    """Remove a slot's tokens."""
     cache.where[slot].fill_(-1)
     cache.tokens[slot].fill_(-1)
     cache.order[slot] = torch.arange(cache.order.shape[2], dtype=torch.int32, device=cache.order.device)
