@@ -1,4 +1,4 @@
-"""What the command lines share: option names with dashes or underscores, defaults written once, errors."""
+"""Shared parts of the command lines: spelling and defaults of options, and errors."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ from sparsecache.longbench.terminal import escape_control_chars, truncate_middle
 
 
 class FlexibleCommand(click.Command):
-    """A command whose long options may be spelled with dashes or underscores alike."""
+    """A command whose long options accept dashes and underscores."""
 
     def main(self, *arguments: Any, **attributes: Any) -> Any:
         with report_usage_errors():
@@ -32,9 +32,9 @@ class FlexibleCommand(click.Command):
 
 
 class DefaultGroup(click.Group):
-    """Commands of which one, `default`, is meant when the first argument names none; its help stands with the list.
+    """A group of commands with a default one, which runs if the first argument is not a command.
 
-    A first argument that is nearly the name of a command, and nothing else, is refused.
+    The help of the group shows the options of the default command. Raises UsageError for a misspelled command.
     """
 
     def __init__(self, *arguments: Any, default: str, **attributes: Any):
@@ -71,7 +71,7 @@ class DefaultGroup(click.Group):
 
 
 def option(settings: Any, name: str, **attributes: Any) -> Callable[[Any], Any]:
-    """A click option for a field of a settings dataclass, whose default it takes over."""
+    """Returns a click option for a field of a settings dataclass, with its default."""
     default = next(field.default for field in fields(settings) if field.name == name)
     shown = default not in (None, MISSING)
     return click.option(f"--{name}", default=default, show_default=shown, **attributes)
@@ -83,11 +83,11 @@ _REPORTED = (UsageError, KeyboardInterrupt, OSError, MemoryError, RecursionError
 
 @contextmanager
 def report_usage_errors() -> Iterator[None]:
-    """Prints an error that is not the program's own as one sentence and exits with code 2; Ctrl-C exits with 130.
+    """Prints errors that are not bugs as one sentence, and exits with code 2; Ctrl-C exits with code 130.
 
-    These are UsageError, and what the system refuses anywhere: OSError, MemoryError, RecursionError, UnicodeError. A
-    stdout that cannot be written to is one of them, but one whose reader has gone (`| head`) is not reported. Within,
-    a character that the encoding of stdout lacks is printed as an escape.
+    They are UsageError and errors of the system: OSError, MemoryError, RecursionError and UnicodeError. An error of
+    writing to stdout is printed, but not if the reader closed the pipe (`| head`). Characters that the encoding of
+    stdout lacks are printed as escapes.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -103,15 +103,15 @@ def report_usage_errors() -> Iterator[None]:
 
 
 def _report(error: BaseException) -> int:
-    """Prints the sentence on an error, and returns the exit code."""
-    if _is_stop(error):
+    """Prints the message of an error; returns the exit code."""
+    if _is_interrupt(error):
         sentence, code = "Stopped.", 130
     else:
         sentence, code = _sentence(error), 2
     with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed, too
         if sentence:
             click.echo(truncate_middle(escape_control_chars(sentence), _LONGEST), err=True)
-    _abandon_broken_stdout()
+    _redirect_broken_stdout()
     return code
 
 
@@ -125,7 +125,7 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, UnicodeError):
         return f"Error: A text cannot be converted: {one_line(error):.200}. Use text in UTF-8."
     assert isinstance(error, OSError)
-    if error.filename is None and error.errno == errno.EPIPE and _reader_is_gone():
+    if error.filename is None and error.errno == errno.EPIPE and _reader_closed_pipe():
         return ""
     if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"Error: The output cannot be written: {error.strerror}. Free space, or send it elsewhere."
@@ -136,12 +136,12 @@ def _sentence(error: BaseException) -> str:
 
 
 def _flush_stdout() -> None:
-    if sys.stdout is not None:  # as it is where stdout is closed
+    if sys.stdout is not None:  # stdout may be closed
         sys.stdout.flush()
 
 
-def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe whose reader has closed it."""
+def _reader_closed_pipe() -> bool:
+    """Returns whether stdout is a pipe that its reader has closed."""
     with contextlib.suppress(OSError, ValueError):
         poll = select.poll()
         poll.register(sys.stdout.fileno(), select.POLLOUT)
@@ -149,8 +149,8 @@ def _reader_is_gone() -> bool:
     return False
 
 
-def _abandon_broken_stdout() -> None:
-    """Sends what is left in a broken stdout to nowhere, since the interpreter flushes it once more at its end."""
+def _redirect_broken_stdout() -> None:
+    """Redirects a broken stdout to /dev/null, since the interpreter flushes it at exit."""
     try:
         _flush_stdout()
     except OSError:
@@ -160,15 +160,15 @@ def _abandon_broken_stdout() -> None:
             os.close(nowhere)
 
 
-def _is_stop(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: libraries make a failure of their own of one while they import."""
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Returns whether Ctrl-C caused an error: some libraries turn it into another error during import."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def option_pairs(options: tuple[str, ...], flag: str = "-o") -> dict[str, str]:
-    """The values of `flag` by key. Raises click.UsageError for one that is not KEY=VALUE, and for a key given twice."""
+    """Returns KEY=VALUE options as a dict. Raises click.UsageError for another form or a repeated key."""
     values: dict[str, str] = {}
     for text in options:
         key, equals, value = text.partition("=")

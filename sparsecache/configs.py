@@ -1,4 +1,4 @@
-"""Where configs/ lies, and how its tables are read. Knows nothing of what stands in them."""
+"""Finds the folder configs/ and reads the tables in it."""
 
 import sys
 import tomllib
@@ -9,27 +9,27 @@ from typing import Any
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import read_file
 
-_MOST_BYTES = 2**24
+_MAX_BYTES = 2**24
 _PACKAGE = Path(__file__).resolve().parent
 
 
 def configs_dir() -> Path:
-    """The folder of `datasets.toml` and `models.toml`: beside the package in a clone, else where they are installed."""
+    """Returns the folder of `datasets.toml` and `models.toml`: next to the package in a clone, else as installed."""
     cloned = _PACKAGE.parent / "configs"
     return cloned if (cloned / "datasets.toml").is_file() else Path(sys.prefix) / "share" / "sparsecache" / "configs"
 
 
 def project_dir() -> Path:
-    """The folder that relative paths in configs/ are relative to: the one that holds the package."""
+    """Returns the base of relative paths in configs/: the folder that contains the package."""
     return _PACKAGE.parent
 
 
 @cache
 def read_tables(file_name: str) -> dict[str, dict[str, Any]]:
-    """The tables of one file of configs/, by name. Raises UsageError for a file that is not TOML, or not of tables."""
+    """Returns the tables of a file in configs/ by name. Raises UsageError for a file that is not TOML tables."""
     path = configs_dir() / file_name
     try:
-        tables = tomllib.loads(read_file(path, _MOST_BYTES).decode())
+        tables = tomllib.loads(read_file(path, _MAX_BYTES).decode())
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid TOML ({one_line(error)}). Correct it.") from error
     for name, table in tables.items():

@@ -1,17 +1,17 @@
-"""The one exception that is meant for users, and the words of its messages."""
+"""The exception for errors of the user, and helpers for its messages."""
 
 from collections.abc import Iterable
 
 
 class UsageError(Exception):
-    """Something the user can put right: a full sentence with the value, what is allowed and the way out.
+    """An error that the user can correct. Its message states the value, what is allowed and how to correct it.
 
-    The command lines print it and exit with code 2; nothing else in the project is caught there.
+    The command lines print the message and exit with code 2.
     """
 
 
 def short(value: object, most: int = 60) -> str:
-    """A value for a message, as Python writes it, cut after `most` characters."""
+    """Returns a value for a message, as Python writes it, cut after `most` characters."""
     try:
         text = str(value) if isinstance(value, str) else repr(value)
     except (ValueError, RecursionError):  # a whole number of thousands of digits; nested too deeply
@@ -20,12 +20,12 @@ def short(value: object, most: int = 60) -> str:
 
 
 def listed(names: Iterable[str], most: int = 10, none: str = "nothing") -> str:
-    """Names for a message, with commas between: the first `most`, and how many more there are."""
+    """Returns the first `most` names for a message, separated by commas, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(short(name) for name in names[:most]) or none) + more
 
 
 def one_line(error: BaseException) -> str:
-    """Another library's error as part of a sentence."""
+    """Returns the message of another library's error on one line."""
     return " ".join(str(error).split()) or type(error).__name__

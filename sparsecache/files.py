@@ -1,6 +1,6 @@
-"""Opens, locks and replaces files. A file that a user names, or that a run wrote, is opened by `open_regular`.
+"""Opens, locks and replaces files. `open_regular` opens files that users name or that runs wrote.
 
-Every failure is a UsageError that names the file. Nothing here waits without saying so.
+Every failure is a UsageError that names the file. Waits are reported on stderr.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sparsecache.errors import UsageError
 
-TELL_AFTER_S = 1.0  # before a wait for a lock is reported
+REPORT_AFTER_S = 1.0  # before a wait for a lock is reported
 GIVE_UP_AFTER_S = 30.0  # a lock is held for milliseconds; a stopped process holds it forever
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -74,8 +74,8 @@ def read_file(path: str | os.PathLike[str], max_bytes: int | None = None) -> byt
 def lock(path: Path, wait: bool) -> Callable[[], None] | None:
     """Takes the lock file `path`; returns a function that releases it, or None if it is taken and `wait` is False.
 
-    The kernel drops the lock with the process, so a kill leaves nothing to clean up. A wait is reported on stderr
-    after TELL_AFTER_S seconds and ends in a UsageError after GIVE_UP_AFTER_S. Raises UsageError for a file that
+    The kernel releases the lock when the process ends, also if it is killed. A wait is reported on stderr
+    after REPORT_AFTER_S seconds and ends in a UsageError after GIVE_UP_AFTER_S. Raises UsageError for a file that
     cannot be opened or locked.
     """
     descriptor = _open_lock(path)
@@ -102,7 +102,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def lock_holder(path: Path) -> str:
-    """Who holds the lock file `path`: "another process", with its number if it runs on this machine."""
+    """Returns who holds a lock file: "another process", with its id if it runs on this machine."""
     with contextlib.suppress(OSError):
         inode = str(os.stat(path).st_ino)
         with open("/proc/locks", encoding="ascii") as table:
@@ -114,18 +114,18 @@ def lock_holder(path: Path) -> str:
 
 
 def make_folder(path: Path, option: str = "", advice: str = "Name another one.") -> None:
-    """Makes a folder that `option` names, with its parents. Raises UsageError where it cannot be made or written to."""
+    """Makes the folder of an option, with its parents. Raises UsageError if it cannot be made or written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (OSError, ValueError) as error:
         named = f"{option} {_named(path)}".strip()
-        raise UsageError(f"{named} is no folder to write to ({reason(error)}). {advice}") from error
+        raise UsageError(f"{named} cannot be written to ({reason(error)}). {advice}") from error
 
 
 def list_folder(path: Path) -> list[Path]:
-    """The entries of a folder, sorted. Raises UsageError for a folder that is missing or may not be read."""
+    """Returns the sorted entries of a folder. Raises UsageError for one that is missing or may not be read."""
     try:
         return [path / name for name in sorted(os.listdir(path))]
     except (OSError, ValueError) as error:
@@ -133,10 +133,10 @@ def list_folder(path: Path) -> list[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a regular file so that a kill leaves the old content or the new one, never a part.
+    """Replaces a regular file atomically: after a kill it has the old or the new content.
 
     Text is written as UTF-8; half a surrogate pair, which UTF-8 cannot hold, is written as its escape `\\udc80`
-    (in JSON the same text). Raises UsageError where the system does not allow it, with the old file in place.
+    (in JSON the same text). Raises UsageError, and keeps the old file, if the system refuses.
     """
     data = content if isinstance(content, bytes) else content.encode(errors="backslashreplace")
     temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -157,7 +157,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Why the system refused, without the number and the file name."""
+    """Returns the reason of a system error, without its number and the file name."""
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
@@ -168,7 +168,7 @@ def _check_regular(mode: int, path: str | os.PathLike[str], action: str = "read"
 
 
 def _named(path: str | os.PathLike[str]) -> str:
-    """A path for a message; a very long one is shortened."""
+    """Returns a path for a message; a very long one is shortened."""
     text = str(path)
     return text if len(text) <= 300 else f"{text[:150]}...{text[-100:]}"
 
@@ -190,7 +190,7 @@ def _open_lock(path: Path) -> int:
 
 
 def _take_lock(descriptor: int, path: Path, wait: bool) -> bool:
-    started, told = time.monotonic(), False
+    started, reported = time.monotonic(), False
     while not _try_lock(descriptor, path):
         if not wait:
             return False
@@ -200,9 +200,9 @@ def _take_lock(descriptor: int, path: Path, wait: bool) -> bool:
                 f"{_named(path)} has been locked by {lock_holder(path)} for {GIVE_UP_AFTER_S:.0f} seconds. End that "
                 f"process if it hangs or is stopped, then run the same command again."
             )
-        if waited > TELL_AFTER_S and not told:
+        if waited > REPORT_AFTER_S and not reported:
             print(f"Waiting for {lock_holder(path)}, which has locked {_named(path)}.", file=sys.stderr, flush=True)
-            told = True
+            reported = True
         time.sleep(min(0.05, 0.001 + waited / 10))
     return True
 

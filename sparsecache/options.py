@@ -28,7 +28,7 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """What may be given, in words."""
+        """Returns the allowed values, in words."""
         choices = ", ".join(map(show, get_args(self.kind)))
         return (_WORDS.get(self.kind) or f"one of {choices}") + (" or none" if self.optional else "")
 
@@ -68,7 +68,7 @@ def show(value: Any) -> str:
 
 
 def constructor_options(kind: type) -> dict[str, Option]:
-    """The arguments of a class's constructor, annotated `Annotated[type, "one-line meaning"]`, as options.
+    """Returns the arguments of a constructor, annotated `Annotated[type, "one-line meaning"]`, as options.
 
     The type is one of those of Option, or `type | None`. Raises TypeError, naming the class, for an argument without
     an annotation or a default, or of another type.

@@ -32,13 +32,13 @@ def check_versions() -> Iterator[str]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of what a result can depend on, for run.json."""
+    """Returns the versions of packages that results depend on, for run.json."""
     names = ("sparsecache", *TESTED, "tokenizers", "datasets", "numpy")
     return {name: _version(name) for name in names}
 
 
 def tokenizing_versions() -> dict[str, str]:
-    """Versions of the packages that make token ids of texts, for a run's identity."""
+    """Returns the versions of the packages that tokenize, for a run's identity."""
     return {name: _version(name) for name in ("transformers", "tokenizers")}
 
 

@@ -138,7 +138,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 def test_waiting_for_a_stopped_process_is_reported_and_ends(tmp_path: Path, repo: Path, monkeypatch, capsys) -> None:
     path = tmp_path / "lock"
     environment = {**os.environ, "PYTHONPATH": str(repo)}
-    monkeypatch.setattr(files, "TELL_AFTER_S", 0.05)
+    monkeypatch.setattr(files, "REPORT_AFTER_S", 0.05)
     monkeypatch.setattr(files, "GIVE_UP_AFTER_S", 0.3)
     command = [sys.executable, "-c", HOLD, path]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:

@@ -194,7 +194,7 @@ def test_a_pred_dir_that_is_a_file(invoke, tmp_path) -> None:
     for place in ("file", "file/below"):
         told = invoke("--pred_dir", str(tmp_path / place))
         assert told.exit_code == 2
-        assert f"{tmp_path / place}/broken/vanilla is no folder to write to" in told.stderr
+        assert f"{tmp_path / place}/broken/vanilla cannot be written to" in told.stderr
 
 
 def _configured(broken: Path, tmp_path: Path, **changes: object) -> Path:

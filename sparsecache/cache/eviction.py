@@ -71,7 +71,7 @@ class EvictionMethod(SparseMethod):
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return a score per KV head and prompt token: [G, L]. The highest are kept.
 
-        q: [H, L, D]; k, v: [G, L, D], rotated. `pin_last` keeps the last tokens whatever their score.
+        q: [H, L, D]; k, v: [G, L, D], rotated. `pin_last` keeps the last tokens regardless of their score.
         """
 
     def keep(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def check_host_memory(nbytes: int) -> None:
 
 
 def copy_into(target: Tensor, rows: Tensor) -> None:
-    """Copy rows [G, L, ...] to the first L rows of target [G, T, ...], which may lie in pinned host memory."""
+    """Copy rows [G, L, ...] to the first L rows of target [G, T, ...], which may be in pinned host memory."""
     if target.device == rows.device:
         target[:, : rows.shape[1]].copy_(rows)
         return
@@ -81,7 +81,7 @@ def _unpin(driver: ctypes.CDLL, pointer: ctypes.c_void_p, size: int) -> None:
 
 
 def _available() -> int | None:
-    """Return the bytes that the host or its container can still give; None if neither says."""
+    """Return the available bytes of the host or its container; None if unknown."""
     limits = [available for available in (_host_available(), _container_available()) if available is not None]
     return min(limits, default=None)
 

@@ -1,1 +1,1 @@
-"""Runs engines in workers on Ray, behind the interface of one engine. Only this package imports Ray."""
+"""Engines in Ray workers, with the interface of one engine. Only this package imports Ray."""

@@ -50,7 +50,7 @@ class Cluster:
             if self._connecting is not None:
                 self._connecting.stop.set()
             for child in children:
-                if child not in (self._children_before or ()):  # they would wait a minute for a head that is gone
+                if child not in (self._children_before or ()):  # they would wait a minute for the head node
                     with contextlib.suppress(psutil.NoSuchProcess):
                         child.kill()
             if self._previous_sigterm is not None:
@@ -166,7 +166,7 @@ class Cluster:
 
 
 class _Connecting(threading.Thread):
-    """Runs ray.init in a thread of its own, so that the main thread still handles signals and can give up.
+    """Runs ray.init in a second thread, so that the main thread can handle signals and time out.
 
     The thread stays until `stop` is set: the kernel kills the processes of a local cluster with the thread that
     started them.

@@ -41,7 +41,7 @@ class WorkQueue:
 
     @property
     def empty(self) -> bool:
-        """Whether no request is left to assign."""
+        """Returns whether all requests are assigned."""
         return not self._suspects and not self._ready and not self.prefetch()
 
     def prefetch(self) -> bool:
@@ -51,8 +51,8 @@ class WorkQueue:
     def take(self, assigned: Assigned) -> Tickets:
         """Assigns a worker its next requests: its first batch, or one more.
 
-        With one slot, a worker gets no second request while no more are left than there are workers: it would only
-        wait there.
+        With one slot, a worker gets no second request once there are no more requests than workers, since it would
+        only wait there.
         """
         if not assigned.requests:
             assigned.isolated = bool(self._suspects)

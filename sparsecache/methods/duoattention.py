@@ -106,7 +106,7 @@ class DuoAttention(CacheMethod):
 
 
 class DuoAttentionCache(LayerCache):
-    """All tokens of retrieval heads, and a ring of recent tokens behind the sinks of streaming heads.
+    """All tokens of retrieval heads, and the sinks and a ring of recent tokens of streaming heads.
 
     retrieval, streaming: the indices of the KV heads of each kind, R and S of them. full_keys, full_values: [slots, R,
     max_tokens, D]. keys, values: [slots, S, sinks + recent + 1, D], the last row for the new token of a step.

@@ -3,7 +3,7 @@
 The prompt is cut into partitions of `lag` tokens. Channels of keys, and of values, are scaled by their range in the
 next partition. The standard deviation over a token's channels, as a softmax over its partition, is the token's score.
 Within a partition the tokens of highest score stay. The first `sinks` tokens always stay, and so do the last
-partition, which has no next one, and the tokens behind it. No attention is computed. GQA adds nothing: keys and values
+partition, which has no next one, and the tokens after it. No attention is computed. GQA adds nothing: keys and values
 are those of KV heads.
 
 Differences: the paper also compresses what is decoded. Here tokens are evicted once, at the end of the prompt, as in
@@ -25,7 +25,7 @@ _LEAST_RANGE = 1e-6  # of a channel; a constant one would divide by 0
 
 @dataclass
 class LagKV(EvictionMethod):
-    """Keeps the prompt tokens that stand out from the partition behind them, and every new token."""
+    """Keeps the prompt tokens that stand out from the next partition, and every new token."""
 
     lag: Annotated[int, "tokens in a partition, 2 or more"] = 128
     sinks: Annotated[int, "first tokens that always stay, 0 or more"] = 16

@@ -1,7 +1,7 @@
 """PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling (COLM'25, arXiv 2406.02069).
 
-SnapKV with a budget per layer. Every layer keeps the last `window` tokens of the prompt. What the budget leaves beside
-them falls linearly from the first sparse layer to the last one, which gets `1 / beta` of the mean. The mean over the
+SnapKV with a budget per layer. Every layer keeps the last `window` tokens of the prompt. The rest of the budget
+falls linearly from the first sparse layer to the last one, which gets `1 / beta` of the mean. The mean over the
 sparse layers is the budget. Where the first layer would get more than there is, the surplus goes to the last layers.
 
 GQA: as in `snapkv`. Defaults are those of the authors' LongBench runs.
@@ -63,10 +63,10 @@ class PyramidBudget(Budget):
         return self._counts(torch.arange(max_tokens + 1)).to(device)
 
     def _counts(self, past: Tensor) -> Tensor:
-        """Return the tokens kept of past ones, alike: int64."""
+        """Return the tokens kept of each number of past tokens: int64."""
         past = past.double()
         mean = (self.amount * past + 1e-6).floor().clamp(min=1) if self.amount <= 1 else past.new_tensor(self.amount)
-        voted = mean - self.window  # tokens beside the window, in the mean
+        voted = mean - self.window  # mean tokens outside the window
         most = torch.minimum(voted * 2 - voted / self.beta, past - self.window)
         count = self.window + (voted + self.tilt * (most - voted)).round()
         return torch.where((voted > 0) & (mean < past), count, torch.minimum(mean, past.clamp(min=1))).long()

@@ -1,6 +1,6 @@
 """Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference (ICML'24, arXiv 2406.10774).
 
-Keys lie in pages of `page` tokens. The lowest and highest value of every channel of a page bound q . k for any key
+Keys form pages of `page` tokens. The lowest and highest value of every channel of a page bound q . k for any key
 of the page: sum over channels of max(q * lowest, q * highest). Pages are taken in falling order of this bound until
 the budget is used. Every token is kept: Quest saves attention, not memory.
 

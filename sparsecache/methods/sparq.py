@@ -104,7 +104,7 @@ class SparQCache(SelectionCache):
     def log_attention(self, q: Tensor, slots: Tensor) -> Tensor:
         """Return the logarithm of the approximate attention of q to past tokens and the current one.
 
-        [B, G, H / G, T + 1] float32, T as `width`; -inf behind the current token.
+        [B, G, H / G, T + 1] float32, T as `width`; -inf after the current token.
         """
         grouped = q.float().view(len(slots), len(self._heads), -1, q.shape[3])
         magnitude = grouped.abs()

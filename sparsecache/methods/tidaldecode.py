@@ -1,12 +1,12 @@
 """TidalDecode: Position Persistent Sparse Attention (ICLR'25, arXiv 2410.05076): a few layers select for the rest.
 
-The first layer behind the dense ones, and one layer further in, attend to every token and select those of highest
-score. The layers behind attend to the selection of the last such layer.
+The first layer after the dense ones, and one later layer, attend to every token and select those of highest score. The
+layers after each of them attend to its selection.
 
 GQA: the paper's kernels select per KV head. Here a token's score for a KV head is how near it comes to the best score
 of one of the head's queries, as `oracle`.
 
-Differences: the authors give the second selecting layer per model. By default it lies as deep as in their LongBench
+Differences: the authors give the second selecting layer per model. By default it is as deep as in their LongBench
 runs, at layer 13 of 32. Their periodic correction of keys and values by full attention is left out.
 """
 
@@ -25,7 +25,7 @@ _DEPTH = 13 / 32
 
 @dataclass
 class TidalDecode(Oracle):
-    """Selects in two layers, by true scores, for the layers behind them."""
+    """Selects in two layers, by true scores, for the layers after them."""
 
     reselection_layer: Annotated[int | None, "layer that selects again; none: 13/32 of the layers"] = None
 
@@ -61,7 +61,7 @@ class TidalDecode(Oracle):
 
 
 class SelectingCache(SelectionCache):
-    """The cache of a layer that attends to every token and selects for the layers behind it."""
+    """The cache of a layer that attends to every token and selects for the layers after it."""
 
     sparse: ClassVar[bool] = False
 

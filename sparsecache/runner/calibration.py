@@ -1,7 +1,7 @@
 """Calibrates methods, and stores the result in a file for later runs.
 
 The file is keyed by the checkpoint's fingerprint, the tokens of the text, the dtype, the method and the version of
-its calibration. It lies in `calibration/` of the cache folder (files.cache_folder).
+its calibration. It is in `calibration/` of the cache folder (files.cache_folder).
 """
 
 import hashlib

@@ -99,7 +99,7 @@ class _Run:
             engine = self._clear(stack, wanted, identity) if overwrite else None
             self.folder.claim(identity)
             datasets = [stack.enter_context(dataset.open(self.folder)) for dataset in wanted]
-            self.folder.claim(identity)  # again: nobody can delete the files that are open now
+            self.folder.claim(identity)  # again: open files cannot be deleted by another process
             self._announce(datasets)
             if self.settings.verify or any(dataset.missing for dataset in datasets):
                 self._predict(datasets, engine or self._load_engine(stack, wanted, identity))
@@ -198,8 +198,8 @@ class _Run:
         if self._expected:
             session["verify"] = verify(engine, self._expected, self.context.dtype, self.settings.method)
             engine.reset_stats()  # the run's figures are those of its own rows
-        for together in [datasets] if self.cluster else [[dataset] for dataset in datasets]:
-            for _ in self._predict_together(engine, together):
+        for group in [datasets] if self.cluster else [[dataset] for dataset in datasets]:
+            for _ in self._predict_group(engine, group):
                 if time.monotonic() - saved > _SAVE_EVERY_S:
                     session |= engine.session()
                     saved = time.monotonic()
@@ -211,7 +211,7 @@ class _Run:
             for line in workers_lines(session):
                 print(line)
 
-    def _predict_together(self, engine: Engine, datasets: list[PendingDataset]) -> Iterator[None]:
+    def _predict_group(self, engine: Engine, datasets: list[PendingDataset]) -> Iterator[None]:
         """Predicts the missing rows of these datasets; yields after every row."""
         requests = self._requests(longest_first(datasets) if self.cluster else in_order(datasets))
         if self.context.slots > 1:

@@ -1,7 +1,7 @@
-"""Compares the first prompts of a run with transformers: texts, and how close a differing choice was.
+"""Compares the first prompts of a run with transformers: texts, and whether a difference is a near-tie.
 
-transformers runs first and its weights are freed, so that ours find room. Of its logits the TOP best per step are
-kept, which tell how far our token was behind.
+transformers runs first, and its weights are freed before this engine's are loaded. The TOP largest of its logits are
+kept per step, to compare the logits of two differing tokens.
 """
 
 import math

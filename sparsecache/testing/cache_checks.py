@@ -46,7 +46,7 @@ def check_counts(method: CacheMethod) -> None:
 
 @torch.inference_mode()
 def check_shapes(method: CacheMethod) -> None:
-    """A cache leaves its inputs alone, and its output has the shape and dtype of q."""
+    """A cache does not change its inputs, and its output has the shape and dtype of q."""
     shape = Shape(layers=2, heads=4, kv_heads=2, head_dim=8)
     cache = _model_cache(method, shape, slots=2)
     slots = torch.tensor([1])

@@ -155,7 +155,7 @@ def check_lossless(subject: MethodUnderTest, checkpoint: Path) -> None:
 
 
 def check_independence(new_engine: Callable[[int], Generator]) -> None:
-    """A text depends on its prompt alone: not on the slot, on what ran before, or on what runs beside it.
+    """A text depends only on its prompt: not on the slot, earlier sequences, or others in the batch.
 
     new_engine: makes an engine of so many slots.
     """

@@ -348,10 +348,10 @@ def test_clear_deletes_nothing_while_a_dataset_is_in_use(tmp_path: Path) -> None
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        UsageError, match=r"file/run is no folder to write to \(Not a directory\)\. Choose another --pred_dir"
+        UsageError, match=r"file/run cannot be written to \(Not a directory\)\. Choose another --pred_dir"
     ):
         RunFolder(tmp_path / "file" / "run").claim(IDENTITY)
-    with pytest.raises(UsageError, match=r"file is no folder to write to \(File exists\)\."):
+    with pytest.raises(UsageError, match=r"file cannot be written to \(File exists\)\."):
         PredictionFile(tmp_path / "file" / "qasper.jsonl")
 
 
