@@ -26,10 +26,14 @@ def project_dir() -> Path:
 
 @cache
 def read_tables(file_name: str) -> dict[str, dict[str, Any]]:
-    """Returns the tables of a file in configs/ by name. Raises UsageError for a file that is not TOML tables."""
-    path = configs_dir() / file_name
+    """Returns the tables of one file of configs/, by name. Raises UsageError as `read_tables_of`."""
+    return read_tables_of(configs_dir() / file_name)
+
+
+def read_tables_of(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the tables of a TOML file, by name. Raises UsageError for a file that is not TOML, or not of tables."""
     try:
-        tables = tomllib.loads(read_file(path, _MAX_BYTES).decode())
+        tables = tomllib.loads(read_file(path, _MAX_BYTES).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid TOML ({one_line(error)}). Correct it.") from error
     for name, table in tables.items():

@@ -1,39 +1,27 @@
-"""Reads and checks rows from the Hugging Face hub, a folder, a zip, or the bundled sample."""
+"""Reads and checks rows from the Hugging Face hub, a folder, a file, a zip, or the bundled sample."""
 
 import hashlib
 import io
-import json
 import os
 import zipfile
 import zlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from datasets.table import InMemoryTable
 
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import open_regular, read_file
-from sparsecache.longbench.jsonl import read_objects
-from sparsecache.longbench.tasks import Task
+from sparsecache.longbench.jsonl import loads, read_objects
+from sparsecache.longbench.source_rows import RowChecker
+from sparsecache.longbench.tasks import OWN, Task
 
-HUB_REPO = "THUDM/LongBench"
-HUB_FILE = "data.zip"
+HUB_FILES = {"longbench": ("THUDM/LongBench", "data.zip"), "longbench_v2": ("THUDM/LongBench-v2", "data.json")}
+"""The repository and file of each benchmark on the hub."""
 
-_FEATURES = Features(
-    {
-        "input": Value("string"),
-        "context": Value("large_string"),
-        "answers": List(Value("string")),
-        "length": Value("int64"),
-        "dataset": Value("string"),
-        "language": Value("string"),
-        "all_classes": List(Value("string")),
-        "_id": Value("string"),
-    }
-)
-_TYPES: dict[str, type] = {"input": str, "context": str, "length": int, "dataset": str, "language": str, "_id": str}
 MAX_BYTES = 2**30  # per dataset; its rows take several times as much memory
 # RuntimeError: an encrypted member; NotImplementedError: an unknown method; ValueError, OverflowError: broken sizes.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, OverflowError)
@@ -56,6 +44,10 @@ class Source(Protocol):
     def published(self) -> bool:
         """Whether row counts must equal the published ones."""
 
+    @property
+    def fills_rows(self) -> bool:
+        """Whether rows may lack all fields but `input`, `context` and `answers`."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -72,34 +64,61 @@ def load_rows(source: Source, task: Task, e: bool = False) -> Rows:
     dataset, a repeated `_id`, and for a row count other than the published one.
     """
     name, content = source.read(task, e)
+    checker = RowChecker(task, e, fill=source.fills_rows or task.group == OWN)
     rows: list[dict[str, Any]] = []
-    seen: dict[str, int] = {}
-    for number, row in read_objects(io.BytesIO(content), name, _ADVICE):
-        problem = _find_problem(row, task.file_stem(e)) or _find_repeat(row["_id"], seen)
+    for place, record in _read_records(content, name):
+        row, problem = checker.check(record, place)
         if problem:
-            raise UsageError(f"{name}, line {number}: {problem} {_ADVICE}")
-        seen[row["_id"]] = number
-        rows.append({key: row[key] for key in _FEATURES})
+            raise UsageError(f"{name}, {place}: {problem} {_ADVICE}")
+        rows.append(row)
     expected = task.published_rows(e)
     if source.published and expected is not None and len(rows) != expected:
         raise UsageError(f"{name} holds {len(rows)} rows; the published dataset has {expected}. {_ADVICE}")
     if not rows:
         raise UsageError(f"{name} holds no rows. {_ADVICE}")
     digest = hashlib.sha256(content).hexdigest()
-    table = InMemoryTable.from_pylist(rows, schema=_FEATURES.arrow_schema)
+    table = InMemoryTable.from_pylist(rows, schema=checker.features.arrow_schema)
     return Rows(Dataset(table, fingerprint=digest), digest)  # Dataset.from_list would compute a fingerprint by pickling
 
 
-def open_source(data: str, *, sample: Source, revision: str | None = None, offline: bool = False) -> Source:
-    """Return the source of a `--data` value: `hub`, `sample`, a folder or a zip.
+def _read_records(content: bytes, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of JSON Lines, or of one JSON array, with their places in the file."""
+    if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
+        for number, record in read_objects(io.BytesIO(content), name, _ADVICE):
+            yield f"line {number}", record
+        return
+    try:
+        records = loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is not valid JSON ({one_line(error)}). {_ADVICE}") from error
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise UsageError(f"{name}, row {number}: the row is not a JSON object. {_ADVICE}")
+        yield f"row {number}", record
 
-    `sample`: the source to return for `sample`. Only `hub` uses the network, and not with `offline`. Raises UsageError
-    for any other value.
+
+def open_source(
+    data: str,
+    *,
+    sample: Source,
+    revision: str | None = None,
+    offline: bool = False,
+    benchmarks: Collection[str] = ("longbench",),
+) -> Source:
+    """Return the source of a `--data` value: `hub`, `sample`, a folder, a zip, a .jsonl or a .json file.
+
+    `sample`: the source to return for `sample`. Only `hub` uses the network, and not with `offline`; it fetches the
+    files of `benchmarks`. Raises UsageError for any other value.
     """
     if revision is not None and data != "hub":
         raise UsageError(f"--data_revision {revision} applies to --data hub only, not to --data {data}. Omit it.")
     if data == "hub":
-        return ZipSource(*_get_from_hub(revision, offline))
+        if revision is not None and len(benchmarks) > 1:
+            raise UsageError(
+                f"--data_revision {revision} would apply to {len(benchmarks)} repositories of the hub. Predict "
+                f"LongBench and LongBench v2 separately."
+            )
+        return HubSource({name: _get_from_hub(name, revision, offline) for name in benchmarks})
     if data == "sample":
         return sample
     path = Path(data)
@@ -109,9 +128,11 @@ def open_source(data: str, *, sample: Source, revision: str | None = None, offli
         with open_regular(path) as file:
             if zipfile.is_zipfile(file):
                 return ZipSource(path)
+        if path.suffix in (".jsonl", ".json"):
+            return FileSource(path)
     raise UsageError(
-        f"--data {data!r} is neither a folder nor a zip file. Allowed: hub, sample, a folder of <dataset>.jsonl "
-        f"files, or a zip of them."
+        f"--data {data!r} is neither a folder nor a zip file, nor a .jsonl file. Allowed: hub, sample, a folder of "
+        f"<dataset>.jsonl files, a zip of them, or one .jsonl (or .json) file of rows."
     )
 
 
@@ -121,9 +142,13 @@ class FolderSource:
 
     folder: Path
     published: bool = False
+    fills_rows: bool = False
 
     def read(self, task: Task, e: bool) -> tuple[str, bytes]:
         path = self.folder / f"{task.file_stem(e)}.jsonl"
+        official = self.folder / HUB_FILES["longbench_v2"][1]
+        if task.benchmark == "longbench_v2" and not os.path.lexists(path) and os.path.lexists(official):
+            path = official
         if not os.path.lexists(path):
             found = sorted(file.stem for file in self.folder.glob("*.jsonl"))
             raise UsageError(
@@ -137,18 +162,56 @@ class FolderSource:
 
 
 @dataclass(frozen=True)
-class ZipSource:
-    """A zip with `<dataset>.jsonl` members in any folder.
-
-    `hub`: the repository and commit of the hub's `data.zip`.
-    """
+class FileSource:
+    """One file of rows, as JSON Lines or a JSON array, for every dataset that is asked for."""
 
     path: Path
-    hub: dict[str, Any] | None = None
+    published: bool = False
+    fills_rows: bool = True
 
-    @property
-    def published(self) -> bool:
-        return self.hub is not None
+    def read(self, task: Task, e: bool) -> tuple[str, bytes]:
+        return str(self.path), read_file(self.path, MAX_BYTES)
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": "file", "path": str(self.path)}
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """The files of one or more benchmarks in the hub's cache.
+
+    `files`: by benchmark, the path and the repository, revision and commit.
+    """
+
+    files: dict[str, tuple[Path, dict[str, Any]]]
+    published: bool = True
+    fills_rows: bool = False
+
+    def read(self, task: Task, e: bool) -> tuple[str, bytes]:
+        return self._source(task.benchmark).read(task, e)
+
+    def describe(self) -> dict[str, Any]:
+        parts = {name: self._describe(name) for name in self.files}
+        return next(iter(parts.values())) if len(parts) == 1 else {"source": "hub", **parts}
+
+    def _source(self, benchmark: str) -> "FileSource | ZipSource":
+        path = self.files[benchmark][0]
+        return FileSource(path) if path.suffix == ".json" else ZipSource(path)
+
+    def _describe(self, benchmark: str) -> dict[str, Any]:
+        path, origin = self.files[benchmark]
+        with open_regular(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"source": "hub", "path": str(path), "sha256": digest, **origin}
+
+
+@dataclass(frozen=True)
+class ZipSource:
+    """A zip with `<dataset>.jsonl` members in any folder."""
+
+    path: Path
+    published: bool = False
+    fills_rows: bool = False
 
     def read(self, task: Task, e: bool) -> tuple[str, bytes]:
         wanted = f"{task.file_stem(e)}.jsonl"
@@ -181,73 +244,38 @@ class ZipSource:
     def describe(self) -> dict[str, Any]:
         with open_regular(self.path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"source": "hub" if self.hub else "zip", "path": str(self.path), "sha256": digest, **(self.hub or {})}
+        return {"source": "zip", "path": str(self.path), "sha256": digest}
 
 
-def _get_from_hub(revision: str | None, offline: bool) -> tuple[Path, dict[str, Any]]:
-    """Return the path of data.zip in the hub's cache, and its repository, revision and commit."""
-    path = _find_cached(revision) if offline else _download(revision)
-    commit = path.parent.name  # .../snapshots/<commit>/data.zip
-    return path, {"repo": HUB_REPO, "revision": revision, "commit": commit}
+def _get_from_hub(benchmark: str, revision: str | None, offline: bool) -> tuple[Path, dict[str, Any]]:
+    """Return the path of a benchmark's file in the hub's cache, and its repository, revision and commit."""
+    repo, file = HUB_FILES[benchmark]
+    path = _find_cached(repo, file, revision) if offline else _download(repo, file, revision)
+    commit = path.parent.name  # .../snapshots/<commit>/<file>
+    return path, {"repo": repo, "revision": revision, "commit": commit}
 
 
-def _find_cached(revision: str | None) -> Path:
+def _find_cached(repo: str, file: str, revision: str | None) -> Path:
     # hf_hub_download may use the network even with local_files_only.
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(HUB_REPO, HUB_FILE, repo_type="dataset", revision=revision)
+    found = try_to_load_from_cache(repo, file, repo_type="dataset", revision=revision)
     if not isinstance(found, str):
         raise UsageError(
-            f"{HUB_FILE} of {HUB_REPO} at revision {revision or 'main'} is not in the hub's cache, and --offline "
+            f"{file} of {repo} at revision {revision or 'main'} is not in the hub's cache, and --offline "
             f"forbids the download. Run once without --offline, or name a folder or zip with --data."
         )
     return Path(found)
 
 
-def _download(revision: str | None) -> Path:
+def _download(repo: str, file: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(HUB_REPO, HUB_FILE, repo_type="dataset", revision=revision))
+        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
     except Exception as error:  # the client raises many types (network, status, cache)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"Could not download {HUB_FILE} of {HUB_REPO} ({reason}). Check the network and --data_revision, or name a "
+            f"Could not download {file} of {repo} ({reason}). Check the network and --data_revision, or name a "
             f"folder or zip with --data."
         ) from error
-
-
-def _find_problem(row: dict[str, Any], dataset: str) -> str | None:
-    missing = [key for key in _FEATURES if key not in row]
-    if missing:
-        return f"the row lacks {', '.join(missing)}."
-    for key, kind in _TYPES.items():
-        if not isinstance(row[key], kind) or isinstance(row[key], bool):
-            return f"{key} is {json.dumps(row[key])[:40]}, not of type {kind.__name__}."
-    if row["length"].bit_length() > 63:
-        return "length does not fit into 64 bits."
-    if not _strings(row["answers"]) or not row["answers"]:
-        return "answers is not a list of at least one string."
-    if row["all_classes"] is not None and not _strings(row["all_classes"]):
-        return "all_classes is neither null nor a list of strings."
-    if not _encodable(row):
-        return "a string holds a lone surrogate."
-    if row["dataset"] != dataset:
-        return f"the row belongs to dataset {row['dataset']!r}, not {dataset!r}."
-    return None
-
-
-def _find_repeat(row_id: str, seen: dict[str, int]) -> str | None:
-    return f"_id {row_id!r} is already in line {seen[row_id]}." if row_id in seen else None
-
-
-def _encodable(row: dict[str, Any]) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from sparsecache.longbench import rouge
-from sparsecache.longbench.text import chinese_words, jieba_cut, normalized_words
+from sparsecache.longbench.text import chinese_words, choice_letter, jieba_cut, normalized_words
 
 EDIT_BACKENDS = ("difflib", "fuzzywuzzy")
 # Python's default recursion limit, less the frames of `rouge` around its recursion. The rest is for the caller's frames
@@ -98,6 +98,11 @@ def edit_similarity(prediction: str, answer: str, context: Context) -> float:
     code = next((line for line in lines if not ("`" in line or "#" in line or "//" in line)), "")
     ratio = _fuzzywuzzy_ratio() if context.edit_backend == "fuzzywuzzy" else _difflib_ratio
     return ratio(code, answer) / 100
+
+
+def choice(prediction: str, answer: str, context: Context) -> float:
+    """Return 1 if the letter that the prediction gives as its answer is the answer (LongBench v2)."""
+    return float(choice_letter(prediction) == answer)
 
 
 def _f1(prediction: Sequence[str], answer: Sequence[str]) -> float:

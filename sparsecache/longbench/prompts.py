@@ -60,7 +60,7 @@ class Prompter:
         cut = original_tokens > self.cut_length(task)
         if cut:
             half = int(self.cut_length(task) / 2)
-            text = self._text(token_ids[:half]) + self._text(token_ids[original_tokens - half :])
+            text = self._joined(task, token_ids, half)
             token_ids = encode(self.tokenizer, text)
         if self._wraps(task):
             text = self.wrapper.wrap(text)
@@ -79,6 +79,13 @@ class Prompter:
             end=text[-_END_CHARS:],
             ids_sha256=ids_sha256(token_ids),
         )
+
+    def _joined(self, task: Task, token_ids: list[int], half: int) -> str:
+        """Return the text of the first and last tokens of a prompt that is too long."""
+        first, rest = token_ids[:half], len(token_ids) - half
+        if task.join_halves:  # the last half has one token more of an odd length
+            return self._text(first + token_ids[len(token_ids) - (self.cut_length(task) - half) :])
+        return self._text(first) + self._text(token_ids[rest:])
 
     def cut_length(self, task: Task) -> int:
         """Return the tokens above which the middle of a raw prompt is truncated."""

@@ -1,54 +1,84 @@
-"""The datasets of LongBench and LongBench-E as tasks, read from configs/datasets.toml."""
+"""The datasets of LongBench, LongBench-E and LongBench v2 as tasks (configs/datasets.toml), and tasks of one's own."""
 
 import hashlib
+import re
 import string
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
-from sparsecache.configs import read_tables
-from sparsecache.errors import UsageError
+from sparsecache.configs import read_tables, read_tables_of
+from sparsecache.errors import UsageError, short
 
 CATEGORIES = ("single_doc_qa", "multi_doc_qa", "summarization", "few_shot", "synthetic", "code")
 LANGUAGES = ("en", "zh", "code")
+BENCHMARKS = ("longbench", "longbench_v2")
+OWN = "own"  # the group of the tasks that are in no benchmark
 ROW_FIELDS = ("input", "context", "answers", "length", "dataset", "language", "all_classes", "_id")
+CHOICE_FIELDS = ("choice_A", "choice_B", "choice_C", "choice_D")
+_CATEGORIES = (*CATEGORIES, "multiple_choice", OWN)
 _FILE = "configs/datasets.toml"
+_GROUPS = ("all", "en", "zh", *CATEGORIES, OWN)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One dataset and its rules in the protocol. configs/datasets.toml documents the fields."""
+    """One dataset and its rules in the protocol. configs/datasets.toml documents the fields.
+
+    source: the file that defines it, for messages.
+    """
 
     name: str
     template: str
     max_new_tokens: int
     metric: str
-    category: str
-    language: str
+    category: str = OWN
+    language: str = "en"
     rows: int | None = None
     rows_e: int | None = None
     chat: bool = True
     first_line: bool = False
     newline_stop: bool = False
+    join_halves: bool = False
+    benchmark: str = BENCHMARKS[0]
+    source: str = field(default=_FILE, compare=False)
 
     def __post_init__(self) -> None:
-        if self.category not in CATEGORIES:
-            raise UsageError(f"{_FILE} [{self.name}]: category {self.category!r} is none of {', '.join(CATEGORIES)}.")
-        if self.language not in LANGUAGES:
-            raise UsageError(f"{_FILE} [{self.name}]: language {self.language!r} is none of {', '.join(LANGUAGES)}.")
+        for name, allowed in (("category", _CATEGORIES), ("language", LANGUAGES), ("benchmark", BENCHMARKS)):
+            if (value := getattr(self, name)) not in allowed:
+                raise self._error(f"{name} {value!r} is none of {', '.join(allowed)}")
+        for name in ("template", "metric"):
+            if not isinstance(value := getattr(self, name), str):
+                raise self._error(f"{name} is {value!r}; it must be a text")
+        for name in ("chat", "first_line", "newline_stop", "join_halves"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise self._error(f"{name} is {value!r}; it must be true or false")
         for name in ("max_new_tokens", "rows", "rows_e"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UsageError(f"{_FILE} [{self.name}]: {name} is {value!r}; it must be a whole number, 1 or more.")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise self._error(f"{name} is {value!r}; it must be a whole number, 1 or more")
         try:
             used = {name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None}
         except ValueError as error:
-            raise UsageError(
-                f"{_FILE} [{self.name}]: the template is not a valid str.format template ({error})."
-            ) from error
-        if unknown := used - set(ROW_FIELDS):
-            raise UsageError(
-                f"{_FILE} [{self.name}]: the template uses {', '.join(sorted(name or '{}' for name in unknown))}; "
-                f"a row has {', '.join(ROW_FIELDS)}."
+            raise self._error(f"the template is not a valid str.format template ({error})") from error
+        if unknown := used - set(self.row_fields):
+            raise self._error(
+                f"the template uses {', '.join(sorted(name or '{}' for name in unknown))}; "
+                f"a row has {', '.join(self.row_fields)}"
             )
+
+    def _error(self, problem: str) -> UsageError:
+        return UsageError(f"{self.source} [{self.name}]: {problem}.")
+
+    @property
+    def row_fields(self) -> tuple[str, ...]:
+        """The fields of a row that the template may use."""
+        return (*ROW_FIELDS, *CHOICE_FIELDS) if self.benchmark == "longbench_v2" else ROW_FIELDS
+
+    @property
+    def group(self) -> str:
+        """The datasets that share a mean with this one: those of its benchmark, or `own`."""
+        return OWN if self.rows is None else self.benchmark
 
     @property
     def template_sha256(self) -> str:
@@ -58,7 +88,7 @@ class Task:
     @property
     def short_answer(self) -> bool:
         """Whether answers are short, so that a prediction that ends by length is suspicious."""
-        return self.category not in ("summarization", "code")
+        return self.category not in ("summarization", "code", OWN)
 
     def file_stem(self, e: bool) -> str:
         """Return the stem of data and prediction files: `qasper`, `qasper_e` for LongBench-E."""
@@ -70,26 +100,70 @@ class Task:
 
 
 def load_tasks() -> dict[str, Task]:
-    """Return all tasks by dataset name, in file order.
+    """Return the tasks of configs/datasets.toml by dataset name, in file order.
 
-    Raises UsageError for an invalid configs/datasets.toml.
+    Raises UsageError for an invalid file.
     """
-    known = {field.name for field in fields(Task)} - {"name"}
-    needed = {field.name for field in fields(Task) if field.default is MISSING} - {"name"}
-    for name, table in read_tables("datasets.toml").items():
+    return _make_tasks(read_tables("datasets.toml"), _FILE, {"category", "language"})
+
+
+def load_own_tasks(path: Path | None) -> dict[str, Task]:
+    """Return the tasks of a file of one's own (`--tasks`) by name; none for None.
+
+    Raises UsageError for an invalid file.
+    """
+    return {} if path is None else make_own_tasks(read_tables_of(path), str(path))
+
+
+def make_own_tasks(tables: dict[str, Any], source: str) -> dict[str, Task]:
+    """Return tasks of one's own from tables in the form of configs/datasets.toml.
+
+    `category` and `language` may be absent. Raises UsageError for an invalid table, for one with the fields of
+    published datasets, and for a name that is taken or unfit for a file.
+    """
+    taken = {stem for task in load_tasks().values() for stem in (task.name, f"{task.name}_e")} | set(_GROUPS)
+    for name, table in tables.items():
+        if name in taken:
+            raise UsageError(f"{source} [{short(name)}]: the name is taken by a dataset or group. Choose another name.")
+        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+            raise UsageError(
+                f"{source} [{short(name)}]: the name must be 1 to 100 letters, digits, dots, dashes and underscores, "
+                f"since it names files."
+            )
+        if not isinstance(table, dict):
+            raise UsageError(f"{source}: {name} is not a table of a task.")
+        if published := {"rows", "rows_e", "benchmark"} & table.keys():
+            raise UsageError(
+                f"{source} [{name}]: {', '.join(sorted(published))} describes published datasets only. Remove it."
+            )
+    return _make_tasks(tables, source, set())
+
+
+def own_table(task: Task) -> dict[str, Any]:
+    """Return the table of an own task, as `make_own_tasks` reads it."""
+    left_out = ("name", "source", "rows", "rows_e", "benchmark")
+    return {each.name: getattr(task, each.name) for each in fields(Task) if each.name not in left_out}
+
+
+def _make_tasks(tables: dict[str, dict[str, Any]], source: str, also_needed: set[str]) -> dict[str, Task]:
+    known = {each.name for each in fields(Task)} - {"name", "source"}
+    needed = {each.name for each in fields(Task) if each.default is MISSING} - {"name"} | also_needed
+    for name, table in tables.items():
         for problem, keys in (("unknown fields", table.keys() - known), ("no", needed - table.keys())):
             if keys:
-                raise UsageError(f"{_FILE} [{name}] has {problem} {', '.join(sorted(keys))}.")
-    return {name: Task(name=name, **table) for name, table in read_tables("datasets.toml").items()}
+                raise UsageError(f"{source} [{name}] has {problem} {', '.join(sorted(keys))}.")
+    return {name: Task(name=name, source=source, **table) for name, table in tables.items()}
 
 
-def select_tasks(names: str, e: bool = False) -> list[Task]:
-    """Return the tasks of a `--datasets` value: comma-separated datasets, `all`, `en`, `zh`, categories.
+def select_tasks(names: str, e: bool = False, own: dict[str, Task] | None = None) -> list[Task]:
+    """Return the tasks of a `--datasets` value: comma-separated datasets, `all`, `en`, `zh`, categories, `own`.
 
-    The groups hold the datasets of LongBench only, or of LongBench-E with `e`; `en` includes code. Other datasets must
-    be named. Raises UsageError for an unknown name, and for a dataset that LongBench-E lacks.
+    own: the tasks of `--tasks`; the group `own` is all of these. The other groups hold the datasets of LongBench only,
+    or of LongBench-E with `e`; `en` includes code. Other datasets must be named. Raises UsageError for an unknown name,
+    and for a dataset that LongBench-E lacks.
     """
-    tasks = load_tasks()
+    own = own or {}
+    tasks = load_tasks() | own
     available = {name: task for name, task in tasks.items() if not e or task.rows_e is not None}
     chosen: dict[str, Task] = {}
     for name in (part.strip() for part in names.split(",")):
@@ -98,12 +172,14 @@ def select_tasks(names: str, e: bool = False) -> list[Task]:
             chosen[name] = available[name]
         elif group:
             chosen.update(group)
-        elif name in tasks or _group(name, tasks):
+        elif name == OWN and own and not e:
+            chosen.update(own)
+        elif name in tasks or _group(name, tasks) or (name == OWN and own):
             raise UsageError(f"{name!r} is not part of LongBench-E. Its datasets: {', '.join(available)}.")
         else:
             raise UsageError(
-                f"There is no dataset {name!r}. Datasets: {', '.join(available)}. "
-                f"Groups: all, en, zh, {', '.join(CATEGORIES)}."
+                f"There is no dataset {short(name)!r}. Datasets: {', '.join(available)}. "
+                f"Groups: all, en, zh, {', '.join(CATEGORIES)}, and own for the tasks of --tasks."
             )
     return [task for name, task in tasks.items() if name in chosen]
 
@@ -113,5 +189,5 @@ def _group(name: str, tasks: dict[str, Task]) -> dict[str, Task]:
     return {
         key: task
         for key, task in tasks.items()
-        if task.rows is not None and (task.language in languages or task.category == name)
+        if task.group == "longbench" and (task.language in languages or task.category == name)
     }

@@ -34,6 +34,16 @@ def jieba_cut(text: str) -> list[str]:
     return list(_tokenizer().cut(text, cut_all=False))
 
 
+def choice_letter(text: str) -> str | None:
+    """Return the letter A to D that follows "The correct answer is", as LongBench v2 finds it; None without one.
+
+    A letter in parentheses precedes one without. Asterisks are ignored.
+    """
+    text = text.replace("*", "")
+    found = re.search(r"The correct answer is \(([A-D])\)", text) or re.search(r"The correct answer is ([A-D])", text)
+    return found[1] if found else None
+
+
 def is_degenerate(text: str) -> bool:
     """Return whether 20 characters or more are mostly repetitions, or mostly symbols and digits.
 

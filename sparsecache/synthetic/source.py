@@ -32,6 +32,7 @@ class SampleSource:
     tokens: int = 2048
     seed: int = 0
     published: bool = field(default=False, init=False)
+    fills_rows: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_sample_size(self.rows, self.tokens)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.data import FolderSource, ZipSource, load_rows, open_source
+from sparsecache.longbench.data import FolderSource, HubSource, ZipSource, load_rows, open_source
 from sparsecache.longbench.jsonl import dumps, read_objects
 from sparsecache.longbench.tasks import Task, load_tasks, select_tasks
 from sparsecache.synthetic.rows import make_rows
@@ -244,10 +244,10 @@ def test_row_counts_are_checked_for_hub_data_only(tmp_path: Path) -> None:
     rows = [row(_id=str(number), dataset=task.name) for number in range(150)]
     whole = make_zip(tmp_path / "whole.zip", [(f"data/{task.name}.jsonl", lines(*rows))])
     part = make_zip(tmp_path / "part.zip", [(f"data/{task.name}.jsonl", lines(*rows[:149]))])
-    assert len(load_rows(ZipSource(whole, hub={"commit": "c"}), task).dataset) == 150
+    assert len(load_rows(HubSource({"longbench": (whole, {"commit": "c"})}), task).dataset) == 150
     assert len(load_rows(ZipSource(part), task).dataset) == 149
     with pytest.raises(UsageError, match="holds 149 rows; the published dataset has 150"):
-        load_rows(ZipSource(part, hub={"commit": "c"}), task)
+        load_rows(HubSource({"longbench": (part, {"commit": "c"})}), task)
 
 
 @pytest.mark.parametrize("value", ["nowhere", "setup.cfg", ""])

@@ -213,7 +213,7 @@ FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}
 
 
 def _published() -> dict[str, Task]:
-    return {name: task for name, task in load_tasks().items() if task.rows is not None}
+    return {name: task for name, task in load_tasks().items() if task.group == "longbench"}
 
 
 def test_datasets_equal_the_published_table() -> None:
