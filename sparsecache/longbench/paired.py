@@ -8,7 +8,6 @@ import numpy
 from numpy.typing import NDArray
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.kept import aggregate_kept
 from sparsecache.longbench.runs import short_names
 from sparsecache.longbench.score_types import DatasetScore, RunScore
 
@@ -126,18 +125,7 @@ def _ordered(run: RunScore, ids: dict[str, list[str]]) -> list[DatasetScore]:
 
 
 def _only(dataset: DatasetScore, places: dict[str, int], ids: dict[str, list[str]]) -> DatasetScore:
-    at = [places[row_id] for row_id in ids[dataset.task.name]]
-    records = [dataset.records[place] for place in at]
-    rows = [dataset.rows[place] for place in at]
-    return replace(
-        dataset,
-        rows=rows,
-        records=records,
-        expected=len(rows),
-        warnings=[],
-        kept=aggregate_kept(records),
-        rouge_score=None,
-    )
+    return dataset.only([places[row_id] for row_id in ids[dataset.task.name]])
 
 
 def _check_answers(first: RunScore, other: RunScore, name: str, other_name: str) -> None:

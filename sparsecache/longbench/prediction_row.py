@@ -28,6 +28,17 @@ def check_row(row: dict[str, Any], needed: tuple[str, ...] = ()) -> None:
     parse(PredictionRow, row)
 
 
+def as_longbench_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of LongBench v2's own code in the form of LongBench's; any other row as it is.
+
+    That code writes the answer's text to `response`, the letter in it (or null) to `pred`, and the right letter to
+    `answer`.
+    """
+    if "answers" in row or "error" in row or not {"response", "answer"} <= row.keys():
+        return row
+    return {**row, "pred": row["response"], "answers": [row["answer"]]}
+
+
 def is_finished(row: Mapping[str, Any]) -> bool:
     """Return whether a row holds a prediction that can be scored, and no error."""
     return "error" not in row and all(key in row for key in NEEDED)

@@ -19,7 +19,7 @@ from sparsecache.errors import UsageError, listed, one_line
 from sparsecache.files import lock, lock_holder, locked, make_folder, open_regular, write_atomically
 from sparsecache.longbench.identity import identity_differences
 from sparsecache.longbench.jsonl import dumps, read_json, read_objects, write_json
-from sparsecache.longbench.prediction_row import check_row, is_finished
+from sparsecache.longbench.prediction_row import as_longbench_row, check_row, is_finished
 from sparsecache.longbench.run_record import BY_DATASET, RUN_FILE, RunRecord, parse_run_record
 from sparsecache.longbench.schema import SchemaError
 
@@ -164,11 +164,14 @@ class _Appender:
 def read_rows(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     """Yields the rows of a prediction file, checked (see prediction_row).
 
+    Rows that LongBench v2's own code wrote are converted.
+
     Raises UsageError, naming the line, for one that is not a JSON object, has a field of a wrong type or size, or
     lacks a `needed` one.
     """
     with open_regular(path) as lines:
         for number, row in read_objects(lines, str(path), _ADVICE):
+            row = as_longbench_row(row)
             try:
                 check_row(row, needed)
             except SchemaError as error:
@@ -279,7 +282,7 @@ class RunFolder:
                 held.enter_context(contextlib.closing(_Held(path)))
             for path in paths:
                 path.unlink(missing_ok=True)
-        for name in (RUN_FILE, "result.json", "summary.json", "result_e.json", "summary_e.json"):
+        for name in (RUN_FILE, "result.json", "summary.json", "result.txt", "result_e.json", "summary_e.json"):
             (self.path / name).unlink(missing_ok=True)
 
 

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sparsecache.files import write_atomically
 from sparsecache.longbench.jsonl import write_json
 from sparsecache.longbench.kept import aggregate_kept, format_kept, format_percent
 from sparsecache.longbench.run_record import RunRecord
-from sparsecache.longbench.score_types import Average, DatasetScore, RunScore
+from sparsecache.longbench.score_types import STRATA, Average, DatasetScore, RunScore
 from sparsecache.longbench.scores import ScoringOptions
 from sparsecache.longbench.tables import text_table
 from sparsecache.longbench.tasks import Task
@@ -27,6 +28,24 @@ def result_json(result: RunScore) -> dict[str, Any]:
             for dataset in result.datasets
         }
     return {dataset.task.name: dataset.summary.score for dataset in result.datasets}
+
+
+def _write_v2_result(result: RunScore) -> list[Path]:
+    """Write result.txt, the table of LongBench v2's own code, if the run has its rows."""
+    lines = [v2_result(dataset) for dataset in result.datasets if dataset.strata]
+    if not lines:
+        return []
+    header = "\t".join(("Model", "Overall", *(name.capitalize() for name in STRATA)))
+    path = result.folder / "result.txt"
+    write_atomically(path, "\n".join([header, *("\t".join((result.folder.name, *line)) for line in lines)]))
+    return [path]
+
+
+def v2_result(dataset: DatasetScore) -> list[str]:
+    """Return the accuracy in percent overall and by stratum, rounded as LongBench v2's own code does; - for no rows."""
+    parts = [dataset, *(dataset.strata.get(name) for name in STRATA)]
+    counts = [(sum(row.score for row in part.rows), len(part.rows)) if part else (0, 0) for part in parts]
+    return [str(round(100 * int(right) / rows, 1)) if rows else "-" for right, rows in counts]
 
 
 def summary_json(result: RunScore, options: ScoringOptions) -> dict[str, Any]:
@@ -58,6 +77,7 @@ def write_results(result: RunScore, options: ScoringOptions) -> list[Path]:
     for name, content in contents.items():
         paths.append(result.folder / f"{name}{ending}")
         write_json(paths[-1], content)
+    paths += _write_v2_result(result)
     return paths
 
 
@@ -134,10 +154,14 @@ def _health(rows: list[dict[str, Any]]) -> dict[str, int]:
         "errors": len(rows) - len(finished),
         "truncated": sum(row.get("truncated") is True for row in finished),
         "recut": sum(isinstance(cut := row.get("recut_tokens"), int) and cut > 16 for row in finished),
-        "length": sum(row.get("finish_reason") == "length" for row in finished),
-        "empty": sum(not str(row.get("pred", "")).strip() for row in finished),
+        "length": sum(_ended_by_length(row) for row in finished),
+        "empty": sum(not str(row.get("pred", "")).strip() and not row.get("unclosed_think") for row in finished),
         "degenerate": sum(is_degenerate(str(row.get("pred", ""))) for row in finished),
     }
+
+
+def _ended_by_length(row: dict[str, Any]) -> bool:
+    return row.get("finish_reason") == "length" or row.get("unclosed_think") is True
 
 
 def _dataset_json(dataset: DatasetScore) -> dict[str, Any]:
@@ -154,8 +178,16 @@ def _dataset_json(dataset: DatasetScore) -> dict[str, Any]:
         "beyond_official_recursion": dataset.count("recursion_exceeded"),
         "warnings": dataset.warnings,
     }
+    if dataset.num_ended_by_length is not None:
+        fields["ended_by_length"] = dataset.num_ended_by_length
     if dataset.kept is not None:
         fields |= dataset.kept.as_json()
+    if dataset.strata:
+        fields["no_letter"] = dataset.count("no_letter")
+        fields["strata"] = {
+            name: {"score": part.summary.score, "stderr": _rounded(part.summary.stderr), "n": part.summary.n}
+            for name, part in dataset.strata.items()
+        }
     if dataset.rouge_score is not None:
         fields["rouge_score"] = dataset.rouge_score
     if dataset.e:

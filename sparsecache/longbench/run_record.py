@@ -45,9 +45,10 @@ class Session:
 
 @dataclass(frozen=True)
 class ExpectedRows:
-    """How many rows of a dataset were asked for."""
+    """How many rows of a dataset were asked for, and how its prediction deviates from the dataset's protocol."""
 
     expected_rows: Count
+    deviations: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,26 @@ class Identity:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """run.json. json: the file as it was read, with keys that are not named here; empty without a file."""
+    """run.json. json: the file as it was read, with keys that are not named here; empty without a file.
+
+    tasks: the tables of own tasks (`tasks.make_own_tasks`).
+    """
 
     identity: Identity = Identity()
     model: ModelRecord = ModelRecord()
     datasets: dict[str, ExpectedRows] = field(default_factory=dict)
     sessions: list[Session] = field(default_factory=list)
+    tasks: dict[str, Any] = field(default_factory=dict)
     json: dict[str, Any] = field(default_factory=dict)
 
     @property
     def expected_rows(self) -> dict[str, int]:
         """Rows asked for, by file stem."""
         return {stem: dataset.expected_rows for stem, dataset in self.datasets.items()}
+
+    def deviations(self, stem: str) -> list[str]:
+        """How the prediction of a dataset deviates from its protocol, by file stem."""
+        return self.datasets[stem].deviations if stem in self.datasets else []
 
     @property
     def clocks(self) -> list[EngineClock]:

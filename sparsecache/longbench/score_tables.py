@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 
 from sparsecache.longbench.kept import format_kept, format_percent
-from sparsecache.longbench.report import speed_lines
-from sparsecache.longbench.score_types import BUCKETS, Average, DatasetScore, RunScore, Summary, as_average
+from sparsecache.longbench.report import speed_lines, v2_result
+from sparsecache.longbench.score_types import BUCKETS, STRATA, Average, DatasetScore, RunScore, Summary, as_average
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
 
 AVERAGE_NAMES = {
@@ -12,6 +12,8 @@ AVERAGE_NAMES = {
     "avg_zh": "Avg, Chinese",
     "avg_all": "Avg, all",
     "flat_mean": "mean of datasets",
+    "longbench_v2": "LongBench v2",
+    "own_mean": "mean of own tasks",
 }
 
 
@@ -28,10 +30,15 @@ def score_document(result: RunScore) -> Document:
     sparse = any(dataset.kept and dataset.kept.rows for dataset in result.datasets)
     means = [(name, mean) for name, mean in result.categories.items() if mean.datasets]
     averages = [(AVERAGE_NAMES[name], mean) for name, mean in result.averages.items() if mean.datasets]
-    header = ["dataset", "score", "±", "n", "of", *(["kept"] if sparse else [])]
-    rows = [_dataset_row(dataset, sparse) for dataset in result.datasets]
+    ends = any(dataset.num_ended_by_length is not None for dataset in result.datasets)
+    header = ["dataset", "score", "±", "n", "of", *(["kept"] if sparse else []), *(["ended by length"] if ends else [])]
+    rows = [_dataset_row(dataset, sparse, ends) for dataset in result.datasets]
+    strata = [(name, part) for dataset in result.datasets for name, part in named_strata(dataset)]
+    if strata:
+        rows += [[], *(_dataset_row(part, sparse, ends, name) for name, part in strata)]
     for group in (means, averages):
-        rows += [[], *(_average_row(name, mean, sparse) for name, mean in group)]
+        if group:
+            rows += [[], *(_average_row(name, mean, sparse, ends) for name, mean in group)]
     if result.e:
         header += [text for name in BUCKETS for text in (name, "n")]
         rows = [row + [words("")] * (len(header) - len(row)) if row else row for row in rows]
@@ -45,14 +52,21 @@ def score_document(result: RunScore) -> Document:
     )
 
 
-def _dataset_row(dataset: DatasetScore, sparse: bool) -> list[Cell]:
+def named_strata(dataset: DatasetScore) -> list[tuple[str, DatasetScore]]:
+    """Return the parts of a dataset of LongBench v2 with their names in tables."""
+    return [(f"{dataset.task.file_stem(dataset.e)} {name}", part) for name, part in dataset.strata.items()]
+
+
+def _dataset_row(dataset: DatasetScore, sparse: bool, ends: bool, name: str = "") -> list[Cell]:
     line = [
-        words(dataset.task.file_stem(dataset.e)),
+        words(name or dataset.task.file_stem(dataset.e)),
         *_summary_cells(dataset.summary),
         number(dataset.num_requested, 0),
     ]
     if sparse:
         line.append(share(dataset.kept.share if dataset.kept else None))
+    if ends:
+        line.append(number(dataset.num_ended_by_length, 0))
     if dataset.e:
         line += [cell for part in dataset.buckets.values() for cell in (number(part.score, 2), number(part.n, 0))]
     return line
@@ -62,10 +76,10 @@ def _summary_cells(summary: Summary) -> list[Cell]:
     return [number(summary.score, 2), number(summary.stderr, 1), number(summary.n, 0)]
 
 
-def _average_row(name: str, mean: Average, sparse: bool) -> list[Cell]:
+def _average_row(name: str, mean: Average, sparse: bool, ends: bool) -> list[Cell]:
     label = average_label(name, mean.datasets, mean.of_datasets)
     line = [words(label), number(mean.score, 2), number(mean.stderr, 1), number(mean.n, 0), words("")]
-    return [*line, share(mean.kept)] if sparse else line
+    return [*line, *([share(mean.kept)] if sparse else []), *([words("")] if ends else [])]
 
 
 def average_label(name: str, datasets: int, of: int) -> str:
@@ -81,6 +95,8 @@ def share(value: float | None) -> Cell:
 def _records(result: RunScore) -> Iterator[dict[str, Value]]:
     for dataset in result.datasets:
         yield _record(result, "dataset", dataset.task.file_stem(dataset.e), as_average(dataset), dataset)
+        for name, part in named_strata(dataset):
+            yield _record(result, "stratum", name, as_average(part), part)
     for kind, means in (("category", result.categories), ("average", result.averages)):
         yield from (_record(result, kind, name, mean) for name, mean in means.items() if mean.datasets)
 
@@ -90,7 +106,7 @@ def _record(
 ) -> dict[str, Value]:
     """Return a row of the flat table.
 
-    Only datasets have `expected_n`, and buckets for LongBench-E.
+    Only datasets and strata have `expected_n` and `ended_by_length`, and buckets for LongBench-E.
     """
     record: dict[str, Value] = {
         "run": str(result.folder),
@@ -103,6 +119,7 @@ def _record(
         "datasets": mean.datasets,
         "of_datasets": mean.of_datasets,
         "kept": mean.kept,
+        "ended_by_length": dataset.num_ended_by_length if dataset else None,
     }
     for bucket in BUCKETS if result.e else ():
         part = dataset.buckets[bucket] if dataset else None
@@ -130,5 +147,9 @@ def _notes(result: RunScore) -> Iterable[str]:
         if dataset.rouge_score:
             values = ", ".join(f"{name} {value:.2f}" for name, value in dataset.rouge_score.items())
             yield f"rouge-score: {stems[id(dataset)]}: {values}"
+    for dataset in result.datasets:
+        if dataset.strata:
+            figures = zip(("overall", *STRATA), v2_result(dataset), strict=True)
+            yield f"{stems[id(dataset)]} as published: {', '.join(f'{name} {value}' for name, value in figures)}."
     yield from format_kept(dataset.kept for dataset in result.datasets)
     yield from speed_lines(result.run)

@@ -11,16 +11,24 @@ from typing import Any
 
 import numpy
 
-from sparsecache.longbench.kept import KeptStats
+from sparsecache.longbench.kept import KeptStats, aggregate_kept
 from sparsecache.longbench.run_record import RunRecord
-from sparsecache.longbench.tasks import CATEGORIES, Task, load_tasks
+from sparsecache.longbench.tasks import CATEGORIES, OWN, Task, load_tasks
 
 BUCKETS = ("0-4k", "4-8k", "8k+")
+STRATA = ("easy", "hard", "short", "medium", "long")
+"""Parts of LongBench v2: two by difficulty and three by length."""
+MEANS = {"longbench": "flat_mean", "longbench_v2": "longbench_v2", OWN: "own_mean"}
+"""The name of the mean over the datasets of each group (`Task.group`) in `RunScore.averages`."""
 
 
 @dataclass(frozen=True)
 class RowScore:
-    """The score of one row, 0 to 1, its length in words (None if not recorded), and flags."""
+    """The score of one row, 0 to 1, its length in words (None if not recorded), and flags.
+
+    ended_by_length: whether the answer was cut off at the limit of new tokens, or its reasoning did not end.
+    no_letter: whether the answer to a multiple-choice question gives no letter. strata: those of STRATA it is in.
+    """
 
     score: float
     length: float | None
@@ -28,6 +36,9 @@ class RowScore:
     metric_error: bool
     error_row: bool
     recursion_exceeded: bool
+    ended_by_length: bool = False
+    no_letter: bool = False
+    strata: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,27 @@ class DatasetScore:
             if row.length is not None:
                 members[bucket(row.length)].append(row.score)
         return {name: _summary(scores, _numpy_mean_in_percent) for name, scores in members.items()}
+
+    @cached_property
+    def strata(self) -> dict[str, "DatasetScore"]:
+        """The parts of LongBench v2 that have rows, each as a dataset of its own; empty for other datasets."""
+        places = {name: [at for at, row in enumerate(self.rows) if name in row.strata] for name in STRATA}
+        return {name: self.only(at) for name, at in places.items() if at}
+
+    def only(self, places: Sequence[int]) -> "DatasetScore":
+        """Return the score over the rows at these places, all of which count as expected."""
+        records = [self.records[at] for at in places] if self.records else []
+        rows = [self.rows[at] for at in places]
+        return DatasetScore(
+            self.task, self.e, rows, len(rows), [], kept=aggregate_kept(records), records=records
+        )  # fmt: skip
+
+    @property
+    def num_ended_by_length(self) -> int | None:
+        """The number of answers that were cut off; None if no row records how its answer ended."""
+        known = any("finish_reason" in record for record in self.records)
+        found = self.count("ended_by_length")
+        return found if known or found else None
 
     @property
     def num_finished(self) -> int:
@@ -135,24 +167,41 @@ class RunScore:
 
     @cached_property
     def averages(self) -> dict[str, Average]:
-        """The official averages (means of category means) per language, and the flat mean.
+        """The official averages (means of category means) per language, and the mean over the datasets of each group.
 
         Code counts in both languages, as in the published tables. Without other datasets, code gives no average.
+        LongBench v2 and own tasks have a mean of their own, if the run has them.
         """
+        others = {MEANS[group]: self._group_mean(group) for group in MEANS if group != "longbench"}
         return {
             "avg_en": self._mean_of_categories(("en", "code")),
             "avg_zh": self._mean_of_categories(("zh", "code")),
             "avg_all": self._mean_of_categories(("en", "zh", "code")),
             "flat_mean": self._mean(lambda task: True),
+            **{name: mean for name, mean in others.items() if mean.of_datasets},
         }
 
+    @property
+    def headline(self) -> Average:
+        """The mean that stands for the run: over LongBench's datasets, else LongBench v2, else own tasks."""
+        means = [self.averages[name] for name in MEANS.values() if name in self.averages]
+        return next((mean for mean in means if mean.datasets), means[0])
+
+    def _group_mean(self, group: str) -> Average:
+        members = [dataset for dataset in self.datasets if dataset.task.group == group]
+        return _average([as_average(each) for each in members if each.summary.score is not None], len(members))
+
     def _mean(self, belongs: Callable[[Task], bool]) -> Average:
-        published = [task for task in load_tasks().values() if task.published_rows(self.e) is not None]
-        of = sum(belongs(task) for task in published)
+        published = [
+            task
+            for task in load_tasks().values()
+            if task.group == "longbench" and task.published_rows(self.e) is not None
+        ]
+        of, names = sum(belongs(task) for task in published), {task.name for task in published}
         scored = [
             dataset
             for dataset in self.datasets
-            if dataset.task in published and belongs(dataset.task) and dataset.summary.score is not None
+            if dataset.task.name in names and belongs(dataset.task) and dataset.summary.score is not None
         ]
         return _average([as_average(dataset) for dataset in scored], of)
 

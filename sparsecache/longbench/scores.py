@@ -1,7 +1,7 @@
 """Scores prediction files with the official metrics, and reports what qualifies the scores."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from sparsecache.longbench import metrics, rouge
 from sparsecache.longbench.jsonl import get_number
 from sparsecache.longbench.kept import aggregate_kept
 from sparsecache.longbench.prediction_row import NEEDED
+from sparsecache.longbench.reasoning import split_reasoning
 from sparsecache.longbench.records import RunFolder, read_rows
+from sparsecache.longbench.run_record import RUN_FILE
 from sparsecache.longbench.score_types import DatasetScore, RowScore, RunScore
-from sparsecache.longbench.tasks import Task, load_tasks
-from sparsecache.longbench.text import chinese_words
+from sparsecache.longbench.tasks import Task, load_tasks, make_own_tasks
+from sparsecache.longbench.text import chinese_words, choice_letter
 
 Metric = Callable[[str, str, metrics.Context], float]
 
@@ -46,8 +48,15 @@ def load_metric(name: str) -> Metric:
     return known[name]
 
 
-def score_run(folder: Path, e: bool = False, options: ScoringOptions = ScoringOptions()) -> RunScore:
+def score_run(
+    folder: Path,
+    e: bool = False,
+    options: ScoringOptions = ScoringOptions(),
+    own: Mapping[str, Task] | None = None,
+) -> RunScore:
     """Score every prediction file of a folder.
+
+    own: tasks of one's own; by default those that run.json records.
 
     With `e`, score the LongBench-E files `<dataset>_e.jsonl`; a folder without run.json may name them
     `<dataset>.jsonl`. Raises UsageError for a folder without such files, an unknown dataset, an invalid row, and a
@@ -57,23 +66,32 @@ def score_run(folder: Path, e: bool = False, options: ScoringOptions = ScoringOp
         raise UsageError(f"There is no folder {folder}. Give --model and --name of a run, or the path of its folder.")
     run = RunFolder(folder).load()
     expected = run.expected_rows
+    tasks = {**load_tasks(), **make_own_tasks(run.tasks, str(folder / RUN_FILE)), **(own or {})}
     scores = [
-        score_file(path, task, e, expected.get(task.file_stem(e)), options)
-        for task, path in _files(folder, e, foreign=not expected)
+        score_file(path, task, e, expected.get(task.file_stem(e)), options, run.deviations(task.file_stem(e)))
+        for task, path in _files(folder, tasks, e, foreign=not expected)
     ]
     found = {score.task.file_stem(e) for score in scores}
-    missing = [task for task in load_tasks().values() if task.file_stem(e) in expected.keys() - found]
+    missing = [task for task in tasks.values() if task.file_stem(e) in expected.keys() - found]
     scores += [DatasetScore(task, e, [], expected[task.file_stem(e)], ["its file is missing"]) for task in missing]
     return RunScore(folder, e, scores, run)
 
 
-def score_file(path: Path, task: Task, e: bool, expected: int | None, options: ScoringOptions) -> DatasetScore:
+def score_file(
+    path: Path,
+    task: Task,
+    e: bool,
+    expected: int | None,
+    options: ScoringOptions,
+    deviations: Sequence[str] = (),
+) -> DatasetScore:
     """Score one prediction file.
 
-    `expected`: number of rows in run.json; None means the published number.
+    `expected`: number of rows in run.json; None means the published number. `deviations`: from the protocol.
     """
     rows = list(read_rows(path, needed=NEEDED))
-    warnings = _file_warnings(path, rows, e, options.allow_duplicates)
+    warnings = [f"not the protocol: {deviation}" for deviation in deviations]
+    warnings += _file_warnings(path, rows, task, e, options.allow_duplicates)
     if expected is None and (expected := task.published_rows(e)) is not None:
         warnings.append("run.json does not record the number of rows, so the published number is expected")
     all_classes = rows[-1].get("all_classes") if rows else None  # the reference uses those of the last row
@@ -84,10 +102,10 @@ def score_file(path: Path, task: Task, e: bool, expected: int | None, options: S
     return result
 
 
-def _files(folder: Path, e: bool, foreign: bool) -> list[tuple[Task, Path]]:
+def _files(folder: Path, known: Mapping[str, Task], e: bool, foreign: bool) -> list[tuple[Task, Path]]:
     tasks = {
         task.file_stem(flag): (task, flag)
-        for task in load_tasks().values()
+        for task in known.values()
         for flag in (False, True)
         if not flag or task.rows_e is not None
     }
@@ -96,7 +114,7 @@ def _files(folder: Path, e: bool, foreign: bool) -> list[tuple[Task, Path]]:
     if unknown:
         raise UsageError(
             f"{folder} holds files of unknown datasets: {', '.join(unknown)}. Datasets: "
-            f"{', '.join(load_tasks())}. Move them away, or add a table to configs/datasets.toml."
+            f"{', '.join(known)}. Move them away, or describe them in a file for --tasks."
         )
     order = list(tasks)
     found = [(*tasks[path.stem], path) for path in sorted(paths, key=lambda path: order.index(path.stem))]
@@ -111,7 +129,7 @@ def _files(folder: Path, e: bool, foreign: bool) -> list[tuple[Task, Path]]:
     return chosen
 
 
-def _file_warnings(path: Path, rows: list[dict[str, Any]], e: bool, allow_duplicates: bool) -> list[str]:
+def _file_warnings(path: Path, rows: list[dict[str, Any]], task: Task, e: bool, allow_duplicates: bool) -> list[str]:
     """Return warnings about a file. Raises UsageError for repeated `_id`s unless allowed."""
     warnings = []
     ids = [str(row["_id"]) for row in rows if row.get("_id") is not None]
@@ -125,7 +143,7 @@ def _file_warnings(path: Path, rows: list[dict[str, Any]], e: bool, allow_duplic
         warnings.append(f"{repeated} rows repeat an _id and count again")
     if len(ids) < len(rows):
         warnings.append(f"{len(rows) - len(ids)} rows have no _id, so repeats cannot be detected")
-    if any(get_number(row, "length") is None for row in rows):
+    if task.benchmark != "longbench_v2" and any(get_number(row, "length") is None for row in rows):
         warnings.append("rows have no length" + (" and are in no bucket" if e else ""))
     return warnings
 
@@ -135,6 +153,8 @@ def _row_warnings(result: DatasetScore) -> list[str]:
     for flag, words in (("empty", "are empty"), ("metric_error", "could not be scored and count 0.0")):
         if result.count(flag) > 0.01 * len(result.rows):
             warnings.append(f"{result.count(flag)} of {len(result.rows)} predictions {words}")
+    if result.count("no_letter"):
+        warnings.append(f"{result.count('no_letter')} of {len(result.rows)} predictions give no letter and count 0.0")
     if result.count("recursion_exceeded"):
         warnings.append(
             f"{result.count('recursion_exceeded')} rows get 0.0 from the reference scorer (recursion limit)"
@@ -148,6 +168,8 @@ def _row_warnings(result: DatasetScore) -> list[str]:
 
 def _score_row(row: dict[str, Any], task: Task, e: bool, all_classes: Any, options: ScoringOptions) -> RowScore:
     context = metrics.Context(all_classes, options.edit_backend, options.official_recursion)
+    text = split_reasoning(row["pred"])
+    unclosed = text.unclosed or row.get("unclosed_think") is True
     prediction = _scored_text(row["pred"], task)
     metric = load_metric(task.metric)
     score, failed = 0.0, False
@@ -157,19 +179,32 @@ def _score_row(row: dict[str, Any], task: Task, e: bool, all_classes: Any, optio
         except (ValueError, IndexError, TypeError, ZeroDivisionError):
             failed = True  # counts 0.0, as in the reference
     error_row = "error" in row
-    empty = not row["pred"].strip() and not error_row
+    empty = not text.answer.strip() and not error_row and not unclosed
     return RowScore(
         score=score,
         length=get_number(row, "length"),
         empty=empty,
-        metric_error=failed and not empty and not error_row,
+        metric_error=failed and not empty and not error_row and not unclosed,
         error_row=error_row,
         recursion_exceeded=context.recursion_exceeded,
+        ended_by_length=not error_row and (unclosed or row.get("finish_reason") == "length"),
+        no_letter=task.metric == "choice" and not error_row and choice_letter(prediction) is None,
+        strata=_strata(row) if task.benchmark == "longbench_v2" else (),
+    )
+
+
+def _strata(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the strata of a row, as the official code of LongBench v2 sorts unknown values."""
+    length = row.get("length")
+    return (
+        "easy" if row.get("difficulty") == "easy" else "hard",
+        length if length in ("short", "medium") else "long",
     )
 
 
 def _scored_text(prediction: str, task: Task) -> str:
-    return prediction.lstrip("\n").split("\n")[0] if task.first_line else prediction
+    answer = split_reasoning(prediction).answer
+    return answer.lstrip("\n").split("\n")[0] if task.first_line else answer
 
 
 def _rouge_score(rows: list[dict[str, Any]], task: Task) -> dict[str, float]:

@@ -128,9 +128,7 @@ def test_longbench_e_uses_plain_files_as_a_fallback(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("language", ["en", "zh", "code"])
-def test_a_custom_dataset_is_scored_but_in_no_average(
-    tmp_path: Path, language: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_custom_dataset_has_a_mean_of_its_own(tmp_path: Path, language: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("qasper", "lcc", "vcsum"):
         save(tmp_path, name, [row(0)])
     expect_rows(tmp_path, qasper=1, lcc=1, vcsum=1)
@@ -142,6 +140,8 @@ def test_a_custom_dataset_is_scored_but_in_no_average(
     expect_rows(tmp_path, qasper=1, lcc=1, vcsum=1, mine=3)
     result = score_run(tmp_path)
     assert result_json(result) == {**result_json(without), "mine": 33.33}
+    own = result.averages.pop("own_mean")
+    assert (own.score, own.datasets, own.of_datasets, own.n) == (33.33, 1, 1, 3)
     assert (result.averages, result.categories) == (without.averages, without.categories)
     assert result.complete
     expect_rows(tmp_path)
