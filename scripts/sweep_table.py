@@ -16,7 +16,7 @@ from sparsecache.longbench.paired import common_rows
 from sparsecache.longbench.plots import draw_all, require_matplotlib
 from sparsecache.longbench.report import decode_speed
 from sparsecache.longbench.score_tables import share
-from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.score_types import MEANS, RunScore
 from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
 from sparsecache.runner.run import check_recorded
@@ -76,7 +76,8 @@ class Report:
 
 def sweep_table(comparison: Comparison, notes: Sequence[str] = ()) -> Document:
     """One line per run: its mean over the datasets, the difference to the first run, what it kept, its speed."""
-    mean = next(group for group in comparison.groups if group.name == "flat_mean")
+    means = {group.name: group for group in comparison.groups if group.kind == "average"}
+    mean = next(means[name] for name in MEANS.values() if name in means)
     rows: list[list[Cell]] = []
     facts: list[dict[str, Value]] = []
     for run, entry in zip(comparison.runs, mean.entries, strict=True):
@@ -113,7 +114,7 @@ def sweep_table(comparison: Comparison, notes: Sequence[str] = ()) -> Document:
 
 def _one_run(run: RunScore, notes: Sequence[str]) -> Document:
     """The table where one run alone succeeded: no difference to show."""
-    mean, speed = run.averages["flat_mean"], (decode_speed(run.run) or {}).get("tokens_per_s")
+    mean, speed = run.headline, (decode_speed(run.run) or {}).get("tokens_per_s")
     rows = sum(len(dataset.rows) for dataset in run.datasets)
     cells = [words(run.folder.name), number(mean.score, 1), words("-"), words("-"), share(mean.kept), number(speed, 1)]
     fact: dict[str, Value] = {"run": run.folder.name, "method": run.run.identity.method, "mean": mean.score}

@@ -1,6 +1,6 @@
 """Baselines: the row scores and the identity of a run, in a file small enough to commit."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +21,18 @@ _PROMPT_DIGITS = 16  # of its SHA-256; guards against accidental changes, not ag
 
 @dataclass(frozen=True)
 class BaselineDataset:
-    """One dataset: metric, score in percent, kept share, and row scores and prompt hashes by `_id`."""
+    """One dataset: metric, score in percent, kept share, and row scores and prompt hashes by `_id`.
+
+    group: the datasets that it is averaged with (`Task.group`). strata: the `_id`s of each part of LongBench v2.
+    """
 
     metric: str
     score: Percent | None
     kept: Number | None
     scores: dict[str, Share]
     prompts: dict[str, str]
+    group: str = "longbench"
+    strata: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,8 @@ def _dataset(dataset: DatasetScore, folder: Path) -> BaselineDataset:
             for row_id, record in zip(ids, dataset.records, strict=True)
             if (prompt := _prompt_key(record)) is not None
         },
+        group=dataset.task.group,
+        strata={name: [str(record["_id"]) for record in part.records] for name, part in dataset.strata.items()},
     )
 
 

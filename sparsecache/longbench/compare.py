@@ -54,14 +54,14 @@ def compare(runs: Sequence[RunScore], seed: int = 0, resamples: int = RESAMPLES)
             complete=run.complete,
             rows=sum(len(dataset.rows) for dataset in run.datasets),
             left_out=left_out,
-            kept=run.averages["flat_mean"].kept,
+            kept=run.headline.kept,
             decode=decode_speed(run.run),
             devices=devices(run.run),
             record=run.run,
         )
         for run, name, left_out in zip(runs, names, common.left_out, strict=True)
     )
-    groups = tuple(_groups(common.runs, paired))
+    groups = tuple(_groups(common.runs, paired, seed, resamples))
     notes = (*common_rows_notes(runs, common), *_notes(compared, common.runs))
     return Comparison(compared, groups, notes, runs[0].e, seed, resamples)
 
@@ -73,10 +73,13 @@ def _pair(parts: tuple[DatasetScore, ...], seed: int, resamples: int) -> _Paired
     return _PairedDataset(parts, differences.mean(axis=0), bootstrap_means(differences, stem, seed, resamples))
 
 
-def _groups(runs: Sequence[RunScore], paired: dict[str, _PairedDataset]) -> Iterator[Group]:
+def _groups(runs: Sequence[RunScore], paired: dict[str, _PairedDataset], seed: int, resamples: int) -> Iterator[Group]:
     for name, pair in paired.items():
         stem = pair.datasets[0].task.file_stem(runs[0].e)
         yield _group(stem, "dataset", [as_average(part) for part in pair.datasets], {name: 1.0}, paired)
+    for pair in paired.values():
+        for name, part in _strata(pair, seed, resamples):
+            yield _group(name, "stratum", [as_average(each) for each in part.datasets], {name: 1.0}, {name: part})
     weights = {name: _weights(runs[0], name) for name in paired}
     kinds: list[tuple[Kind, list[dict[str, Average]]]] = [
         ("category", [run.categories for run in runs]),
@@ -86,6 +89,15 @@ def _groups(runs: Sequence[RunScore], paired: dict[str, _PairedDataset]) -> Iter
         for name in (name for name, mean in means[0].items() if mean.datasets):
             in_group = {dataset: weight for dataset, by in weights.items() if (weight := by[kind, name])}
             yield _group(name, kind, [mean[name] for mean in means], in_group, paired)
+
+
+def _strata(pair: _PairedDataset, seed: int, resamples: int) -> Iterator[tuple[str, _PairedDataset]]:
+    """Yield the strata of LongBench v2 with their names, by the first run's rows."""
+    first = pair.datasets[0]
+    for stratum in first.strata:
+        places = [at for at, row in enumerate(first.rows) if stratum in row.strata]
+        parts = tuple(dataset.only(places) for dataset in pair.datasets)
+        yield f"{first.task.file_stem(first.e)} {stratum}", _pair(parts, seed, resamples)
 
 
 def _group(

@@ -13,7 +13,7 @@ def compare_document(comparison: Comparison) -> Document:
     """Return the tables and notes of a comparison.
 
     Two runs give one table; more runs give a table of scores and a table of differences per run. A table of costs
-    follows. The flat table has a row per run and dataset, category or average.
+    follows. The flat table has a row per run and dataset, stratum, category or average.
     """
     names = [run.name for run in comparison.runs]
     header = ["dataset", "n", *names]
@@ -37,7 +37,7 @@ def compare_document(comparison: Comparison) -> Document:
 
 
 def _table(title: str, header: list[str], rows: list[list[Cell]], comparison: Comparison) -> Table:
-    """Return a table with a row per group, and rules between datasets, categories and averages."""
+    """Return a table with a row per group, and rules between datasets, strata, categories and averages."""
     ruled: list[list[Cell]] = []
     kinds = [group.kind for group in comparison.groups]
     for row, kind, before in zip(rows, kinds, [kinds[0], *kinds], strict=False):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from sparsecache.longbench.run_record import RunRecord
 
-Kind = Literal["dataset", "category", "average"]
+Kind = Literal["dataset", "stratum", "category", "average"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """A dataset, category or average, with an entry per run; `datasets` of `of_datasets` are present."""
+    """A dataset, stratum of LongBench v2, category or average, with an entry per run.
+
+    `datasets` of `of_datasets` are present.
+    """
 
     name: str
     kind: Kind

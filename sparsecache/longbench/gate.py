@@ -4,7 +4,7 @@ Raises UsageError if they are not comparable.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy
@@ -15,6 +15,7 @@ from sparsecache.longbench.comparability import different, mismatches, speed_mis
 from sparsecache.longbench.compare_tables import signed
 from sparsecache.longbench.paired import bootstrap_means, confidence_interval
 from sparsecache.longbench.score_types import mean_in_percent
+from sparsecache.longbench.tasks import OWN
 
 _MAX_SHOWN = 5
 
@@ -23,8 +24,9 @@ _MAX_SHOWN = 5
 class Limits:
     """The limits of a gate; None is not checked.
 
-    max_drop, max_drop_dataset: points of the mean over datasets, and of each dataset. max_kept: share of past tokens,
-    0 to 1. min_speedup: decode speed divided by the baseline's. Raises UsageError for a value out of range.
+    max_drop: points of the mean over datasets; LongBench, LongBench v2 and own tasks have a mean each.
+    max_drop_dataset: points of each dataset and stratum. max_kept: share of past tokens, 0 to 1.
+    min_speedup: decode speed divided by the baseline's. Raises UsageError for a value out of range.
     """
 
     max_drop: float = 1.0
@@ -63,9 +65,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Pair:
-    """The row scores of one dataset in both runs, over their common rows."""
+    """The row scores of one dataset or stratum in both runs, over their common rows. group: `Task.group`."""
 
     stem: str
+    group: str
     run: list[float]
     baseline: list[float]
 
@@ -96,9 +99,11 @@ def gate(
     pairs = [pair for pair in pairs if pair.run]
     if not pairs:
         raise UsageError(f"{run.name} and {baseline.name} have no row in common. Predict the same data with both.")
-    return Verdict(list(_checks(run, baseline, pairs, limits)), warnings)
+    strata = [pair for stem in run.datasets for pair in _strata(stem, run, baseline) if pair.run]
+    return Verdict(list(_checks(run, baseline, pairs, strata, limits)), warnings)
 
 
+_GROUPS = {"longbench": "datasets", "longbench_v2": "datasets of LongBench v2", OWN: "own tasks"}
 _E_ADVICE = "Compare two LongBench-E runs with --e, or two LongBench runs without it."
 
 
@@ -153,19 +158,22 @@ def _mismatches(run: Baseline, baseline: Baseline, limits: Limits, allow: bool) 
     yield from (f"{part}; allowed by --allow_unlike." for part in found)
 
 
-def _checks(run: Baseline, baseline: Baseline, pairs: list[_Pair], limits: Limits) -> Iterator[Check]:
-    yield _mean_check(pairs, limits.max_drop)
+def _checks(
+    run: Baseline, baseline: Baseline, pairs: list[_Pair], strata: list[_Pair], limits: Limits
+) -> Iterator[Check]:
+    for group in dict.fromkeys(pair.group for pair in pairs):
+        yield _mean_check([pair for pair in pairs if pair.group == group], limits.max_drop, _GROUPS.get(group, group))
     if limits.max_drop_dataset is not None:
-        yield from _dataset_checks(pairs, limits.max_drop_dataset)
+        yield from _dataset_checks([*pairs, *strata], limits.max_drop_dataset)
     if limits.max_kept is not None:
         yield _kept_check(run, limits.max_kept)
     if limits.min_speedup is not None:
         yield _speed_check(run, baseline, limits.min_speedup)
 
 
-def _mean_check(pairs: list[_Pair], allowed: float) -> Check:
+def _mean_check(pairs: list[_Pair], allowed: float, what: str) -> Check:
     run, baseline = (round(sum(pair.scores[at] for pair in pairs) / len(pairs), 2) for at in (0, 1))
-    text = _change(f"mean of {len(pairs)} datasets", run, baseline, allowed) + _interval(pairs)
+    text = _change(f"mean of {len(pairs)} {what}", run, baseline, allowed) + _interval(pairs)
     drop = round(baseline - run, 2)
     if drop > allowed:
         worst = sorted((pair for pair in pairs if pair.drop > 0), key=lambda pair: -pair.drop)
@@ -181,7 +189,8 @@ def _dataset_checks(pairs: list[_Pair], allowed: float) -> Iterator[Check]:
     if passed:
         worst = max(passed, key=lambda pair: pair.drop)
         most = f"largest drop {worst.drop:.2f} ({worst.stem})" if worst.drop > 0 else "no drop"
-        yield Check(True, f"{len(passed)} of {len(pairs)} datasets: {most}, allowed {_short(allowed)}")
+        what = "datasets and strata" if any(" " in pair.stem for pair in pairs) else "datasets"
+        yield Check(True, f"{len(passed)} of {len(pairs)} {what}: {most}, allowed {_short(allowed)}")
 
 
 def _kept_check(run: Baseline, allowed: float) -> Check:
@@ -211,10 +220,18 @@ def _speed_check(run: Baseline, baseline: Baseline, required: float) -> Check:
     return Check(passed, text if passed else f"{text}: {_short(required - speedup)} below the limit")
 
 
-def _pair(stem: str, run: BaselineDataset, baseline: BaselineDataset | None) -> _Pair:
+def _pair(
+    stem: str, run: BaselineDataset, baseline: BaselineDataset | None, only: Collection[str] | None = None
+) -> _Pair:
     known = baseline.scores if baseline else {}
-    rows = [row for row in run.scores if row in known]
-    return _Pair(stem, [run.scores[row] for row in rows], [known[row] for row in rows])
+    rows = [row for row in run.scores if row in known and (only is None or row in only)]
+    return _Pair(stem, run.group, [run.scores[row] for row in rows], [known[row] for row in rows])
+
+
+def _strata(stem: str, run: Baseline, baseline: Baseline) -> Iterator[_Pair]:
+    """Yield the parts of a dataset of LongBench v2, by the run's own rows."""
+    for name, rows in run.datasets[stem].strata.items():
+        yield _pair(f"{stem} {name}", run.datasets[stem], baseline.datasets.get(stem), set(rows))
 
 
 def _scores(side: Baseline, stem: str) -> dict[str, float]:
