@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 _SCORING = (
     click.option("--pred_dir", type=click.Path(path_type=Path), default=Path("pred"), show_default=True),
     click.option("--e", is_flag=True, help="Score LongBench-E (<dataset>_e.jsonl) by length bucket."),
+    click.option(
+        "--tasks",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="File of own tasks, in the form of configs/datasets.toml; by default those that run.json records.",
+    ),
     click.option("--edit_backend", type=click.Choice(EDIT_BACKENDS), default=EDIT_BACKENDS[0], show_default=True),
     click.option(
         "--official_recursion", is_flag=True, help="Give 0.0 where the reference exceeds the recursion limit."
@@ -52,6 +58,7 @@ class _Scoring:
 
     pred_dir: Path
     e: bool
+    tasks: Path | None
     edit_backend: str
     official_recursion: bool
 
@@ -59,9 +66,10 @@ class _Scoring:
         """Return the scores of a run named on the command line."""
         from sparsecache.longbench.runs import find_run
         from sparsecache.longbench.scores import ScoringOptions, score_run
+        from sparsecache.longbench.tasks import load_own_tasks
 
         options = ScoringOptions(self.edit_backend, self.official_recursion, **more)
-        return score_run(find_run(name, self.pred_dir), self.e, options)
+        return score_run(find_run(name, self.pred_dir), self.e, options, load_own_tasks(self.tasks))
 
     def baseline(self, name: str) -> "Baseline":
         """Return a saved baseline, or a run as one."""
@@ -108,6 +116,7 @@ def score(
     format: str,
     pred_dir: Path,
     e: bool,
+    tasks: Path | None,
     edit_backend: str,
     official_recursion: bool,
 ) -> None:
@@ -124,6 +133,7 @@ def score(
         from sparsecache.longbench.runs import find_run
         from sparsecache.longbench.score_tables import score_document
         from sparsecache.longbench.scores import ScoringOptions, score_run
+        from sparsecache.longbench.tasks import load_own_tasks
 
         if html is not None:
             require_matplotlib()
@@ -131,7 +141,7 @@ def score(
         options = ScoringOptions(edit_backend, official_recursion, rouge_score, allow_duplicates)
         results = []
         for folder in paths or [find_run(folder, pred_dir) for folder in folders]:
-            results.append(score_run(folder, e, options))
+            results.append(score_run(folder, e, options, load_own_tasks(tasks)))
             if format == "terminal":
                 _print(score_document(results[-1]), format)
             written = ", ".join(str(path) for path in write_results(results[-1], options))

@@ -14,9 +14,13 @@ from sparsecache.versions import check_versions
 
 _HELP = {
     "model": "Name of a table in configs/models.toml, a checkpoint folder, or a hub id.",
-    "datasets": "Comma list of datasets, or: all, en, zh, a category.",
+    "datasets": "Comma list of datasets (longbench_v2 too), or: all, en, zh, a category, own (the tasks of --tasks). "
+    "The default is all, with --tasks own.",
+    "tasks": "File of own tasks, in the form of configs/datasets.toml.",
+    "max_new_tokens": "Most new tokens of each answer, in place of the dataset's own; recorded as a deviation.",
     "method": "Cache method (a file of sparsecache/methods).",
-    "data": "hub, sample, a folder of <dataset>.jsonl, or a zip of them; by default what the model's table names, "
+    "data": "hub, sample, a folder of <dataset>.jsonl, a zip of them, or one .jsonl file of rows; by default what the "
+    "model's table names, "
     "else hub.",
     "name": "Folder of the run below the model's; by default the method and its options (infinigen-budget=256).",
     "model_name": "Folder of the model below --pred_dir; by default the checkpoint's own name.",
@@ -53,6 +57,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
     "what the model's table says.",
 )
 @option(Settings, "datasets", help=_HELP["datasets"])
+@option(Settings, "tasks", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help=_HELP["tasks"])
 @option(Settings, "method", help=_HELP["method"])
 @click.option("-o", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method; repeatable.")
 @click.option(
@@ -78,6 +83,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
 @option(Settings, "sample_seed", type=click.IntRange(-LARGEST, LARGEST), help="Seed of --data sample.")
 @click.option("--offline", is_flag=True, help="Never touch the network: caches and local files only.")
 @option(Settings, "max_samples", type=_COUNT, help="Only the first rows of each dataset.")
+@option(Settings, "max_new_tokens", type=_COUNT, help=_HELP["max_new_tokens"])
 @option(Settings, "max_length", type=click.IntRange(2, LARGEST), help="Cut the middle of raw prompts longer than this.")
 @option(
     Settings,

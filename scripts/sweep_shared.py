@@ -24,7 +24,6 @@ from sparsecache.engine.prefill_cache import PrefillCache, PrefillCachingDecoder
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights
 from sparsecache.errors import UsageError
-from sparsecache.longbench.tasks import select_tasks
 from sparsecache.runner.context import RunContext
 from sparsecache.runner.run import run as predict
 from sparsecache.runner.settings import Settings
@@ -52,7 +51,7 @@ def predict_all(
     for model in dict.fromkeys(run.model for run in settings):
         of_model = {run: each for run, each in settings.items() if run.model == model}
         first = next(iter(of_model.values()))
-        for task in select_tasks(first.datasets, first.e):
+        for task in first.wanted_tasks():
             start, prompts = time.perf_counter(), PrefillCache()
             for run, each in of_model.items():
                 if run in failed:

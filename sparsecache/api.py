@@ -33,6 +33,8 @@ from sparsecache.runner.settings import Settings
 _SETTINGS = {field.name for field in fields(Settings)}
 _RUN_ONLY = {
     "datasets",
+    "tasks",
+    "max_new_tokens",
     "name",
     "e",
     "data",
@@ -153,13 +155,13 @@ class Evaluation:
 
     @property
     def mean(self) -> float | None:
-        """Return the mean of the datasets' scores."""
-        return self.run.averages["flat_mean"].score
+        """Return the mean score of LongBench's datasets; without these, that of LongBench v2 or of own tasks."""
+        return self.run.headline.score
 
     @property
     def kept(self) -> float | None:
         """Return the mean share of past tokens that sparse layers attended to; None for a dense method."""
-        return self.run.averages["flat_mean"].kept
+        return self.run.headline.kept
 
 
 def evaluate(
@@ -167,8 +169,9 @@ def evaluate(
 ) -> Evaluation:
     """Decode LongBench rows as longbench_pred.py does, and score them. Resumes a stopped run.
 
-    datasets: names in a list or a comma list, "all" by default; data: "hub", "sample", a folder or a zip. Returns the
-    scores of all rows in the run's folder. Raises UsageError for invalid arguments.
+    datasets: names in a list or a comma list, "all" by default; data: "hub", "sample", a folder, a zip or a .jsonl
+    file; tasks: a file of own tasks; max_new_tokens: the most tokens of each answer, in place of the tasks' own limits.
+    Returns the scores of all rows in the run's folder. Raises UsageError for invalid arguments.
     """
     return evaluate_settings(make_settings(model, method, options, **more))
 
@@ -193,11 +196,12 @@ def make_settings(
     if twice := given.keys() & (options or {}).keys():
         raise UsageError(f"{', '.join(sorted(twice))} is given twice, in `options` and as an argument. Give it once.")
     values = {key: value for key, value in more.items() if key in _SETTINGS}
-    if not isinstance(values.get("datasets", ""), str):
+    if not isinstance(values.get("datasets"), str | None):
         values["datasets"] = ",".join(values["datasets"])
     if values.get("data") is not None:
         values["data"] = str(values["data"])
-    if "pred_dir" in values:
-        values["pred_dir"] = Path(values["pred_dir"])
+    for key in ("pred_dir", "tasks"):
+        if values.get(key) is not None:
+            values[key] = Path(values[key])
     texts = {key: show(value) for key, value in {**given, **(options or {})}.items()}
     return replace(Settings(model=str(model), method=str(method), options=texts), **values)

@@ -7,6 +7,7 @@ from sparsecache.engine.base import Completion
 from sparsecache.errors import one_line
 from sparsecache.longbench.jsonl import dumps
 from sparsecache.longbench.prompts import Prompt
+from sparsecache.longbench.reasoning import opens_reasoning, split_reasoning
 
 
 def failed_row(row: dict[str, Any], error: Exception) -> dict[str, Any]:
@@ -18,6 +19,8 @@ def finished_row(
     row: dict[str, Any], prompt: Prompt, completion: Completion, decode: Callable[[list[int]], str]
 ) -> dict[str, Any]:
     """Returns the row of a completion; an error row if it failed or cannot be written as JSON.
+
+    Reasoning up to `</think>` is not part of `pred`; the whole text is then in `full_text`.
 
     decode: turns the completion's token ids into text.
     """
@@ -40,7 +43,11 @@ def finished_row(
         "decode_s": round(completion.decode_s, 6),
     }
     try:
-        complete = {**record, "pred": decode(completion.token_ids), **finished}
+        text = decode(completion.token_ids)
+        split = split_reasoning(text, opens_reasoning(prompt.end))
+        complete = {**record, "pred": split.answer, **finished}
+        if split.reasoned:
+            complete |= {"full_text": text, "unclosed_think": split.unclosed}
         if clash := complete.keys() & completion.report.keys():
             raise ValueError(f"the method reports {', '.join(sorted(clash))}, which are fields of the row.")
         complete |= completion.report
@@ -51,7 +58,8 @@ def finished_row(
 
 
 def _source_fields(row: dict[str, Any]) -> dict[str, Any]:
-    return {"pred": "", **{key: row[key] for key in ("answers", "all_classes", "length", "_id")}}
+    also = [key for key in ("difficulty",) if key in row]
+    return {"pred": "", **{key: row[key] for key in ("answers", "all_classes", "length", "_id", *also)}}
 
 
 def _message(error: Exception) -> str:

@@ -22,9 +22,10 @@ from sparsecache.longbench.kept import aggregate_kept, count_undropped_rows
 from sparsecache.longbench.prompts import Prompt
 from sparsecache.longbench.records import RunFolder, verify_rows
 from sparsecache.longbench.report import health_table, speed_lines
+from sparsecache.longbench.run_record import RUN_FILE
 from sparsecache.longbench.scores import load_metric
 from sparsecache.longbench.sessions import workers_lines
-from sparsecache.longbench.tasks import Task, load_tasks, select_tasks
+from sparsecache.longbench.tasks import Task, load_tasks, make_own_tasks, own_table
 from sparsecache.runner.context import RunContext
 from sparsecache.runner.folders import check_same_checkpoint
 from sparsecache.runner.pending import PendingDataset, Row, WantedDataset, in_order, largest, longest_first
@@ -73,7 +74,8 @@ class _Run:
     def __init__(self, settings: Settings, make_context: Callable[[Settings], RunContext], cluster: "Cluster | None"):
         self.settings, self.cluster = settings, cluster
         self.context = make_context(settings)  # first: it finds mistakes sooner than the data does
-        self.source = _source(settings)
+        self.tasks = settings.wanted_tasks()
+        self.source = _source(settings, self.tasks)
         self.folder = RunFolder(settings.run_folder)
         self.failed = 0
         self._expected: list[Expected] = []
@@ -116,7 +118,7 @@ class _Run:
         """Loads the rows of all datasets, and checks that each can be predicted and scored."""
         e, limit = self.settings.e, self.settings.max_samples
         datasets = []
-        for task in select_tasks(self.settings.datasets, e):
+        for task in map(self.settings.limited, self.tasks):
             rows = load_rows(self.source, task, e)
             available = len(rows.dataset)
             datasets.append(WantedDataset(task, task.file_stem(e), rows, min(limit or available, available)))
@@ -145,7 +147,9 @@ class _Run:
     def _clear(self, stack: ExitStack, wanted: list[WantedDataset], identity: dict[str, Any]) -> Engine:
         """Deletes the old rows, once the engine that makes the new ones is loaded; returns it."""
         engine = self._load_engine(stack, wanted, identity)
-        self.folder.clear([task.file_stem(e) for task in load_tasks().values() for e in (False, True)])
+        known = [task.file_stem(e) for task in load_tasks().values() for e in (False, True)]
+        own = [*make_own_tasks(self.folder.load().tasks, str(self.folder.path / RUN_FILE)), *self._own_tables()]
+        self.folder.clear(list(dict.fromkeys([*known, *own])))
         return engine
 
     def _load_engine(self, stack: ExitStack, wanted: list[WantedDataset], identity: dict[str, Any]) -> Engine:
@@ -270,10 +274,23 @@ class _Run:
             for dataset in datasets:
                 before = known.get(dataset.stem, {}).get("expected_rows", 0)
                 known[dataset.stem] = {"expected_rows": max(before, dataset.wanted)}
+                if deviations := self._deviations(dataset.task):
+                    known[dataset.stem]["deviations"] = deviations
+            if own := self._own_tables():
+                record["tasks"] = record.get("tasks", {}) | own
             others = [other for other in record.get("sessions", []) if other.get("id") != session["id"]]
             record["sessions"] = [*others, session]
 
         self.folder.update(change)
+
+    def _own_tables(self) -> dict[str, Any]:
+        built_in = load_tasks()
+        return {task.name: own_table(task) for task in self.tasks if task.name not in built_in}
+
+    def _deviations(self, task: Task) -> list[str]:
+        """How this run deviates from the protocol of a dataset."""
+        (own,) = (each.max_new_tokens for each in self.tasks if each.name == task.name)
+        return [] if own == task.max_new_tokens else [f"max_new_tokens is {task.max_new_tokens} instead of {own}"]
 
     def _summary(self, datasets: list[PendingDataset], rows: dict[str, list[dict[str, Any]]]) -> str:
         table = health_table((each.task, each.stem, each.wanted, rows[each.stem]) for each in datasets)
@@ -301,9 +318,15 @@ def _cluster(settings: Settings) -> "AbstractContextManager[Cluster | None]":
     return Cluster(settings.ray_address)
 
 
-def _source(settings: Settings) -> Source:
+def _source(settings: Settings, tasks: Iterable[Task]) -> Source:
     sample = SampleSource(settings.sample_rows, settings.sample_tokens, settings.sample_seed)
-    return open_source(settings.data_source, revision=settings.data_revision, offline=settings.offline, sample=sample)
+    return open_source(
+        settings.data_source,
+        revision=settings.data_revision,
+        offline=settings.offline,
+        sample=sample,
+        benchmarks=list(dict.fromkeys(task.benchmark for task in tasks)),
+    )
 
 
 def _protocol(task: Task) -> str:

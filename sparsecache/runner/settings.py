@@ -2,13 +2,13 @@
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from sparsecache.engine.model_registry import DTYPES, find_model
 from sparsecache.errors import UsageError, short
-from sparsecache.longbench.tasks import select_tasks
+from sparsecache.longbench.tasks import OWN, Task, load_own_tasks, select_tasks
 from sparsecache.methods import check_method_name, short_name
 from sparsecache.synthetic.source import check_sample_size
 
@@ -23,7 +23,9 @@ class Settings:
     """The settings of one run: the fields are the command line's options, with their defaults."""
 
     model: str = "demo"
-    datasets: str = "all"
+    datasets: str | None = None
+    tasks: Path | None = None
+    max_new_tokens: int | None = None
     method: str = "vanilla"
     options: dict[str, str] = field(default_factory=dict)
     name: str | None = None
@@ -63,6 +65,18 @@ class Settings:
         """The folder of the run: `pred_dir`, the model's name, the run's name."""
         return self.pred_dir / (self.model_name or find_model(self.model).name) / self.run_name
 
+    def wanted_tasks(self) -> list[Task]:
+        """Return the tasks of `datasets`, by default all of LongBench, or those of `tasks`, in their own limits.
+
+        Raises UsageError for an unknown dataset and for an invalid file of tasks.
+        """
+        own = load_own_tasks(self.tasks)
+        return select_tasks(self.datasets or (OWN if self.tasks is not None else "all"), self.e, own)
+
+    def limited(self, task: Task) -> Task:
+        """Return a task with `max_new_tokens` for its limit of new tokens, if that is given."""
+        return task if self.max_new_tokens is None else replace(task, max_new_tokens=self.max_new_tokens)
+
     @property
     def data_source(self) -> str:
         """Where rows come from: `data`, else the model's table, else the hub."""
@@ -84,7 +98,13 @@ class Settings:
 
         Reads configs/ and file names only: nothing heavy is imported and no checkpoint is opened.
         """
-        select_tasks(self.datasets, self.e)
+        tasks = self.wanted_tasks()
+        own = [task.name for task in tasks if task.group == OWN]
+        if own and self.data_source in ("hub", "sample"):
+            raise UsageError(
+                f"--data {self.data_source} has no rows of {', '.join(own)}. Name the rows with --data: a .jsonl file, "
+                f"or a folder of <dataset>.jsonl files."
+            )
         check_method_name(self.method)
         find_model(self.model)
         for option, name in (("--name", self.name), ("--model_name", self.model_name)):
