@@ -56,9 +56,9 @@ class RowChecker:
 
     def _filled(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return a record with the fields that it lacks, if it may lack them."""
-        if not self._fill or _find_missing(record, _NEEDED) or not isinstance(record["context"], str):
+        if not self._fill or _find_missing(record, _NEEDED):
             return record
-        context = record["context"]
+        context = str(record["context"])  # `_find_problem` refuses other types
         words = len(context) if self._task.language == "zh" else len(context.split())
         filled = {
             "length": words,

@@ -24,6 +24,7 @@ from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights
 from sparsecache.errors import UsageError, one_line
 from sparsecache.longbench.prompts import Prompter
+from sparsecache.longbench.reasoning import END, START
 from sparsecache.longbench.tasks import Task
 from sparsecache.longbench.wrapping import CLOCK
 from sparsecache.methods import make_method, method_identity, option_errors, parse_options
@@ -126,9 +127,25 @@ class RunContext:
         return tuple(sorted({*self.checkpoint.stop_ids, *newline}))
 
     def decode(self, token_ids: list[int]) -> str:
-        """Returns the text of new tokens, without special tokens."""
+        """Returns the text of new tokens, without special tokens other than `<think>` and `</think>`."""
+        parts: list[str] = []
+        start = 0
+        for at, token_id in enumerate(token_ids):
+            if token_id in self._reasoning_marks:
+                parts += [self._decode(token_ids[start:at]), self._reasoning_marks[token_id]]
+                start = at + 1
+        return "".join([*parts, self._decode(token_ids[start:])])
+
+    def _decode(self, token_ids: list[int]) -> str:
         text: str = self.checkpoint.tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
+
+    @cached_property
+    def _reasoning_marks(self) -> dict[int, str]:
+        """The ids of the marks of reasoning that are special tokens, which decoding would leave out."""
+        vocabulary = self.checkpoint.tokenizer.get_vocab()
+        marks = {vocabulary[mark]: mark for mark in (START, END) if mark in vocabulary}
+        return {token_id: mark for token_id, mark in marks.items() if not self._decode([token_id])}
 
     def fetch_weights(self) -> None:
         """Downloads weights that are on the hub and not cached. Raises UsageError if that fails."""
