@@ -172,6 +172,10 @@ def _notes(runs: Sequence[ComparedRun], common: Sequence[RunScore]) -> Iterator[
         errors = sum(dataset.count("error_row") for dataset in part.datasets)
         if errors:
             yield f"{errors} of these rows failed in {run.name} and count 0.0. Predict again to retry them."
+    for run, part in zip(runs, common, strict=True):
+        for dataset in part.datasets:
+            stem = dataset.task.file_stem(dataset.e)
+            yield from (f"{run.name}, {stem}: not the protocol: {each}." for each in run.record.deviations(stem))
     for run, part in zip(runs[1:], common[1:], strict=True):
         if different := _different_prompts(common[0], part):
             yield f"{run.name} and {runs[0].name} had different prompts in {different} of {rows} rows."

@@ -36,15 +36,15 @@ class ScoringOptions:
     allow_duplicates: bool = False
 
 
-def load_metric(name: str) -> Metric:
-    """Return the metric of this name in metrics.py. Raises UsageError for an unknown name."""
+def load_metric(name: str, source: str = "configs/datasets.toml") -> Metric:
+    """Return the metric of this name in metrics.py. Raises UsageError for an unknown name, which `source` gives."""
     known = {
         key: function
         for key, function in vars(metrics).items()
         if inspect.isfunction(function) and function.__module__ == metrics.__name__ and not key.startswith("_")
     }
     if name not in known:
-        raise UsageError(f"There is no metric {name!r} (configs/datasets.toml). Metrics: {', '.join(sorted(known))}.")
+        raise UsageError(f"There is no metric {name!r} ({source}). Metrics: {', '.join(sorted(known))}.")
     return known[name]
 
 
@@ -171,7 +171,7 @@ def _score_row(row: dict[str, Any], task: Task, e: bool, all_classes: Any, optio
     text = split_reasoning(row["pred"])
     unclosed = text.unclosed or row.get("unclosed_think") is True
     prediction = _scored_text(row["pred"], task)
-    metric = load_metric(task.metric)
+    metric = load_metric(task.metric, task.source)
     score, failed = 0.0, False
     for answer in row["answers"]:
         try:

@@ -123,7 +123,7 @@ class _Run:
             available = len(rows.dataset)
             datasets.append(WantedDataset(task, task.file_stem(e), rows, min(limit or available, available)))
         for dataset in datasets:
-            load_metric(dataset.task.metric)
+            load_metric(dataset.task.metric, dataset.task.source)
             self.context.check_lengths(dataset.task)
         return datasets
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sparsecache.longbench.compare import compare
 from sparsecache.longbench.reasoning import SplitText, opens_reasoning, split_reasoning
 from sparsecache.longbench.report import health_table, summary_json
 from sparsecache.longbench.score_tables import score_document, score_table
@@ -86,4 +87,7 @@ def test_deviations_from_the_protocol_are_shown(
     record = json.loads((folder / "run.json").read_text())
     record["datasets"]["qasper"]["deviations"] = ["max_new_tokens is 1024 instead of 128"]
     (folder / "run.json").write_text(json.dumps(record))
-    assert "not the protocol: max_new_tokens is 1024 instead of 128" in score_table(score_run(folder))
+    deviation = "not the protocol: max_new_tokens is 1024 instead of 128"
+    assert deviation in score_table(score_run(folder))
+    other = make_run("b", {"qasper": [row(0)]})
+    assert f"a, qasper: {deviation}." in compare([score_run(other), score_run(folder)], resamples=9).notes

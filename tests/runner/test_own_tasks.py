@@ -70,6 +70,13 @@ def test_own_tasks_need_rows_of_their_own(data, predict, own, forbid_weights) ->
     assert told.exit_code == 2 and f"--data {data} has no rows of mine" in told.stderr
 
 
+def test_an_unknown_metric_names_the_file_of_tasks(predict, tmp_path, own, forbid_weights) -> None:
+    forbid_weights()
+    (tmp_path / "my_tasks.toml").write_text(f"[mine]\n{TABLE}".replace("token_f1", "bleu"))
+    told = predict("--datasets", "own", *own)
+    assert told.exit_code == 2 and "There is no metric 'bleu'" in told.stderr and "my_tasks.toml" in told.stderr
+
+
 def test_overwrite_deletes_the_rows_of_own_tasks(predict, folder, own) -> None:
     assert predict("--datasets", "mine", *own).exit_code == 0
     assert predict("--overwrite", "--max_samples", "1").exit_code == 0
