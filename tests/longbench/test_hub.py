@@ -19,6 +19,7 @@ from sparsecache.longbench.tasks import load_tasks
 MAIN, OLD = "1" * 40, "2" * 40
 COMMITS = {"main": MAIN, MAIN: MAIN, "v0": OLD, OLD: OLD}
 ZIP = "/datasets/THUDM/LongBench/resolve/main/data.zip"
+V2 = "/datasets/THUDM/LongBench-v2"
 TASK = load_tasks()["multifieldqa_en"]
 
 # Loads the dataset from the hub's zip and prints what became of it.
@@ -31,7 +32,8 @@ from sparsecache.longbench.tasks import load_tasks
 asked = json.loads(sys.argv[1])
 try:
     source = open_source("hub", sample=SampleSource(), **asked)
-    rows = load_rows(source, load_tasks()["multifieldqa_en"])
+    name = "longbench_v2" if "longbench_v2" in asked.get("benchmarks", ()) else "multifieldqa_en"
+    rows = load_rows(source, load_tasks()[name])
     print(json.dumps({"first": rows.dataset[0]["context"], "n": len(rows.dataset), **source.describe()}))
 except UsageError as error:
     print(json.dumps({"error": str(error)}))
@@ -60,9 +62,10 @@ def data_zip(rows: int, context: str) -> bytes:
 
 @dataclass
 class Hub:
-    """The state of a server of THUDM/LongBench: the zip of each commit, and the requests received."""
+    """The state of a server: the zip of each commit of LongBench, the file of LongBench v2, the requests received."""
 
     zips: dict[str, bytes] = field(default_factory=dict)
+    v2: bytes = b""
     requests: list[tuple[str, str]] = field(default_factory=list)
     url: str = ""
 
@@ -88,9 +91,13 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         self.hub.requests.append((self.command, self.path))
         parts = self.path.split("/")  # /datasets/THUDM/LongBench/resolve/<revision>/data.zip
-        commit = COMMITS.get(parts[5]) if parts[1:5] == ["datasets", "THUDM", "LongBench", "resolve"] else None
-        content = self.hub.zips.get(commit or "", b"")
-        if not content or parts[6:] != ["data.zip"]:
+        commit = COMMITS.get(parts[5]) if parts[1:3] == ["datasets", "THUDM"] and parts[4] == "resolve" else None
+        files = {
+            ("LongBench", "data.zip"): self.hub.zips.get(commit or "", b""),
+            ("LongBench-v2", "data.json"): self.hub.v2,
+        }
+        content = files.get((parts[3], parts[-1]), b"") if commit else b""
+        if not content:
             self.send_response(404)
             self.send_header("X-Error-Code", "RevisionNotFound" if len(parts) == 7 else "RepoNotFound")
             self.send_header("X-Error-Message", "Invalid rev id")
@@ -155,6 +162,24 @@ def test_data_is_downloaded_once_and_recorded(hub: Hub, load: Load) -> None:
     assert hub.take() == [("HEAD", ZIP)]
     assert load(offline=True) == first
     assert hub.received_any() is False
+
+
+def test_v2_is_downloaded_from_its_own_repository(hub: Hub, load: Load) -> None:
+    texts = dict.fromkeys(("question", "choice_A", "choice_B", "choice_C", "choice_D"), "x")
+    row = {**texts, "answer": "A", "difficulty": "easy", "length": "long", "context": "new"}
+    hub.v2 = json.dumps([{**row, "_id": str(number)} for number in range(503)]).encode()
+    found = load(benchmarks=["longbench_v2"])
+    assert [path for _, path in hub.take()] == 2 * [f"{V2}/resolve/main/data.json"]
+    assert (found["first"], found["n"], found["repo"], found["commit"]) == ("new", 503, "THUDM/LongBench-v2", MAIN)
+    assert found["sha256"] == hashlib.sha256(hub.v2).hexdigest()
+    both = load(benchmarks=["longbench", "longbench_v2"])
+    assert (both["longbench"]["repo"], both["longbench_v2"]) == (
+        "THUDM/LongBench",
+        {key: found[key] for key in both["longbench_v2"]},
+    )
+    assert load(benchmarks=["longbench_v2"], offline=True) == found
+    error = load(benchmarks=["longbench", "longbench_v2"], revision="v0")["error"]
+    assert error.startswith("--data_revision v0 would apply to 2 repositories")
 
 
 @pytest.mark.parametrize("revision", ["v0", OLD])
