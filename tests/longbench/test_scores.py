@@ -47,7 +47,7 @@ def test_stack_depth_and_levenshtein_do_not_change_scores(
         "import json, sys; from pathlib import Path\n"
         "import Levenshtein\n"
         "from sparsecache.longbench.report import result_json\n"
-        "from sparsecache.longbench.scores import Options, score_file, score_run\n"
+        "from sparsecache.longbench.scores import ScoringOptions, score_file, score_run\n"
         "from sparsecache.longbench.tasks import load_tasks\n"
         "root = Path(sys.argv[1])\n"
         "runs = json.loads((root / 'expected_official.json').read_bytes())\n"
@@ -56,7 +56,7 @@ def test_stack_depth_and_levenshtein_do_not_change_scores(
         "def deep(frames):\n"
         "    return deep(frames - 1) if frames else scores()\n"
         "lcc = root / 'pred/Qwen2.5-1.5B/lcc.jsonl'\n"
-        "second = score_file(lcc, load_tasks()['lcc'], False, None, Options(edit_backend='fuzzywuzzy'))\n"
+        "second = score_file(lcc, load_tasks()['lcc'], False, None, ScoringOptions(edit_backend='fuzzywuzzy'))\n"
         "print(json.dumps([deep(900), second.summary.score]))\n"
     )
     done = run_python("-c", code, fixtures_dir, path=(tmp_path,))
