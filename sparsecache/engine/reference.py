@@ -1,8 +1,12 @@
-"""The engine over transformers' generate: any architecture, one prompt at a time, full cache only."""
+"""The engine over transformers' generate: any architecture, one prompt at a time.
+
+Without a CachedModel, attention and cache are transformers' own: the full cache, independent of this project's code.
+"""
 
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,20 +30,26 @@ from sparsecache.engine.base import (
     new_stats,
     not_finite_completion,
 )
+from sparsecache.engine.general.model import CachedModel
 from sparsecache.engine.gguf_file import isolated_folder
 from sparsecache.errors import UsageError
 
 
 class TransformersEngine:
-    """Greedy generation by transformers: the reference for this project's engine."""
+    """Greedy generation by transformers: the reference for this project's engine.
+
+    model: the transformers model. cached: the model with the caches of a method; None: transformers' own cache.
+    """
 
     def __init__(self, model: Any, device: torch.device, **generation: Any):
         """model: a transformers model on the device. generation: further fields of its GenerationConfig."""
         self.stats = new_stats(device)
         self.on_logits: Callable[[torch.Tensor], None] | None = None  # receives each step's logits [1, V]
-        self._model, self._device, self._generation = model, device, generation
+        self.model = model
+        self.cached: CachedModel | None = None
+        self._device, self._generation = device, generation
         # Greedy decoding ignores the sampling settings and penalties of a checkpoint.
-        self._model.generation_config = GenerationConfig()
+        self.model.generation_config = GenerationConfig()
 
     @classmethod
     def load(
@@ -77,8 +87,11 @@ class TransformersEngine:
         self.stats = new_stats(self._device)
 
     def session(self) -> dict[str, Any]:
-        """Return the stats as "clock", their key in run.json."""
-        return {"clock": asdict(self.stats)}
+        """Return the stats as "clock", their key in run.json, and how many layers a method's caches serve."""
+        if self.cached is None:
+            return {"clock": asdict(self.stats)}
+        layers = {"full_attention_layers": self.cached.shape.layers, "layers": self.cached.num_layers}
+        return {"clock": asdict(self.stats), **layers}
 
     def generate(self, requests: Iterable[Request], on_tokens: OnTokens = ignore_tokens) -> Iterator[Completion]:
         """Yield a completion per request, in order."""
@@ -102,26 +115,30 @@ class TransformersEngine:
             pad_token_id=request.stop_ids[0] if request.stop_ids else 0,
             **self._generation,
         )
-        try:
-            output = self._model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=generation,
-                logits_processor=LogitsProcessorList([observer]),
-            )
-        except _NotFiniteError:
-            return not_finite_completion(request, observer.new_tokens)
-        new_ids = output[0, prompt.shape[1] :].tolist()
-        ended = time.perf_counter()
+        cached = self.cached
+        with cached.sequence(prompt.shape[1], request.max_new_tokens) if cached else nullcontext() as cache:
+            try:
+                output = self.model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=generation,
+                    logits_processor=LogitsProcessorList([observer]),
+                    **({"past_key_values": cache} if cache is not None else {}),
+                )
+            except _NotFiniteError:
+                return not_finite_completion(request, observer.new_tokens)
+            new_ids = output[0, prompt.shape[1] :].tolist()
+            ended = time.perf_counter()
+            report = cached.report() if cached else {}
         prefill_s, decode_s = observer.first_token_at - began, ended - observer.first_token_at
         on_tokens(len(new_ids))
         self._count(len(request.token_ids), prefill_s, len(new_ids) - 1, decode_s)
         stopped = new_ids[-1] in request.stop_ids and len(new_ids) > request.min_new_tokens
-        return Completion(request, new_ids, "stop" if stopped else "length", prefill_s, decode_s)
+        return Completion(request, new_ids, "stop" if stopped else "length", prefill_s, decode_s, report)
 
     def _reset_dynamic_rope(self) -> None:
         """Restore the frequencies of dynamic RoPE, which transformers may keep from an earlier, longer prompt."""
-        for module in self._model.modules():
+        for module in self.model.modules():
             if getattr(module, "rope_type", None) == "dynamic":
                 module.inv_freq = module.original_inv_freq.to(self._device, copy=True)
                 module.max_seq_len_cached = module.original_max_seq_len

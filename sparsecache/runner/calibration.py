@@ -1,7 +1,7 @@
 """Calibrates methods, and stores the result in a file for later runs.
 
-The file is keyed by the checkpoint's fingerprint, the tokens of the text, the dtype, the method and the version of
-its calibration. It is in `calibration/` of the cache folder (files.cache_folder).
+The file is keyed by the checkpoint's fingerprint, the tokens of the text, the dtype, the shape, the method and the
+version of its calibration. It is in `calibration/` of the cache folder (files.cache_folder).
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,22 +17,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sparsecache.cache import CacheMethod
+from sparsecache.cache import CacheMethod, Shape
 from sparsecache.engine.decoder import Decoder
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import cache_folder
 
+if TYPE_CHECKING:
+    from sparsecache.engine.general.model import CachedModel
+
 MOST_TOKENS = 2048
 
 
-def calibrate(method: CacheMethod, decoder: Decoder, token_ids: list[int], fingerprint: str) -> None:
+def calibrate(method: CacheMethod, decoder: "Decoder | CachedModel", token_ids: list[int], fingerprint: str) -> None:
     """Calibrates the method with the first 2,048 of `token_ids`, or restores an earlier calibration from its file.
 
     Raises UsageError for a file that does not fit the checkpoint or holds NaN or infinite values, and if the
     checkpoint's own calibration does.
     """
     token_ids = token_ids[:MOST_TOKENS]
-    key = _key(method, token_ids, fingerprint, str(decoder.dtype))
+    key = _key(method, token_ids, fingerprint, str(decoder.dtype), decoder.shape)
     file = cache_folder() / "calibration" / f"{key[:32]}.safetensors"
     if os.path.exists(file):  # unlike Path.exists, it raises nothing for a folder that may not be searched
         try:
@@ -66,9 +70,9 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _key(method: CacheMethod, token_ids: list[int], fingerprint: str, dtype: str) -> str:
+def _key(method: CacheMethod, token_ids: list[int], fingerprint: str, dtype: str, shape: Shape) -> str:
     name = f"{type(method).__module__}.{type(method).__qualname__}"
-    parts = (name, str(method.calibration_version), fingerprint, dtype, " ".join(map(str, token_ids)))
+    parts = (name, str(method.calibration_version), fingerprint, dtype, str(shape), " ".join(map(str, token_ids)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

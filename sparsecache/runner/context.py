@@ -28,12 +28,14 @@ from sparsecache.longbench.reasoning import END, START
 from sparsecache.longbench.tasks import Task
 from sparsecache.longbench.wrapping import CLOCK
 from sparsecache.methods import make_method, method_identity, option_errors, parse_options
+from sparsecache.methods.vanilla import Vanilla
 from sparsecache.options import show
 from sparsecache.runner.calibration import calibrate
 from sparsecache.runner.settings import Settings
 from sparsecache.versions import tokenizing_versions
 
 if TYPE_CHECKING:
+    from sparsecache.engine.general.model import CachedModel
     from sparsecache.engine.reference import TransformersEngine
 
 _NO_TEXT = "The calibration text is empty. Name another one, of about 2,000 tokens."
@@ -62,12 +64,15 @@ class RunContext:
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
         self.window = self._window()
         self.calibration_text: str | None = None
+        self._served_layers: tuple[int, int] | None = None  # and all layers
         self._check_model_type()
         self.checkpoint.check_format(settings.engine)
         self.checkpoint.check_vocabulary()
         self._check_chat()
         if settings.engine == "sparsecache":
             self._check_family()
+        else:  # the shape is known once the model is loaded
+            self._read_calibration_text()
 
     @property
     def checkpoint_place(self) -> str:
@@ -160,7 +165,7 @@ class RunContext:
         """Loads and returns the engine, with at most `most_rows` slots. Raises UsageError if the weights do not fit."""
         if self.settings.engine == "transformers":
             self.check_weights()  # our own loader compares them by itself
-            return self.reference()
+            return self._transformers_engine(self.method)
         architecture = self._architecture()
         try:
             weights = self.checkpoint.load(architecture, self.devices, self.dtype)
@@ -172,26 +177,43 @@ class RunContext:
             ) from error
         rope = Rope(self.checkpoint.config, self.device)
         decoder = self.make_decoder(architecture, weights, rope)
-        self._calibrate(decoder)
+        self._calibrate(self.method, decoder)
         return Generator(decoder, min(self.slots, most_rows))
 
     def make_decoder(self, architecture: Architecture, weights: Weights, rope: Rope) -> Decoder:
         """Returns a decoder over loaded weights; subclasses may override it."""
         return Decoder(architecture, weights, rope, self.method)
 
-    def _calibrate(self, decoder: Decoder) -> None:
+    def _calibrate(self, method: CacheMethod, decoder: "Decoder | CachedModel") -> None:
         if self.calibration_text is not None:
             token_ids = self.checkpoint.tokenizer(self.calibration_text, verbose=False)["input_ids"]
             if not token_ids:
                 raise UsageError(_NO_TEXT)
-            calibrate(self.method, decoder, token_ids, self.checkpoint.fingerprint)
+            calibrate(method, decoder, token_ids, self.checkpoint.fingerprint)
 
     def reference(self) -> "TransformersEngine":
-        """Loads and returns transformers' own engine for the same checkpoint."""
+        """Load and return the transformers engine with the same checkpoint, method and options, to compare with."""
+        return self._transformers_engine(make_method(self.settings.method, self.options))
+
+    def _transformers_engine(self, method: CacheMethod) -> "TransformersEngine":
+        """Load transformers' engine with a method's caches; for vanilla, with transformers' own.
+
+        Raises UsageError for a model that the method's caches cannot serve.
+        """
+        from sparsecache.engine.general.model import CachedModel
         from sparsecache.engine.reference import TransformersEngine
 
         path, config = self.checkpoint.path, self.checkpoint.config
-        return TransformersEngine.load(path, self.device, self.dtype, self.settings.allow_pickle, config)
+        engine = TransformersEngine.load(path, self.device, self.dtype, self.settings.allow_pickle, config)
+        if isinstance(method, Vanilla) and not method.offload:
+            return engine
+        cached = engine.cached = CachedModel(engine.model, method, self.window)
+        with option_errors(self.settings.method):
+            method.check(cached.shape)
+        self._calibrate(method, cached)
+        cached.check()
+        self._served_layers = cached.shape.layers, cached.num_layers
+        return engine
 
     def identity(self) -> dict[str, Any]:
         """Returns what rows of one file must share, besides data and tasks."""
@@ -243,6 +265,15 @@ class RunContext:
         yield f"decoding    {self.settings.method} ({options or 'no options'}), {self.dtype_name} on {places}"
         yield f"prompts     window {self.window}, max_length {self.prompter.max_length or 'what the window leaves'}"
         yield f"chat        {chat}; stops at {stops}"
+
+    def describe_loaded(self) -> Iterator[str]:
+        """Yield the lines that describe the loaded model: which layers the method serves, if not all of them."""
+        served, layers = self._served_layers or (0, 0)
+        if served < layers:
+            yield (
+                f"layers      {served} of {layers} have full attention: the method and `kept` are about these, counted "
+                f"from 0; the others keep transformers' own cache"
+            )
 
     def warnings(self) -> Iterator[str]:
         """Yields warnings to show before the first row."""
@@ -297,6 +328,12 @@ class RunContext:
                 f"Pass --model_type {found}, leave it out, or correct configs/models.toml."
             )
 
+    def _read_calibration_text(self) -> None:
+        with option_errors(self.settings.method):
+            self.calibration_text = self.method.calibration_text()
+        if self.calibration_text is not None and not self.calibration_text.strip():
+            raise UsageError(_NO_TEXT)
+
     def _check_family(self) -> None:
         family = load_family(self.checkpoint.model_type)
         shape = family.architecture(self.checkpoint.config).shape
@@ -307,9 +344,7 @@ class RunContext:
             )
         with option_errors(self.settings.method):
             self.method.check(shape)
-            self.calibration_text = self.method.calibration_text()
-        if self.calibration_text is not None and not self.calibration_text.strip():
-            raise UsageError(_NO_TEXT)
+        self._read_calibration_text()
         try:
             Rope(self.checkpoint.config, torch.device("cpu"))
         except UsageError:

@@ -198,6 +198,9 @@ class _Run:
     def _predict(self, datasets: list[PendingDataset], engine: Engine) -> None:
         session = new_session(self.settings, self.context.devices, self.source.describe())
         self._save(session, datasets)
+        if not self.settings.quiet:
+            for line in self.context.describe_loaded():
+                print(line, flush=True)
         saved = time.monotonic()
         if self._expected:
             session["verify"] = verify(engine, self._expected, self.context.dtype, self.settings.method)

@@ -112,10 +112,10 @@ class Settings:
                 raise UsageError(f"{option} {short(name)!r} must be the name of one folder, without a slash.")
         if self.data_source == "sample":
             check_sample_size(self.sample_rows, self.sample_tokens)
-        if self.engine == "transformers" and self.method != "vanilla":
-            raise UsageError(f"--engine transformers decodes vanilla only, not --method {self.method}.")
         if self.engine == "transformers" and self.verify:
-            raise UsageError("--verify compares with transformers, so --engine transformers has nothing to verify.")
+            raise UsageError(
+                "--verify compares --engine sparsecache with transformers. Leave out --engine transformers or --verify."
+            )
         if self.engine == "transformers" and self.batch_size not in (None, 1):
             raise UsageError(f"--engine transformers decodes one prompt at a time, not --batch_size {self.batch_size}.")
         if self.gpus_per_worker > 1 and (self.engine == "transformers" or self.device == "cpu"):

@@ -72,7 +72,7 @@ def test_half_precision_logits_are_as_close_to_float32_as_those_of_transformers(
     decoder.allocate(1, len(prompt) + 1, 1)
     with torch.inference_mode():
         exact, theirs = (
-            TransformersEngine.load(folder, GPU, each)._model(prompt[None]).logits[0, -1].double()
+            TransformersEngine.load(folder, GPU, each).model(prompt[None]).logits[0, -1].double()
             for each in (torch.float32, dtype)
         )
         ours = decoder.prefill(prompt, 0).double()

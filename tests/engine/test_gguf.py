@@ -106,7 +106,7 @@ def make_gguf(make_checkpoint, tmp_path):
 
 
 def _state(path: Path) -> dict[str, torch.Tensor]:
-    return TransformersEngine.load(path, torch.device("cpu"), torch.float32)._model.state_dict()
+    return TransformersEngine.load(path, torch.device("cpu"), torch.float32).model.state_dict()
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0"])

@@ -369,7 +369,7 @@ def test_a_text_without_tokens_is_refused(tiny, tmp_path) -> None:
     context.checkpoint.tokenizer  # noqa: B018 (cached, to be replaced)
     context.checkpoint.__dict__["tokenizer"] = lambda text, verbose: {"input_ids": []}
     with pytest.raises(UsageError, match="calibration text is empty"):
-        context._calibrate(_Decoder())  # type: ignore[arg-type]
+        context._calibrate(context.method, _Decoder())  # type: ignore[arg-type]
 
 
 def test_the_text_is_part_of_what_a_run_is(tiny, tmp_path) -> None:

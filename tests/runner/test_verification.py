@@ -16,9 +16,13 @@ from sparsecache.runner.verification import TOP, BestLogits, Expected, ulp, veri
 from sparsecache.synthetic.rows import make_rows
 
 
-def test_the_transformers_engine_gives_the_same_rows(predict, folder, read_untimed, read_record) -> None:
-    arguments = ("--datasets", "qasper,samsum,vcsum", "--max_samples", "2")
-    assert predict(*arguments).exit_code == 0
+@pytest.mark.parametrize(
+    "method", [("vanilla",), ("infinigen", "-o", "budget=24", "-o", "dense_layers=1")], ids=lambda method: method[0]
+)
+def test_the_transformers_engine_gives_the_same_rows(method, predict, tmp_path, read_untimed, read_record) -> None:
+    arguments = ("--datasets", "qasper,samsum,vcsum", "--max_samples", "2", "--method", *method)
+    folder = tmp_path / "pred" / "tiny" / "ours"
+    assert predict(*arguments, "--name", "ours").exit_code == 0
     assert predict(*arguments, "--engine", "transformers", "--name", "theirs").exit_code == 0
     for dataset in ("qasper", "samsum", "vcsum"):
         assert read_untimed(folder / f"{dataset}.jsonl") == read_untimed(folder.parent / "theirs" / f"{dataset}.jsonl")
@@ -67,10 +71,14 @@ def test_a_difference_is_told_with_the_gap_of_transformers_logits(
     assert not difference["near_tie"]
 
 
-def test_a_sparse_method_is_told_to_differ_as_it_should(predict) -> None:
-    told = predict("--method", "streaming", "-o", "budget=0.1", "-o", "dense_layers=0", "--verify", "2")
-    assert told.exit_code == 0
-    assert "streaming does not, so differing texts are expected" in told.stdout
+@pytest.mark.parametrize(
+    "options", [("streaming", "budget=0.1"), ("infinigen", "budget=24")], ids=lambda options: options[0]
+)
+def test_a_sparse_method_is_compared_with_itself(predict, options) -> None:
+    method, budget = options
+    told = predict("--method", method, "-o", budget, "-o", "dense_layers=1", "--verify", "2")
+    assert told.exit_code == 0, told.output
+    assert "verify: 2 of 2 prompts give the text of transformers." in told.stdout
 
 
 def test_datasets_that_share_ids_are_compared_each_with_itself(predict, tmp_path) -> None:

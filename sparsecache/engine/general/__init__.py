@@ -1,0 +1,1 @@
+"""Any model of transformers with any cache method, through transformers' public extension points."""

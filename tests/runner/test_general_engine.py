@@ -1,0 +1,59 @@
+"""Runs of the general engine from the command line."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, PreTrainedConfig
+
+SIZES = {
+    "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "sliding_window": 16, "bos_token_id": 1,
+    "eos_token_id": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def make_checkpoint(tiny: Path, tmp_path: Path) -> Callable[[PreTrainedConfig], Path]:
+    """Return a checkpoint of a configuration with random weights and the tokenizer of another one."""
+
+    def make(config: PreTrainedConfig) -> Path:
+        folder = shutil.copytree(tiny, tmp_path / config.model_type)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["snapkv", "infinigen"])
+def test_a_method_serves_the_full_attention_layers_of_a_sliding_family(
+    method, predict, make_checkpoint, tmp_path, read_rows, read_record
+) -> None:
+    folder = make_checkpoint(Gemma3TextConfig(**SIZES))
+    options = ("--method", method, "-o", "budget=8", "-o", "dense_layers=1", "--max_samples", "2")
+    told = predict("--model", str(folder), "--engine", "transformers", "--name", "sparse", *options)
+    assert told.exit_code == 0, told.output
+    assert "layers      2 of 4 have full attention" in told.stdout
+    run = tmp_path / "pred" / folder.name / "sparse"
+    session = read_record(run)["sessions"][-1]
+    assert (session["full_attention_layers"], session["layers"]) == (2, 4)
+    for row in read_rows(run / "qasper.jsonl"):
+        assert row["dense_layers"] == 1 and 0 < row["kept"] < 0.5
+
+
+def test_a_model_that_no_cache_serves_is_refused_in_one_sentence(predict, make_checkpoint) -> None:
+    folder = make_checkpoint(Gemma2Config(**SIZES))
+    told = predict("--model", str(folder), "--engine", "transformers", "--method", "snapkv")
+    assert told.exit_code == 2
+    assert "Gemma2ForCausalLM has logit soft-capping" in told.output and "Traceback" not in told.output
+    assert predict("--model", str(folder), "--engine", "transformers", "--max_samples", "1").exit_code == 0
+
+
+def test_options_that_do_not_fit_the_model_are_refused(predict, make_checkpoint) -> None:
+    folder = make_checkpoint(Gemma3TextConfig(**SIZES))
+    options = ("--method", "snapkv", "-o", "dense_layers=3")
+    told = predict("--model", str(folder), "--engine", "transformers", *options)
+    assert told.exit_code == 2 and "dense_layers=3 must be 0 to 2" in told.output
