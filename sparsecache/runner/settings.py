@@ -71,7 +71,8 @@ class Settings:
         Raises UsageError for an unknown dataset and for an invalid file of tasks.
         """
         own = load_own_tasks(self.tasks)
-        return select_tasks(self.datasets or (OWN if self.tasks is not None else "all"), self.e, own)
+        default = "all" if self.tasks is None else OWN
+        return select_tasks(default if self.datasets is None else self.datasets, self.e, own)
 
     def limited(self, task: Task) -> Task:
         """Return a task with `max_new_tokens` for its limit of new tokens, if that is given."""

@@ -22,7 +22,7 @@ def test_transformers_shares_the_weights_and_decodes_the_same_text(model_type, t
         for engine in (reference, model.engine(slots=2))
     )
     assert found == expected
-    query = reference._model.model.layers[0].self_attn.q_proj.weight
+    query = reference.model.model.layers[0].self_attn.q_proj.weight
     assert query.data_ptr() == model.weights.layers[0].qkv.data_ptr()
 
 
