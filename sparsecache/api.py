@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from sparsecache.engine.base import Completion, Request
-from sparsecache.engine.model_registry import find_model
 from sparsecache.errors import UsageError
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
@@ -82,6 +81,7 @@ class LLM:
         self._context = RunContext(settings)
         self._context.fetch_weights()
         self._engine = self._context.engine(self._context.slots)
+        self._reserved = (0, 0)  # most tokens and most new tokens of a sequence
 
     def generate(
         self, prompts: str | Iterable[str | list[int]], max_new_tokens: int = 64, chat: bool = False
@@ -100,10 +100,16 @@ class LLM:
             for at, prompt in enumerate(given)
         ]
         if requests:
-            longest = max(len(request.token_ids) for request in requests)
-            self._engine.reserve(longest + max_new_tokens, max_new_tokens)
+            self._reserve(max(len(request.token_ids) for request in requests) + max_new_tokens, max_new_tokens)
         done = {completion.key: self._generation(completion) for completion in self._engine.generate(requests)}
         return [done[at] for at in range(len(given))]
+
+    def _reserve(self, max_tokens: int, max_new_tokens: int) -> None:
+        """Reserve for such sequences, unless an earlier call has: on a GPU that captures graphs anew."""
+        largest = max(max_tokens, self._reserved[0]), max(max_new_tokens, self._reserved[1])
+        if largest != self._reserved:
+            self._engine.reserve(*largest)
+            self._reserved = largest
 
     def _token_ids(self, prompt: str | list[int], at: int, max_new_tokens: int, chat: bool) -> list[int]:
         wrapper, tokenizer = self._context.prompter.wrapper, self._context.checkpoint.tokenizer
@@ -184,7 +190,7 @@ def evaluate_settings(settings: Settings, make_context: Any = RunContext) -> Eva
         stack.enter_context(redirect_stderr(log))
         settings.check()
         exit_code = run(settings, make_context)
-    folder = settings.pred_dir / find_model(settings.model).name / settings.run_name
+    folder = settings.run_folder
     return Evaluation(folder, score_run(folder, settings.e), exit_code, log.getvalue())
 
 

@@ -105,6 +105,20 @@ def test_evaluate_writes_the_rows_of_the_command_line(checkpoint: Path, tmp_path
     assert "0 of 2 to do" in again.log
 
 
+def test_evaluate_finds_the_rows_of_a_model_with_another_name(checkpoint: Path, tmp_path: Path) -> None:
+    result = evaluate(checkpoint, model_name="renamed", pred_dir=tmp_path, **SMALL)
+    assert result.folder == tmp_path / "renamed" / "vanilla" and set(result.scores) == {"trec", "lcc"}
+
+
+def test_memory_is_reserved_again_for_longer_sequences_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, calls = LLM(checkpoint), []
+    reserve = llm._engine.reserve
+    monkeypatch.setattr(llm._engine, "reserve", lambda *sizes: (calls.append(sizes), reserve(*sizes)))
+    texts = [llm.generate([[5] * tokens], new_tokens)[0].token_ids for tokens, new_tokens in ((9, 4), (3, 2), (9, 6))]
+    assert calls == [(13, 4), (15, 6)]
+    assert texts[0] == LLM(checkpoint).generate([[5] * 9], 4)[0].token_ids == texts[2][:4]
+
+
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["compare_methods.py", str(tmp_path)])
