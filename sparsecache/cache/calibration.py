@@ -1,6 +1,10 @@
-"""The text that methods calibrate with."""
+"""What calibrated methods share: the text, and the check of a matrix per layer and KV head that came from a file."""
 
 from pathlib import Path
+
+from torch import Tensor
+
+from sparsecache.cache.base import Shape
 
 _BUNDLED = Path(__file__).parent / "calibration.txt"
 
@@ -12,3 +16,17 @@ def read_calibration_text(path: str | None) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"calibration_file={file} cannot be read as UTF-8 text ({error}).") from error
+
+
+def check_matrices(name: str, matrices: Tensor | None, shape: Shape) -> Tensor:
+    """Return a calibration's matrices as float32: [layers, G, D, D].
+
+    name: of the tensor in the calibration. Raises ValueError if it is missing, of another shape, or not finite.
+    """
+    expected = (shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
+    if matrices is None or tuple(matrices.shape) != expected:
+        found = None if matrices is None else tuple(matrices.shape)
+        raise ValueError(f"its {name} has the shape {found}; this model needs {expected}.")
+    if not matrices.isfinite().all():
+        raise ValueError(f"its {name} has values that are not finite.")
+    return matrices.float()

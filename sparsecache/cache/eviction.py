@@ -194,6 +194,14 @@ def attention_sums(q: Tensor, k: Tensor, first: int) -> Tensor:
     return sums
 
 
+def check_voting(window: int, kernel: int) -> None:
+    """Raise ValueError unless `window` last tokens can vote and votes can be pooled over `kernel` positions."""
+    if window < 1:
+        raise ValueError(f"window={window} must be 1 token or more.")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel={kernel} must be an odd number of positions, 1 or more.")
+
+
 def pin_last(scores: Tensor, count: int) -> Tensor:
     """Return scores [G, L] with the last `count` tokens above all others, the last one highest."""
     count = min(count, scores.shape[1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, Shape
-from sparsecache.cache.calibration import read_calibration_text
+from sparsecache.cache.calibration import check_matrices, read_calibration_text
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection, SelectionParams, threshold_select
@@ -57,16 +57,7 @@ class PartialKeyMethod(SelectionMethod):
         return {"projection": torch.stack(self._projections)}
 
     def restore(self, calibration: dict[str, Tensor], shape: Shape) -> None:
-        found = calibration.get("projection")
-        expected = (shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
-        if found is None or tuple(found.shape) != expected:
-            raise ValueError(
-                f"its projection has the shape {None if found is None else tuple(found.shape)}; this model needs "
-                f"{expected}."
-            )
-        if not bool(found.isfinite().all()):
-            raise ValueError("its projection has values that are not finite.")
-        self._projections = list(found.float())
+        self._projections = list(check_matrices("projection", calibration.get("projection"), shape))
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "PartialKeyCache":
         if len(self._projections) != config.shape.layers:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
 
 from sparsecache.cache.base import CacheConfig, MethodKind
-from sparsecache.cache.eviction import DecodingEvictionCache, pin_last
+from sparsecache.cache.eviction import DecodingEvictionCache, check_voting, pin_last
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.scores import scaled_scores
 
@@ -44,10 +44,7 @@ class RKV(SparseMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 1:
-            raise ValueError(f"window={self.window} must be 1 token or more.")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel} must be an odd number of positions, 1 or more.")
+        check_voting(self.window, self.kernel)
         if not 0 <= self.weight <= 1:
             raise ValueError(f"weight={self.weight} must be 0 to 1.")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsecache.cache.eviction import EvictionMethod, attention_sums, pin_last
+from sparsecache.cache.eviction import EvictionMethod, attention_sums, check_voting, pin_last
 
 
 @dataclass
@@ -31,10 +31,7 @@ class SnapKV(EvictionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 1:
-            raise ValueError(f"window={self.window} must be 1 token or more.")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel} must be an odd number of positions, 1 or more.")
+        check_voting(self.window, self.kernel)
 
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         before = max(0, k.shape[1] - self.window)

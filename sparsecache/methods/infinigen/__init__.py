@@ -24,7 +24,7 @@ from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
 from sparsecache.kernels.selection import CountRule
 from sparsecache.methods.infinigen.cache import DeviceStreams, InfiniGenCache
-from sparsecache.methods.infinigen.skewing import check_matrices, skewing_matrix
+from sparsecache.methods.infinigen.skewing import check_skewing_matrices, skewing_matrix
 
 _CHANNELS = 32
 _MAX_TOKENS = 2**31 - 1  # that a kernel counts to
@@ -119,7 +119,7 @@ class InfiniGen(SparseMethod):
         return {"skewing_matrix": torch.stack(self._matrices)}
 
     def restore(self, calibration: dict[str, Tensor], shape: Shape) -> None:
-        self._matrices = list(check_matrices(calibration.get("skewing_matrix"), shape))
+        self._matrices = list(check_skewing_matrices(calibration.get("skewing_matrix"), shape))
 
     def report(self, stats: SequenceStats) -> dict[str, Any]:
         report = super().report(stats)

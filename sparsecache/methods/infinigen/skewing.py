@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import Shape
+from sparsecache.cache.calibration import check_matrices
 
 
 def skewing_matrix(q: Tensor) -> Tensor:
@@ -26,13 +27,9 @@ def skew(x: Tensor, matrices: Tensor) -> Tensor:
     return x.float() @ matrices.repeat_interleave(x.shape[-3] // len(matrices), 0)
 
 
-def check_matrices(matrices: Tensor | None, shape: Shape) -> Tensor:
+def check_skewing_matrices(matrices: Tensor | None, shape: Shape) -> Tensor:
     """Return skewing matrices [layers, G, D, D] as float32; raise ValueError if they do not fit a model's shape."""
-    expected = (shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
-    if matrices is None or tuple(matrices.shape) != expected:
-        found = None if matrices is None else tuple(matrices.shape)
-        raise ValueError(f"its skewing_matrix has the shape {found}; this model needs {expected}.")
-    matrices = matrices.float()
-    if not torch.allclose(matrices @ matrices.mT, torch.eye(shape.head_dim).expand(expected), atol=1e-4):
+    matrices = check_matrices("skewing_matrix", matrices, shape)
+    if not torch.allclose(matrices @ matrices.mT, torch.eye(shape.head_dim).expand_as(matrices), atol=1e-4):
         raise ValueError("its skewing_matrix is not orthogonal.")
     return matrices
