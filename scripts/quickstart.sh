@@ -27,5 +27,5 @@ runs=("${methods[@]/#/$pred_dir/demo/}")
 "$VENV/bin/python" longbench_eval.py "${runs[@]}"
 "$VENV/bin/python" longbench_eval.py compare "${runs[@]}" --html "$pred_dir/report.html"
 echo
-echo "Two rows a dataset show that it works, not how well; speeds of so small a model on a CPU say little. Open"
-echo "$pred_dir/report.html for the pictures, and ask for more: longbench_pred.py --sample_rows 50 (see README.md)."
+echo "Two rows per dataset show that it works, not how well. Speeds of so small a model on a CPU say little."
+echo "Plots: $pred_dir/report.html. More rows: longbench_pred.py --sample_rows 50. Your own checkpoint: README.md."

@@ -10,7 +10,7 @@ def context_window(config: Any) -> int | None:
     transformers' modeling_rope_utils:
 
     linear, dynamic: factor x max_position_embeddings, the length before scaling
-    yarn: factor x original_max_position_embeddings; max_position_embeddings stands in for it if it is not stated
+    yarn: factor x original_max_position_embeddings, or factor x max_position_embeddings where that is not stated
     llama3, longrope: max_position_embeddings, the length after scaling; factor x that if it equals the original length
 
     RoPE parameters per layer (Gemma 3) do not count: those configurations state the final length.

@@ -43,7 +43,7 @@ class RowChecker:
     def check(self, record: dict[str, Any], place: str) -> tuple[dict[str, Any], str | None]:
         """Return the row of a record and None, or the record and what is wrong with it.
 
-        place: where the record stands in its file, for messages.
+        place: the record's line or index in its file, for messages.
         """
         problem = _find_v2_problem(record) if self._v2 else None
         if problem is None:

@@ -36,8 +36,8 @@ def test_a_start_is_measured_stage_by_stage(monkeypatch, capsys) -> None:
     monkeypatch.setitem(SHAPES, "tiny", {"vocab_size": 5000, "hidden_size": 64, "num_hidden_layers": 2,
                                          "num_attention_heads": 4})  # fmt: skip
     monkeypatch.setattr(startup, "_start", start)
-    results = list(startup.startup("tiny", "cpu", "float32", 200, ["transformers", "nobody"]))
-    assert len(results) == 2 and "Could not measure nobody" in capsys.readouterr().err
+    results = list(startup.startup("tiny", "cpu", "float32", 200, ["transformers", "unknown"]))
+    assert len(results) == 2 and "Could not measure unknown" in capsys.readouterr().err
     for result in results:
         assert list(result.notes["stages"]) == ["imports", "weights", "allocation", "first token"]
         assert list(result.notes["baseline_stages"]["transformers"]) == ["imports", "weights", "first token"]
@@ -51,8 +51,8 @@ def test_a_start_is_measured_stage_by_stage(monkeypatch, capsys) -> None:
 def test_a_start_is_a_process_of_its_own(tiny, tmp_path) -> None:
     stages = startup._start("sparsecache", [str(tiny), "cpu", "float32", "20"], str(tmp_path))
     assert list(stages) == ["imports", "weights", "allocation", "first token"] and stages["imports"] > 0.2
-    with pytest.raises(RuntimeError, match="Could not start nobody: .*KeyError"):
-        startup._start("nobody", [str(tiny), "cpu", "float32", "20"], str(tmp_path))
+    with pytest.raises(RuntimeError, match="Could not start unknown: .*KeyError"):
+        startup._start("unknown", [str(tiny), "cpu", "float32", "20"], str(tmp_path))
 
 
 def test_a_replay_is_shared_by_workers(repo, tiny, tmp_path, run_python) -> None:

@@ -62,7 +62,7 @@ def _calibrate(
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache folder, which nobody has made yet."""
+    """The path of a cache folder that does not exist yet."""
     monkeypatch.setenv("SPARSECACHE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

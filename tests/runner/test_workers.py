@@ -287,9 +287,9 @@ def test_overwrite_keeps_the_old_rows_where_workers_cannot_load(address, predict
 
 
 def test_an_address_where_no_cluster_answers_is_refused_at_once(predict) -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
         began = time.monotonic()
         told = predict("--ray_address", address)
     assert told.exit_code == 2 and time.monotonic() - began < 10
