@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, Shape
+from sparsecache.cache.memory import measure_memory
 from sparsecache.cache.stats import DeviceStats, SequenceStats, mean_share
 from sparsecache.cache.streams import SideStream
 
@@ -14,8 +15,8 @@ from sparsecache.cache.streams import SideStream
 class ModelCache:
     """A LayerCache per layer for `slots` sequences of at most `max_tokens` tokens.
 
-    layers: the caches, in order. layer_stats: the counters of each, which a sparse cache writes. A layer's tensors are
-    on its device; layers share one tensor per device.
+    layers: the caches, in order. memory: what they allocate. layer_stats: the counters of each, which a sparse cache
+    writes. A layer's tensors are on its device; layers share one tensor per device.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ModelCache:
                 self._stats[device].seq_lens, self.layer_stats[layer],
             )  # fmt: skip
             self.layers.append(method.make_cache(layer, config))
+        self.memory = measure_memory(self.layers, devices, shape, slots, max_tokens, dtype)
         self._sparse = {
             device: [cache.sparse for cache, place in zip(self.layers, devices, strict=True) if place == device]
             for device in self._stats

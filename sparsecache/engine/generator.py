@@ -135,8 +135,9 @@ class Generator:
         self.stats = new_stats(*self._decoder.devices)
 
     def session(self) -> dict[str, Any]:
-        """Return the stats as "clock", their key in run.json."""
-        return {"clock": asdict(self.stats)}
+        """Return the stats as "clock", their key in run.json, and the memory of the caches as "cache"."""
+        cache = self._decoder.cache
+        return {"clock": asdict(self.stats), **({"cache": cache.memory.as_json()} if cache else {})}
 
     def generate(self, requests: Iterable[Request], on_tokens: OnTokens = ignore_tokens) -> Iterator[Completion]:
         """Yield a completion per request, in the order in which they end."""

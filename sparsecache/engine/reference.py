@@ -87,11 +87,15 @@ class TransformersEngine:
         self.stats = new_stats(self._device)
 
     def session(self) -> dict[str, Any]:
-        """Return the stats as "clock", their key in run.json, and how many layers a method's caches serve."""
+        """Return the stats as "clock", their key in run.json, and how many layers a method's caches serve.
+
+        "cache" is the memory of these caches.
+        """
         if self.cached is None:
             return {"clock": asdict(self.stats)}
         layers = {"full_attention_layers": self.cached.shape.layers, "layers": self.cached.num_layers}
-        return {"clock": asdict(self.stats), **layers}
+        cache = {"cache": self.cached.memory.as_json()} if self.cached.memory else {}
+        return {"clock": asdict(self.stats), **layers, **cache}
 
     def generate(self, requests: Iterable[Request], on_tokens: OnTokens = ignore_tokens) -> Iterator[Completion]:
         """Yield a completion per request, in order."""

@@ -31,6 +31,19 @@ class WorkerRecord:
 
 
 @dataclass(frozen=True)
+class CacheRecord:
+    """The model's layers, and the bytes that their caches allocate per token that a sequence has room for.
+
+    full_token_nbytes: of the full cache. token_nbytes: on the layers' devices. host_token_nbytes: in host memory.
+    """
+
+    layers: Count | None = None
+    full_token_nbytes: Amount | None = None
+    token_nbytes: Amount | None = None
+    host_token_nbytes: Amount | None = None
+
+
+@dataclass(frozen=True)
 class Session:
     """One process that worked on a run. seconds: of a session with workers, from first to last row."""
 
@@ -39,6 +52,7 @@ class Session:
     gpu: str | None = None
     batch_size: Count | None = None
     clock: EngineClock | None = None
+    cache: CacheRecord | None = None
     workers: list[WorkerRecord] | None = None
     seconds: Amount | None = None
 

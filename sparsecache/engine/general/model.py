@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sparsecache.cache.base import CacheMethod, ProjectQuery
+from sparsecache.cache.memory import CacheMemory
 from sparsecache.cache.model_cache import ModelCache
 from sparsecache.engine.general.attention import AttentionCall, handle_attention, inspect_attention
 from sparsecache.engine.general.cache import DelegatedLayer
@@ -80,6 +81,11 @@ class CachedModel:
                 yield past
         finally:
             cache.free_slot(_SLOT)
+
+    @property
+    def memory(self) -> CacheMemory | None:
+        """Return what the caches of the longest sequence so far allocate."""
+        return self._cache.memory if self._cache else None
 
     def report(self) -> dict[str, Any]:
         """Return what the method reports of the sequence, before it ends."""
