@@ -2,6 +2,7 @@ r"""Measures decode, prefill, replay or start-up beside baselines and the machin
 
     python scripts/bench.py decode --model llama-3.1-8b --tokens 8192,32768
     python scripts/bench.py decode --model llama-3.1-8b --tokens 131072 --method quest -o budget=0.05
+    python scripts/bench.py decode --model llama-3.1-8b --tokens 8192,32768 --batch 1,8 --methods all -o budget=0.05
     python scripts/bench.py decode --model llama-3.1-8b --tokens 32768 --method infinigen -o alpha=inf -o offload=true \
         --vary budget=0.02,0.05,0.1,0.2 --baselines offloaded,vanilla_offload
     python scripts/bench.py decode --model llama-3.1-70b --gpus 2 --baselines none
@@ -15,32 +16,28 @@ A named shape has random weights, made on the device. --model also takes every c
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
-from sparsecache.bench.models import SHAPES, BenchModel, load_bench_model
-from sparsecache.bench.modes import BASELINES, OWN_BASELINES, MethodSpec, decode, prefill, profile_decode, replay
-from sparsecache.bench.results import Result, save, save_plot, table
-from sparsecache.bench.timing import free_memory
+from sparsecache.bench.models import SHAPES, load_bench_model
+from sparsecache.bench.modes import BASELINES, OWN_BASELINES, profile_decode, replay
+from sparsecache.bench.session import BenchRun
+from sparsecache.bench.specs import check_specs, combinations, several_methods
 from sparsecache.bench.workload import Workload
 from sparsecache.cli import FlexibleCommand, make_folder, option_pairs, report_usage_errors
 from sparsecache.engine.devices import find_device, find_devices
 from sparsecache.engine.loading import DTYPES
-from sparsecache.errors import UsageError, one_line, short
-from sparsecache.methods import method_names, parse_options
+from sparsecache.errors import UsageError, short
+from sparsecache.methods import method_names
 from sparsecache.runner.settings import check_for_ray
 
 MODES = ("decode", "prefill", "replay", "startup")
 _MODES_OF = {
     "tokens": ("decode", "prefill", "startup"),
     **dict.fromkeys(("workload", "rows", "slots", "workers"), ("replay",)),
-    **dict.fromkeys(("batch", "new_tokens", "method", "options", "vary", "gpus", "profiled"), ("decode",)),
+    **dict.fromkeys(("batch", "new_tokens", "method", "methods", "options", "vary", "gpus", "profiled"), ("decode",)),
 }
 _OLD_NAMES = {"streamed": "vanilla_offload"}
 _MAX_TOKENS = 2**26  # of a batch together: beyond the memory of any machine here
@@ -62,7 +59,17 @@ _MAX_TOKENS = 2**26  # of a batch together: beyond the memory of any machine her
     show_default=True,
     help=f"Cache method of mode decode: {', '.join(method_names())}, or a path to a .py file.",
 )
-@click.option("-o", "options", multiple=True, metavar="KEY=VALUE", help="An option of the method; repeatable.")
+@click.option(
+    "--methods",
+    help="In place of --method: several, separated by commas, or all. One table, a line per method, vanilla first.",
+)
+@click.option(
+    "-o",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the method, or of those of --methods that have it; repeatable.",
+)
 @click.option(
     "--vary",
     multiple=True,
@@ -108,6 +115,7 @@ def main(
     batch: str,
     new_tokens: int,
     method: str,
+    methods: str | None,
     options: tuple[str, ...],
     vary: tuple[str, ...],
     baselines: str | None,
@@ -121,7 +129,7 @@ def main(
 ) -> None:
     """Measure MODE and print time, share of the roofline and speed-up over each baseline."""
     with report_usage_errors():
-        names = _baselines(baselines, mode, method)
+        names = _baselines(baselines, mode, method, methods is not None)
         workloads = [
             Workload(length, new_tokens, size)
             for size in _numbers("batch", batch)
@@ -130,14 +138,19 @@ def main(
         if (largest := max(each.tokens * each.batch for each in workloads)) > _MAX_TOKENS:
             raise UsageError(f"--tokens times --batch is {largest}: at most {_MAX_TOKENS}. Lower one of them.")
         _check(mode, workload, workloads)
-        specs = _specs(method, option_pairs(options), option_pairs(vary, "--vary"))
+        given = option_pairs(options), option_pairs(vary, "--vary")
+        if methods is None:
+            check_specs(specs := combinations(method, *given))
+        else:
+            specs = several_methods(methods, *given)
         place = find_device(device)
         if out is not None:
             make_folder(out, "--out")
         dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
-        bench = _Bench(mode, model, dtype, workloads, names, specs)
+        bench = BenchRun(mode, model, dtype, workloads, names, specs)
         devices = find_devices(place, gpus, "--gpus")
-        with bench.saved(None if out is None else out / (bench.name if workers == 1 else f"{bench.name}-{workers}")):
+        stem = None if out is None else out / (bench.name if workers == 1 else f"{bench.name}-{workers}")
+        with bench.saved(stem if methods is None else None):
             if mode == "startup":
                 from sparsecache.bench.startup import startup
 
@@ -151,63 +164,14 @@ def main(
                 bench_model = load_bench_model(model, devices, DTYPES[dtype])
                 if workload is not None:
                     bench.run(replay(bench_model, workload, rows, slots, names))
+                elif methods is not None:
+                    bench.run_methods(bench_model, out)
                 else:
                     bench.run_each(bench_model)
         if profiled and not bench.failed:
             kernels = out / f"{bench.name}-profile.txt" if out is not None else None
             click.echo(profile_decode(bench_model, workloads[0], specs[0], kernels))
     sys.exit(1 if bench.failed else 0)
-
-
-@dataclass
-class _Bench:
-    """What to measure, and the results so far."""
-
-    mode: str
-    model: str
-    dtype: str
-    workloads: list[Workload]
-    baselines: list[str]
-    specs: list[MethodSpec]
-
-    def __post_init__(self) -> None:
-        self.name = f"{self.mode}-{Path(self.model).name}"
-        self.results: list[Result] = []
-        self.failed = False
-
-    def run(self, measured: Iterator[Result], what: str = "") -> None:
-        """Print and keep each result as it comes; on a failure print why and keep the results before it."""
-        try:
-            for result in measured:
-                self.results.append(result)
-                click.echo(table([result]).strip("\n"))
-        except RuntimeError as error:  # includes OutOfMemoryError
-            click.echo(f"Could not finish {self.mode}{what}: {one_line(error)}", err=True)
-            self.failed = True
-        free_memory()
-
-    def run_each(self, model: BenchModel) -> None:
-        """Measure each workload; a failure of one leaves the others."""
-        for workload in self.workloads:
-            what = f" of {workload.tokens} tokens, batch {workload.batch}"
-            if self.mode == "decode":
-                self.run(decode(model, [workload], self.baselines, self.specs), what)
-            else:
-                self.run(prefill(model, [workload], self.baselines), what)
-
-    @contextmanager
-    def saved(self, stem: Path | None) -> Iterator[None]:
-        """On leaving, also after Ctrl-C, write the results as JSON and, where matplotlib is installed, as a plot."""
-        interrupted = True
-        try:
-            yield
-            interrupted = False
-        finally:
-            if stem is not None and (self.results or not interrupted):
-                methods = ", ".join(map(str, self.specs))
-                save(self.results, Path(f"{stem}.json"), model=self.model, dtype=self.dtype, method=methods)
-            if stem is not None and self.results:
-                save_plot(self.results, Path(f"{stem}.svg"))
 
 
 def _check(mode: str, workload: Path | None, workloads: list[Workload]) -> None:
@@ -222,23 +186,14 @@ def _check(mode: str, workload: Path | None, workloads: list[Workload]) -> None:
         modes = _MODES_OF.get(name, MODES)
         if mode not in modes:
             raise UsageError(f"{flag} has no effect in mode {mode}: leave it out. It is for {' and '.join(modes)}.")
+    if "methods" in given and (other := given.keys() & {"method", "profiled"}):
+        raise UsageError(f"{given[min(other)]} has no effect with --methods: leave one of them out.")
     if context.params["workers"] > 1 and "baselines" in given:
         raise UsageError("A replay with --workers is compared with one worker: leave out --baselines.")
     if mode == "replay" and workload is None:
         raise UsageError("A replay needs --workload: a CSV with the columns dataset, prompt_tokens, new_tokens.")
     if mode == "startup" and len(workloads) > 1:
         raise UsageError(f"A start-up has one prompt, not {len(workloads)}: give one number of --tokens.")
-
-
-def _specs(method: str, options: dict[str, str], varied: dict[str, str]) -> list[MethodSpec]:
-    """Return a method with its options and every combination of the comma-separated values that vary."""
-    if both := options.keys() & varied.keys():
-        raise UsageError(f"{min(both)} is given by -o and by --vary: leave one of them out.")
-    values = [text.split(",") for text in varied.values()]
-    specs = [MethodSpec(method, {**options, **dict(zip(varied, chosen, strict=True))}) for chosen in product(*values)]
-    for spec in specs:
-        parse_options(spec.method, spec.options)  # raises UsageError
-    return specs
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -253,7 +208,9 @@ def _numbers(name: str, text: str) -> list[int]:
     return numbers
 
 
-def _baselines(text: str | None, mode: str, method: str) -> list[str]:
+def _baselines(text: str | None, mode: str, method: str, several: bool) -> list[str]:
+    if text is None and several:
+        return []
     if text is None:
         return ["transformers"] if method == "vanilla" or mode != "decode" else ["vanilla", "transformers"]
     names = [] if text == "none" else [_OLD_NAMES.get(name, name) for name in text.split(",")]

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 import longbench_eval
 import longbench_pred
+from sparsecache.bench.specs import several_methods
 from sparsecache.cli import DefaultGroup
 from sparsecache.errors import UsageError
 from sparsecache.longbench.records import read_rows
@@ -104,7 +105,9 @@ def check(words: list[str]) -> None:
         return
     for pair in found.get("options") or ():
         key, _, value = pair.partition("=") if isinstance(pair, str) else (pair[0], "=", pair[1])
-        if found["method"] in method_names():
+        if found.get("methods"):
+            several_methods(found["methods"], {key: value}, {})
+        elif found["method"] in method_names():
             parse_options(found["method"], {key: value})
 
 

@@ -3,14 +3,15 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparsecache.cache.base import CacheMethod
 from sparsecache.engine.decoder import Decoder
@@ -19,6 +20,7 @@ from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.model_registry import checkpoint_folder, find_model
+from sparsecache.engine.prefill_cache import PrefillCache, PrefillCachingDecoder
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights, read_weights
@@ -35,18 +37,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
         "num_attention_heads": 64, "num_key_value_heads": 8, "rope_parameters": _LLAMA_3,
     },
+    "qwen2.5-1.5b": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
+        "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+    },
 }  # fmt: skip
-"""The fields of config.json in which the published checkpoints differ from LlamaConfig's defaults."""
+"""The fields of config.json in which the published checkpoints differ from the defaults of their model_type, llama."""
 
 
 @dataclass(frozen=True)
 class BenchModel:
-    """A model in memory: its name, its transformers configuration, and its weights."""
+    """A model in memory: its name, its transformers configuration, its weights, and calibrations by method."""
 
     name: str
     config: Any
     architecture: Architecture
     weights: Weights
+    calibrations: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -74,16 +82,28 @@ class BenchModel:
         """The number of token ids."""
         return self.architecture.vocabulary
 
-    def decoder(self, method: str = "vanilla", options: dict[str, str] | None = None) -> Decoder:
-        """Return a decoder with a method, which is calibrated on random tokens if it needs calibration."""
+    def decoder(
+        self, method: str = "vanilla", options: dict[str, str] | None = None, prompts: PrefillCache | None = None
+    ) -> Decoder:
+        """Return a decoder with a method, which is calibrated once, on random tokens, if it needs calibration.
+
+        prompts: keeps the queries, keys and values of prompts for later decoders.
+        """
         instance, text = self.method(method, options or {})
-        decoder = Decoder(self.architecture, self.weights, Rope(self.config, self.device), instance)
+        parts = (self.architecture, self.weights, Rope(self.config, self.device), instance)
+        decoder = Decoder(*parts) if prompts is None else PrefillCachingDecoder(*parts, prompts)
         if text is not None:
-            generator = torch.Generator().manual_seed(0)
-            with torch.inference_mode():
-                token_ids = torch.randint(3, self.vocab_size, (1024,), generator=generator)
-                decoder.calibrate(token_ids.to(self.device), lambda layers: None)
+            self._calibrate(decoder, method, instance)
         return decoder
+
+    def _calibrate(self, decoder: Decoder, name: str, method: CacheMethod) -> None:
+        if name in self.calibrations:
+            method.restore(self.calibrations[name], self.architecture.shape)
+            return
+        with torch.inference_mode():
+            token_ids = torch.randint(3, self.vocab_size, (1024,), generator=torch.Generator().manual_seed(0))
+            decoder.calibrate(token_ids.to(self.device), lambda layers: None)
+        self.calibrations[name] = method.calibration()
 
     def engine(self, method: str = "vanilla", options: dict[str, str] | None = None, slots: int = 1) -> Generator:
         """Return an engine of `slots` slots with a method."""
@@ -117,6 +137,8 @@ class BenchModel:
             shutil.copy(bundled / name, folder)
         files: dict[str, list[str]] = {}
         state = self._state()
+        if self.weights.head.data_ptr() == self.weights.embedding.data_ptr():  # tied
+            del state["lm_head.weight"]
         for name in state:
             layer = name.split(".")[2] if name.startswith("model.layers.") else "other"
             files.setdefault(f"model-{layer}.safetensors", []).append(name)
@@ -158,6 +180,13 @@ class BenchModel:
         return state
 
 
+def shape_config(name: str) -> Any:
+    """Return transformers' configuration of a shape of SHAPES, for prompts of up to 262,144 tokens."""
+    fields = {"model_type": "llama", "max_position_embeddings": 262144, **SHAPES[name]}
+    model_type = fields.pop("model_type")
+    return AutoConfig.for_model(model_type, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]], **fields)
+
+
 def checkpoint_path(model: str, weights: bool = True) -> Path:
     """Return the folder of a checkpoint, downloaded if need be; without `weights` these may be missing.
 
@@ -173,7 +202,7 @@ def checkpoint_path(model: str, weights: bool = True) -> Path:
 def vocab_size(model: str) -> int:
     """Return a model's number of token ids without loading its weights."""
     if model in SHAPES:
-        return int(LlamaConfig(**SHAPES[model]).vocab_size)
+        return int(shape_config(model).vocab_size)
     checkpoint = Checkpoint(checkpoint_path(model, weights=False))
     return load_family(checkpoint.model_type).architecture(checkpoint.config).vocabulary
 
@@ -184,7 +213,7 @@ def load_bench_model(model: str, devices: Sequence[torch.device], dtype: torch.d
     Raises UsageError for an unknown model.
     """
     if model in SHAPES:
-        return _random(model, LlamaConfig(**SHAPES[model], max_position_embeddings=262144), devices, dtype)
+        return _random(model, shape_config(model), devices, dtype)
     checkpoint = Checkpoint(checkpoint_path(model))
     architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
     return BenchModel(model, checkpoint.config, architecture, checkpoint.load(architecture, devices, dtype))
@@ -196,6 +225,8 @@ def _random(name: str, config: Any, devices: Sequence[torch.device], dtype: torc
 
     def draw(tensor: str) -> Tensor:
         shape = architecture.tensors()[tensor]
+        if tensor.endswith(".bias"):
+            return torch.zeros(shape, device=device, dtype=dtype)
         if len(shape) == 1:
             return torch.ones(shape, device=device, dtype=dtype)
         return torch.randn(shape, device=device, dtype=dtype, generator=generator).mul_(shape[1] ** -0.5)

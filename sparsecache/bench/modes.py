@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +11,11 @@ from sparsecache.bench import roofline, timing
 from sparsecache.bench.models import BenchModel
 from sparsecache.bench.profiling import profile_steps
 from sparsecache.bench.results import Result
+from sparsecache.bench.specs import MethodSpec
 from sparsecache.bench.timing import Measurement, free_memory, measure_baselines
 from sparsecache.bench.workload import Workload, sample_requests
 from sparsecache.cache.base import StepBytes
 from sparsecache.engine.generator import Generator
-from sparsecache.methods import short_name
 
 BASELINES: dict[str, dict[str, Any]] = {
     "transformers": {},
@@ -26,17 +26,6 @@ BASELINES: dict[str, dict[str, Any]] = {
 
 OWN_BASELINES: dict[str, dict[str, str]] = {"vanilla": {}, "vanilla_offload": {"offload": "true"}}
 """Baselines of this engine's own full cache, in device and in host memory: options of vanilla."""
-
-
-@dataclass(frozen=True)
-class MethodSpec:
-    """A cache method and its options, as on the command line."""
-
-    method: str = "vanilla"
-    options: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return " ".join([short_name(self.method), *(f"{key}={value}" for key, value in self.options.items())])
 
 
 def decode(
@@ -56,8 +45,8 @@ def decode(
             measured = _measure_decode(model, workload, spec)
             free_memory()
             if baseline_s is None:
-                names = _baselines_for(workload, baselines)
-                baseline_s = measure_baselines(names, partial(_baseline_step_s, model, workload))
+                names = baselines_for(workload, baselines)
+                baseline_s = measure_baselines(names, partial(baseline_step_s, model, workload))
             yield _decode_result(model, workload, spec, measured, rates, baseline_s)
 
 
@@ -128,7 +117,7 @@ def _measure_decode(model: BenchModel, workload: Workload, spec: MethodSpec) -> 
     decoder = model.decoder(spec.method, spec.options)
     engine = Generator(decoder, workload.batch)
     run = timing.measure(engine, workload, model.vocab_size, model.devices, timing.decode_step_s)
-    kept, hit = _mean(_reported(run, "kept")), _mean(_reported(run, "gpu_cache_hit")) or 0.0
+    kept, hit = run.mean_reported("kept"), run.mean_reported("gpu_cache_hit") or 0.0
     return _Measured(run, roofline.decode_step_nbytes(decoder, workload.mean_past, workload.batch, kept, hit))
 
 
@@ -145,9 +134,9 @@ def _decode_result(
         "copy_bytes_per_s": rates.copy,
         "link_bytes_per_s": rates.link if nbytes is not None and nbytes.host else None,
         "step_cache_bytes": None if nbytes is None else asdict(nbytes),
-        "fetched_bytes_per_step": sum(_reported(run, "fetched_bytes")) / (workload.new_tokens - 1),
-        "kept": _reported(run, "kept"),
-        "gpu_cache_hit": _reported(run, "gpu_cache_hit"),
+        "fetched_bytes_per_step": sum(run.reported("fetched_bytes")) / (workload.new_tokens - 1),
+        "kept": run.reported("kept"),
+        "gpu_cache_hit": run.reported("gpu_cache_hit"),
         "peak_gpu_bytes": run.stats.peak_gpu_bytes,
         "cache_gpu_bytes": run.gpu_bytes,
         "cache_host_bytes": run.host_bytes,
@@ -162,16 +151,7 @@ def _decode_result(
     )
 
 
-def _reported(run: Measurement, key: str) -> list[float]:
-    """Return a key's numbers in the sequences' reports."""
-    return [value for report in run.reports if (value := report.get(key)) is not None]
-
-
-def _mean(numbers: Sequence[float]) -> float | None:
-    return sum(numbers) / len(numbers) if numbers else None
-
-
-def _baselines_for(workload: Workload, baselines: Sequence[str]) -> list[str]:
+def baselines_for(workload: Workload, baselines: Sequence[str]) -> list[str]:
     """Return the baselines that can be measured at a workload's batch size, and print the others."""
     chosen = [name for name in baselines if workload.batch == 1 or name in OWN_BASELINES]
     if left_out := [name for name in baselines if name not in chosen]:
@@ -179,7 +159,8 @@ def _baselines_for(workload: Workload, baselines: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _baseline_step_s(model: BenchModel, workload: Workload, name: str) -> float:
+def baseline_step_s(model: BenchModel, workload: Workload, name: str) -> float:
+    """Return the seconds of a decode step of a baseline."""
     if name in OWN_BASELINES:
         own = model.engine("vanilla", OWN_BASELINES[name], workload.batch)
         run = timing.measure(own, workload, model.vocab_size, model.devices, timing.decode_step_s)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparsecache.bench.methods_table import MethodRow
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import write_atomically
 from sparsecache.longbench.tables import Cell, Document, Table, number, records, render, words
@@ -90,7 +91,7 @@ def save_plot(results: Sequence[Result], path: Path) -> None:
     draw(results).save(path)
 
 
-def save(results: Iterable[Result], path: Path, **facts: Any) -> None:
+def save(results: Iterable[Result | MethodRow], path: Path, **facts: Any) -> None:
     """Write results, the machine and the command line as JSON."""
     machine = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -4,27 +4,44 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from sparsecache.bench.workload import Workload
 from sparsecache.cache.host import pinned_bytes
-from sparsecache.engine.base import Engine, EngineStats, Request
+from sparsecache.engine.base import Completion, Engine, EngineStats, OnTokens, Request, ignore_tokens
 from sparsecache.engine.generator import Generator
 from sparsecache.errors import one_line
 
 _MAX_RUNS, _MAX_SECONDS = 3, 8.0
+_WARM_UP_TOKENS, _MIN_TOKENS = 4, 5
+_SHORT_SECONDS = 2.0  # of the decode steps of a short run
 Measured = TypeVar("Measured")
 
 
 class Measurement(NamedTuple):
-    """The fastest run: the engine's stats, each sequence's report, and the bytes that `reserve` allocated."""
+    """A run: the engine's stats, each sequence's completion, and the bytes that `reserve` allocated."""
 
     stats: EngineStats
-    reports: list[dict[str, Any]]
+    completions: list[Completion]
     gpu_bytes: int
     host_bytes: int
+
+    @property
+    def prefill_s(self) -> float:
+        """The fewest seconds of a prompt."""
+        return min(each.prefill_s for each in self.completions)
+
+    def reported(self, key: str) -> list[float]:
+        """Return a key's numbers in the sequences' reports."""
+        return [value for each in self.completions if (value := each.report.get(key)) is not None]
+
+    def mean_reported(self, key: str) -> float | None:
+        """Return the mean of a key's numbers in the sequences' reports; None if there are none."""
+        numbers = self.reported(key)
+        return sum(numbers) / len(numbers) if numbers else None
 
 
 def measure(
@@ -40,19 +57,42 @@ def measure(
     RuntimeError if memory does not suffice for all sequences at once.
     """
     requests = workload.requests(vocab_size)
-    before = _allocated_bytes(devices)
-    engine.reserve(workload.total_tokens, workload.new_tokens)
-    gpu_bytes, host_bytes = (now - then for now, then in zip(_allocated_bytes(devices), before, strict=True))
-    _check_slots(engine, workload)
+    gpu_bytes, host_bytes = _reserve(engine, workload, devices)
     complete(engine, requests)
     measured: list[Measurement] = []
     began = time.perf_counter()
     while not measured or (len(measured) < _MAX_RUNS and time.perf_counter() - began < _MAX_SECONDS):
         engine.reset_stats()
-        reports = complete(engine, requests)
-        measured.append(Measurement(engine.stats, reports, gpu_bytes, host_bytes))
+        completions = complete(engine, requests)
+        measured.append(Measurement(engine.stats, completions, gpu_bytes, host_bytes))
     _check_slots(engine, workload)  # a run may have run out of memory
     return min(measured, key=lambda each: seconds(each.stats))
+
+
+def measure_once(
+    engine: Generator,
+    workload: Workload,
+    requests: list[Request],
+    devices: Sequence[torch.device],
+    is_graph: Callable[[], bool],
+) -> Measurement:
+    """Run a workload's requests once, after a few tokens that compile.
+
+    A step that is not a CUDA graph may be slow. Then there are fewer new tokens, for about _SHORT_SECONDS. is_graph:
+    whether it is one, called when caches are allocated. Raises RuntimeError as `measure`.
+    """
+    gpu_bytes, host_bytes = _reserve(engine, workload, devices)
+    stamps: list[float] = []
+    first = requests[:1] if is_graph() else requests  # a capture has compiled the step of all rows
+    warm_up = [replace(request, max_new_tokens=_WARM_UP_TOKENS) for request in first]
+    complete(engine, warm_up, lambda tokens: stamps.append(time.perf_counter()))
+    if not is_graph():
+        affordable = max(_MIN_TOKENS, int(_SHORT_SECONDS / max(stamps[-1] - stamps[-2], 1e-9)))
+        requests = [replace(each, max_new_tokens=min(each.max_new_tokens, affordable)) for each in requests]
+    engine.reset_stats()
+    completions = complete(engine, requests)
+    _check_slots(engine, workload)
+    return Measurement(engine.stats, completions, gpu_bytes, host_bytes)
 
 
 def time_requests(engine: Engine, requests: list[Request]) -> tuple[float, EngineStats]:
@@ -66,13 +106,13 @@ def time_requests(engine: Engine, requests: list[Request]) -> tuple[float, Engin
     return time.perf_counter() - began, engine.stats
 
 
-def complete(engine: Engine, requests: list[Request]) -> list[dict[str, Any]]:
-    """Complete all requests and return their reports. Raises RuntimeError if one fails."""
-    completions = list(engine.generate(requests))
+def complete(engine: Engine, requests: list[Request], on_tokens: OnTokens = ignore_tokens) -> list[Completion]:
+    """Complete all requests. Raises RuntimeError if one fails."""
+    completions = list(engine.generate(requests, on_tokens))
     errors = [each.error for each in completions if each.error]
     if errors:
         raise RuntimeError(f"{len(errors)} of {len(requests)} prompts failed: {errors[0]}")
-    return [each.report for each in completions]
+    return completions
 
 
 def check_workers(workers: list[dict[str, Any]], count: int) -> None:
@@ -108,6 +148,15 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _reserve(engine: Engine, workload: Workload, devices: Sequence[torch.device]) -> tuple[int, int]:
+    """Allocate for a workload and return the bytes on GPUs and in pinned host memory; RuntimeError if they lack."""
+    before = _allocated_bytes(devices)
+    engine.reserve(workload.total_tokens, workload.new_tokens)
+    _check_slots(engine, workload)
+    gpu_bytes, host_bytes = (now - then for now, then in zip(_allocated_bytes(devices), before, strict=True))
+    return gpu_bytes, host_bytes
 
 
 def _check_slots(engine: Engine, workload: Workload) -> None:

@@ -5,13 +5,12 @@ import torch
 
 from sparsecache.bench.models import BenchModel
 from sparsecache.cache import FullCache
-from sparsecache.methods import method_names
 
 SHORT = ("--tokens", "20", "--new_tokens", "3")
 
 
-@pytest.mark.parametrize("method", method_names())
-def test_every_method_is_measured_beside_vanilla(decode, method) -> None:
+@pytest.mark.parametrize("method", ["vanilla", "infinigen", "quest", "h2o"])
+def test_a_method_is_measured_beside_vanilla(decode, method) -> None:
     done, (result,) = decode(*SHORT, "--method", method, "--peers", "vanilla")
     assert done.exit_code == 0, done.output
     assert result["name"] == f"20 tokens, batch 1, {method}" and result["name"] in done.output

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
-from sparsecache.bench.models import SHAPES, load_bench_model, vocab_size
+from sparsecache.bench.models import load_bench_model, shape_config, vocab_size
 from sparsecache.bench.workload import Workload
 from sparsecache.engine.families import load_family
 from sparsecache.testing.random_checkpoint import MODEL_TYPES, VOCAB_SIZE, make_random_checkpoint
@@ -28,7 +27,9 @@ def test_transformers_shares_the_weights_and_decodes_the_same_text(model_type, t
 
 def test_shapes_have_the_parameters_of_the_published_checkpoints() -> None:
     """Counts as the model cards give them, without making any weights."""
-    for name, billions in (("llama-2-7b", 6.74), ("llama-3.1-8b", 8.03), ("llama-3.1-70b", 70.55)):
-        tensors = load_family("llama").architecture(LlamaConfig(**SHAPES[name])).tensors()
+    published = {"llama-2-7b": 6.74, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.55, "qwen2.5-1.5b": 1.54}
+    for name, billions in published.items():
+        config = shape_config(name)
+        tensors = load_family(config.model_type).architecture(config).tensors()
         assert sum(torch.Size(shape).numel() for shape in tensors.values()) / 1e9 == pytest.approx(billions, abs=0.01)
-        assert vocab_size(name) == tensors["lm_head.weight"][0]
+        assert vocab_size(name) == tensors["model.embed_tokens.weight"][0]

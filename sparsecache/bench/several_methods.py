@@ -1,0 +1,134 @@
+"""Measures many methods in one process, over the same weights, prompts and measurement of vanilla.
+
+A prompt is computed once per length. Its queries, keys and values fill the slots of every method and batch size.
+"""
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+
+import torch
+
+from sparsecache.bench import roofline, timing
+from sparsecache.bench.methods_table import MethodRow
+from sparsecache.bench.models import BenchModel
+from sparsecache.bench.modes import baseline_step_s, baselines_for
+from sparsecache.bench.specs import MethodSpec
+from sparsecache.bench.timing import Measurement
+from sparsecache.bench.workload import Workload
+from sparsecache.engine.base import Request
+from sparsecache.engine.generator import Generator
+from sparsecache.engine.prefill_cache import PrefillCache
+from sparsecache.errors import one_line
+
+
+class Prompt:
+    """A prompt of one length. seconds: of its prefill with vanilla, after one that compiles."""
+
+    def __init__(self, model: BenchModel, tokens: int) -> None:
+        self.computed = PrefillCache()
+        self._token_ids = Workload(tokens, 2).requests(model.vocab_size)[0].token_ids
+        decoder = model.decoder(prompts=self.computed)
+        with torch.inference_mode():
+            token_ids = torch.tensor(self._token_ids, device=model.device)
+            for _ in range(2):
+                self.computed.clear()
+                decoder.allocate(1, tokens + 1, 1)
+                began = time.perf_counter()
+                decoder.prefill(token_ids, 0).argmax().item()  # waits for the device
+                self.seconds = time.perf_counter() - began
+
+    def requests(self, workload: Workload) -> list[Request]:
+        """Return a workload's requests, all with this prompt."""
+        return [Request(key, self._token_ids, workload.new_tokens, ()) for key in range(workload.batch)]
+
+
+def measure_methods(
+    model: BenchModel, workloads: Sequence[Workload], baselines: Sequence[str], specs: Sequence[MethodSpec]
+) -> Iterator[Iterator[MethodRow]]:
+    """Yield, per workload, its rows: one per method and baseline. Workloads of one prompt length come together.
+
+    specs: vanilla first. A method that fails gives a row with its error.
+    """
+    gc.freeze()  # a collection after each method takes 0.2 s if it searches all imported modules
+    try:
+        yield from _by_prompt(model, workloads, baselines, specs)
+    finally:
+        gc.unfreeze()
+
+
+def _by_prompt(
+    model: BenchModel, workloads: Sequence[Workload], baselines: Sequence[str], specs: Sequence[MethodSpec]
+) -> Iterator[Iterator[MethodRow]]:
+    rates = roofline.Rates(model.device)
+    for tokens, group in groupby(sorted(workloads, key=lambda each: each.tokens), key=lambda each: each.tokens):
+        prompt: Prompt | str
+        try:
+            prompt = Prompt(model, tokens)
+        except Exception as error:
+            prompt = _describe(error)
+        for size in group:
+            if isinstance(prompt, Prompt):
+                yield _measure_size(model, prompt, size, baselines, specs, rates)
+            else:
+                yield (MethodRow(str(spec), tokens, size.batch, error=prompt) for spec in specs)
+        del prompt
+        timing.free_memory()
+
+
+def _measure_size(
+    model: BenchModel,
+    prompt: Prompt,
+    workload: Workload,
+    baselines: Sequence[str],
+    specs: Sequence[MethodSpec],
+    rates: roofline.Rates,
+) -> Iterator[MethodRow]:
+    """Yield a row per method, vanilla first, and per baseline."""
+    vanilla: Measurement | None = None
+    vanilla_s: float | None = None
+    for spec in specs:
+        row = MethodRow(str(spec), workload.tokens, workload.batch, prompt_s=prompt.seconds)
+        try:
+            row, measured = _measure(model, prompt, workload, spec, rates, row)
+        except Exception as error:  # the other methods are measured all the same
+            row = replace(row, error=_describe(error))
+        else:
+            if vanilla is None and spec.method == "vanilla":
+                vanilla, vanilla_s = measured, row.step_s
+            if vanilla is not None:
+                overhead_s = measured.prefill_s - vanilla.prefill_s
+                row = replace(row, vanilla_step_s=vanilla_s, prefill_overhead_s=overhead_s)
+        timing.free_memory()
+        yield row
+    measure_one = partial(baseline_step_s, model, workload)
+    for name, step_s in timing.measure_baselines(baselines_for(workload, baselines), measure_one).items():
+        yield MethodRow(name, workload.tokens, workload.batch, step_s, vanilla_s)
+
+
+def _measure(
+    model: BenchModel, prompt: Prompt, workload: Workload, spec: MethodSpec, rates: roofline.Rates, row: MethodRow
+) -> tuple[MethodRow, Measurement]:
+    """Return the row with a method's own measurement, and the measurement."""
+    decoder = model.decoder(spec.method, spec.options, prompt.computed)
+    engine = Generator(decoder, workload.batch)
+    run = timing.measure_once(engine, workload, prompt.requests(workload), model.devices, lambda: decoder.graphable)
+    kept, hit = run.mean_reported("kept"), run.mean_reported("gpu_cache_hit") or 0.0
+    nbytes = roofline.decode_step_nbytes(decoder, workload.mean_past, workload.batch, kept, hit)
+    row = replace(
+        row,
+        step_s=workload.batch * timing.decode_step_s(run.stats),
+        roofline_s=None if nbytes is None else roofline.decode_step_s(model.nbytes, nbytes, rates),
+        kept=kept,
+        cache_gpu_bytes=run.gpu_bytes if model.device.type == "cuda" else None,
+        cache_host_bytes=run.host_bytes,
+        graph=decoder.graphable,
+    )
+    return row, run
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -1,0 +1,182 @@
+"""scripts/bench.py decode --methods: one table over shared prompts, and failures that lose nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsecache.bench.methods_table import MethodRow, methods_table
+from sparsecache.bench.models import BenchModel, load_bench_model
+from sparsecache.bench.several_methods import measure_methods
+from sparsecache.bench.specs import MethodSpec, several_methods
+from sparsecache.bench.workload import Workload
+from sparsecache.cache import FullCache
+from sparsecache.engine.decoder import Decoder
+from sparsecache.errors import UsageError
+from sparsecache.methods import method_names
+
+
+@pytest.fixture
+def table(bench, tiny, tmp_path):
+    """Runs decode --methods over the tiny checkpoint on the CPU; returns what it printed and the saved rows."""
+
+    def run(methods, *arguments):
+        done = bench("decode", "--model", tiny, "--device", "cpu", "--out", tmp_path, "--methods", methods, *arguments)
+        file = tmp_path / "methods-tiny.json"
+        return done, json.loads(file.read_text())["results"] if file.exists() else []
+
+    return run
+
+
+def test_every_method_is_a_line_beside_vanilla_with_the_common_budget(table, tmp_path) -> None:
+    done, rows = table("all", "--tokens", "40", "--new_tokens", "3", "-o", "budget=0.1")
+    assert done.exit_code == 0, done.output
+    assert [row["name"].split()[0] for row in rows] == ["vanilla", *(m for m in method_names() if m != "vanilla")]
+    printed = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    markdown = (tmp_path / "methods-tiny.md").read_text()
+    for row in rows:
+        assert row["step_s"] > 0 and row["roofline_s"] > 0 and row["graph"] is False and row["error"] is None
+        assert row["vanilla_step_s"] == rows[0]["step_s"] and row["prompt_s"] == rows[0]["prompt_s"]
+        assert row["name"] in printed[row["name"].split()[0]] and f"| {row['name']} |" in markdown
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["quest budget=0.1"]["kept"] == pytest.approx(0.1, abs=0.01)
+    assert by_name["vanilla"]["kept"] is None and by_name["vanilla"]["prefill_overhead_s"] == 0
+    assert "duoattention" in by_name  # it has no budget
+
+
+@pytest.mark.usefixtures("bench")
+def test_a_prompt_is_computed_once_per_length_and_shared_by_methods_and_batches(tiny, monkeypatch) -> None:
+    lengths, prompt = [], Decoder._prompt
+    monkeypatch.setattr(Decoder, "_prompt", lambda self, ids, take: lengths.append(len(ids)) or prompt(self, ids, take))
+    model = load_bench_model(str(tiny), [torch.device("cpu")], torch.float32)
+    workloads = [Workload(tokens, 3, batch) for batch in (1, 2) for tokens in (20, 30)]
+    sizes = [list(rows) for rows in measure_methods(model, workloads, [], several_methods("snapkv,loki", {}, {}))]
+    assert [[(row.tokens, row.batch) for row in rows] for rows in sizes] == [
+        [(tokens, batch)] * 3 for tokens in (20, 30) for batch in (1, 2)
+    ]
+    assert not [row.error for rows in sizes for row in rows if row.error]
+    # Twice per length, the first time to compile; and loki's calibration, once.
+    assert sorted(lengths) == [20, 20, 30, 30, 1024]
+
+
+def test_the_text_of_a_shared_prompt_is_that_of_a_computed_one(tiny) -> None:
+    """Caches are filled with the same queries, keys and values."""
+    from sparsecache.bench.several_methods import Prompt
+    from sparsecache.engine.generator import Generator
+
+    model = load_bench_model(str(tiny), [torch.device("cpu")], torch.float32)
+    workload = Workload(30, 12, 2)
+    prompt = Prompt(model, 30)
+    for method in ("vanilla", "snapkv", "infinigen"):
+        shared = Generator(model.decoder(method, prompts=prompt.computed), 2).generate(prompt.requests(workload))
+        (first,) = model.engine(method).generate(Workload(30, 12).requests(model.vocab_size))
+        assert [each.token_ids for each in shared] == [first.token_ids] * 2
+
+
+def test_a_method_that_fails_is_a_line_with_its_error(table, tmp_path) -> None:
+    source = """
+from dataclasses import dataclass
+from sparsecache.methods.random import Random
+
+@dataclass
+class Bad(Random):
+    def select(self, q, cache, slots):
+        raise RuntimeError("no selection")
+"""
+    (tmp_path / "bad.py").write_text(source)
+    done, rows = table(f"{tmp_path / 'bad.py'},quest", "--tokens", "20", "--new_tokens", "3")
+    assert done.exit_code == 1
+    assert [row["name"] for row in rows] == ["vanilla", "bad", "quest"]
+    assert "no selection" in rows[1]["error"] and rows[1]["step_s"] is None and rows[2]["step_s"] > 0
+    assert "bad, 20 tokens, batch 1: RuntimeError: 1 of 1 prompts failed: RuntimeError: no selection" in done.stdout
+
+
+def test_a_size_that_does_not_fit_is_an_error_and_other_sizes_are_measured(table, monkeypatch) -> None:
+    init = FullCache.__init__
+
+    def limited(self, config, *arguments, **options) -> None:
+        if config.slots > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        init(self, config, *arguments, **options)
+
+    monkeypatch.setattr(FullCache, "__init__", limited)
+    done, rows = table("quest", "--tokens", "20", "--new_tokens", "3", "--batch", "3,2")
+    assert done.exit_code == 1
+    assert ["memory suffices for 2 of 3" in (row["error"] or "") for row in rows] == [True, True, False, False]
+
+
+def test_baselines_and_values_that_vary_are_lines_too(table) -> None:
+    done, rows = table(
+        "quest", "--tokens", "20", "--new_tokens", "3", "--vary", "budget=3,5", "--baselines", "transformers"
+    )
+    assert done.exit_code == 0, done.output
+    assert [row["name"] for row in rows] == ["vanilla", "quest budget=3", "quest budget=5", "transformers"]
+    assert rows[3]["step_s"] > 0 and rows[3]["vanilla_step_s"] == rows[0]["step_s"] and rows[3]["graph"] is None
+
+
+def test_rows_before_an_interruption_are_saved(table, monkeypatch) -> None:
+    decoder = BenchModel.decoder
+
+    def interrupted(self, method="vanilla", *arguments, **options):
+        if method == "quest":
+            raise KeyboardInterrupt
+        return decoder(self, method, *arguments, **options)
+
+    monkeypatch.setattr(BenchModel, "decoder", interrupted)
+    done, rows = table("quest", "--tokens", "20", "--new_tokens", "3")
+    assert done.exit_code == 130 and [row["name"] for row in rows] == ["vanilla"]
+
+
+def test_the_table_shows_ratios_of_the_measured_times() -> None:
+    row = MethodRow(
+        "own", 8192, 4, step_s=0.004, vanilla_step_s=0.006, roofline_s=0.003, kept=0.05, cache_gpu_bytes=3 * 2**29,
+        cache_host_bytes=0, prefill_overhead_s=0.01, prompt_s=0.2, graph=True,
+    )  # fmt: skip
+    title, _, _, line = methods_table([row]).splitlines()
+    assert title == "8,192 tokens, batch 4 (a prompt: 200 ms)"
+    assert line.split() == ["own", "4.00", "1000.0", "1.50", "75.0", "5.0", "1.50", "0.00", "10.0", "5.0", "yes"]
+    assert methods_table([MethodRow("own", 1, 1, error="why")]).splitlines()[3].split()[1:] == ["-"] * 9 + ["failed"]
+
+
+def test_options_go_to_the_methods_that_have_them() -> None:
+    specs = several_methods("quest,vanilla,quest,infinigen", {"alpha": "inf", "budget": "0.1"}, {})
+    assert specs == [
+        MethodSpec("vanilla"),
+        MethodSpec("quest", {"budget": "0.1"}),
+        MethodSpec("infinigen", {"alpha": "inf", "budget": "0.1"}),
+    ]
+    with pytest.raises(UsageError, match=r"No method of --methods quest has an option 'bugdet'\. Did you mean"):
+        several_methods("quest", {"bugdet": "1"}, {})
+    with pytest.raises(UsageError, match="budget='x' is not a number"):
+        several_methods("quest,h2o", {"budget": "x"}, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("decode --methods quset", "There is no method 'quset'. Did you mean 'quest'?"),
+        ("decode --methods quest,", "There is no method ''"),
+        ("decode --methods all --method quest", "--method has no effect with --methods: leave one of them out."),
+        ("decode --methods all --profile", "--profile has no effect with --methods"),
+        ("replay --methods all --workload w.csv", "--methods has no effect in mode replay"),
+    ],
+)
+def test_bad_arguments_are_refused_with_the_way_out(arguments, problem, bench) -> None:
+    done = bench(*arguments.split())
+    assert done.exit_code == 2 and problem in done.output
+
+
+def test_a_named_shape_of_another_family_has_random_weights(monkeypatch, tmp_path: Path) -> None:
+    """Tied and with biases, and saved as a checkpoint that loads."""
+    from sparsecache.bench.models import SHAPES
+
+    sizes = {"vocab_size": 5000, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 2}
+    monkeypatch.setitem(SHAPES, "small", {**SHAPES["qwen2.5-1.5b"], **sizes})
+    model = load_bench_model("small", [torch.device("cpu")], torch.float32)
+    assert model.config.architectures == ["Qwen2ForCausalLM"] and model.architecture.tied
+    model.save(tmp_path / "saved")
+    again = load_bench_model(str(tmp_path / "saved"), [torch.device("cpu")], torch.float32)
+    requests = Workload(9, 5).requests(model.vocab_size)
+    texts = [[each.token_ids for each in own.engine().generate(requests)] for own in (model, again)]
+    assert texts[0] == texts[1] and len(texts[0][0]) == 5
