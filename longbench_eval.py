@@ -5,8 +5,8 @@ Does not import torch. In one file because the commands share their options.
 
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,10 @@ def _check_html(context: click.Context, option: click.Parameter, file: Path | No
 _REPORT: dict[str, Any] = {"type": _FILE, "metavar": "FILE", "callback": _check_html}
 _HTML = click.option("--html", **_REPORT, help="Also write a report with tables and plots to FILE (.html).")
 _FORMAT = click.option("--format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True)
+_LABELS = click.option(
+    "--label", "labels", multiple=True, metavar="RUN=TEXT", help="Call a run TEXT in tables and plots; repeatable."
+)
+_TITLE = click.option("--title", help="Title, instead of one that names model, data and runs.")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,13 @@ class _Scoring:
 
         options = ScoringOptions(self.edit_backend, self.official_recursion, **more)
         return score_run(find_run(name, self.pred_dir), self.e, options, load_own_tasks(self.tasks))
+
+    def labeled(self, names: Sequence[str], labels: Sequence[str]) -> "list[RunScore]":
+        """Return the scores of runs with their labels (RUN=TEXT)."""
+        from sparsecache.longbench.runs import parse_labels, with_label
+
+        found = parse_labels(labels, names)
+        return [with_label(self.run(name), found.get(name)) for name in names]
 
     def baseline(self, name: str) -> "Baseline":
         """Return a saved baseline, or a run as one."""
@@ -103,6 +114,7 @@ def main() -> None:
 @click.option("--allow_partial", is_flag=True, help="Exit with 0 even if rows are missing or failed.")
 @click.option("--allow_duplicates", is_flag=True, help="Count rows with a repeated _id every time.")
 @click.option("--rouge_score", is_flag=True, help="Also show ROUGE-1/2/L of the package rouge-score.")
+@click.option("--no_write", is_flag=True, help="Write no result.json and summary.json into FOLDERS.")
 @_HTML
 @_FORMAT
 def score(
@@ -112,6 +124,7 @@ def score(
     allow_partial: bool,
     allow_duplicates: bool,
     rouge_score: bool,
+    no_write: bool,
     html: Path | None,
     format: str,
     pred_dir: Path,
@@ -122,9 +135,10 @@ def score(
 ) -> None:
     """Print official scores of FOLDERS (the default command).
 
-    Scores the predictions in FOLDERS, or those of --model and --name. Writes result.json (the official format) and
-    summary.json into each folder and prints a table. Exit code: 0; 1 if a file is incomplete; 2 if predictions
-    cannot be scored.
+    Scores the predictions in FOLDERS, or those of --model and --name, and prints a table. Writes result.json (the
+    official format) and summary.json into each folder, unless --no_write is given.
+
+    Exit code: 0; 1 if a file is incomplete; 2 if predictions cannot be scored.
     """
     with report_usage_errors():
         if (model is None) != (name is None) or (model is None) == (not folders):
@@ -144,8 +158,9 @@ def score(
             results.append(score_run(folder, e, options, load_own_tasks(tasks)))
             if format == "terminal":
                 _print(score_document(results[-1]), format)
-            written = ", ".join(str(path) for path in write_results(results[-1], options))
-            click.echo(escape_control_chars(f"Written: {written}") + "\n", err=format != "terminal")
+            if not no_write:
+                written = ", ".join(str(path) for path in write_results(results[-1], options))
+                click.echo(escape_control_chars(f"Written: {written}") + "\n", err=format != "terminal")
         if format != "terminal":
             _print(merge_documents([score_document(result) for result in results]), format)
         if html is not None:
@@ -158,15 +173,27 @@ def score(
 @main.command(cls=FlexibleCommand)
 @click.argument("runs", nargs=-1)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option("--per_dataset", is_flag=True, help="Also print scores and differences per dataset, and all costs.")
+@_LABELS
+@_TITLE
 @_scoring
 @_HTML
 @_FORMAT
-def compare(runs: tuple[str, ...], seed: int, html: Path | None, format: str, **scoring: Any) -> None:
+def compare(
+    runs: tuple[str, ...],
+    seed: int,
+    per_dataset: bool,
+    labels: tuple[str, ...],
+    title: str | None,
+    html: Path | None,
+    format: str,
+    **scoring: Any,
+) -> None:
     """Compare runs over their common rows.
 
-    Prints scores, differences to the first of RUNS with 95 % intervals, and the speed and memory of each run. Rows
-    are matched by dataset and _id; rows that some run lacks are left out. Exit code: 0, or 2 if runs cannot be
-    compared.
+    Prints a line per run: its score, its difference to the first of RUNS with a 95 % interval, what it kept, its cache
+    memory and its speed. Rows are matched by dataset and _id, or by order in files without _id; rows that some run
+    lacks are left out. Exit code: 0, or 2 if runs cannot be compared.
     """
     with report_usage_errors():
         if len(runs) < 2:
@@ -179,36 +206,44 @@ def compare(runs: tuple[str, ...], seed: int, html: Path | None, format: str, **
 
         if html is not None:
             require_matplotlib()
-        scored = [_Scoring(**scoring).run(name) for name in runs]
+        scored = _Scoring(**scoring).labeled(runs, labels)
         comparison = compared(scored, seed)
-        _print(compare_document(comparison), format)
+        document = compare_document(comparison)
+        document = replace(document, title=title or document.title)
+        _print(document.with_details() if per_dataset else document, format)
         if html is not None:
             from sparsecache.longbench.html import compare_page
             from sparsecache.longbench.paired import common_rows
 
-            _write_page(html, compare_page(comparison, scored, draw_all(common_rows(scored).runs)))
+            _write_page(html, compare_page(comparison, scored, draw_all(common_rows(scored).runs), title or ""))
 
 
 @main.command(cls=FlexibleCommand)
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--kind", type=click.Choice(plot_kinds()), required=True, help="Kind of plot (see below).")
 @click.option("--out", type=_FILE, required=True, help=f"File to write ({', '.join(SUFFIXES)}).")
+@_LABELS
+@_TITLE
 @_scoring
-def plot(runs: tuple[str, ...], kind: str, out: Path, **scoring: Any) -> None:
+def plot(
+    runs: tuple[str, ...], kind: str, out: Path, labels: tuple[str, ...], title: str | None, **scoring: Any
+) -> None:
     """Plot one or more RUNS.
 
     bars: scores by dataset. buckets: scores by length, with --e. frontier: scores against the kept share, a line per
-    method. time: prefill and decode time. Uses the rows that all RUNS have, and prints a caption. Exit code: 0, or 2
-    if the plot cannot be drawn.
+    method and group of options. time: prefill and decode time. Uses the rows that all RUNS have, and prints a caption.
+
+    Exit code: 0, or 2 if the plot cannot be drawn.
     """
     with report_usage_errors():
         check_suffix(out)
         draw = get_plot(kind)
         from sparsecache.longbench.paired import common_rows_notes, common_rows_or_all
 
-        scored = [_Scoring(**scoring).run(name) for name in runs]
+        scored = _Scoring(**scoring).labeled(runs, labels)
         common = common_rows_or_all(scored)
         drawn = draw(common.runs)
+        drawn = replace(drawn, title=title or drawn.title)
         drawn.save(out)
         for line in (drawn.caption, *common_rows_notes(scored, common), f"Written: {out}"):
             print(escape_control_chars(line))

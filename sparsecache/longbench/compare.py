@@ -7,8 +7,10 @@ from typing import Any
 import numpy
 
 from sparsecache.longbench.comparison import ComparedRun, Comparison, Difference, Entry, Group, Kind
+from sparsecache.longbench.costs import CacheCosts, cache_costs
 from sparsecache.longbench.jsonl import get_number
 from sparsecache.longbench.paired import (
+    MIN_ROWS,
     RESAMPLES,
     Floats,
     bootstrap_means,
@@ -17,11 +19,10 @@ from sparsecache.longbench.paired import (
     confidence_interval,
 )
 from sparsecache.longbench.report import MIN_SECONDS, decode_speed
-from sparsecache.longbench.runs import short_names
+from sparsecache.longbench.runs import run_names
 from sparsecache.longbench.score_types import Average, DatasetScore, RowScore, RunScore, as_average
 from sparsecache.longbench.sessions import devices
-
-MIN_ROWS = 20  # with fewer, a bootstrap interval is too narrow
+from sparsecache.longbench.subjects import subject
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def compare(runs: Sequence[RunScore], seed: int = 0, resamples: int = RESAMPLES)
         parts[0].task.name: _pair(parts, seed, resamples)
         for parts in zip(*(run.datasets for run in common.runs), strict=True)
     }
-    names = short_names([run.folder for run in runs])
+    names = run_names(runs)
     compared = tuple(
         ComparedRun(
             name=name,
@@ -56,14 +57,16 @@ def compare(runs: Sequence[RunScore], seed: int = 0, resamples: int = RESAMPLES)
             left_out=left_out,
             kept=run.headline.kept,
             decode=decode_speed(run.run),
+            cache=cache_costs(run),
             devices=devices(run.run),
             record=run.run,
         )
         for run, name, left_out in zip(runs, names, common.left_out, strict=True)
     )
-    groups = tuple(_groups(common.runs, paired, seed, resamples))
+    costs = [run.cache for run in compared]
+    groups = tuple(_groups(common.runs, costs, paired, seed, resamples))
     notes = (*common_rows_notes(runs, common), *_notes(compared, common.runs))
-    return Comparison(compared, groups, notes, runs[0].e, seed, resamples)
+    return Comparison(compared, groups, subject(common.runs), notes, runs[0].e, seed, resamples)
 
 
 def _pair(parts: tuple[DatasetScore, ...], seed: int, resamples: int) -> _PairedDataset:
@@ -73,13 +76,21 @@ def _pair(parts: tuple[DatasetScore, ...], seed: int, resamples: int) -> _Paired
     return _PairedDataset(parts, differences.mean(axis=0), bootstrap_means(differences, stem, seed, resamples))
 
 
-def _groups(runs: Sequence[RunScore], paired: dict[str, _PairedDataset], seed: int, resamples: int) -> Iterator[Group]:
+def _groups(
+    runs: Sequence[RunScore],
+    costs: Sequence[CacheCosts],
+    paired: dict[str, _PairedDataset],
+    seed: int,
+    resamples: int,
+) -> Iterator[Group]:
     for name, pair in paired.items():
         stem = pair.datasets[0].task.file_stem(runs[0].e)
-        yield _group(stem, "dataset", [as_average(part) for part in pair.datasets], {name: 1.0}, paired)
+        yield _group(stem, "dataset", [as_average(part) for part in pair.datasets], costs, {name: 1.0}, paired)
     for pair in paired.values():
         for name, part in _strata(pair, seed, resamples):
-            yield _group(name, "stratum", [as_average(each) for each in part.datasets], {name: 1.0}, {name: part})
+            yield _group(
+                name, "stratum", [as_average(each) for each in part.datasets], costs, {name: 1.0}, {name: part}
+            )
     weights = {name: _weights(runs[0], name) for name in paired}
     kinds: list[tuple[Kind, list[dict[str, Average]]]] = [
         ("category", [run.categories for run in runs]),
@@ -88,7 +99,7 @@ def _groups(runs: Sequence[RunScore], paired: dict[str, _PairedDataset], seed: i
     for kind, means in kinds:
         for name in (name for name, mean in means[0].items() if mean.datasets):
             in_group = {dataset: weight for dataset, by in weights.items() if (weight := by[kind, name])}
-            yield _group(name, kind, [mean[name] for mean in means], in_group, paired)
+            yield _group(name, kind, [mean[name] for mean in means], costs, in_group, paired)
 
 
 def _strata(pair: _PairedDataset, seed: int, resamples: int) -> Iterator[tuple[str, _PairedDataset]]:
@@ -101,7 +112,12 @@ def _strata(pair: _PairedDataset, seed: int, resamples: int) -> Iterator[tuple[s
 
 
 def _group(
-    name: str, kind: Kind, means: Sequence[Average], weights: dict[str, float], paired: dict[str, _PairedDataset]
+    name: str,
+    kind: Kind,
+    means: Sequence[Average],
+    costs: Sequence[CacheCosts],
+    weights: dict[str, float],
+    paired: dict[str, _PairedDataset],
 ) -> Group:
     parts = [paired[dataset] for dataset in weights]
     scores = [mean.score or 0.0 for mean in means]
@@ -110,6 +126,7 @@ def _group(
             score=scores[at],
             stderr=mean.stderr,
             kept=mean.kept,
+            model_share=costs[at].model_share(mean.kept),
             tokens_per_s=_tokens_per_s([part.datasets[at] for part in parts]),
             errors=sum(part.datasets[at].count("error_row") for part in parts),
             best=scores[at] == max(scores),
@@ -133,7 +150,7 @@ def _difference(parts: Sequence[_PairedDataset], weights: Sequence[float], run: 
     ]
     wins, losses = (sum(sign * (other.score - first.score) > 0 for first, other in pairs) for sign in (1, -1))
     means = sum(weight * part.resampled[:, run - 1] for part, weight in zip(parts, weights, strict=True))
-    known = all(len(part.datasets[0].rows) > 1 for part in parts)
+    known = len(pairs) >= MIN_ROWS and all(len(part.datasets[0].rows) > 1 for part in parts)
     return Difference(
         mean=float(sum(w * part.differences[run - 1] for part, w in zip(parts, weights, strict=True))),
         interval=confidence_interval(numpy.asarray(means)) if known else None,
@@ -182,7 +199,10 @@ def _notes(runs: Sequence[ComparedRun], common: Sequence[RunScore]) -> Iterator[
     few = [dataset.task.file_stem(dataset.e) for dataset in common[0].datasets if len(dataset.rows) < MIN_ROWS]
     if few:
         names = "every dataset" if len(few) == len(common[0].datasets) else ", ".join(few)
-        yield f"Fewer than {MIN_ROWS} rows, so the intervals are too narrow: {names}."
+        yield (
+            f"Fewer than {MIN_ROWS} rows: {names}. They have no interval of their own, and intervals of means over "
+            f"them are too narrow."
+        )
 
 
 def _different_prompts(first: RunScore, other: RunScore) -> int:

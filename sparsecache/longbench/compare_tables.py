@@ -1,19 +1,27 @@
-"""Formats a comparison as tables: scores, differences to the first run, speed and memory."""
+"""Formats a comparison as tables: a line per run, and in detail scores and differences per dataset, and costs."""
 
 from collections.abc import Iterator
 
-from sparsecache.longbench.comparison import Comparison, Difference, Group
+from sparsecache.longbench.comparison import ComparedRun, Comparison, Difference, Entry, Group
 from sparsecache.longbench.score_tables import AVERAGE_NAMES, average_label, share
+from sparsecache.longbench.score_types import GROUP_NAMES, MEANS
+from sparsecache.longbench.subjects import against
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, words
 
+_KIB = 2**10
+_SUMMARY = [
+    "run", "score", "difference", "95% interval", "kept", "whole model", "cache KiB/token", "on host", "tokens/s",
+]  # fmt: skip
+_FIXED = 3  # columns that are always shown; others are left out if they are empty
 _DETAILS = ["difference", "95% interval", "wins", "losses", "changed", "kept"]
 
 
 def compare_document(comparison: Comparison) -> Document:
     """Return the tables and notes of a comparison.
 
-    Two runs give one table; more runs give a table of scores and a table of differences per run. A table of costs
-    follows. The flat table has a row per run and dataset, stratum, category or average.
+    The first table has a line per run, over the mean of LongBench; LongBench v2, RULER and own tasks have one each. In
+    detail, two runs give one table of datasets; more runs give a table of scores and one of differences per run. A
+    table of costs follows. The flat table has a row per run and dataset, stratum, category or average.
     """
     names = [run.name for run in comparison.runs]
     header = ["dataset", "n", *names]
@@ -28,12 +36,46 @@ def compare_document(comparison: Comparison) -> Document:
             details = [[_label(group), *_details(group, at)] for group in comparison.groups]
             tables.append(_table(f"{name} against {names[0]}", ["dataset", *_DETAILS], details, comparison))
     return Document(
-        tables=[*tables, _costs(comparison)],
+        tables=list(_summaries(comparison)),
+        details=[*tables, _costs(comparison)],
         records=records("", _records(comparison)),
-        title=f"{', '.join(names[1:])} against {names[0]}",
+        title=f"{comparison.subject}: {against(names)}",
         preamble=[f"Note on {run.name}: {run.note}" for run in comparison.runs if run.note],
-        notes=[*comparison.notes, *_options(comparison), _legend(comparison)],
+        notes=[*comparison.notes, _legend(comparison)],
     )
+
+
+def _summaries(comparison: Comparison) -> Iterator[Table]:
+    """Yield a table with a line per run for each mean that stands for a benchmark."""
+    averages = {group.name: group for group in comparison.groups if group.kind == "average"}
+    found = {group: averages[name] for group, name in MEANS.items() if name in averages}
+    for name, mean in found.items():
+        rows = [_summary(run, entry) for run, entry in zip(comparison.runs, mean.entries, strict=True)]
+        shown = [at for at in range(len(_SUMMARY)) if at < _FIXED or any(row[at].value for row in rows)]
+        title = f"{GROUP_NAMES[name]}: {_extent(mean)}" if len(found) > 1 else ""
+        yield Table(title, [_SUMMARY[at] for at in shown], [[row[at] for at in shown] for row in rows])
+
+
+def _summary(run: ComparedRun, entry: Entry) -> list[Cell]:
+    difference = _difference(entry.difference) if entry.difference else [Cell("-"), Cell("-")]
+    return [
+        words(run.name),
+        number(entry.score, 2, entry.best),
+        *difference,
+        share(entry.kept),
+        share(entry.model_share),
+        number(_kib(run.cache.nbytes), 1),
+        number(_kib(run.cache.host_nbytes), 1),
+        number((run.decode or {}).get("tokens_per_s"), 1),
+    ]
+
+
+def _extent(mean: Group) -> str:
+    return f"mean of {mean.datasets} dataset{'s' * (mean.datasets != 1)}, {mean.n} rows"
+
+
+def _kib(nbytes: float | None) -> float | None:
+    return None if nbytes is None else nbytes / _KIB
 
 
 def _table(title: str, header: list[str], rows: list[list[Cell]], comparison: Comparison) -> Table:
@@ -66,8 +108,8 @@ def _difference(difference: Difference) -> list[Cell]:
     """Return the cells of a difference and its interval, with two decimals below one point."""
     low, high = difference.interval or (None, None)
     digits = 1 if low is None or high is None or high - low >= 1 else 2
-    bounds = "-" if low is None or high is None else f"{signed(low, digits)} to {signed(high, digits)}"
-    return [Cell(signed(difference.mean, digits), difference.mean), words(bounds)]
+    bounds = Cell("-") if low is None or high is None else words(f"{signed(low, digits)} to {signed(high, digits)}")
+    return [Cell(signed(difference.mean, digits), difference.mean), bounds]
 
 
 def signed(value: float, digits: int) -> str:
@@ -77,7 +119,7 @@ def signed(value: float, digits: int) -> str:
 
 
 def _costs(comparison: Comparison) -> Table:
-    header = ["run", "method", "kept", "decode tokens/s", "prefill tokens/s", "peak GPU GiB", "device"]
+    header = ["run", "method", "options", "kept", "decode tokens/s", "prefill tokens/s", "peak GPU GiB", "device"]
     rows = []
     for run in comparison.runs:
         speed = run.decode or {}
@@ -86,6 +128,7 @@ def _costs(comparison: Comparison) -> Table:
             [
                 words(run.name),
                 words(run.method or "-"),
+                words(run.options or "-"),
                 share(run.kept),
                 number(speed.get("tokens_per_s"), 1),
                 number(speed.get("prefill_tokens_per_s"), 1),
@@ -93,17 +136,24 @@ def _costs(comparison: Comparison) -> Table:
                 words(", ".join(run.devices) or "-"),
             ]
         )
-    return Table("speed and memory of each run, over all of its rows", header, rows, "llrrrrl")
-
-
-def _options(comparison: Comparison) -> Iterator[str]:
-    yield from (f"Options of {run.name}: {run.options}." for run in comparison.runs if run.options)
+    return Table("speed and memory of each run, over all of its rows", header, rows, "lllrrrrl")
 
 
 def _legend(comparison: Comparison) -> str:
+    means = [group for group in comparison.groups if group.kind == "average" and group.name in MEANS.values()]
+    extent = f"Score: {_extent(means[0])}. " if len(means) == 1 else ""
+    columns = {
+        "Kept is the share of past tokens that sparse layers attended to": any(run.kept for run in comparison.runs),
+        "whole model is the same over all layers": any(run.cache.layers for run in comparison.runs),
+        "cache KiB/token is what the caches of all layers allocate per token of a sequence": any(
+            run.cache.nbytes for run in comparison.runs
+        ),
+    }
+    shown = "; ".join(text for text, is_shown in columns.items() if is_shown)
     return (
-        f"Differences are to {comparison.runs[0].name}. Intervals are from a paired bootstrap over rows "
-        f"({comparison.resamples:,} resamples, seed {comparison.seed}). Wins, losses and changed count rows."
+        f"{extent}Differences are to {comparison.runs[0].name}. Intervals are from a paired bootstrap over rows "
+        f"({comparison.resamples:,} resamples, seed {comparison.seed}). "
+        f"{f'{shown[:1].upper()}{shown[1:]}. ' if shown else ''}Wins, losses and changed count rows."
     )
 
 
@@ -131,6 +181,10 @@ def _records(comparison: Comparison) -> Iterator[dict[str, Value]]:
                 "changed": difference.changed if difference else None,
                 "errors": entry.errors,
                 "kept": entry.kept,
+                "model_share": entry.model_share,
+                "cache_bytes_per_token": run.cache.nbytes,
+                "host_bytes_per_token": run.cache.host_nbytes,
+                "full_cache_bytes_per_token": run.cache.full_nbytes,
                 "tokens_per_s": entry.tokens_per_s,
                 "run_tokens_per_s": speed.get("tokens_per_s"),
                 "run_peak_gpu_bytes": speed.get("peak_gpu_bytes"),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sparsecache.longbench.costs import CacheCosts
 from sparsecache.longbench.run_record import RunRecord
 
 Kind = Literal["dataset", "stratum", "category", "average"]
@@ -14,7 +15,7 @@ class Difference:
     """The difference of a run to the first run, in one group.
 
     mean: points of the score, unrounded: the mean over rows, averaged over datasets as the group's score is.
-    interval: 95 % bootstrap interval of the mean; None if a dataset has a single row.
+    interval: 95 % bootstrap interval of the mean; None with fewer than MIN_ROWS rows, or if a dataset has a single row.
     wins, losses, ties: rows with a higher, lower or equal score. changed: rows with another text.
     """
 
@@ -31,7 +32,8 @@ class Entry:
     """The result of one run in one group.
 
     score, stderr: the official score and its standard error. best: whether no run scores higher.
-    kept: mean share of past tokens attended to; None without a sparse step.
+    kept: mean share of past tokens attended to in sparse layers; None without a sparse step.
+    model_share: the same over all layers; None if unknown.
     tokens_per_s: decode tokens per second of these rows, from first to last token. In a batch this includes time
         spent on other rows, unlike the speed of a run.
     errors: failed rows, which count 0.0. difference: None for the first run.
@@ -40,6 +42,7 @@ class Entry:
     score: float
     stderr: float | None
     kept: float | None
+    model_share: float | None
     tokens_per_s: float | None
     errors: int
     best: bool
@@ -66,7 +69,7 @@ class ComparedRun:
     """A run as a whole, over all of its rows.
 
     left_out: rows that another run lacks. decode: speed and peak memory (`report.decode_speed`); None if run.json has
-    none. record: run.json.
+    none. cache: what its cache costs. record: run.json.
     """
 
     name: str
@@ -76,6 +79,7 @@ class ComparedRun:
     left_out: int
     kept: float | None
     decode: dict[str, Any] | None
+    cache: CacheCosts
     devices: list[str]
     record: RunRecord
 
@@ -99,11 +103,12 @@ class ComparedRun:
 class Comparison:
     """The comparison of runs over their common rows. Differences are to `runs[0]`.
 
-    notes: sentences that qualify the numbers.
+    subject: the model and the data. notes: sentences that qualify the numbers.
     """
 
     runs: tuple[ComparedRun, ...]
     groups: tuple[Group, ...]
+    subject: str
     notes: tuple[str, ...]
     e: bool
     seed: int

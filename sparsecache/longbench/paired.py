@@ -8,10 +8,12 @@ import numpy
 from numpy.typing import NDArray
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.runs import short_names
+from sparsecache.longbench.row_ids import matched_by_order_notes, with_row_ids
+from sparsecache.longbench.runs import run_names
 from sparsecache.longbench.score_types import DatasetScore, RunScore
 
 RESAMPLES = 10_000
+MIN_ROWS = 20  # fewer rows get no interval, since it would be too narrow
 _MAX_DRAWS = 2**22  # held in memory at once
 
 Floats = NDArray[numpy.float64]
@@ -21,20 +23,23 @@ Floats = NDArray[numpy.float64]
 class CommonRows:
     """Runs reduced to their common rows, in the order of the first run.
 
-    left_out: number of rows left out per run, including rows without an `_id` and of datasets that another run lacks.
+    left_out: number of rows left out per run, including those that cannot be matched and of datasets that another run
+    lacks. matched_by_order: file stems of datasets whose rows have no `_id` in some run (`row_ids`).
     """
 
     runs: list[RunScore]
     left_out: list[int]
+    matched_by_order: Sequence[str] = ()
 
 
 def common_rows(runs: Sequence[RunScore]) -> CommonRows:
-    """Return the rows of every dataset that all runs have, matched by `_id`.
+    """Return the rows of every dataset that all runs have, matched by `_id`, or by order (`row_ids`).
 
     Raises UsageError if there are none, if a file repeats an `_id`, or if rows with the same `_id` have different
     answers.
     """
-    names = short_names([run.folder for run in runs])
+    names = run_names(runs)
+    runs, by_order = with_row_ids(runs)
     tables = [
         {dataset.task.name: _by_id(dataset, name) for dataset in run.datasets}
         for run, name in zip(runs, names, strict=True)
@@ -46,7 +51,8 @@ def common_rows(runs: Sequence[RunScore]) -> CommonRows:
     if not any(ids.values()):
         raise UsageError(
             f"{', '.join(str(run.folder) for run in runs)} have no rows in common. Rows are matched by dataset and "
-            f"`_id`; rows without an `_id` cannot be matched. Predict the same data in every run."
+            f"`_id`; rows without an `_id` by their order, if number of rows, answers and lengths agree. Predict the "
+            f"same data in every run."
         )
     reduced = [
         replace(run, datasets=[_only(dataset, table[dataset.task.name], ids) for dataset in _ordered(run, ids)])
@@ -55,7 +61,7 @@ def common_rows(runs: Sequence[RunScore]) -> CommonRows:
     for other, name in zip(reduced[1:], names[1:], strict=True):
         _check_answers(reduced[0], other, names[0], name)
     left_out = [_rows(before) - _rows(after) for before, after in zip(runs, reduced, strict=True)]
-    return CommonRows(reduced, left_out)
+    return CommonRows(reduced, left_out, by_order)
 
 
 def common_rows_or_all(runs: Sequence[RunScore]) -> CommonRows:
@@ -64,8 +70,9 @@ def common_rows_or_all(runs: Sequence[RunScore]) -> CommonRows:
 
 
 def common_rows_notes(runs: Sequence[RunScore], common: CommonRows) -> Iterator[str]:
-    """Yield notes on the rows that were left out, and on incomplete runs."""
-    names = short_names([run.folder for run in runs])
+    """Yield notes on rows that were matched by order or left out, and on incomplete runs."""
+    names = run_names(runs)
+    yield from matched_by_order_notes(common.matched_by_order)
     left = [
         f"{left_out} of {_rows(run)} rows of {name}"
         for run, name, left_out in zip(runs, names, common.left_out, strict=True)
@@ -96,7 +103,7 @@ def bootstrap_means(values: Floats, name: str, seed: int, resamples: int = RESAM
 
 
 def confidence_interval(means: Floats) -> tuple[float, float]:
-    """Return the 95 % percentile interval of bootstrap means. It is too narrow for few rows."""
+    """Return the 95 % percentile interval of bootstrap means. It is too narrow below MIN_ROWS rows."""
     low, high = numpy.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

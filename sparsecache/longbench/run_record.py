@@ -45,7 +45,10 @@ class CacheRecord:
 
 @dataclass(frozen=True)
 class Session:
-    """One process that worked on a run. seconds: of a session with workers, from first to last row."""
+    """One process that worked on a run.
+
+    data: where its rows came from. seconds: of a session with workers, from first to last row.
+    """
 
     id: str | Count | None = None
     device: str | None = None
@@ -53,6 +56,7 @@ class Session:
     batch_size: Count | None = None
     clock: EngineClock | None = None
     cache: CacheRecord | None = None
+    data: dict[str, Any] | None = None
     workers: list[WorkerRecord] | None = None
     seconds: Amount | None = None
 
@@ -70,6 +74,7 @@ class ModelRecord:
     """What a reader must know of the checkpoint. note: from its table in configs/models.toml."""
 
     note: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,11 @@ class RunRecord:
     def deviations(self, stem: str) -> list[str]:
         """How the prediction of a dataset deviates from its protocol, by file stem."""
         return self.datasets[stem].deviations if stem in self.datasets else []
+
+    @property
+    def cache(self) -> CacheRecord:
+        """The memory of the caches, as the latest session that records it measured it; empty without one."""
+        return next((each.cache for each in reversed(self.sessions) if each.cache is not None), CacheRecord())
 
     @property
     def clocks(self) -> list[EngineClock]:

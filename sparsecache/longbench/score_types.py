@@ -20,6 +20,8 @@ STRATA = ("easy", "hard", "short", "medium", "long")
 """Parts of LongBench v2: two by difficulty and three by length."""
 MEANS = {"longbench": "flat_mean", "longbench_v2": "longbench_v2", OWN: "own_mean"}
 """The name of the mean over the datasets of each group (`Task.group`) in `RunScore.averages`."""
+GROUP_NAMES = {"longbench": "LongBench", "longbench_v2": "LongBench v2", OWN: "own tasks"}
+"""What tables and plots call the groups."""
 
 
 @dataclass(frozen=True)
@@ -148,12 +150,13 @@ class Average:
 
 @dataclass(frozen=True)
 class RunScore:
-    """The scores of one folder of predictions. run: its run.json."""
+    """The scores of one folder of predictions. run: its run.json. label: its name in tables and plots, if given."""
 
     folder: Path
     e: bool
     datasets: list[DatasetScore]
     run: RunRecord = field(default_factory=RunRecord)
+    label: str = ""
 
     @property
     def complete(self) -> bool:

@@ -8,7 +8,7 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.jsonl import get_number
 from sparsecache.longbench.kept import format_percent
 from sparsecache.longbench.paired import common_rows
-from sparsecache.longbench.runs import short_names
+from sparsecache.longbench.runs import run_names
 from sparsecache.longbench.score_types import DatasetScore, RunScore
 from sparsecache.longbench.terminal import escape_control_chars, truncate_middle
 
@@ -59,7 +59,7 @@ def format_rows(rows: Sequence[ShownRow], runs: Sequence[RunScore], max_rows: in
 
     `runs`: the run shown, and the other run for changed rows.
     """
-    names = short_names([run.folder for run in runs])
+    names = run_names(runs)
     order = "worst first" if len(runs) == 1 else f"text differs from {names[1]}, greatest loss first"
     shown = f"; {max_rows} shown" if len(rows) > max_rows else ""
     yield escape_control_chars(f"{runs[0].folder}: {len(rows)} rows, {order}{shown}")

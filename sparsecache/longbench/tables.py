@@ -53,7 +53,8 @@ class Table:
 class Document:
     """The output of a command: formatted tables, the same values as one flat table, and notes.
 
-    records: the flat table, for CSV and JSON. preamble: notes above the tables; notes: those below.
+    details: tables that are shown on request. records: the flat table, for CSV and JSON. preamble: notes above the
+    tables; notes: those below.
     """
 
     tables: Sequence[Table]
@@ -61,6 +62,11 @@ class Document:
     title: str = ""
     preamble: Sequence[str] = ()
     notes: Sequence[str] = ()
+    details: Sequence[Table] = ()
+
+    def with_details(self) -> "Document":
+        """Return the document with its details among the tables."""
+        return replace(self, tables=[*self.tables, *self.details], details=())
 
     @property
     def all_notes(self) -> list[str]:

@@ -123,3 +123,11 @@ def test_real_predictions_of_another_program(evaluate: Evaluate, fixtures_dir: P
     assert json.loads((folder / "result.json").read_text()) == expected["pred/llama2-7b-chat-quest-1024"]
     assert done.returncode == 1
     assert "Warning: every dataset: 10 rows have no _id" in done.stdout
+
+
+def test_no_write_leaves_the_folder_as_it_is(evaluate: Evaluate, tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", "qasper", [row(0)])
+    before = sorted(folder.iterdir())
+    done = evaluate(folder, "--no_write")
+    assert done.returncode == 0 and "qasper" in done.stdout and "Written" not in done.stdout + done.stderr
+    assert sorted(folder.iterdir()) == before

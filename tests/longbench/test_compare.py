@@ -27,6 +27,7 @@ from sparsecache.longbench.run_record import ModelRecord
 from sparsecache.longbench.runs import short_names
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
+from sparsecache.longbench.subjects import subject
 from sparsecache.longbench.tables import render
 
 MakeRun = Callable[..., Path]
@@ -80,7 +81,7 @@ def quantile(values: list[float], share: float) -> float:
 
 def test_intervals_equal_those_of_a_plain_loop(scored: Callable[..., RunScore]) -> None:
     rng = random.Random(0)
-    sizes = {"qasper": 7, "multifieldqa_en": 5, "hotpotqa": 11, "lcc": 4}
+    sizes = {"qasper": 27, "multifieldqa_en": 25, "hotpotqa": 31, "lcc": 24}
     first, second = (scored(name, **{stem: letters(rng, rows) for stem, rows in sizes.items()}) for name in "ab")
     found = compare([first, second], seed=3, resamples=300)
     differences = {
@@ -142,7 +143,7 @@ def test_intervals_cover_the_true_difference_in_95_percent() -> None:
 
 def test_swapping_the_runs_mirrors_the_differences(scored: Callable[..., RunScore]) -> None:
     rng = random.Random(2)
-    runs = [scored(name, qasper=letters(rng, 12), hotpotqa=letters(rng, 9)) for name in "ab"]
+    runs = [scored(name, qasper=letters(rng, 22), hotpotqa=letters(rng, 20)) for name in "ab"]
     there, back = compare(runs), compare(runs[::-1])
     for line in there.groups:
         one, other = difference(there, line.name), difference(back, line.name)
@@ -161,7 +162,7 @@ def test_the_seed_determines_the_intervals(scored: Callable[..., RunScore]) -> N
 
 
 def test_a_run_compared_with_itself_has_no_difference(scored: Callable[..., RunScore]) -> None:
-    run = scored("a", qasper="ynhhy", lcc="nh", trec="yyn")
+    run = scored("a", qasper="ynhhy" * 4, lcc="nh" * 10, trec="yyn" * 7)
     found = compare([run, run])
     assert [one.name for one in found.runs] == ["a (1)", "a (2)"]
     for line in found.groups:
@@ -171,13 +172,25 @@ def test_a_run_compared_with_itself_has_no_difference(scored: Callable[..., RunS
 
 
 def test_one_row_has_no_interval(scored: Callable[..., RunScore]) -> None:
-    found = compare([scored("a", qasper="y", hotpotqa="yn"), scored("b", qasper="n", hotpotqa="yy")])
+    found = compare([scored("a", qasper="y", hotpotqa="yn" * 10), scored("b", qasper="n", hotpotqa="yy" * 10)])
     intervals = {name: difference(found, name).interval is None for name in lines_of(found)}
     assert intervals == {
         "qasper": True, "hotpotqa": False, "single_doc_qa": True, "multi_doc_qa": False,
         "avg_en": True, "avg_all": True, "flat_mean": True,
     }  # fmt: skip
     assert difference(found, "qasper").mean == -100.0
+
+
+def test_fewer_than_twenty_rows_have_no_interval(scored: Callable[..., RunScore]) -> None:
+    sizes = {"qasper": 19, "hotpotqa": 20, "lcc": 2}
+    runs = [
+        scored(name, **{stem: letter * rows for stem, rows in sizes.items()})
+        for name, letter in (("a", "y"), ("b", "h"))
+    ]
+    found = compare(runs)
+    with_interval = [name for name in lines_of(found) if difference(found, name).interval is not None]
+    assert with_interval == ["hotpotqa", "multi_doc_qa", "avg_en", "avg_all", "flat_mean"]
+    assert found.notes[-1].startswith("Fewer than 20 rows: qasper, lcc. They have no interval of their own,")
 
 
 # Rows
@@ -250,8 +263,10 @@ def test_longbench_e_is_compared(scored: Callable[..., RunScore]) -> None:
     [
         ({"qasper": [("7", {})]}, "have no rows in common"),
         ({"hotpotqa": [("1", {})]}, "have no rows in common"),
-        ({"qasper": [("1", {"_id": ...})]}, "rows without an `_id` cannot be matched"),
-        ({"qasper": [("1", {"_id": None})]}, "rows without an `_id` cannot be matched"),
+        ({"qasper": [("1", {"_id": ...})]}, "rows without an `_id` by their order, if number of rows"),
+        ({"qasper": [("1", {"_id": None})]}, "have no rows in common"),
+        ({"qasper": [("1", {"_id": None}), ("2", {"_id": None, "length": 9})]}, "have no rows in common"),
+        ({"qasper": [("1", {"_id": None}), ("2", {"_id": None, "answers": ["no"]})]}, "have no rows in common"),
         ({"qasper": [("1", {"answers": ["no"]})]}, "Row 1 of qasper has different answers in a and b"),
     ],
 )
@@ -260,6 +275,30 @@ def test_incomparable_runs_are_refused(make_run: MakeRun, row: Row, other: Any, 
     runs = [score_run(make_run("a", {"qasper": [row(1), row(2)]})), score_run(make_run("b", rows))]
     with pytest.raises(UsageError, match=message):
         compare(runs)
+
+
+@pytest.mark.parametrize("with_ids", ["a", "b", ""])
+def test_rows_without_ids_are_matched_by_order(make_run: MakeRun, row: Row, with_ids: str) -> None:
+    texts = {"a": ["yes", "no", "yes"], "b": ["yes", "yes", "no"]}
+    runs = [
+        score_run(
+            make_run(
+                name,
+                {
+                    "qasper": [
+                        row(at, text, **({} if name == with_ids else {"_id": ...})) for at, text in enumerate(preds)
+                    ]
+                },
+            )
+        )
+        for name, preds in texts.items()
+    ]
+    found = compare(runs)
+    won = difference(found, "qasper")
+    assert (won.wins, won.losses, won.ties) == (1, 1, 1)
+    assert found.notes[0] == (
+        "Rows without an `_id` were matched by their order, because number of rows, answers and lengths agree: qasper."
+    )
 
 
 def test_repeated_ids_are_refused_even_if_the_scorer_allows_them(make_run: MakeRun, row: Row) -> None:
@@ -293,7 +332,8 @@ def test_notes_qualify_the_numbers(make_run: MakeRun, row: Row) -> None:
         "INCOMPLETE: a, b. Score each run separately to see the missing rows.",
         "1 of these rows failed in b and count 0.0. Predict again to retry them.",
         "b and a had different prompts in 1 of 2 rows.",
-        "Fewer than 20 rows, so the intervals are too narrow: every dataset.",
+        "Fewer than 20 rows: every dataset. They have no interval of their own, and intervals of means over them are "
+        "too narrow.",
     )
     assert [entry.errors for entry in lines_of(found)["qasper"].entries] == [0, 1]
     assert lines_of(found)["qasper"].entries[1].score == 50.0
@@ -315,7 +355,7 @@ def test_speed_comes_from_run_json_and_the_rows(make_run: MakeRun, row: Row) -> 
     assert [run.decode and run.decode["tokens_per_s"] for run in found.runs] == [50.0, 2.5]
     assert [run.devices for run in found.runs] == [["H200"], ["cpu of my-host"]]
     assert [(run.method, run.options) for run in found.runs] == [("vanilla", ""), ("infinigen", "budget=0.2, alpha=4")]
-    assert "\nOptions of b: budget=0.2, alpha=4.\n" in render(compare_document(found), "terminal")
+    assert "budget=0.2, alpha=4" in render(compare_document(found).with_details(), "terminal")
     assert [run.kept for run in found.runs] == [0.5, 0.5]
     assert [entry.tokens_per_s for entry in lines_of(found)["flat_mean"].entries] == [10.0, 10.0]
 
@@ -342,14 +382,65 @@ def test_run_names_are_the_shortest_distinct_ones() -> None:
 # Tables
 
 
-def test_two_runs_give_one_table_and_more_give_one_each(scored: Callable[..., RunScore]) -> None:
+CACHE = {"layers": 10, "full_token_nbytes": 4096, "token_nbytes": 1024.0, "host_token_nbytes": 512.0}
+
+
+def test_the_first_table_has_one_line_per_run(make_run: MakeRun, row: Row) -> None:
+    full = make_run("a", {"qasper": [row(at) for at in range(40)]}, session={"cache": {**CACHE, "token_nbytes": 4096}})
+    rows = [row(at, "yes" if at % 4 else "no", kept=0.1, dense_layers=2) for at in range(40)]
+    sparse = make_run("b", {"qasper": rows}, {"method": "h2o"}, {"cache": CACHE})
+    document = compare_document(compare([score_run(full), score_run(sparse), score_run(full)]))
+    assert document.title == "m on LongBench: b, a (3) against a (1)"
+    (table,) = document.tables
+    assert table.header == [
+        "run", "score", "difference", "95% interval", "kept", "whole model", "cache KiB/token", "on host", "tokens/s"
+    ]  # fmt: skip
+    found = [[cell.text for cell in line] for line in table.rows]
+    assert found[0] == ["a (1)", "100.00", "-", "-", "-", "100.0%", "4.5", "0.5", "50.0"]
+    assert found[1][:3] + found[1][4:] == [
+        "b",
+        "75.00",
+        "-25.0",
+        "10.0%",
+        "28.0%",
+        "1.5",
+        "0.5",
+        "50.0",
+    ]  # (2 + 8 x 0.1) / 10
+    assert found[2][2:4] == ["0.00", "0.00 to 0.00"]
+    text = render(document, "terminal")
+    assert text.count("\nb ") == 1 and "qasper" not in text and "Score: mean of 1 dataset, 40 rows." in text
+    facts = json.loads(render(document, "json"))["rows"][1]
+    assert (facts["cache_bytes_per_token"], facts["full_cache_bytes_per_token"]) == (1536.0, 4096)
+    assert facts["model_share"] == pytest.approx(0.28)
+
+
+def test_each_benchmark_has_a_table_of_its_own(make_run: MakeRun, row: Row) -> None:
+    v2 = [row(at, "The correct answer is (A)", answers=["A"], length="short", difficulty="easy") for at in range(2)]
+    runs = [score_run(make_run(name, {"qasper": [row(0)], "longbench_v2": v2})) for name in "ab"]
+    document = compare_document(compare(runs))
+    assert [table.title for table in document.tables] == [
+        "LongBench: mean of 1 dataset, 1 rows", "LongBench v2: mean of 1 dataset, 2 rows"]  # fmt: skip
+    assert document.title == "m on LongBench and LongBench v2: b against a"
+
+
+def test_titles_name_the_data(make_run: MakeRun, row: Row) -> None:
+    def title(name: str, data: dict[str, Any] | None) -> str:
+        return subject([score_run(make_run(name, {"qasper": [row(0)]}, session={"data": data}))])
+
+    assert title("a", {"source": "sample", "rows": 2}) == "m on synthetic rows"
+    assert title("b", {"source": "folder", "path": "/home/me/my rows"}) == "m on LongBench rows of my rows"
+    assert title("c", {"source": "hub", "path": "/cache/data.zip"}) == title("d", None) == "m on LongBench"
+
+
+def test_in_detail_two_runs_give_one_table_and_more_give_one_each(scored: Callable[..., RunScore]) -> None:
     runs = [scored(name, qasper=text * 10) for name, text in (("a", "yynn"), ("b", "yyny"), ("c", "ynnn"))]
-    two, three = (compare_document(compare(runs[:count])) for count in (2, 3))
-    assert two.tables[0].header == [
+    two, three = (compare_document(compare(runs[:count])).with_details() for count in (2, 3))
+    assert two.tables[1].header == [
         "dataset", "n", "a", "b", "difference", "95% interval", "wins", "losses", "changed", "kept"]  # fmt: skip
-    assert [table.title for table in two.tables] == ["", "speed and memory of each run, over all of its rows"]
-    assert [table.title for table in three.tables][1:3] == ["b against a", "c against a"]
-    line = render(two, "terminal").split("\n")[4]
+    assert [table.title for table in two.tables[1:]] == ["", "speed and memory of each run, over all of its rows"]
+    assert [table.title for table in three.tables][2:4] == ["b against a", "c against a"]
+    line = next(line for line in render(two, "terminal").split("\n") if line.startswith("qasper"))
     assert line.split()[:5] == ["qasper", "40", "50.00", "75.00*", "+25.0"]
     assert line.split()[8:] == ["10", "0", "10", "-"]
     text = render(three, "terminal")
@@ -363,18 +454,18 @@ def test_decimals_of_differences_depend_on_the_interval(make_run: MakeRun, row: 
     close = compare_document(
         compare([score_run(make_run("a", {"qasper": rows})), score_run(make_run("b", {"qasper": worse}))])
     )
-    assert [cell.text for cell in close.tables[0].rows[0]][4:6] == ["-0.5", "-1.5 to 0.0"]
+    assert [cell.text for cell in close.details[0].rows[0]][4:6] == ["-0.5", "-1.5 to 0.0"]
     calm = [row(at, "yes " * 9 + "no" * (at == 0)) for at in range(200)]
     still = [row(at, "yes " * 9) for at in range(200)]
     narrow = compare_document(
         compare([score_run(make_run("c", {"qasper": still})), score_run(make_run("d", {"qasper": calm}))])
     )
-    text = [cell.text for cell in narrow.tables[0].rows[0]]
+    text = [cell.text for cell in narrow.details[0].rows[0]]
     assert text[4:6] == ["-0.01", "-0.03 to 0.00"]
 
 
 def test_the_flat_table_holds_unrounded_numbers(scored: Callable[..., RunScore]) -> None:
-    found = compare([scored("a", qasper="yyn", trec="yn"), scored("b", qasper="yhn", trec="yy")])
+    found = compare([scored("a", qasper="yyn" * 7, trec="yn"), scored("b", qasper="yhn" * 7, trec="yy")])
     document = compare_document(found)
     rows = json.loads(render(document, "json"))["rows"]
     assert len(rows) == 2 * len(found.groups)
@@ -386,7 +477,7 @@ def test_the_flat_table_holds_unrounded_numbers(scored: Callable[..., RunScore])
             assert {said[key] for key in ("difference", "low", "high", "wins", "changed")} == {None}
         else:
             assert (said["difference"], [said["low"], said["high"]]) == (
-                entry.difference.mean, list(entry.difference.interval or ()))  # fmt: skip
+                entry.difference.mean, list(entry.difference.interval or (None, None)))  # fmt: skip
             assert said["wins"] + said["losses"] + said["ties"] == line.n
     read = list(csv.DictReader(io.StringIO(render(document, "csv"))))
     assert [float(line["score"]) for line in read] == [line["score"] for line in rows]

@@ -4,7 +4,9 @@ In one file because every kind of plot is tested with the same runs.
 """
 
 import itertools
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,7 +20,7 @@ from sparsecache.longbench.compare import compare
 from sparsecache.longbench.html import parts
 from sparsecache.longbench.paired import common_rows_or_all
 from sparsecache.longbench.plots import draw_all, get_plot, plot_kinds
-from sparsecache.longbench.plots._axes import MAX_RUNS, error_bar, shorten
+from sparsecache.longbench.plots._axes import MAX_RUNS, shorten
 from sparsecache.longbench.plots._figure import REFERENCE, SERIES, Plot, line_style
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
@@ -48,7 +50,7 @@ def sweep(scored: Callable[..., RunScore]) -> list[RunScore]:
     """Return runs of three datasets: the full cache, and two methods with several kept shares."""
     scores = {"vanilla": ("yyyh", None), "h2o-2": ("nnhy", 0.2), "h2o-1": ("nnny", 0.1), "quest-1": ("hhyy", 0.015)}
     return [
-        scored(name, name.partition("-")[0], kept, qasper=letters, hotpotqa=letters[::-1], trec="ynyn")
+        scored(name, name.partition("-")[0], kept, qasper=letters * 5, hotpotqa=letters[::-1] * 5, trec="ynyn")
         for name, (letters, kept) in scores.items()
     ]
 
@@ -103,7 +105,7 @@ def test_bars_show_the_scores_and_intervals_of_the_comparison(sweep: list[RunSco
     for at, (group, interval) in enumerate(zip(groups, error_bar_ends(axis, 0), strict=True)):
         scores = [line.entries[at].score for line in lines]
         assert list(group.datavalues) == scores
-        reach = [1.96 * (line.entries[at].stderr or 0) for line in lines]
+        reach = [1.96 * (line.entries[at].stderr or 0) * (line.n >= 20) for line in lines]
         ends = [(max(s - r, 0), min(s + r, 100)) for s, r in zip(scores, reach, strict=True)]
         assert numpy.allclose(interval, ends)
     assert labels(axis) == [line.name for line in lines[:-1]] + ["mean"]
@@ -128,33 +130,90 @@ def test_the_frontier_has_a_line_per_method(sweep: list[RunScore]) -> None:
     full, *sparse = [(entry.kept, entry.score) for entry in mean.entries]
     plot = draw("frontier", *sweep)
     (axis,) = plot.figure.axes
-    band, (line, *lines) = axis.patches[0], axis.lines
+    line, *lines = (line for line in axis.lines if len(line.get_xdata()))
     assert list(line.get_ydata()) == [full[1]] * 2
-    below, above = error_bar(full[1], mean.entries[0].stderr)
-    assert numpy.isclose([band.get_y(), band.get_height()], [full[1] - below, below + above]).all()
     points = [list(map(tuple, each.get_xydata())) for each in lines]
     assert points == [[sparse[1], sparse[0]], [sparse[2]]]  # from the smallest share on
-    assert legend(plot) == ["vanilla, 95% interval", "h2o", "quest"]
+    assert legend(plot) == ["vanilla (full cache)", "h2o", "quest"]
     assert axis.get_xscale() == "log"
     low, high = axis.get_xlim()
     assert low < 0.015 and high > 0.2 and [text.get_text() for text in axis.get_xticklabels()] == [
         "2%", "5%", "10%", "20%"]  # fmt: skip
     assert plot.caption == (
-        "Mean score of 3 datasets (12 rows) against the share of past tokens attended to. The band is the 95% interval "
-        "of the score of vanilla."
+        "Mean score of 3 datasets (44 rows) against the share of past tokens attended to. Error bars are 95% intervals "
+        "of the paired difference to vanilla."
     )
     drawn_low, drawn_high = axis.get_ylim()
     assert all(drawn_low < y < drawn_high for y in [full[1], *(score for _, score in sparse)])
 
 
-def test_the_band_shows_vanilla_and_the_caption_names_other_full_caches(scored: Callable[..., RunScore]) -> None:
+def test_error_bars_are_the_paired_intervals_of_the_comparison(sweep: list[RunScore]) -> None:
+    mean = next(line for line in compare(sweep).groups if line.name == "flat_mean")
+    (axis,) = draw("frontier", *sweep).figure.axes
+    full = mean.entries[0].score
+    expected = sorted(
+        tuple(entry.score + end - entry.difference.mean for end in entry.difference.interval)
+        for entry in mean.entries[1:]
+    )
+    found = sorted(tuple(ends) for bars in error_bar_ends(axis, 1) for ends in bars)
+    assert numpy.allclose(found, expected) and full < 100
+    few = [replace(run, datasets=run.datasets[-1:]) for run in sweep]  # 4 rows
+    plot = draw("frontier", *few)
+    assert not error_bar_ends(plot.figure.axes[0], 1) and "Error bars" not in plot.caption
+
+
+def with_options(run: RunScore, **options: Any) -> RunScore:
+    return replace(run, run=replace(run.run, identity=replace(run.run.identity, options=options)))
+
+
+def test_each_group_of_options_has_a_line(scored: Callable[..., RunScore]) -> None:
+    runs = [scored("full", qasper="yn")]
+    for name, kept, options in (
+        ("a", 0.1, {"budget": 64, "alpha": 4}), ("b", 0.2, {"budget": 0.2, "alpha": 4}),
+        ("c", 0.3, {"budget": 64, "alpha": math.inf}), ("d", 0.4, {"budget": 64, "alpha": math.inf, "sinks": 4}),
+    ):  # fmt: skip
+        runs.append(with_options(scored(name, "infinigen", kept, qasper="yy"), **options))
+    for name, kept, page in (("e", 0.1, 16), ("f", 0.3, 32)):
+        runs.append(with_options(scored(name, "quest", kept, qasper="yy"), budget=9, page=page))
+    runs.append(replace(scored("g", "snapkv", 0.3, qasper="yy"), label="my point"))
+    plot = draw("frontier", *runs)
+    assert legend(plot) == [
+        "full (full cache)", "infinigen alpha=4", "infinigen alpha=inf", "infinigen alpha=inf sinks=4",
+        "quest", "snapkv"
+    ]  # fmt: skip
+    (axis,) = plot.figure.axes
+    assert [text.get_text() for text in axis.texts] == ["64", "20%", "64", "64", "page=16", "page=32", "my point"]
+    styles = [(line.get_color(), line.get_marker(), str(line.get_linestyle())) for line in axis.lines[1:]]
+    assert len({color for color, *_ in styles}) == 3  # a color per method
+    assert (
+        len(
+            {
+                (line.get_color(), line.get_dashes() if hasattr(line, "get_dashes") else str(line._dash_pattern))
+                for line in axis.lines[1:]
+            }
+        )
+        == 5
+    )
+
+
+def test_a_study_of_many_methods_has_a_legend_beside_the_plot(scored: Callable[..., RunScore]) -> None:
+    methods = [f"method{number}" for number in range(25)]
+    runs = [scored(f"{method}-{kept}", method, kept, qasper="yn") for method in methods for kept in (0.1, 0.2)]
+    plot = draw("frontier", scored("full", qasper="yy"), *runs)
+    assert legend(plot) == ["full (full cache)", *methods]
+    assert tuple(plot.figure.get_size_inches()) > (6, 3)
+    looks = {(line.get_color(), line.get_marker()) for line in plot.figure.axes[0].lines[1:]}
+    assert len(looks) == 25 and not plot.figure.axes[0].texts
+
+
+def test_the_line_shows_vanilla_and_the_caption_names_other_full_caches(scored: Callable[..., RunScore]) -> None:
     runs = [
         scored("other", "transformers", qasper="yn"),
         scored("full", qasper="yy"),
         scored("s", "h2o", 0.3, qasper="yh"),
     ]
     plot = draw("frontier", *runs)
-    assert legend(plot) == ["full, 95% interval", "h2o"]
+    assert legend(plot) == ["full (full cache)", "h2o"]
     assert plot.caption.endswith("Not shown, because they report no kept share: other.")
 
 
@@ -182,11 +241,11 @@ def test_buckets_show_means_over_datasets(scored_by_length: Callable[..., RunSco
 
 
 def test_bucket_intervals_are_those_of_a_mean_of_means(scored_by_length: Callable[..., RunScore]) -> None:
-    letters = {"qasper": "ynyy", "hotpotqa": "nnyh"}
+    letters = {"qasper": "ynyy" * 3, "hotpotqa": "nnyh" * 3}
     run = scored_by_length("one", **{name: [(letter, 10) for letter in text] for name, text in letters.items()})
     (axis,) = draw("buckets", run).figure.axes
     values = [[{"y": 1, "n": 0, "h": 2 / 3}[letter] for letter in text] for text in letters.values()]
-    errors = [100 * numpy.std(each, ddof=1) / 2 for each in values]
+    errors = [100 * numpy.std(each, ddof=1) / 12**0.5 for each in values]
     reach = 1.96 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2
     (ends,) = error_bar_ends(axis, 1)
     assert numpy.allclose(ends[0], [max(58.33 - reach, 0), min(58.33 + reach, 100)], atol=0.01)
@@ -219,10 +278,11 @@ def test_times_are_summed_over_sessions(make_run: MakeRun, row: Row) -> None:
 
 def test_draw_all_returns_every_possible_plot(sweep: list[RunScore], scored_by_length: Callable[..., RunScore]) -> None:
     assert plot_kinds() == ["bars", "buckets", "frontier", "time"]
-    titles = ["Scores by dataset", "Score against kept share", "Prefill and decode time"]
+    kinds = ["Scores by dataset", "Score against kept share", "Prefill and decode time"]
+    titles = [f"{kind}: m on LongBench" for kind in kinds]
     assert [plot.title for plot in draw_all(common_rows_or_all(sweep).runs)] == titles
     alone = draw_all([scored_by_length("e", qasper=[("y", 10)])])
-    assert [plot.title for plot in alone] == ["Scores by dataset", "Scores by length", "Prefill and decode time"]
+    assert [plot.title.partition(":")[0] for plot in alone] == [kinds[0], "Scores by length", kinds[2]]
 
 
 # Refused plots
@@ -286,7 +346,7 @@ def test_names_are_plain_text(scored: Callable[..., RunScore], name: str) -> Non
         plot = draw(kind, one, two)
         svg = ElementTree.fromstring(plot.svg())
         texts = ["".join(each.itertext()) for each in svg.iter("{http://www.w3.org/2000/svg}text")]
-        assert shorten(name, 24 if kind != "bars" else 44) in texts
+        assert shorten(name, {"bars": 44, "frontier": 40, "time": 24}[kind]) in texts
         assert shorten(name) in plot.caption or kind != "bars"
 
 

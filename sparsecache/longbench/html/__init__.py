@@ -17,29 +17,32 @@ from sparsecache.longbench.html.parts import (
     row_list,
     run_records,
     section,
+    table,
 )
-from sparsecache.longbench.runs import short_names
+from sparsecache.longbench.runs import run_names
 from sparsecache.longbench.score_tables import score_document
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.show import changed_rows, worst_rows
+from sparsecache.longbench.subjects import subject
 
 if TYPE_CHECKING:
     from sparsecache.longbench.plots._figure import Plot
 
 
-def compare_page(comparison: Comparison, runs: Sequence[RunScore], plots: Sequence["Plot"]) -> str:
-    """Return the page of a comparison, with plots of its runs.
+def compare_page(comparison: Comparison, runs: Sequence[RunScore], plots: Sequence["Plot"], title: str = "") -> str:
+    """Return the page of a comparison: plots, a line per run, and the rest folded.
 
-    `runs` are in the comparison's order.
+    `runs` are in the comparison's order. title: instead of one that names model, data and runs.
     """
     first, *others = [run.name for run in comparison.runs]
     content = compare_document(comparison)
     changed = [(name, changed_rows(run, runs[0])) for name, run in zip(others, runs[1:], strict=True)]
     return page(
-        content.title,
-        f"{len(runs)} runs of {_benchmark(comparison.e)}, compared row by row over their common rows.",
-        document(content),
+        title or content.title,
+        f"{comparison.subject}: {len(runs)} runs, compared row by row over their common rows.",
         *([section("Plots", figures(plots, "plot"))] if plots else []),
+        section("One line per run", document(content)),
+        section("Details", details("Per dataset, and costs", *(table(each) for each in content.details))),
         section(
             "Rows whose text changed, greatest loss first",
             *(
@@ -53,19 +56,20 @@ def compare_page(comparison: Comparison, runs: Sequence[RunScore], plots: Sequen
 
 def score_page(runs: Sequence[RunScore], plots: Sequence[Sequence["Plot"]]) -> str:
     """Return the page of one or more independent runs, with the plots of each."""
-    names = short_names([run.folder for run in runs])
+    names = run_names(runs)
+    subjects = [subject([run]) for run in runs]
     parts = [
         section(
-            name,
-            document(score_document(run)),
+            f"{name}: {about}" if len(set(subjects)) > 1 else name,
             figures(of_run, f"plot-{number}"),
+            document(score_document(run)),
             details("Rows with the lowest scores", row_list(worst_rows(run), name)),
         )
-        for number, (name, run, of_run) in enumerate(zip(names, runs, plots, strict=True), 1)
+        for number, (name, about, run, of_run) in enumerate(zip(names, subjects, runs, plots, strict=True), 1)
     ]
     return page(
-        f"Scores of {', '.join(names)}",
-        f"Official scores of {_benchmark(runs[0].e)}, in percent.",
+        f"{subject(runs)}: scores of {', '.join(names)}",
+        "Official scores, in percent.",
         *parts,
         run_records((name, run.run.json) for name, run in zip(names, runs, strict=True)),
     )
@@ -82,7 +86,3 @@ def gate_page(run: Baseline, baseline: Baseline, verdict: Verdict) -> str:
         definitions(("passed" if check.passed else "FAILED", check.text) for check in checks),
         run_records((f"{side.name} ({side.method})", side.identity) for side in (run, baseline)),
     )
-
-
-def _benchmark(e: bool) -> str:
-    return "LongBench-E" if e else "LongBench"

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.runs import short_names
+from sparsecache.longbench.paired import MIN_ROWS
+from sparsecache.longbench.runs import run_names
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.terminal import escape_control_chars
 
@@ -21,7 +22,7 @@ def run_labels(runs: Sequence[RunScore], max_runs: int | None = None) -> list[st
             f"{len(runs)} runs are too many for this plot; it shows at most {max_runs}. Name fewer runs, or use "
             f"--kind frontier, which shows any number."
         )
-    return [shorten(name) for name in short_names([run.folder for run in runs])]
+    return [shorten(name) for name in run_names(runs)]
 
 
 def shorten(text: str, max_chars: int = 44) -> str:
@@ -35,20 +36,29 @@ def shorten(text: str, max_chars: int = 44) -> str:
 def legend_above(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
     """Add a legend above the axes, in as many columns as fit."""
     columns = max(1, min(len(names), _LEGEND_CHARS // (max(map(len, names)) + _HANDLE_CHARS)))
+    _legend(figure, handles, names, "outside upper left", columns)
+
+
+def legend_beside(figure: Any, handles: Sequence[Any], names: Sequence[str], rows: int) -> None:
+    """Add a legend to the right of the axes, with `rows` names per column."""
+    _legend(figure, handles, names, "outside right upper", math.ceil(len(names) / rows))
+
+
+def _legend(figure: Any, handles: Sequence[Any], names: Sequence[str], place: str, columns: int) -> None:
     legend = figure.legend(
-        handles, [""] * len(names), loc="outside upper left", ncols=columns, columnspacing=1.2, handlelength=2.2
-    )
+        handles, [""] * len(names), loc=place, ncols=columns, columnspacing=1.2, handlelength=2.2
+    )  # fmt: skip
     # Set afterwards: legend() leaves out labels that begin with an underscore.
     for label, name in zip(legend.get_texts(), names, strict=True):
         label.set_text(name)
 
 
-def error_bar(score: float, stderr: float | None) -> tuple[float, float]:
+def error_bar(score: float, stderr: float | None, rows: int) -> tuple[float, float]:
     """Return the lengths of the 95 % interval below and above a score, clipped to 0 and 100 %.
 
-    Both are 0 if the standard error is unknown.
+    Both are 0 if the standard error is unknown, and for fewer than MIN_ROWS rows.
     """
-    error = 1.96 * (stderr or 0.0)
+    error = 1.96 * (stderr or 0.0) if rows >= MIN_ROWS else 0.0
     return min(error, score), min(error, 100 - score)
 
 
@@ -59,11 +69,14 @@ def label_y_axis(axis: Any, positions: Sequence[float], names: Sequence[str], st
     axis.set_ylim(end, start)
 
 
-def set_score_axis(axis: Any) -> None:
-    """Limit a vertical axis of scores to the data plus a margin, within 0 to 100."""
-    low, high = axis.get_ylim()
-    margin = max(0.15 * (high - low), 5 - (high - low) / 2)
-    low, high = max(low - margin, -4), min(high + margin, 104)
+def set_score_axis(axis: Any, scores: Iterable[float]) -> None:
+    """Limit a vertical axis to these scores plus a small margin. It spans at least two points."""
+    scores = list(scores)
+    low, high = min(scores), max(scores)
+    margin = max(0.05 * (high - low), 1 - (high - low) / 2)
+    low, high = low - margin, high + margin
+    if low < 0 or high > 100:  # nothing is there: leave room for the markers alone
+        low, high = max(low, -0.02 * (high - low)), min(high, 100 + 0.02 * (high - low))
     axis.set_ylim(low, high)
     axis.set_yticks([tick for tick in axis.get_yticks() if max(low, 0) <= tick <= min(high, 100)])
     axis.grid(axis="y")

@@ -5,6 +5,7 @@ The only module that imports matplotlib. Importing it raises UsageError if matpl
 
 import functools
 import io
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,13 +28,15 @@ except ImportError as error:
     ) from error
 
 COLUMN = 3.3  # inches: column width of a two-column paper
+PAGE = 7.0  # inches: width of both columns
+_TITLE_CHARS = 17  # that fit into an inch
 
 # Any two of SERIES and REFERENCE are distinct under protanopia, deuteranopia and tritanopia, and have a contrast of
 # 3:1 with white. report.css replaces them on its dark page.
 INK, MUTED, RULE = "#1a1a1a", "#595959", "#d0d0d0"
 REFERENCE = "#767676"
 SERIES = ("#0077bb", "#d55e00", "#aa4499", "#332288", "#7a1f3d", "#5a3b00")
-_MARKERS = "osD^vP"
+_MARKERS = "osD^vPX<>ph"  # eleven, so that 66 methods differ in color or marker
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 
 _CJK_FONTS = (
@@ -88,13 +91,20 @@ class Plot:
     figure: Figure
 
     def save(self, path: Path) -> None:
-        """Write a file in the format of its suffix.
+        """Write a file in the format of its suffix, with the title above the plot.
 
         Only PNG has a background; the bytes are reproducible.
 
         Raises UsageError for a suffix that is not in SUFFIXES, and if the file cannot be written.
         """
-        write_atomically(path, self._bytes(check_suffix(path)))
+        suffix = check_suffix(path)
+        width, height = self.figure.get_size_inches()
+        lines = textwrap.wrap(self.title, int(width * _TITLE_CHARS))
+        with _style():
+            self.figure.set_size_inches(width, height + 0.15 * len(lines))
+            self.figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=8)
+        write_atomically(path, self._bytes(suffix))
+        self.figure.set_size_inches(width, height)
 
     def svg(self) -> bytes:
         """Return the plot as SVG, with text as text elements instead of outlines."""
@@ -107,9 +117,9 @@ class Plot:
         return out.getvalue()
 
 
-def new_figure(height: float, columns: int = 1, **layout: Any) -> tuple[Figure, Any]:
-    """Return a figure one column wide and `height` inches high, and its axes."""
-    figure = Figure(figsize=(COLUMN, height))
+def new_figure(height: float, columns: int = 1, width: float = COLUMN, **layout: Any) -> tuple[Figure, Any]:
+    """Return a figure of this size in inches, and its axes."""
+    figure = Figure(figsize=(width, height))
     return figure, figure.subplots(1, columns, **layout)
 
 
@@ -118,15 +128,16 @@ def run_colors(runs: int) -> list[str]:
     return [SERIES[0]] if runs == 1 else [REFERENCE, *SERIES][:runs]
 
 
-def line_style(number: int) -> dict[str, Any]:
-    """Return the color, marker and dashes of series `number`.
+def line_style(number: int, group: int = 0) -> dict[str, Any]:
+    """Return the color, marker and dashes of series `number`; another `group` of the series has other dashes.
 
-    The first twelve differ also in grayscale.
+    The first twelve series differ also in grayscale.
     """
     return {
         "color": SERIES[number % len(SERIES)],
         "marker": _MARKERS[number % len(_MARKERS)],
-        "linestyle": _DASHES[(number + number // len(SERIES)) % len(_DASHES)],
+        "linestyle": _DASHES[(number // len(_MARKERS) + group) % len(_DASHES)],
+        "markerfacecolor": "white" if group % 2 else SERIES[number % len(SERIES)],
     }
 
 

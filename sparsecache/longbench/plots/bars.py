@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sparsecache.errors import UsageError
+from sparsecache.longbench.paired import MIN_ROWS
 from sparsecache.longbench.plots._axes import MAX_RUNS, error_bar, label_y_axis, legend_above, run_labels
 from sparsecache.longbench.plots._figure import INK, MUTED, Plot, new_figure, run_colors, with_style
 from sparsecache.longbench.score_types import Average, RunScore, as_average
+from sparsecache.longbench.subjects import subject
 from sparsecache.longbench.tasks import OWN
 
 _GROUP_HEIGHT, _MIN_BAR, _GAP, _HEADING = 0.17, 0.055, 0.07, 0.16  # inches
@@ -35,7 +37,10 @@ def draw(runs: Sequence[RunScore]) -> Plot:
     for at, color in enumerate(run_colors(len(runs))):
         positions = [start + (at + 0.5) * bar for start in starts]
         scores = [group.means[at].score or 0.0 for group in groups]
-        errors = [error_bar(score, group.means[at].stderr) for score, group in zip(scores, groups, strict=True)]
+        errors = [
+            error_bar(score, group.means[at].stderr, group.means[at].n)
+            for score, group in zip(scores, groups, strict=True)
+        ]
         handles.append(axis.barh(positions, scores, 0.86 * bar, color=color))
         axis.errorbar(
             scores,
@@ -55,8 +60,11 @@ def draw(runs: Sequence[RunScore]) -> Plot:
     axis.set_xlabel("score")
     if len(runs) > 1:
         legend_above(figure, handles, names)
-    caption = f"Score by dataset of {', '.join(names)}; lines are 95% intervals (1.96 standard errors)."
-    return Plot("Scores by dataset", caption, figure)
+    caption = (
+        f"Score by dataset of {', '.join(names)}; lines are 95% intervals (1.96 standard errors), where there are "
+        f"{MIN_ROWS} rows or more."
+    )
+    return Plot(f"Scores by dataset: {subject(runs)}", caption, figure)
 
 
 def _groups(runs: Sequence[RunScore]) -> Iterator[_Group]:

@@ -7,6 +7,7 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.plots._axes import MAX_RUNS, error_bar, legend_above, run_labels
 from sparsecache.longbench.plots._figure import Plot, line_style, new_figure, run_colors, with_style
 from sparsecache.longbench.score_types import BUCKETS, RunScore
+from sparsecache.longbench.subjects import subject
 
 _OFFSET = 0.06  # between two runs, as a share of the distance between two buckets; keeps their error bars apart
 
@@ -29,9 +30,9 @@ def draw(runs: Sequence[RunScore]) -> Plot:
                 f"No row of {run.folder} has a length, so its length buckets are empty. Use another --kind."
             )
         positions = [at + _OFFSET * (number - (len(runs) - 1) / 2) for at, *_ in means]
-        scores = [score for _, score, _ in means]
-        errors = list(zip(*(error_bar(score, stderr) for _, score, stderr in means), strict=True))
-        style = line_style(number) | {"color": color}
+        scores = [score for _, score, *_ in means]
+        errors = list(zip(*(error_bar(score, stderr, rows) for _, score, stderr, rows in means), strict=True))
+        style = line_style(number) | {"color": color, "markerfacecolor": color}
         handles.append(axis.errorbar(positions, scores, yerr=errors, elinewidth=0.6, clip_on=False, **style))
     axis.set_xticks(range(len(BUCKETS)), BUCKETS)
     axis.set_xlim(-0.5, len(BUCKETS) - 0.5)
@@ -42,14 +43,14 @@ def draw(runs: Sequence[RunScore]) -> Plot:
     if len(runs) > 1:
         legend_above(figure, handles, names)
     caption = f"Mean score by length of {', '.join(names)}, over the datasets with rows of that length; 95% intervals."
-    return Plot("Scores by length", caption, figure)
+    return Plot(f"Scores by length: {subject(runs)}", caption, figure)
 
 
-def bucket_mean(run: RunScore, name: str) -> tuple[float, float | None] | None:
-    """Return the mean over datasets in one bucket and its standard error; None if empty."""
+def bucket_mean(run: RunScore, name: str) -> tuple[float, float | None, int] | None:
+    """Return the mean over datasets in one bucket, its standard error and its rows; None if empty."""
     parts = [part for dataset in run.datasets if (part := dataset.buckets[name]).n]
     if not parts:
         return None
     errors = [part.stderr for part in parts if part.stderr is not None]
     stderr = math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None
-    return sum(part.score or 0.0 for part in parts) / len(parts), stderr
+    return sum(part.score or 0.0 for part in parts) / len(parts), stderr, sum(part.n for part in parts)

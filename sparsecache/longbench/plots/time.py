@@ -7,6 +7,7 @@ from sparsecache.longbench.plots._axes import label_y_axis, legend_above, run_la
 from sparsecache.longbench.plots._figure import REFERENCE, SERIES, Plot, new_figure, with_style
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.sessions import clock
+from sparsecache.longbench.subjects import subject
 
 _UNITS = ((7200, 3600, "hours"), (300, 60, "minutes"), (0, 1, "seconds"))  # from so many seconds on
 
@@ -41,7 +42,7 @@ def draw(runs: Sequence[RunScore]) -> Plot:
     caption = (
         "Time of prefill and decode over all rows per run, and mean time per decoded token (measured by the engine)."
     )
-    return Plot("Prefill and decode time", caption, figure)
+    return Plot(f"Prefill and decode time: {subject(runs)}", caption, figure)
 
 
 def _three_digits(value: float) -> str:
