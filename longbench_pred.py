@@ -14,8 +14,8 @@ from sparsecache.versions import check_versions
 
 _HELP = {
     "model": "Name of a table in configs/models.toml, a checkpoint folder, or a hub id.",
-    "datasets": "Comma list of datasets (longbench_v2 too), or: all, en, zh, a category, own (the tasks of --tasks). "
-    "The default is all, with --tasks own.",
+    "datasets": "Comma list of datasets (longbench_v2 too), or: all, en, zh, a category, ruler or one of its "
+    "tasks (vt, cwe, ...), own (the tasks of --tasks). The default is all, with --tasks own.",
     "tasks": "File of own tasks, in the form of configs/datasets.toml.",
     "max_new_tokens": "Most new tokens of each answer, in place of the dataset's own; recorded as a deviation.",
     "method": "Cache method (a file of sparsecache/methods).",
@@ -81,6 +81,36 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
     help="Prompt length of --data sample, estimated: 4 characters a token.",
 )
 @option(Settings, "sample_seed", type=click.IntRange(-LARGEST, LARGEST), help="Seed of --data sample.")
+@option(
+    Settings,
+    "ruler_length",
+    metavar="N[,N...]",
+    help="Tokens of prompt and answer of RULER's tasks, by the checkpoint's tokenizer; several are separate datasets.",
+)
+@option(Settings, "ruler_rows", type=_COUNT, help="Rows per task and length of RULER; 500 are published.")
+@option(Settings, "ruler_seed", type=click.IntRange(-LARGEST, LARGEST), help="Seed of RULER's rows.")
+@option(
+    Settings,
+    "ruler_essays",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Essays as .txt files, for niah_single_2, niah_single_3, niah_multikey_1, niah_multivalue and "
+    "niah_multiquery.",
+)
+@option(
+    Settings,
+    "ruler_squad",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="SQuAD's dev-v2.0.json, for qa_1.",
+)
+@option(
+    Settings,
+    "ruler_hotpotqa",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="HotpotQA's hotpot_dev_distractor_v1.json, for qa_2.",
+)
 @click.option("--offline", is_flag=True, help="Never touch the network: caches and local files only.")
 @option(Settings, "max_samples", type=_COUNT, help="Only the first rows of each dataset.")
 @option(Settings, "max_new_tokens", type=_COUNT, help=_HELP["max_new_tokens"])

@@ -37,6 +37,12 @@ _RUN_ONLY = {
     "name",
     "e",
     "data",
+    "ruler_length",
+    "ruler_rows",
+    "ruler_seed",
+    "ruler_essays",
+    "ruler_squad",
+    "ruler_hotpotqa",
     "max_samples",
     "overwrite",
     "pred_dir",
@@ -161,7 +167,7 @@ class Evaluation:
 
     @property
     def mean(self) -> float | None:
-        """Return the mean score of LongBench's datasets; without these, that of LongBench v2 or of own tasks."""
+        """Return the mean score of LongBench's datasets; without these, of LongBench v2, RULER or own tasks."""
         return self.run.headline.score
 
     @property
@@ -202,11 +208,12 @@ def make_settings(
     if twice := given.keys() & (options or {}).keys():
         raise UsageError(f"{', '.join(sorted(twice))} is given twice, in `options` and as an argument. Give it once.")
     values = {key: value for key, value in more.items() if key in _SETTINGS}
-    if not isinstance(values.get("datasets"), str | None):
-        values["datasets"] = ",".join(values["datasets"])
+    for key in ("datasets", "ruler_length"):
+        if not isinstance(value := values.get(key), str | None):
+            values[key] = ",".join(map(str, value if isinstance(value, Iterable) else [value]))
     if values.get("data") is not None:
         values["data"] = str(values["data"])
-    for key in ("pred_dir", "tasks"):
+    for key in ("pred_dir", "tasks", "ruler_essays", "ruler_squad", "ruler_hotpotqa"):
         if values.get(key) is not None:
             values[key] = Path(values[key])
     texts = {key: show(value) for key, value in {**given, **(options or {})}.items()}

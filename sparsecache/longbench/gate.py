@@ -14,7 +14,7 @@ from sparsecache.longbench.baseline import Baseline, BaselineDataset
 from sparsecache.longbench.comparability import different, mismatches, speed_mismatches
 from sparsecache.longbench.compare_tables import signed
 from sparsecache.longbench.paired import bootstrap_means, confidence_interval
-from sparsecache.longbench.score_types import mean_in_percent
+from sparsecache.longbench.score_types import GROUP_NAMES, mean_in_percent
 from sparsecache.longbench.tasks import OWN
 
 _MAX_SHOWN = 5
@@ -24,7 +24,8 @@ _MAX_SHOWN = 5
 class Limits:
     """The limits of a gate; None is not checked.
 
-    max_drop: points of the mean over datasets; LongBench, LongBench v2 and own tasks have a mean each.
+    max_drop: points of the mean over datasets; LongBench, LongBench v2, RULER and own tasks have a mean
+    each.
     max_drop_dataset: points of each dataset and stratum. max_kept: share of past tokens, 0 to 1.
     min_speedup: decode speed divided by the baseline's. Raises UsageError for a value out of range.
     """
@@ -103,7 +104,10 @@ def gate(
     return Verdict(list(_checks(run, baseline, pairs, strata, limits)), warnings)
 
 
-_GROUPS = {"longbench": "datasets", "longbench_v2": "datasets of LongBench v2", OWN: "own tasks"}
+_GROUPS = {name: f"datasets of {title}" for name, title in GROUP_NAMES.items()} | {
+    "longbench": "datasets",
+    OWN: "own tasks",
+}
 _E_ADVICE = "Compare two LongBench-E runs with --e, or two LongBench runs without it."
 
 

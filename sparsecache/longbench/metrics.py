@@ -1,4 +1,4 @@
-"""The official metrics of LongBench, one function each, as configs/datasets.toml names them.
+"""The official metrics of LongBench and RULER, one function each, as configs/*.toml name them.
 
 Every public function is a metric, `metric(prediction, answer, context) -> float` in 0 to 1. A metric raises on texts
 that it cannot score; the caller decides how they count. The behaviour, including its oddities, is that of the reference
@@ -16,6 +16,9 @@ from functools import cache
 from sparsecache.longbench import rouge
 from sparsecache.longbench.text import chinese_words, choice_letter, jieba_cut, normalized_words
 
+MEAN_METRICS = ("string_match_all",)
+"""The metrics whose mean over a row's answers is its score; of the others it is the highest."""
+_CONTROL = re.compile(r"[\x00-\x1f]")
 EDIT_BACKENDS = ("difflib", "fuzzywuzzy")
 # Python's default recursion limit, less the frames of `rouge` around its recursion. The rest is for the caller's frames
 # and one frame per step. Python 3.11 and earlier also count comparisons in C and may stop one step earlier.
@@ -103,6 +106,16 @@ def edit_similarity(prediction: str, answer: str, context: Context) -> float:
 def choice(prediction: str, answer: str, context: Context) -> float:
     """Return 1 if the letter that the prediction gives as its answer is the answer (LongBench v2)."""
     return float(choice_letter(prediction) == answer)
+
+
+def string_match_part(prediction: str, answer: str, context: Context) -> float:
+    """Return 1 if the prediction contains the answer in any case (RULER)."""
+    return float(answer.lower() in _CONTROL.sub("\n", prediction.strip()).strip().lower())
+
+
+def string_match_all(prediction: str, answer: str, context: Context) -> float:
+    """Return `string_match_part`; a row's score is the share of its answers that are found (RULER)."""
+    return string_match_part(prediction, answer, context)
 
 
 def _f1(prediction: Sequence[str], answer: Sequence[str]) -> float:

@@ -1,4 +1,4 @@
-"""Makes a prompt from a row: fills the template, truncates the middle, applies the wrapper."""
+"""Makes a prompt from a row: fills the template, truncates the middle, wraps it, appends the answer prefix."""
 
 import hashlib
 from dataclasses import dataclass
@@ -55,16 +55,18 @@ class Prompter:
     def build(self, task: Task, row: dict[str, Any]) -> Prompt:
         """Return the prompt of one row. Raises UsageError if the window is too small for any prompt."""
         text = task.template.format(**row)
+        prefix = task.answer_prefix.format(**row)
         token_ids = encode(self.tokenizer, text)
         original_tokens = len(token_ids)
-        cut = original_tokens > self.cut_length(task)
+        limit = self.cut_length(task)
+        if prefix and self.max_length is None:
+            limit -= len(encode(self.tokenizer, prefix))
+        cut = original_tokens > limit
         if cut:
-            half = int(self.cut_length(task) / 2)
-            text = self._joined(task, token_ids, half)
+            text = self._joined(task, token_ids, limit)
             token_ids = encode(self.tokenizer, text)
-        if self._wraps(task):
-            text = self.wrapper.wrap(text)
-            token_ids = self.wrapper.encode(text)
+        if prefix or self._wraps(task):
+            text, token_ids = self._complete(task, text, prefix)
         room = self._room(task)
         overflow_tokens = max(0, len(token_ids) - room)
         if overflow_tokens:
@@ -80,16 +82,29 @@ class Prompter:
             ids_sha256=ids_sha256(token_ids),
         )
 
-    def _joined(self, task: Task, token_ids: list[int], half: int) -> str:
+    def num_tokens(self, task: Task, row: dict[str, Any]) -> int:
+        """Return the tokens of the whole prompt of a row, wrapper and answer prefix included, without any cut."""
+        text, prefix = task.template.format(**row), task.answer_prefix.format(**row)
+        return len(self._complete(task, text, prefix)[1])
+
+    def _complete(self, task: Task, text: str, prefix: str) -> tuple[str, list[int]]:
+        """Return the wrapped text with the answer prefix behind it, and its token ids."""
+        if not self._wraps(task):
+            return text + prefix, encode(self.tokenizer, text + prefix)
+        text = self.wrapper.wrap(text) + prefix
+        return text, self.wrapper.encode(text)
+
+    def _joined(self, task: Task, token_ids: list[int], limit: int) -> str:
         """Return the text of the first and last tokens of a prompt that is too long."""
+        half = int(limit / 2)
         first, rest = token_ids[:half], len(token_ids) - half
         if task.join_halves:  # the last half has one token more of an odd length
-            return self._text(first + token_ids[len(token_ids) - (self.cut_length(task) - half) :])
+            return self._text(first + token_ids[len(token_ids) - (limit - half) :])
         return self._text(first) + self._text(token_ids[rest:])
 
     def cut_length(self, task: Task) -> int:
         """Return the tokens above which the middle of a raw prompt is truncated."""
-        return self.room(task) if self.max_length is None else self.max_length
+        return self.room(task) if self.max_length is None or task.length else self.max_length
 
     def room(self, task: Task) -> int:
         """Return the tokens that the window leaves for the raw prompt.

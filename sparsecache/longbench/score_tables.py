@@ -4,7 +4,16 @@ from collections.abc import Iterable, Iterator
 
 from sparsecache.longbench.kept import format_kept, format_percent
 from sparsecache.longbench.report import speed_lines, v2_result
-from sparsecache.longbench.score_types import BUCKETS, STRATA, Average, DatasetScore, RunScore, Summary, as_average
+from sparsecache.longbench.score_types import (
+    BUCKETS,
+    GROUP_NAMES,
+    STRATA,
+    Average,
+    DatasetScore,
+    RunScore,
+    Summary,
+    as_average,
+)
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
 
 AVERAGE_NAMES = {
@@ -12,7 +21,8 @@ AVERAGE_NAMES = {
     "avg_zh": "Avg, Chinese",
     "avg_all": "Avg, all",
     "flat_mean": "mean of datasets",
-    "longbench_v2": "LongBench v2",
+    "longbench_v2": GROUP_NAMES["longbench_v2"],
+    "ruler": GROUP_NAMES["ruler"],
     "own_mean": "mean of own tasks",
 }
 
@@ -25,7 +35,8 @@ def score_table(result: RunScore) -> str:
 def score_document(result: RunScore) -> Document:
     """Return the table of scores and its notes.
 
-    The flat table has a row per dataset, category and average.
+    The flat table has a row per dataset, category and average. With several lengths of RULER, a second table has its
+    scores by task and length.
     """
     sparse = any(dataset.kept and dataset.kept.rows for dataset in result.datasets)
     means = [(name, mean) for name, mean in result.categories.items() if mean.datasets]
@@ -44,11 +55,31 @@ def score_document(result: RunScore) -> Document:
         rows = [row + [words("")] * (len(header) - len(row)) if row else row for row in rows]
     note = result.run.model.note
     return Document(
-        tables=[Table("", header, rows)],
+        tables=[Table("", header, rows), *_ruler_table(result)],
         records=records(str(result.folder), _records(result)),
         title=str(result.folder),
         preamble=[f"Note: {note}"] if note else [],
         notes=list(_notes(result)),
+    )
+
+
+def _ruler_table(result: RunScore) -> Iterator[Table]:
+    """Yield the scores of RULER with a row per task and a column per length, if there are several lengths."""
+    lengths = result.ruler_lengths
+    if len(lengths) < 2:
+        return
+    scores: dict[str, dict[int, float | None]] = {}
+    for dataset in result.datasets:
+        if dataset.task.length is not None:
+            scores.setdefault(dataset.task.base_name, {})[dataset.task.length] = dataset.summary.score
+    rows = [
+        [words(task), *(number(by_length.get(length), 2) for length in lengths)] for task, by_length in scores.items()
+    ]
+    means = [result.categories[f"ruler_{length}"] for length in lengths]
+    yield Table(
+        "RULER by length",
+        ["task", *map(str, lengths)],
+        [*rows, [], [words("mean"), *(number(mean.score, 2) for mean in means)]],
     )
 
 

@@ -13,14 +13,14 @@ import numpy
 
 from sparsecache.longbench.kept import KeptStats, aggregate_kept
 from sparsecache.longbench.run_record import RunRecord
-from sparsecache.longbench.tasks import CATEGORIES, OWN, Task, load_tasks
+from sparsecache.longbench.tasks import CATEGORIES, OWN, Task, load_tasks, ruler_names
 
 BUCKETS = ("0-4k", "4-8k", "8k+")
 STRATA = ("easy", "hard", "short", "medium", "long")
 """Parts of LongBench v2: two by difficulty and three by length."""
-MEANS = {"longbench": "flat_mean", "longbench_v2": "longbench_v2", OWN: "own_mean"}
+MEANS = {"longbench": "flat_mean", "longbench_v2": "longbench_v2", "ruler": "ruler", OWN: "own_mean"}
 """The name of the mean over the datasets of each group (`Task.group`) in `RunScore.averages`."""
-GROUP_NAMES = {"longbench": "LongBench", "longbench_v2": "LongBench v2", OWN: "own tasks"}
+GROUP_NAMES = {"longbench": "LongBench", "longbench_v2": "LongBench v2", "ruler": "RULER", OWN: "own tasks"}
 """What tables and plots call the groups."""
 
 
@@ -165,17 +165,26 @@ class RunScore:
 
     @cached_property
     def categories(self) -> dict[str, Average]:
-        """The mean over the datasets of each category."""
-        return {name: self._mean(lambda task, name=name: task.category == name) for name in CATEGORIES}  # type: ignore[misc]
+        """The mean over the datasets of each category, and over RULER's tasks per length if there are several."""
+        lengths = self.ruler_lengths if len(self.ruler_lengths) > 1 else []
+        return {
+            **{name: self._mean(lambda task, name=name: task.category == name) for name in CATEGORIES},  # type: ignore[misc]
+            **{f"ruler_{length}": self._ruler_mean([length]) for length in lengths},
+        }
+
+    @property
+    def ruler_lengths(self) -> list[int]:
+        """The lengths of RULER's tasks in this run, in ascending order."""
+        return sorted({dataset.task.length for dataset in self.datasets if dataset.task.length is not None})
 
     @cached_property
     def averages(self) -> dict[str, Average]:
         """The official averages (means of category means) per language, and the mean over the datasets of each group.
 
         Code counts in both languages, as in the published tables. Without other datasets, code gives no average.
-        LongBench v2 and own tasks have a mean of their own, if the run has them.
+        LongBench v2, RULER and own tasks have a mean of their own, if the run has them.
         """
-        others = {MEANS[group]: self._group_mean(group) for group in MEANS if group != "longbench"}
+        others = {mean: self._group_mean(group) for group, mean in MEANS.items() if group != "longbench"}
         return {
             "avg_en": self._mean_of_categories(("en", "code")),
             "avg_zh": self._mean_of_categories(("zh", "code")),
@@ -186,13 +195,20 @@ class RunScore:
 
     @property
     def headline(self) -> Average:
-        """The mean that stands for the run: over LongBench's datasets, else LongBench v2, else own tasks."""
+        """The mean that stands for the run: over LongBench's datasets, else LongBench v2, RULER or own tasks."""
         means = [self.averages[name] for name in MEANS.values() if name in self.averages]
         return next((mean for mean in means if mean.datasets), means[0])
 
     def _group_mean(self, group: str) -> Average:
+        if group == "ruler":
+            return self._ruler_mean(self.ruler_lengths)
         members = [dataset for dataset in self.datasets if dataset.task.group == group]
         return _average([as_average(each) for each in members if each.summary.score is not None], len(members))
+
+    def _ruler_mean(self, lengths: Sequence[int]) -> Average:
+        """Return the mean over RULER's tasks in these lengths; each length has all tasks as published."""
+        scored = [each for each in self.datasets if each.task.length in lengths and each.summary.score is not None]
+        return _average(map(as_average, scored), len(ruler_names()) * len(lengths))
 
     def _mean(self, belongs: Callable[[Task], bool]) -> Average:
         published = [

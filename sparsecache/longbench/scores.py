@@ -15,7 +15,7 @@ from sparsecache.longbench.reasoning import split_reasoning
 from sparsecache.longbench.records import RunFolder, read_rows
 from sparsecache.longbench.run_record import RUN_FILE
 from sparsecache.longbench.score_types import DatasetScore, RowScore, RunScore
-from sparsecache.longbench.tasks import Task, load_tasks, make_own_tasks
+from sparsecache.longbench.tasks import Task, find_ruler_tasks, load_tasks, make_own_tasks
 from sparsecache.longbench.text import chinese_words, choice_letter
 
 Metric = Callable[[str, str, metrics.Context], float]
@@ -66,7 +66,8 @@ def score_run(
         raise UsageError(f"There is no folder {folder}. Give --model and --name of a run, or the path of its folder.")
     run = RunFolder(folder).load()
     expected = run.expected_rows
-    tasks = {**load_tasks(), **make_own_tasks(run.tasks, str(folder / RUN_FILE)), **(own or {})}
+    ruler = find_ruler_tasks([*expected, *(path.stem for path in folder.glob("*.jsonl"))])
+    tasks = {**load_tasks(), **ruler, **make_own_tasks(run.tasks, str(folder / RUN_FILE)), **(own or {})}
     scores = [
         score_file(path, task, e, expected.get(task.file_stem(e)), options, run.deviations(task.file_stem(e)))
         for task, path in _files(folder, tasks, e, foreign=not expected)
@@ -172,16 +173,16 @@ def _score_row(row: dict[str, Any], task: Task, e: bool, all_classes: Any, optio
     unclosed = text.unclosed or row.get("unclosed_think") is True
     prediction = _scored_text(row["pred"], task)
     metric = load_metric(task.metric, task.source)
-    score, failed = 0.0, False
+    scores, failed = [0.0], False
     for answer in row["answers"]:
         try:
-            score = max(score, metric(prediction, answer, context))
+            scores.append(metric(prediction, answer, context))
         except (ValueError, IndexError, TypeError, ZeroDivisionError):
             failed = True  # counts 0.0, as in the reference
     error_row = "error" in row
     empty = not text.answer.strip() and not error_row and not unclosed
     return RowScore(
-        score=score,
+        score=sum(scores) / max(1, len(row["answers"])) if task.metric in metrics.MEAN_METRICS else max(scores),
         length=get_number(row, "length"),
         empty=empty,
         metric_error=failed and not empty and not error_row and not unclosed,

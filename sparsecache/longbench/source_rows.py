@@ -22,6 +22,7 @@ _BASE = {
     "_id": Value("string"),
 }
 _V2 = {"length": Value("string"), "difficulty": Value("string"), **dict.fromkeys(CHOICE_FIELDS, Value("string"))}
+_RULER = {"examples": Value("large_string")}
 _V2_TEXTS = ("question", "context", *CHOICE_FIELDS, "answer", "difficulty", "length", "_id")
 DIFFICULTIES, LENGTHS = ("easy", "hard"), ("short", "medium", "long")
 _ALLOWED = {"answer": ("A", "B", "C", "D"), "difficulty": DIFFICULTIES, "length": LENGTHS}
@@ -38,7 +39,7 @@ class RowChecker:
         self._task, self._stem, self._fill = task, task.file_stem(e), fill
         self._v2 = task.benchmark == "longbench_v2"
         self._places: dict[str, str] = {}
-        self.features = Features({**_BASE, **_V2} if self._v2 else _BASE)
+        self.features = Features({**_BASE, **{"longbench_v2": _V2, "ruler": _RULER}.get(task.benchmark, {})})
 
     def check(self, record: dict[str, Any], place: str) -> tuple[dict[str, Any], str | None]:
         """Return the row of a record and None, or the record and what is wrong with it.

@@ -116,10 +116,18 @@ class RunContext:
             chat_template_args=tuple(sorted(self.model.chat_template_args.items())),
         )
 
+    def check_ruler_length(self, task: Task) -> None:
+        """Raises UsageError for a task of RULER that is longer than the window."""
+        if task.length is not None and task.length > self.window:
+            raise UsageError(
+                f"--ruler_length {task.length} is longer than the window of {self.window} tokens. Pass at most "
+                f"--ruler_length {self.window}, or a larger --window if the checkpoint has one."
+            )
+
     def check_lengths(self, task: Task) -> None:
         """Raises UsageError if the window leaves a prompt of this dataset no room, or less than --max_length."""
         room, wanted = self.prompter.room(task), self.settings.max_length
-        if wanted is not None and wanted > room:
+        if wanted is not None and wanted > room and task.length is None:
             raise UsageError(
                 f"--max_length {wanted} is too long: of the window of {self.window} tokens, {task.name} leaves {room} "
                 f"for the raw prompt, after {task.max_new_tokens} new tokens and the chat wrapper. Pass at most "

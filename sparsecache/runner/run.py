@@ -25,7 +25,8 @@ from sparsecache.longbench.report import health_table, speed_lines
 from sparsecache.longbench.run_record import RUN_FILE
 from sparsecache.longbench.scores import load_metric
 from sparsecache.longbench.sessions import workers_lines
-from sparsecache.longbench.tasks import Task, load_tasks, make_own_tasks, own_table
+from sparsecache.longbench.tasks import OWN, Task, find_ruler_tasks, load_tasks, make_own_tasks, own_table
+from sparsecache.ruler.source import RulerSource
 from sparsecache.runner.context import RunContext
 from sparsecache.runner.folders import check_same_checkpoint
 from sparsecache.runner.pending import PendingDataset, Row, WantedDataset, in_order, largest, longest_first
@@ -75,7 +76,7 @@ class _Run:
         self.settings, self.cluster = settings, cluster
         self.context = make_context(settings)  # first: it finds mistakes sooner than the data does
         self.tasks = settings.wanted_tasks()
-        self.source = _source(settings, self.tasks)
+        self.sources = self._sources()
         self.folder = RunFolder(settings.run_folder)
         self.failed = 0
         self._expected: list[Expected] = []
@@ -118,14 +119,41 @@ class _Run:
         """Loads the rows of all datasets, and checks that each can be predicted and scored."""
         e, limit = self.settings.e, self.settings.max_samples
         datasets = []
-        for task in map(self.settings.limited, self.tasks):
-            rows = load_rows(self.source, task, e)
+        tasks = [self.settings.limited(task) for task in self.tasks]
+        for task in tasks:
+            self.context.check_ruler_length(task)
+        for task in tasks:
+            rows = load_rows(self.sources[task.benchmark], task, e)
             available = len(rows.dataset)
             datasets.append(WantedDataset(task, task.file_stem(e), rows, min(limit or available, available)))
         for dataset in datasets:
             load_metric(dataset.task.metric, dataset.task.source)
             self.context.check_lengths(dataset.task)
         return datasets
+
+    def _sources(self) -> dict[str, Source]:
+        """Opens the source of the rows of each benchmark. Raises UsageError for an invalid one."""
+        settings = self.settings
+        sources: dict[str, Source] = {}
+        if files := list(dict.fromkeys(task.benchmark for task in self.tasks if task.benchmark != "ruler")):
+            source = open_source(
+                settings.data_source,
+                revision=settings.data_revision,
+                offline=settings.offline,
+                sample=SampleSource(settings.sample_rows, settings.sample_tokens, settings.sample_seed),
+                benchmarks=files,
+            )
+            sources |= dict.fromkeys(files, source)
+        if len(files) < len({task.benchmark for task in self.tasks}):
+            texts = settings.ruler_texts
+            sources["ruler"] = RulerSource(self.context.prompter, settings.ruler_rows, settings.ruler_seed, texts)
+        return sources
+
+    def _describe_sources(self) -> dict[str, Any]:
+        """The entry of the sources in run.json: that of RULER beside the other one, if the run has both."""
+        found = [self.sources[benchmark] for benchmark in sorted(self.sources, key=lambda name: name == "ruler")]
+        *first, last = (source.describe() for source in found)
+        return {**first[0], "ruler": last} if first and "ruler" in self.sources else last
 
     def _identity(self, datasets: list[WantedDataset]) -> dict[str, Any]:
         """What all rows of the run must share; templates, protocol and data are compared dataset by dataset."""
@@ -148,6 +176,7 @@ class _Run:
         """Deletes the old rows, once the engine that makes the new ones is loaded; returns it."""
         engine = self._load_engine(stack, wanted, identity)
         known = [task.file_stem(e) for task in load_tasks().values() for e in (False, True)]
+        known += [path.stem for path in self.folder.path.glob("*.jsonl") if find_ruler_tasks([path.stem])]
         own = [*make_own_tasks(self.folder.load().tasks, str(self.folder.path / RUN_FILE)), *self._own_tables()]
         self.folder.clear(list(dict.fromkeys([*known, *own])))
         return engine
@@ -192,11 +221,13 @@ class _Run:
         missing, wanted = sum(dataset.missing for dataset in datasets), sum(dataset.wanted for dataset in datasets)
         for line in self.context.describe():
             print(line)
-        print(f"data        {self.settings.data_source}")
+        data = [*([self.settings.data_source] if self.sources.keys() - {"ruler"} else [])]
+        data += [f"RULER with seed {self.settings.ruler_seed}"] if "ruler" in self.sources else []
+        print(f"data        {' and '.join(data)}")
         print(f"rows        {missing} of {wanted} to do, into {self.folder.path}", flush=True)
 
     def _predict(self, datasets: list[PendingDataset], engine: Engine) -> None:
-        session = new_session(self.settings, self.context.devices, self.source.describe())
+        session = new_session(self.settings, self.context.devices, self._describe_sources())
         self._save(session, datasets)
         if not self.settings.quiet:
             for line in self.context.describe_loaded():
@@ -288,7 +319,7 @@ class _Run:
 
     def _own_tables(self) -> dict[str, Any]:
         built_in = load_tasks()
-        return {task.name: own_table(task) for task in self.tasks if task.name not in built_in}
+        return {task.name: own_table(task) for task in self.tasks if task.group == OWN and task.name not in built_in}
 
     def _deviations(self, task: Task) -> list[str]:
         """How this run deviates from the protocol of a dataset."""
@@ -319,17 +350,6 @@ def _cluster(settings: Settings) -> "AbstractContextManager[Cluster | None]":
     from sparsecache.cluster.connection import Cluster
 
     return Cluster(settings.ray_address)
-
-
-def _source(settings: Settings, tasks: Iterable[Task]) -> Source:
-    sample = SampleSource(settings.sample_rows, settings.sample_tokens, settings.sample_seed)
-    return open_source(
-        settings.data_source,
-        revision=settings.data_revision,
-        offline=settings.offline,
-        sample=sample,
-        benchmarks=list(dict.fromkeys(task.benchmark for task in tasks)),
-    )
 
 
 def _protocol(task: Task) -> str:

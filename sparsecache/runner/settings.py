@@ -10,10 +10,12 @@ from sparsecache.engine.model_registry import DTYPES, find_model
 from sparsecache.errors import UsageError, short
 from sparsecache.longbench.tasks import OWN, Task, load_own_tasks, select_tasks
 from sparsecache.methods import check_method_name, short_name
+from sparsecache.ruler.texts import RulerTexts, check_ruler_size
 from sparsecache.synthetic.source import check_sample_size
 
 ENGINES = ("sparsecache", "transformers")
 GPU_SLOTS = 16  # what decode kernels take at once; fewer where memory does not suffice
+RULER_LENGTHS = range(512, 2**20 + 1)
 _LONGEST_NAME = 120  # characters; file systems allow 255 bytes
 DTYPE_CHOICES = ("auto", *DTYPES)
 
@@ -36,6 +38,12 @@ class Settings:
     sample_rows: int = 2
     sample_tokens: int = 2048
     sample_seed: int = 0
+    ruler_length: str = "4096"
+    ruler_rows: int = 20
+    ruler_seed: int = 42
+    ruler_essays: Path | None = None
+    ruler_squad: Path | None = None
+    ruler_hotpotqa: Path | None = None
     offline: bool = False
     max_samples: int | None = None
     max_length: int | None = None
@@ -72,7 +80,23 @@ class Settings:
         """
         own = load_own_tasks(self.tasks)
         default = "all" if self.tasks is None else OWN
-        return select_tasks(default if self.datasets is None else self.datasets, self.e, own)
+        return select_tasks(default if self.datasets is None else self.datasets, self.e, own, self.ruler_lengths)
+
+    @property
+    def ruler_lengths(self) -> list[int]:
+        """The lengths of RULER's tasks, in ascending order. Raises UsageError for an invalid `ruler_length`."""
+        parts = [part.strip() for part in self.ruler_length.split(",")]
+        if not all(re.fullmatch("[0-9]{3,7}", part) and int(part) in RULER_LENGTHS for part in parts):
+            raise UsageError(
+                f"--ruler_length {short(self.ruler_length)} must be a number of tokens from {RULER_LENGTHS[0]} to "
+                f"{RULER_LENGTHS[-1]}, or several of them separated by commas."
+            )
+        return sorted(set(map(int, parts)))
+
+    @property
+    def ruler_texts(self) -> RulerTexts:
+        """The texts that RULER's tasks need."""
+        return RulerTexts(self.ruler_essays, self.ruler_squad, self.ruler_hotpotqa)
 
     def limited(self, task: Task) -> Task:
         """Return a task with `max_new_tokens` for its limit of new tokens, if that is given."""
@@ -106,6 +130,9 @@ class Settings:
                 f"--data {self.data_source} has no rows of {', '.join(own)}. Name the rows with --data: a .jsonl file, "
                 f"or a folder of <dataset>.jsonl files."
             )
+        if ruler := [task for task in tasks if task.benchmark == "ruler"]:
+            check_ruler_size(self.ruler_rows, self.ruler_lengths[-1])
+            self.ruler_texts.check(ruler)
         check_method_name(self.method)
         find_model(self.model)
         for option, name in (("--name", self.name), ("--model_name", self.model_name)):

@@ -322,7 +322,9 @@ def test_a_missing_file_is_reported_as_incomplete(tmp_path: Path) -> None:
 def test_a_custom_dataset_is_complete_with_any_number_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = {"template": "{context}", "max_new_tokens": 8, "metric": "token_f1", "category": "code", "language": "en"}
     tables = {**read_tables("datasets.toml"), "mine": fields}
-    monkeypatch.setattr("sparsecache.longbench.tasks.read_tables", lambda name: tables)
+    monkeypatch.setattr(
+        "sparsecache.longbench.tasks.read_tables", lambda name: tables if name == "datasets.toml" else read_tables(name)
+    )
     save(tmp_path, mine=[row(0), row(1, "no")])
     for _ in range(2):
         result = score_run(tmp_path)

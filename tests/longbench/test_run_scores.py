@@ -135,7 +135,9 @@ def test_a_custom_dataset_has_a_mean_of_its_own(tmp_path: Path, language: str, m
     without = score_run(tmp_path)
     fields = {"template": "{context}", "max_new_tokens": 8, "metric": "token_f1", "category": "code"}
     tables = {**read_tables("datasets.toml"), "mine": {**fields, "language": language}}
-    monkeypatch.setattr("sparsecache.longbench.tasks.read_tables", lambda name: tables)
+    monkeypatch.setattr(
+        "sparsecache.longbench.tasks.read_tables", lambda name: tables if name == "datasets.toml" else read_tables(name)
+    )
     save(tmp_path, "mine", [row(0), row(1, "no"), row(2, "no")])
     expect_rows(tmp_path, qasper=1, lcc=1, vcsum=1, mine=3)
     result = score_run(tmp_path)

@@ -14,7 +14,7 @@ import pytest
 from sparsecache.configs import read_tables
 from sparsecache.errors import UsageError
 from sparsecache.longbench.scores import load_metric
-from sparsecache.longbench.tasks import Task, load_tasks, select_tasks
+from sparsecache.longbench.tasks import Task, load_ruler_tasks, load_tasks, select_tasks
 
 # name: (SHA-256 of the published template, cap, category, language, metric, rows, rows of LongBench-E)
 PUBLISHED = {
@@ -260,7 +260,7 @@ def test_every_metric_is_used_and_unknown_ones_are_refused() -> None:
     with pytest.raises(UsageError, match="no metric 'bleu'") as failure:
         load_metric("bleu")
     offered = str(failure.value).split("Metrics: ")[1].rstrip(".").split(", ")
-    assert offered == sorted({task.metric for task in load_tasks().values()})
+    assert offered == sorted({task.metric for task in (load_tasks() | load_ruler_tasks([4096])).values()})
 
 
 def test_file_names_and_row_counts_of_longbench_e() -> None:
@@ -348,7 +348,10 @@ def add_table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def add(**changes: Any) -> None:
         table = {key: value for key, value in {**OWN, **changes}.items() if value is not None}
         tables = {**read_tables("datasets.toml"), "mine": table}
-        monkeypatch.setattr("sparsecache.longbench.tasks.read_tables", lambda name: tables)
+        monkeypatch.setattr(
+            "sparsecache.longbench.tasks.read_tables",
+            lambda name: tables if name == "datasets.toml" else read_tables(name),
+        )
 
     return add
 

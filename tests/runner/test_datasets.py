@@ -26,7 +26,10 @@ def own_dataset(tmp_path, monkeypatch) -> Callable[..., Path]:
         rows = [{**row, "dataset": "mine"} for row in make_rows("qasper", ROWS, 256, 0)]
         table = {"template": "{context}\n{input}", "max_new_tokens": 8, "metric": "token_f1", **changes}
         tables = {**read_tables("datasets.toml"), "mine": {**table, "category": "few_shot", "language": "en"}}
-        monkeypatch.setattr("sparsecache.longbench.tasks.read_tables", lambda name: tables)
+        monkeypatch.setattr(
+            "sparsecache.longbench.tasks.read_tables",
+            lambda name: tables if name == "datasets.toml" else read_tables(name),
+        )
         folder = tmp_path / "rows"
         folder.mkdir()
         (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -17,7 +17,7 @@ HUGE = (2**31, 2**63, 10**12, 10**40)
 @pytest.mark.parametrize(
     "flag",
     ["sample_rows", "sample_tokens", "sample_seed", "max_samples", "max_length", "window", "batch_size", "workers",
-     "gpus_per_worker", "verify"],
+     "gpus_per_worker", "verify", "ruler_rows"],
 )  # fmt: skip
 def test_a_huge_number_is_refused_with_its_flag(flag: str, value: str, tmp_path) -> None:
     began = time.monotonic()

@@ -7,9 +7,8 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.paired import MIN_ROWS
 from sparsecache.longbench.plots._axes import MAX_RUNS, error_bar, label_y_axis, legend_above, run_labels
 from sparsecache.longbench.plots._figure import INK, MUTED, Plot, new_figure, run_colors, with_style
-from sparsecache.longbench.score_types import Average, RunScore, as_average
+from sparsecache.longbench.score_types import GROUP_NAMES, Average, RunScore, as_average
 from sparsecache.longbench.subjects import subject
-from sparsecache.longbench.tasks import OWN
 
 _GROUP_HEIGHT, _MIN_BAR, _GAP, _HEADING = 0.17, 0.055, 0.07, 0.16  # inches
 
@@ -71,13 +70,13 @@ def _groups(runs: Sequence[RunScore]) -> Iterator[_Group]:
     for parts in zip(*(run.datasets for run in runs), strict=True):
         if parts[0].rows:
             task = parts[0].task
-            heading = {"longbench_v2": "LongBench v2", OWN: "own tasks"}.get(task.group, task.category)
+            heading = task.category if task.group == "longbench" else GROUP_NAMES[task.group]
             yield _Group(task.file_stem(runs[0].e), heading, [as_average(part) for part in parts])
             for name, part in parts[0].strata.items():
                 places = [at for at, row in enumerate(parts[0].rows) if name in row.strata]
                 others = [each.only(places) for each in parts[1:]]
                 yield _Group(name, heading, [as_average(each) for each in (part, *others)])
-    for name, what in (("flat_mean", "datasets"), ("own_mean", "own tasks")):
+    for name, what in (("flat_mean", "datasets"), ("ruler", "RULER tasks"), ("own_mean", "own tasks")):
         means = [run.averages[name] for run in runs if name in run.averages]
         if means and means[0].datasets > 1:
             yield _Group("mean", f"{means[0].datasets} {what}", means)

@@ -1,0 +1,57 @@
+"""Finds the size at which a generated text fills a budget of tokens."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_SLACK = 0.01  # of the budget; a text that near is full
+_UNLIMITED = 2**40
+
+
+class TooLongError(ValueError):
+    """The smallest text exceeds the budget. tokens: its length."""
+
+    def __init__(self, tokens: int):
+        super().__init__(f"The smallest text has {tokens} tokens.")
+        self.tokens = tokens
+
+
+def fill(
+    make: Callable[[int], T],
+    count: Callable[[T], int],
+    budget: int,
+    least: int = 1,
+    most: int = _UNLIMITED,
+    start: int | None = None,
+) -> tuple[int, T]:
+    """Return a size and its text, which has at most `budget` tokens and nearly as many.
+
+    make: the text of a size; its tokens grow about linearly. least, most: the sizes allowed. start: the first size
+    tried. Ends once 99 % of the budget are filled, or no size between a fitting and a larger one is left. Raises
+    TooLongError if the smallest text does not fit.
+    """
+    aim = budget * (1 - _SLACK / 2)
+    fits: tuple[int, int, T] | None = None  # size, tokens, text
+    exceeds: tuple[int, int] | None = None  # size, tokens
+    size = min(most, max(least, start or 8 * least))
+    while True:
+        text = make(size)
+        tokens = count(text)
+        if tokens <= budget:
+            fits = size, tokens, text
+            if tokens >= budget * (1 - _SLACK) or size == most:
+                return size, text
+        elif size == least:
+            raise TooLongError(tokens)
+        else:
+            exceeds = size, tokens
+        if fits and exceeds:
+            if exceeds[0] - fits[0] <= 1:
+                return fits[0], fits[2]
+            slope = (exceeds[1] - fits[1]) / (exceeds[0] - fits[0])
+            size = min(exceeds[0] - 1, max(fits[0] + 1, fits[0] + int((aim - fits[1]) / slope)))
+        elif exceeds:
+            size = max(least, min(exceeds[0] - 1, int(exceeds[0] * aim / exceeds[1])))
+        else:
+            size = min(most, max(size + 1, int(size * aim / tokens)))
