@@ -22,10 +22,11 @@ import click
 from click.core import ParameterSource
 
 from sparsecache.bench.models import SHAPES, load_bench_model
-from sparsecache.bench.modes import BASELINES, OWN_BASELINES, profile_decode, replay
+from sparsecache.bench.modes import BASELINES, OWN_BASELINES, profile_decode
 from sparsecache.bench.session import BenchRun
 from sparsecache.bench.specs import check_specs, combinations, several_methods
-from sparsecache.bench.workload import Workload
+from sparsecache.bench.vllm_baseline import Vllm
+from sparsecache.bench.workload import Workload, sample_requests
 from sparsecache.cli import FlexibleCommand, make_folder, option_pairs, report_usage_errors
 from sparsecache.engine.devices import find_device, find_devices
 from sparsecache.engine.loading import DTYPES
@@ -80,8 +81,14 @@ _MAX_TOKENS = 2**26  # of a batch together: beyond the memory of any machine her
     "--baselines",
     "--peers",
     "baselines",
-    help=f"Comma-separated: {', '.join((*BASELINES, *OWN_BASELINES))}, or none. Default: transformers, and vanilla "
-    f"where another method decodes.",
+    help=f"Comma-separated: {', '.join((*BASELINES, *OWN_BASELINES))}, vllm, or none. Default: transformers, and "
+    f"vanilla where another method decodes; none with --methods.",
+)
+@click.option(
+    "--vllm_python",
+    default=sys.executable,
+    show_default="this one",
+    help="The Python of --baselines vllm. It finds vLLM by PYTHONPATH or is vLLM's own.",
 )
 @click.option(
     "--workload",
@@ -119,6 +126,7 @@ def main(
     options: tuple[str, ...],
     vary: tuple[str, ...],
     baselines: str | None,
+    vllm_python: str,
     workload: Path | None,
     rows: int,
     slots: int,
@@ -147,7 +155,11 @@ def main(
         if out is not None:
             make_folder(out, "--out")
         dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
-        bench = BenchRun(mode, model, dtype, workloads, names, specs)
+        if vllm_python != sys.executable and "vllm" not in names:
+            raise UsageError("--vllm_python has no effect without --baselines vllm: leave it out.")
+        own = [name for name in names if name != "vllm"]
+        vllm = Vllm(vllm_python) if "vllm" in names else None
+        bench = BenchRun(mode, model, dtype, workloads, own, specs, vllm)
         devices = find_devices(place, gpus, "--gpus")
         stem = None if out is None else out / (bench.name if workers == 1 else f"{bench.name}-{workers}")
         with bench.saved(stem if methods is None else None):
@@ -163,7 +175,7 @@ def main(
             else:
                 bench_model = load_bench_model(model, devices, DTYPES[dtype])
                 if workload is not None:
-                    bench.run(replay(bench_model, workload, rows, slots, names))
+                    bench.run_replay(bench_model, sample_requests(workload, rows, bench_model.vocab_size), slots)
                 elif methods is not None:
                     bench.run_methods(bench_model, out)
                 else:
@@ -214,12 +226,13 @@ def _baselines(text: str | None, mode: str, method: str, several: bool) -> list[
     if text is None:
         return ["transformers"] if method == "vanilla" or mode != "decode" else ["vanilla", "transformers"]
     names = [] if text == "none" else [_OLD_NAMES.get(name, name) for name in text.split(",")]
-    known = {"decode": {*BASELINES, *OWN_BASELINES}, "startup": {"transformers"}}.get(mode, {*BASELINES})
+    known = {"decode": {*BASELINES, *OWN_BASELINES, "vllm"}, "startup": {"transformers"}}
+    allowed = known.get(mode, {*BASELINES, "vllm"})
     if len(set(names)) < len(names):
         raise UsageError(f"--baselines {text!r} names one twice: leave one of them out.")
-    if unknown := [name for name in names if name not in known]:
+    if unknown := [name for name in names if name not in allowed]:
         raise UsageError(
-            f"--baselines {unknown[0]!r} is not a baseline of mode {mode}. Allowed: {', '.join(sorted(known))}, or "
+            f"--baselines {unknown[0]!r} is not a baseline of mode {mode}. Allowed: {', '.join(sorted(allowed))}, or "
             f"none."
         )
     return names

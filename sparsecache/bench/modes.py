@@ -1,10 +1,11 @@
 """The measurements of scripts/bench.py: decode, prefill, and the replay of a benchmark's lengths."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sparsecache.bench import roofline, timing
@@ -13,8 +14,9 @@ from sparsecache.bench.profiling import profile_steps
 from sparsecache.bench.results import Result
 from sparsecache.bench.specs import MethodSpec
 from sparsecache.bench.timing import Measurement, free_memory, measure_baselines
-from sparsecache.bench.workload import Workload, sample_requests
+from sparsecache.bench.workload import Workload
 from sparsecache.cache.base import StepBytes
+from sparsecache.engine.base import Request
 from sparsecache.engine.generator import Generator
 
 BASELINES: dict[str, dict[str, Any]] = {
@@ -27,9 +29,16 @@ BASELINES: dict[str, dict[str, Any]] = {
 OWN_BASELINES: dict[str, dict[str, str]] = {"vanilla": {}, "vanilla_offload": {"offload": "true"}}
 """Baselines of this engine's own full cache, in device and in host memory: options of vanilla."""
 
+Elsewhere = Mapping[Workload, Mapping[str, float]]
+"""Seconds of baselines that were measured in another process, by workload and name."""
+
 
 def decode(
-    model: BenchModel, workloads: Sequence[Workload], baselines: Sequence[str], specs: Sequence[MethodSpec]
+    model: BenchModel,
+    workloads: Sequence[Workload],
+    baselines: Sequence[str],
+    specs: Sequence[MethodSpec],
+    elsewhere: Elsewhere = MappingProxyType({}),
 ) -> Iterator[Result]:
     """Yield the time of a decode step of each workload with each method.
 
@@ -47,27 +56,36 @@ def decode(
             if baseline_s is None:
                 names = baselines_for(workload, baselines)
                 baseline_s = measure_baselines(names, partial(baseline_step_s, model, workload))
+                baseline_s |= elsewhere.get(workload, {})
             yield _decode_result(model, workload, spec, measured, rates, baseline_s)
 
 
-def prefill(model: BenchModel, workloads: Sequence[Workload], baselines: Sequence[str]) -> Iterator[Result]:
+def prefill(
+    model: BenchModel,
+    workloads: Sequence[Workload],
+    baselines: Sequence[str],
+    elsewhere: Elsewhere = MappingProxyType({}),
+) -> Iterator[Result]:
     """Yield the time from a prompt to its first token."""
     for workload in workloads:
         short = Workload(workload.tokens, 2)
         stats = timing.measure(model.engine(), short, model.vocab_size, model.devices, timing.prefill_s).stats
         baseline_s = measure_baselines(baselines, partial(_baseline_prefill_s, model, short))
+        baseline_s |= elsewhere.get(workload, {})
         notes = {"peak_gpu_bytes": stats.peak_gpu_bytes, "weights_bytes": model.nbytes}
         limit = roofline.prefill_s(model, workload.tokens)
         name = f"prefill, {workload.tokens} tokens"
         yield Result(name, stats.prefill_s, workload.tokens, limit, baseline_s, notes)
 
 
-def replay(model: BenchModel, file: Path, rows: int, slots: int, baselines: Sequence[str]) -> Iterator[Result]:
-    """Yield the time per prompt of a benchmark's prompt and answer lengths, in the order of a run with workers.
-
-    file: a CSV with the columns dataset, prompt_tokens, new_tokens, and max_new_tokens if it is known.
-    """
-    requests = sample_requests(file, rows, model.vocab_size)
+def replay(
+    model: BenchModel,
+    requests: list[Request],
+    slots: int,
+    baselines: Sequence[str],
+    elsewhere: Mapping[str, float] = MappingProxyType({}),
+) -> Iterator[Result]:
+    """Yield the time per prompt of requests in their order. elsewhere: seconds of all of them, by baseline."""
     engine = model.engine(slots=slots)
     seconds, stats = timing.time_requests(engine, requests)
     slots = engine.slots  # fewer if memory does not suffice
@@ -90,7 +108,10 @@ def replay(model: BenchModel, file: Path, rows: int, slots: int, baselines: Sequ
     yield Result(
         f"replay of {len(requests)} prompts, up to {slots} at once",
         seconds / len(requests),
-        baselines=measure_baselines(baselines, seconds_per_prompt),
+        baselines={
+            **measure_baselines(baselines, seconds_per_prompt),
+            **{name: total_s / len(requests) for name, total_s in elsewhere.items()},
+        },
         notes=notes,
     )
 

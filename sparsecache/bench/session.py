@@ -9,12 +9,14 @@ import click
 
 from sparsecache.bench.methods_table import MethodRow, methods_table
 from sparsecache.bench.models import BenchModel
-from sparsecache.bench.modes import decode, prefill
+from sparsecache.bench.modes import Elsewhere, decode, prefill, replay
 from sparsecache.bench.results import Result, save, save_plot, table
 from sparsecache.bench.several_methods import measure_methods
 from sparsecache.bench.specs import MethodSpec
 from sparsecache.bench.timing import free_memory
+from sparsecache.bench.vllm_baseline import Vllm
 from sparsecache.bench.workload import Workload
+from sparsecache.engine.base import Request
 from sparsecache.errors import one_line
 from sparsecache.files import write_atomically
 
@@ -29,6 +31,7 @@ class BenchRun:
     workloads: list[Workload]
     baselines: list[str]
     specs: list[MethodSpec]
+    vllm: Vllm | None = None
 
     def __post_init__(self) -> None:
         self.name = f"{self.mode}-{Path(self.model).name}"
@@ -50,7 +53,8 @@ class BenchRun:
         """Measure all methods at every size; print a table per size. The files in `out` hold the rows so far."""
         stem = None if out is None else out / f"methods-{Path(self.model).name}"
         rows: list[MethodRow] = []
-        for measured in measure_methods(model, self.workloads, self.baselines, self.specs):
+        elsewhere = self.vllm.decode_step_s(model, self.workloads) if self.vllm else {}
+        for measured in measure_methods(model, self.workloads, self.baselines, self.specs, elsewhere):
             before = len(rows)
             for row in measured:
                 rows.append(row)
@@ -64,12 +68,21 @@ class BenchRun:
 
     def run_each(self, model: BenchModel) -> None:
         """Measure each workload; a failure of one leaves the others."""
+        elsewhere: Elsewhere = {}
+        if self.vllm is not None:
+            measure = self.vllm.decode_step_s if self.mode == "decode" else self.vllm.first_token_s
+            elsewhere = measure(model, self.workloads)
         for workload in self.workloads:
             what = f" of {workload.tokens} tokens, batch {workload.batch}"
             if self.mode == "decode":
-                self.run(decode(model, [workload], self.baselines, self.specs), what)
+                self.run(decode(model, [workload], self.baselines, self.specs, elsewhere), what)
             else:
-                self.run(prefill(model, [workload], self.baselines), what)
+                self.run(prefill(model, [workload], self.baselines, elsewhere), what)
+
+    def run_replay(self, model: BenchModel, requests: list[Request], slots: int) -> None:
+        """Measure a replay of requests with up to `slots` at once."""
+        elsewhere = self.vllm.replay_s(model, requests) if self.vllm else {}
+        self.run(replay(model, requests, slots, self.baselines, elsewhere))
 
     @contextmanager
     def saved(self, stem: Path | None) -> Iterator[None]:

@@ -5,17 +5,18 @@ A prompt is computed once per length. Its queries, keys and values fill the slot
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from types import MappingProxyType
 
 import torch
 
 from sparsecache.bench import roofline, timing
 from sparsecache.bench.methods_table import MethodRow
 from sparsecache.bench.models import BenchModel
-from sparsecache.bench.modes import baseline_step_s, baselines_for
+from sparsecache.bench.modes import Elsewhere, baseline_step_s, baselines_for
 from sparsecache.bench.specs import MethodSpec
 from sparsecache.bench.timing import Measurement
 from sparsecache.bench.workload import Workload
@@ -47,7 +48,11 @@ class Prompt:
 
 
 def measure_methods(
-    model: BenchModel, workloads: Sequence[Workload], baselines: Sequence[str], specs: Sequence[MethodSpec]
+    model: BenchModel,
+    workloads: Sequence[Workload],
+    baselines: Sequence[str],
+    specs: Sequence[MethodSpec],
+    elsewhere: Elsewhere = MappingProxyType({}),
 ) -> Iterator[Iterator[MethodRow]]:
     """Yield, per workload, its rows: one per method and baseline. Workloads of one prompt length come together.
 
@@ -55,13 +60,17 @@ def measure_methods(
     """
     gc.freeze()  # a collection after each method takes 0.2 s if it searches all imported modules
     try:
-        yield from _by_prompt(model, workloads, baselines, specs)
+        yield from _by_prompt(model, workloads, baselines, specs, elsewhere)
     finally:
         gc.unfreeze()
 
 
 def _by_prompt(
-    model: BenchModel, workloads: Sequence[Workload], baselines: Sequence[str], specs: Sequence[MethodSpec]
+    model: BenchModel,
+    workloads: Sequence[Workload],
+    baselines: Sequence[str],
+    specs: Sequence[MethodSpec],
+    elsewhere: Elsewhere,
 ) -> Iterator[Iterator[MethodRow]]:
     rates = roofline.Rates(model.device)
     for tokens, group in groupby(sorted(workloads, key=lambda each: each.tokens), key=lambda each: each.tokens):
@@ -72,7 +81,7 @@ def _by_prompt(
             prompt = _describe(error)
         for size in group:
             if isinstance(prompt, Prompt):
-                yield _measure_size(model, prompt, size, baselines, specs, rates)
+                yield _measure_size(model, prompt, size, baselines, specs, rates, elsewhere.get(size, {}))
             else:
                 yield (MethodRow(str(spec), tokens, size.batch, error=prompt) for spec in specs)
         del prompt
@@ -86,6 +95,7 @@ def _measure_size(
     baselines: Sequence[str],
     specs: Sequence[MethodSpec],
     rates: roofline.Rates,
+    elsewhere: Mapping[str, float],
 ) -> Iterator[MethodRow]:
     """Yield a row per method, vanilla first, and per baseline."""
     vanilla: Measurement | None = None
@@ -105,7 +115,8 @@ def _measure_size(
         timing.free_memory()
         yield row
     measure_one = partial(baseline_step_s, model, workload)
-    for name, step_s in timing.measure_baselines(baselines_for(workload, baselines), measure_one).items():
+    own = timing.measure_baselines(baselines_for(workload, baselines), measure_one)
+    for name, step_s in (own | dict(elsewhere)).items():
         yield MethodRow(name, workload.tokens, workload.batch, step_s, vanilla_s)
 
 
