@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.stats import LayerStats, SequenceStats
+from sparsecache.cache.streams import SideStream
 
 SpeculationSource = Literal["input", "residual"]
 MethodKind = Literal["full", "selection", "eviction", "quantised", "offload"]
@@ -40,7 +41,8 @@ class CacheConfig:
     slots: the most sequences in flight. max_tokens: the most tokens of a sequence, with its prompt. max_new_tokens: the
     most new tokens. device, dtype: of the layer's q, k and v. seq_lens: [slots] int64 on the device, the past tokens of
     each slot; the engine sets it after a prompt and adds one after each step. stats: a sparse cache records there how
-    many past tokens each step attended to.
+    many past tokens each step attended to. deferred: the stream for work that only the next step needs. It runs beside
+    the layers behind, and the step ends when it is done.
     """
 
     shape: Shape
@@ -51,6 +53,7 @@ class CacheConfig:
     dtype: torch.dtype
     seq_lens: Tensor
     stats: LayerStats
+    deferred: SideStream
 
     @property
     def token_nbytes(self) -> int:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, Shape, StepBytes
 from sparsecache.cache.sparse import SparseMethod
+from sparsecache.kernels.attention_sums import attention_sums as attention_sums  # for methods
 from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.scores import scaled_scores
 
-_BLOCK = 64  # queries whose attention to a prompt is in memory at a time
 _PINNED = 1e30  # above any score
 
 
@@ -45,7 +45,8 @@ class PromptEvictionCache(LayerCache):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         num_tokens = (self.seq_lens[:, None] - self.num_evicted).clamp(min=0)  # [slots, G]
-        self.stats.record(num_tokens[slots], slots)
+        with self.config.deferred.reading(num_tokens, slots):
+            self.stats.record(num_tokens[slots], slots)
         return attend_and_append(q, k, v, self.keys, self.values, num_tokens, slots)
 
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
@@ -135,17 +136,21 @@ class DecodingEvictionCache(LayerCache):
         self.num_tokens[slot].fill_(count)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        past = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
-        held = self.num_tokens[slots]  # [B, G]
-        self.stats.record(held, slots)
         out = attend_and_append(q, k, v, self.keys, self.values, self.num_tokens, slots)
+        with self.config.deferred.reading(q, slots):
+            past = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
+            self._evict(q, slots, self._begin_token(slots, past), past + 1)
+        return out
+
+    def _begin_token(self, slots: Tensor, past: Tensor) -> Tensor:
+        """Begin the state of the new token, at position past [B]; return the rows in use with it, [B, G]."""
+        held = self.num_tokens[slots]
+        self.stats.record(held, slots)
         new_row = held.clamp(max=len(self._rows) - 1)
         index = slots[:, None], self._heads, new_row
         self.positions[index] = past[:, None].expand_as(held)
         self.scores[index] = torch.zeros_like(held, dtype=torch.float32)  # assigning a number would copy from the host
-        held = new_row + 1
-        self._evict(q, slots, held, past + 1)
-        return out
+        return new_row + 1
 
     def _evict(self, q: Tensor, slots: Tensor, held: Tensor, past: Tensor) -> None:
         """Evict the row of lowest priority where held [B, G] exceeds the budget; the last row replaces it."""
@@ -176,22 +181,6 @@ class DecodingEvictionCache(LayerCache):
         is_free = self._rows > self.num_tokens[slots][..., None]  # the new token is in row num_tokens
         scores = scaled_scores(q, keys, keys.shape[3]).view(*keys.shape[:2], -1, keys.shape[2])  # [B, G, H / G, rows]
         return scores.masked_fill(is_free[:, :, None], -torch.inf).softmax(-1).sum(2)
-
-
-def attention_sums(q: Tensor, k: Tensor, first: int) -> Tensor:
-    """Return the attention that each prompt token receives from queries `first` to the last: [G, L] float32.
-
-    q: [H, L, D]; k: [G, L, D]. The sum over queries and a KV head's query heads. No L x L tensor is built.
-    """
-    kv_heads, length, head_dim = k.shape
-    sums = torch.zeros(kv_heads, length, device=k.device)
-    for start in range(first, length, _BLOCK):
-        end = min(start + _BLOCK, length)
-        scores = scaled_scores(q[:, start:end], k[:, :end], head_dim)  # [H, block, end]
-        is_later = torch.ones(end - start, end, device=k.device, dtype=torch.bool).triu(start + 1)
-        received = scores.masked_fill_(is_later, -torch.inf).softmax(-1).sum(1)  # [H, end]
-        sums[:, :end] += received.view(kv_heads, -1, end).sum(1)
-    return sums
 
 
 def check_voting(window: int, kernel: int) -> None:

@@ -42,7 +42,7 @@ class ModelCache:
         for layer, device in enumerate(devices):
             config = CacheConfig(
                 shape, slots, max_tokens, max_new_tokens, device, dtype,
-                self._stats[device].seq_lens, self.layer_stats[layer],
+                self._stats[device].seq_lens, self.layer_stats[layer], self._streams[device],
             )  # fmt: skip
             self.layers.append(method.make_cache(layer, config))
         self.memory = measure_memory(self.layers, devices, shape, slots, max_tokens, dtype)

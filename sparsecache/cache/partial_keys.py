@@ -15,7 +15,7 @@ from sparsecache.cache.base import CacheConfig, Shape
 from sparsecache.cache.calibration import check_matrices, read_calibration_text
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.kernels.speculation import speculated_scores
-from sparsecache.kernels.threshold import Selection, SelectionParams, threshold_select
+from sparsecache.kernels.threshold import Selection
 
 _BLOCK = 4096  # prompt tokens that are projected at a time
 
@@ -68,8 +68,7 @@ class PartialKeyMethod(SelectionMethod):
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
         assert isinstance(cache, PartialKeyCache)
         scores = speculated_scores(q, cache.projection, cache.partial_keys, cache.seq_lens, slots)
-        width = min(cache.max_budget, cache.config.max_tokens)
-        return threshold_select(scores, cache.seq_lens, slots, cache.params, width)
+        return cache.select_near_best(scores, slots)
 
     def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
         head_dim = config.shape.head_dim
@@ -85,7 +84,6 @@ class PartialKeyCache(SelectionCache):
     def __init__(self, method: PartialKeyMethod, layer: int, config: CacheConfig, projection: Tensor) -> None:
         """projection: [G, D, I] float32."""
         super().__init__(method, layer, config)
-        self.params = SelectionParams(math.inf, self.budgets, mean=False)
         self.projection = projection.to(config.device).expand(config.slots, -1, -1, -1).contiguous()
         self.partial_keys = config.zeros(config.max_tokens, projection.shape[2])
 
@@ -97,9 +95,10 @@ class PartialKeyCache(SelectionCache):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         out = super().attend(q, k, v, slots)
-        row = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
-        partial = k.float() @ self.projection[slots]  # [B, G, 1, I]
-        self.partial_keys[slots, :, row] = partial[:, :, 0].to(self.partial_keys.dtype)
+        with self.config.deferred.reading(k, slots):
+            row = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
+            partial = k.float() @ self.projection[slots]  # [B, G, 1, I]
+            self.partial_keys[slots, :, row] = partial[:, :, 0].to(self.partial_keys.dtype)
         return out
 
 

@@ -16,7 +16,7 @@ from sparsecache.cache.full import FullCache
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.topk import select_topk
 from sparsecache.kernels.rows import index_slots
-from sparsecache.kernels.threshold import Selection
+from sparsecache.kernels.threshold import Scores, Selection, SelectionParams, threshold_select
 
 
 class SelectionCache(LayerCache):
@@ -31,14 +31,17 @@ class SelectionCache(LayerCache):
         self.seq_lens, self.stats = config.seq_lens, config.stats
         self.budgets = method.budget_table(layer, config)
         self.max_budget = int(self.budgets[-1])  # budgets are non-decreasing
+        self._params = SelectionParams(math.inf, self.budgets, mean=False)
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.full.prefill(slot, q, k, v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         positions, counts = self.method.select(q, self, slots)
-        self.stats.record(counts, slots)
-        return self.full.attend_selected(q, k, v, slots, positions, counts)
+        out = self.full.attend_selected(q, k, v, slots, positions, counts)
+        with self.config.deferred.reading(counts, slots):
+            self.stats.record(counts, slots)
+        return out
 
     def keys_of(self, slots: Tensor) -> Tensor:
         """Return the keys of slots [B], read-only: [B, G, T, D], T as `width`, undefined beyond `seq_lens`."""
@@ -59,6 +62,11 @@ class SelectionCache(LayerCache):
         within: how far below the best score a selected token's may be, exclusive.
         """
         return select_topk(scores, self.seq_lens, slots, self.budgets, self.max_budget, within)
+
+    def select_near_best(self, scores: Scores, slots: Tensor) -> Selection:
+        """Return the past positions nearest to the best score of one of a KV head's queries, within the budget."""
+        width = min(self.max_budget, self.config.max_tokens)
+        return threshold_select(scores, self.seq_lens, slots, self._params, width)
 
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
         token = self.config.token_nbytes

@@ -15,28 +15,33 @@ from sparsecache.kernels._triton import (
     use_kernel,
 )
 from sparsecache.kernels.rows import index_slots
-from sparsecache.kernels.scores import partial_scores
+from sparsecache.kernels.scores import partial_scores, scaled_scores
 from sparsecache.kernels.threshold import Scores, split_range
 
-_BLOCK_T, _WARPS, _STAGES = 128, 4, 4  # tokens per iteration
+_MAX_BLOCK_T, _WARPS, _STAGES = 128, 4, 4  # tokens per iteration
+_TILE_BYTES = 16384  # of keys per iteration
 _MAX_SPLITS = 64
 _LONG_SPLIT = 1024  # tokens
 _MAX_HALF = tl.constexpr(65504)  # the largest float16
 
 
 def speculated_scores(
-    q: Tensor, projection: Tensor, keys: Tensor, seq_lens: Tensor, slots: Tensor, high_priority: bool = False
+    q: Tensor, projection: Tensor | None, keys: Tensor, seq_lens: Tensor, slots: Tensor, high_priority: bool = False
 ) -> Scores:
     """Score the past tokens of each slot by partial keys, for `threshold_select`.
 
-    q: [B, H, 1, D], speculated; projection: [slots, G, D, I] float32, from queries and keys to I partial channels;
-    keys: [slots, G, T, I], partial; seq_lens: [slots] int64, past tokens, at most T; slots: [B] int64.
+    q: [B, H, 1, D]; projection: [slots, G, D, I] float32, from queries and keys to I partial channels; None: `keys` are
+    the keys themselves, I = D. keys: [slots, G, T, I]; seq_lens: [slots] int64, past tokens, at most T; slots: [B].
     high_priority: whether the kernel runs on a stream of high priority. It affects speed alone.
     """
     if use_kernel(q):
         return _launch(q, projection, keys, seq_lens, slots, high_priority)
     longest = int(seq_lens[slots].max())
-    scores = partial_scores(q, projection, keys[:, :, :longest], slots)
+    keys = keys[:, :, :longest]
+    if projection is None:
+        scores = scaled_scores(q, index_slots(keys, slots), q.shape[3])
+    else:
+        scores = partial_scores(q, projection, keys, slots)
     kv_heads = keys.shape[1]
     return Scores(scores.view(len(q), kv_heads, q.shape[1] // kv_heads, longest), None)
 
@@ -64,7 +69,7 @@ def append_speculated(
 
 
 def _launch(
-    q: Tensor, projection: Tensor, keys: Tensor, seq_lens: Tensor, slots: Tensor, high_priority: bool
+    q: Tensor, projection: Tensor | None, keys: Tensor, seq_lens: Tensor, slots: Tensor, high_priority: bool
 ) -> Scores:
     batch, heads, _, head_dim = q.shape
     kv_heads, capacity, channels = keys.shape[1:]
@@ -75,11 +80,13 @@ def _launch(
     dtype = torch.float32 if keys.dtype == torch.float32 else torch.float16
     scores = torch.empty((batch, kv_heads, group, stride), device=device, dtype=dtype)
     extremes = torch.empty((2, batch, heads, splits), device=device, dtype=torch.float32)
+    block_i = next_power_of_2(channels, 16)
     _score_kernel[(batch * kv_heads, splits)](
-        q, q.stride(0), q.stride(1), projection, keys, seq_lens, slots, scores, extremes,
+        q, q.stride(0), q.stride(1), q if projection is None else projection, keys, seq_lens, slots, scores, extremes,
         1 / math.sqrt(head_dim), kv_heads, capacity, stride, head_dim, channels, extremes[0].numel(),
-        BLOCK_D=next_power_of_2(head_dim, 16), BLOCK_I=next_power_of_2(channels, 16), GROUP=group,
-        BLOCK_Q=next_power_of_2(group, 8), BLOCK_T=_BLOCK_T, SPLITS=splits,
+        PROJECTED=projection is not None, BLOCK_D=next_power_of_2(head_dim, 16), BLOCK_I=block_i, GROUP=group,
+        BLOCK_Q=next_power_of_2(group, 8), BLOCK_T=min(_MAX_BLOCK_T, _TILE_BYTES // (block_i * keys.element_size())),
+        SPLITS=splits,
         num_warps=_WARPS, num_stages=_STAGES, **pdl_options(),
     )  # fmt: skip
     return Scores(scores, extremes)
@@ -101,7 +108,7 @@ def _split_count(batch: int, kv_heads: int, capacity: int, device: torch.device,
 def _score_kernel(  # type: ignore[no-untyped-def]
     q, q_row_stride, q_head_stride, projection, keys, seq_lens, slots, scores, extremes, scale, kv_heads, capacity,
     stride, head_dim, channels, extremes_size,
-    BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
+    PROJECTED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Score one split of a slot for the query heads of a KV head; find each head's extremes."""
@@ -113,16 +120,19 @@ def _score_kernel(  # type: ignore[no-untyped-def]
     head = kv * GROUP + query
     q_mask = (query < GROUP) & (at < head_dim)[:, None]
     q_ptr = q + row * q_row_stride + head * q_head_stride + at[:, None]
-    q_block = tl.load(q_ptr, mask=q_mask, other=0.0).to(tl.float32)
-    projection_mask = (at < head_dim)[None, :] & (channel < channels)[:, None]
+    q_block = tl.load(q_ptr, mask=q_mask, other=0.0)
     owner = slot * kv_heads + kv
-    projection_block = tl.load(
-        projection + (owner * head_dim + at[None, :]) * channels + channel[:, None], mask=projection_mask, other=0.0
-    )
-    partial = tl.dot(projection_block, q_block, input_precision="ieee")  # [BLOCK_I, BLOCK_Q]
-    # The query is the sum of two values in the dtype of the keys: rounding it to one would change selections.
-    q_high = partial.to(keys.dtype.element_ty)
-    q_low = (partial - q_high.to(tl.float32)).to(keys.dtype.element_ty)
+    if PROJECTED:
+        projection_block = tl.load(
+            projection + (owner * head_dim + at[None, :]) * channels + channel[:, None],
+            mask=(at < head_dim)[None, :] & (channel < channels)[:, None], other=0.0,
+        )  # fmt: skip
+        partial = tl.dot(projection_block, q_block.to(tl.float32), input_precision="ieee")  # [BLOCK_I, BLOCK_Q]
+        # The query is the sum of two values in the dtype of the keys: rounding it to one would change selections.
+        q_high = partial.to(keys.dtype.element_ty)
+        q_low = (partial - q_high.to(tl.float32)).to(keys.dtype.element_ty)
+    else:
+        q_high = q_block.to(keys.dtype.element_ty)
 
     best = tl.full((BLOCK_T, BLOCK_Q), float("-inf"), dtype=tl.float32)  # reduced over BLOCK_T after the loop
     worst = tl.full((BLOCK_T, BLOCK_Q), float("inf"), dtype=tl.float32)
@@ -132,7 +142,9 @@ def _score_kernel(  # type: ignore[no-untyped-def]
         mask = (token < end) & (channel < channels)[None, :]
         key = tl.load(keys + (owner * capacity + token) * channels + channel[None, :], mask=mask, other=0.0)
         score = tl.dot(key, q_high, input_precision="ieee")
-        score = tl.dot(key, q_low, score, input_precision="ieee") * scale
+        if PROJECTED:
+            score = tl.dot(key, q_low, score, input_precision="ieee")
+        score *= scale
         if scores.dtype.element_ty == tl.float16:
             # The extremes are those of the stored scores. Clamped, because a margin from infinity is NaN.
             score = tl.minimum(tl.maximum(score, -_MAX_HALF), _MAX_HALF).to(tl.float16).to(tl.float32)

@@ -73,7 +73,8 @@ class FreeKVCache(QuestCache):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         out = super().attend(q, k, v, slots)
-        self.last_queries[slots] = q[:, :, 0]
+        with self.config.deferred.reading(q, slots):
+            self.last_queries[slots] = q[:, :, 0]
         return out
 
     def probe(self, q: Tensor, slots: Tensor) -> Tensor:

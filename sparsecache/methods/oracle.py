@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsecache.cache.selection import SelectionCache, SelectionMethod, positions_below
-from sparsecache.kernels.scores import scaled_scores
-from sparsecache.kernels.selection import score_margin
+from sparsecache.cache.selection import SelectionCache, SelectionMethod
+from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
 
 
@@ -21,8 +20,5 @@ class Oracle(SelectionMethod):
     """Selects by the true query and all keys."""
 
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
-        keys = cache.keys_of(slots)
-        scores = scaled_scores(q, keys, keys.shape[3])[:, :, 0]  # [B, H, T]
-        is_past = positions_below(cache.seq_lens[slots], scores.shape[2])
-        margins = score_margin(scores.masked_fill(~is_past, float("-inf")), keys.shape[1])
-        return cache.select_topk(margins, slots)
+        scores = speculated_scores(q, None, cache.full.keys, cache.seq_lens, slots)
+        return cache.select_near_best(scores, slots)

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
-from sparsecache.kernels.rows import index_slots
+from sparsecache.kernels.pages import page_bounds
 from sparsecache.kernels.threshold import Selection
 
 
@@ -39,18 +39,18 @@ class Quest(SelectionMethod):
 
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
         assert isinstance(cache, QuestCache)
-        past, width = cache.seq_lens[slots], cache.width(slots)
-        scores = self.page_scores(q, cache, slots, width)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices  # [B, G, pages]
-        first = self.page * torch.arange(order.shape[2], device=q.device)
-        held = (past[:, None] - first).clamp(0, self.page)[:, None].expand_as(order)  # tokens per page
-        in_order = held.gather(2, order)
+        past = cache.seq_lens[slots]
+        scores = self.page_scores(q, cache, slots, cache.width(slots))  # [B, G, pages]
+        pages = scores.shape[2]
+        first = self.page * torch.arange(pages, device=q.device)
+        held = (past[:, None] - first).clamp(0, self.page)  # [B, pages], tokens per page
+        order = scores.masked_fill((held == 0)[:, None], -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        order = order[..., : min(pages, -(-cache.max_budget // self.page) + 1)]  # one page may hold a token only
+        in_order = held[:, None].expand(*scores.shape[:2], -1).gather(2, order)
         before = in_order.cumsum(2) - in_order
-        left = (cache.budgets[past][:, None, None] - before).clamp(min=0)
-        taken = torch.zeros_like(held).scatter(2, order, left)
-        offset = torch.arange(self.page, device=q.device)
-        is_taken = (offset < held[..., None]) & (offset >= (held - taken)[..., None])  # [B, G, pages, page]
-        return cache.select_topk(is_taken.flatten(2)[..., :width].float(), slots)
+        taken = torch.minimum((cache.budgets[past][:, None, None] - before).clamp(min=0), in_order)
+        start = order * self.page + in_order - taken  # a page that is cut gives its latest tokens
+        return _positions_of_runs(start, taken, min(cache.max_budget, cache.config.max_tokens))
 
     def page_scores(self, q: Tensor, cache: "QuestCache", slots: Tensor, width: int) -> Tensor:
         """Return the scores by which a KV head takes the pages of `width` tokens: [B, G, pages] float32."""
@@ -90,18 +90,29 @@ class QuestCache(SelectionCache):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         out = super().attend(q, k, v, slots)
+        with self.config.deferred.reading(slots):
+            self._update_newest_page(slots)
+        return out
+
+    def _update_newest_page(self, slots: Tensor) -> None:
         last = self.config.max_tokens - 1
         past = self.seq_lens[slots].clamp(max=last)
         page = past // self.method.page
-        position = page[:, None] * self.method.page + self._offset  # of the newest page
+        position = page[:, None] * self.method.page + self._offset
         keys = self.full.keys[slots[:, None], :, position.clamp(max=last)].transpose(1, 2)  # [B, G, page, D]
-        is_held = (position <= past[:, None])[:, None]
-        self.lowest[slots, :, page], self.highest[slots, :, page] = self.method.bounds(keys, is_held)
-        return out
+        bounds = self.method.bounds(keys, (position <= past[:, None])[:, None])
+        for stored, found in zip((self.lowest, self.highest), bounds, strict=True):
+            stored[slots, :, page] = found.to(stored.dtype)
 
     def page_bounds(self, q: Tensor, slots: Tensor, width: int) -> Tensor:
         """Return the highest score that each page can give to each query head: [B, G, H / G, pages] float32."""
-        pages = -(-width // self.method.page)
-        lowest, highest = (index_slots(x, slots)[:, :, :pages].float().mT for x in (self.lowest, self.highest))
-        grouped = q.float().view(len(slots), lowest.shape[1], -1, q.shape[3])  # [B, G, H / G, D]
-        return grouped.clamp(min=0) @ highest + grouped.clamp(max=0) @ lowest
+        return page_bounds(q, self.lowest, self.highest, slots, -(-width // self.method.page))
+
+
+def _positions_of_runs(start: Tensor, count: Tensor, width: int) -> Selection:
+    """Return the positions of runs that begin at start [B, G, N] and have count [B, G, N] tokens, at most `width`."""
+    ends = count.cumsum(2)
+    place = torch.arange(width, device=start.device).expand(*start.shape[:2], -1).contiguous()
+    run = torch.searchsorted(ends, place, right=True).clamp(max=start.shape[2] - 1)
+    positions = (start - ends + count).gather(2, run) + place
+    return Selection(positions, ends[..., -1])

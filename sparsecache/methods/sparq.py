@@ -21,10 +21,12 @@ from torch import Tensor
 from sparsecache.cache.base import CacheConfig, Shape
 from sparsecache.cache.partial_keys import channel_count, check_channels
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
+from sparsecache.kernels.channel_scores import channel_scores
 from sparsecache.kernels.rows import mask_of_first
 from sparsecache.kernels.threshold import Selection
 
 _TINY = 1e-30
+_ALIGNMENT = 16  # tokens: so that reads of many tokens at once are aligned
 _ALWAYS = 100.0  # above the logarithm of any sum of probabilities
 
 
@@ -70,8 +72,8 @@ class SparQ(SelectionMethod):
 class SparQCache(SelectionCache):
     """All keys and values, the keys once more by channel, and the sum of the values.
 
-    keys_by_channel: [slots, G, D, T]; value_sums: [slots, G, D] float32; share: [B, G, H / G, 1] float32, of the
-    approximate attention of the latest step, what the selected tokens and the current one got.
+    keys_by_channel: [slots, G, D, T], T rounded up; value_sums: [slots, G, D] float32; share: [B, G, H / G, 1] float32,
+    of the approximate attention of the latest step, what the selected tokens and the current one got.
     """
 
     share: Tensor
@@ -80,8 +82,8 @@ class SparQCache(SelectionCache):
         super().__init__(method, layer, config)
         self.estimates_rest = method.mean_value
         self._channels = channel_count(method.channels, config.shape.head_dim)
-        self._heads = torch.arange(config.shape.kv_heads, device=config.device)[:, None]
-        self.keys_by_channel = config.zeros(config.shape.head_dim, config.max_tokens)
+        rows = -(-config.max_tokens // _ALIGNMENT) * _ALIGNMENT
+        self.keys_by_channel = config.zeros(config.shape.head_dim, rows)
         self.value_sums = config.zeros(config.shape.head_dim, dtype=torch.float32)
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -106,18 +108,15 @@ class SparQCache(SelectionCache):
 
         [B, G, H / G, T + 1] float32, T as `width`; -inf after the current token.
         """
-        grouped = q.float().view(len(slots), len(self._heads), -1, q.shape[3])
-        magnitude = grouped.abs()
+        grouped = q.view(len(slots), self.config.shape.kv_heads, -1, q.shape[3])
+        magnitude = grouped.float().abs()
         chosen = magnitude.sum(2).topk(self._channels, dim=-1).indices  # [B, G, channels]
         of_heads = chosen[:, :, None].expand(-1, -1, grouped.shape[2], -1)
         coverage = magnitude.gather(3, of_heads).sum(3) / magnitude.sum(3).clamp(min=_TINY)
         scale = (coverage * q.shape[3]).clamp(min=_TINY).sqrt()  # a query of zeros scores nothing
         width = min(self.width(slots) + 1, self.config.max_tokens)
-        keys = self.keys_by_channel[..., :width][slots[:, None, None], self._heads, chosen]  # [B, G, channels, width]
-        scores = grouped.gather(3, of_heads) @ keys.float() / scale[..., None]
-        position = torch.arange(width, device=q.device)
-        is_later = (position > self.seq_lens[slots][:, None])[:, None, None]
-        return scores.masked_fill(is_later, -torch.inf).log_softmax(3)
+        scores = channel_scores(grouped, chosen, scale, self.keys_by_channel, self.seq_lens, slots, width)
+        return scores.log_softmax(3)
 
 
 def _share(attention: Tensor, selection: Selection, past: Tensor) -> Tensor:

@@ -221,3 +221,14 @@ def test_append_speculated(case, device, dtype, agree) -> None:
     store = torch.randn(slots, kv_heads, capacity, 2, head_dim).to(device, dtype)
     k, v = torch.randn(2, len(order), kv_heads, 1, head_dim).to(device, dtype)
     agree(append_speculated, k, v, projection, keys, store, seq_lens, order)
+
+
+def test_keys_without_a_projection_score_as_with_the_identity(device, dtype) -> None:
+    q, _, _, seq_lens, slots = _inputs(CASES["around a block"], device, dtype, ties=False)
+    keys = torch.randn(5, 1, 300, 40, generator=torch.Generator().manual_seed(6)).to(device, dtype)
+    identity = torch.eye(40, device=device).expand(5, 1, 40, 40).contiguous()
+    for backend in ("kernels", "reference"):
+        with force_backend(backend):
+            plain, projected = (speculated_scores(q, each, keys, seq_lens, slots).values for each in (None, identity))
+        for row, length in enumerate(seq_lens[slots].tolist()):
+            torch.testing.assert_close(plain[row, ..., :length], projected[row, ..., :length], rtol=1e-3, atol=1e-4)

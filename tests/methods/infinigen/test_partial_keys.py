@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, Shape
 from sparsecache.cache.stats import LayerStats
+from sparsecache.cache.streams import SideStream
 from sparsecache.kernels.scores import partial_scores, scaled_scores
 from sparsecache.kernels.speculation import append_speculated
 from sparsecache.methods.infinigen import partial_keys
@@ -25,7 +26,7 @@ def _partial(heads: int, kv_heads: int, head_dim: int, channels: int, skewed: bo
     seq_lens, counts = torch.zeros(SLOTS, dtype=torch.int64), torch.zeros(SLOTS, kv_heads, dtype=torch.int64)
     config = CacheConfig(
         Shape(2, heads, kv_heads, head_dim), SLOTS, CAPACITY, 9, torch.device("cpu"), torch.float32, seq_lens,
-        LayerStats(counts),
+        LayerStats(counts), SideStream(torch.device("cpu"), high_priority=False),
     )  # fmt: skip
     return PartialKeys(matrices, channels, config)
 

@@ -1,0 +1,102 @@
+"""How much attention each prompt token receives in total, without a tensor of L x L scores."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
+from sparsecache.kernels.scores import scaled_scores
+
+_BLOCK = 64  # queries whose scores the reference holds at a time
+_BLOCK_M, _BLOCK_N = 64, 128  # queries and keys per iteration
+_FEW_QUERIES = 256  # up to which the reference is as fast: it fills the GPU, the kernels do not
+
+
+def attention_sums(q: Tensor, k: Tensor, first: int) -> Tensor:
+    """Return the attention that each prompt token receives from queries `first` to the last: [G, L] float32.
+
+    q: [H, L, D]; k: [G, L, D]. The sum over queries and a KV head's query heads.
+    """
+    if use_kernel(q) and k.shape[1] - first > _FEW_QUERIES:
+        return _launch(q, k, first)
+    kv_heads, length, head_dim = k.shape
+    sums = torch.zeros(kv_heads, length, device=k.device)
+    for start in range(first, length, _BLOCK):
+        end = min(start + _BLOCK, length)
+        scores = scaled_scores(q[:, start:end], k[:, :end], head_dim)  # [H, block, end]
+        is_later = torch.ones(end - start, end, device=k.device, dtype=torch.bool).triu(start + 1)
+        received = scores.masked_fill_(is_later, -torch.inf).softmax(-1).sum(1)  # [H, end]
+        sums[:, :end] += received.view(kv_heads, -1, end).sum(1)
+    return sums
+
+
+def _launch(q: Tensor, k: Tensor, first: int) -> Tensor:
+    heads, length, head_dim = q.shape
+    kv_heads = k.shape[0]
+    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+    normalizers = torch.empty((heads, length), device=q.device, dtype=torch.float32)
+    sums = torch.empty((kv_heads, length), device=q.device, dtype=torch.float32)
+    inputs = (q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), normalizers)
+    scale = math.log2(math.e) / math.sqrt(head_dim)  # of exponents of 2
+    sizes = {
+        "GROUP": heads // kv_heads, "BLOCK_M": _BLOCK_M, "BLOCK_N": _BLOCK_N,
+        "BLOCK_D": next_power_of_2(head_dim, 16), "num_warps": 4, "num_stages": 2 if q.element_size() > 2 else 3,
+    }  # fmt: skip
+    _normalizer_kernel[(-(-(length - first) // _BLOCK_M), heads)](*inputs, scale, first, length, head_dim, **sizes)
+    _sum_kernel[(-(-length // _BLOCK_N), kv_heads)](*inputs, sums, scale, first, length, head_dim, **sizes)
+    return sums
+
+
+@triton.jit(do_not_specialize=["first", "length"])
+def _normalizer_kernel(  # type: ignore[no-untyped-def]
+    q, q_head_stride, q_stride, k, k_head_stride, k_stride, normalizers, scale, first, length, head_dim,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Store the logarithm to base 2 of the softmax's denominator for BLOCK_M queries of a head."""
+    head, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
+    last_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
+    row = first + last_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_head = channel < head_dim
+    q_ptr = q + head * q_head_stride + row[:, None] * q_stride + channel[None, :]
+    q_block = tl.load(q_ptr, mask=(row < length)[:, None] & in_head[None, :], other=0.0)
+    keys = k + head // GROUP * k_head_stride
+    maximum = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    end = tl.minimum(first + last_block * BLOCK_M + BLOCK_M, length)
+    for start in tl.range(0, end, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        k_ptr = keys + column[None, :] * k_stride + channel[:, None]
+        k_block = tl.load(k_ptr, mask=(column < length)[None, :] & in_head[:, None], other=0.0)
+        scores = tl.dot(q_block, k_block, input_precision="ieee") * scale
+        scores = tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        total = total * tl.exp2(maximum - new_maximum) + tl.sum(tl.exp2(scores - new_maximum[:, None]), axis=1)
+        maximum = new_maximum
+    tl.store(normalizers + head * length + row, maximum + tl.log2(total), mask=row < length)
+
+
+@triton.jit(do_not_specialize=["first", "length"])
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    q, q_head_stride, q_stride, k, k_head_stride, k_stride, normalizers, sums, scale, first, length, head_dim,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Store what BLOCK_N tokens of a KV head receive from all queries of its query heads."""
+    kv, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
+    begin = tl.program_id(0) * BLOCK_N  # the first tokens, which most queries see, first
+    column = begin + tl.arange(0, BLOCK_N)
+    in_head = channel < head_dim
+    k_ptr = k + kv * k_head_stride + column[None, :] * k_stride + channel[:, None]
+    k_block = tl.load(k_ptr, mask=(column < length)[None, :] & in_head[:, None], other=0.0)
+    received = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for member in range(GROUP):
+        head = kv * GROUP + member
+        for start in tl.range(tl.maximum(first, begin), length, BLOCK_M):
+            row = start + tl.arange(0, BLOCK_M)
+            q_ptr = q + head * q_head_stride + row[:, None] * q_stride + channel[None, :]
+            q_block = tl.load(q_ptr, mask=(row < length)[:, None] & in_head[None, :], other=0.0)
+            normalizer = tl.load(normalizers + head * length + row, mask=row < length, other=float("inf"))
+            scores = tl.dot(q_block, k_block, input_precision="ieee") * scale
+            weights = tl.exp2(scores - normalizer[:, None])  # 0 beyond the last query
+            received += tl.sum(tl.where(column[None, :] <= row[:, None], weights, 0.0), axis=0)
+    tl.store(sums + kv * length + column, received, mask=column < length)
