@@ -10,19 +10,40 @@ import torch
 from torch import Tensor
 
 CountRule = Literal["mean", "per_head"]
+GroupRule = Literal["max", "mean", "softmax"]
 
 
-def score_margin(scores: Tensor, kv_heads: int) -> Tensor:
+def score_margin(scores: Tensor, kv_heads: int, group: GroupRule = "max") -> Tensor:
     """Return each token's score minus the best score, at most 0: [B, G, T].
 
-    scores: [B, H, T], -inf for tokens that must not be selected. Each query head is compared with its own best score; a
-    KV head takes the largest margin of its query heads.
+    scores: [B, H, T], -inf for tokens that must not be selected. Each query head is compared with its own best score.
+    group: how a KV head joins the margins of its query heads. "max": the largest. "mean": their mean, which orders
+    tokens as the sum of scores does. "softmax": the log of the mean probability, which orders tokens as the sum of
+    probabilities does, relative to a token that is the best one of every head.
     """
     batch, heads, length = scores.shape
     if length == 0:
         return scores.new_zeros(batch, kv_heads, 0)
-    best = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # -inf - -inf would be NaN
-    return (scores - best).view(batch, kv_heads, heads // kv_heads, length).amax(2)
+    lowest = torch.finfo(scores.dtype).min  # instead of -inf: -inf - -inf would be NaN
+    best = scores.amax(-1, keepdim=True).clamp(min=lowest)
+    margins = (scores - best).view(batch, kv_heads, heads // kv_heads, length)
+    if group == "max":
+        return margins.amax(2)
+    if group == "mean":
+        return margins.sum(2) / margins.shape[2]
+    log_total = margins.logsumexp(3, keepdim=True).clamp(min=lowest)  # a head's best probability is exp(-log_total)
+    return (margins - log_total).logsumexp(2) - (-log_total).logsumexp(2)
+
+
+def mass_count(margin: Tensor, share: float) -> Tensor:
+    """Return how many tokens of the highest margins make a share of the sum of exp(margin): [B, G].
+
+    margin: [B, G, T], -inf for tokens that must not be selected. At least one token, unless there is none.
+    """
+    falling = margin.exp().sort(dim=-1, descending=True).values
+    before = falling.cumsum(-1) - falling  # of the tokens before each one
+    needed = (before < share * falling.sum(-1, keepdim=True)) & (falling > 0)
+    return needed.sum(-1)
 
 
 def force_include(margin: Tensor, positions: Tensor, past: Tensor, sinks: int, recent: int) -> Tensor:
@@ -37,14 +58,16 @@ def force_include(margin: Tensor, positions: Tensor, past: Tensor, sinks: int, r
     return margin.masked_fill(((positions < sinks) | (positions >= past - recent)) & (positions < past), torch.inf)
 
 
-def count_within(margin: Tensor, alpha: float, budget: Tensor, rule: CountRule) -> Tensor:
+def count_within(margin: Tensor, alpha: float, budget: Tensor, rule: CountRule, most: Tensor | None = None) -> Tensor:
     """Return how many tokens each KV head selects, [B, G].
 
     These are the tokens within alpha of the best, at most `budget`. margin: [B, G, T], -inf for tokens that must not be
-    selected; budget: [B]. rule "mean": all KV heads select the mean of their counts, rounded up (InfiniGen);
-    "per_head": each KV head selects its own count.
+    selected; budget: [B]; most: [B, G], another upper limit per KV head. rule "mean": all KV heads select the mean of
+    their counts, rounded up (InfiniGen); "per_head": each KV head selects its own count.
     """
     count = (margin > -alpha).sum(-1)
+    if most is not None:
+        count = torch.minimum(count, most)
     if rule == "mean":
         count = ((count.sum(1, keepdim=True) + count.shape[1] - 1) // count.shape[1]).expand_as(count)
     return torch.minimum(count, budget[:, None])

@@ -26,16 +26,23 @@ _MAX_HALF = tl.constexpr(65504)  # the largest float16
 
 
 def speculated_scores(
-    q: Tensor, projection: Tensor | None, keys: Tensor, seq_lens: Tensor, slots: Tensor, high_priority: bool = False
+    q: Tensor,
+    projection: Tensor | None,
+    keys: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor,
+    high_priority: bool = False,
+    with_sums: bool = False,
 ) -> Scores:
     """Score the past tokens of each slot by partial keys, for `threshold_select`.
 
     q: [B, H, 1, D]; projection: [slots, G, D, I] float32, from queries and keys to I partial channels; None: `keys` are
     the keys themselves, I = D. keys: [slots, G, T, I]; seq_lens: [slots] int64, past tokens, at most T; slots: [B].
-    high_priority: whether the kernel runs on a stream of high priority. It affects speed alone.
+    high_priority: whether the kernel runs on a stream of high priority. It affects speed alone. with_sums: whether
+    the kernel also sums exp(score), which selecting with group "softmax" needs.
     """
     if use_kernel(q):
-        return _launch(q, projection, keys, seq_lens, slots, high_priority)
+        return _launch(q, projection, keys, seq_lens, slots, high_priority, with_sums)
     longest = int(seq_lens[slots].max())
     keys = keys[:, :, :longest]
     if projection is None:
@@ -69,7 +76,13 @@ def append_speculated(
 
 
 def _launch(
-    q: Tensor, projection: Tensor | None, keys: Tensor, seq_lens: Tensor, slots: Tensor, high_priority: bool
+    q: Tensor,
+    projection: Tensor | None,
+    keys: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor,
+    high_priority: bool,
+    with_sums: bool,
 ) -> Scores:
     batch, heads, _, head_dim = q.shape
     kv_heads, capacity, channels = keys.shape[1:]
@@ -79,14 +92,14 @@ def _launch(
     # float16 moves half as much. Its 11 bits are enough: bfloat16 keys have 8 bits, float16 keys as many.
     dtype = torch.float32 if keys.dtype == torch.float32 else torch.float16
     scores = torch.empty((batch, kv_heads, group, stride), device=device, dtype=dtype)
-    extremes = torch.empty((2, batch, heads, splits), device=device, dtype=torch.float32)
+    extremes = torch.empty((3 if with_sums else 2, batch, heads, splits), device=device, dtype=torch.float32)
     block_i = next_power_of_2(channels, 16)
     _score_kernel[(batch * kv_heads, splits)](
         q, q.stride(0), q.stride(1), q if projection is None else projection, keys, seq_lens, slots, scores, extremes,
         1 / math.sqrt(head_dim), kv_heads, capacity, stride, head_dim, channels, extremes[0].numel(),
         PROJECTED=projection is not None, BLOCK_D=next_power_of_2(head_dim, 16), BLOCK_I=block_i, GROUP=group,
         BLOCK_Q=next_power_of_2(group, 8), BLOCK_T=min(_MAX_BLOCK_T, _TILE_BYTES // (block_i * keys.element_size())),
-        SPLITS=splits,
+        SPLITS=splits, WITH_SUMS=with_sums,
         num_warps=_WARPS, num_stages=_STAGES, **pdl_options(),
     )  # fmt: skip
     return Scores(scores, extremes)
@@ -109,7 +122,8 @@ def _score_kernel(  # type: ignore[no-untyped-def]
     q, q_row_stride, q_head_stride, projection, keys, seq_lens, slots, scores, extremes, scale, kv_heads, capacity,
     stride, head_dim, channels, extremes_size,
     PROJECTED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, USE_PDL: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr,
+    WITH_SUMS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Score one split of a slot for the query heads of a KV head; find each head's extremes."""
     pdl_wait(USE_PDL)
@@ -136,6 +150,7 @@ def _score_kernel(  # type: ignore[no-untyped-def]
 
     best = tl.full((BLOCK_T, BLOCK_Q), float("-inf"), dtype=tl.float32)  # reduced over BLOCK_T after the loop
     worst = tl.full((BLOCK_T, BLOCK_Q), float("inf"), dtype=tl.float32)
+    highest, total = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32), tl.zeros((BLOCK_Q,), dtype=tl.float32)
     start, end = split_range(count, split, BLOCK_T, SPLITS)
     for first in tl.range(start, end, BLOCK_T):
         token = (first + tl.arange(0, BLOCK_T))[:, None]
@@ -150,6 +165,11 @@ def _score_kernel(  # type: ignore[no-untyped-def]
             score = tl.minimum(tl.maximum(score, -_MAX_HALF), _MAX_HALF).to(tl.float16).to(tl.float32)
         best = tl.maximum(best, tl.where(token < end, score, float("-inf")))
         worst = tl.minimum(worst, tl.where(token < end, score, float("inf")))
+        if WITH_SUMS:
+            new_highest = tl.maximum(highest, tl.max(tl.where(token < end, score, -3e38), axis=0))
+            weights = tl.where(token < end, tl.exp(score - new_highest[None, :]), 0.0)
+            total = total * tl.exp(highest - new_highest) + tl.sum(weights, axis=0)
+            highest = new_highest
         target = scores + (row * kv_heads * GROUP + head).to(tl.int64) * stride + token
         inside = (query < GROUP) & (token < stride)
         # The selection reads the scores next; weights that stream through L2 meanwhile must not evict them.
@@ -157,6 +177,8 @@ def _score_kernel(  # type: ignore[no-untyped-def]
     extreme = extremes + (row * kv_heads * GROUP + kv * GROUP + tl.arange(0, BLOCK_Q)) * SPLITS + split
     tl.store(extreme, tl.max(best, axis=0), mask=tl.arange(0, BLOCK_Q) < GROUP)
     tl.store(extreme + extremes_size, tl.min(worst, axis=0), mask=tl.arange(0, BLOCK_Q) < GROUP)
+    if WITH_SUMS:
+        tl.store(extreme + 2 * extremes_size, total, mask=tl.arange(0, BLOCK_Q) < GROUP)
 
 
 @triton.jit(do_not_specialize=["capacity"])

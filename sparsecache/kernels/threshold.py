@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, tl, triton
-from sparsecache.kernels.selection import count_within, force_include, score_margin, topk_indices
+from sparsecache.kernels.selection import (
+    GroupRule,
+    count_within,
+    force_include,
+    mass_count,
+    score_margin,
+    topk_indices,
+)
 
 _MIN_BLOCK, _MAX_BLOCK = 512, 2048  # tokens per iteration: a histogram costs nearly the same for few as for many
 
@@ -26,6 +33,8 @@ class SelectionParams(NamedTuple):
     budgets: [T + 1] int64, the most tokens to select of n past tokens, by n.
     mean: whether all KV heads select equally many, the mean of their counts, rounded up.
     sinks, recent: the first and the last past tokens come before all others, within the budget.
+    group: how a KV head joins the scores of its query heads, as in `score_margin`.
+    top_p: at most as many tokens as make this share of the sum of exp(margin); 1: no limit.
     """
 
     alpha: float
@@ -33,6 +42,8 @@ class SelectionParams(NamedTuple):
     mean: bool
     sinks: int = 0
     recent: int = 0
+    group: GroupRule = "max"
+    top_p: float = 1.0
 
 
 class Scores(NamedTuple):
@@ -42,6 +53,7 @@ class Scores(NamedTuple):
     slot's past tokens. From the kernel T is the capacity rounded up to 16; else it may be shorter than the capacity, as
     long as the longest of the B sequences.
     extremes: [2, B, H, splits] float32 from the kernel, the highest and lowest score per head and split; else None.
+    For group "softmax" [3, B, H, splits]: also the sum of exp(score - highest) per head and split.
     """
 
     values: Tensor
@@ -75,11 +87,25 @@ def threshold_select(scores: Scores, seq_lens: Tensor, slots: Tensor, params: Se
     values, position = values[..., :longest].float(), torch.arange(longest, device=values.device)
     if len(slots) > 1:
         values = values.masked_fill(position >= past[:, None, None, None], -torch.inf)
-    margin = score_margin(values.flatten(1, 2), values.shape[1])
+    margin = score_margin(values.flatten(1, 2), values.shape[1], params.group)
+    most = mass_count(margin, params.top_p) if params.top_p < 1 else None
     margin = force_include(margin, position, past, params.sinks, params.recent)
-    count = count_within(margin, params.alpha, params.budgets[past], "mean" if params.mean else "per_head")
+    count = count_within(margin, params.alpha, params.budgets[past], "mean" if params.mean else "per_head", most)
     positions = topk_indices(margin, count)
     return Selection(positions.clamp(min=0), (positions >= 0).sum(2))
+
+
+def _near_counts(values: Tensor, past: Tensor, params: SelectionParams) -> Tensor:
+    """Return how many tokens each KV head is to select before the mean and the budget, by top_p too: [B, G] int32.
+
+    values: as in Scores; past: [B]. Sizes are fixed and the host reads nothing, but the scores are sorted.
+    """
+    position = torch.arange(values.shape[3], device=values.device)
+    scores = values.float().masked_fill(position >= past[:, None, None, None], -torch.inf).flatten(1, 2)
+    margin = score_margin(scores, values.shape[1], params.group)
+    most = mass_count(margin, params.top_p)
+    margin = force_include(margin, position, past, params.sinks, params.recent)
+    return torch.minimum((margin > -params.alpha).sum(2), most).int()
 
 
 def _launch(
@@ -97,14 +123,20 @@ def _launch(
     selection = Selection(empty(width, dtype=torch.int64), empty(dtype=torch.int64))
     block = min(_MAX_BLOCK, next_power_of_2(-(-stride // splits), _MIN_BLOCK))
     sizes = {
-        "KV_HEADS": kv_heads, "GROUP": group, "BLOCK_Q": next_power_of_2(group),
+        "KV_HEADS": kv_heads, "GROUP": group, "BLOCK_Q": next_power_of_2(group), "JOIN": params.group,
         "SPLITS": splits, "BLOCK_S": next_power_of_2(splits), "BLOCK_T": block,
         # Eight warps count faster. With several sequences, four are scheduled sooner beside the projections.
         "num_warps": 8 if batch == 1 and block > _MIN_BLOCK else 4, **pdl_options(),
     }  # fmt: skip
     inputs = (scores, extremes, seq_lens, slots, stride, params.sinks, params.recent)
     alpha = min(params.alpha, 3e38)  # below inf, which is the margin of tokens that are always selected
-    _count_tokens_kernel[grid](*inputs, alpha, near_counts, histograms, finished, **sizes)
+    by_mass = params.top_p < 1
+    if by_mass:  # all of a KV head's count stands in its first split
+        near_counts.zero_()
+        near_counts[:, :, 0] = _near_counts(scores, seq_lens[slots], params)
+    _count_tokens_kernel[grid](
+        *inputs, alpha, near_counts, histograms, finished, COUNT_NEAR=not by_mass, **sizes
+    )  # fmt: skip
     _select_tokens_kernel[grid](
         *inputs, params.budgets, near_counts, histograms, undecided, finished, *selection, width,
         MEAN=params.mean, BLOCK_HS=next_power_of_2(kv_heads * splits), **sizes,
@@ -144,30 +176,53 @@ def _find_bin(histogram, wanted):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _joined(margin, mask, GROUP: tl.constexpr, JOIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Join margins [BLOCK_Q, N] of the query heads of a KV head, as `score_margin` does: [N]."""
+    joined = tl.max(tl.where(mask, margin, float("-inf")), axis=0)
+    if JOIN == "mean":
+        joined = tl.sum(tl.where(mask, margin, 0.0), axis=0) / GROUP
+    if JOIN == "softmax":
+        joined += tl.log(tl.sum(tl.where(mask, tl.exp(margin - joined[None, :]), 0.0), axis=0))
+    return joined
+
+
+@triton.jit
 def _best_and_lowest(  # type: ignore[no-untyped-def]
-    extremes, kv, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    """Return the best score per query head [BLOCK_Q], and a lower bound of all margins."""
+    extremes, kv, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    JOIN: tl.constexpr,
+):  # fmt: skip
+    """Return what to subtract from the scores of each query head [BLOCK_Q], and a lower bound of all margins.
+
+    It is the best score. For "softmax" it is more: the weight of a head in the sum of probabilities, too.
+    """
     query, split = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_S)
     mask = (query < GROUP)[:, None] & (split < SPLITS)[None, :]
     source = extremes + (kv * GROUP + query)[:, None] * SPLITS + split[None, :]
-    best = tl.max(tl.load(source, mask=mask, other=float("-inf")), axis=1)
-    worst = tl.min(tl.load(source + tl.num_programs(0) * GROUP * SPLITS, mask=mask, other=float("inf")), axis=1)
+    size = tl.num_programs(0) * GROUP * SPLITS
+    of_split = tl.load(source, mask=mask, other=float("-inf"))
+    best = tl.max(of_split, axis=1)
+    worst = tl.min(tl.load(source + size, mask=mask, other=float("inf")), axis=1)
+    if JOIN == "softmax":
+        sums = tl.load(source + 2 * size, mask=mask, other=0.0)  # 0 for an empty split
+        total = tl.sum(tl.where(sums > 0, sums * tl.exp(of_split - best[:, None]), 0.0), axis=1)
+        best += tl.log(total) + tl.log(tl.sum(tl.where(query < GROUP, 1 / total, 0.0), axis=0))
     best = tl.where(query < GROUP, best, 0.0)
-    return best, tl.max(tl.where(query < GROUP, worst - best, float("-inf")))  # a token's margin is its largest
+    lowest = _joined((worst - best)[:, None], (query < GROUP)[:, None], GROUP, JOIN)  # joining is monotonic
+    return best, tl.max(lowest)
 
 
 @triton.jit
 def _margins(  # type: ignore[no-untyped-def]
-    scores, best, kv, token, end, count, sinks, recent, stride, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr
-):
-    """Return each token's margin, the largest over the query heads; inf if always selected."""
+    scores, best, kv, token, end, count, sinks, recent, stride, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr,
+    JOIN: tl.constexpr,
+):  # fmt: skip
+    """Return each token's margin, joined over the query heads; inf if always selected."""
     query = tl.arange(0, BLOCK_Q)
     head = (kv * GROUP + query).to(tl.int64)
     valid = (query < GROUP)[:, None] & (token < end)[None, :]
     inside = (query < GROUP)[:, None] & (token < stride)[None, :]  # a mask in multiples of 16 keeps the loads wide
     score = tl.load(scores + head[:, None] * stride + token[None, :], mask=inside, other=0.0).to(tl.float32)
-    margin = tl.max(tl.where(valid, score - best[:, None], float("-inf")), axis=0)
+    margin = _joined(score - best[:, None], valid, GROUP, JOIN)
     return tl.where((token < sinks) | (token >= count - recent), float("inf"), margin)
 
 
@@ -175,13 +230,13 @@ def _margins(  # type: ignore[no-untyped-def]
 def _count_tokens_kernel(  # type: ignore[no-untyped-def]
     scores, extremes, seq_lens, slots, stride, sinks, recent, alpha, near_counts, histograms, finished,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr, USE_PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, JOIN: tl.constexpr, COUNT_NEAR: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Count the tokens of a split that are within alpha of the best, and all its tokens per bin."""
     pdl_wait(USE_PDL)
     kv, split = tl.program_id(0), tl.program_id(1)
     count = tl.load(seq_lens + tl.load(slots + kv // KV_HEADS)).to(tl.int32)
-    best, lowest = _best_and_lowest(extremes, kv, GROUP, BLOCK_Q, SPLITS, BLOCK_S)
+    best, lowest = _best_and_lowest(extremes, kv, GROUP, BLOCK_Q, SPLITS, BLOCK_S, JOIN)
     if split == 0:  # reset the counter of the next kernel
         tl.store(finished + kv, 0)
     near = tl.zeros((BLOCK_T,), dtype=tl.int32)
@@ -189,10 +244,11 @@ def _count_tokens_kernel(  # type: ignore[no-untyped-def]
     start, end = split_range(count, split, BLOCK_T, SPLITS)
     for first in tl.range(start, end, BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
-        margin = _margins(scores, best, kv, token, end, count, sinks, recent, stride, GROUP, BLOCK_Q)
+        margin = _margins(scores, best, kv, token, end, count, sinks, recent, stride, GROUP, BLOCK_Q, JOIN)
         near += ((margin > -alpha) & (token < end)).to(tl.int32)
         histogram += tl.histogram(_bin(margin, lowest), 256, mask=token < end)
-    tl.store(near_counts + kv * SPLITS + split, tl.sum(near))
+    if COUNT_NEAR:
+        tl.store(near_counts + kv * SPLITS + split, tl.sum(near))
     tl.store(histograms + (kv * SPLITS + split) * 256 + tl.arange(0, 256), histogram)
 
 
@@ -201,7 +257,7 @@ def _select_tokens_kernel(  # type: ignore[no-untyped-def]
     scores, extremes, seq_lens, slots, stride, sinks, recent, budgets, near_counts, histograms, undecided, finished,
     positions, counts, width, MEAN: tl.constexpr, BLOCK_HS: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr, USE_PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, JOIN: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Write the tokens of a split that are above the threshold bin, and set those in it aside.
 
@@ -232,14 +288,14 @@ def _select_tokens_kernel(  # type: ignore[no-untyped-def]
     written = tl.sum(tl.where(bins[None, :] > threshold_bin, earlier, 0))  # by the splits before this one
     set_aside = tl.sum(tl.where(bins[None, :] == threshold_bin, earlier, 0))
 
-    best, lowest = _best_and_lowest(extremes, kv, GROUP, BLOCK_Q, SPLITS, BLOCK_S)
+    best, lowest = _best_and_lowest(extremes, kv, GROUP, BLOCK_Q, SPLITS, BLOCK_S, JOIN)
     target, values = positions + kv.to(tl.int64) * width, undecided + kv.to(tl.int64) * 2 * stride
     start, end = split_range(count, split, BLOCK_T, SPLITS)
     if wanted == 0:  # nothing is selected, so skip the loop
         end = start
     for first in tl.range(start, end, BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
-        margin = _margins(scores, best, kv, token, end, count, sinks, recent, stride, GROUP, BLOCK_Q)
+        margin = _margins(scores, best, kv, token, end, count, sinks, recent, stride, GROUP, BLOCK_Q, JOIN)
         index = _bin(margin, lowest)
         is_above, is_undecided = (index > threshold_bin) & (token < end), (index == threshold_bin) & (token < end)
         packed = is_above.to(tl.int32) + (is_undecided.to(tl.int32) << 16)  # one scan for two counts: BLOCK_T < 2^15

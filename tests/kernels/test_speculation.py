@@ -33,6 +33,12 @@ OPTIONS = {  # alpha, budget, mean, sinks, recent
     "a count": (5.0, 30, True, 1, 0),
     "a count beyond int32": (math.inf, 2**32 + 5, True, 0, 0),
 }
+JOINED = {  # group, top_p: of the options above
+    "mean": ("mean", 1.0),
+    "softmax": ("softmax", 1.0),
+    "half of the mass": ("max", 0.5),
+    "most of the softmax": ("softmax", 0.9),
+}
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 Tokens = list[list[list[int]]]  # by row and KV head
@@ -167,6 +173,23 @@ def test_random_scores(case, options, device) -> None:
     inputs = _inputs(case, device, torch.float32, ties=False)
     kernel, reference = _from_own_scores(inputs, *_params(options, case[5], device))
     assert kernel == reference
+
+
+@pytest.mark.parametrize("joined", JOINED.values(), ids=JOINED)
+@pytest.mark.parametrize("case", [CASES["empty"], CASES["around a block"]], ids=["empty", "around a block"])
+def test_other_ways_to_join_query_heads(case, joined, device) -> None:
+    """Where rounding decides whether a token is the last one, the kernels may select another token."""
+    inputs = _inputs(case, device, torch.float32, ties=False)
+    params, width = _params((math.inf, 0.3, False, 2, 3), case[5], device)
+    params = params._replace(group=joined[0], top_p=joined[1])
+    seq_lens, slots = inputs[3:]
+    with force_backend("kernels"):
+        scores = speculated_scores(*inputs, with_sums=joined[0] == "softmax")
+    both = (scores, scores._replace(extremes=None))
+    kernel, reference = (_selected(each, seq_lens, slots, params, width) for each in both)
+    pairs = [(set(a), set(b)) for row in zip(kernel, reference, strict=True) for a, b in zip(*row, strict=True)]
+    assert sum(len(a ^ b) for a, b in pairs) <= 0.02 * sum(len(b) for _, b in pairs)
+    assert bool(max(case[6])) == all(b for _, b in pairs)
 
 
 @cases
