@@ -120,12 +120,13 @@ def option_errors(method: str) -> Iterator[None]:
 
 
 def parse_options(method: str, options: dict[str, str]) -> dict[str, Any]:
-    """Return all options of a method: those given as text, converted by their annotations, and defaults.
+    """Return all options of a method: those given as text, converted by their annotations, presets and defaults.
 
     Raises UsageError for an unknown option or a value that is not of the option's type, with what is allowed.
     """
-    known = method_options(load_method(method))
-    values = {key: option.default for key, option in known.items()}
+    kind = load_method(method)
+    known = method_options(kind)
+    given = {}
     for key, text in options.items():
         if key not in known:
             near = get_close_matches(key, known, 1)
@@ -133,10 +134,12 @@ def parse_options(method: str, options: dict[str, str]) -> dict[str, Any]:
             listed = ", ".join(map(str, known.values())) or "none"
             raise UsageError(f"Method {method} has no option {key!r}.{hint} Its options: {listed}. {_HINT}")
         try:
-            values[key] = known[key].convert(text)
+            given[key] = known[key].convert(text)
         except ValueError as error:
             raise UsageError(f"Method {method}: {error} {_HINT}") from error
-    return values
+    defaults = {key: option.default for key, option in known.items()}
+    preset = str(given.get("preset", defaults.get("preset")))
+    return {**defaults, **kind.presets.get(preset, {}), **given}
 
 
 def method_options(kind: "type[CacheMethod]") -> dict[str, Option]:

@@ -197,7 +197,7 @@ class RunContext:
             token_ids = self.checkpoint.tokenizer(self.calibration_text, verbose=False)["input_ids"]
             if not token_ids:
                 raise UsageError(_NO_TEXT)
-            calibrate(method, decoder, token_ids, self.checkpoint.fingerprint)
+            calibrate(method, decoder, token_ids[: self.window], self.checkpoint.fingerprint)
 
     def reference(self) -> "TransformersEngine":
         """Load and return the transformers engine with the same checkpoint, method and options, to compare with."""

@@ -6,28 +6,49 @@ keys. Tokens with scores near the best are selected, and fetched if the cache is
 GQA: the paper has one KV head per query head. Here a token's score for a KV head is how near it comes to the best
 score of one of the head's queries. A KV head has one skewing matrix and one set of partial channels.
 
+Query heads can also be joined by their mean score or mean probability (`group`).
+
 Differences: keys are rotated by RoPE, so the skewing matrix is made and applied after it. 32 channels speculate by
 default (`partial_weight_ratio`), where the paper takes 0.3 of them. What is not in the paper is off by default.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig, MethodKind, Shape, SpeculationSource
+from sparsecache.cache.base import CacheConfig, MethodKind, Shape
 from sparsecache.cache.calibration import read_calibration_text
 from sparsecache.cache.host import check_host_memory
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
-from sparsecache.kernels.selection import CountRule
+from sparsecache.kernels.selection import CountRule, GroupRule
 from sparsecache.methods.infinigen.cache import DeviceStreams, InfiniGenCache
+from sparsecache.methods.infinigen.linear import check_speculation_map, fit_speculation_map
 from sparsecache.methods.infinigen.skewing import check_skewing_matrices, skewing_matrix
 
 _CHANNELS = 32
 _MAX_TOKENS = 2**31 - 1  # that a kernel counts to
+
+PAPER: dict[str, Any] = {
+    "alpha": 5.0,
+    "top_p": 1.0,
+    "partial_weight_ratio": 0.3,
+    "budget": 0.2,
+    "fetch": "mean",
+    "group": "max",
+    "dense_layers": 2,
+    "skew": True,
+    "guess": "input",
+    "blend": 0.0,
+    "sinks": 0,
+    "recent": 0,
+}
+"""The paper's settings for Llama-2; OPT has alpha=4. Its speed code speculates from layer 1 on, so layer 2 is the first
+sparse one."""
 
 
 @dataclass
@@ -36,33 +57,57 @@ class InfiniGen(SparseMethod):
 
     kind: ClassVar[MethodKind] = "selection"
     min_dense_layers: ClassVar[int] = 1  # layer 0 has no predecessor
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER}
 
+    preset: Annotated[
+        Literal["none", "paper"], "paper: the paper's values of all options about the selection; given options win"
+    ] = "none"
     alpha: Annotated[float, "how far below the best speculated score a selected token may be, 0 to inf"] = 5.0
+    top_p: Annotated[
+        float, "select at most as many tokens as make this share of the speculated attention, above 0 to 1"
+    ] = 1.0
     partial_weight_ratio: Annotated[
         float | None, "share of the channels that speculate, above 0 to 1; none: 32 channels"
     ] = None
     budget: Annotated[float, "most past tokens selected: a share of them up to 1, else a count"] = 0.2
     fetch: Annotated[CountRule, "one count per layer, the mean over its KV heads, or a count per head"] = "mean"
+    group: Annotated[
+        GroupRule, "how a KV head joins its query heads: the largest score margin, or the mean margin or probability"
+    ] = "max"
     dense_layers: Annotated[int, "first layers that attend to everything, 1 at least"] = 2
     skew: Annotated[bool, "rotate queries and keys so that few channels carry more of the score"] = True
     guess: Annotated[
-        SpeculationSource,
-        "what the query is speculated from: the layer before's attention input (the paper), or its residual stream "
-        "after attention",
+        Literal["input", "residual", "linear"],
+        "what the query is speculated from: the layer before's attention input (the paper), its residual stream after "
+        "attention, or a linear map of that, fitted on the calibration text",
     ] = "input"
+    blend: Annotated[float, "share of the previous step's query in the speculated one, 0 to 1"] = 0.0
     sinks: Annotated[int, "first tokens that are always selected, within the budget, 0 or more"] = 0
     recent: Annotated[int, "last tokens that are always selected, within the budget, 0 or more"] = 0
     offload: Annotated[bool, "keep keys and values of the sparse layers in pinned host memory"] = False
     gpu_cache: Annotated[int, "with offload: fetched tokens kept on the GPU per layer and KV head, 0 or more"] = 0
-    calibration_file: Annotated[str | None, "text that the skewing matrices are made from; none: bundled"] = None
+    calibration_file: Annotated[
+        str | None, "text that skewing matrices and linear maps are made from; none: bundled"
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.calibrates_hidden = self.guess == "linear"
         self._matrices: list[Tensor] = []
+        self._maps: list[Tensor] = []  # of the layers after the first
         self._streams: dict[torch.device, DeviceStreams] = {}
         self._caches: list[InfiniGenCache] = []
         if not self.alpha >= 0:
             raise ValueError(f"alpha={self.alpha} must be 0 or more (inf: no limit but the budget).")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (1: no limit).")
+        if not 0 <= self.blend <= 1:
+            raise ValueError(f"blend={self.blend} must be 0 to 1.")
+        if self.group != "max" and not math.isinf(self.alpha):
+            raise ValueError(
+                f"alpha={self.alpha} limits the distance to a query head's best score, which group={self.group} does "
+                f"not know: give alpha=inf too, and limit tokens by budget or top_p."
+            )
         if self.partial_weight_ratio is not None and not 0 < self.partial_weight_ratio <= 1:
             raise ValueError(f"partial_weight_ratio={self.partial_weight_ratio} must be above 0 and at most 1.")
         for name in ("sinks", "recent", "gpu_cache"):
@@ -97,6 +142,8 @@ class InfiniGen(SparseMethod):
         streams = self._streams[config.device]
         matrices, budgets = self._skewing_matrices(layer, config.shape), self.budget_table(layer, config)
         cache = InfiniGenCache(self, config, matrices, budgets, streams)
+        if self.guess == "linear":
+            cache.speculation_map = self._speculation_map(layer, config.shape)
         streams.last_cache = cache
         self._caches.append(cache)
         return cache
@@ -109,17 +156,30 @@ class InfiniGen(SparseMethod):
             raise RuntimeError("InfiniGen with skew=true must be calibrated before it takes a prompt.")
         return self._matrices[layer]
 
+    def _speculation_map(self, layer: int, shape: Shape) -> Tensor:
+        if len(self._maps) != shape.layers - 1:
+            raise RuntimeError("InfiniGen with guess=linear must be calibrated before it takes a prompt.")
+        return self._maps[layer - 1]
+
     def calibration_text(self) -> str | None:
-        return read_calibration_text(self.calibration_file) if self.skew else None
+        return read_calibration_text(self.calibration_file) if self.skew or self.guess == "linear" else None
 
     def calibrate(self, layer: int, q: Tensor, k: Tensor) -> None:
         self._matrices[layer:] = [skewing_matrix(q).cpu()]
 
+    def calibrate_hidden(
+        self, layer: int, residual: Tensor, normed: Tensor, project_query: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._maps[layer - 1 :] = [fit_speculation_map(residual, normed, project_query).bfloat16().cpu()]
+
     def calibration(self) -> dict[str, Tensor]:
-        return {"skewing_matrix": torch.stack(self._matrices)}
+        maps = {"speculation_map": torch.stack(self._maps)} if self._maps else {}
+        return {"skewing_matrix": torch.stack(self._matrices), **maps}
 
     def restore(self, calibration: dict[str, Tensor], shape: Shape) -> None:
         self._matrices = list(check_skewing_matrices(calibration.get("skewing_matrix"), shape))
+        if self.guess == "linear":
+            self._maps = list(check_speculation_map(calibration.get("speculation_map"), shape.layers))
 
     def report(self, stats: SequenceStats) -> dict[str, Any]:
         report = super().report(stats)

@@ -67,18 +67,28 @@ class InfiniGenCache(LayerCache):
         self, method: "InfiniGen", config: CacheConfig, matrices: Tensor, budgets: Tensor, streams: DeviceStreams
     ) -> None:
         """matrices: [G, D, D], the layer's skewing matrices; budgets: [max_tokens + 1] int64."""
-        self.config, self.speculation_source = config, method.guess
+        self.config = config
+        self.speculation_source = "input" if method.guess == "input" else "residual"
         self._offload, self._streams = method.offload, streams
-        self._params = SelectionParams(method.alpha, budgets, method.fetch == "mean", method.sinks, method.recent)
+        self._params = SelectionParams(
+            method.alpha, budgets, method.fetch == "mean", method.sinks, method.recent, method.group, method.top_p
+        )
         self._width = min(config.max_tokens, int(budgets[-1]))
         self._partial = PartialKeys(matrices, method.channels(config.shape), config)
         size = (config.slots, config.shape.kv_heads, config.max_tokens, 2, config.shape.head_dim)
         self.store = allocate(size, config.dtype, config.device, method.offload)
         self._gpu_cache = make_gpu_cache(method.gpu_cache, config) if method.gpu_cache else None
         self._speculated: _Speculated | None = None
+        self._blend = method.blend
+        self._last_query: Tensor | None = None  # [slots, H, 1, D], of the latest step or the end of the prompt
+        if method.blend:
+            shape = (config.slots, config.shape.heads, 1, config.shape.head_dim)
+            self._last_query = torch.zeros(shape, dtype=config.dtype, device=config.device)
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         self._partial.prefill(slot, q, k)
+        if self._last_query is not None:
+            self._last_query[slot] = q[:, -1:]
         if self._gpu_cache is not None:
             clear_slot(self._gpu_cache, slot)
         rows = self.store[slot]
@@ -101,12 +111,16 @@ class InfiniGenCache(LayerCache):
         """Select past tokens by the speculated query; with offload, fetch them."""
         with self._streams.speculation.reading(hidden, *project_query.inputs, slots):
             q = project_query(hidden, normed=self.speculation_source == "input")
+            if self._last_query is not None:
+                q = torch.lerp(q, self._last_query[slots], self._blend)
             self._speculated = self._select(q, slots)
 
     def _select(self, q: Tensor, slots: Tensor) -> _Speculated:
         streams, seq_lens, device = self._streams, self.config.seq_lens, q.device
         partial = self._partial
-        scores = speculated_scores(q, partial.projection, partial.keys, seq_lens, slots, high_priority=self._offload)
+        scores = speculated_scores(
+            q, partial.projection, partial.keys, seq_lens, slots, self._offload, self._params.group == "softmax"
+        )
         if len(slots) == 1:
             with streams.selection.in_turn():
                 selection = threshold_select(scores, seq_lens, slots, self._params, self._width)
@@ -129,10 +143,12 @@ class InfiniGenCache(LayerCache):
             out = speculated.rows.attend(q, k, v, counts)
         else:
             out = attend_selected(q, k, v, store[..., 0, :], store[..., 1, :], slots, positions, counts)
-        with streams.storing.reading(k, v, slots, positions, counts):  # only the next step reads what is stored here
+        with streams.storing.reading(q, k, v, slots, positions, counts):  # only the next step reads what is stored here
             partial = self._partial
             append_speculated(k, v, partial.projection, partial.keys, store, self.config.seq_lens, slots)
             self.config.stats.record(counts, slots)
+            if self._last_query is not None:
+                self._last_query[slots] = q
             if speculated.rows is not None and self._gpu_cache is not None:
                 speculated.rows.insert(slots, positions, counts)
                 streams.cached = record_event(q.device)

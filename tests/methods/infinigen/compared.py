@@ -112,7 +112,8 @@ class ComparedRun:
             alpha=options.get("alpha", 5.0),
             budget=options.get("budget", 0.2),
             rounding=rounding,
-            **{key: options[key] for key in ("fetch", "sinks", "recent") if key in options},
+            group_rule=options.get("group", "max"),
+            **{key: options[key] for key in ("fetch", "sinks", "recent", "top_p", "blend") if key in options},
         )
 
     def _prefill(self) -> None:

@@ -31,24 +31,51 @@ def slow_select(
     fetch: str,
     forced: Callable[[int], bool] = lambda position: False,
     bias: Callable[[int, int], float] = lambda kv, position: 0.0,
+    join: str = "max",
+    top_p: float = 1.0,
 ) -> Positions:
     """Return the positions that each KV head selects by scores [H][T].
 
+    join, top_p: the options group and top_p.
     forced: positions that come before all others. bias(kv, position): added to a margin, for what rounding may have
     done to it.
     """
     group = len(scores) // kv_heads
     best = [max(of_head) for of_head in scores]
     margins: list[list[float]] = []
+    enough: list[int] = []
     for kv in range(kv_heads):
         heads = range(kv * group, (kv + 1) * group)
-        margins.append([max(scores[h][t] - best[h] for h in heads) + bias(kv, t) for t in range(len(scores[0]))])
+        margins.append([])
+        totals = [sum(math.exp(s - best[h]) for s in scores[h]) for h in heads]
+        for t in range(len(scores[0])):
+            each = [scores[h][t] - best[h] for h in heads]
+            weighted = [math.exp(margin) / total for margin, total in zip(each, totals, strict=True)]
+            joined = {
+                "max": max(each),
+                "mean": sum(each) / group,
+                "softmax": math.log(sum(weighted) / sum(1 / total for total in totals)),
+            }
+            margins[kv].append(joined[join] + bias(kv, t))
+        enough.append(_tokens_of_mass([math.exp(margin) for margin in margins[kv]], top_p))
         margins[kv] = [math.inf if forced(t) else margin for t, margin in enumerate(margins[kv])]
-    counts = [sum(margin > -alpha for margin in of_head) for of_head in margins]
+    counts = [
+        min(sum(margin > -alpha for margin in of_head), most) for of_head, most in zip(margins, enough, strict=True)
+    ]
     if fetch == "mean":
         counts = [math.ceil(sum(counts) / kv_heads)] * kv_heads
     ranked = [sorted(range(len(of_head)), key=lambda t, m=of_head: (-m[t], t)) for of_head in margins]
     return [sorted(order[: min(count, cap)]) for order, count in zip(ranked, counts, strict=True)]
+
+
+def _tokens_of_mass(masses: list[float], share: float) -> int:
+    """Return how many of the largest masses make a share of their sum."""
+    found = 0.0
+    for count, mass in enumerate(sorted(masses, reverse=True)):
+        if share < 1 and found >= share * sum(masses):
+            return count
+        found += mass
+    return len(masses)
 
 
 @dataclass
@@ -67,11 +94,15 @@ class SlowInfiniGen:
     fetch: str = "mean"
     sinks: int = 0
     recent: int = 0
+    group_rule: str = "max"
+    top_p: float = 1.0
+    blend: float = 0.0
     rounding: float = 0.0
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Take a prompt; q: [H, L, D]; k, v: [G, L, D]."""
         kv_heads, length, self.head_dim = k.shape
+        self.last_query = q[:, -1]
         self.partial_channels = [self._partial_channels(kv, q, k) for kv in range(kv_heads)]
         self.tokens = [
             [self._token(kv, k[kv, t], v[kv, t]) for t in range(length)] for kv in range(kv_heads)
@@ -82,7 +113,8 @@ class SlowInfiniGen:
 
         found: what another selected. Where rounding alone could have made the difference, it is selected here too.
         """
-        selected = self._select(speculated, found)
+        selected = self._select((1 - self.blend) * speculated + self.blend * self.last_query, found)
+        self.last_query = q
         out = torch.stack([self._attend(h, selected[h // self.group], q[h], k, v) for h in range(len(q))])
         for kv, tokens in enumerate(self.tokens):
             tokens.append(self._token(kv, k[kv], v[kv]))
@@ -124,6 +156,8 @@ class SlowInfiniGen:
             self.fetch,
             lambda t: t < self.sinks or t >= self.past - self.recent,
             lambda kv, t: self.rounding if t in found[kv] else -self.rounding,
+            self.group_rule,
+            self.top_p,
         )
 
     def _attend(self, h: int, selected: list[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from sparsecache.cache.base import Shape
 from sparsecache.cache.model_cache import ModelCache
 from sparsecache.errors import UsageError
 from sparsecache.methods import make_method, parse_options
-from sparsecache.methods.infinigen import InfiniGen
+from sparsecache.methods.infinigen import PAPER, InfiniGen
 from sparsecache.methods.infinigen.cache import InfiniGenCache
 from tests.methods.infinigen.compared import CPU, ComparedRun
 
@@ -48,7 +48,13 @@ def _error(options: dict[str, str], shape: Shape = SHAPE) -> str:
         ("gpu_cache", "-1", "0 tokens or more"),
         ("gpu_cache", "8", "offload=true"),
         ("fetch", "median", "mean, per_head"),
-        ("guess", "luck", "input, residual"),
+        ("guess", "luck", "input, residual, linear"),
+        ("preset", "mine", "none, paper"),
+        ("top_p", "0", "above 0 and at most 1"),
+        ("top_p", "1.1", "above 0 and at most 1"),
+        ("blend", "-0.1", "0 to 1"),
+        ("blend", "1.5", "0 to 1"),
+        ("group", "best", "max, mean, softmax"),
         ("skew", "maybe", "true or false"),
         ("offload", "1", "true or false"),
     ],
@@ -57,6 +63,21 @@ def test_bad_values_are_refused_with_the_option_its_value_and_what_is_allowed(op
     error = _error({option: value})
     assert any(f"{option}={written}" in error for written in (value, f"{value}.0", repr(value)))
     assert allowed in error and error.endswith(".")
+
+
+def test_alpha_and_another_way_to_join_query_heads_are_refused_together() -> None:
+    assert "group=softmax" in (error := _error({"group": "softmax"})) and "alpha=inf" in error
+    make_method("infinigen", parse_options("infinigen", {"group": "softmax", "alpha": "inf"}))
+
+
+def test_a_preset_replaces_defaults_and_given_options_replace_the_preset() -> None:
+    defaults, paper = (parse_options("infinigen", options) for options in ({}, {"preset": "paper"}))
+    published = {"alpha": 5.0, "partial_weight_ratio": 0.3, "budget": 0.2, "fetch": "mean", "guess": "input"}
+    assert published.items() <= paper.items() and paper.keys() == defaults.keys()
+    given = parse_options("infinigen", {"alpha": "4", "preset": "paper", "budget": "256"})
+    assert given == {**paper, "alpha": 4.0, "budget": 256.0}
+    unset = {"preset", "offload", "gpu_cache", "calibration_file"}
+    assert PAPER.keys() == defaults.keys() - unset, "the preset must not depend on defaults"
 
 
 @pytest.mark.parametrize("name", ["alpha", "budget", "partial_weight_ratio"])
