@@ -88,7 +88,7 @@ class RecordingCache(LayerCache):
         """Add a step's measures. past: [B]; selected: bool [B, G, T], T the largest of `past`."""
         batch, kv_heads, length = selected.shape
         count, head_dim = selected.sum(2), q.shape[3]
-        scores = scaled_scores(q, self._full.keys[slots, :, :length], head_dim)[:, :, 0]  # [B, H, T]
+        scores = scaled_scores(q, self._full.keys_of(slots, length), head_dim)[:, :, 0]  # [B, H, T]
         is_past = torch.arange(length, device=q.device) < past[:, None]
         scores = scores.masked_fill(~is_past[:, None], -torch.inf)
         best = _as_mask(topk_indices(score_margin(scores, kv_heads), count), length)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, Shape, StepBytes
+from sparsecache.cache.full import FullCache
 from sparsecache.cache.sparse import SparseMethod
+from sparsecache.cache.storage import Storage, make_storage
 from sparsecache.kernels.attention_sums import attention_sums as attention_sums  # for methods
 from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.scores import scaled_scores
@@ -22,8 +24,8 @@ _PINNED = 1e30  # above any score
 class PromptEvictionCache(LayerCache):
     """The kept tokens of the prompt in the first rows, per KV head, followed by all new tokens.
 
-    keys, values: [slots, G, rows, D]; num_evicted: [slots, G] int64, the evicted prompt tokens. KV heads may keep
-    different counts. Rows are allocated for the highest possible count.
+    kv: where they are stored, in the order of the text. num_evicted: [slots, G] int64, the evicted prompt tokens. KV
+    heads may keep different counts. Rows are allocated for the highest possible count.
     """
 
     def __init__(self, method: "EvictionMethod", layer: int, config: CacheConfig) -> None:
@@ -31,7 +33,7 @@ class PromptEvictionCache(LayerCache):
         self.budget = method.layer_budget(layer, config.shape)
         kept = method.max_head_tokens(self.budget.most(config.max_tokens), config.shape)
         capacity = min(config.max_tokens, kept + config.max_new_tokens)
-        self.keys, self.values = (config.zeros(capacity, config.shape.head_dim) for _ in range(2))
+        self.kv = make_storage(method.storage, config, capacity)
         self.num_evicted = config.zeros(dtype=torch.int64)
         self.seq_lens, self.stats = config.seq_lens, config.stats
 
@@ -40,17 +42,19 @@ class PromptEvictionCache(LayerCache):
         count = min(self.budget.tokens(length), length)
         width = min(self.method.max_head_tokens(count, self.config.shape), length)
         order, counts = self.method.keep(self.method.score(q, k, v), count)
-        _store(self.keys[slot], self.values[slot], k, v, order[:, :width])
+        is_kept = torch.arange(width, device=k.device) < counts[:, None]
+        kept = order[:, :width].masked_fill(~is_kept, length - 1).sort(dim=1).values
+        self.kv.store(slot, _rows(k, kept), _rows(v, kept), counts)
         self.num_evicted[slot] = length - counts
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         num_tokens = (self.seq_lens[:, None] - self.num_evicted).clamp(min=0)  # [slots, G]
         with self.config.deferred.reading(num_tokens, slots):
             self.stats.record(num_tokens[slots], slots)
-        return attend_and_append(q, k, v, self.keys, self.values, num_tokens, slots)
+        return self.kv.attend(q, k, v, num_tokens, slots)
 
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
-        return StepBytes(attended * self.config.token_nbytes)
+        return StepBytes(self.kv.read_nbytes(attended))
 
 
 @dataclass
@@ -64,6 +68,10 @@ class EvictionMethod(SparseMethod):
     budget_excludes_generated: ClassVar[bool] = True
 
     budget: Annotated[float, "prompt tokens kept, new ones not counted: a share up to 1, else a count"] = 0.2
+    storage: Annotated[Storage, "keys and values: full precision, or quantised as kivi does"] = "full"
+
+    def make_full_cache(self, config: CacheConfig) -> FullCache:
+        return FullCache(config, kv=make_storage(self.storage, config, config.max_tokens))
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> LayerCache:
         return PromptEvictionCache(self, layer, config)
@@ -131,7 +139,7 @@ class DecodingEvictionCache(LayerCache):
         length = k.shape[1]
         count = min(self._budget.tokens(length), length)
         kept, scores = self.prompt_scores(q, k, count)
-        _store(self.keys[slot], self.values[slot], k, v, kept)
+        self.keys[slot, :, :count], self.values[slot, :, :count] = _rows(k, kept), _rows(v, kept)
         self.positions[slot, :, :count], self.scores[slot, :, :count] = kept, scores
         self.num_tokens[slot].fill_(count)
 
@@ -200,8 +208,6 @@ def pin_last(scores: Tensor, count: int) -> Tensor:
     return torch.cat((scores[:, :-count], rising.expand(len(scores), -1)), 1)
 
 
-def _store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> None:
-    """Copy the tokens kept [G, N] of k, v [G, L, D] to the first rows of keys, values [G, rows, D]."""
-    index = kept[..., None].expand(-1, -1, k.shape[2])
-    count = kept.shape[1]
-    keys[:, :count], values[:, :count] = k.gather(1, index), v.gather(1, index)
+def _rows(x: Tensor, kept: Tensor) -> Tensor:
+    """Return the tokens kept [G, N] of x [G, L, D]: [G, N, D]."""
+    return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))

@@ -6,7 +6,7 @@ They save attention, not memory. On a GPU a step has fixed sizes, so that it can
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from torch import Tensor
 from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, StepBytes
 from sparsecache.cache.full import FullCache
 from sparsecache.cache.sparse import SparseMethod
+from sparsecache.cache.storage import FullStorage, Storage, make_storage, stored_token_nbytes
 from sparsecache.cache.topk import select_topk
-from sparsecache.kernels.rows import index_slots
+from sparsecache.kernels.scores import scaled_scores
+from sparsecache.kernels.selection import score_margin
+from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Scores, Selection, SelectionParams, threshold_select
 
 
@@ -27,7 +30,7 @@ class SelectionCache(LayerCache):
 
     def __init__(self, method: "SelectionMethod", layer: int, config: CacheConfig) -> None:
         self.method, self.config = method, config
-        self.full = FullCache(config)
+        self.full = method.make_full_cache(config)
         self.seq_lens, self.stats = config.seq_lens, config.stats
         self.budgets = method.budget_table(layer, config)
         self.max_budget = int(self.budgets[-1])  # budgets are non-decreasing
@@ -44,8 +47,8 @@ class SelectionCache(LayerCache):
         return out
 
     def keys_of(self, slots: Tensor) -> Tensor:
-        """Return the keys of slots [B], read-only: [B, G, T, D], T as `width`, undefined beyond `seq_lens`."""
-        return index_slots(self.full.keys, slots)[:, :, : self.width(slots)]
+        """Return the keys of slots [B] as stored: [B, G, T, D], T as `width`, undefined beyond `seq_lens`."""
+        return self.full.keys_of(slots, self.width(slots))
 
     def width(self, slots: Tensor) -> int:
         """Return how many positions a step scores, 1 or more.
@@ -68,9 +71,19 @@ class SelectionCache(LayerCache):
         width = min(self.max_budget, self.config.max_tokens)
         return threshold_select(scores, self.seq_lens, slots, self._params, width)
 
+    def select_by_keys(self, q: Tensor, slots: Tensor) -> Selection:
+        """Return what `select_near_best` does by the true scores of q [B, H, 1, D], of keys as they are stored.
+        """
+        kv = self.full.kv
+        if isinstance(kv, FullStorage):
+            return self.select_near_best(speculated_scores(q, None, kv.keys, self.seq_lens, slots), slots)
+        keys = self.keys_of(slots)
+        dequantised = scaled_scores(q, keys, keys.shape[3])[:, :, 0]  # [B, H, T]
+        is_past = positions_below(self.seq_lens[slots], dequantised.shape[2])
+        return self.select_topk(score_margin(dequantised.masked_fill(~is_past, -math.inf), keys.shape[1]), slots)
+
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
-        token = self.config.token_nbytes
-        return StepBytes(attended * token + self.method.selection_nbytes(self.config, seq_len))
+        return StepBytes(attended * self.full.kv.token_nbytes + self.method.selection_nbytes(self.config, seq_len))
 
 
 @dataclass
@@ -81,6 +94,11 @@ class SelectionMethod(SparseMethod):
     """
 
     kind: ClassVar[MethodKind] = "selection"
+
+    storage: Annotated[Storage, "keys and values: full precision, or quantised as kivi does"] = "full"
+
+    def make_full_cache(self, config: CacheConfig) -> FullCache:
+        return FullCache(config, kv=make_storage(self.storage, config, config.max_tokens))
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> SelectionCache:
         return SelectionCache(self, layer, config)
@@ -95,7 +113,7 @@ class SelectionMethod(SparseMethod):
 
     def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
         """Return the bytes that a step reads per sequence to select: by default all keys of the layer."""
-        return seq_len * config.token_nbytes / 2
+        return seq_len * stored_token_nbytes(self.storage, config) / 2
 
 
 def group_max(scores: Tensor, kv_heads: int) -> Tensor:

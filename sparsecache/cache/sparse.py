@@ -42,7 +42,11 @@ class SparseMethod(CacheMethod):
     def make_cache(self, layer: int, config: CacheConfig) -> LayerCache:
         if layer == 0:
             self._tables.clear()
-        return FullCache(config) if layer < self.dense_layers else self.make_sparse_cache(layer, config)
+        return self.make_full_cache(config) if layer < self.dense_layers else self.make_sparse_cache(layer, config)
+
+    def make_full_cache(self, config: CacheConfig) -> FullCache:
+        """Return the cache of a dense layer."""
+        return FullCache(config)
 
     @abstractmethod
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> LayerCache:

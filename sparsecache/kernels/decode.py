@@ -81,7 +81,7 @@ def attend_selected(
         return _launch(q, k, v, keys, values, slots, counts, selected=selected)
     mask = _mask(counts, selected.shape[2])
     rows = selected.long() if mask is None else selected.long().masked_fill(~mask, 0)
-    return _attend_rows(q, k, v, take_rows(keys, slots, rows), take_rows(values, slots, rows), mask)
+    return attend_rows(q, k, v, take_rows(keys, slots, rows), take_rows(values, slots, rows), mask)
 
 
 class CachedRows(NamedTuple):
@@ -120,7 +120,7 @@ def attend_gathered(
     mask = _mask(counts, rows.shape[2])
     if mask is not None:  # rows beyond the count may hold NaN, which a weight of 0 does not remove
         rows = rows.masked_fill(~mask[..., None, None], 0)
-    return _attend_rows(q, k, v, rows[..., 0, :], rows[..., 1, :], mask)
+    return attend_rows(q, k, v, rows[..., 0, :], rows[..., 1, :], mask)
 
 
 def _mask(counts: Tensor, width: int) -> Tensor | None:
@@ -129,8 +129,8 @@ def _mask(counts: Tensor, width: int) -> Tensor | None:
     return None if int(counts.min()) == width else mask_of_first(counts, width)
 
 
-def _attend_rows(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attend over keys, values [B, G, N, D], where mask [B, G, N] is True, and the new token."""
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend over keys, values [B, G, N, D], where mask [B, G, N] is True, and the new token: [B, H, 1, D]."""
     mask = None if mask is None else pad(mask, (0, 1), value=True)
     return attention_over_rows(q, torch.cat((keys, k), 2), torch.cat((values, v), 2), mask)
 
@@ -177,7 +177,7 @@ def _launch(
         SELECTED=selected is not None, CACHED=cached is not None, GROUP=group, BLOCK_Q=next_power_of_2(group, 16),
         BLOCK_B=next_power_of_2(batch), BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4, num_stages=2, **pdl_options(),
     )  # fmt: skip
-    _merge_kernel[(batch, heads)](
+    merge_kernel[(batch, heads)](
         partial_out, softmax_stats, split_ranges, out, num_splits, head_dim, heads * num_splits,
         GROUP=group, BATCHED=batch > 1, BLOCK_S=next_power_of_2(-(-num_splits // batch)), BLOCK_D=block_d,
         num_warps=2, **pdl_options(),
@@ -191,7 +191,7 @@ def split_count(batch: int, kv_heads: int, device: torch.device) -> int:
 
 
 @triton.jit
-def _split_length(counts, num_splits):  # type: ignore[no-untyped-def]
+def _split_length(counts, num_splits, ALIGNMENT: tl.constexpr = _ALIGNMENT):  # type: ignore[no-untyped-def]
     """Return a split length with which rows of `counts` tokens need at most `num_splits`.
 
     It is the least of 64 candidates that suffices. These run from an even share to twice that in equal steps, then to
@@ -200,9 +200,34 @@ def _split_length(counts, num_splits):  # type: ignore[no-untyped-def]
     even, longest, candidate = tl.cdiv(tl.sum(counts), num_splits), tl.max(counts), tl.arange(0, 64)
     ratio = tl.exp2(tl.log2(tl.maximum(longest / (2.0 * even), 1.0)) * (candidate - 31) / 32) * 2 * even
     length = tl.where(candidate < 32, even + tl.cdiv(even, 32) * candidate, ratio.to(tl.int32))
-    length = tl.cdiv(length, _ALIGNMENT) * _ALIGNMENT
+    length = tl.cdiv(length, ALIGNMENT) * ALIGNMENT
     needed = tl.sum(tl.cdiv(counts[:, None], length[None, :]), axis=0)
-    return tl.min(tl.where(needed <= num_splits, length, tl.cdiv(longest, _ALIGNMENT) * _ALIGNMENT))
+    return tl.min(tl.where(needed <= num_splits, length, tl.cdiv(longest, ALIGNMENT) * ALIGNMENT))
+
+
+@triton.jit
+def place_split(  # type: ignore[no-untyped-def]
+    program, counts, row_slots, in_batch, rows, batch, num_splits, BLOCK_B: tl.constexpr, ALIGNMENT: tl.constexpr
+):  # fmt: skip
+    """Return what a program attends to: its row, the row's slot and tokens, the split, of how many, and its length.
+
+    counts: the tokens of each row. The row is `batch` or more for a program that has nothing to do.
+    """
+    row, split, splits = 0, program, num_splits  # the splits at the end of a single row may be empty
+    if BLOCK_B == 1:
+        slot, count = tl.sum(row_slots).to(tl.int64), tl.sum(counts)
+        length = tl.cdiv(tl.cdiv(count, num_splits), ALIGNMENT) * ALIGNMENT
+    else:
+        sizes = tl.where(in_batch, tl.maximum(counts, 1), 0)  # a row without past tokens needs a split for the new one
+        length = _split_length(sizes, num_splits, ALIGNMENT)
+        row_splits = tl.cdiv(sizes, length)
+        ends = tl.cumsum(row_splits, axis=0)
+        row = tl.sum((ends <= program).to(tl.int32))
+        is_row = rows == row
+        slot, count = tl.sum(tl.where(is_row, row_slots, 0)).to(tl.int64), tl.sum(tl.where(is_row, counts, 0))
+        splits = tl.sum(tl.where(is_row, row_splits, 0))
+        split = program - tl.sum(tl.where(is_row, ends, 0)) + splits
+    return row, slot, count, split, splits, length
 
 
 @triton.jit(do_not_specialize=["batch", "num_splits", "capacity", "stats_size", "width"])
@@ -224,22 +249,12 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         counts = tl.minimum(tl.load(counts_ptr + at_counts, mask=in_batch, other=0), capacity - 1).to(tl.int32)
     else:
         counts = tl.load(counts_ptr + rows * kv_heads + kv, mask=in_batch, other=0).to(tl.int32)
-    row, split, splits = 0, program, num_splits  # the splits at the end of a single row may be empty
-    if BLOCK_B == 1:
-        slot, count = tl.sum(row_slots).to(tl.int64), tl.sum(counts)
-        length = tl.cdiv(tl.cdiv(count, num_splits), _ALIGNMENT) * _ALIGNMENT
-    else:
-        sizes = tl.where(in_batch, tl.maximum(counts, 1), 0)  # a row without past tokens needs a split for the new one
-        length = _split_length(sizes, num_splits)
-        row_splits = tl.cdiv(sizes, length)
-        ends = tl.cumsum(row_splits, axis=0)
-        row = tl.sum((ends <= program).to(tl.int32))
+    row, slot, count, split, splits, length = place_split(
+        program, counts, row_slots, in_batch, rows, batch, num_splits, BLOCK_B, _ALIGNMENT
+    )
+    if BLOCK_B > 1:
         if row >= batch:
             return
-        is_row = rows == row
-        slot, count = tl.sum(tl.where(is_row, row_slots, 0)).to(tl.int64), tl.sum(tl.where(is_row, counts, 0))
-        splits = tl.sum(tl.where(is_row, row_splits, 0))
-        split = program - tl.sum(tl.where(is_row, ends, 0)) + splits
         if split == 0:
             split_range = split_ranges + (row * kv_heads + kv) * 2
             tl.store(split_range, program)
@@ -299,7 +314,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["num_splits", "stats_size"])
-def _merge_kernel(  # type: ignore[no-untyped-def]
+def merge_kernel(  # type: ignore[no-untyped-def]
     partial_out, softmax_stats, split_ranges, out, num_splits, head_dim, stats_size,
     GROUP: tl.constexpr, BATCHED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip

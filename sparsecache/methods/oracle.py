@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
-from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
 
 
@@ -20,5 +19,4 @@ class Oracle(SelectionMethod):
     """Selects by the true query and all keys."""
 
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
-        scores = speculated_scores(q, None, cache.full.keys, cache.seq_lens, slots)
-        return cache.select_near_best(scores, slots)
+        return cache.select_by_keys(q, slots)

@@ -99,7 +99,8 @@ class QuestCache(SelectionCache):
         past = self.seq_lens[slots].clamp(max=last)
         page = past // self.method.page
         position = page[:, None] * self.method.page + self._offset
-        keys = self.full.keys[slots[:, None], :, position.clamp(max=last)].transpose(1, 2)  # [B, G, page, D]
+        rows = position.clamp(max=last)[:, None].expand(-1, self.config.shape.kv_heads, -1)
+        keys = self.full.keys_of(slots, rows)  # [B, G, page, D]
         bounds = self.method.bounds(keys, (position <= past[:, None])[:, None])
         for stored, found in zip((self.lowest, self.highest), bounds, strict=True):
             stored[slots, :, page] = found.to(stored.dtype)

@@ -50,9 +50,13 @@ _LOSSLESS: dict[str, Options] = {
     "infinigen": {"alpha": math.inf, "budget": 1.0, "dense_layers": 1},
     "topp": {"p": 1.0, "budget": 1.0, "dense_layers": 0},
     "duoattention": {"sparsity": 0.0},
+    "kivi": {"residual": 128},  # longer than the prompts
 }
-# Built-in methods without a budget that drop tokens.
-_TIGHT: dict[str, Options] = {"duoattention": {"sparsity": 0.5, "sinks": 1, "recent": 2}}
+# Built-in methods without a budget that drop tokens, or bits.
+_TIGHT: dict[str, Options] = {
+    "duoattention": {"sparsity": 0.5, "sinks": 1, "recent": 2},
+    "kivi": {"bits": 2, "group": 16, "residual": 0},
+}
 
 
 @dataclass(frozen=True)

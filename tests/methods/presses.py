@@ -83,10 +83,11 @@ def kept_by_layers(method: CacheMethod, q: Tensor, k: Tensor, v: Tensor, layers:
     for layer in cache.layers:
         layer.prefill(slot, q, k, v)
         if hasattr(layer, "num_tokens"):
-            counts = layer.num_tokens[slot]
+            keys, counts = layer.keys, layer.num_tokens[slot]
         else:
+            keys = layer.kv.keys
             counts = length - layer.num_evicted[slot] if layer.sparse else torch.full((len(k),), length)
-        kept.append([_positions(layer.keys[slot, g, :n], k[g]) for g, n in enumerate(counts.tolist())])
+        kept.append([_positions(keys[slot, g, :n], k[g]) for g, n in enumerate(counts.tolist())])
     return kept
 
 

@@ -41,10 +41,8 @@ def _held(cache: ModelCache, slot: int, text: Text, past: int) -> list[set[int]]
                 count = past - int(layer_cache.num_evicted[slot, head])
             else:
                 count = int(layer_cache.num_tokens[slot, head])
-            positions = []
-            for key, value in zip(
-                layer_cache.keys[slot, head, :count], layer_cache.values[slot, head, :count], strict=True
-            ):
+            positions, of = [], getattr(layer_cache, "kv", layer_cache)
+            for key, value in zip(of.keys[slot, head, :count], of.values[slot, head, :count], strict=True):
                 same = (text.k[layer, head] == key).all(1) & (text.v[layer, head] == value).all(1)
                 positions.append(int(same.nonzero()))
             assert len(positions) == len(set(positions))
@@ -87,7 +85,8 @@ def test_memory_is_for_the_budget_and_one_more(budget, rows, kind) -> None:
     """With one new token. Nothing but the table of budgets is longer than that."""
     cache = make_cache(kind(budget=budget, dense_layers=0), SHAPE, 3, 1000, 1)
     for layer in cache.layers:
-        assert layer.keys.shape == layer.values.shape == (3, 2, rows, 6)
+        of = getattr(layer, "kv", layer)
+        assert of.keys.shape == of.values.shape == (3, 2, rows, 6)
         tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
         assert max(tensor.numel() for tensor in tensors) <= max(3 * 2 * rows * 6, 1001)
 

@@ -90,7 +90,7 @@ def test_the_capacity_is_the_prompts_budget_and_the_new_tokens() -> None:
     for budget, capacity in ((10, 40), (0.5, 180), (1.0, 300)):
         cache = make_cache(SnapKV(budget=budget, window=3, dense_layers=0), shape, 2, 300, 30)
         for layer in cache.layers:
-            assert layer.keys.shape == layer.values.shape == (2, 2, capacity, 6)
+            assert layer.kv.keys.shape == layer.kv.values.shape == (2, 2, capacity, 6)
 
 
 @torch.inference_mode()

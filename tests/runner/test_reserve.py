@@ -12,7 +12,7 @@ def test_an_evicting_cache_has_capacity_for_its_budget_and_new_tokens_alone(pred
 
     def recording_init(self, method, layer, config) -> None:
         init(self, method, layer, config)
-        capacities.append(self.keys.shape[2])
+        capacities.append(self.kv.keys.shape[2])
 
     monkeypatch.setattr(PromptEvictionCache, "__init__", recording_init)
     budget = ["--method", "snapkv", "-o", "budget=16", "-o", "dense_layers=0"]

@@ -52,7 +52,7 @@ def test_offloaded_keys_and_values_are_pinned_and_change_nothing() -> None:
             assert cache.store.is_pinned() == bool(options) and cache.store.is_cuda != bool(options)
             assert cache._partial.keys.is_cuda
         dense = run.cache.layers[0]
-        assert isinstance(dense, FullCache) and dense.keys.is_cuda
+        assert isinstance(dense, FullCache) and dense.kv.keys.is_cuda
     for other in runs[1:]:
         for first, second in zip(runs[0], other, strict=True):
             assert first.selected == second.selected

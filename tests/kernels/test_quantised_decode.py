@@ -1,0 +1,117 @@
+"""Attention over quantised tokens: kernels against references, references against attention over dequantised tokens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsecache.kernels._triton import force_backend
+from sparsecache.kernels.attention import attention
+from sparsecache.kernels.quantisation import QuantisedStore
+from sparsecache.kernels.quantised_decode import append_quantised, attend_quantised, attend_selected_quantised
+
+DTYPES = [torch.float16, torch.float32, torch.bfloat16][: 3 if torch.cuda.is_available() else 1]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+CASES = {  # bits, group, residual, slots, KV heads, query heads per KV head, channels, capacity, lengths in the batch
+    "one token": (4, 16, 16, 1, 1, 2, 16, 70, [1]),
+    "no tail, one empty": (2, 16, 0, 2, 2, 1, 32, 70, [47, 0]),
+    "around a group": (4, 32, 32, 5, 1, 3, 40, 140, [63, 64, 65, 127, 96]),
+    "full": (8, 16, 32, 2, 2, 4, 32, 130, [130, 129]),
+    "very unequal": (2, 32, 64, 4, 1, 8, 64, 400, [399, 3, 170]),
+    "wide groups": (4, 64, 0, 1, 1, 1, 80, 200, [127]),
+}
+if torch.cuda.is_available():  # the interpreter would take minutes for each
+    CASES |= {
+        f"long, {bits} bits": (bits, 32, 128, 3, 8, 4, 128, 33_000, [32_769, 1, 32_999]) for bits in (2, 4, 8)
+    } | {"one long": (4, 128, 128, 1, 8, 4, 128, 131_073, [131_072])}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+PARTS = ("key_codes", "key_ranges", "value_codes", "value_ranges", "key_tail", "value_tail")
+
+
+def _draw(case, device, dtype, per_head: bool = False):
+    """Return q, k, v, a store that holds random tokens, its lengths and the slots of the batch."""
+    bits, group, residual, slots, kv_heads, heads, head_dim, capacity, lengths = case
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    store = QuantisedStore.allocate(slots, kv_heads, capacity, head_dim, bits, group, residual, device, dtype)
+    held = torch.zeros(slots, kv_heads, dtype=torch.int64)
+    order = torch.randperm(slots, generator=generator)[: len(lengths)]
+    held[order] = torch.tensor(lengths)[:, None]
+    if per_head:
+        held[:, 1:] = (held[:, 1:] * torch.rand(slots, kv_heads - 1, generator=generator)).long()
+    for slot, of_slot in enumerate(held.to(device)):
+        prompt = draw(kv_heads, capacity, head_dim), draw(kv_heads, capacity, head_dim)
+        store.store_prompt(slot, *prompt, of_slot.clamp(max=capacity))
+    new = draw(len(lengths), (heads + 2) * kv_heads, head_dim)[:, :, None]
+    q, k, v = new.tensor_split((heads * kv_heads, (heads + 1) * kv_heads), dim=1)
+    held = held.to(device)
+    return q, k, v, store, held if per_head else held[:, 0].contiguous(), order.to(device), generator
+
+
+def _run(function, store: QuantisedStore, backend: str, *arguments):
+    """Return what a function gives on a copy of the store, and the parts of that copy."""
+    copies = {name: getattr(store, name).clone() for name in PARTS}
+    copy = replace(store, **copies)
+    with force_backend(backend):
+        return function(copy, *arguments), copies
+
+
+def _same(function, store: QuantisedStore, dtype, *arguments) -> None:
+    kernel, reference = (_run(function, store, backend, *arguments) for backend in ("kernels", "reference"))
+    for name in PARTS:
+        assert torch.equal(kernel[1][name], reference[1][name]), name
+    if kernel[0] is not None:
+        out, expected = kernel[0].double(), reference[0].double()
+        error = (out - expected).norm() / expected.norm()
+        assert out.isfinite().all() and error < TOLERANCE[dtype]
+
+
+@cases
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernels_equal_the_references(case, device, dtype) -> None:
+    q, k, v, store, held, order, generator = _draw(case, device, dtype, per_head=case[4] > 1)
+    _same(lambda store: attend_quantised(q, k, v, store, held, order), store, dtype)
+    past = store.past(held, order)
+    selected = torch.stack([torch.randperm(store.capacity, generator=generator) for _ in range(past.numel())])
+    selected = selected.view(*past.shape, -1).to(device)
+    selected = selected.masked_fill(selected >= past[..., None], store.capacity).sort(2).values  # of the past first
+    counts = past - past // 3
+    selected = selected[..., : max(1, int(counts.max()))]
+    _same(lambda store: attend_selected_quantised(q, k, v, store, held, order, selected, counts), store, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_are_quantised_as_tokens_come(device, dtype) -> None:
+    """Kernels and references leave what `store_prompt` makes of the whole text, step by step."""
+    for bits, group, residual in ((2, 16, 16), (4, 16, 0), (8, 32, 32)):
+        store, whole = (QuantisedStore.allocate(2, 2, 100, 24, bits, group, residual, device, dtype) for _ in range(2))
+        generator = torch.Generator().manual_seed(5)
+        k, v = torch.randn(2, 2, 79, 24, generator=generator).to(device, dtype)
+        store.store_prompt(1, k[:, :40], v[:, :40])
+        whole.store_prompt(1, k, v)
+        for past in range(40, 79):
+            lengths, slots = torch.tensor([3, past], device=device), torch.tensor([1], device=device)
+            with force_backend("kernels" if past % 2 else "reference"):
+                append_quantised(k[None, :, past : past + 1], v[None, :, past : past + 1], store, lengths, slots)
+        count = int(store.num_quantised(torch.tensor(79)))
+        for name in PARTS:
+            found, expected = getattr(store, name)[1], getattr(whole, name)[1]
+            rows = expected.shape[1] if "tail" in name else count if expected.shape[1] % group == 0 else count // group
+            assert torch.equal(found[:, :rows], expected[:, :rows]), name
+
+
+@cases
+def test_each_kv_head_attends_to_its_dequantised_past_and_the_new_token(case, device) -> None:
+    q, k, v, store, held, order, _ = _draw(case, device, torch.float32, per_head=case[4] > 1)
+    past, group = store.past(held, order), q.shape[1] // k.shape[1]
+    keys, values = (read(held, order, int(past.max())) for read in (store.keys, store.values))
+    with force_backend("reference"):
+        out = attend_quantised(q, k, v, store, held, order)
+    for b, of_row in enumerate(past.tolist()):
+        for kv, length in enumerate(of_row):
+            heads = slice(kv * group, (kv + 1) * group)
+            seen = [torch.cat((x[b, kv, :length], new[b, kv]))[None, None] for x, new in ((keys, k), (values, v))]
+            torch.testing.assert_close(out[b : b + 1, heads], attention(q[b : b + 1, heads], *seen))
