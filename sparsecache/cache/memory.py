@@ -45,7 +45,7 @@ def measure_memory(
         for tensor in _tensors(cache, set()):
             if tensor.ndim and tensor.shape[0] == slots:
                 storage = tensor.untyped_storage()
-                (on_device if tensor.device.type == device.type else on_host)[storage.data_ptr()] = storage.nbytes()
+                (on_device if tensor.device.type == device.type else on_host)[storage._cdata] = storage.nbytes()
     tokens = slots * max_tokens
     return CacheMemory(
         layers=shape.layers,
