@@ -4,7 +4,7 @@ They save memory: a cache has capacity for the budget, and for new tokens where 
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import torch
@@ -68,7 +68,9 @@ class EvictionMethod(SparseMethod):
     budget_excludes_generated: ClassVar[bool] = True
 
     budget: Annotated[float, "prompt tokens kept, new ones not counted: a share up to 1, else a count"] = 0.2
-    storage: Annotated[Storage, "keys and values: full precision, or quantised as kivi does"] = "full"
+    storage: Annotated[Storage, "keys and values: full precision, or quantised as kivi does"] = field(
+        default="full", kw_only=True
+    )
 
     def make_full_cache(self, config: CacheConfig) -> FullCache:
         return FullCache(config, kv=make_storage(self.storage, config, config.max_tokens))

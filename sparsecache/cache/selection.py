@@ -5,7 +5,7 @@ They save attention, not memory. On a GPU a step has fixed sizes, so that it can
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import torch
@@ -72,8 +72,7 @@ class SelectionCache(LayerCache):
         return threshold_select(scores, self.seq_lens, slots, self._params, width)
 
     def select_by_keys(self, q: Tensor, slots: Tensor) -> Selection:
-        """Return what `select_near_best` does by the true scores of q [B, H, 1, D], of keys as they are stored.
-        """
+        """Return what `select_near_best` does by the true scores of q [B, H, 1, D], of keys as they are stored."""
         kv = self.full.kv
         if isinstance(kv, FullStorage):
             return self.select_near_best(speculated_scores(q, None, kv.keys, self.seq_lens, slots), slots)
@@ -95,7 +94,9 @@ class SelectionMethod(SparseMethod):
 
     kind: ClassVar[MethodKind] = "selection"
 
-    storage: Annotated[Storage, "keys and values: full precision, or quantised as kivi does"] = "full"
+    storage: Annotated[Storage, "keys and values: full precision, or quantised as kivi does"] = field(
+        default="full", kw_only=True
+    )
 
     def make_full_cache(self, config: CacheConfig) -> FullCache:
         return FullCache(config, kv=make_storage(self.storage, config, config.max_tokens))

@@ -64,7 +64,7 @@ def test_a_file_of_any_folder_is_a_method(write) -> None:
         check_method_name(method)
         assert short_name(method) == "mine"
         options = parse_options(method, {"step": "2", "budget": "5"})
-        assert options == {"budget": 5.0, "dense_layers": 2, "step": 2}
+        assert options == {"budget": 5.0, "dense_layers": 2, "storage": "full", "step": 2}
         assert make_method(method, options).step == 2
     with pytest.raises(UsageError, match=r"step='x' is not a whole number\. step: of the scores \(default 1\)"):
         parse_options(str(path), {"step": "x"})
