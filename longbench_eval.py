@@ -22,6 +22,7 @@ from sparsecache.longbench.terminal import escape_control_chars
 if TYPE_CHECKING:
     from sparsecache.longbench.baseline import Baseline
     from sparsecache.longbench.score_types import RunScore
+    from sparsecache.longbench.scores import ScoringOptions
 
 _SCORING = (
     click.option("--pred_dir", type=click.Path(path_type=Path), default=Path("pred"), show_default=True),
@@ -40,14 +41,20 @@ _SCORING = (
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-def _check_html(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
-    """Refuse other suffixes, so that --html cannot overwrite predictions or a baseline."""
-    if file is not None and file.suffix.lower() not in (".html", ".htm"):
-        raise click.BadParameter(f"{file} must end in .html or .htm, so that it overwrites no other file.")
-    return file
+def _check_suffix(*suffixes: str) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
+    """Return a check that refuses other suffixes, so that a report cannot overwrite predictions or a baseline."""
+
+    def check(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
+        if file is not None and file.suffix.lower() not in suffixes:
+            raise click.BadParameter(
+                f"{file} must end in {' or '.join(suffixes)}, so that it overwrites no other file."
+            )
+        return file
+
+    return check
 
 
-_REPORT: dict[str, Any] = {"type": _FILE, "metavar": "FILE", "callback": _check_html}
+_REPORT: dict[str, Any] = {"type": _FILE, "metavar": "FILE", "callback": _check_suffix(".html", ".htm")}
 _HTML = click.option("--html", **_REPORT, help="Also write a report with tables and plots to FILE (.html).")
 _FORMAT = click.option("--format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True)
 _LABELS = click.option(
@@ -85,11 +92,27 @@ class _Scoring:
     def baseline(self, name: str) -> "Baseline":
         """Return a saved baseline, or a run as one."""
         from sparsecache.longbench.baseline import load_baseline, make_baseline
-        from sparsecache.longbench.scores import ScoringOptions
 
         if os.path.isfile(name):
             return load_baseline(Path(name))
-        return make_baseline(self.run(name), ScoringOptions(self.edit_backend, self.official_recursion))
+        return make_baseline(self.run(name), self._options)
+
+    def pair(self, run: str, baseline: str) -> "tuple[Baseline, Baseline, list[str]]":
+        """Return a run and a baseline, and notes on rows that were matched by order."""
+        from sparsecache.longbench.baseline import load_baseline, make_baseline
+        from sparsecache.longbench.row_ids import matched_by_order_notes, with_row_ids
+
+        if os.path.isfile(baseline):
+            return self.baseline(run), load_baseline(Path(baseline)), []
+        runs, stems = with_row_ids([self.run(run), self.run(baseline)])
+        candidate, reference = (make_baseline(each, self._options) for each in runs)
+        return candidate, reference, list(matched_by_order_notes(stems))
+
+    @property
+    def _options(self) -> "ScoringOptions":
+        from sparsecache.longbench.scores import ScoringOptions
+
+        return ScoringOptions(self.edit_backend, self.official_recursion)
 
 
 def _scoring(command: Callable[..., None]) -> Callable[..., None]:
@@ -250,58 +273,89 @@ def plot(
 
 
 @main.command(cls=FlexibleCommand)
-@click.argument("run")
+@click.argument("runs", nargs=-1, required=True)
 @click.option("--baseline", help="Run or saved baseline to compare with.")
-@click.option("--max_drop", type=float, default=1.0, show_default=True, help="Largest drop of the mean, in points.")
+@click.option("--max_drop", type=float, help="Largest drop of the mean, in points; 1 without --non_inferior.")
+@click.option(
+    "--non_inferior",
+    type=float,
+    metavar="POINTS",
+    help="Judge the mean by its interval: the whole 95 % interval of its change must be above -POINTS.",
+)
 @click.option("--max_drop_dataset", type=float, help="Largest drop of any dataset, in points.")
 @click.option("--max_kept", type=float, help="Largest mean share of past tokens attended to, 0 to 1.")
 @click.option("--min_speedup", type=float, help="Smallest decode speedup over the baseline, on the same device.")
 @click.option("--save_baseline", type=click.Path(path_type=Path), help="Save RUN as a baseline unless the gate fails.")
 @click.option("--html", **_REPORT, help="Also write a report to FILE (.html).")
+@click.option(
+    "--markdown", type=_FILE, metavar="FILE", callback=_check_suffix(".md"), help="Also write a table to FILE (.md)."
+)
+@click.option(
+    "--junit", type=_FILE, metavar="FILE", callback=_check_suffix(".xml"), help="Also write JUnit XML to FILE (.xml)."
+)
 @click.option("--allow_partial", is_flag=True, help="Use the common rows if rows are missing or failed.")
 @click.option("--allow_unlike", is_flag=True, help="Turn errors about different data or prompts into warnings.")
 @_scoring
 def gate(
-    run: str,
+    runs: tuple[str, ...],
     baseline: str | None,
-    max_drop: float,
+    max_drop: float | None,
+    non_inferior: float | None,
     max_drop_dataset: float | None,
     max_kept: float | None,
     min_speedup: float | None,
     save_baseline: Path | None,
     html: Path | None,
+    markdown: Path | None,
+    junit: Path | None,
     allow_partial: bool,
     allow_unlike: bool,
     **scoring: Any,
 ) -> None:
-    """Check a run against a baseline.
+    """Check runs against a baseline.
 
-    Checks that RUN is as good as --baseline within the limits. Exit code: 0 if it passes, 1 if it fails, 2 if the
+    Checks that each of RUNS is as good as --baseline within the limits. Exit code: 0 if all pass, 1 if one fails, 2 if
     runs cannot be compared. The method, its options, the engine and the dtype may differ; the rest of the identity
     in run.json (checkpoint, data, prompts, ...) must be equal.
     """
     with report_usage_errors():
         if baseline is None and save_baseline is None:
             raise UsageError("Give --baseline (a run, or a saved file), or --save_baseline to save one, or both.")
-        if baseline is None and html is not None:
-            raise UsageError("--html needs --baseline to report on. Give --baseline, or omit --html.")
+        for flag, file in (("--html", html), ("--markdown", markdown), ("--junit", junit)):
+            if baseline is None and file is not None:
+                raise UsageError(f"{flag} needs --baseline to report on. Give --baseline, or omit {flag}.")
+        if save_baseline is not None and len(runs) > 1:
+            raise UsageError(f"--save_baseline takes one run, not {len(runs)}. Name the run to save alone.")
         from sparsecache.longbench import gate as gating
+        from sparsecache.longbench import gate_report
+        from sparsecache.longbench.gate_checks import Limits
 
-        limits = gating.Limits(max_drop, max_drop_dataset, max_kept, min_speedup)
-        candidate = _Scoring(**scoring).baseline(run)
-        passed = True
-        if baseline is not None:
-            reference = _Scoring(**scoring).baseline(baseline)
+        if max_drop is None and non_inferior is None:
+            max_drop = 1.0
+        limits = Limits(max_drop, max_drop_dataset, max_kept, min_speedup, non_inferior)
+        verdicts = []
+        for run in runs:
+            if baseline is None:
+                break
+            candidate, reference, notes = _Scoring(**scoring).pair(run, baseline)
             verdict = gating.gate(candidate, reference, limits, allow_partial, allow_unlike)
-            for warning in verdict.warnings:
+            verdicts.append(replace(verdict, warnings=[*verdict.warnings, *notes]))
+            for warning in verdicts[-1].warnings:
                 click.echo(escape_control_chars(f"Warning: {warning}"), err=True)
-            print("\n".join(map(escape_control_chars, gating.format_verdict(candidate, reference, verdict))))
-            passed = verdict.passed
-            if html is not None:
-                from sparsecache.longbench.html import gate_page
+            print("\n".join(map(escape_control_chars, gating.format_verdict(verdict))))
+        passed = all(verdict.passed for verdict in verdicts)
+        if len(verdicts) > 1:
+            print(gate_report.gate_title(verdicts) + ".")
+        if html is not None:
+            from sparsecache.longbench.html import gate_page
 
-                _write_page(html, gate_page(candidate, reference, verdict))
+            _write_page(html, gate_page(verdicts))
+        if markdown is not None:
+            _write_page(markdown, gate_report.to_markdown(verdicts))
+        if junit is not None:
+            _write_page(junit, gate_report.to_junit(verdicts))
         if save_baseline is not None and passed:
+            candidate = verdicts[0].run if verdicts else _Scoring(**scoring).baseline(runs[0])
             gating.check_complete(candidate, allow_partial, allow_unlike)
             candidate.save(save_baseline)
         if save_baseline is not None:

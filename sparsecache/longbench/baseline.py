@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from sparsecache.errors import UsageError, one_line, short
 from sparsecache.longbench.jsonl import read_json, write_json
 from sparsecache.longbench.report import decode_speed
+from sparsecache.longbench.row_ids import has_no_ids, line_keys
 from sparsecache.longbench.run_record import check_identity
 from sparsecache.longbench.schema import Amount, Count, Number, Range, SchemaError, parse
 from sparsecache.longbench.score_types import DatasetScore, RunScore
@@ -77,7 +78,10 @@ class Baseline:
 
 
 def make_baseline(run: RunScore, options: ScoringOptions) -> Baseline:
-    """Return a run as a baseline. Raises UsageError if rows lack an `_id` or share one."""
+    """Return a run as a baseline. Raises UsageError if some rows lack an `_id`, or share one.
+
+    Rows of a dataset without any `_id` get a key by their order (`row_ids`).
+    """
     speed = decode_speed(run.run) or {}
     return Baseline(
         name=str(run.folder),
@@ -127,9 +131,11 @@ def _failed(dataset: DatasetScore) -> str:
 
 def _dataset(dataset: DatasetScore, folder: Path) -> BaselineDataset:
     ids = [str(record["_id"]) for record in dataset.records if record.get("_id") is not None]
+    if has_no_ids(dataset):
+        ids = line_keys(dataset)
     if len(set(ids)) < len(dataset.records):
         raise UsageError(
-            f"{dataset.task.name} of {folder} has rows without an `_id` or with a repeated one, so they cannot be "
+            f"{dataset.task.name} of {folder} has rows with a repeated `_id`, or some without one, so they cannot be "
             f"matched with the rows of another run. Predict them again."
         )
     return BaselineDataset(
@@ -143,7 +149,10 @@ def _dataset(dataset: DatasetScore, folder: Path) -> BaselineDataset:
             if (prompt := _prompt_key(record)) is not None
         },
         group=dataset.task.group,
-        strata={name: [str(record["_id"]) for record in part.records] for name, part in dataset.strata.items()},
+        strata={
+            name: [row_id for row_id, row in zip(ids, dataset.rows, strict=True) if name in row.strata]
+            for name in dataset.strata
+        },
     )
 
 

@@ -1,26 +1,12 @@
-"""The commands compare, gate, show and plot: exit codes, files and messages."""
+"""The commands compare, show and plot: exit codes, files and messages."""
 
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.eval_cli.runs import Evaluate, one_sentence, row, save
-
-
-def save_run(tmp_path: Path, name: str, preds: list[str], **more: Any) -> Path:
-    """Write a run of qasper as longbench_pred.py does, with a kept share of 0.1."""
-    rows = [row(at, pred, kept=0.1, prompt_sha256=f"{at:064}", **more) for at, pred in enumerate(preds)]
-    folder = save(tmp_path / "pred" / "m" / name, "qasper", rows)
-    record = json.loads((folder / "run.json").read_text())
-    same = {key: {"qasper": key} for key in ("templates", "protocol", "data")}
-    record["identity"] = {"checkpoint": "abc", "method": name, "options": {}, "dtype": "float32", **same}
-    clock = {"prefill_s": 1, "prefill_tokens": 9, "decode_s": 2, "decode_tokens": 100, "peak_gpu_bytes": None}
-    record["sessions"] = [{"id": "1-host", "device": "cpu", "gpu": None, "batch_size": 1, "clock": clock}]
-    (folder / "run.json").write_text(json.dumps(record))
-    return folder
+from tests.eval_cli.runs import Evaluate, one_sentence, row, save, save_run
 
 
 def test_runs_are_compared_by_path_or_by_name(evaluate: Evaluate, tmp_path: Path) -> None:
@@ -69,56 +55,6 @@ def test_tables_are_printed_in_every_format(evaluate: Evaluate, tmp_path: Path, 
     assert found["latex"].stdout.count(r"\toprule") == (2 if command == "score" else 1)
     assert found["csv"].stderr and ("Written: " in found["json"].stderr) == (command == "score")
     assert not any("Written" in done.stdout for done in found.values())
-
-
-def test_gate_passes_fails_and_saves(evaluate: Evaluate, tmp_path: Path) -> None:
-    for name, preds in (("good", ["yes"] * 4), ("bad", ["yes", "yes", "yes", "no"])):
-        save_run(tmp_path, name, preds)
-    done = evaluate("gate", "m/good", "--save-baseline", "base.json")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "Written: base.json\n", "")
-    before = (tmp_path / "base.json").read_bytes()
-    done = evaluate("gate", "m/bad", "--baseline", "base.json", "--save_baseline", "base.json")
-    assert done.returncode == 1
-    assert done.stdout.splitlines() == [
-        "pred/m/bad (bad) against base.json (good)",
-        "FAILED  mean of 1 datasets: 75.00, baseline 100.00, down 25.00, allowed drop 1: 24 over the limit (95% "
-        "interval of the change: -75.00 to 0.00); largest drops: qasper 25.00",
-        "FAILED: 1 of 1 checks.",
-        "Not written: base.json",
-    ]
-    assert (tmp_path / "base.json").read_bytes() == before
-    limits = ["--max_drop", "25", "--max-drop-dataset", "25", "--max-kept", "0.1", "--min-speedup", "1"]
-    for baseline in ("base.json", "m/good", tmp_path / "pred" / "m" / "good"):
-        done = evaluate("gate", "m/bad", "--baseline", baseline, *limits)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert [line[:6] for line in done.stdout.splitlines()[1:]] == ["passed"] * 4 + ["Passed"]
-    assert evaluate("gate", "m/bad", "--baseline", "m/good", *limits[:-1], "1.01").returncode == 1
-    assert evaluate("gate", "m/good", "--baseline", "m/bad", "--save_baseline", "base.json").returncode == 0
-    assert json.loads((tmp_path / "base.json").read_text())["name"] == "pred/m/good"
-
-
-def test_gate_exits_with_2_for_incomparable_runs(evaluate: Evaluate, tmp_path: Path) -> None:
-    save_run(tmp_path, "a", ["yes"])
-    other = save_run(tmp_path, "b", ["yes"])
-    (other / "run.json").write_text(
-        (other / "run.json").read_text().replace('"checkpoint": "abc"', '"checkpoint": "d"')
-    )
-    assert "Give --baseline (a run, or a saved file), or --save_baseline" in one_sentence(evaluate("gate", "m/a"))
-    assert "the checkpoint's files. Predict" in one_sentence(evaluate("gate", "m/b", "--baseline", "m/a"))
-    assert "There is no run 'base.json'" in one_sentence(evaluate("gate", "m/b", "--baseline", "base.json"))
-    assert "--max_drop is nan; it must be a number" in one_sentence(
-        evaluate("gate", "m/a", "--baseline", "m/a", "--max_drop", "nan")
-    )
-    allowed = evaluate("gate", "m/b", "--baseline", "m/a", "--allow_unlike")
-    assert (allowed.returncode, allowed.stderr) == (
-        0,
-        "Warning: the checkpoint's files; allowed by --allow_unlike.\n",
-    )
-    save(other, "qasper", [row(0, error="x", pred="")])
-    (other / "run.json").write_text((tmp_path / "pred" / "m" / "a" / "run.json").read_text())
-    assert "b is incomplete (qasper 0 of 1 rows, 1 failed)" in one_sentence(
-        evaluate("gate", "m/b", "--baseline", "m/a")
-    )
 
 
 def test_rows_are_shown(evaluate: Evaluate, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.baseline import Baseline, load_baseline
-from sparsecache.longbench.gate import Limits, gate
+from sparsecache.longbench.gate import gate
+from sparsecache.longbench.gate_checks import Limits
 
 MakeRun = Callable[..., Path]
 Row = Callable[..., dict[str, Any]]

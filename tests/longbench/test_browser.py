@@ -13,7 +13,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from sparsecache.longbench.baseline import make_baseline
 from sparsecache.longbench.compare import compare
-from sparsecache.longbench.gate import Limits, gate
+from sparsecache.longbench.gate import gate
+from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.html import compare_page, gate_page, score_page
 from sparsecache.longbench.paired import common_rows_or_all
 from sparsecache.longbench.plots import draw_all
@@ -71,7 +72,7 @@ def reports(
     pages = {
         "compare": compare_page(compare(runs, resamples=9), runs, drawn),
         "score": score_page(runs[:2], [drawn, drawn]),
-        "gate": gate_page(other, first, gate(other, first, Limits(max_drop_dataset=0), allow_unlike=True)),
+        "gate": gate_page([gate(other, first, Limits(max_drop_dataset=0), allow_unlike=True)]),
     }
     paths = {kind: folder / f"{kind}.html" for kind in pages}
     for kind, path in paths.items():

@@ -6,12 +6,15 @@ In one file because every test gates runs made by the same fixtures.
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.baseline import Baseline
-from sparsecache.longbench.gate import Limits, Verdict, check_complete, format_verdict, gate
+from sparsecache.longbench.gate import Verdict, check_complete, format_verdict, gate
+from sparsecache.longbench.gate_checks import Limits
+from sparsecache.longbench.gate_report import gate_title, to_junit, to_markdown
 from sparsecache.longbench.scores import ScoringOptions
 
 MakeRun = Callable[..., Path]
@@ -32,7 +35,7 @@ def test_a_regression_fails_with_its_size(make_baseline_run: Make) -> None:
         "FAILED mean of 3 datasets: 46.67, baseline 50.00, down 3.33, allowed drop 2: 1.33 over the limit; "
         "largest drops: qasper 10.00"
     ]
-    assert list(format_verdict(after, before, verdict)) == [
+    assert list(format_verdict(verdict)) == [
         f"{after.name} (vanilla) against {before.name} (vanilla)",
         *texts(verdict)[0].replace("FAILED ", "FAILED  ", 1).split("\n"),
         "FAILED: 1 of 1 checks.",
@@ -40,15 +43,15 @@ def test_a_regression_fails_with_its_size(make_baseline_run: Make) -> None:
 
 
 def test_an_improvement_passes(make_baseline_run: Make) -> None:
-    before, after = make_baseline_run("a", {"qasper": "yynn"}), make_baseline_run("b", {"qasper": "yyyn"})
+    before, after = make_baseline_run("a", {"qasper": "yynn" * 5}), make_baseline_run("b", {"qasper": "yyyn" * 5})
     verdict = gate(after, before, Limits(max_drop=0, max_drop_dataset=0))
     assert verdict.passed
     assert texts(verdict) == [
         "mean of 1 datasets: 75.00, baseline 50.00, up 25.00, allowed drop 0 "
-        "(95% interval of the change: 0.00 to +75.00)",
+        "(95% interval of the change: +10.00 to +45.00)",
         "1 of 1 datasets: no drop, allowed 0",
     ]
-    assert list(format_verdict(after, before, verdict))[-1] == "Passed."
+    assert list(format_verdict(verdict))[-1] == "Passed."
 
 
 def test_a_run_passes_against_itself_with_limits_of_zero(make_baseline_run: Make) -> None:
@@ -73,7 +76,7 @@ def test_a_dataset_may_fail_while_the_mean_passes(make_baseline_run: Make) -> No
         "FAILED qasper: 50.00, baseline 100.00, down 50.00, allowed drop 10: 40 over the limit",
         "2 of 3 datasets: largest drop 8.33 (musique), allowed 10",
     ]
-    assert [line.split("  ")[0] for line in format_verdict(after, before, verdict)][1:4] == [
+    assert [line.split("  ")[0] for line in format_verdict(verdict)][1:4] == [
         "FAILED",
         "passed",
         "passed",
@@ -325,12 +328,57 @@ def test_longbench_and_longbench_e_are_not_comparable(
 def test_rows_that_cannot_be_matched_are_refused(
     make_run: MakeRun, row: Row, more: dict[str, Any], score_to_baseline: ScoreToBaseline
 ) -> None:
-    with pytest.raises(UsageError, match="rows without an `_id` or with a repeated one"):
-        score_to_baseline(make_run("a", {"qasper": [row(0, **more)]}))
+    with pytest.raises(UsageError, match="rows with a repeated `_id`, or some without one"):
+        score_to_baseline(make_run("a", {"qasper": [row(0, **more), row(1)]}))
+
+
+def test_rows_without_ids_are_matched_by_order(make_run: MakeRun, row: Row, score_to_baseline: ScoreToBaseline) -> None:
+    def baseline(name: str, preds: str, **more: Any) -> Baseline:
+        texts = {"y": "yes", "n": "no"}
+        rows = [row(at, texts[letter], _id=..., **more) for at, letter in enumerate(preds)]
+        return score_to_baseline(make_run(name, {"qasper": rows}))
+
+    before, after = baseline("a", "yyy"), baseline("b", "yny")
+    assert "mean of 1 datasets: 66.67, baseline 100.00, down 33.33" in texts(gate(after, before, Limits()))[0]
+    for other in (baseline("c", "yyy", length=9), baseline("d", "yyy", answers=["no"])):
+        with pytest.raises(UsageError, match=r"lacks rows of the baseline \(qasper 3 of 3 rows\)"):
+            gate(other, before, Limits())
+
+
+def test_non_inferiority_is_judged_by_the_lower_end_of_the_interval(make_baseline_run: Make) -> None:
+    before, after = make_baseline_run("a", {"qasper": "y" * 40}), make_baseline_run("b", {"qasper": "y" * 39 + "n"})
+    low = -7.5  # a bootstrap sample of 40 rows holds the one lost row three times or less in 97.5 %
+    assert gate(after, before, Limits(None, non_inferior=-low)).passed
+    verdict = gate(after, before, Limits(None, non_inferior=7.49))
+    assert texts(verdict) == [
+        "FAILED non-inferiority of the mean of 1 datasets: 97.50, baseline 100.00, 95% interval of the change -7.50 to "
+        "0.00, allowed from -7.49: the interval reaches 0.01 below it"
+    ]
+    assert [check.passed for check in gate(after, before, Limits(3, non_inferior=1)).checks] == [True, False]
+    small = make_baseline_run("c", {"qasper": "y" * 19})
+    with pytest.raises(UsageError, match="--non_inferior 1 cannot be checked: an interval needs 20 rows or more"):
+        gate(small, small, Limits(None, non_inferior=1))
+
+
+def test_reports_for_ci_hold_every_check_and_escape_names(make_baseline_run: Make) -> None:
+    before = make_baseline_run("a", {"qasper": "y" * 4})
+    runs = [make_baseline_run(name, {"qasper": text}) for name, text in (("<b>|x\x1b", "yyyy"), ("c", "yyyn"))]
+    verdicts = [gate(run, before, Limits(1, 10)) for run in runs]
+    root = ElementTree.fromstring(to_junit(verdicts))
+    assert root.attrib == {"name": "gate", "tests": "4", "failures": "2"}
+    suites = list(root)
+    assert [(suite.attrib["tests"], suite.attrib["failures"]) for suite in suites] == [("2", "0"), ("2", "2")]
+    cases = [(case.attrib["name"], [part.attrib["message"] for part in case]) for case in suites[1]]
+    assert cases == [(check.name, [check.text]) for check in verdicts[1].checks]
+    assert "<b>|x\\x1b" in suites[0].attrib["name"]
+    page = to_markdown(verdicts)
+    assert page.startswith("## Gate: Failed: 1 of 2 runs\n") and "\x1b" not in page and "\\<b\\>\\|x" in page
+    assert page.count("\n| FAILED | ") == 2 and page.count("\n| passed | ") == 2
+    assert gate_title(verdicts[:1]) == "Passed" and gate_title(verdicts[1:]) == "Failed: 2 of 2 checks"
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["max_drop", "max_drop_dataset", "max_kept", "min_speedup"])
+@pytest.mark.parametrize("name", ["max_drop", "max_drop_dataset", "max_kept", "min_speedup", "non_inferior"])
 def test_limits_are_finite_numbers_of_0_or_more(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=rf"--{name} is {value}; it must be a number, 0 or more"):
         Limits(**{name: value})

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from sparsecache.longbench.baseline import make_baseline
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.compare_tables import compare_document
-from sparsecache.longbench.gate import Limits, gate
+from sparsecache.longbench.gate import gate
+from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.html import compare_page, gate_page, score_page
 from sparsecache.longbench.html.markup import Html, escape, escape_lines, join, tag
 from sparsecache.longbench.html.parts import MAX_ROWS
@@ -71,7 +72,7 @@ def page(runs: list[RunScore]) -> Page:
         if kind == "score":
             return score_page(runs, [draw_all([run]) for run in runs])
         first, other = (make_baseline(run, ScoringOptions()) for run in runs)
-        return gate_page(other, first, gate(other, first, Limits(max_kept=0.05), allow_partial=True, allow_unlike=True))
+        return gate_page([gate(other, first, Limits(max_kept=0.05), allow_partial=True, allow_unlike=True)])
 
     return make
 

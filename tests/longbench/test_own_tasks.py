@@ -11,7 +11,8 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.data import FileSource, FolderSource, load_rows, open_source
-from sparsecache.longbench.gate import Limits, gate
+from sparsecache.longbench.gate import gate
+from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.plots import get_plot
 from sparsecache.longbench.score_tables import score_table
 from sparsecache.longbench.score_types import RunScore
@@ -203,7 +204,9 @@ def test_own_tasks_have_their_own_mean_in_every_table(scored: Callable[..., RunS
     groups = {group.name: group for group in comparison.groups}
     differences = {name: groups[name].entries[1].difference for name in ("flat_mean", "own_mean")}
     assert [part and part.mean for part in differences.values()] == [-50.0, 37.5]
-    assert "mean of own tasks" in render(compare_document(comparison), "terminal")
+    document = compare_document(comparison)
+    assert "own tasks: mean of 2 datasets, 6 rows" in render(document, "terminal")
+    assert "mean of own tasks" in render(document.with_details(), "terminal")
 
 
 def test_the_headline_is_of_longbench_first(scored: Callable[..., RunScore]) -> None:

@@ -4,7 +4,8 @@ import pytest
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.compare import compare
-from sparsecache.longbench.gate import Limits, gate
+from sparsecache.longbench.gate import gate
+from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.scores import score_run
 
 IDS, OTHER_IDS, TEXT, OTHER_TEXT = (digit * 64 for digit in "1234")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from sparsecache.errors import UsageError
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.compare_tables import compare_document
-from sparsecache.longbench.gate import Limits, gate
+from sparsecache.longbench.gate import gate
+from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.plots import get_plot
 from sparsecache.longbench.report import summary_json, write_results
 from sparsecache.longbench.score_tables import score_document, score_table

@@ -15,7 +15,8 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.baseline import load_baseline, make_baseline
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.compare_tables import compare_document
-from sparsecache.longbench.gate import Limits, gate
+from sparsecache.longbench.gate import gate
+from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.html import compare_page
 from sparsecache.longbench.report import write_results
 from sparsecache.longbench.schema import Count, Number, SchemaError, parse

@@ -13,7 +13,8 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.baseline import load_baseline
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.data import FileSource, FolderSource, HubSource, load_rows
-from sparsecache.longbench.gate import Limits, gate
+from sparsecache.longbench.gate import gate
+from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.plots import get_plot
 from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.report import summary_json, v2_result, write_results

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sparsecache.longbench.baseline import Baseline
 from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.comparison import Comparison
 from sparsecache.longbench.gate import Verdict
+from sparsecache.longbench.gate_report import gate_title
+from sparsecache.longbench.html.markup import Html
 from sparsecache.longbench.html.parts import (
     definitions,
     details,
@@ -75,14 +76,26 @@ def score_page(runs: Sequence[RunScore], plots: Sequence[Sequence["Plot"]]) -> s
     )
 
 
-def gate_page(run: Baseline, baseline: Baseline, verdict: Verdict) -> str:
-    """Return the page of a verdict: checks (failed ones first), warnings, both identities."""
-    checks = sorted(verdict.checks, key=lambda check: check.passed)
-    failed = sum(not check.passed for check in checks)
+def gate_page(verdicts: Sequence[Verdict]) -> str:
+    """Return the page of verdicts on one baseline: checks (failed ones first), warnings, all identities."""
+    baseline = verdicts[0].baseline
+    if len(verdicts) == 1:
+        title, summary = gate_title(verdicts), verdicts[0].title
+        parts = _verdict(verdicts[0])
+    else:
+        title, summary = gate_title(verdicts), f"{len(verdicts)} runs against {baseline.name} ({baseline.method})"
+        parts = [section(f"{each.run.name} ({each.run.method})", *_verdict(each)) for each in verdicts]
+    sides = [*(verdict.run for verdict in verdicts), baseline]
     return page(
-        f"Failed: {failed} of {len(checks)} checks" if failed else "Passed",
-        f"{run.name} ({run.method}) against {baseline.name} ({baseline.method})",
-        note_list([f"Warning: {warning}" for warning in verdict.warnings]),
-        definitions(("passed" if check.passed else "FAILED", check.text) for check in checks),
-        run_records((f"{side.name} ({side.method})", side.identity) for side in (run, baseline)),
+        title,
+        summary,
+        *parts,
+        run_records((f"{side.name} ({side.method})", side.identity) for side in sides),
     )
+
+
+def _verdict(verdict: Verdict) -> list[Html]:
+    return [
+        note_list([f"Warning: {warning}" for warning in verdict.warnings]),
+        definitions(("passed" if check.passed else "FAILED", check.text) for check in verdict.failed_first),
+    ]
