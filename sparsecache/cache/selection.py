@@ -90,8 +90,11 @@ class SelectionMethod(SparseMethod):
     """Keeps every token and selects tokens at each step: a subclass defines `select`.
 
     A method with state per layer, such as page bounds, also defines a subclass of SelectionCache.
+
+    shares_selection: whether some layers attend to what another layer selected.
     """
 
+    shares_selection: ClassVar[bool] = False
     kind: ClassVar[MethodKind] = "selection"
 
     storage: Annotated[Storage, "keys and values: full precision, or quantised as kivi does"] = field(

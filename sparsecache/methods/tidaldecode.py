@@ -27,6 +27,8 @@ _DEPTH = 13 / 32
 class TidalDecode(Oracle):
     """Selects in two layers, by true scores, for the layers after them."""
 
+    shares_selection: ClassVar[bool] = True
+
     reselection_layer: Annotated[int | None, "layer that selects again; none: 13/32 of the layers"] = None
 
     def __post_init__(self) -> None:

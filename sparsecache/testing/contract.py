@@ -51,11 +51,13 @@ _LOSSLESS: dict[str, Options] = {
     "topp": {"p": 1.0, "budget": 1.0, "dense_layers": 0},
     "duoattention": {"sparsity": 0.0},
     "kivi": {"residual": 128},  # longer than the prompts
+    "composed": {"evict": "snapkv,budget=1.0,dense_layers=0", "select": "quest,budget=1.0,dense_layers=0"},
 }
 # Built-in methods without a budget that drop tokens, or bits.
 _TIGHT: dict[str, Options] = {
     "duoattention": {"sparsity": 0.5, "sinks": 1, "recent": 2},
     "kivi": {"bits": 2, "group": 16, "residual": 0},
+    "composed": {"evict": "snapkv,budget=9,window=4,dense_layers=0", "select": "quest,budget=4,page=2,dense_layers=0"},
 }
 
 

@@ -1,0 +1,117 @@
+"""Composed: a method that evicts after the prompt, then one that selects from what is left at each step.
+
+`evict` names a method of the kind of SnapKV, `select` one of the kind of Quest, each with its own options after commas:
+
+    --method composed -o evict=snapkv,budget=0.5 -o select=quest,budget=256,storage=int4
+
+A selection sees the kept tokens and all new ones as one text. A share in its budget is of these tokens, and positions
+are counted in it. A layer that is dense for one of the two methods has only the other one.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, MethodKind, Shape, StepBytes
+from sparsecache.cache.eviction import EvictionMethod
+from sparsecache.cache.selection import SelectionMethod
+from sparsecache.cache.stats import SequenceStats
+from sparsecache.errors import UsageError
+from sparsecache.methods import check_method_name, load_method, make_method, parse_options
+
+
+@dataclass
+class Composed(CacheMethod):
+    """Evicts prompt tokens by one method, and selects among the others by another."""
+
+    kind: ClassVar[MethodKind] = "eviction"
+
+    evict: Annotated[str, "method that evicts after the prompt, with its options, as in name,key=value"] = (
+        "snapkv,budget=0.5"
+    )
+    select: Annotated[str, "method that selects at each step, with its options, as in name,key=value"] = (
+        "quest,budget=0.2"
+    )
+
+    def __post_init__(self) -> None:
+        evict, select = _make("evict", self.evict), _make("select", self.select)
+        if not isinstance(evict, EvictionMethod) or type(evict).keep is not EvictionMethod.keep:
+            raise ValueError(
+                f"evict={self.evict} must evict once after the prompt and keep as many tokens in all KV heads, as "
+                f"snapkv does."
+            )
+        if evict.storage != "full":
+            raise ValueError(f"evict={self.evict} stores nothing; give storage={evict.storage} to `select`.")
+        if not isinstance(select, SelectionMethod) or select.shares_selection:
+            raise ValueError(
+                f"select={self.select} must select in every layer, as quest does; layers keep different tokens."
+            )
+        if select.calibration_text() is not None:
+            raise ValueError(f"select={self.select} needs a calibration, which is not passed on to it.")
+        self._evict, self._select = evict, select
+
+    def check(self, shape: Shape) -> None:
+        self._evict.check(shape)
+        self._select.check(shape)
+
+    def make_cache(self, layer: int, config: CacheConfig) -> LayerCache:
+        if layer < self._evict.dense_layers:
+            return self._select.make_cache(layer, config)
+        if layer < self._select.dense_layers:
+            return self._evict.make_cache(layer, config)
+        return ComposedCache(self._evict, self._select, layer, config)
+
+    def report(self, stats: SequenceStats) -> dict[str, Any]:
+        report = self._select.report(stats)
+        report["capped_steps"] = max(report["capped_steps"], self._evict.report(stats)["capped_steps"])
+        return report
+
+
+class ComposedCache(LayerCache):
+    """The cache of a selection method, which holds the kept tokens of the prompt and all new ones.
+
+    num_evicted: [slots] int64, the evicted tokens of each prompt; num_tokens: [slots] int64, the tokens of `selection`.
+    """
+
+    def __init__(self, evict: EvictionMethod, select: SelectionMethod, layer: int, config: CacheConfig) -> None:
+        self._evict, self.config = evict, config
+        self._budget = evict.layer_budget(layer, config.shape)
+        self._rows = min(config.max_tokens, self._budget.most(config.max_tokens) + config.max_new_tokens)
+        self.num_evicted, self.num_tokens = (torch.zeros_like(config.seq_lens) for _ in range(2))
+        inner = replace(config, seq_lens=self.num_tokens, max_tokens=self._rows)
+        self.selection = select.make_sparse_cache(layer, inner)
+        self.graphable, self.estimates_rest = self.selection.graphable, self.selection.estimates_rest
+
+    def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        length = k.shape[1]
+        count = min(self._budget.tokens(length), length)
+        kept = self._evict.keep(self._evict.score(q, k, v), count)[0][:, :count].sort(dim=1).values
+        index = kept[..., None].expand(-1, -1, k.shape[2])
+        self.selection.prefill(slot, q[:, length - count :], k.gather(1, index), v.gather(1, index))
+        self.num_evicted[slot].fill_(length - count)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        torch.sub(self.config.seq_lens, self.num_evicted, out=self.num_tokens).clamp_(0, self._rows)
+        return self.selection.attend(q, k, v, slots)
+
+    def free_slot(self, slot: int) -> None:
+        self.num_evicted[slot].zero_()
+        self.selection.free_slot(slot)
+
+    def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
+        return self.selection.step_nbytes(min(seq_len, self._budget.tokens(int(seq_len))), attended)
+
+
+def _make(option: str, text: str) -> CacheMethod:
+    """Return the method that an option names. Raises ValueError if it does not exist or refuses its options."""
+    name, *pairs = text.split(",")
+    try:
+        check_method_name(name)
+        if issubclass(load_method(name), Composed):
+            raise UsageError("composed cannot be a part of itself.")
+        given = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in pairs)
+        return make_method(name, parse_options(name, given))
+    except UsageError as error:
+        raise ValueError(f"{option}={text}: {error}") from error
