@@ -111,7 +111,7 @@ def _make(option: str, text: str) -> CacheMethod:
         check_method_name(name)
         if issubclass(load_method(name), Composed):
             raise UsageError("composed cannot be a part of itself.")
-        given = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in pairs)
+        given = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
         return make_method(name, parse_options(name, given))
     except UsageError as error:
         raise ValueError(f"{option}={text}: {error}") from error
