@@ -54,17 +54,21 @@ class BenchRun:
         stem = None if out is None else out / f"methods-{Path(self.model).name}"
         rows: list[MethodRow] = []
         elsewhere = self.vllm.decode_step_s(model, self.workloads) if self.vllm else {}
-        for measured in measure_methods(model, self.workloads, self.baselines, self.specs, elsewhere):
-            before = len(rows)
-            for row in measured:
-                rows.append(row)
-                time = f"{1000 * row.step_s:.2f} ms" if row.step_s is not None else row.error
-                click.echo(f"{row.tokens} tokens, batch {row.batch}, {row.name}: {time}", err=True)
-                if stem is not None:
-                    save(rows, Path(f"{stem}.json"), model=self.model, dtype=self.dtype)
-                    write_atomically(Path(f"{stem}.md"), methods_table(rows, "markdown") + "\n")
-            click.echo(methods_table(rows[before:]))
-        self.failed = any(row.error for row in rows)
+        try:
+            for measured in measure_methods(model, self.workloads, self.baselines, self.specs, elsewhere):
+                before = len(rows)
+                for row in measured:
+                    rows.append(row)
+                    time = f"{1000 * row.step_s:.2f} ms" if row.step_s is not None else row.error
+                    click.echo(f"{row.tokens} tokens, batch {row.batch}, {row.name}: {time}", err=True)
+                    if stem is not None:
+                        save(rows, Path(f"{stem}.json"), model=self.model, dtype=self.dtype)
+                        write_atomically(Path(f"{stem}.md"), methods_table(rows, "markdown") + "\n")
+                click.echo(methods_table(rows[before:]))
+        except RuntimeError as error:  # the device is not usable any more
+            click.echo(f"Could not measure the other methods: {one_line(error)}", err=True)
+            self.failed = True
+        self.failed |= any(row.error for row in rows)
 
     def run_each(self, model: BenchModel) -> None:
         """Measure each workload; a failure of one leaves the others."""

@@ -18,6 +18,7 @@ from sparsecache.errors import one_line
 _MAX_RUNS, _MAX_SECONDS = 3, 8.0
 _WARM_UP_TOKENS, _MIN_TOKENS = 4, 5
 _SHORT_SECONDS = 2.0  # of the decode steps of a short run
+_MAX_PROMPTS_SECONDS = 30.0  # of a method's own work at the prompts of a short run
 Measured = TypeVar("Measured")
 
 
@@ -79,13 +80,15 @@ def measure_once(
     """Run a workload's requests once, after a few tokens that compile.
 
     A step that is not a CUDA graph may be slow. Then there are fewer new tokens, for about _SHORT_SECONDS. is_graph:
-    whether it is one, called when caches are allocated. Raises RuntimeError as `measure`.
+    whether it is one, called when caches are allocated. Raises RuntimeError as `measure`, and if the prompts would take
+    more than _MAX_PROMPTS_SECONDS.
     """
     gpu_bytes, host_bytes = _reserve(engine, workload, devices)
     stamps: list[float] = []
     first = requests[:1] if is_graph() else requests  # a capture has compiled the step of all rows
     warm_up = [replace(request, max_new_tokens=_WARM_UP_TOKENS) for request in first]
     complete(engine, warm_up, lambda tokens: stamps.append(time.perf_counter()))
+    _check_prompts(engine, warm_up[:1], len(requests))
     if not is_graph():
         affordable = max(_MIN_TOKENS, int(_SHORT_SECONDS / max(stamps[-1] - stamps[-2], 1e-9)))
         requests = [replace(each, max_new_tokens=min(each.max_new_tokens, affordable)) for each in requests]
@@ -93,6 +96,18 @@ def measure_once(
     completions = complete(engine, requests)
     _check_slots(engine, workload)
     return Measurement(engine.stats, completions, gpu_bytes, host_bytes)
+
+
+def _check_prompts(engine: Engine, one: list[Request], prompts: int) -> None:
+    """Raise RuntimeError if so many prompts like the one of a request take more than _MAX_PROMPTS_SECONDS."""
+    seconds = engine.stats.prefill_s / max(1, engine.stats.prefill_tokens) * len(one[0].token_ids)
+    if prompts * seconds > _MAX_PROMPTS_SECONDS:  # once more, since the first one compiled
+        seconds = complete(engine, one)[0].prefill_s
+    if prompts * seconds > _MAX_PROMPTS_SECONDS:
+        raise RuntimeError(
+            f"a prompt takes {seconds:.1f} s, {prompts} of them more than {_MAX_PROMPTS_SECONDS:.0f} s. Measure this "
+            f"method with --method."
+        )
 
 
 def time_requests(engine: Engine, requests: list[Request]) -> tuple[float, EngineStats]:

@@ -74,6 +74,17 @@ def test_the_text_of_a_shared_prompt_is_that_of_a_computed_one(tiny) -> None:
         assert [each.token_ids for each in shared] == [first.token_ids] * 2
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
+def test_steps_are_graphs_on_a_gpu_and_caches_take_memory_there(tiny) -> None:
+    model = load_bench_model(str(tiny), [torch.device("cuda")], torch.bfloat16)
+    specs = several_methods("snapkv,quest,infinigen", {"budget": "0.1", "offload": "true"}, {})
+    (rows,) = ([*rows] for rows in measure_methods(model, [Workload(600, 8, 2)], [], specs))
+    assert [(row.error, row.graph) for row in rows] == [(None, True)] * 4
+    vanilla, snapkv, quest, infinigen = rows  # -o offload is an option of vanilla and infinigen
+    assert vanilla.cache_host_bytes > 0 and infinigen.cache_host_bytes > 0
+    assert quest.cache_gpu_bytes > snapkv.cache_gpu_bytes > 0 and quest.cache_host_bytes == 0
+
+
 def test_a_method_that_fails_is_a_line_with_its_error(table, tmp_path) -> None:
     source = """
 from dataclasses import dataclass
@@ -104,6 +115,12 @@ def test_a_size_that_does_not_fit_is_an_error_and_other_sizes_are_measured(table
     done, rows = table("quest", "--tokens", "20", "--new_tokens", "3", "--batch", "3,2")
     assert done.exit_code == 1
     assert ["memory suffices for 2 of 3" in (row["error"] or "") for row in rows] == [True, True, False, False]
+
+
+def test_prompts_that_take_too_long_are_not_waited_for(table, monkeypatch) -> None:
+    monkeypatch.setattr("sparsecache.bench.timing._MAX_PROMPTS_SECONDS", 0.0)
+    done, rows = table("vanilla", "--tokens", "20", "--new_tokens", "3")
+    assert done.exit_code == 1 and "1 of them more than 0 s. Measure this method with --method." in rows[0]["error"]
 
 
 def test_baselines_and_values_that_vary_are_lines_too(table) -> None:
