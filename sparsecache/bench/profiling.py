@@ -11,7 +11,7 @@ from sparsecache.longbench.tables import Cell, Document, Table, number, records,
 
 _MAX_ROWS = 12
 _MAX_NAME = 100  # characters; names of C++ templates have hundreds
-_OWN_KERNEL = re.compile(r"_([a-z][a-z_]*)_kernel")  # as in sparsecache/kernels
+_OWN_KERNEL = re.compile(r"_?([a-z][a-z_]*)_kernel")  # as in sparsecache/kernels
 _Times = dict[str, tuple[float, float]]  # by kernel: microseconds, and calls
 
 
