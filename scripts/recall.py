@@ -18,8 +18,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from sweep_predict import predict_together
 from sweep_runs import Run, check_runs, read_sweep
-from sweep_shared import SharedContext, predict_all
 from torch import Tensor
 
 from sparsecache.cache import CacheConfig, FullCache, LayerCache, ProjectQuery, SequenceStats, StepBytes
@@ -32,6 +32,7 @@ from sparsecache.longbench.records import read_rows
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.methods.infinigen.cache import InfiniGenCache
+from sparsecache.runner.context import RunContext
 
 CACHES = (16, 32, 64, 128)
 MEASURES = ("recall", "attention", "best", "tokens", "kept", "overlap", *(f"hit {tokens}" for tokens in CACHES))
@@ -144,12 +145,11 @@ def _most_recent(last_selected: Tensor, tokens: int) -> Tensor:
     return torch.zeros_like(last_selected, dtype=torch.bool).scatter_(2, order, True) & (last_selected >= 0)
 
 
-class RecordingContext(SharedContext):
+class RecordingContext(RunContext):
     """The context of a RecordingInfiniGen run, whose rows cannot be resumed as InfiniGen's."""
 
-    def __init__(self, *arguments: Any, **named: Any):
-        super().__init__(*arguments, **named)
-        self.method = RecordingInfiniGen(**self.options)
+    def make_method(self) -> RecordingInfiniGen:
+        return RecordingInfiniGen(**self.options)
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "method": "infinigen, recorded"}
@@ -209,8 +209,8 @@ def main(file: Path, pred_dir: Path, out: Path | None) -> None:
         runs, arguments = read_sweep(file)
         if others := {run.method for run in runs} - {"infinigen"}:
             raise UsageError(f"{file} names {', '.join(sorted(others))}: only infinigen's selections can be recorded.")
-        failed, incomplete = predict_all(check_runs(runs, arguments, pred_dir), RecordingContext)
-        if problems := [*failed, *incomplete]:
+        outcomes = predict_together(check_runs(runs, arguments, pred_dir), context_type=RecordingContext)
+        if problems := [run for run, outcome in outcomes if outcome.code]:
             raise UsageError(f"Rows failed in {', '.join(map(str, problems))}; see the logs in {pred_dir}/logs.")
         tables = document(runs, pred_dir)
         click.echo(render(tables, "terminal"))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs a sweep from a small file (configs/sweeps/) and prints one table of its runs:
-#   scripts/sweep.sh FILE [--jobs N] [-- arguments of every run]
+#   scripts/sweep.sh FILE [--model MODEL] [--dry_run] [-- arguments of every run]
 set -euo pipefail
 here="$PWD"
 . "$(dirname "$0")/environment.sh"

@@ -3,9 +3,8 @@
 import io
 import itertools
 import shlex
-import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from longbench_pred import main as predict_command
 from sparsecache.cli import option_pairs
 from sparsecache.errors import UsageError, listed, one_line, short
 from sparsecache.files import read_file
-from sparsecache.methods import make_method, parse_options
+from sparsecache.methods import make_method, parse_options, short_name
 from sparsecache.options import show
 from sparsecache.runner.settings import Settings
 
-PROJECT = Path(__file__).resolve().parent.parent
 _MAX_BYTES = 2**20
 _VALUES = str | bool | int | float
 
@@ -37,7 +35,7 @@ class Run:
     @property
     def name(self) -> str:
         """The folder of the run: the method and its options."""
-        return "-".join([self.method, *(f"{key}={value}" for key, value in self.options)])
+        return "-".join([short_name(self.method), *(f"{key}={value}" for key, value in self.options)])
 
     def __str__(self) -> str:
         return f"{self.model} {self.name}"
@@ -48,24 +46,25 @@ class Run:
         named = ["--model", self.model, "--method", self.method, "--name", self.name, "--pred_dir", str(pred_dir)]
         return [*named, *options, *shared]
 
-    def command(self, shared: list[str], pred_dir: Path) -> list[str]:
-        """The command line that predicts it."""
-        return [sys.executable, str(PROJECT / "longbench_pred.py"), *self.arguments(shared, pred_dir)]
-
     def shown(self, shared: list[str], pred_dir: Path) -> str:
         """The command line as it is typed."""
         return shlex.join(["python", "longbench_pred.py", *self.arguments(shared, pred_dir)])
 
 
-def read_sweep(file: Path) -> tuple[list[Run], list[str]]:
-    """Reads a sweep file: its runs in order, and the arguments of every run. Raises UsageError for a bad file."""
+def read_sweep(file: Path, models: Sequence[str] = ()) -> tuple[list[Run], list[str]]:
+    """Reads a sweep file: its runs in order, and the arguments of every run. Raises UsageError for a bad file.
+
+    models: those to take in place of the file's.
+    """
     try:
         sweep = tomllib.loads(read_file(file, _MAX_BYTES).decode())
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, nested too deeply
         raise UsageError(f"{file} is no readable TOML file ({one_line(error)}).") from error
+    if models:
+        sweep["models"] = list(models)
     unknown = sweep.keys() - {"models", "methods", "arguments"}
     if unknown or not sweep.get("models") or not sweep.get("methods"):
-        raise UsageError(f"{file} needs `models` and [[methods]], may have `arguments`, and nothing else.")
+        raise UsageError(f"{file} needs `models` (or --model) and [[methods]], may have `arguments`, and nothing else.")
     lists = (("models", str), ("methods", dict))
     if any(not isinstance(sweep[key], list) or not all(isinstance(x, kind) for x in sweep[key]) for key, kind in lists):
         raise UsageError(

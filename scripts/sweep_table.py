@@ -1,7 +1,7 @@
 """One table of a sweep's runs: score, difference to the first, share of tokens kept, speed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -43,15 +43,6 @@ class Report:
 
     def show(self, done: Sequence[Settings], missing: Sequence[str]) -> None:
         """Prints and writes a table per model of the runs that are `done`; notes those that are `missing`."""
-        missing, recorded = list(missing), []
-        for settings in done:
-            try:
-                if not settings.on_ray:  # there the cluster decides on the device, and so on the dtype
-                    check_recorded(settings)
-                recorded.append(settings)
-            except UsageError as error:
-                missing.append(f"{settings.run_folder}: {error}".rstrip("."))
-        done = recorded
         for folder in dict.fromkeys(settings.run_folder.parent for settings in done):
             scored = [score_run(each.run_folder, each.e) for each in done if each.run_folder.parent == folder]
             self._show(folder.name, scored, [f"Not in the table: {each}." for each in missing])
@@ -61,6 +52,7 @@ class Report:
     def _show(self, model: str, scored: list[RunScore], notes: list[str]) -> None:
         comparison = compare(scored) if len(scored) > 1 else None
         document = sweep_table(comparison, notes) if comparison else _one_run(scored[0], notes)
+        document = replace(document, title=model)
         click.echo(f"\n{render(document, 'terminal')}")
         if self.out is None:
             return
@@ -72,6 +64,19 @@ class Report:
             write_atomically(self.out / f"{model}.html", page)
         kinds = ", ".join(["md", "json", *["html"] * (self.html and comparison is not None)])
         click.echo(f"Written: {self.out / model}.* ({kinds})")
+
+
+def recorded(done: Sequence[Settings], missing: Sequence[str]) -> tuple[list[Settings], list[str]]:
+    """Moves runs whose folder records another run from `done` to `missing`, with the reason."""
+    missing, found = list(missing), []
+    for settings in done:
+        try:
+            if not settings.on_ray:  # there the cluster decides on the device, and so on the dtype
+                check_recorded(settings)
+            found.append(settings)
+        except UsageError as error:
+            missing.append(f"{settings.run_folder}: {error}".rstrip("."))
+    return found, missing
 
 
 def sweep_table(comparison: Comparison, notes: Sequence[str] = ()) -> Document:

@@ -40,7 +40,7 @@ def check_host_memory(nbytes: int) -> None:
 
     Call it with the bytes of all layers before the first one is allocated.
     """
-    available = _available()
+    available = available_nbytes()
     if available is not None and nbytes > available:
         raise torch.OutOfMemoryError(
             f"offload needs {nbytes / _GIB:.1f} GiB of host memory; {available / _GIB:.1f} GiB are available. Decode "
@@ -80,7 +80,7 @@ def _unpin(driver: ctypes.CDLL, pointer: ctypes.c_void_p, size: int) -> None:
     _pinned -= size
 
 
-def _available() -> int | None:
+def available_nbytes() -> int | None:
     """Return the available bytes of the host or its container; None if unknown."""
     limits = [available for available in (_host_available(), _container_available()) if available is not None]
     return min(limits, default=None)

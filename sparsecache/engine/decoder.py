@@ -29,8 +29,11 @@ class Decoder:
     """A model: its architecture, weights and RoPE, and the cache method of its layers.
 
     device: of the embedding and of token ids. devices: those of the layers, in order; logits are on the last. cache:
-    the caches, None before `allocate`.
+    the caches, None before `allocate`. shared_prefill_s: seconds that the latest prompt took before its `prefill`, in a
+    subclass that computes prompts once for many methods.
     """
+
+    shared_prefill_s = 0.0
 
     def __init__(self, architecture: Architecture, weights: Weights, rope: Rope, method: CacheMethod):
         self.layer_devices = [layer.qkv.device for layer in weights.layers]

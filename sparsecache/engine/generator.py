@@ -36,6 +36,7 @@ class _Sequence:
     slot: int
     new_ids: list[int]
     prefill_s: float
+    shared_prefill_s: float
     first_token_at: float
 
     @property
@@ -122,7 +123,7 @@ class Generator:
         try:
             self._allocate(max_tokens, max_new_tokens)
             devices, needed = self._decoder.devices, self._decoder.prompt_nbytes(max_tokens)
-            if self._slots > 1 and any(_free_nbytes(device) <= needed for device in devices):
+            if self._slots > 1 and any(free_nbytes(device) <= needed for device in devices):
                 return False
             self._make_steps(max_tokens, max_new_tokens)
         except torch.OutOfMemoryError:  # with one slot, only the requests that do not fit fail
@@ -213,8 +214,10 @@ class Generator:
             return self._fail(request, slot, error)
         now = time.perf_counter()
         self.stats.prefill_tokens += len(request.token_ids)
-        self.stats.prefill_s += now - began
-        sequence = _Sequence(request, slot, [first], now - began, now)
+        shared_s = self._decoder.shared_prefill_s
+        prefill_s = now - began + shared_s
+        self.stats.prefill_s += prefill_s
+        sequence = _Sequence(request, slot, [first], prefill_s, shared_s, now)
         if sequence.finish_reason:
             return self._finish(sequence, now)
         active[slot] = sequence
@@ -332,7 +335,13 @@ class Generator:
         self.stats.note_memory(*self._decoder.devices)
         decode_s = now - sequence.first_token_at
         return Completion(
-            sequence.request, sequence.new_ids, sequence.finish_reason, sequence.prefill_s, decode_s, report
+            sequence.request,
+            sequence.new_ids,
+            sequence.finish_reason,
+            sequence.prefill_s,
+            decode_s,
+            report,
+            shared_prefill_s=sequence.shared_prefill_s,
         )
 
     def _fail(self, request: Request, slot: int, error: Exception) -> Completion:
@@ -367,7 +376,7 @@ class Generator:
         self._max_tokens, self._max_new_tokens = max_tokens, max_new_tokens
 
 
-def _free_nbytes(device: torch.device) -> float:
+def free_nbytes(device: torch.device) -> float:
     """Return the bytes of a device's memory that are free for tensors."""
     if device.type != "cuda":
         return math.inf

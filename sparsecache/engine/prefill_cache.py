@@ -3,6 +3,12 @@
 The queries, keys and values of a prompt are the same for every method, so they are kept for the next one.
 """
 
+import math
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheMethod
@@ -12,17 +18,58 @@ from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights
 
 LayerQKV = list[tuple[Tensor, Tensor, Tensor]]
+_PADDING = 512  # tokens that a tensor of a prompt may be longer than the prompt on a GPU
 
 
-class PrefillCache(dict[tuple[int, ...], tuple[LayerQKV, Tensor]]):
-    """A dict from token ids to q [H, L, D], k and v [G, L, D] per layer, and the last token's logits [V].
+@dataclass(frozen=True)
+class CachedPrompt:
+    """A prompt's q [H, L, D], k and v [G, L, D] per layer, its last token's logits [V], and the seconds they took."""
 
-    It belongs to one checkpoint and dtype. A prompt of L tokens takes layers * (H + 2 G) * D * L values.
+    layers: LayerQKV
+    logits: Tensor
+    seconds: float
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of its tensors, padding included."""
+        storages = [tensor.untyped_storage() for qkv in self.layers for tensor in qkv]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) + self.logits.nbytes
+
+
+class PrefillCache:
+    """Prompts by token ids, for decoders of one checkpoint and dtype. limit_nbytes: the most bytes of all prompts.
+
+    A prompt of L tokens takes layers * (H + 2 G) * D * L values.
     """
+
+    def __init__(self, limit_nbytes: float = math.inf) -> None:
+        self.limit_nbytes = limit_nbytes
+        self.nbytes = 0
+        self._prompts: dict[tuple[int, ...], CachedPrompt] = {}
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def get(self, token_ids: Tensor) -> CachedPrompt | None:
+        """Return a prompt, None if it is not there."""
+        return self._prompts.get(_key(token_ids))
+
+    def add(self, token_ids: Tensor, prompt: CachedPrompt) -> None:
+        """Keep a prompt."""
+        self._prompts[_key(token_ids)] = prompt
+        self.nbytes += prompt.nbytes
+
+    def clear(self) -> None:
+        """Drop all prompts."""
+        self._prompts.clear()
+        self.nbytes = 0
 
 
 class PrefillCachingDecoder(Decoder):
-    """A Decoder that computes only prompts that are not in its prefill cache, which decoders may share."""
+    """A Decoder that computes a prompt only if it is not in its prefill cache, which decoders may share.
+
+    A prompt for which the cache has no room is computed each time.
+    """
 
     def __init__(
         self, architecture: Architecture, weights: Weights, rope: Rope, method: CacheMethod, prompts: PrefillCache
@@ -33,15 +80,50 @@ class PrefillCachingDecoder(Decoder):
     def warm_attention_plan(self, tokens: int) -> None:
         """Do nothing: most prompts are not computed again."""
 
+    def qkv_nbytes(self, tokens: int) -> int:
+        """Return the most bytes that a prompt takes in a prefill cache."""
+        shape, padding = self.shape, _PADDING if self.device.type == "cuda" else 0
+        values = shape.layers * (shape.heads + 2 * shape.kv_heads) * shape.head_dim * (tokens + padding)
+        return self.dtype.itemsize * (values + len(self._weights.head))
+
+    @torch.inference_mode()
+    def read(self, token_ids: Tensor, next_tokens: int | None = None) -> CachedPrompt | None:
+        """Return a prompt, computed unless it is in the cache; None if the cache has no room for it.
+
+        next_tokens: the length of the next prompt, whose attention the host plans while the device works.
+        """
+        found = self._prompts.get(token_ids)
+        if found is not None or self._prompts.nbytes + self.qkv_nbytes(len(token_ids)) > self._prompts.limit_nbytes:
+            return found
+        self._synchronize()
+        began, layers = time.perf_counter(), LayerQKV()
+        hidden = self._prompt(token_ids, lambda layer, q, k, v: layers.append((q, k, v)))
+        logits = self._lm_head(hidden)[0]
+        if next_tokens is not None:
+            with suppress(Exception):  # reading that prompt reports the error
+                super().warm_attention_plan(next_tokens)
+        self._synchronize()
+        prompt = CachedPrompt(layers, logits, time.perf_counter() - began)
+        self._prompts.add(token_ids, prompt)
+        return prompt
+
     def prefill(self, token_ids: Tensor, slot: int) -> Tensor:
-        key = tuple(token_ids.tolist())
-        if key not in self._prompts:
-            computed: LayerQKV = []
-            hidden = self._prompt(token_ids, lambda layer, q, k, v: computed.append((q, k, v)))
-            self._prompts[key] = computed, self._lm_head(hidden)[0]
-        layers, logits = self._prompts[key]
+        known = self._prompts.get(token_ids)
+        self.shared_prefill_s = 0.0 if known is None else known.seconds
+        prompt = known or self.read(token_ids)
+        if prompt is None:
+            return super().prefill(token_ids, slot)
         cache = self._layers_cache()
-        for layer_cache, (q, k, v) in zip(cache.layers, layers, strict=True):
+        for layer_cache, (q, k, v) in zip(cache.layers, prompt.layers, strict=True):
             layer_cache.prefill(slot, q, k, v)
         cache.start_sequence(slot, len(token_ids))
-        return logits.clone()  # the generator masks stop ids in place
+        return prompt.logits.clone()  # the generator masks stop ids in place
+
+    def _synchronize(self) -> None:
+        for device in self.devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+
+def _key(token_ids: Tensor) -> tuple[int, ...]:
+    return tuple(token_ids.tolist())

@@ -27,26 +27,40 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 2048
 MOST_TOKENS_HIDDEN = 16_384  # a map between hidden states has many more parameters than the text has tokens
+Calibrations = dict[str, dict[str, Tensor]]
+"""Calibrations in memory, by the keys of their files."""
 
 
-def calibrate(method: CacheMethod, decoder: "Decoder | CachedModel", token_ids: list[int], fingerprint: str) -> None:
-    """Calibrates the method with the first of `token_ids`, or restores an earlier calibration from its file.
+def calibrate(
+    method: CacheMethod,
+    decoder: "Decoder | CachedModel",
+    token_ids: list[int],
+    fingerprint: str,
+    known: Calibrations | None = None,
+) -> None:
+    """Calibrates the method with the first of `token_ids`, or restores an earlier calibration.
 
-    These are 2,048 tokens, or 16,384 for a method that calibrates with hidden states.
-    Raises UsageError for a file that does not fit the checkpoint or holds NaN or infinite values, and if the
-    checkpoint's own calibration does.
+    These are 2,048 tokens, or 16,384 for a method that calibrates with hidden states. An earlier calibration is in
+    `known`, to which this one is added, or in its file. Raises UsageError for a file that does not fit the checkpoint
+    or holds NaN or infinite values, and if the checkpoint's own calibration does.
     """
     token_ids = token_ids[: MOST_TOKENS_HIDDEN if method.calibrates_hidden else MOST_TOKENS]
     key = _key(method, token_ids, fingerprint, str(decoder.dtype), decoder.shape)
     file = cache_folder() / "calibration" / f"{key[:32]}.safetensors"
+    if known is not None and key in known:
+        method.restore(known[key], decoder.shape)
+        return
     if os.path.exists(file):  # unlike Path.exists, it raises nothing for a folder that may not be searched
         try:
-            method.restore(_load(file, key), decoder.shape)
+            tensors = _load(file, key)
+            method.restore(tensors, decoder.shape)
         except (ValueError, OSError, SafetensorError) as error:
             problem = one_line(error).rstrip(".")
             raise UsageError(
                 f"The calibration in {file} cannot be used: {problem}. Delete the file; the next run calibrates again."
             ) from error
+        if known is not None:
+            known[key] = tensors
         return
     bar = tqdm(total=decoder.shape.layers, desc="Calibration", unit="layer", leave=False, disable=None)
     try:
@@ -61,6 +75,8 @@ def calibrate(method: CacheMethod, decoder: "Decoder | CachedModel", token_ids: 
             f"The calibration of this checkpoint failed: {failure}. Its weights or config.json are broken, or values "
             f"overflow the dtype: try --dtype float32."
         )
+    if known is not None:
+        known[key] = tensors
     _save(file, tensors, key)
 
 

@@ -3,11 +3,12 @@
 In one file because the checks compare the settings, the checkpoint and the method with one another.
 """
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -30,7 +31,7 @@ from sparsecache.longbench.wrapping import CLOCK
 from sparsecache.methods import make_method, method_identity, option_errors, parse_options
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.options import show
-from sparsecache.runner.calibration import calibrate
+from sparsecache.runner.calibration import Calibrations, calibrate
 from sparsecache.runner.settings import Settings
 from sparsecache.versions import tokenizing_versions
 
@@ -39,6 +40,14 @@ if TYPE_CHECKING:
     from sparsecache.engine.reference import TransformersEngine
 
 _NO_TEXT = "The calibration text is empty. Name another one, of about 2,000 tokens."
+
+
+class LoadedModel(NamedTuple):
+    """The weights of a checkpoint on their devices, and what else a decoder needs of it."""
+
+    architecture: Architecture
+    weights: Weights
+    rope: Rope
 
 
 class RunContext:
@@ -52,7 +61,7 @@ class RunContext:
         self.settings = settings
         self.model: Model = find_model(settings.model)
         self.options: dict[str, Any] = parse_options(settings.method, settings.options)
-        self.method: CacheMethod = make_method(settings.method, self.options)
+        self.method = self.make_method()
         # With workers, each finds its own GPUs.
         self.device = torch.device(settings.device) if settings.on_ray else find_device(settings.device)
         self.devices = (
@@ -64,6 +73,7 @@ class RunContext:
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
         self.window = self._window()
         self.calibration_text: str | None = None
+        self._calibrations: Calibrations | None = None
         self._served_layers: tuple[int, int] | None = None  # and all layers
         self._check_model_type()
         self.checkpoint.check_format(settings.engine)
@@ -71,8 +81,27 @@ class RunContext:
         self._check_chat()
         if settings.engine == "sparsecache":
             self._check_family()
-        else:  # the shape is known once the model is loaded
-            self._read_calibration_text()
+        self._check_method()
+
+    def with_method(self, settings: Settings) -> "RunContext":
+        """Returns the context of a run whose settings differ in method, options and name alone.
+
+        It shares the checkpoint, the prompts and calibrations with this one. Raises UsageError for options that do not
+        fit the method or the checkpoint.
+        """
+        if self._calibrations is None:
+            self._calibrations = {}
+        self.prompter.wrapper  # noqa: B018 (made once for all)
+        other = copy.copy(self)
+        other.settings = settings
+        other.options = parse_options(settings.method, settings.options)
+        other.method = other.make_method()
+        other._check_method()
+        return other
+
+    def make_method(self) -> CacheMethod:
+        """Returns a new instance of the method; subclasses may override it."""
+        return make_method(self.settings.method, self.options)
 
     @property
     def checkpoint_place(self) -> str:
@@ -174,6 +203,10 @@ class RunContext:
         if self.settings.engine == "transformers":
             self.check_weights()  # our own loader compares them by itself
             return self._transformers_engine(self.method)
+        return self.generator(Decoder(*self.load_model(), self.method), most_rows)
+
+    def load_model(self) -> LoadedModel:
+        """Reads the weights. Raises UsageError if they do not fit the devices."""
         architecture = self._architecture()
         try:
             weights = self.checkpoint.load(architecture, self.devices, self.dtype)
@@ -183,25 +216,24 @@ class RunContext:
                 f"{' and '.join(map(str, self.devices))}: {one_line(error)} Choose another --device, a smaller --dtype "
                 f"or more --gpus_per_worker."
             ) from error
-        rope = Rope(self.checkpoint.config, self.device)
-        decoder = self.make_decoder(architecture, weights, rope)
+        return LoadedModel(architecture, weights, Rope(self.checkpoint.config, self.device))
+
+    def generator(self, decoder: Decoder, most_rows: int) -> Generator:
+        """Calibrates the method of this context, which the decoder has; returns the engine over the decoder."""
         self._calibrate(self.method, decoder)
         return Generator(decoder, min(self.slots, most_rows))
-
-    def make_decoder(self, architecture: Architecture, weights: Weights, rope: Rope) -> Decoder:
-        """Returns a decoder over loaded weights; subclasses may override it."""
-        return Decoder(architecture, weights, rope, self.method)
 
     def _calibrate(self, method: CacheMethod, decoder: "Decoder | CachedModel") -> None:
         if self.calibration_text is not None:
             token_ids = self.checkpoint.tokenizer(self.calibration_text, verbose=False)["input_ids"]
             if not token_ids:
                 raise UsageError(_NO_TEXT)
-            calibrate(method, decoder, token_ids[: self.window], self.checkpoint.fingerprint)
+            token_ids = token_ids[: self.window]
+            calibrate(method, decoder, token_ids, self.checkpoint.fingerprint, self._calibrations)
 
     def reference(self) -> "TransformersEngine":
         """Load and return the transformers engine with the same checkpoint, method and options, to compare with."""
-        return self._transformers_engine(make_method(self.settings.method, self.options))
+        return self._transformers_engine(self.make_method())
 
     def _transformers_engine(self, method: CacheMethod) -> "TransformersEngine":
         """Load transformers' engine with a method's caches; for vanilla, with transformers' own.
@@ -336,8 +368,11 @@ class RunContext:
                 f"Pass --model_type {found}, leave it out, or correct configs/models.toml."
             )
 
-    def _read_calibration_text(self) -> None:
+    def _check_method(self) -> None:
+        """Compares the method with the model's shape, and reads its calibration text."""
         with option_errors(self.settings.method):
+            if self.settings.engine == "sparsecache":  # else the shape is known once the model is loaded
+                self.method.check(self._architecture().shape)
             self.calibration_text = self.method.calibration_text()
         if self.calibration_text is not None and not self.calibration_text.strip():
             raise UsageError(_NO_TEXT)
@@ -350,9 +385,6 @@ class RunContext:
                 f"--gpus_per_worker {self.settings.gpus_per_worker} is more than the {shape.layers} layers of "
                 f"{self.checkpoint.path}."
             )
-        with option_errors(self.settings.method):
-            self.method.check(shape)
-        self._read_calibration_text()
         try:
             Rope(self.checkpoint.config, torch.device("cpu"))
         except UsageError:

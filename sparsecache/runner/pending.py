@@ -51,6 +51,11 @@ class PendingDataset(WantedDataset):
         """The number of wanted rows that are not finished."""
         return len(self._indices())
 
+    @property
+    def missing_ids(self) -> list[str]:
+        """The `_id` of every wanted row that is not finished."""
+        return [row_id for row_id in self.wanted_ids if row_id not in self.file.done]
+
     def sizes(self) -> Iterator[tuple[int, int]]:
         """Yields the index of each pending row and its size in bytes, which orders texts of any language by tokens."""
         for index in self._indices():

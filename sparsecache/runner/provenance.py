@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@cache  # a process may record many runs
 def _commit() -> str | None:
     """Returns the commit of this code, with "+" if the tree has changes or new files; None outside a clone."""
     if not (_PROJECT / ".git").exists():

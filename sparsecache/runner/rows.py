@@ -42,6 +42,8 @@ def finished_row(
         "prefill_s": round(completion.prefill_s, 6),
         "decode_s": round(completion.decode_s, 6),
     }
+    if completion.shared_prefill_s:
+        finished["shared_prefill_s"] = round(completion.shared_prefill_s, 6)
     try:
         text = decode(completion.token_ids)
         split = split_reasoning(text, opens_reasoning(prompt.end))

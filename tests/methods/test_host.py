@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def test_more_memory_than_the_host_has_is_refused_with_the_numbers(monkeypatch) -> None:
-    monkeypatch.setattr(host, "_available", lambda: 3 * 2**30)
+    monkeypatch.setattr(host, "available_nbytes", lambda: 3 * 2**30)
     check_host_memory(3 * 2**30)
     message = r"needs 4.0 GiB of host memory; 3.0 GiB are available"
     with pytest.raises(torch.OutOfMemoryError, match=message):
@@ -28,12 +28,12 @@ def test_more_memory_than_the_host_has_is_refused_with_the_numbers(monkeypatch) 
 
 
 def test_no_limit_is_no_refusal(monkeypatch) -> None:
-    monkeypatch.setattr(host, "_available", lambda: None)
+    monkeypatch.setattr(host, "available_nbytes", lambda: None)
     check_host_memory(2**60)
 
 
 def test_the_host_reports_its_memory() -> None:
-    assert 2**26 < host._available() < 2**46
+    assert 2**26 < host.available_nbytes() < 2**46
 
 
 def test_a_containers_limit_counts(monkeypatch, tmp_path) -> None:
@@ -41,7 +41,7 @@ def test_a_containers_limit_counts(monkeypatch, tmp_path) -> None:
     for most, used, left in (("1000", "400", 600), ("1000", "1400", 0), ("max", "400", host._host_available())):
         (tmp_path / "memory.max").write_text(f"{most}\n")
         (tmp_path / "memory.current").write_text(f"{used}\n")
-        assert host._available() == pytest.approx(left, rel=0.2)
+        assert host.available_nbytes() == pytest.approx(left, rel=0.2)
 
 
 def test_rows_are_copied_to_the_front_and_the_others_left() -> None:

@@ -2,9 +2,10 @@
 
 import importlib
 import json
-import subprocess
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from longbench_pred import main as predict_command
+from sparsecache.runner.run import run as predict
+from sparsecache.runner.settings import Settings
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 Sweep = Callable[..., Result]
 FILE = """
 models = ["{model}"]
-arguments = ["--data", "sample", "--datasets", "qasper", "--sample_rows", "2", "--sample_tokens", "256"]
+arguments = ["--data", "sample", "--datasets", "qasper", "--sample_rows", "2", "--sample_tokens", "256",
+             "--max_new_tokens", "9"]
 
 [[methods]]
 method = "vanilla"
@@ -30,15 +33,6 @@ budget = [0.1]
 NAMES = ["vanilla", "streaming-budget=0.1"]
 
 
-class _Subprocess:
-    """Stands for the module `subprocess` in sweep.py."""
-
-    STDOUT = subprocess.STDOUT
-
-    def __init__(self, run: Callable[..., subprocess.CompletedProcess[bytes]]):
-        self.run = run
-
-
 @pytest.fixture
 def script(repo, monkeypatch) -> Any:
     """The module scripts/sweep.py."""
@@ -48,17 +42,15 @@ def script(repo, monkeypatch) -> Any:
 
 @pytest.fixture
 def started(monkeypatch, script) -> list[str]:
-    """The names of the runs whose command was started. The commands run in this process."""
+    """The names of the runs that were started in a process of their own. They run in this one."""
     names: list[str] = []
 
-    def run(command: list[str], stdout: Any, **others: Any) -> subprocess.CompletedProcess[bytes]:
-        assert command[1].endswith("longbench_pred.py")
-        names.append(command[command.index("--name") + 1])
-        told = CliRunner().invoke(predict_command, command[2:])
-        stdout.write(told.output.encode())
-        return subprocess.CompletedProcess(command, told.exit_code)
+    def start(settings: Settings, log: Path) -> int:
+        names.append(settings.run_name)
+        with log.open("a") as out, redirect_stdout(out), redirect_stderr(out):
+            return predict(settings)
 
-    monkeypatch.setattr(script, "subprocess", _Subprocess(run))
+    monkeypatch.setattr(importlib.import_module("sweep_predict"), "start_process", start)
     return names
 
 
@@ -80,12 +72,13 @@ def _progress(told: Result) -> list[str]:
 
 
 def test_a_sweep_ends_in_a_table_and_a_report(sweep, tmp_path, started, tiny) -> None:
-    done = sweep(FILE, "--jobs", "1", "--out", "out", "--html")
+    done = sweep(FILE, "--out", "out", "--html")
     assert done.exit_code == 0, done.output
     progress, table = done.stdout.split("\n\n", 1)
+    assert table.splitlines()[0] == "tiny" and started == []
     expected = [f"[{at}/2] {tiny} {name}: done" for at, name in enumerate(NAMES, 1)]
     assert [line.partition(",")[0] for line in progress.splitlines()] == expected
-    assert [line.split()[0] for line in table.splitlines()[2:4]] == NAMES == started
+    assert [line.split()[0] for line in table.splitlines()[3:5]] == NAMES
     rows = json.loads((tmp_path / "out" / "tiny.json").read_text())["rows"]
     assert [(row["run"], row["rows"]) for row in rows] == [(name, 2) for name in NAMES]
     assert "| streaming-budget=0.1 |" in (tmp_path / "out" / "tiny.md").read_text()
@@ -93,31 +86,46 @@ def test_a_sweep_ends_in_a_table_and_a_report(sweep, tmp_path, started, tiny) ->
     assert done.stdout.endswith("Written: out/tiny.* (md, json, html)\n")
 
 
-def test_a_sweep_resumes_and_skips_finished_runs_fast(sweep, tmp_path, started) -> None:
-    assert sweep(FILE).exit_code == 0
+@pytest.mark.parametrize("mode", [(), ("--separate",)])
+def test_a_sweep_resumes_and_skips_finished_runs_fast(sweep, tmp_path, started, mode) -> None:
+    assert sweep(FILE, *mode).exit_code == 0
     predictions = tmp_path / "pred" / "tiny" / NAMES[1] / "qasper.jsonl"
     whole = predictions.read_bytes()
     predictions.write_bytes(whole[: whole.index(b"\n") + 1])
     finished = tmp_path / "pred" / "tiny" / "vanilla" / "qasper.jsonl"
     before = finished.stat().st_mtime_ns
     started.clear()
-    told = sweep(FILE)
-    assert told.exit_code == 0 and started == [NAMES[1]]
-    assert _progress(told)[0].endswith("vanilla: finished before")
+    told = sweep(FILE, *mode)
+    assert told.exit_code == 0 and started == [NAMES[1]] * len(mode)
+    assert [": finished before" in line for line in _progress(told)] == [True, False]
     texts = [[json.loads(line)["pred"] for line in each.splitlines()] for each in (whole, predictions.read_bytes())]
     assert texts[0] == texts[1] and finished.stat().st_mtime_ns == before
     began = time.process_time()
-    assert sweep(FILE).exit_code == 0 and len(started) == 1
+    assert sweep(FILE, *mode).exit_code == 0 and len(started) == len(mode)
     assert time.process_time() - began < 2  # two runs, each under a second
 
 
-def test_a_run_of_a_sweep_is_a_process_of_its_own(sweep, run_python, repo, tmp_path, tiny) -> None:
-    """Against the script itself, which starts the command itself."""
-    assert sweep(FILE.replace('[[methods]]\nmethod = "vanilla"\n', ""), "--dry_run").exit_code == 0
-    told = run_python(repo / "scripts" / "sweep.py", "sweep.toml", "--threads", "1", cwd=tmp_path)
-    assert told.returncode == 0, told.stdout + told.stderr
-    assert told.stdout.startswith(f"[1/1] {tiny} streaming-budget=0.1: done, ")
-    assert "rows        2 of 2 to do" in (tmp_path / "pred" / "logs" / "tiny-streaming-budget=0.1.log").read_text()
+def test_a_separate_run_is_a_process_of_its_own(script, tiny, tmp_path, capfd) -> None:
+    (tmp_path / "sweep.toml").write_text(FILE.replace("{model}", str(tiny)))
+    runs, shared = script.read_sweep(tmp_path / "sweep.toml")
+    (run,) = (run for run in runs if run.method == "streaming")
+    settings, log = script.check_runs([run], shared, tmp_path / "pred")[run], tmp_path / "a.log"
+    log.write_text("before\n")
+    assert importlib.import_module("sweep_predict").start_process(settings, log) == 0
+    assert log.read_text().startswith("before\n") and "rows        2 of 2 to do" in log.read_text()
+    assert "".join(capfd.readouterr()) == ""
+    record = json.loads((settings.run_folder / "run.json").read_text())
+    assert len(record["sessions"]) == 1 and record["identity"]["options"]["budget"] == 0.1
+    bad = replace(settings, name="bad", data=str(tmp_path / "nowhere"))
+    assert importlib.import_module("sweep_predict").start_process(bad, log) == 2
+    assert log.read_text().splitlines()[-1].startswith("Error: --data ") and "Traceback" not in log.read_text()
+
+
+def test_models_of_the_command_line_stand_in_for_those_of_the_file(sweep, tiny) -> None:
+    told = sweep(FILE.replace('models = ["{model}"]', 'models = ["demo"]'), "--dry_run", "--model", str(tiny))
+    assert told.exit_code == 0 and told.stdout.count(f"--model {tiny} ") == 2 and "demo" not in told.stdout
+    told = sweep(FILE.replace('models = ["{model}"]', ""), "--dry_run", "--model", str(tiny), "--model", "demo")
+    assert told.exit_code == 0 and len(told.stdout.splitlines()) == 4
 
 
 def test_a_dry_run_prints_each_command_and_starts_none(sweep, tmp_path, started, tiny) -> None:
@@ -134,7 +142,7 @@ def test_a_dry_run_prints_each_command_and_starts_none(sweep, tmp_path, started,
     [
         ("models = [", "sweep.toml is no readable TOML file"),
         ("models = ['\0']", "sweep.toml is no readable TOML file"),
-        ('models = ["demo"]', "needs `models` and [[methods]], may have `arguments`, and nothing else"),
+        ('models = ["demo"]', "needs `models` (or --model) and [[methods]], may have `arguments`, and nothing else"),
         ('models = ["demo"]\nbudget = 1\n[[methods]]\nmethod = "h2o"', "and nothing else"),
         ('models = ["demo"]\n[[methods]]\nbudget = 1', "each of [[methods]] needs a `method`"),
         ('models = ["demo"]\n[[methods]]\nmethod = ["h2o", "h2o"]', "names a run twice: h2o"),
@@ -181,50 +189,38 @@ def test_a_report_needs_a_folder(sweep) -> None:
     assert (done.exit_code, done.stderr) == (2, "Error: --html needs --out, the folder for the report.\n")
 
 
-def test_a_run_that_does_not_fit_the_model_fails_alone_and_the_others_are_tabulated(sweep, started) -> None:
-    done = sweep(FILE.replace("budget = [0.1]", "budget = [0.1]\ndense_layers = [0, 99]"))
+def test_a_separate_run_that_does_not_fit_the_model_fails_alone(sweep, started) -> None:
+    done = sweep(FILE.replace("budget = [0.1]", "budget = [0.1]\ndense_layers = [0, 99]"), "--separate")
     assert done.exit_code == 1 and started == ["vanilla", "streaming-budget=0.1-dense_layers=0"]
     assert "streaming-budget=0.1-dense_layers=99: failed: " in _progress(done)[2]
     table = done.stdout.split("\n\n", 1)[1].splitlines()
-    assert [line.split()[0] for line in table[2:4]] == started
+    assert [line.split()[0] for line in table[3:5]] == started
     (missing,) = (line for line in table if line.startswith("Not in the table: "))
     assert "dense_layers=99, which failed: Method streaming" in missing and "must be 0 to 3" in missing
 
 
-def test_a_run_that_ends_with_an_error_is_told_with_its_log_and_its_own_reason(
-    sweep, script, tmp_path, monkeypatch
+def test_a_separate_run_that_ends_with_an_error_is_told_with_its_log_and_its_own_reason(
+    sweep, tmp_path, monkeypatch, started
 ) -> None:
     log = tmp_path / "pred" / "logs" / "tiny-streaming-budget=0.1.log"
     log.parent.mkdir(parents=True)
     log.write_text("Error: of long ago\n")
-    whole = script.subprocess.run
+    module = importlib.import_module("sweep_predict")
+    whole = module.start_process
 
-    def run(command: list[str], stdout: Any, **others: Any) -> Any:
-        if "streaming" in command:
-            stdout.write(b"qasper 1 of 2\nError: The disk is full.\n")
-            return subprocess.CompletedProcess(command, 2)
-        return whole(command, stdout, **others)
+    def start(settings: Settings, log: Path) -> int:
+        if settings.method == "vanilla":
+            return max(1, whole(settings, log))
+        with log.open("a") as out:
+            out.write("qasper 1 of 2\nError: The disk is full.\n")
+        return 2
 
-    monkeypatch.setattr(script, "subprocess", _Subprocess(run))
-    done = sweep(FILE)
-    assert done.exit_code == 1
-    assert (
-        "failed (exit code 2), 0 s; see pred/logs/tiny-streaming-budget=0.1.log. Error: The disk is full" in done.stdout
-    )
+    monkeypatch.setattr(module, "start_process", start)
+    done = sweep(FILE, "--separate")
+    assert done.exit_code == 1 and "vanilla: done, with failed rows, " in _progress(done)[0]
+    assert "failed, 0 s; see pred/logs/tiny-streaming-budget=0.1.log. Error: The disk is full" in done.stdout
     table = done.stdout.split("\n\n", 1)[1]
-    assert table.splitlines()[2].split()[0] == "vanilla" and "no other run to compare with" in table
-
-
-def test_a_run_with_failed_rows_is_tabulated_and_fails_the_sweep(sweep, script, monkeypatch) -> None:
-    whole = script.subprocess.run
-
-    def run(command: list[str], stdout: Any, **others: Any) -> Any:
-        return subprocess.CompletedProcess(command, max(1, whole(command, stdout, **others).returncode))
-
-    monkeypatch.setattr(script, "subprocess", _Subprocess(run))
-    done = sweep(FILE)
-    assert done.exit_code == 1 and "done, with failed rows" in _progress(done)[1]
-    assert [line.split()[0] for line in done.stdout.split("\n\n", 1)[1].splitlines()[2:4]] == NAMES
+    assert table.splitlines()[3].split()[0] == "vanilla" and "no other run to compare with" in table
 
 
 def test_numbers_of_another_model_or_of_other_settings_are_never_tabulated(
@@ -232,8 +228,10 @@ def test_numbers_of_another_model_or_of_other_settings_are_never_tabulated(
 ) -> None:
     assert sweep(FILE).exit_code == 0
     other = make_random_checkpoint(tmp_path / "other" / "tiny", seed=5, num_hidden_layers=3)
-    for text, arguments in ((FILE.replace("{model}", str(other)), ()), (FILE, ("--", "--window", "1000"))):
-        started.clear()
+    for text, arguments in (
+        (FILE.replace("{model}", str(other)), ()),
+        (FILE, ("--separate", "--", "--window", "1000")),
+    ):
         done = sweep(text, *arguments)
         assert done.exit_code == 1 and started == []
         assert "mean" not in done.stdout and "No run succeeded, so there is no table." in done.stderr
@@ -248,7 +246,8 @@ def test_numbers_of_another_model_or_of_other_settings_are_never_tabulated(
     (tmp_path / "sweep.toml").write_text(FILE.replace("{model}", str(tiny)))
     runs, shared = script.read_sweep(tmp_path / "sweep.toml")
     capsys.readouterr()
-    script.Report(None, False).show(list(script.check_runs(runs, shared, Path("pred")).values()), [])
+    settings = script.check_runs(runs, shared, Path("pred")).values()
+    script.Report(None, False).show(*script.recorded(list(settings), []))
     table = capsys.readouterr().out
-    assert [line.split()[0] for line in table.splitlines()[3:4]] == ["vanilla"]
+    assert [line.split()[0] for line in table.splitlines()[4:5]] == ["vanilla"]
     assert "Not in the table: pred/tiny/streaming-budget=0.1: " in table and "budget: 0.5, now 0.1" in table

@@ -1,0 +1,145 @@
+"""Predicts the runs of a sweep: those of a model together in this process, or each in a process of its own."""
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sweep_runs import Run
+
+from sparsecache.cli import make_folder, report_usage_errors
+from sparsecache.errors import UsageError
+from sparsecache.runner.settings import Settings
+
+if TYPE_CHECKING:
+    from sparsecache.runner.context import RunContext
+
+_one_at_a_time = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. code: as that of longbench_pred.py. reason: of a failure. log: None if it did not start."""
+
+    code: int
+    seconds: float = 0.0
+    reason: str = ""
+    log: Path | None = None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the run ended with all its rows, failed ones included."""
+        return self.code in (0, 1)
+
+    def __str__(self) -> str:
+        if self.log is None:
+            return "finished before" if self.code == 0 else f"failed: {self.reason.rstrip('.')}"
+        ended = {0: "done", 1: "done, with failed rows"}.get(self.code, "failed")
+        see = f"; see {self.log}. {self.reason}".rstrip(". ")
+        return f"{ended}, {self.seconds:.0f} s" + (see if self.code else "")
+
+
+def predict_together(
+    settings: dict[Run, Settings],
+    limit_gib: float | None = None,
+    threads: int = 0,
+    context_type: "type[RunContext] | None" = None,
+) -> Iterator[tuple[Run, Outcome]]:
+    """Predicts the runs of each model in this process, which reads each prompt once; yields each run with its outcome.
+
+    limit_gib: the most memory of prompts. threads: CPU threads; 0: torch's choice. context_type: of the runs.
+    """
+    import torch
+
+    from sparsecache.runner.context import RunContext
+    from sparsecache.runner.shared import predict_shared
+
+    if threads:
+        torch.set_num_threads(threads)
+    limit_nbytes = None if limit_gib is None else limit_gib * 2**30
+    for model in dict.fromkeys(run.model for run in settings):
+        runs = [run for run in settings if run.model == model]
+        of_model = [settings[run] for run in runs]
+        tell = _teller(of_model[0].run_folder.parent.name)
+        for run, shared in zip(
+            runs, predict_shared(of_model, tell, limit_nbytes, context_type or RunContext), strict=True
+        ):
+            if shared.error:
+                yield run, Outcome(2, shared.seconds, shared.error, shared.log if shared.missing else None)
+            else:
+                yield run, Outcome(shared.code, shared.seconds, log=None if shared.skipped else shared.log)
+
+
+def _teller(model: str) -> Callable[[str], None]:
+    stderr = sys.stderr  # runs send theirs to a log
+    return lambda line: print(f"{model}, {line}", file=stderr, flush=True)
+
+
+def predict_apart(settings: dict[Run, Settings], jobs: int, threads: int) -> Iterator[tuple[Run, Outcome]]:
+    """Predicts each run in a process of its own, `jobs` at a time; yields each with its outcome.
+
+    threads: CPU threads of each process; 0: torch's choice.
+    """
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # the processes inherit it
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield from zip(settings, pool.map(_predict, settings.values()), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _predict(settings: Settings) -> Outcome:
+    """Predicts a run in a process of its own, with its output in a log, unless it is finished."""
+    try:
+        if _is_finished(settings):
+            return Outcome(0)
+    except UsageError as error:
+        return Outcome(2, reason=str(error))
+    folder = settings.run_folder
+    log = settings.pred_dir / "logs" / f"{folder.parent.name}-{folder.name}.log"
+    make_folder(log.parent)
+    begin = log.stat().st_size if log.exists() else 0
+    start = time.perf_counter()
+    code = start_process(settings, log)
+    output = log.read_bytes()[begin:].decode(errors="replace")
+    errors = [line.strip() for line in output.splitlines() if "Error" in line]
+    return Outcome(code, time.perf_counter() - start, errors[-1] if errors else "", log)
+
+
+def _is_finished(settings: Settings) -> bool:
+    """Whether all rows of a run are there. Raises UsageError for settings that do not fit, or another run's folder.
+
+    Runs on Ray, which need the cluster for it, and those that must start anyway are left to their own process.
+    """
+    if settings.overwrite or settings.verify or settings.on_ray:
+        return False
+    from sparsecache.runner.run import is_finished  # imports transformers
+
+    with _one_at_a_time:
+        return is_finished(settings)
+
+
+def start_process(settings: Settings, log: Path) -> int:
+    """Predicts a run in a new process that writes its output to a log; returns the exit code when it has ended."""
+    process = multiprocessing.get_context("spawn").Process(target=_run_in_log, args=(settings, log))
+    process.start()
+    process.join()
+    return 2 if process.exitcode is None else process.exitcode
+
+
+def _run_in_log(settings: Settings, log: Path) -> None:
+    with log.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    from sparsecache.runner.run import run
+
+    with report_usage_errors():
+        sys.exit(run(settings))

@@ -1,0 +1,370 @@
+"""Predicts several runs of one checkpoint in one process: weights are loaded once, and each prompt is read once.
+
+The runs differ in method, options and name. Prompts are read in groups, the longest first. A group's queries, keys and
+values stay in memory while every run decodes the group's rows.
+
+In one file because the steps of a group share its prompts, its runs and their errors.
+"""
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from sparsecache.cache.host import available_nbytes
+from sparsecache.engine.base import EngineStats
+from sparsecache.engine.generator import free_nbytes
+from sparsecache.engine.library_warnings import show_library_warnings
+from sparsecache.engine.prefill_cache import PrefillCache, PrefillCachingDecoder
+from sparsecache.errors import UsageError, one_line
+from sparsecache.files import make_folder
+from sparsecache.longbench.prompts import Prompt
+from sparsecache.methods.vanilla import Vanilla
+from sparsecache.runner.context import LoadedModel, RunContext
+from sparsecache.runner.pending import Row, WantedDataset
+from sparsecache.runner.run import Run, make_request, reserve
+from sparsecache.runner.settings import Settings
+from sparsecache.runner.wanted import load_wanted
+
+Item = TypeVar("Item")
+_GIB = 2**30
+
+
+@dataclass(eq=False)
+class SharedRun:
+    """A run among others of its checkpoint, and how it ended.
+
+    error: why it failed; skipped: whether it was finished before. code: as the exit code of `run`. seconds: of its own
+    work, prompts not included. missing: dataset and `_id` of the rows to make. memory: tokens of each group's prompts,
+    and what the caches took for them (`CacheMemory`).
+    """
+
+    settings: Settings
+    log: Path
+    run: Run | None = None
+    error: str = ""
+    skipped: bool = False
+    code: int = 0
+    seconds: float = 0.0
+    missing: set[tuple[str, str]] = field(default_factory=set)
+    stats: EngineStats = field(default_factory=EngineStats)
+    memory: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return self.settings.run_folder.name
+
+    @property
+    def made(self) -> Run:
+        """The run, which must have been made."""
+        assert self.run is not None
+        return self.run
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What run.json records of the work so far; the memory of caches is a mean over the tokens of all groups."""
+        measured: dict[str, Any] = {"clock": asdict(self.stats)}
+        if self.memory:
+            tokens = sum(count for count, _ in self.memory)
+            means = {
+                key: value if isinstance(value, int) else sum(count * of[key] for count, of in self.memory) / tokens
+                for key, value in self.memory[0][1].items()
+            }
+            measured["cache"] = {key: round(mean, 1) for key, mean in means.items()}
+        return measured
+
+    @property
+    def is_open(self) -> bool:
+        """Whether rows of it may be missing, and nothing keeps it from making them."""
+        return self.run is not None and not self.error and not self.skipped
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A row that some run misses, with its prompt, or the error of building it."""
+
+    dataset: WantedDataset
+    row: Row
+    prompt: Prompt | None
+    error: Exception | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.dataset.stem, self.row["_id"]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt.token_ids) if self.prompt else 0
+
+
+def predict_shared(
+    all_settings: Sequence[Settings],
+    tell: Callable[[str], None],
+    limit_nbytes: float | None = None,
+    context_type: type[RunContext] = RunContext,
+) -> list[SharedRun]:
+    """Predicts runs of one checkpoint that differ in method, options and name. Rows that are there are kept.
+
+    A run that fails does not end the others. tell: receives lines about the progress. limit_nbytes: the most bytes of
+    queries, keys and values of prompts in memory; None: at least half of what is free. The output of each run goes to
+    `logs/<model>-<name>.log` below its --pred_dir. Predictions equal those of `run`.
+    """
+    show_library_warnings()
+    runs = [SharedRun(settings, _log(settings)) for settings in all_settings]
+    _Sweep(runs, tell, limit_nbytes, context_type).execute()
+    return runs
+
+
+class _Sweep:
+    def __init__(
+        self,
+        runs: list[SharedRun],
+        tell: Callable[[str], None],
+        limit_nbytes: float | None,
+        context_type: type[RunContext],
+    ) -> None:
+        self._runs, self._tell, self._limit, self._context_type = runs, tell, limit_nbytes, context_type
+        self._began = time.monotonic()
+
+    @property
+    def _open(self) -> list[SharedRun]:
+        return [run for run in self._runs if run.is_open]
+
+    def execute(self) -> None:
+        context = self._prepare()
+        if context is None:
+            return
+        context.fetch_weights()  # first: the identity of a run covers them
+        for run in self._open:
+            with self._guarded(run):
+                run.skipped = not _needs_work(run)
+        if not self._open:
+            return
+        model = context.load_model()
+        for run in self._open:
+            with self._guarded(run):
+                _start(run)
+        jobs = self._jobs(context)
+        prompts = PrefillCache()
+        reader = PrefillCachingDecoder(*model, Vanilla(), prompts)
+        prompts.limit_nbytes = self._limit or _memory_for_prompts(reader, context.slots, jobs[0].tokens if jobs else 0)
+        groups = list(split_by_size(jobs, lambda job: reader.qkv_nbytes(job.tokens), prompts.limit_nbytes))
+        self._tell(
+            f"{len(self._open)} runs, {len(jobs)} prompts in {len(groups)} groups; up to "
+            f"{prompts.limit_nbytes / _GIB:.1f} GiB for their queries, keys and values (--limit_memory)"
+        )
+        gc.collect()
+        gc.freeze()  # what is there stays, so that collections between runs are fast
+        try:
+            for number, group in enumerate(groups, 1):
+                if self._open:
+                    self._predict_group(f"group {number} of {len(groups)}", group, model, reader, prompts)
+        finally:
+            gc.unfreeze()
+        for run in self._open:
+            with self._guarded(run):
+                run.made.end_session({})
+                run.code = run.made.read_back()
+
+    def _prepare(self) -> RunContext | None:
+        """Makes the runs, which find mistakes before weights are read; returns a context, None if no run has one."""
+        context, wanted = None, None
+        for run in self._runs:
+            own = None
+            with self._guarded(run):
+                settings = run.settings
+                own = self._context_type(settings) if context is None else context.with_method(settings)
+            if own is not None:
+                context = context or own
+                wanted = wanted or load_wanted(settings, own)
+                run.run = Run(settings, own, wanted)
+        return context
+
+    def _jobs(self, context: RunContext) -> list[_Job]:
+        """Returns the rows that some run misses, the longest prompt first."""
+        jobs = []
+        missing = {key for run in self._open for key in run.missing}
+        for dataset in self._open[0].made.wanted.datasets if self._open else []:
+            for index, row_id in enumerate(dataset.wanted_ids):
+                if (dataset.stem, row_id) not in missing:
+                    continue
+                row = dataset.rows.dataset[index]
+                try:
+                    jobs.append(_Job(dataset, row, context.prompter.build(dataset.task, row)))
+                except UsageError:
+                    raise
+                except Exception as error:  # one row must not end the runs
+                    jobs.append(_Job(dataset, row, None, error))
+        return sorted(jobs, key=lambda job: job.tokens, reverse=True)
+
+    def _predict_group(
+        self, name: str, group: list[_Job], model: LoadedModel, reader: PrefillCachingDecoder, prompts: PrefillCache
+    ) -> None:
+        """Reads the prompts of a group, and decodes its rows with every run."""
+        prompts.clear()
+        began = time.monotonic()
+        self._read(group, reader, prompts)
+        others = f"; each run reads the other {left}" if (left := len(group) - len(prompts)) else ""
+        self._tell(
+            f"{name}: {len(prompts)} of {len(group)} prompts read, {group[-1].tokens:,} to {group[0].tokens:,} tokens, "
+            f"{prompts.nbytes / _GIB:.1f} GiB, {time.monotonic() - began:.1f} s{others}{self._elapsed()}"
+        )
+        runs = self._open
+        for number, run in enumerate(runs, 1):
+            start = time.monotonic()
+            with self._guarded(run):
+                rows, ready = self._decode(run, group, model, prompts)
+                seconds = time.monotonic() - start
+                run.seconds += seconds
+                self._tell(
+                    f"{name}, run {number} of {len(runs)}: {run.name}, {rows} rows in {seconds:.1f} s, "
+                    f"{ready:.1f} s of them to set up{self._elapsed()}"
+                )
+            gc.collect()  # caches and methods may refer to each other
+
+    def _read(self, group: list[_Job], reader: PrefillCachingDecoder, prompts: PrefillCache) -> None:
+        """Reads the prompts of a group, as far as memory suffices."""
+        lists = [job.prompt.token_ids for job in group if job.prompt]
+        for at, token_ids in enumerate(lists):
+            following = len(lists[at + 1]) if at + 1 < len(lists) else None
+            try:
+                reader.read(torch.tensor(token_ids, device=reader.device), following)
+            except torch.OutOfMemoryError:
+                prompts.limit_nbytes = prompts.nbytes
+                torch.cuda.empty_cache()
+            except Exception as error:  # each run that reads the prompt itself reports it
+                self._tell(f"A prompt could not be read: {one_line(error)}")
+
+    def _decode(
+        self, run: SharedRun, group: list[_Job], model: LoadedModel, prompts: PrefillCache
+    ) -> tuple[int, float]:
+        """Decodes the rows of a group that a run misses; returns their number, and the seconds of setting up."""
+        began, shared = time.monotonic(), run.made
+        jobs = [job for job in group if job.key in run.missing]
+        with shared.open({job.dataset.stem for job in jobs}) as datasets:
+            files = {dataset.stem: dataset for dataset in datasets}
+            requests = []
+            for job in jobs:
+                dataset = files[job.dataset.stem]
+                if job.row["_id"] in dataset.file.done:  # by another process meanwhile
+                    continue
+                if job.prompt is None:
+                    shared.write_failed(job.row, job.error or ValueError("no prompt"), dataset)
+                else:
+                    key = (job.row, job.prompt, dataset)
+                    requests.append(make_request(key, dataset.task, job.prompt, shared.context))
+            if not requests:
+                return 0, 0.0
+            # Those that may decode longest start first, so that few steps have few sequences.
+            requests.sort(key=lambda request: request.max_new_tokens, reverse=True)
+            context, before = shared.context, run.stats
+            try:
+                engine = context.generator(PrefillCachingDecoder(*model, context.method, prompts), len(requests))
+                reserve(engine, requests)
+                ready = time.monotonic() - began
+                for completion in engine.generate(requests):
+                    row, prompt, dataset = completion.key
+                    shared.write(completion, row, prompt, dataset)
+                    run.stats = _sum(before, engine.stats)
+                    shared.save_sometimes(run.measured)
+                if memory := engine.session().get("cache"):
+                    run.memory.append((sum(job.tokens for job in jobs), memory))
+            finally:
+                context.method = context.make_method()  # the used one may refer to its caches
+            shared.save(run.measured)
+        return len(requests), ready
+
+    @contextmanager
+    def _guarded(self, run: SharedRun) -> Iterator[None]:
+        """Sends output to the run's log; records an error as the run's, and goes on."""
+        make_folder(run.log.parent, "--pred_dir")
+        with run.log.open("a", encoding="utf-8", errors="replace") as log:
+            try:
+                with redirect_stdout(log), redirect_stderr(log):
+                    yield
+            except UsageError as error:
+                run.error = str(error)
+            except Exception as error:  # a run's method must not end the other runs
+                run.error = f"{type(error).__name__}: {one_line(error)}"
+                traceback.print_exc(file=log)
+        if run.error:
+            self._tell(f"{run.name} failed: {run.error}")
+            _check_device(run.name)
+
+    def _elapsed(self) -> str:
+        seconds = int(time.monotonic() - self._began)
+        return f"; {seconds // 60}:{seconds % 60:02} since the start"
+
+
+def split_by_size(items: Sequence[Item], nbytes: Callable[[Item], int], limit: float) -> Iterator[list[Item]]:
+    """Yields the items in groups of at most `limit` bytes, in their order. A larger one is a group alone."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        if group and total + nbytes(item) > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += nbytes(item)
+    if group:
+        yield group
+
+
+def _needs_work(run: SharedRun) -> bool:
+    return run.settings.overwrite or not run.made.is_finished()
+
+
+def _start(run: SharedRun) -> None:
+    """Claims the folder of a run, finds what is missing, and records that this process works on it."""
+    run.made.check_folder()
+    if run.settings.overwrite:
+        run.made.clear()
+    with run.made.open() as datasets:
+        run.made.announce(datasets)
+        run.missing = {(dataset.stem, row_id) for dataset in datasets for row_id in dataset.missing_ids}
+    run.made.begin_session(shared_prompts=True)
+
+
+def _sum(one: EngineStats, other: EngineStats) -> EngineStats:
+    """The totals of both. The peak of GPU memory is left out, since it holds the prompts of all runs."""
+    return EngineStats(
+        one.prefill_tokens + other.prefill_tokens,
+        one.prefill_s + other.prefill_s,
+        one.decode_tokens + other.decode_tokens,
+        one.decode_s + other.decode_s,
+    )
+
+
+def _memory_for_prompts(reader: PrefillCachingDecoder, slots: int, most_tokens: int) -> float:
+    """The bytes of free memory that prompts may take: what the caches of one run leave, but at least half."""
+    if reader.device.type != "cuda":
+        return (available_nbytes() or 4 * _GIB) / 2
+    free = len(reader.devices) * min(map(free_nbytes, reader.devices))
+    caches = slots * most_tokens * reader.shape.kv_nbytes(reader.dtype)
+    # Methods store up to as much again beside keys and values; graphs and kernels take memory too.
+    return max(free / 2, 0.9 * free - 2 * caches - reader.prompt_nbytes(most_tokens))
+
+
+def _check_device(name: str) -> None:
+    """Raises UsageError if the GPU is unusable since an error of a run."""
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        raise UsageError(
+            f"The GPU cannot be used since run {name} failed ({one_line(error)}). Give the same command again, "
+            f"without that run; finished rows are kept."
+        ) from error
+
+
+def _log(settings: Settings) -> Path:
+    folder = settings.run_folder
+    return settings.pred_dir / "logs" / f"{folder.parent.name}-{folder.name}.log"

@@ -1,0 +1,64 @@
+"""Loads the rows that a run asks for. Runs of one checkpoint may share them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sparsecache.longbench.data import Source, load_rows, open_source
+from sparsecache.longbench.scores import load_metric
+from sparsecache.longbench.tasks import Task
+from sparsecache.ruler.source import RulerSource
+from sparsecache.runner.context import RunContext
+from sparsecache.runner.pending import WantedDataset
+from sparsecache.runner.settings import Settings
+from sparsecache.synthetic.source import SampleSource
+
+
+@dataclass(frozen=True)
+class WantedRows:
+    """The rows that a run asks for. tasks: in their own limits of new tokens; sources: of the rows, by benchmark."""
+
+    tasks: list[Task]
+    sources: dict[str, Source]
+    datasets: list[WantedDataset]
+
+    def describe_sources(self) -> dict[str, Any]:
+        """Returns the entry of the sources in run.json: that of RULER beside the other one, if the run has both."""
+        found = [self.sources[benchmark] for benchmark in sorted(self.sources, key=lambda name: name == "ruler")]
+        *first, last = (source.describe() for source in found)
+        return {**first[0], "ruler": last} if first and "ruler" in self.sources else last
+
+
+def load_wanted(settings: Settings, context: RunContext) -> WantedRows:
+    """Loads the rows of all datasets, and checks that each can be predicted and scored. Raises UsageError."""
+    own = settings.wanted_tasks()
+    sources, e, limit = _sources(settings, context, own), settings.e, settings.max_samples
+    datasets = []
+    tasks = [settings.limited(task) for task in own]
+    for task in tasks:
+        context.check_ruler_length(task)
+    for task in tasks:
+        rows = load_rows(sources[task.benchmark], task, e)
+        available = len(rows.dataset)
+        datasets.append(WantedDataset(task, task.file_stem(e), rows, min(limit or available, available)))
+    for dataset in datasets:
+        load_metric(dataset.task.metric, dataset.task.source)
+        context.check_lengths(dataset.task)
+    return WantedRows(own, sources, datasets)
+
+
+def _sources(settings: Settings, context: RunContext, tasks: list[Task]) -> dict[str, Source]:
+    """Opens the source of the rows of each benchmark. Raises UsageError for an invalid one."""
+    sources: dict[str, Source] = {}
+    if files := list(dict.fromkeys(task.benchmark for task in tasks if task.benchmark != "ruler")):
+        source = open_source(
+            settings.data_source,
+            revision=settings.data_revision,
+            offline=settings.offline,
+            sample=SampleSource(settings.sample_rows, settings.sample_tokens, settings.sample_seed),
+            benchmarks=files,
+        )
+        sources |= dict.fromkeys(files, source)
+    if len(files) < len({task.benchmark for task in tasks}):
+        texts = settings.ruler_texts
+        sources["ruler"] = RulerSource(context.prompter, settings.ruler_rows, settings.ruler_seed, texts)
+    return sources

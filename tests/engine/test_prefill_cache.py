@@ -1,0 +1,94 @@
+"""Decoders that share prompts, against the decoder that reads every prompt itself."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from sparsecache.cache.base import CacheMethod
+from sparsecache.engine.base import Completion, Request
+from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.families import load_family
+from sparsecache.engine.generator import Generator
+from sparsecache.engine.loading import Checkpoint
+from sparsecache.engine.prefill_cache import PrefillCache, PrefillCachingDecoder
+from sparsecache.engine.rope import Rope
+from sparsecache.methods.h2o import H2O
+from sparsecache.methods.vanilla import Vanilla
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(make_checkpoint) -> tuple[Any, ...]:
+    """What a decoder needs but a method."""
+    checkpoint = Checkpoint(make_checkpoint())
+    architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
+    weights = checkpoint.load(architecture, CPU, torch.float32)
+    return architecture, weights, Rope(checkpoint.config, CPU)
+
+
+@pytest.fixture
+def count_prompts(monkeypatch) -> list[int]:
+    """The lengths of the prompts whose forward pass was computed."""
+    lengths: list[int] = []
+    original = Decoder._prompt
+
+    def prompt(decoder: Decoder, token_ids: torch.Tensor, *others: Any) -> torch.Tensor:
+        lengths.append(len(token_ids))
+        return original(decoder, token_ids, *others)
+
+    monkeypatch.setattr(Decoder, "_prompt", prompt)
+    return lengths
+
+
+def decode(decoder: Decoder, prompts: list[list[int]]) -> list[Completion]:
+    requests = [Request(at, prompt, 6, ()) for at, prompt in enumerate(prompts)]
+    return sorted(Generator(decoder, 2).generate(requests), key=lambda done: int(done.key))
+
+
+@pytest.mark.parametrize("most", [3, 2, 0])
+def test_texts_are_those_of_prompts_that_are_read_each_time(most, model, make_prompts, count_prompts) -> None:
+    """most: the prompts for which there is room, the first ones."""
+    prompts = make_prompts(30, 21, 9, seed=3)
+    methods: list[CacheMethod] = [Vanilla(), H2O(budget=8, dense_layers=0)]
+    expected = [decode(Decoder(*model, method), prompts) for method in methods]
+    shared = PrefillCache()
+    reader = PrefillCachingDecoder(*model, Vanilla(), shared)
+    shared.limit_nbytes = sum(reader.qkv_nbytes(len(prompt)) for prompt in prompts[:most])
+    count_prompts.clear()
+    for prompt in prompts:
+        reader.read(torch.tensor(prompt))
+    assert count_prompts == [30, 21, 9][:most] and len(shared) == most
+    assert 0 <= shared.nbytes <= shared.limit_nbytes
+    for method, known in zip(methods, expected, strict=True):
+        found = decode(PrefillCachingDecoder(*model, method, shared), prompts)
+        assert [done.token_ids for done in found] == [done.token_ids for done in known]
+        assert [done.report for done in found] == [done.report for done in known]
+        assert [done.shared_prefill_s > 0 for done in found] == [True] * most + [False] * (3 - most)
+        assert all(done.prefill_s > done.shared_prefill_s for done in found)
+    assert len(count_prompts) == most + 2 * (3 - most)
+    assert expected[0] != expected[1]
+
+
+def test_the_time_of_a_shared_prompt_counts_for_every_method(model, make_prompts) -> None:
+    (prompt,) = make_prompts(40, seed=4)
+    shared = PrefillCache()
+    first, later = (Generator(PrefillCachingDecoder(*model, Vanilla(), shared), 1) for _ in range(2))
+    (own,) = first.generate([Request(0, prompt, 3, ())])
+    (done,) = later.generate([Request(0, prompt, 3, ())])
+    assert own.shared_prefill_s == 0 < done.shared_prefill_s < own.prefill_s
+    assert later.stats.prefill_s == done.prefill_s > done.shared_prefill_s
+
+
+def test_a_cleared_cache_holds_nothing(model, make_prompts, count_prompts) -> None:
+    (prompt,) = make_prompts(12, seed=5)
+    shared = PrefillCache()
+    reader = PrefillCachingDecoder(*model, Vanilla(), shared)
+    for _ in range(2):
+        reader.read(torch.tensor(prompt))
+    assert len(count_prompts) == 1 and shared.nbytes > 0
+    shared.clear()
+    assert (len(shared), shared.nbytes) == (0, 0) and shared.get(torch.tensor(prompt)) is None
+    reader.read(torch.tensor(prompt))
+    assert len(count_prompts) == 2

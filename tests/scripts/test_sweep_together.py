@@ -1,0 +1,192 @@
+"""Runs that share one process and each prompt, against the command line that makes them one by one."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from longbench_pred import main as predict_command
+from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.generator import Generator
+from sparsecache.engine.loading import Checkpoint
+from sparsecache.runner.shared import split_by_size
+
+TIMES = ("prefill_s", "decode_s", "shared_prefill_s")
+ROWS = ["--data", "sample", "--datasets", "qasper,lcc", "--sample_rows", "2", "--sample_tokens", "256"]
+ROWS += ["--max_new_tokens", "9"]
+METHODS = """
+[[methods]]
+method = ["vanilla"]
+[[methods]]
+method = ["h2o", "infinigen"]
+budget = 20
+"""
+NAMES = ["vanilla", "h2o-budget=20", "infinigen-budget=20"]
+BROKEN = """
+from sparsecache.methods.vanilla import Vanilla
+class Broken(Vanilla):
+    def make_cache(self, layer, config):
+        raise RuntimeError("no such cache")
+"""
+
+
+def rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """All rows of a run by file, by `_id`, without what differs from run to run."""
+    found = {}
+    for file in folder.glob("*.jsonl"):
+        parsed = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        untimed = [{key: value for key, value in row.items() if key not in TIMES} for row in parsed]
+        found[file.name] = sorted(untimed, key=lambda row: str(row["_id"]))
+    return found
+
+
+@pytest.fixture
+def sweep(repo: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs scripts/sweep.py in this process over these [[methods]]."""
+    monkeypatch.syspath_prepend(str(repo / "scripts"))
+    monkeypatch.chdir(tmp_path)
+    script = importlib.import_module("sweep")
+
+    def run(methods: str, *arguments: str) -> Result:
+        text = f"models = [{json.dumps(str(tiny))}]\narguments = {json.dumps(ROWS)}\n{methods}"
+        Path("sweep.toml").write_text(text)
+        return CliRunner().invoke(script.main, ["sweep.toml", *arguments])
+
+    return run
+
+
+@pytest.fixture
+def alone(tiny: Path) -> Callable[..., Result]:
+    """Makes a run by its own command."""
+
+    def run(name: str, pred_dir: Path) -> Result:
+        method, _, option = name.partition("-")
+        arguments = ["--model", str(tiny), "--method", method, *(["-o", option] if option else []), "--name", name]
+        return CliRunner().invoke(predict_command, [*arguments, *ROWS, "--pred_dir", str(pred_dir)])
+
+    return run
+
+
+@pytest.fixture
+def read_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the prompts whose forward pass was computed, in order."""
+    lengths: list[int] = []
+    original = Decoder._prompt
+
+    def prompt(decoder: Decoder, token_ids: Any, *others: Any) -> Any:
+        lengths.append(len(token_ids))
+        return original(decoder, token_ids, *others)
+
+    monkeypatch.setattr(Decoder, "_prompt", prompt)
+    return lengths
+
+
+def test_every_run_has_the_rows_and_the_identity_of_its_own_command(
+    sweep, alone, tmp_path: Path, read_prompts, monkeypatch
+) -> None:
+    loads: list[Path] = []
+    load = Checkpoint.load
+    monkeypatch.setattr(
+        Checkpoint, "load", lambda checkpoint, *more: loads.append(checkpoint.path) or load(checkpoint, *more)
+    )
+    done = sweep(METHODS, "--out", "out", "--limit_memory", "0.0018")
+    assert done.exit_code == 0, done.output
+    assert "4 prompts in 2 groups" in done.stderr and len(loads) == 1
+    prompts = [length for length in read_prompts if length <= 1024]  # not the calibration text
+    assert len(prompts) == 4 and prompts == sorted(prompts, reverse=True)
+    facts = json.loads((tmp_path / "out" / "tiny.json").read_text())
+    assert [fact["run"] for fact in facts["rows"]] == NAMES and facts["title"] == "tiny"
+    for name in NAMES:
+        assert alone(name, tmp_path / "alone").exit_code == 0
+        folder, expected = tmp_path / "pred" / "tiny" / name, tmp_path / "alone" / "tiny" / name
+        assert len(rows(expected)) == 2 and rows(folder) == rows(expected)
+        ours, theirs = (json.loads((each / "run.json").read_text()) for each in (folder, expected))
+        assert ours["identity"] == theirs["identity"] and ours["datasets"] == theirs["datasets"]
+        (session,), (own,) = ours["sessions"], theirs["sessions"]
+        assert session["shared_prompts"] and session["ended"] and session["cache"].keys() == own["cache"].keys()
+        for key in ("prefill_tokens", "decode_tokens"):
+            assert session["clock"][key] == own["clock"][key] > 0
+        for file in folder.glob("*.jsonl"):
+            for line in file.read_text().splitlines():
+                row = json.loads(line)
+                assert 0 < row["shared_prefill_s"] < row["prefill_s"]
+        for other in NAMES[: NAMES.index(name)]:
+            assert rows(tmp_path / "alone" / "tiny" / other) != rows(expected)
+
+
+def test_a_stopped_sweep_is_resumed_by_either_command(sweep, alone, tmp_path: Path, read_prompts, monkeypatch) -> None:
+    """Stopped as by SIGKILL: nothing is written after the third row of the second run."""
+    step, written = Generator.generate, []
+
+    def stop(engine: Generator, *arguments: Any) -> Any:
+        for completion in step(engine, *arguments):
+            if len(written) == 4 + 3:
+                raise KeyboardInterrupt
+            written.append(completion)
+            yield completion
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "generate", stop)
+        assert sweep(METHODS).exit_code == 130
+    kept = [sum(map(len, rows(tmp_path / "pred" / "tiny" / name).values())) for name in NAMES]
+    assert kept == [4, 3, 0]
+    assert alone(NAMES[2], tmp_path / "pred").exit_code == 0
+    read_prompts.clear()
+    done = sweep(METHODS)
+    assert done.exit_code == 0, done.output
+    assert len(read_prompts) == 1
+    assert [line.partition(": ")[2].partition(",")[0] for line in done.stdout.splitlines()[:3]] == [
+        "finished before",
+        "done",
+        "finished before",
+    ]
+    assert alone(NAMES[1], tmp_path / "pred").exit_code == 0 and len(read_prompts) == 1
+    assert alone(NAMES[1], tmp_path / "alone").exit_code == 0
+    assert rows(tmp_path / "pred" / "tiny" / NAMES[1]) == rows(tmp_path / "alone" / "tiny" / NAMES[1])
+
+
+def test_a_run_that_fails_leaves_the_others_in_the_table(sweep, tmp_path: Path) -> None:
+    Path("broken.py").write_text(BROKEN)
+    methods = (
+        METHODS.replace(', "infinigen"', "")
+        + '[[methods]]\nmethod = "broken.py"\n[[methods]]\nmethod = "streaming"\ndense_layers = [0, 99]\n'
+    )
+    done = sweep(methods)
+    assert done.exit_code == 1
+    assert "tiny, streaming-dense_layers=99 failed: Method streaming refuses its options" in done.stderr
+    assert "tiny, broken failed: RuntimeError: no such cache" in done.stderr
+    assert "Traceback" not in done.output
+    assert "RuntimeError: no such cache" in Path("pred/logs/tiny-broken.log").read_text()
+    progress, table = done.stdout.split("\n\n", 1)
+    assert "see pred/logs/tiny-broken.log. RuntimeError: no such cache" in progress.splitlines()[2]
+    head, *lines = table.splitlines()
+    assert head == "tiny" and [line.split()[0] for line in lines[2:5]] == [*NAMES[:2], "streaming-dense_layers=0"]
+    missing = [line for line in lines if line.startswith("Not in the table: ")]
+    assert len(missing) == 2 and "tiny broken, which failed" in missing[0] and "must be 0 to 3" in missing[1]
+
+
+def test_data_that_cannot_be_read_end_the_sweep_before_any_run(sweep, tmp_path: Path) -> None:
+    done = sweep(METHODS, "--", "--data", str(tmp_path / "nowhere"))
+    assert done.exit_code == 2 and done.stderr.startswith("Error: --data ") and not list(Path("pred").glob("*/*/*"))
+
+
+def test_a_prompt_without_room_is_read_by_every_run(sweep, alone, tmp_path: Path, read_prompts) -> None:
+    done = sweep(METHODS.replace(', "infinigen"', ""), "--limit_memory", "1e-6", "--", "--datasets", "lcc")
+    assert done.exit_code == 0, done.output
+    assert (
+        len(read_prompts) == 2 * 2
+        and "0 of 1 prompts read" in done.stderr
+        and "each run reads the other 1" in done.stderr
+    )
+    text = (tmp_path / "pred" / "tiny" / "vanilla" / "lcc.jsonl").read_text()
+    assert "shared_prefill_s" not in text
+
+
+def test_groups_keep_the_order_and_the_limit() -> None:
+    assert list(split_by_size([5, 4, 3, 3, 1], lambda size: size, 8)) == [[5], [4, 3], [3, 1]]
+    assert list(split_by_size([9, 2], lambda size: size, 8)) == [[9], [2]]
+    assert list(split_by_size([], lambda size: size, 8)) == []
