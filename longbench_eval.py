@@ -254,7 +254,9 @@ def plot(
     """Plot one or more RUNS.
 
     bars: scores by dataset. buckets: scores by length, with --e. frontier: scores against the kept share, a line per
-    method and group of options. time: prefill and decode time. Uses the rows that all RUNS have, and prints a caption.
+    method and group of options. methods: the same in a panel per method. time: prefill and decode time.
+
+    Uses the rows that all RUNS have, and prints a caption.
 
     Exit code: 0, or 2 if the plot cannot be drawn.
     """

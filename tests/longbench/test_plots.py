@@ -21,7 +21,7 @@ from sparsecache.longbench.html import parts
 from sparsecache.longbench.paired import common_rows_or_all
 from sparsecache.longbench.plots import draw_all, get_plot, plot_kinds
 from sparsecache.longbench.plots._axes import MAX_RUNS, shorten
-from sparsecache.longbench.plots._figure import REFERENCE, SERIES, Plot, line_style
+from sparsecache.longbench.plots._figure import REFERENCE, RULE, SERIES, Plot, line_style
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
 
@@ -206,6 +206,21 @@ def test_a_study_of_many_methods_has_a_legend_beside_the_plot(scored: Callable[.
     assert len(looks) == 25 and not plot.figure.axes[0].texts
 
 
+def test_methods_have_a_panel_each_with_the_points_of_the_frontier(scored: Callable[..., RunScore]) -> None:
+    runs = [scored("full", qasper="yy")]
+    for number, method in enumerate("abcdefg"):
+        runs += [scored(f"{method}{kept}", method, kept + number / 100, qasper="yn") for kept in (0.1, 0.2)]
+    plot = draw("methods", *runs)
+    panels = plot.figure.axes
+    assert [panel.get_title() for panel in panels] == list("abcdefg")
+    for number, panel in enumerate(panels):
+        colored = [line for line in panel.lines if line.get_color() == SERIES[0] and len(line.get_xdata())]
+        assert [list(line.get_xdata()) for line in colored] == [pytest.approx([0.1 + number / 100, 0.2 + number / 100])]
+        assert sum(line.get_color() == RULE and len(line.get_xdata()) > 0 for line in panel.lines) == 6
+    with pytest.raises(UsageError, match="needs 3 methods or more"):
+        draw("methods", *runs[:5])
+
+
 def test_the_line_shows_vanilla_and_the_caption_names_other_full_caches(scored: Callable[..., RunScore]) -> None:
     runs = [
         scored("other", "transformers", qasper="yn"),
@@ -277,7 +292,7 @@ def test_times_are_summed_over_sessions(make_run: MakeRun, row: Row) -> None:
 
 
 def test_draw_all_returns_every_possible_plot(sweep: list[RunScore], scored_by_length: Callable[..., RunScore]) -> None:
-    assert plot_kinds() == ["bars", "buckets", "frontier", "time"]
+    assert plot_kinds() == ["bars", "buckets", "frontier", "methods", "time"]
     kinds = ["Scores by dataset", "Score against kept share", "Prefill and decode time"]
     titles = [f"{kind}: m on LongBench" for kind in kinds]
     assert [plot.title for plot in draw_all(common_rows_or_all(sweep).runs)] == titles

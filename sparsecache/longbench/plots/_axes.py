@@ -6,6 +6,7 @@ from typing import Any
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.paired import MIN_ROWS
+from sparsecache.longbench.plots._figure import ABOVE
 from sparsecache.longbench.runs import run_names
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.terminal import escape_control_chars
@@ -36,7 +37,7 @@ def shorten(text: str, max_chars: int = 44) -> str:
 def legend_above(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
     """Add a legend above the axes, in as many columns as fit."""
     columns = max(1, min(len(names), _LEGEND_CHARS // (max(map(len, names)) + _HANDLE_CHARS)))
-    _legend(figure, handles, names, "outside upper left", columns)
+    _legend(figure, handles, names, "outside upper left", columns).set_label(ABOVE)
 
 
 def legend_beside(figure: Any, handles: Sequence[Any], names: Sequence[str], rows: int) -> None:
@@ -44,13 +45,14 @@ def legend_beside(figure: Any, handles: Sequence[Any], names: Sequence[str], row
     _legend(figure, handles, names, "outside right upper", math.ceil(len(names) / rows))
 
 
-def _legend(figure: Any, handles: Sequence[Any], names: Sequence[str], place: str, columns: int) -> None:
+def _legend(figure: Any, handles: Sequence[Any], names: Sequence[str], place: str, columns: int) -> Any:
     legend = figure.legend(
         handles, [""] * len(names), loc=place, ncols=columns, columnspacing=1.2, handlelength=2.2
     )  # fmt: skip
     # Set afterwards: legend() leaves out labels that begin with an underscore.
     for label, name in zip(legend.get_texts(), names, strict=True):
         label.set_text(name)
+    return legend
 
 
 def error_bar(score: float, stderr: float | None, rows: int) -> tuple[float, float]:
@@ -82,8 +84,8 @@ def set_score_axis(axis: Any, scores: Iterable[float]) -> None:
     axis.grid(axis="y")
 
 
-def set_share_axis(axis: Any, shares: Iterable[float]) -> None:
-    """Make a horizontal axis logarithmic, in percent, for shares above 0.
+def set_share_axis(axis: Any, shares: Iterable[float], narrow: bool = False) -> None:
+    """Make a horizontal axis logarithmic, in percent, for shares above 0. A narrow one has fewer ticks.
 
     It spans at least a factor of ten.
     """
@@ -93,7 +95,7 @@ def set_share_axis(axis: Any, shares: Iterable[float]) -> None:
     low, high = middle / factor, min(middle * factor, 1.35)
     axis.set_xscale("log")
     axis.set_xlim(low, high)
-    steps = (1, 2, 5) if high / low < 300 else (1,)
+    steps = (1, 2, 5) if high / low < 300 and not narrow else (1,)
     ticks = [tick for power in range(-9, 1) for step in steps if low <= (tick := step * 10.0**power) <= min(high, 1)]
     axis.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
     axis.minorticks_off()

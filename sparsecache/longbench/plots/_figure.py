@@ -20,16 +20,17 @@ from sparsecache.longbench.plots import check_suffix
 try:
     import matplotlib.style
     from matplotlib.figure import Figure
-    from matplotlib.font_manager import fontManager
+    from matplotlib.font_manager import FontProperties, fontManager
 except ImportError as error:
     raise UsageError(
         f"Plots, and reports with plots, need matplotlib, which cannot be imported ({error}). Install it: "
         f"python -m pip install 'matplotlib>=3.10'"
     ) from error
 
+ABOVE = "above"  # label of a legend above the axes
 COLUMN = 3.3  # inches: column width of a two-column paper
 PAGE = 7.0  # inches: width of both columns
-_TITLE_CHARS = 17  # that fit into an inch
+_TITLE_CHARS, _TITLE_HEIGHT = 17, 0.16  # of a title: characters that fit into an inch, inches per line
 
 # Any two of SERIES and REFERENCE are distinct under protanopia, deuteranopia and tritanopia, and have a contrast of
 # 3:1 with white. report.css replaces them on its dark page.
@@ -98,12 +99,26 @@ class Plot:
         Raises UsageError for a suffix that is not in SUFFIXES, and if the file cannot be written.
         """
         suffix = check_suffix(path)
+        with self._title_above():
+            write_atomically(path, self._bytes(suffix))
+
+    @contextmanager
+    def _title_above(self) -> Iterator[None]:
+        """Add the title, and room for it, while the block runs. A legend above takes it as its own title."""
         width, height = self.figure.get_size_inches()
         lines = textwrap.wrap(self.title, int(width * _TITLE_CHARS))
+        text, above = "\n".join(lines), [each for each in self.figure.legends if each.get_label() == ABOVE]
         with _style():
-            self.figure.set_size_inches(width, height + 0.15 * len(lines))
-            self.figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=8)
-        write_atomically(path, self._bytes(suffix))
+            self.figure.set_size_inches(width, height + _TITLE_HEIGHT * len(lines))
+            if above:
+                above[0].set_title(text, FontProperties(size=8))
+                above[0].set_alignment("left")
+            else:
+                self.figure.suptitle(text, x=0.01, ha="left", fontsize=8)
+        yield
+        for legend in above:
+            legend.set_title("")
+        self.figure.suptitle("")
         self.figure.set_size_inches(width, height)
 
     def svg(self) -> bytes:
@@ -117,10 +132,12 @@ class Plot:
         return out.getvalue()
 
 
-def new_figure(height: float, columns: int = 1, width: float = COLUMN, **layout: Any) -> tuple[Figure, Any]:
+def new_figure(
+    height: float, columns: int = 1, width: float = COLUMN, rows: int = 1, **layout: Any
+) -> tuple[Figure, Any]:
     """Return a figure of this size in inches, and its axes."""
     figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(1, columns, **layout)
+    return figure, figure.subplots(rows, columns, **layout)
 
 
 def run_colors(runs: int) -> list[str]:
