@@ -14,8 +14,8 @@ from sparsecache.versions import check_versions
 
 _HELP = {
     "model": "Name of a table in configs/models.toml, a checkpoint folder, or a hub id.",
-    "datasets": "Comma list of datasets (longbench_v2 too), or: all, en, zh, a category, ruler or one of its "
-    "tasks (vt, cwe, ...), own (the tasks of --tasks). The default is all, with --tasks own.",
+    "datasets": "Comma list of datasets (longbench_v2, longbench_v2_cot too), or: all, en, zh, a category, ruler or "
+    "one of its tasks (vt, cwe, ...), own (the tasks of --tasks). The default is all, with --tasks own.",
     "tasks": "File of own tasks, in the form of configs/datasets.toml.",
     "max_new_tokens": "Most new tokens of each answer, in place of the dataset's own; recorded as a deviation.",
     "method": "Cache method (a file of sparsecache/methods).",

@@ -146,9 +146,9 @@ class FolderSource:
 
     def read(self, task: Task, e: bool) -> tuple[str, bytes]:
         path = self.folder / f"{task.file_stem(e)}.jsonl"
-        official = self.folder / HUB_FILES["longbench_v2"][1]
-        if task.benchmark == "longbench_v2" and not os.path.lexists(path) and os.path.lexists(official):
-            path = official
+        if task.benchmark == "longbench_v2":
+            others = (self.folder / name for name in ("longbench_v2.jsonl", HUB_FILES["longbench_v2"][1]))
+            path = next((found for found in (path, *others) if os.path.lexists(found)), path)
         if not os.path.lexists(path):
             found = sorted(file.stem for file in self.folder.glob("*.jsonl"))
             raise UsageError(

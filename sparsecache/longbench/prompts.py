@@ -1,7 +1,7 @@
 """Makes a prompt from a row: fills the template, truncates the middle, wraps it, appends the answer prefix."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -54,8 +54,21 @@ class Prompter:
 
     def build(self, task: Task, row: dict[str, Any]) -> Prompt:
         """Return the prompt of one row. Raises UsageError if the window is too small for any prompt."""
-        text = task.template.format(**row)
-        prefix = task.answer_prefix.format(**row)
+        return self._build(task, task.template.format(**row), task.answer_prefix.format(**row))
+
+    def build_answer(self, task: Task, row: dict[str, Any], reasoning: str) -> Prompt:
+        """Return the prompt of the second step of a row, with the text of the first one. Raises as `build`."""
+        reasoning = reasoning.strip()
+        if task.benchmark == "longbench_v2":  # the official code also replaces this placeholder in a row's texts
+            row = {
+                key: text.replace("$COT$", reasoning) if isinstance(text, str) else text for key, text in row.items()
+            }
+        assert task.answer_max_new_tokens is not None
+        text = task.answer_template.format(**row, reasoning=reasoning)
+        return self._build(replace(task, max_new_tokens=task.answer_max_new_tokens), text, "")
+
+    def _build(self, task: Task, text: str, prefix: str) -> Prompt:
+        """Return the prompt of a filled template. The task gives its new tokens, and how it is wrapped and cut."""
         token_ids = encode(self.tokenizer, text)
         original_tokens = len(token_ids)
         limit = self.cut_length(task)

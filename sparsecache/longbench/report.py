@@ -32,12 +32,13 @@ def result_json(result: RunScore) -> dict[str, Any]:
 
 def _write_v2_result(result: RunScore) -> list[Path]:
     """Write result.txt, the table of LongBench v2's own code, if the run has its rows."""
-    lines = [v2_result(dataset) for dataset in result.datasets if dataset.strata]
+    names = {"longbench_v2": result.folder.name, "longbench_v2_cot": f"{result.folder.name}_cot"}
+    lines = [[names[dataset.task.name], *v2_result(dataset)] for dataset in result.datasets if dataset.strata]
     if not lines:
         return []
     header = "\t".join(("Model", "Overall", *(name.capitalize() for name in STRATA)))
     path = result.folder / "result.txt"
-    write_atomically(path, "\n".join([header, *("\t".join((result.folder.name, *line)) for line in lines)]))
+    write_atomically(path, "\n".join([header, *("\t".join(line) for line in lines)]))
     return [path]
 
 

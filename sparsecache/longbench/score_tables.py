@@ -7,6 +7,7 @@ from sparsecache.longbench.report import speed_lines, v2_result
 from sparsecache.longbench.score_types import (
     BUCKETS,
     GROUP_NAMES,
+    MEANS,
     STRATA,
     Average,
     DatasetScore,
@@ -21,8 +22,7 @@ AVERAGE_NAMES = {
     "avg_zh": "Avg, Chinese",
     "avg_all": "Avg, all",
     "flat_mean": "mean of datasets",
-    "longbench_v2": GROUP_NAMES["longbench_v2"],
-    "ruler": GROUP_NAMES["ruler"],
+    **{MEANS[group]: GROUP_NAMES[group] for group in ("longbench_v2", "longbench_v2_cot", "ruler")},
     "own_mean": "mean of own tasks",
 }
 

@@ -18,9 +18,21 @@ from sparsecache.longbench.tasks import CATEGORIES, OWN, Task, load_tasks, ruler
 BUCKETS = ("0-4k", "4-8k", "8k+")
 STRATA = ("easy", "hard", "short", "medium", "long")
 """Parts of LongBench v2: two by difficulty and three by length."""
-MEANS = {"longbench": "flat_mean", "longbench_v2": "longbench_v2", "ruler": "ruler", OWN: "own_mean"}
+MEANS = {
+    "longbench": "flat_mean",
+    "longbench_v2": "longbench_v2",
+    "longbench_v2_cot": "longbench_v2_cot",
+    "ruler": "ruler",
+    OWN: "own_mean",
+}
 """The name of the mean over the datasets of each group (`Task.group`) in `RunScore.averages`."""
-GROUP_NAMES = {"longbench": "LongBench", "longbench_v2": "LongBench v2", "ruler": "RULER", OWN: "own tasks"}
+GROUP_NAMES = {
+    "longbench": "LongBench",
+    "longbench_v2": "LongBench v2",
+    "longbench_v2_cot": "LongBench v2 with chain of thought",
+    "ruler": "RULER",
+    OWN: "own tasks",
+}
 """What tables and plots call the groups."""
 
 

@@ -45,6 +45,8 @@ class Task:
     join_halves: bool = False
     benchmark: str = BENCHMARKS[0]
     answer_prefix: str = ""
+    answer_template: str = ""
+    answer_max_new_tokens: int | None = None
     length: int | None = None
     source: str = field(default=_FILE, compare=False)
 
@@ -52,28 +54,30 @@ class Task:
         for name, allowed in (("category", _CATEGORIES), ("language", LANGUAGES), ("benchmark", BENCHMARKS)):
             if (value := getattr(self, name)) not in allowed:
                 raise self._error(f"{name} {value!r} is none of {', '.join(allowed)}")
-        for name in ("template", "metric", "answer_prefix"):
+        for name in ("template", "metric", "answer_prefix", "answer_template"):
             if not isinstance(value := getattr(self, name), str):
                 raise self._error(f"{name} is {value!r}; it must be a text")
         for name in ("chat", "first_line", "newline_stop", "join_halves"):
             if not isinstance(value := getattr(self, name), bool):
                 raise self._error(f"{name} is {value!r}; it must be true or false")
-        for name in ("max_new_tokens", "rows", "rows_e"):
+        for name in ("max_new_tokens", "answer_max_new_tokens", "rows", "rows_e"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise self._error(f"{name} is {value!r}; it must be a whole number, 1 or more")
-        for what, text in (("template", self.template), ("answer_prefix", self.answer_prefix)):
-            self._check_fields(what, text)
+        if bool(self.answer_template) != (self.answer_max_new_tokens is not None):
+            raise self._error("answer_template and answer_max_new_tokens belong together; give both or neither")
+        self._check_fields("template", self.template, self.row_fields)
+        self._check_fields("answer_prefix", self.answer_prefix, self.row_fields)
+        self._check_fields("answer_template", self.answer_template, (*self.row_fields, "reasoning"))
 
-    def _check_fields(self, what: str, text: str) -> None:
+    def _check_fields(self, what: str, text: str, known: tuple[str, ...]) -> None:
         try:
             used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
         except ValueError as error:
             raise self._error(f"the {what} is not a valid str.format template ({error})") from error
-        if unknown := used - set(self.row_fields):
+        if unknown := used - set(known):
             raise self._error(
-                f"the {what} uses {', '.join(sorted(name or '{}' for name in unknown))}; "
-                f"a row has {', '.join(self.row_fields)}"
+                f"the {what} uses {', '.join(sorted(name or '{}' for name in unknown))}; a row has {', '.join(known)}"
             )
 
     def _error(self, problem: str) -> UsageError:
@@ -87,13 +91,18 @@ class Task:
 
     @property
     def group(self) -> str:
-        """The datasets that share a mean with this one: those of its benchmark, or `own`."""
-        return OWN if self.rows is None else self.benchmark
+        """The datasets that share a mean with this one: those of its benchmark, or `own`.
+
+        The two variants of LongBench v2 have the same questions, so each has a mean of its own.
+        """
+        if self.rows is None:
+            return OWN
+        return self.name if self.benchmark == "longbench_v2" else self.benchmark
 
     @property
     def template_sha256(self) -> str:
-        """The SHA-256 of the UTF-8 bytes of the template and the answer prefix, as recorded in run.json."""
-        parts = [self.template, *([self.answer_prefix] if self.answer_prefix else [])]
+        """The SHA-256 of the UTF-8 bytes of the template and the other texts of prompts, as recorded in run.json."""
+        parts = [self.template, *filter(None, (self.answer_prefix, self.answer_template))]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property

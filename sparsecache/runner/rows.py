@@ -12,17 +12,22 @@ from sparsecache.longbench.reasoning import opens_reasoning, split_reasoning
 
 def failed_row(row: dict[str, Any], error: Exception) -> dict[str, Any]:
     """Returns the error row of a source row whose prompt could not be built."""
-    return {**_source_fields(row), "error": _message(error)}
+    return {**_source_fields(row), "error": error_message(error)}
 
 
 def finished_row(
-    row: dict[str, Any], prompt: Prompt, completion: Completion, decode: Callable[[list[int]], str]
+    row: dict[str, Any],
+    prompt: Prompt,
+    completion: Completion,
+    decode: Callable[[list[int]], str],
+    reasoning: Completion | None = None,
 ) -> dict[str, Any]:
     """Returns the row of a completion; an error row if it failed or cannot be written as JSON.
 
     Reasoning up to `</think>` is not part of `pred`; the whole text is then in `full_text`.
 
-    decode: turns the completion's token ids into text.
+    decode: turns the completion's token ids into text. reasoning: the first step of a task in two steps; prompt and the
+    method's report are then those of the first step, and tokens and seconds are those of both.
     """
     record = {
         **_source_fields(row),
@@ -36,11 +41,12 @@ def finished_row(
     }
     if completion.error is not None:
         return {**record, "error": completion.error}
+    steps = [completion] if reasoning is None else [reasoning, completion]
     finished = {
-        "new_tokens": len(completion.token_ids),
+        "new_tokens": sum(len(step.token_ids) for step in steps),
         "finish_reason": completion.finish_reason,
-        "prefill_s": round(completion.prefill_s, 6),
-        "decode_s": round(completion.decode_s, 6),
+        "prefill_s": round(sum(step.prefill_s for step in steps), 6),
+        "decode_s": round(sum(step.decode_s for step in steps), 6),
     }
     if completion.shared_prefill_s:
         finished["shared_prefill_s"] = round(completion.shared_prefill_s, 6)
@@ -50,12 +56,19 @@ def finished_row(
         complete = {**record, "pred": split.answer, **finished}
         if split.reasoned:
             complete |= {"full_text": text, "unclosed_think": split.unclosed}
-        if clash := complete.keys() & completion.report.keys():
+        if reasoning is not None:
+            complete |= {
+                "reasoning": decode(reasoning.token_ids).strip(),
+                "reasoning_tokens": len(reasoning.token_ids),
+                "reasoning_finish_reason": reasoning.finish_reason,
+            }
+        report = steps[0].report
+        if clash := complete.keys() & report.keys():
             raise ValueError(f"the method reports {', '.join(sorted(clash))}, which are fields of the row.")
-        complete |= completion.report
+        complete |= report
         dumps(complete)
     except Exception as error:  # a text or a report that is no JSON
-        return {**record, "error": _message(error)}
+        return {**record, "error": error_message(error)}
     return complete
 
 
@@ -64,5 +77,6 @@ def _source_fields(row: dict[str, Any]) -> dict[str, Any]:
     return {"pred": "", **{key: row[key] for key in ("answers", "all_classes", "length", "_id", *also)}}
 
 
-def _message(error: Exception) -> str:
+def error_message(error: Exception) -> str:
+    """Returns the `error` of a row."""
     return f"{type(error).__name__}: {one_line(error)}"

@@ -30,8 +30,9 @@ from sparsecache.runner.folders import check_same_checkpoint
 from sparsecache.runner.pending import PendingDataset, Row, WantedDataset, in_order, largest, longest_first
 from sparsecache.runner.progress import Progress
 from sparsecache.runner.provenance import new_session, now
-from sparsecache.runner.rows import failed_row, finished_row
+from sparsecache.runner.rows import error_message, failed_row, finished_row
 from sparsecache.runner.settings import Settings
+from sparsecache.runner.steps import RowStep, generate_steps, in_batches
 from sparsecache.runner.verification import Expected, expected_completions, verify
 from sparsecache.runner.wanted import WantedRows, load_wanted
 
@@ -225,12 +226,19 @@ class Run:
         if self._expected:
             self._session["verify"] = verify(engine, self._expected, self.context.dtype, self.settings.method)
             engine.reset_stats()  # the run's figures are those of its own rows
-        for group in [datasets] if self.cluster else [[dataset] for dataset in datasets]:
+        for group in self._groups(datasets):
             self._predict_group(engine, group)
         self.end_session(engine.session())
         if not self.settings.quiet:
             for line in workers_lines(self._session):
                 print(line)
+
+    def _groups(self, datasets: list[PendingDataset]) -> list[list[PendingDataset]]:
+        """Returns the datasets that are decoded together: on a cluster all that have one step, else each alone."""
+        one_step = [dataset for dataset in datasets if not dataset.task.answer_template]
+        if self.cluster is None or not one_step:
+            return [[dataset] for dataset in datasets]
+        return [one_step, *([dataset] for dataset in datasets if dataset.task.answer_template)]
 
     def begin_session(self, **facts: Any) -> None:
         """Records in run.json that this process works on the run, with further facts about it."""
@@ -251,16 +259,32 @@ class Run:
                 requests = iter(known := list(requests))
             reserve(engine, known)
         with self._progress(datasets) as progress:
-            for completion in engine.generate(requests, progress.add_tokens):
-                row, prompt, dataset = completion.key
-                self.write(completion, row, prompt, dataset)
-                progress.add_row()
-                self.save_sometimes(engine.session())
+            for batch in in_batches(requests, datasets):
+                for completion in generate_steps(engine, batch, self.next_step, progress.add_tokens):
+                    self.write(completion)
+                    progress.add_row()
+                    self.save_sometimes(engine.session())
 
-    def write(self, completion: Completion, row: Row, prompt: Prompt, dataset: PendingDataset) -> None:
-        """Writes the row of a completion."""
-        record = finished_row(row, prompt, completion, self.context.decode)
-        dataset.file.append(record)
+    def next_step(self, completion: Completion) -> Request | Completion:
+        """Returns the request that asks for the answer after reasoning; after a row's last step, its completion."""
+        done: RowStep = completion.key
+        task = done.dataset.task
+        if not task.answer_template or done.reasoning is not None or completion.error is not None:
+            return completion
+        try:
+            prompt = self.context.prompter.build_answer(task, done.row, self.context.decode(completion.token_ids))
+        except UsageError:
+            raise
+        except Exception as error:  # one row must not end the run
+            return replace(completion, error=error_message(error))
+        request = make_request(replace(done, reasoning=completion), task, prompt, self.context)
+        return replace(request, max_new_tokens=task.answer_max_new_tokens or task.max_new_tokens)
+
+    def write(self, completion: Completion) -> None:
+        """Writes the row of its last completion."""
+        done: RowStep = completion.key
+        record = finished_row(done.row, done.prompt, completion, self.context.decode, done.reasoning)
+        done.dataset.file.append(record)
         self.failed += "error" in record
 
     def write_failed(self, row: Row, error: Exception, dataset: PendingDataset) -> None:
@@ -280,7 +304,7 @@ class Run:
         for dataset, row in rows:
             try:
                 prompt = self._prompt(dataset, row)
-                yield make_request((row, prompt, dataset), dataset.task, prompt, self.context)
+                yield make_request(RowStep(row, prompt, dataset), dataset.task, prompt, self.context)
             except UsageError:
                 raise
             except Exception as error:  # one row must not end the run
@@ -370,4 +394,5 @@ def _cluster(settings: Settings) -> "AbstractContextManager[Cluster | None]":
 
 
 def _protocol(task: Task) -> str:
-    return f"max_new_tokens={task.max_new_tokens} chat={task.chat} newline_stop={task.newline_stop}"
+    answer = f" answer_max_new_tokens={task.answer_max_new_tokens}" if task.answer_template else ""
+    return f"max_new_tokens={task.max_new_tokens} chat={task.chat} newline_stop={task.newline_stop}{answer}"

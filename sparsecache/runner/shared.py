@@ -30,6 +30,7 @@ from sparsecache.runner.context import LoadedModel, RunContext
 from sparsecache.runner.pending import Row, WantedDataset
 from sparsecache.runner.run import Run, make_request, reserve
 from sparsecache.runner.settings import Settings
+from sparsecache.runner.steps import RowStep, generate_steps
 from sparsecache.runner.wanted import load_wanted
 
 Item = TypeVar("Item")
@@ -258,7 +259,7 @@ class _Sweep:
                 if job.prompt is None:
                     shared.write_failed(job.row, job.error or ValueError("no prompt"), dataset)
                 else:
-                    key = (job.row, job.prompt, dataset)
+                    key = RowStep(job.row, job.prompt, dataset)
                     requests.append(make_request(key, dataset.task, job.prompt, shared.context))
             if not requests:
                 return 0, 0.0
@@ -269,9 +270,8 @@ class _Sweep:
                 engine = context.generator(PrefillCachingDecoder(*model, context.method, prompts), len(requests))
                 reserve(engine, requests)
                 ready = time.monotonic() - began
-                for completion in engine.generate(requests):
-                    row, prompt, dataset = completion.key
-                    shared.write(completion, row, prompt, dataset)
+                for completion in generate_steps(engine, requests, shared.next_step):
+                    shared.write(completion)
                     run.stats = _sum(before, engine.stats)
                     shared.save_sometimes(run.measured)
                 if memory := engine.session().get("cache"):

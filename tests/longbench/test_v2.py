@@ -24,9 +24,12 @@ from sparsecache.longbench.scores import ScoringOptions, score_run
 from sparsecache.longbench.tasks import load_tasks, select_tasks
 from sparsecache.longbench.text import choice_letter
 
-TASK = load_tasks()["longbench_v2"]
-MARKS = ("$DOC$", "$Q$", "$C_A$", "$C_B$", "$C_C$", "$C_D$")
+TASK, COT = load_tasks()["longbench_v2"], load_tasks()["longbench_v2_cot"]
+PLACEHOLDERS = {"context": "$DOC$", "input": "$Q$", **{f"choice_{letter}": f"$C_{letter}$" for letter in "ABCD"}}
+MARKS = tuple(PLACEHOLDERS.values())
 TEMPLATE_SHA256 = "68a162252bc9ff71d5d7abca3d69bb31aac3c35f832d657a2866f2018b8a6950"
+COT_SHA256 = "6cc33d92fd8f611662b756c1f10f302c541ca005b58c46d5f3188ac3a939bfe8"
+COT_ANSWER_SHA256 = "85ec59df4ac0e27aabbc619a7ca5cf3ae1787dd5a76cf51a18944eb52c91955f"
 
 
 def question(row_id: int = 0, **changes: Any) -> dict[str, Any]:
@@ -55,21 +58,36 @@ def load(path: Path, content: str) -> list[dict[str, Any]]:
 def test_v2_is_in_no_group_of_longbench() -> None:
     for group in ("all", "en", "zh", "synthetic"):
         assert TASK not in select_tasks(group)
-    assert select_tasks("longbench_v2") == [TASK]
+    assert select_tasks("longbench_v2") == [TASK] and select_tasks("longbench_v2_cot") == [COT]
     assert (TASK.max_new_tokens, TASK.rows, TASK.chat, TASK.group) == (128, 503, True, "longbench_v2")
+    assert (COT.max_new_tokens, COT.answer_max_new_tokens, COT.rows, COT.group) == (1024, 128, 503, COT.name)
     with pytest.raises(UsageError, match="not part of LongBench-E"):
         select_tasks("longbench_v2", e=True)
 
 
 def test_the_template_is_the_official_one(fixtures_dir: Path) -> None:
     official = (fixtures_dir / "official" / "longbench_v2_0shot.txt").read_text(encoding="utf-8")
-    marks = dict(zip(("context", "input", "choice_A", "choice_B", "choice_C", "choice_D"), MARKS, strict=True))
-    assert TASK.template.format(**marks) == official
+    assert TASK.template.format(**PLACEHOLDERS) == official
 
 
 def test_the_template_has_the_published_hash() -> None:
-    marks = dict(zip(("context", "input", "choice_A", "choice_B", "choice_C", "choice_D"), MARKS, strict=True))
-    assert hashlib.sha256(TASK.template.format(**marks).encode()).hexdigest() == TEMPLATE_SHA256
+    assert hashlib.sha256(TASK.template.format(**PLACEHOLDERS).encode()).hexdigest() == TEMPLATE_SHA256
+
+
+def test_the_templates_of_both_steps_have_the_published_hashes() -> None:
+    assert hashlib.sha256(COT.template.format(**PLACEHOLDERS).encode()).hexdigest() == COT_SHA256
+    answer = COT.answer_template.format(**PLACEHOLDERS, reasoning="$COT$")
+    assert hashlib.sha256(answer.encode()).hexdigest() == COT_ANSWER_SHA256
+
+
+@pytest.mark.parametrize("reasoning", [" Because.\n", "", "$Q$ {x} $COT$ $C_A$", "<think>So.</think>\n\n(A)"])
+def test_the_answer_prompt_equals_the_official_one(reasoning: str, tmp_path: Path) -> None:
+    row = question(0, question=" Which $COT$? ", choice_D="$COT$ {reasoning} \n")
+    (found,) = load(tmp_path / "data.json", json.dumps([row]))
+    template = COT.answer_template.format(**PLACEHOLDERS, reasoning="$COT$")
+    expected = official_prompt(template, row).replace("$COT$", reasoning.strip())
+    prompt = Prompter(Words(), 4096).build_answer(COT, found, reasoning)  # type: ignore[arg-type]
+    assert prompt.sha256 == hashlib.sha256(expected.encode()).hexdigest() and not prompt.truncated
 
 
 def test_prompts_equal_the_official_ones_byte_for_byte(tmp_path: Path) -> None:
@@ -82,8 +100,7 @@ def test_prompts_equal_the_official_ones_byte_for_byte(tmp_path: Path) -> None:
             for key in ("context", "question", "choice_A", "choice_B", "choice_C", "choice_D")
         }
         rows.append(question(number, **texts))
-    marks = dict(zip(("context", "input", "choice_A", "choice_B", "choice_C", "choice_D"), MARKS, strict=True))
-    template = TASK.template.format(**marks)
+    template = TASK.template.format(**PLACEHOLDERS)
     found = load(tmp_path / "data.json", json.dumps(rows))
     assert [TASK.template.format(**row) for row in found] == [official_prompt(template, row) for row in rows]
 
@@ -98,6 +115,7 @@ def test_rows_come_from_an_array_lines_a_folder_or_the_hub(tmp_path: Path) -> No
     assert load_rows(FolderSource(tmp_path), TASK).dataset.to_list() == found
     (tmp_path / "longbench_v2.jsonl").write_text(json.dumps(rows[0]))
     assert load_rows(FolderSource(tmp_path), TASK).dataset.to_list() == found[:1]
+    assert load_rows(FolderSource(tmp_path), COT).dataset["_id"] == ["0"]
     hub = HubSource({"longbench_v2": (tmp_path / "data.json", {"repo": "r", "commit": "c"})})
     with pytest.raises(UsageError, match="holds 2 rows; the published dataset has 503"):
         load_rows(hub, TASK)
@@ -241,6 +259,16 @@ def test_files_of_the_official_code_give_the_same_scores(make_run: Callable[...,
     assert [row.score for row in theirs.datasets[0].rows] == [row.score for row in mine.datasets[0].rows]
     assert v2_result(theirs.datasets[0]) == v2_result(mine.datasets[0])
     assert not theirs.complete  # 503 rows are published
+
+
+def test_chain_of_thought_has_a_mean_and_a_line_of_its_own(make_run: Callable[..., Path]) -> None:
+    run = score_run(make_run("a", {"longbench_v2": ROWS, "longbench_v2_cot": [{**row, "pred": "?"} for row in ROWS]}))
+    scores = {name: (mean.score, mean.datasets) for name, mean in run.averages.items() if mean.datasets}
+    assert scores == {"longbench_v2": (57.14, 1), "longbench_v2_cot": (0, 1)}
+    assert ["longbench_v2_cot", "easy", "0.00"] in [line.split()[:3] for line in score_table(run).split("\n")]
+    write_results(run, ScoringOptions())
+    lines = (run.folder / "result.txt").read_text().split("\n")
+    assert lines[1:] == ["a\t57.1\t50.0\t66.7\t33.3\t66.7\t100.0", "a_cot\t0.0\t0.0\t0.0\t0.0\t0.0\t0.0"]
 
 
 def test_an_unknown_stratum_counts_as_in_the_official_code(make_run: Callable[..., Path]) -> None:
