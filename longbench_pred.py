@@ -142,7 +142,7 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
 )
 @option(Settings, "dtype", type=click.Choice(DTYPE_CHOICES), help="auto: the checkpoint's on a GPU, float32 on a CPU.")
 @option(Settings, "device", help="auto, cpu, cuda or cuda:<number>.")
-@option(Settings, "engine", type=click.Choice(ENGINES), help="transformers: any model, one prompt at a time.")
+@option(Settings, "engine", type=click.Choice(ENGINES), help="transformers: any model, slower.")
 @option(
     Settings,
     "verify",

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+from sparsecache.cache.model_cache import ModelCache
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,41 @@ class Engine(Protocol):
 
     def generate(self, requests: Iterable[Request], on_tokens: OnTokens = ...) -> Iterator[Completion]:
         """Yield a completion per request, in the order in which they end."""
+
+
+class SlotDecoder(Protocol):
+    """A model that prefills prompts into slots and decodes one token per slot.
+
+    device: of token ids. cache: the caches, None before `allocate`. shared_prefill_s: seconds that the latest prompt
+    took before its `prefill`.
+    """
+
+    device: torch.device
+    cache: ModelCache | None
+    shared_prefill_s: float
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Return the devices of the layers."""
+
+    @property
+    def graphable(self) -> bool:
+        """Return whether a step may be captured in a CUDA graph. Requires `allocate`."""
+
+    def allocate(self, slots: int, max_tokens: int, max_new_tokens: int) -> None:
+        """Allocate caches for `slots` sequences of at most max_tokens tokens; earlier ones are freed first."""
+
+    def prompt_nbytes(self, tokens: int) -> int:
+        """Return an estimate of the peak bytes of a prefill, without weights and caches."""
+
+    def warm_attention_plan(self, tokens: int) -> None:
+        """Plan the attention over a prompt of this length on the host, where that takes time."""
+
+    def prefill(self, token_ids: Tensor, slot: int) -> Tensor:
+        """Prefill a prompt, token_ids: [L], into a free slot; return the last token's logits [V]."""
+
+    def step(self, token_ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """Decode one token per slot: token_ids, positions and slots [B] on the device; return logits [B, V]."""
 
 
 def ignore_tokens(tokens: int) -> None:

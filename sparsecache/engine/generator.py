@@ -19,12 +19,12 @@ from sparsecache.engine.base import (
     Completion,
     OnTokens,
     Request,
+    SlotDecoder,
     failed_completion,
     ignore_tokens,
     new_stats,
     not_finite_completion,
 )
-from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.steps import EagerSteps, StepHandle, Steps, TokenReadback, make_steps, most_likely
 
 
@@ -84,7 +84,7 @@ class _RequestQueue:
 
 
 class Generator:
-    """The engine over this project's decoder. It draws at most one request more than it can start.
+    """The engine over a decoder. It draws at most one request more than it can start.
 
     At most `slots` sequences are in flight, fewer if memory is short. A failed prompt becomes a completion with an
     error, and the others continue. If a step fails, every request in flight fails. If memory runs out with several
@@ -94,7 +94,7 @@ class Generator:
     A sequence that a stop id ends has then been decoded for one extra step, which is discarded.
     """
 
-    def __init__(self, decoder: Decoder, slots: int):
+    def __init__(self, decoder: SlotDecoder, slots: int):
         self.stats = new_stats(*decoder.devices)
         self._decoder = decoder
         self._max_slots = self._slots = slots

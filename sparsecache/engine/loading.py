@@ -154,19 +154,21 @@ class Checkpoint:
 
         architecture: None for transformers' engine, which checks names itself. Raises UsageError if they differ.
         """
+        if architecture is None and self.gguf is not None:
+            return
         tensors = self._open()
         if architecture is not None:
             check_tensors(self.path, architecture, tensors)
             return
         stored = {int(part) for name in tensors for part in name.split(".") if part.isdecimal()}
         layers = getattr(self.config.get_text_config(), "num_hidden_layers", 0)
-        if self.gguf is None and stored and type(layers) is int and layers > max(stored) + 1:
+        if stored and type(layers) is int and layers > max(stored) + 1:
             raise UsageError(
                 f"{self.config_source} states num_hidden_layers = {layers}; the weights hold {max(stored) + 1} layers."
             )
         plain = not getattr(self.config, "quantization_config", None)
         bytes_only = {name for name, tensor in tensors.items() if tensor.dtype.itemsize == 1 and tensor.shape}
-        if plain and self.gguf is None and (problem := describe_tensors(self.path, tensors, bytes_only)):
+        if plain and (problem := describe_tensors(self.path, tensors, bytes_only)):
             raise UsageError(problem)
 
     def load(

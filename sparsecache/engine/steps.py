@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.base import SlotDecoder
 
 _BLOCKS = 256  # of a row of logits
 
@@ -56,7 +56,7 @@ def blocked_max(logits: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     return best[..., 0], token_ids[..., 0]
 
 
-def make_steps(decoder: Decoder, slots: int) -> Steps:
+def make_steps(decoder: SlotDecoder, slots: int) -> Steps:
     """Return steps of up to `slots` sequences. The decoder's caches must be allocated for them, all slots free."""
     return GraphedSteps(decoder, slots) if decoder.graphable else EagerSteps(decoder)
 
@@ -75,7 +75,7 @@ class EagerStep(NamedTuple):
 class EagerSteps:
     """Launches every step operation by operation."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: SlotDecoder) -> None:
         self._decoder = decoder
 
     def launch(self, inputs: Tensor) -> EagerStep:
@@ -149,7 +149,7 @@ class GraphedSteps:
     A smaller batch is padded with free slots, which a LayerCache must allow.
     """
 
-    def __init__(self, decoder: Decoder, slots: int) -> None:
+    def __init__(self, decoder: SlotDecoder, slots: int) -> None:
         self._decoder, self._slots = decoder, slots
         self._eager = EagerSteps(decoder)
         self._latest: _Graph | None = None

@@ -74,13 +74,16 @@ def describe_quantization(path: Path, config: Mapping[str, Any], engine: str) ->
     if where is None:
         return None
     method = _method(settings)
-    refusal = _transformers_refusal(config)
-    if engine == "transformers" and refusal is None:
-        return None
     found = f"{path} is quantised by {method} ({where})"
-    if refusal is None:
-        return f"{found}, which needs --engine transformers. Use that, or the unquantised checkpoint."
-    return f"{found}, which is not supported: {refusal.rstrip('.')}. {_UNQUANTISED}"
+    try:
+        refusal = _transformers_refusal(config)
+    except ImportError as error:  # it names the package, and how to install it
+        return f"{found}, which needs --engine transformers and a missing package. {one_line(error).rstrip('.')}."
+    if refusal is not None:
+        return f"{found}, which is not supported: {refusal.rstrip('.')}. {_UNQUANTISED}"
+    if engine == "transformers":
+        return None
+    return f"{found}, which needs --engine transformers. Use that, or the unquantised checkpoint."
 
 
 def describe_folder(path: Path) -> str:
@@ -171,7 +174,10 @@ def _method(settings: Any) -> str:
 
 
 def _transformers_refusal(config: Mapping[str, Any]) -> str | None:
-    """Return why transformers cannot load these weights on this machine; None if it can."""
+    """Return why transformers cannot load these weights on this machine; None if it can.
+
+    Raises ImportError if a package is missing.
+    """
     from transformers.quantizers.auto import AutoHfQuantizer
 
     inner = config.get("text_config")
@@ -184,8 +190,8 @@ def _transformers_refusal(config: Mapping[str, Any]) -> str | None:
         AutoHfQuantizer.from_config(dict(settings), pre_quantized=True).validate_environment(
             dtype=torch.bfloat16, device_map=None, weights_only=True
         )
-    except ImportError as error:  # the package that is missing, with how to install it
-        return f"--engine transformers needs more packages ({one_line(error)})"
+    except ImportError:
+        raise
     except Exception as error:  # a GPU that is missing, settings that do not fit
         return f"transformers cannot load it ({one_line(error)})"
     return None

@@ -36,6 +36,7 @@ from sparsecache.runner.settings import Settings
 from sparsecache.versions import tokenizing_versions
 
 if TYPE_CHECKING:
+    from sparsecache.engine.general.engine import GeneralEngine
     from sparsecache.engine.general.model import CachedModel
     from sparsecache.engine.reference import TransformersEngine
 
@@ -75,6 +76,7 @@ class RunContext:
         self.calibration_text: str | None = None
         self._calibrations: Calibrations | None = None
         self._served_layers: tuple[int, int] | None = None  # and all layers
+        self._one_slot: str | None = None  # why prompts are decoded one at a time, whatever --batch_size says
         self._check_model_type()
         self.checkpoint.check_format(settings.engine)
         self.checkpoint.check_vocabulary()
@@ -202,7 +204,7 @@ class RunContext:
         """Loads and returns the engine, with at most `most_rows` slots. Raises UsageError if the weights do not fit."""
         if self.settings.engine == "transformers":
             self.check_weights()  # our own loader compares them by itself
-            return self._transformers_engine(self.method)
+            return self._transformers_engine(self.method, min(self.slots, most_rows))
         return self.generator(Decoder(*self.load_model(), self.method), most_rows)
 
     def load_model(self) -> LoadedModel:
@@ -231,29 +233,31 @@ class RunContext:
             token_ids = token_ids[: self.window]
             calibrate(method, decoder, token_ids, self.checkpoint.fingerprint, self._calibrations)
 
-    def reference(self) -> "TransformersEngine":
-        """Load and return the transformers engine with the same checkpoint, method and options, to compare with."""
-        return self._transformers_engine(self.make_method())
+    def reference(self) -> "TransformersEngine | GeneralEngine":
+        """Load and return transformers with the same checkpoint, method and options, to compare with."""
+        return self._transformers_engine(self.make_method(), 1)
 
-    def _transformers_engine(self, method: CacheMethod) -> "TransformersEngine":
-        """Load transformers' engine with a method's caches; for vanilla, with transformers' own.
+    def _transformers_engine(self, method: CacheMethod, slots: int) -> "TransformersEngine | GeneralEngine":
+        """Load the general engine with at most `slots` slots; for vanilla, transformers' own generate.
 
         Raises UsageError for a model that the method's caches cannot serve.
         """
+        from sparsecache.engine.general.engine import GeneralEngine
         from sparsecache.engine.general.model import CachedModel
         from sparsecache.engine.reference import TransformersEngine
 
         path, config = self.checkpoint.path, self.checkpoint.config
-        engine = TransformersEngine.load(path, self.device, self.dtype, self.settings.allow_pickle, config)
+        engine = TransformersEngine.load(path, self.devices, self.dtype, self.settings.allow_pickle, config)
         if isinstance(method, Vanilla) and not method.offload:
+            self._one_slot = "transformers' own generate decodes it"
             return engine
-        cached = engine.cached = CachedModel(engine.model, method, self.window)
+        model = CachedModel(engine.model, method, self.window)
         with option_errors(self.settings.method):
-            method.check(cached.shape)
-        self._calibrate(method, cached)
-        cached.check()
-        self._served_layers = cached.shape.layers, cached.num_layers
-        return engine
+            method.check(model.shape)
+        self._calibrate(method, model)
+        model.check()
+        self._served_layers, self._one_slot = (model.shape.layers, model.num_layers), model.one_slot
+        return GeneralEngine(model, slots)
 
     def identity(self) -> dict[str, Any]:
         """Returns what rows of one file must share, besides data and tasks."""
@@ -307,13 +311,15 @@ class RunContext:
         yield f"chat        {chat}; stops at {stops}"
 
     def describe_loaded(self) -> Iterator[str]:
-        """Yield the lines that describe the loaded model: which layers the method serves, if not all of them."""
+        """Yield lines about the layers that the method serves, and a batch size that has no effect."""
         served, layers = self._served_layers or (0, 0)
         if served < layers:
             yield (
                 f"layers      {served} of {layers} have full attention: the method and `kept` are about these, counted "
                 f"from 0; the others keep transformers' own cache"
             )
+        if self._one_slot is not None and self.slots > 1:
+            yield f"prompts     one at a time, since {self._one_slot}"
 
     def warnings(self) -> Iterator[str]:
         """Yields warnings to show before the first row."""

@@ -111,7 +111,7 @@ class Settings:
         """Sequences decoded together at most: `batch_size`, or the engine's default on a device of this type."""
         if self.batch_size is not None:
             return self.batch_size
-        return GPU_SLOTS if device_type == "cuda" and self.engine == "sparsecache" else 1
+        return GPU_SLOTS if device_type == "cuda" else 1
 
     @property
     def on_ray(self) -> bool:
@@ -144,11 +144,10 @@ class Settings:
             raise UsageError(
                 "--verify compares --engine sparsecache with transformers. Leave out --engine transformers or --verify."
             )
-        if self.engine == "transformers" and self.batch_size not in (None, 1):
-            raise UsageError(f"--engine transformers decodes one prompt at a time, not --batch_size {self.batch_size}.")
-        if self.gpus_per_worker > 1 and (self.engine == "transformers" or self.device == "cpu"):
-            what = "--engine transformers" if self.engine == "transformers" else "--device cpu"
-            raise UsageError(f"--gpus_per_worker {self.gpus_per_worker} splits our own engine over GPUs, not {what}.")
+        if self.gpus_per_worker > 1 and self.device == "cpu":
+            raise UsageError(
+                f"--gpus_per_worker {self.gpus_per_worker} splits a model over GPUs. Leave out --device cpu."
+            )
         if self.on_ray:
             self._check_ray()
 

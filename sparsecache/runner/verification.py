@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sparsecache.engine.base import Completion, Engine, Request
+from sparsecache.engine.general.engine import GeneralEngine
 from sparsecache.engine.reference import TransformersEngine
 
 TOP = 64
@@ -42,7 +43,7 @@ class Expected:
     steps: list[BestLogits]
 
 
-def expected_completions(reference: TransformersEngine, requests: Sequence[Request]) -> list[Expected]:
+def expected_completions(reference: TransformersEngine | GeneralEngine, requests: Sequence[Request]) -> list[Expected]:
     """Runs the requests through transformers, keeping the best logits of each step."""
     found, steps = [], list[BestLogits]()
 

@@ -17,7 +17,8 @@ from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope
 from sparsecache.methods import method_names
 from sparsecache.testing.contract import MethodUnderTest
-from tests.engine.general import CALIBRATION, CPU, completions, general_engine
+from sparsecache.testing.families import CALIBRATION, make_engine
+from tests.engine.general import CPU, completions
 
 WINDOW = 96
 
@@ -63,7 +64,7 @@ def test_every_method_gives_the_text_and_the_report_of_our_decoder(
     subject = MethodUnderTest.of(method)
     for options in subject.tested:
         expected = completions(our_decoder(folder, subject.make(options)), requests)
-        assert completions(general_engine(model, subject.make(options), WINDOW), requests) == expected
+        assert completions(make_engine(model, subject.make(options), WINDOW), requests) == expected
 
 
 @pytest.mark.parametrize("guess", ["input", "residual"])
@@ -75,5 +76,5 @@ def test_infinigen_speculates_from_both_sources_as_our_decoder(guess, models, ou
             MethodUnderTest.of("infinigen").make({"dense_layers": 1, "budget": 6.0, "guess": guess}) for _ in range(2)
         ]
         expected = completions(our_decoder(folder, methods[0]), requests)
-        assert completions(general_engine(model, methods[1], WINDOW), requests) == expected
+        assert completions(make_engine(model, methods[1], WINDOW), requests) == expected
         assert expected[0][2]["kept"] < 0.5

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,16 @@ def test_text_and_tokens_equal_transformers(model_type, make_gguf, make_engine, 
     ours = our_texts(make_engine(path, 2), prompts, 12)
     assert ours == our_texts(reference, prompts, 12)
     assert Checkpoint(path).tokenizer.encode("Two words") == _reference_ids(path, "Two words")
+
+
+def test_only_our_engine_refuses_another_architecture(make_gguf) -> None:
+    checkpoint = Checkpoint(make_gguf())
+    assert checkpoint.gguf is not None
+    metadata = {**checkpoint.gguf.metadata, "general.architecture": "gemma3"}
+    checkpoint.gguf = replace(checkpoint.gguf, metadata=metadata)
+    checkpoint.check_weights(None)
+    with pytest.raises(UsageError, match=r"architecture 'gemma3'\. Supported: llama, qwen2, qwen3\."):
+        checkpoint.check_weights(load_family("llama").architecture(checkpoint.config))
 
 
 def _reference_ids(path: Path, text: str) -> list[int]:

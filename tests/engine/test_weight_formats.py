@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from sparsecache.engine.families import load_family
 from sparsecache.engine.loading import Checkpoint
@@ -47,6 +48,30 @@ def test_a_quantization_config_is_named(quantization, folder) -> None:
     _change_config(folder, quantization_config=quantization)
     with pytest.raises(UsageError, match=f"quantised by {quantization['quant_method']}"):
         _open(folder)
+
+
+def test_a_missing_package_is_named_with_the_engine_that_needs_it(folder, monkeypatch) -> None:
+    _change_config(folder, quantization_config={"load_in_8bit": True, "quant_method": "bitsandbytes"})
+
+    def missing(*arguments: object, **more: object) -> None:
+        raise ImportError("bitsandbytes is missing: `pip install bitsandbytes`.")
+
+    monkeypatch.setattr(Bnb8BitHfQuantizer, "validate_environment", missing)
+    for engine in ("sparsecache", "transformers"):
+        with pytest.raises(UsageError) as caught:
+            Checkpoint(folder).check_format(engine)
+        assert str(caught.value) == (
+            f"{folder} is quantised by bitsandbytes (quantization_config of config.json), which needs --engine "
+            f"transformers and a missing package. bitsandbytes is missing: `pip install bitsandbytes`."
+        )
+
+
+def test_a_method_whose_packages_are_installed_is_left_to_transformers(folder, monkeypatch) -> None:
+    _change_config(folder, quantization_config={"load_in_8bit": True, "quant_method": "bitsandbytes"})
+    monkeypatch.setattr(Bnb8BitHfQuantizer, "validate_environment", lambda *arguments, **more: None)
+    Checkpoint(folder).check_format("transformers")
+    with pytest.raises(UsageError, match="which needs --engine transformers. Use that, or the unquantised checkpoint"):
+        Checkpoint(folder).check_format("sparsecache")
 
 
 def test_a_quantization_config_in_text_config_counts_too(folder) -> None:
