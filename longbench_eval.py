@@ -39,6 +39,13 @@ _SCORING = (
     ),
 )
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_GROUPS = {
+    "Runs": "pred_dir model name baseline",
+    "Limits": "max_drop non_inferior max_drop_dataset max_kept min_speedup",
+    "Rows": "allow_partial allow_unlike allow_duplicates dataset rows changed_from columns",
+    "Output": "kind out per_dataset labels title html format markdown junit save_baseline no_write rouge_score",
+    "Scoring": "e tasks edit_backend official_recursion seed",
+}
 
 
 def _check_suffix(*suffixes: str) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
@@ -129,7 +136,7 @@ def main() -> None:
     """
 
 
-@main.command(cls=FlexibleCommand)
+@main.command(cls=FlexibleCommand, groups=_GROUPS)
 @click.argument("folders", nargs=-1)
 @click.option("--model", help="Model folder of the run, with --name.")
 @click.option("--name", help="Name of the run, with --model.")
@@ -193,7 +200,7 @@ def score(
         sys.exit(0 if allow_partial or all(result.complete for result in results) else 1)
 
 
-@main.command(cls=FlexibleCommand)
+@main.command(cls=FlexibleCommand, groups=_GROUPS)
 @click.argument("runs", nargs=-1)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the bootstrap.")
 @click.option("--per_dataset", is_flag=True, help="Also print scores and differences per dataset, and all costs.")
@@ -216,7 +223,9 @@ def compare(
 
     Prints a line per run: its score, its difference to the first of RUNS with a 95 % interval, what it kept, its cache
     memory and its speed. Rows are matched by dataset and _id, or by order in files without _id; rows that some run
-    lacks are left out. Exit code: 0, or 2 if runs cannot be compared.
+    lacks are left out.
+
+    Exit code: 0, or 2 if runs cannot be compared.
     """
     with report_usage_errors():
         if len(runs) < 2:
@@ -241,7 +250,7 @@ def compare(
             _write_page(html, compare_page(comparison, scored, draw_all(common_rows(scored).runs), title or ""))
 
 
-@main.command(cls=FlexibleCommand)
+@main.command(cls=FlexibleCommand, groups=_GROUPS)
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--kind", type=click.Choice(plot_kinds()), required=True, help="Kind of plot (see below).")
 @click.option("--out", type=_FILE, required=True, help=f"File to write ({', '.join(SUFFIXES)}).")
@@ -274,7 +283,7 @@ def plot(
             print(escape_control_chars(line))
 
 
-@main.command(cls=FlexibleCommand)
+@main.command(cls=FlexibleCommand, groups=_GROUPS)
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--baseline", help="Run or saved baseline to compare with.")
 @click.option("--max_drop", type=float, help="Largest drop of the mean, in points; 1 without --non_inferior.")
@@ -316,9 +325,10 @@ def gate(
 ) -> None:
     """Check runs against a baseline.
 
-    Checks that each of RUNS is as good as --baseline within the limits. Exit code: 0 if all pass, 1 if one fails, 2 if
-    runs cannot be compared. The method, its options, the engine and the dtype may differ; the rest of the identity
-    in run.json (checkpoint, data, prompts, ...) must be equal.
+    Checks that each of RUNS is as good as --baseline within the limits. The method, its options, the engine and the
+    dtype may differ; the rest of the identity in run.json (checkpoint, data, prompts, ...) must be equal.
+
+    Exit code: 0 if all pass, 1 if one fails, 2 if runs cannot be compared.
     """
     with report_usage_errors():
         if baseline is None and save_baseline is None:
@@ -365,7 +375,7 @@ def gate(
         sys.exit(0 if passed else 1)
 
 
-@main.command(cls=FlexibleCommand)
+@main.command(cls=FlexibleCommand, groups=_GROUPS)
 @click.argument("run")
 @click.option("--dataset", help="Only this dataset.")
 @click.option("--rows", type=click.IntRange(1), default=10, show_default=True, help="Largest number of rows.")
@@ -376,7 +386,9 @@ def show(run: str, dataset: str | None, rows: int, changed_from: str | None, col
     """Show the rows of a run, worst first.
 
     Prints prediction, answers and score; with --changed_from, both predictions, greatest loss first. Long texts are
-    shortened in the middle. Exit code: 0, or 2 if the rows cannot be shown.
+    shortened in the middle.
+
+    Exit code: 0, or 2 if the rows cannot be shown.
     """
     with report_usage_errors():
         from sparsecache.longbench import show as showing

@@ -46,7 +46,18 @@ def _list_methods(context: click.Context, option: click.Parameter, wanted: bool)
         context.exit()
 
 
-@click.command(cls=FlexibleCommand)
+_GROUPS = {
+    "Checkpoint": "model model_type chat allow_pickle",
+    "Data": "datasets tasks data data_revision e max_samples sample_rows sample_tokens sample_seed offline",
+    "RULER": "ruler_length ruler_rows ruler_seed ruler_essays ruler_squad ruler_hotpotqa",
+    "Method": "method options list_methods",
+    "Prompts and answers": "max_length window max_new_tokens",
+    "Speed and memory": "batch_size engine dtype device workers ray_address gpus_per_worker",
+    "Output": "pred_dir model_name name overwrite verify quiet",
+}
+
+
+@click.command(cls=FlexibleCommand, groups=_GROUPS)
 @option(Settings, "model", help=_HELP["model"])
 @option(Settings, "model_type", help="Refuse the checkpoint unless its config.json says this model_type.")
 @option(

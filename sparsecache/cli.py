@@ -6,7 +6,7 @@ import io
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
@@ -21,7 +21,26 @@ from sparsecache.longbench.terminal import escape_control_chars, truncate_middle
 
 
 class FlexibleCommand(click.Command):
-    """A command whose long options accept dashes and underscores."""
+    """A command whose long options accept dashes and underscores.
+
+    groups: headings of --help, each with the names of its options; the others are under "Other options".
+    """
+
+    def __init__(self, *arguments: Any, groups: Mapping[str, str] | None = None, **attributes: Any):
+        super().__init__(*arguments, **attributes)
+        self.groups = {heading: names.split() for heading, names in (groups or {}).items()}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        heading_of = {name: heading for heading, names in self.groups.items() for name in names}
+        rest = "Other options" if self.groups else "Options"
+        found: dict[str, list[tuple[str, str]]] = {heading: [] for heading in (*self.groups, rest)}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
+                found[heading_of.get(parameter.name or "", rest)].append(record)
+        for heading, records in found.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
 
     def main(self, *arguments: Any, **attributes: Any) -> Any:
         with report_usage_errors():

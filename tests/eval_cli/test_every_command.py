@@ -1,11 +1,17 @@
 """All commands: imports, help, and the distinction from folders."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import click
+from click.testing import CliRunner
+
+from longbench_eval import main
+from longbench_pred import main as predict
 from tests.eval_cli.runs import Evaluate, one_sentence, row, save
 
 RUN_ALL = """
@@ -65,3 +71,28 @@ def test_every_command_has_help(evaluate: Evaluate) -> None:
         done = evaluate(command, "--help")
         assert done.returncode == 0 and "Exit code: 0" in done.stdout
     assert evaluate("compare", "--no_such_option").returncode == 2
+
+
+def test_help_has_groups_that_hold_every_option_once() -> None:
+    for command in (predict, *main.commands.values()):
+        text = CliRunner().invoke(command, ["--help"]).stdout
+        for heading, names in command.groups.items():
+            known = [name for name in names if name in {parameter.name for parameter in command.params}]
+            assert (f"\n{heading}:\n" in text) == bool(known)
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert len(re.findall(rf"^  {re.escape(parameter.opts[0])}\b", text, re.MULTILINE)) == 1, parameter.name
+    commands = (predict, *main.commands.values())
+    named = {name for command in commands for group in command.groups.values() for name in group}
+    assert named <= {parameter.name for command in commands for parameter in command.params}
+    other = CliRunner().invoke(predict, ["--help"]).stdout.partition("\nOther options:\n")[2]
+    assert other.split()[0] == "--help", "an option of longbench_pred.py is in no group"
+
+
+def test_a_misspelled_option_names_the_right_one() -> None:
+    for command, arguments, meant in (
+        (predict, ["--modle", "x"], "--model"),
+        (main, ["compare", "--per_datset"], "--per_dataset"),
+    ):
+        done = CliRunner().invoke(command, arguments)
+        assert done.exit_code == 2 and re.search(rf"Did you mean .*'{meant}'", done.stderr)
