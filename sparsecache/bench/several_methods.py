@@ -110,7 +110,7 @@ def _measure_size(
             if vanilla is None and spec.method == "vanilla":
                 vanilla, vanilla_s = measured, row.step_s
             if vanilla is not None:
-                overhead_s = measured.prefill_s - vanilla.prefill_s
+                overhead_s = measured.own_prefill_s - vanilla.own_prefill_s
                 row = replace(row, vanilla_step_s=vanilla_s, prefill_overhead_s=overhead_s)
         timing.free_memory()
         yield row

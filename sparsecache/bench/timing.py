@@ -31,9 +31,9 @@ class Measurement(NamedTuple):
     host_bytes: int
 
     @property
-    def prefill_s(self) -> float:
-        """The fewest seconds of a prompt."""
-        return min(each.prefill_s for each in self.completions)
+    def own_prefill_s(self) -> float:
+        """The fewest seconds of a prompt, without those in which it was computed for several methods."""
+        return min(map(_own_prefill_s, self.completions))
 
     def reported(self, key: str) -> list[float]:
         """Return a key's numbers in the sequences' reports."""
@@ -86,9 +86,10 @@ def measure_once(
     gpu_bytes, host_bytes = _reserve(engine, workload, devices)
     stamps: list[float] = []
     first = requests[:1] if is_graph() else requests  # a capture has compiled the step of all rows
-    warm_up = [replace(request, max_new_tokens=_WARM_UP_TOKENS) for request in first]
-    complete(engine, warm_up, lambda tokens: stamps.append(time.perf_counter()))
-    _check_prompts(engine, warm_up[:1], len(requests))
+    warm_up = [replace(each, max_new_tokens=min(each.max_new_tokens, _WARM_UP_TOKENS)) for each in first]
+    slowest = max(complete(engine, warm_up, lambda tokens: stamps.append(time.perf_counter())), key=_own_prefill_s)
+    if len(requests) * _own_prefill_s(slowest) > _MAX_PROMPTS_SECONDS:  # once more, since that may have compiled
+        _check_prompts(len(requests), _own_prefill_s(complete(engine, warm_up[:1])[0]))
     if not is_graph():
         affordable = max(_MIN_TOKENS, int(_SHORT_SECONDS / max(stamps[-1] - stamps[-2], 1e-9)))
         requests = [replace(each, max_new_tokens=min(each.max_new_tokens, affordable)) for each in requests]
@@ -98,11 +99,11 @@ def measure_once(
     return Measurement(engine.stats, completions, gpu_bytes, host_bytes)
 
 
-def _check_prompts(engine: Engine, one: list[Request], prompts: int) -> None:
-    """Raise RuntimeError if so many prompts like the one of a request take more than _MAX_PROMPTS_SECONDS."""
-    seconds = engine.stats.prefill_s / max(1, engine.stats.prefill_tokens) * len(one[0].token_ids)
-    if prompts * seconds > _MAX_PROMPTS_SECONDS:  # once more, since the first one compiled
-        seconds = complete(engine, one)[0].prefill_s
+def _own_prefill_s(completion: Completion) -> float:
+    return completion.prefill_s - completion.shared_prefill_s
+
+
+def _check_prompts(prompts: int, seconds: float) -> None:
     if prompts * seconds > _MAX_PROMPTS_SECONDS:
         raise RuntimeError(
             f"a prompt takes {seconds:.1f} s, {prompts} of them more than {_MAX_PROMPTS_SECONDS:.0f} s. Measure this "
