@@ -10,30 +10,25 @@ Differences: the authors give the second selecting layer per model. By default i
 runs, at layer 13 of 32. Their periodic correction of keys and values by full attention is left out.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig, Shape, StepBytes
+from sparsecache.cache.base import Shape
 from sparsecache.cache.selection import SelectionCache
+from sparsecache.cache.shared_selection import SharedSelectionMethod
 from sparsecache.kernels.threshold import Selection
-from sparsecache.methods.oracle import Oracle
 
 _DEPTH = 13 / 32
 
 
 @dataclass
-class TidalDecode(Oracle):
+class TidalDecode(SharedSelectionMethod):
     """Selects in two layers, by true scores, for the layers after them."""
 
-    shares_selection: ClassVar[bool] = True
-
     reselection_layer: Annotated[int | None, "layer that selects again; none: 13/32 of the layers"] = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._selection: Selection | None = None  # of the latest selecting layer in this step
 
     def check(self, shape: Shape) -> None:
         super().check(shape)
@@ -44,32 +39,9 @@ class TidalDecode(Oracle):
                 f"model after layer {self.dense_layers}, which selects first."
             )
 
-    def make_sparse_cache(self, layer: int, config: CacheConfig) -> SelectionCache:
+    def selecting_layers(self, shape: Shape) -> Collection[int]:
         again = self.reselection_layer
-        again = round(config.shape.layers * _DEPTH) if again is None else again
-        kind = SelectingCache if layer in (self.dense_layers, again) else SelectionCache
-        return kind(self, layer, config)
+        return self.dense_layers, round(shape.layers * _DEPTH) if again is None else again
 
-    def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
-        if isinstance(cache, SelectingCache):
-            self._selection = super().select(q, cache, slots)
-        assert self._selection is not None, "the first sparse layer selects"
-        if self._selection.counts.device != q.device:  # of a model split over several devices
-            self._selection = Selection(*(part.to(q.device) for part in self._selection))
-        return self._selection
-
-    def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
-        return 0.0
-
-
-class SelectingCache(SelectionCache):
-    """The cache of a layer that attends to every token and selects for the layers after it."""
-
-    sparse: ClassVar[bool] = False
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        self.method.select(q, self, slots)
-        return self.full.attend(q, k, v, slots)
-
-    def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
-        return self.full.step_nbytes(seq_len, attended)
+    def select_shared(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
+        return cache.select_by_keys(q, slots)
