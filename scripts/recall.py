@@ -3,7 +3,8 @@
 Every step attends to all tokens, so that all options see the same steps, those of the full cache. What the options
 select is only recorded. Each measure is a mean over decode steps and KV heads, then over prompts:
 
-    recall     share of the selection that is among as many tokens of highest true score (the selection of `oracle`)
+    recall     share of the selection that is among as many tokens of highest true score, joined by the run's `group`
+               (with `max` the selection of `oracle`)
     attention  true attention on the selection and the current token
     best       the same on those tokens of highest true score
     tokens     past tokens selected
@@ -27,7 +28,7 @@ from sparsecache.cli import report_usage_errors
 from sparsecache.errors import UsageError
 from sparsecache.files import write_atomically
 from sparsecache.kernels.scores import scaled_scores
-from sparsecache.kernels.selection import score_margin, topk_indices
+from sparsecache.kernels.selection import GroupRule, score_margin, topk_indices
 from sparsecache.longbench.records import read_rows
 from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
 from sparsecache.methods.infinigen import InfiniGen
@@ -49,10 +50,10 @@ class RecordingCache(LayerCache):
 
     graphable = False  # `selected` waits for the device
 
-    def __init__(self, selecting: InfiniGenCache, config: CacheConfig) -> None:
+    def __init__(self, selecting: InfiniGenCache, config: CacheConfig, group: GroupRule) -> None:
         self.speculation_source = selecting.speculation_source
         self.speculation_map = selecting.speculation_map
-        self._selecting, self._config = selecting, config
+        self._selecting, self._config, self._group = selecting, config, group
         self._full = FullCache(config)
         self._last_selected = config.zeros(config.max_tokens, dtype=torch.int64).fill_(-1)
         self._sums, self._totals = torch.zeros(
@@ -92,7 +93,7 @@ class RecordingCache(LayerCache):
         scores = scaled_scores(q, self._full.keys_of(slots, length), head_dim)[:, :, 0]  # [B, H, T]
         is_past = torch.arange(length, device=q.device) < past[:, None]
         scores = scores.masked_fill(~is_past[:, None], -torch.inf)
-        best = _as_mask(topk_indices(score_margin(scores, kv_heads), count), length)
+        best = _as_mask(topk_indices(score_margin(scores, kv_heads, self._group), count), length)
         current = scaled_scores(q, k, head_dim)[:, :, 0]  # [B, H, 1]
         weights = torch.cat((scores, current), 2).softmax(2).view(batch, kv_heads, -1, length + 1)
 
@@ -124,7 +125,7 @@ class RecordingInfiniGen(InfiniGen):
         cache = super().make_cache(layer, config)
         if not isinstance(cache, InfiniGenCache):
             return cache
-        self._recording.append(RecordingCache(cache, config))
+        self._recording.append(RecordingCache(cache, config, self.group))
         return self._recording[-1]
 
     def report(self, stats: SequenceStats) -> dict[str, Any]:

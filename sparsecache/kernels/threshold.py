@@ -207,8 +207,11 @@ def _best_and_lowest(  # type: ignore[no-untyped-def]
         total = tl.sum(tl.where(sums > 0, sums * tl.exp(of_split - best[:, None]), 0.0), axis=1)
         best += tl.log(total) + tl.log(tl.sum(tl.where(query < GROUP, 1 / total, 0.0), axis=0))
     best = tl.where(query < GROUP, best, 0.0)
-    lowest = _joined((worst - best)[:, None], (query < GROUP)[:, None], GROUP, JOIN)  # joining is monotonic
-    return best, tl.max(lowest)
+    if JOIN == "mean":
+        lowest = tl.sum(tl.where(query < GROUP, worst - best, 0.0)) / GROUP
+    else:  # no other way joins margins to less than their largest
+        lowest = tl.max(tl.where(query < GROUP, worst - best, float("-inf")))
+    return best, lowest
 
 
 @triton.jit

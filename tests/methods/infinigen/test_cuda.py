@@ -35,8 +35,18 @@ def test_every_step_equals_the_reference(options: dict[str, Any], dtype: torch.d
         run.step(rows)
 
 
-def test_skewed_keys_too() -> None:
-    run = ComparedRun(SHAPE, (45, 12), {"alpha": 4.0, "budget": 0.5, "partial_weight_ratio": 0.25}, device=GPU)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 4.0, "budget": 0.5, "partial_weight_ratio": 0.25},
+        {"alpha": math.inf, "budget": 0.3, "group": "mean", "blend": 0.2},
+        {"alpha": math.inf, "budget": 0.5, "group": "softmax", "top_p": 0.8},
+        {"alpha": 4.0, "budget": 0.5, "top_p": 0.6, "fetch": "per_head", "sinks": 1},
+    ],
+    ids=str,
+)
+def test_skewed_keys_too(options: dict[str, Any]) -> None:
+    run = ComparedRun(SHAPE, (45, 12), options, device=GPU)
     for _ in range(7):
         run.step()
 
