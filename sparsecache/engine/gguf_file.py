@@ -12,7 +12,7 @@ import mmap
 import re
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -67,7 +67,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """The header of a GGUF file. metadata: without arrays of strings or of more than 4,096 elements."""
+    """The header of a GGUF file. metadata: without long arrays and arrays of strings (see `read_header`)."""
 
     path: Path
     metadata: dict[str, Any]
@@ -104,8 +104,11 @@ def check_gguf_packages() -> None:
         )
 
 
-def read_header(path: Path) -> GGUFHeader:
-    """Read and check the header. Raises UsageError for a split or damaged file, or one of another format."""
+def read_header(path: Path, whole: Collection[str] = ()) -> GGUFHeader:
+    """Read and check the header. Raises UsageError for a split or damaged file, or one of another format.
+
+    whole: fields to read whole; other arrays of strings or of more than 4,096 elements are left out.
+    """
     if _SPLIT_NAME.search(path.name):
         raise _split_file_error(path)
     check_gguf_packages()
@@ -115,7 +118,7 @@ def read_header(path: Path) -> GGUFHeader:
             if start != b"GGUF":
                 raise UsageError(f"{path} is not a GGUF file: it starts with {start!r}, not b'GGUF'.")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                header = _Parser(path, data).header()
+                header = _Parser(path, data, whole).header()
     except (struct.error, ValueError, OverflowError) as error:  # OSError is left to the command line
         raise UsageError(
             f"{path} is damaged or incomplete ({one_line(error)}). Download it again; scripts/fetch_model.py "
@@ -135,7 +138,7 @@ def isolated_folder(path: Path) -> Iterator[Path]:
 
 
 def open_tensors(header: GGUFHeader) -> dict[str, StoredTensor]:
-    """Return the tensors by transformers' names. Raises UsageError for an unsupported architecture.
+    """Return the tensors by transformers' names. Raises UsageError for an unsupported architecture or tensor type.
 
     Reading a tensor dequantises it to float32 with the package gguf. The permuted query and key rows of llama files
     are put into transformers' order.
@@ -144,6 +147,7 @@ def open_tensors(header: GGUFHeader) -> dict[str, StoredTensor]:
         raise UsageError(
             f"{header.path} holds the GGUF architecture {header.architecture!r}. Supported: {', '.join(ARCHITECTURES)}."
         )
+    _check_tensor_types(header)
     data = np.memmap(header.path, mode="r")
     permuted = {"attn_q": header.get("attention.head_count")}
     permuted["attn_k"] = header.get("attention.head_count_kv") or permuted["attn_q"]
@@ -155,6 +159,19 @@ def open_tensors(header: GGUFHeader) -> dict[str, StoredTensor]:
         read = partial(_read, data, tensor, permuted.get(part))
         tensors[transformers_name(tensor.name)] = StoredTensor(tensor.shape, torch.float32, read)
     return tensors
+
+
+def _check_tensor_types(header: GGUFHeader) -> None:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    for kind in map(GGMLQuantizationType, {tensor.ggml_type for tensor in header.tensors} - _UNQUANTISED_TYPES.keys()):
+        try:
+            dequantize(np.zeros(GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+        except NotImplementedError as error:
+            raise UsageError(
+                f"{header.path} holds tensors of type {kind.name}, which the package gguf does not dequantise. Use a "
+                f"file of another quantisation, such as Q8_0."
+            ) from error
 
 
 def transformers_name(name: str) -> str:
@@ -249,8 +266,8 @@ def _split_file_error(path: Path) -> UsageError:
 class _Parser:
     """Reads the header field by field. Raises ValueError or struct.error if the file is inconsistent."""
 
-    def __init__(self, path: Path, data: mmap.mmap):
-        self.path, self.data, self.at = path, data, 4
+    def __init__(self, path: Path, data: mmap.mmap, whole: Collection[str]):
+        self.path, self.data, self.at, self.whole = path, data, 4, whole
 
     def header(self) -> GGUFHeader:
         version, tensors, fields = self._unpack("IQQ")
@@ -261,7 +278,8 @@ class _Parser:
             key = self._text()
             if key in metadata:
                 raise ValueError(f"it states {key} twice")
-            metadata[key] = self._value(*self._unpack("I"))
+            (kind,) = self._unpack("I")
+            metadata[key] = self._value(kind, key in self.whole)
         if not isinstance(metadata.get("general.architecture"), str):
             raise ValueError("it states no general.architecture")
         alignment = metadata.get("general.alignment", 32)
@@ -308,7 +326,7 @@ class _Parser:
         self.at += length
         return self.data[self.at - length : self.at]
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, whole: bool) -> Any:
         if kind in _SCALAR_FORMATS:
             return self._unpack(_SCALAR_FORMATS[kind])[0]
         if kind == _STRING:
@@ -318,9 +336,12 @@ class _Parser:
         element, count = self._unpack("IQ")
         if element in _SCALAR_FORMATS:
             raw = self._skip(count * struct.calcsize(f"<{_SCALAR_FORMATS[element]}"))
-            return list(struct.unpack(f"<{count}{_SCALAR_FORMATS[element]}", raw)) if count <= _MAX_ARRAY else None
+            fits = whole or count <= _MAX_ARRAY
+            return list(struct.unpack(f"<{count}{_SCALAR_FORMATS[element]}", raw)) if fits else None
         if element != _STRING:
             raise ValueError(f"an array has elements of type {element}")
+        if whole:
+            return [self._text() for _ in range(count)]
         for _ in range(count):
             self._skip(*self._unpack("Q"))
         return None

@@ -32,7 +32,7 @@ from sparsecache.engine.weight_files import find_weight_files
 from sparsecache.engine.weight_formats import describe_folder, describe_quantization, describe_tensors
 from sparsecache.engine.weights import Weights, check_tensors, load_weights, open_weights
 from sparsecache.engine.window import context_window
-from sparsecache.errors import UsageError, one_line
+from sparsecache.errors import UsageError, one_line, short
 from sparsecache.files import open_regular
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in model_registry.DTYPES}
@@ -208,9 +208,8 @@ def _gguf_config(header: GGUFHeader) -> Any:
     """Return transformers' configuration of a GGUF file, with the RoPE scaling that transformers drops."""
     prefix = f"{header.architecture}."
     own = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
-    if header.architecture in ARCHITECTURES and (missing := sorted(_REQUIRED_GGUF_FIELDS - own.keys())):
-        # transformers would silently use defaults
-        raise UsageError(f"{header.path} does not state {prefix}{f', {prefix}'.join(missing)}. Download it again.")
+    if header.architecture in ARCHITECTURES:
+        _check_gguf_fields(header, prefix, own)
     check_sizes(own, str(header.path))
     try:
         with isolated_folder(header.path) as folder:
@@ -230,6 +229,15 @@ def _gguf_config(header: GGUFHeader) -> Any:
         stated = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         config.eos_token_id = [*(token for token in stated if token not in (None, end_of_turn)), end_of_turn]
     return config
+
+
+def _check_gguf_fields(header: GGUFHeader, prefix: str, own: dict[str, Any]) -> None:
+    """Raise UsageError for a missing field, for which transformers would use a default, or one that is no number."""
+    if missing := sorted(_REQUIRED_GGUF_FIELDS - own.keys()):
+        raise UsageError(f"{header.path} does not state {prefix}{f', {prefix}'.join(missing)}. Download it again.")
+    for field in sorted({*_REQUIRED_GGUF_FIELDS, "attention.head_count_kv"} & own.keys()):
+        if type(own[field]) not in (int, float):
+            raise UsageError(f"{header.path} states {prefix}{field} = {short(own[field])}. It must be a number.")
 
 
 def _apply_condensed_rope(config: Any) -> None:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,21 @@ def check_lossless(subject: MethodUnderTest, checkpoint: Path) -> None:
         return
     method = subject.make(subject.lossless)
     found = texts(Generator(make_decoder(checkpoint, method), 2), [0, 1, 2, 3])
+    for at, expected in enumerate(_reference_texts(checkpoint)):
+        require(found[at] == expected, f"with {subject.lossless} the text differs from transformers'")
+        require(len(set(expected)) > NEW_TOKENS[at] // 3, "the checkpoint repeats itself, so the check shows nothing")
+
+
+@cache
+def _reference_texts(checkpoint: Path) -> list[list[int]]:
+    """Return the new tokens of all prompts by transformers' generate."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
-    for at, (prompt, new_tokens) in enumerate(zip(prompts(), NEW_TOKENS, strict=True)):
+    expected = []
+    for prompt, new_tokens in zip(prompts(), NEW_TOKENS, strict=True):
         out = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)
-        expected = out[0, len(prompt) :].tolist()
-        require(found[at] == expected, f"with {subject.lossless} the text differs from transformers'")
-        require(len(set(expected)) > new_tokens // 3, "the checkpoint repeats itself, so the check shows nothing")
+        expected.append(out[0, len(prompt) :].tolist())
+    return expected
 
 
 def check_independence(new_engine: Callable[[int], Generator]) -> None:

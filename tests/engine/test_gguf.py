@@ -1,8 +1,6 @@
 """GGUF files: weights, configuration and tokenizer against transformers' reading of the same file."""
 
 import json
-import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from longbench_pred import main
 from sparsecache.engine.families import load_family
+from sparsecache.engine.gguf_file import open_tensors, read_header
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.model_registry import find_model
 from sparsecache.engine.reference import TransformersEngine
@@ -22,7 +23,6 @@ from sparsecache.synthetic.tokenizer import BOS, EOS, PAD
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
-PROJECT = Path(__file__).resolve().parents[2]
 _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -206,6 +206,26 @@ def test_a_missing_field_is_not_taken_from_another_model(tmp_path) -> None:
         Checkpoint(_without_fields(tmp_path / "llama.gguf", "llama"))
 
 
+def test_a_field_or_a_tensor_of_a_type_that_cannot_be_used_is_named(make_gguf, tmp_path) -> None:
+    path = make_gguf("llama", "F32")
+    data = path.read_bytes()
+    field = b"llama.attention.head_count"
+    at = data.index(field) + len(field)
+    text = gguf.GGUFValueType.STRING.to_bytes(4, "little") + (2).to_bytes(8, "little") + b"ab"
+    broken = tmp_path / "field.gguf"
+    broken.write_bytes(data[:at] + text + data[at + 8 :])
+    with pytest.raises(UsageError, match=r"states llama\.attention\.head_count = ab\. It must be a number"):
+        Checkpoint(broken)
+    writer = gguf.GGUFWriter(tmp_path / "type.gguf", "llama")
+    writer.add_tensor("output.weight", np.zeros((2, 32), np.int8))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UsageError, match="type I8, which the package gguf does not dequantise"):
+        open_tensors(read_header(tmp_path / "type.gguf"))
+
+
 def _without_fields(path: Path, architecture: str) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(1)
@@ -218,11 +238,9 @@ def _without_fields(path: Path, architecture: str) -> Path:
 
 def test_the_command_line_predicts_and_verifies_with_a_gguf_file(make_gguf, tmp_path) -> None:
     path = make_gguf("llama", "Q8_0")
-    command = [sys.executable, str(PROJECT / "longbench_pred.py"), "--model", str(path), "--data", "sample"]
-    command += ["--datasets", "trec", "--sample_rows", "1", "--sample_tokens", "256", "--verify", "1"]
-    told = subprocess.run(
-        [*command, "--pred_dir", str(tmp_path / "pred")], capture_output=True, text=True, timeout=300, cwd=tmp_path
-    )
-    assert "1 of 1 prompts give the text of transformers" in told.stdout, told.stderr
+    command = ["--model", str(path), "--data", "sample", "--datasets", "trec", "--sample_rows", "1"]
+    command += ["--sample_tokens", "256", "--verify", "1", "--pred_dir", str(tmp_path / "pred"), "--device", "cpu"]
+    told = CliRunner().invoke(main, command)
+    assert "1 of 1 prompts give the text of transformers" in told.stdout, told.output
     record = json.loads((tmp_path / "pred" / "llama-q8_0" / "vanilla" / "run.json").read_text())
     assert record["model"]["format"] == "gguf"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparsecache.engine.tokenization import Tokenizer
+from sparsecache.engine.tokenizer import Tokenizer
 from sparsecache.longbench.wrapping import ids_sha256
 
 real_version = importlib.metadata.version

@@ -1,9 +1,6 @@
 """Texts become the ids that the `tokenizers` library makes of tokenizer.json, under whatever label it comes."""
 
-import io
 import json
-import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +68,14 @@ def byte_and_piece(write) -> list[tuple[Any, Tokenizer]]:
 
     folder = write(build_tokenizer(["the mill 123 請 é"] * 3, 300), tokenizer_class="LlamaTokenizerFast")
     return [(load_tokenizer(folder), library(folder))]
+
+
+@pytest.mark.parametrize("label", ["T5Tokenizer", "MistralCommonBackend", "NoSuchTokenizer", 5, ["LlamaTokenizer"], {}])
+def test_a_class_that_cannot_read_the_file_is_only_a_label(label, kind, write) -> None:
+    folder = write(kind, tokenizer_class=label)
+    ours = load_tokenizer(folder)
+    assert [ours.encode(text) for text in TEXTS] == [library(folder).encode(text).ids for text in TEXTS]
+    assert (ours.bos_token, ours.eos_token_id) == ("<s>", kind.token_to_id("</s>"))
 
 
 def test_truncation_and_padding_that_are_stored_are_not_applied(llama_3, write) -> None:
@@ -141,39 +146,11 @@ def test_a_chat_token_that_only_tokenizer_config_adds_is_refused(make_tokenizer,
     assert Prompter(ours, 4096).room(load_tasks()["qasper"]) > 0
 
 
-def test_a_folder_with_tokenizer_model_alone(tmp_path, monkeypatch) -> None:
-    """The ids are sentencepiece's; without it, or without protobuf, one sentence says what to install."""
-    spm = pytest.importorskip("sentencepiece")
-    pytest.importorskip("google.protobuf")
-    written = io.BytesIO()
-    lines = [text for text in TEXTS if len(text) > 20] * 40
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=written, vocab_size=400, model_type="bpe", byte_fallback=True,
-        remove_extra_whitespaces=False, normalization_rule_name="identity", split_digits=True, unk_id=0, bos_id=1,
-        eos_id=2, pad_id=-1, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
-    (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    fields = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**fields, "add_bos_token": True, "legacy": False}))
-    truth = spm.SentencePieceProcessor(model_proto=written.getvalue())
-    ours = load_tokenizer(tmp_path)
-    for text in ("Question: which of the towns has a mill?", "x 请 1234\n\nand", "def add(a):\n    return"):
-        assert ours(text)["input_ids"] == [1, *truth.encode(text)]
-
-    class Blocked:
-        def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-            if name == blocked or name.startswith(f"{blocked}."):
-                raise ModuleNotFoundError(name)
-            return None
-
-    for blocked in ("sentencepiece", "google.protobuf"):
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "meta_path", [Blocked(), *sys.meta_path])
-            for name in [name for name in sys.modules if name == blocked or name.startswith(f"{blocked}.")]:
-                patch.delitem(sys.modules, name)
-            with pytest.raises(UsageError, match="pip install sentencepiece protobuf"):
-                load_tokenizer(tmp_path)
+@pytest.mark.parametrize("length", ["", [], {}])
+def test_a_field_that_only_transformers_reads_does_not_end_a_run(length, llama_3, write) -> None:
+    ours = load_tokenizer(write(llama_3, model_max_length=length))
+    assert ours.encode(TEXTS[0]) == llama_3.encode(TEXTS[0]).ids
+    assert isinstance(ours.notes, list)
 
 
 def test_broken_files_are_one_sentence(llama_3, write) -> None:

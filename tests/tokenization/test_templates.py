@@ -2,6 +2,7 @@
 
 import re
 from datetime import date
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -85,9 +86,11 @@ def prompter(folder: Any, chat: str = "template") -> Prompter:
     return Prompter(load_tokenizer(folder), 4096, chat=chat, chat_template_args=tuple(ARGUMENTS.items()))
 
 
-@pytest.mark.parametrize("single", [None, "<s> $A", "$A </s>", "<s> $A </s>"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "single"), list(zip(SHAPES, cycle([None, "<s> $A", "$A </s>", "<s> $A </s>"]), strict=False))
+)
 def test_a_wrapped_prompt_has_the_ids_of_apply_chat_template(shape, single, make_tokenizer, write) -> None:
+    """No template sees the special tokens that the tokenizer puts around a text, so each shape needs one kind only."""
     template, fields = SHAPES[shape]
     folder = write(make_tokenizer("digits", single), chat_template=template, **fields)
     text = QASPER.template.format(**ROW)
@@ -147,6 +150,7 @@ REFUSED = {
     "unknown name": ("{{ now() }}{{ messages[0].content }}", "'now' is undefined"),
     "syntax": ("{% if %}", "cannot be used"),
     "forbidden": ("{{ ''.__class__.__mro__ }}{{ messages[0].content }}", "unsafe"),
+    "endless text": ("{{ 'long ' * 10 ** 7 }}{{ messages[0].content }}", "it adds 50,000,000 characters to a prompt"),
     "by chance": ("{{ range(90000) | random }}{{ messages[0].content }}", "a different text each time"),
 }
 
