@@ -62,7 +62,7 @@ def test_every_method_gives_the_text_and_the_report_of_our_decoder(
     folder, model = models(model_type)
     requests = [Request(at, prompt, 8, ()) for at, prompt in enumerate(make_prompts(60, 3))]
     subject = MethodUnderTest.of(method)
-    for options in subject.tested:
+    for options in subject.tested if model_type == "llama" else subject.tested[-1:]:  # the last ones drop more
         expected = completions(our_decoder(folder, subject.make(options)), requests)
         assert completions(make_engine(model, subject.make(options), WINDOW), requests) == expected
 

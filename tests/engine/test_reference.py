@@ -15,7 +15,7 @@ from sparsecache.engine.reference import TransformersEngine
 from sparsecache.errors import UsageError
 
 CPU = torch.device("cpu")
-NEW_TOKENS = 40
+NEW_TOKENS = 20
 
 
 def _reference(folder: Path) -> TransformersEngine:
@@ -35,13 +35,13 @@ def _texts(engine, requests: list[Request]) -> dict[int, tuple[list[int], str]]:
 @pytest.mark.parametrize("model_type", family_names())
 def test_equals_ours_with_stop_ids_and_minimum(model_type, make_checkpoint, make_engine, make_prompts) -> None:
     folder = make_checkpoint(model_type)
-    prompts = make_prompts(30, 4, 120)
-    free = _texts(_reference(folder), _requests(prompts))
+    prompts, reference = make_prompts(30, 4, 120), _reference(folder)
+    free = _texts(reference, _requests(prompts))
     assert {reason for _, reason in free.values()} == {"length"}
     first, tenth = free[0][0][0], free[1][0][10]
     for stops, minimum in (((), 0), ((first, tenth), 0), ((first, tenth), 1), ((first, tenth), 12)):
         requests = _requests(prompts, stops, minimum)
-        assert _texts(_reference(folder), requests) == _texts(make_engine(folder), requests)
+        assert _texts(reference, requests) == _texts(make_engine(folder), requests)
 
 
 def test_the_checkpoints_own_sampling_settings_do_not_leak_in(make_checkpoint, make_prompts, tmp_path) -> None:
