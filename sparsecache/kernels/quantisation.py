@@ -174,7 +174,8 @@ def quantise(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
     The step is rounded to the dtype of x before codes are computed with it. Groups of equal numbers have step 0.
     """
     minimum, maximum = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    step = ((maximum.float() - minimum.float()) / (2**bits - 1)).to(x.dtype)
+    top = minimum.new_full((), 2**bits - 1, dtype=torch.float32)  # on a GPU, torch multiplies by 1 / a Python number
+    step = ((maximum.float() - minimum.float()) / top).to(x.dtype)
     steps = (x.float() - minimum.float()) / torch.where(step == 0, 1, step.float())
     return steps.clamp(0, 2**bits - 1).round().to(torch.uint8), torch.stack((minimum, step))
 

@@ -27,8 +27,14 @@ INFINIGEN: list[dict[str, Any]] = [  # over tight options
     {"guess": "linear", "blend": 0.2, "budget": 0.2},
     {"alpha": torch.inf, "group": "softmax", "top_p": 0.9, "budget": 0.3},
 ]
+QUANTISED: list[tuple[str, dict[str, Any]]] = [  # enough tokens for a tail and groups before it
+    ("kivi", {"bits": 4, "group": 32, "residual": 32}),
+    ("oracle", {"storage": "int8", "budget": 0.2}),
+    ("quest", {"storage": "int4", "budget": 0.2}),
+    ("adakv", {"storage": "int4", "budget": 0.9}),
+]
 TIGHT: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in method_names()]
-SETTINGS = [*TIGHT, ("vanilla", {"offload": True}), *(("infinigen", options) for options in INFINIGEN)]
+SETTINGS = [*TIGHT, *QUANTISED, ("vanilla", {"offload": True}), *(("infinigen", options) for options in INFINIGEN)]
 every_method = pytest.mark.parametrize("name", method_names())
 
 
