@@ -4,16 +4,15 @@ They save memory: a cache has capacity for the budget, and for new tokens where 
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, Shape, StepBytes
-from sparsecache.cache.full import FullCache
-from sparsecache.cache.sparse import SparseMethod
-from sparsecache.cache.storage import Storage, make_storage
+from sparsecache.cache.sparse import SparseMethod, StoredMethod
+from sparsecache.cache.storage import make_storage
 from sparsecache.kernels.attention_sums import attention_sums as attention_sums  # for methods
 from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.scores import scaled_scores
@@ -58,7 +57,7 @@ class PromptEvictionCache(LayerCache):
 
 
 @dataclass
-class EvictionMethod(SparseMethod):
+class EvictionMethod(StoredMethod):
     """Keeps the prompt tokens of highest score and every new token: a subclass defines `score`.
 
     Tokens are evicted once, at the end of the prompt. A budget up to 1 is a share of the prompt's length.
@@ -68,12 +67,6 @@ class EvictionMethod(SparseMethod):
     budget_excludes_generated: ClassVar[bool] = True
 
     budget: Annotated[float, "prompt tokens kept, new ones not counted: a share up to 1, else a count"] = 0.2
-    storage: Annotated[Storage, "keys and values: full precision, or quantised as kivi does"] = field(
-        default="full", kw_only=True
-    )
-
-    def make_full_cache(self, config: CacheConfig) -> FullCache:
-        return FullCache(config, kv=make_storage(self.storage, config, config.max_tokens))
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> LayerCache:
         return PromptEvictionCache(self, layer, config)

@@ -5,16 +5,15 @@ They save attention, not memory. On a GPU a step has fixed sizes, so that it can
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, StepBytes
-from sparsecache.cache.full import FullCache
-from sparsecache.cache.sparse import SparseMethod
-from sparsecache.cache.storage import FullStorage, Storage, make_storage, stored_token_nbytes
+from sparsecache.cache.sparse import StoredMethod
+from sparsecache.cache.storage import FullStorage, stored_token_nbytes
 from sparsecache.cache.topk import select_topk
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import score_margin
@@ -86,7 +85,7 @@ class SelectionCache(LayerCache):
 
 
 @dataclass
-class SelectionMethod(SparseMethod):
+class SelectionMethod(StoredMethod):
     """Keeps every token and selects tokens at each step: a subclass defines `select`.
 
     A method with state per layer, such as page bounds, also defines a subclass of SelectionCache.
@@ -96,13 +95,6 @@ class SelectionMethod(SparseMethod):
 
     shares_selection: ClassVar[bool] = False
     kind: ClassVar[MethodKind] = "selection"
-
-    storage: Annotated[Storage, "keys and values: full precision, or quantised as kivi does"] = field(
-        default="full", kw_only=True
-    )
-
-    def make_full_cache(self, config: CacheConfig) -> FullCache:
-        return FullCache(config, kv=make_storage(self.storage, config, config.max_tokens))
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> SelectionCache:
         return SelectionCache(self, layer, config)

@@ -1,7 +1,7 @@
 """The base class of sparse methods: a budget, dense first layers, and the report of kept tokens."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, Shape
 from sparsecache.cache.budget import Budget
 from sparsecache.cache.full import FullCache
 from sparsecache.cache.stats import SequenceStats
+from sparsecache.cache.storage import Storage, make_storage
 
 
 @dataclass
@@ -80,3 +81,15 @@ class SparseMethod(CacheMethod):
             "capped_steps": self.capped_steps(stats) if sparse else 0,
             "dense_layers": stats.dense_layers,
         }
+
+
+@dataclass
+class StoredMethod(SparseMethod):
+    """A sparse method that only adds tokens at the end, so that they can be stored in fewer bits."""
+
+    storage: Annotated[Storage, "keys and values: full precision, or quantised as kivi does"] = field(
+        default="full", kw_only=True
+    )
+
+    def make_full_cache(self, config: CacheConfig) -> FullCache:
+        return FullCache(config, kv=make_storage(self.storage, config, config.max_tokens))
