@@ -14,9 +14,13 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def configs_dir() -> Path:
-    """Returns the folder of `datasets.toml` and `models.toml`: next to the package in a clone, else as installed."""
-    cloned = _PACKAGE.parent / "configs"
-    return cloned if (cloned / "datasets.toml").is_file() else Path(sys.prefix) / "share" / "sparsecache" / "configs"
+    """Returns the folder of `datasets.toml` and `models.toml`: next to the package in a clone, else as installed.
+
+    `pip install --target FOLDER` puts it into that folder, else it is below the environment.
+    """
+    installed = Path("share", "sparsecache", "configs")
+    places = [_PACKAGE.parent / "configs", _PACKAGE.parent / installed, Path(sys.prefix) / installed]
+    return next((place for place in places if (place / "datasets.toml").is_file()), places[-1])
 
 
 def project_dir() -> Path:
