@@ -59,10 +59,10 @@ class PrefillCache:
         self._prompts[_key(token_ids)] = prompt
         self.nbytes += prompt.nbytes
 
-    def clear(self) -> None:
-        """Drop all prompts."""
+    def clear(self, limit_nbytes: float = math.inf) -> None:
+        """Drop all prompts, and set the limit."""
         self._prompts.clear()
-        self.nbytes = 0
+        self.nbytes, self.limit_nbytes = 0, limit_nbytes
 
 
 class PrefillCachingDecoder(Decoder):

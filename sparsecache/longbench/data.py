@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +56,11 @@ class Rows:
 
     dataset: Dataset
     sha256: str
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The `_id` of every row."""
+        return list(self.dataset["_id"])
 
 
 def load_rows(source: Source, task: Task, e: bool = False) -> Rows:

@@ -26,8 +26,7 @@ class WantedDataset:
     @property
     def wanted_ids(self) -> list[str]:
         """The `_id` of every wanted row."""
-        ids: list[str] = self.rows.dataset["_id"][: self.wanted]
-        return ids
+        return self.rows.ids[: self.wanted]
 
     @contextmanager
     def open(self, folder: RunFolder) -> Iterator["PendingDataset"]:

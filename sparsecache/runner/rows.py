@@ -48,8 +48,8 @@ def finished_row(
         "prefill_s": round(sum(step.prefill_s for step in steps), 6),
         "decode_s": round(sum(step.decode_s for step in steps), 6),
     }
-    if completion.shared_prefill_s:
-        finished["shared_prefill_s"] = round(completion.shared_prefill_s, 6)
+    if shared_s := sum(step.shared_prefill_s for step in steps):
+        finished["shared_prefill_s"] = round(shared_s, 6)
     try:
         text = decode(completion.token_ids)
         split = split_reasoning(text, opens_reasoning(prompt.end))

@@ -155,17 +155,18 @@ class _Sweep:
         jobs = self._jobs(context)
         prompts = PrefillCache()
         reader = PrefillCachingDecoder(*model, Vanilla(), prompts)
-        prompts.limit_nbytes = self._limit or _memory_for_prompts(reader, context.slots, jobs[0].tokens if jobs else 0)
-        groups = list(split_by_size(jobs, lambda job: reader.qkv_nbytes(job.tokens), prompts.limit_nbytes))
+        limit = self._limit or _memory_for_prompts(reader, context.slots, jobs[0].tokens if jobs else 0)
+        groups = list(split_by_size(jobs, lambda job: reader.qkv_nbytes(job.tokens), limit))
         self._tell(
             f"{len(self._open)} runs, {len(jobs)} prompts in {len(groups)} groups; up to "
-            f"{prompts.limit_nbytes / _GIB:.1f} GiB for their queries, keys and values (--limit_memory)"
+            f"{limit / _GIB:.1f} GiB for their queries, keys and values (--limit_memory)"
         )
         gc.collect()
         gc.freeze()  # what is there stays, so that collections between runs are fast
         try:
             for number, group in enumerate(groups, 1):
                 if self._open:
+                    prompts.clear(limit)
                     self._predict_group(f"group {number} of {len(groups)}", group, model, reader, prompts)
         finally:
             gc.unfreeze()
@@ -209,9 +210,9 @@ class _Sweep:
         self, name: str, group: list[_Job], model: LoadedModel, reader: PrefillCachingDecoder, prompts: PrefillCache
     ) -> None:
         """Reads the prompts of a group, and decodes its rows with every run."""
-        prompts.clear()
         began = time.monotonic()
         self._read(group, reader, prompts)
+        prompts.limit_nbytes = prompts.nbytes  # keeps none of those that runs read themselves
         others = f"; each run reads the other {left}" if (left := len(group) - len(prompts)) else ""
         self._tell(
             f"{name}: {len(prompts)} of {len(group)} prompts read, {group[-1].tokens:,} to {group[0].tokens:,} tokens, "
@@ -219,6 +220,8 @@ class _Sweep:
         )
         runs = self._open
         for number, run in enumerate(runs, 1):
+            if not run.is_open:  # the GPU failed meanwhile
+                continue
             start = time.monotonic()
             with self._guarded(run):
                 rows, ready = self._decode(run, group, model, prompts)
@@ -296,7 +299,12 @@ class _Sweep:
                 traceback.print_exc(file=log)
         if run.error:
             self._tell(f"{run.name} failed: {run.error}")
-            _check_device(run.name)
+            if not _gpu_works():
+                for other in self._open:
+                    other.error = (
+                        f"The GPU cannot be used since {run.name} failed. Give the same command again, without that "
+                        f"run; finished rows are kept."
+                    )
 
     def _elapsed(self) -> str:
         seconds = int(time.monotonic() - self._began)
@@ -352,17 +360,15 @@ def _memory_for_prompts(reader: PrefillCachingDecoder, slots: int, most_tokens: 
     return max(free / 2, 0.9 * free - 2 * caches - reader.prompt_nbytes(most_tokens))
 
 
-def _check_device(name: str) -> None:
-    """Raises UsageError if the GPU is unusable since an error of a run."""
+def _gpu_works() -> bool:
+    """Whether the GPU, if there is one, can still be used: some errors of a kernel end that for the process."""
     if not torch.cuda.is_available():
-        return
+        return True
     try:
         torch.cuda.synchronize()
-    except Exception as error:
-        raise UsageError(
-            f"The GPU cannot be used since run {name} failed ({one_line(error)}). Give the same command again, "
-            f"without that run; finished rows are kept."
-        ) from error
+    except Exception:
+        return False
+    return True
 
 
 def _log(settings: Settings) -> Path:

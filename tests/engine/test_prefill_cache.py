@@ -1,5 +1,6 @@
 """Decoders that share prompts, against the decoder that reads every prompt itself."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,17 +16,23 @@ from sparsecache.engine.prefill_cache import PrefillCache, PrefillCachingDecoder
 from sparsecache.engine.rope import Rope
 from sparsecache.methods.h2o import H2O
 from sparsecache.methods.vanilla import Vanilla
+from sparsecache.testing.contract import MethodUnderTest
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
+
+
+def load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What a decoder needs but a method."""
+    checkpoint = Checkpoint(folder)
+    architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
+    return architecture, checkpoint.load(architecture, device, dtype), Rope(checkpoint.config, device)
 
 
 @pytest.fixture(scope="module")
 def model(make_checkpoint) -> tuple[Any, ...]:
-    """What a decoder needs but a method."""
-    checkpoint = Checkpoint(make_checkpoint())
-    architecture = load_family(checkpoint.model_type).architecture(checkpoint.config)
-    weights = checkpoint.load(architecture, CPU, torch.float32)
-    return architecture, weights, Rope(checkpoint.config, CPU)
+    """What a decoder on the CPU needs but a method."""
+    return load(make_checkpoint(), CPU, torch.float32)
 
 
 @pytest.fixture
@@ -92,3 +99,23 @@ def test_a_cleared_cache_holds_nothing(model, make_prompts, count_prompts) -> No
     assert (len(shared), shared.nbytes) == (0, 0) and shared.get(torch.tensor(prompt)) is None
     reader.read(torch.tensor(prompt))
     assert len(count_prompts) == 2
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["vanilla", "snapkv", "h2o", "quest", "oracle"])
+def test_on_a_gpu_texts_are_those_of_prompts_that_are_read_each_time(name, make_checkpoint, make_prompts) -> None:
+    """With CUDA graphs, in half precision, whose prompts are padded."""
+    parts, prompts = load(make_checkpoint(), GPU, torch.bfloat16), make_prompts(700, 300, 30, seed=6)
+    shared = PrefillCache()
+    reader = PrefillCachingDecoder(*parts, Vanilla(), shared)
+    for prompt, following in zip(prompts, [300, 30, None], strict=True):
+        before = shared.nbytes
+        reader.read(torch.tensor(prompt, device=GPU), following)
+        assert 0 < shared.nbytes - before <= reader.qkv_nbytes(len(prompt))
+    found = []
+    for make in (lambda method: Decoder(*parts, method), lambda method: PrefillCachingDecoder(*parts, method, shared)):
+        tight = MethodUnderTest.of(name)
+        done = decode(make(tight.make(tight.tight)), prompts)
+        assert [each.error for each in done] == [None] * 3
+        found.append([(each.token_ids, each.report) for each in done])
+    assert found[0] == found[1]

@@ -13,6 +13,7 @@ from longbench_pred import main as predict_command
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
+from sparsecache.runner import shared
 from sparsecache.runner.shared import split_by_size
 
 TIMES = ("prefill_s", "decode_s", "shared_prefill_s")
@@ -167,6 +168,15 @@ def test_a_run_that_fails_leaves_the_others_in_the_table(sweep, tmp_path: Path) 
     assert head == "tiny" and [line.split()[0] for line in lines[2:5]] == [*NAMES[:2], "streaming-dense_layers=0"]
     missing = [line for line in lines if line.startswith("Not in the table: ")]
     assert len(missing) == 2 and "tiny broken, which failed" in missing[0] and "must be 0 to 3" in missing[1]
+
+
+def test_after_an_error_that_ends_the_gpu_no_further_run_starts(sweep, monkeypatch) -> None:
+    Path("broken.py").write_text(BROKEN)
+    monkeypatch.setattr(shared, "_gpu_works", lambda: False)
+    done = sweep('[[methods]]\nmethod = ["broken.py", "vanilla"]')
+    assert done.exit_code == 1 and "No run succeeded" in done.stderr
+    assert "vanilla: failed, 0 s; see pred/logs/tiny-vanilla.log. The GPU cannot be used since broken" in done.stdout
+    assert sweep('[[methods]]\nmethod = "vanilla"').exit_code == 0
 
 
 def test_data_that_cannot_be_read_end_the_sweep_before_any_run(sweep, tmp_path: Path) -> None:
