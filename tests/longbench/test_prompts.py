@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,6 +154,22 @@ def test_the_middle_is_truncated_and_the_first_half_includes_the_bos(plain: Any,
     expected = context if max_length >= 20 else context[: half - 1] + context[19 - half :]
     assert plain.decode(prompt.token_ids, skip_special_tokens=True) == expected
     assert (prompt.original_tokens, prompt.truncated) == (20, max_length < 20)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "whole"), [(LLAMA_2, "[INST]{}[/INST]"), ("template", "<s><|user|>{}<|a|>"), ("none", "{}")]
+)
+def test_the_answer_prefix_follows_the_turn(chat: Any, wrapper: str, whole: str) -> None:
+    task = replace(tiny_task("Text: {context}"), answer_prefix=" The {input} is")
+    row = {"context": "abc {input}", "input": "answer"}
+    text = whole.format("Text: abc {input}") + " The answer is"
+    prompter = Prompter(chat, 4096, None, wrapper)
+    prompt = prompter.build(task, row)
+    assert prompt.token_ids == chat(text, add_special_tokens=wrapper != "template").input_ids
+    assert prompt.sha256 == sha256(text) and prompter.num_tokens(task, row) == len(prompt.token_ids)
+    assert prompt.original_tokens == len(chat("Text: abc {input}").input_ids)
+    cut = Prompter(chat, 60, None, wrapper).build(task, {**row, "context": "word " * 500})
+    assert cut.truncated and cut.end.endswith(" The answer is") and len(cut.token_ids) <= 56 and not cut.overflow_tokens
 
 
 def test_braces_in_rows_are_kept(plain: Any) -> None:
