@@ -20,7 +20,7 @@ Scores = dict[str, float | None]
 
 BASELINE: dict[str, Any] = json.loads(Path(__file__).with_name("baseline.json").read_text())
 # In float32 another CPU or torch rounds other last digits, which can turn one of the closest decisions (a count, say),
-# and with it the score of one dataset of two rows; it does not turn those of two.
+# and with it the score of one dataset; it does not turn those of two.
 MAY_DIFFER = 1
 
 

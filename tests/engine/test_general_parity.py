@@ -54,11 +54,15 @@ def our_decoder() -> Callable[[Path, CacheMethod], Generator]:
     return load
 
 
-@pytest.mark.parametrize("model_type", family_names())
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize(
+    ("method", "model_type"),
+    [(method, model_type) for method in method_names() for model_type in ("llama", "qwen3")]
+    + [(method, model_type) for method in ("vanilla", "infinigen", "snapkv") for model_type in ("mistral", "qwen2")],
+)
 def test_every_method_gives_the_text_and_the_report_of_our_decoder(
     method, model_type, models, our_decoder, make_prompts
 ) -> None:
+    """Families differ in how q, k and v are computed, before any cache: two of them are enough for most methods."""
     folder, model = models(model_type)
     requests = [Request(at, prompt, 8, ()) for at, prompt in enumerate(make_prompts(60, 3))]
     subject = MethodUnderTest.of(method)

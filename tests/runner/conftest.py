@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -25,10 +26,10 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """A checkpoint that decodes fast and says various things."""
+def endless(tmp_path_factory) -> Path:
+    """A checkpoint that decodes fast and says various things, as long as it may."""
     return make_random_checkpoint(
-        tmp_path_factory.mktemp("model") / "tiny",
+        tmp_path_factory.mktemp("endless") / "tiny",
         num_hidden_layers=1,
         hidden_size=32,
         intermediate_size=32,
@@ -36,6 +37,15 @@ def tiny(tmp_path_factory) -> Path:
         num_key_value_heads=1,
         initializer_range=0.4,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny(endless, tmp_path_factory) -> Path:
+    """The same checkpoint with every 16th token a stop token, so that most answers are short."""
+    folder = shutil.copytree(endless, tmp_path_factory.mktemp("model") / "tiny")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [1, *range(16, 1024, 16)]}))
+    return folder
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsecache.cache import FullCache
-from sparsecache.engine.tokenization import Tokenizer
+from sparsecache.engine.tokenizer import Tokenizer
 from sparsecache.synthetic.rows import make_rows
 
 ROWS = 3  # as conftest.py asks for
@@ -49,9 +49,8 @@ def test_a_failed_row_is_recorded_and_retried_by_the_next_run(
     assert "error" not in rows[ids[1]] and rows[ids[1]].keys() == schema.keys()
 
 
-@pytest.mark.parametrize("error", [ValueError, TypeError, KeyError, Exception])
-@pytest.mark.parametrize("verify", ["0", "2"])
-def test_a_row_that_makes_no_prompt_is_one_error_row(verify, error, predict, folder, monkeypatch, read_rows) -> None:
+@pytest.mark.parametrize(("error", "verify"), [(KeyError, "0"), (Exception, "0"), (ValueError, "2")])
+def test_a_row_that_makes_no_prompt_is_one_error_row(error, verify, predict, folder, monkeypatch, read_rows) -> None:
     from sparsecache.longbench.prompts import Prompter
 
     whole = Prompter.build
@@ -73,22 +72,16 @@ def test_a_row_that_makes_no_prompt_is_one_error_row(verify, error, predict, fol
 
 
 @pytest.mark.parametrize(
-    ("report", "error"),
+    ("report", "error", "batch_size"),
     [
-        (
-            {"pred": "yes", "length": 3, "kept": 1},
-            "the method reports length, pred, which are fields of the row",
-        ),
-        ({"new_tokens": 3}, "the method reports new_tokens"),
-        ({"prompt_sha256": ""}, "the method reports prompt_sha256"),
-        ({"kept": float("nan")}, "ValueError"),
-        ({"kept": torch.tensor(3)}, "TypeError"),
-        ({"kept": {1, 2}}, "TypeError"),
-        ({("kept", 1): 2}, "TypeError"),
+        ({"pred": "yes", "length": 3, "kept": 1}, "the method reports length, pred, which are fields of the row", "1"),
+        ({"new_tokens": 3}, "the method reports new_tokens", "2"),
+        ({"kept": float("nan")}, "ValueError", "1"),
+        ({"kept": torch.tensor(3)}, "TypeError", "2"),
+        ({("kept", 1): 2}, "TypeError", "1"),
     ],
     ids=lambda value: ",".join(map(str, value)) if isinstance(value, dict) else "",
 )
-@pytest.mark.parametrize("batch_size", ["1", "2"])
 def test_a_report_that_cannot_be_recorded_is_an_error_row_and_the_run_goes_on(
     report, error, batch_size, predict, folder, add_method, read_rows, schema
 ) -> None:

@@ -10,7 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sparsecache.longbench.records import PredictionFile
+
+
+@pytest.fixture(scope="session")
+def tiny(endless) -> Path:
+    """The runs must last until they are killed."""
+    return endless
+
 
 DRIVER = """
 import json, os, pathlib, sys, traceback
@@ -77,7 +86,7 @@ print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child i
 def test_a_run_killed_at_random_times_ends_in_the_file_of_an_uninterrupted_one(
     command, folder, predict, tiny, repo, read_rows, read_untimed, read_record
 ) -> None:
-    arguments = ("--datasets", "qasper,samsum,lcc", "--sample_rows", "20")
+    arguments = ("--datasets", "qasper,samsum,lcc", "--sample_rows", "10")
     seed = random.randrange(10**6)
     code, kills, seen = _drive(
         """
@@ -86,7 +95,7 @@ _, arguments, seed, folder = args
 draw, kills, seen = random.Random(seed), 0, []
 while True:
     child, began = start(arguments), time.monotonic()
-    patience = draw.uniform(0.02, 0.4) * 1.05**kills
+    patience = draw.uniform(0.02, 0.4) * 1.15**kills
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done or time.monotonic() - began > patience:
@@ -108,13 +117,13 @@ print(json.dumps([os.waitstatus_to_exitcode(status), kills, seen]))
         repo=repo,
     )
     assert code == 0 and kills >= 3, (seed, seen)
-    assert seen == sorted(seen) and any(0 < rows < 60 for rows in seen), (seed, seen)
+    assert seen == sorted(seen) and any(0 < rows < 30 for rows in seen), (seed, seen)
     assert predict(*arguments, "--name", "whole").exit_code == 0
     for dataset in ("qasper", "samsum", "lcc"):
         assert read_untimed(folder / f"{dataset}.jsonl") == read_untimed(
             folder.parent / "whole" / f"{dataset}.jsonl"
         ), seed
-        assert len({row["_id"] for row in read_rows(folder / f"{dataset}.jsonl")}) == 20
+        assert len({row["_id"] for row in read_rows(folder / f"{dataset}.jsonl")}) == 10
     record = read_record(folder)
     assert record["identity"] == read_record(folder.parent / "whole")["identity"]
     assert record["datasets"] == read_record(folder.parent / "whole")["datasets"]

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,12 @@ def test_a_run_writes_rows_of_exactly_this_schema(predict, folder, read_rows, sc
             assert row["prefill_s"] > 0 and row["decode_s"] >= 0
             assert len(row["prompt_sha256"]) == 64
             assert row["prompt_end"] == load_tasks()[dataset].template.format(**source)[-200:]
+
+
+@pytest.fixture(scope="session")
+def tiny(endless) -> Path:
+    """The answers end as the limits of the datasets say."""
+    return endless
 
 
 @pytest.mark.parametrize("dataset", ["qasper", "samsum"])

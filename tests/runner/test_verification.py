@@ -40,7 +40,7 @@ def test_verify_compares_first_and_counts_only_the_runs_own_tokens(predict, fold
 
 
 def test_a_difference_is_told_with_the_gap_of_transformers_logits(
-    predict, folder, monkeypatch, read_record, tiny
+    predict, folder, monkeypatch, read_record, endless
 ) -> None:
     whole, steps = FullCache.attend, iter(range(10**6))
 
@@ -49,7 +49,7 @@ def test_a_difference_is_told_with_the_gap_of_transformers_logits(
 
     monkeypatch.setattr(FullCache, "attend", lie)
     asked = _record_generations(monkeypatch)
-    told = predict("--verify", "1")
+    told = predict("--model", str(endless), "--verify", "1")
     (session,) = read_record(folder)["sessions"]
     (difference,) = session["verify"]["differing"]
     assert difference["_id"] == make_rows("qasper", 1, 256, 0)[0]["_id"] and difference["dataset"] == "qasper"
@@ -59,7 +59,7 @@ def test_a_difference_is_told_with_the_gap_of_transformers_logits(
     assert "verify: 0 of 1 prompts" in told.stdout and "expected" not in told.stdout
     theirs, ours = asked[0][1][0], asked[1][1][0]
     assert theirs.token_ids[:at] == ours.token_ids[:at] and theirs.token_ids[at] != ours.token_ids[at]
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(endless, dtype=torch.float32)
     with torch.inference_mode():
         ids = torch.tensor([[*theirs.request.token_ids, *theirs.token_ids[:at]]])
         logits = model(ids).logits[0, -1]

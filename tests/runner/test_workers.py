@@ -32,6 +32,12 @@ PREDICT = "longbench_pred.py"
 MANY = ("--datasets", ",".join(DATASETS), "--sample_rows", str(ROWS))
 
 
+@pytest.fixture(scope="session")
+def tiny(endless) -> Path:
+    """The runs must last until they are killed."""
+    return endless
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory) -> Iterator[str]:
     """A cluster of two CPUs and no GPU, which only these tests have the token of."""

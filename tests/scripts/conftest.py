@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
-ARGUMENTS = ["--data", "sample", "--datasets", "qasper,lcc", "--sample_rows", "2", "--sample_tokens", "256"]
+ROWS = ["--data", "sample", "--datasets", "qasper,lcc", "--sample_rows", "2", "--sample_tokens", "256"]
+ARGUMENTS = [*ROWS, "--max_new_tokens", "24"]
 Sweep = Callable[..., tuple[Result, Path]]
 
 
