@@ -175,8 +175,11 @@ def test_random_scores(case, options, device) -> None:
     assert kernel == reference
 
 
-@pytest.mark.parametrize("joined", JOINED.values(), ids=JOINED)
-@pytest.mark.parametrize("case", [CASES["empty"], CASES["around a block"]], ids=["empty", "around a block"])
+@pytest.mark.parametrize(
+    ("case", "joined"),
+    [*((CASES["around a block"], joined) for joined in JOINED.values()), (CASES["empty"], ("softmax", 0.9))],
+    ids=[*JOINED, "empty"],
+)
 def test_other_ways_to_join_query_heads(case, joined, device) -> None:
     """Where rounding decides whether a token is the last one, the kernels may select another token."""
     inputs = _inputs(case, device, torch.float32, ties=False)
