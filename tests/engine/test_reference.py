@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, Gemma3TextConfig, GP
 
 from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.families import family_names
+from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.errors import UsageError
 
@@ -154,3 +155,12 @@ def test_pickles_need_permission_here_too(make_checkpoint, make_prompts, tmp_pat
     requests = _requests(make_prompts(9))
     allowed = TransformersEngine.load(folder, CPU, torch.float32, allow_pickle=True)
     assert _texts(allowed, requests) == _texts(_reference(make_checkpoint()), requests)
+
+
+@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation"])
+def test_a_kernel_of_the_hub_that_config_json_names_is_not_used(name, folder) -> None:
+    """transformers would download code from there and run it."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: "owner/kernel"}))
+    model = TransformersEngine.load(folder, CPU, torch.float32, config=Checkpoint(folder).config).model
+    assert model.config._attn_implementation == "sdpa"
