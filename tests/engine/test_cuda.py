@@ -87,7 +87,7 @@ def test_half_precision_logits_are_as_close_to_float32_as_those_of_transformers(
     assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
 
 
-@pytest.mark.parametrize(("slots", "dtype"), [(1, torch.bfloat16), (3, torch.float32), (5, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(("slots", "dtype"), [(1, torch.bfloat16), (2, torch.bfloat16), (5, torch.float32)], ids=str)
 @pytest.mark.parametrize(("name", "options"), SETTINGS, ids=str)
 def test_graphs_give_the_tokens_and_reports_of_eager_steps(
     name: str,
@@ -100,7 +100,8 @@ def test_graphs_give_the_tokens_and_reports_of_eager_steps(
 ) -> None:
     """Caches are allocated anew for longer prompts. Stop ids end some sequences, after which graphs run one step more.
 
-    Batches of 3 sequences are padded to a graph of 4 with a free slot.
+    Batches of 3 sequences are padded to a graph of 4 with a free slot. Kernels add up in another order in a batch of
+    another size, so bfloat16 texts may differ where batches are padded: there they are not compared.
     """
     folder, found = make_checkpoint("llama", num_hidden_layers=3), []
     free = _texts(make_engine(folder, 1, _make(name, options), dtype, GPU), _requests())
