@@ -1,7 +1,7 @@
 """One table of a sweep's runs: score, difference to the first, share of tokens kept, speed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -10,6 +10,7 @@ from sparsecache.cli import make_folder
 from sparsecache.errors import UsageError
 from sparsecache.files import write_atomically
 from sparsecache.longbench.compare import compare
+from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.comparison import Comparison
 from sparsecache.longbench.html import compare_page
 from sparsecache.longbench.paired import common_rows
@@ -18,11 +19,12 @@ from sparsecache.longbench.report import decode_speed
 from sparsecache.longbench.score_tables import share
 from sparsecache.longbench.score_types import MEANS, RunScore
 from sparsecache.longbench.scores import score_run
-from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
+from sparsecache.longbench.subjects import subject
+from sparsecache.longbench.tables import Document, Table, Value, number, records, render, words
 from sparsecache.runner.run import check_recorded
 from sparsecache.runner.settings import Settings
 
-_HEAD = ["run", "mean", "difference", "95% interval", "kept", "decode tokens/s"]
+_HEAD = ["run", "mean", "kept", "decode tokens/s"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,6 @@ class Report:
     def _show(self, model: str, scored: list[RunScore], notes: list[str]) -> None:
         comparison = compare(scored) if len(scored) > 1 else None
         document = sweep_table(comparison, notes) if comparison else _one_run(scored[0], notes)
-        document = replace(document, title=model)
         click.echo(f"\n{render(document, 'terminal')}")
         if self.out is None:
             return
@@ -80,25 +81,13 @@ def recorded(done: Sequence[Settings], missing: Sequence[str]) -> tuple[list[Set
 
 
 def sweep_table(comparison: Comparison, notes: Sequence[str] = ()) -> Document:
-    """One line per run: its mean over the datasets, the difference to the first run, what it kept, its speed."""
+    """The table of `compare` with one line per run, whose flat form has a row per run."""
     means = {group.name: group for group in comparison.groups if group.kind == "average"}
     mean = next(means[name] for name in MEANS.values() if name in means)
-    rows: list[list[Cell]] = []
     facts: list[dict[str, Value]] = []
     for run, entry in zip(comparison.runs, mean.entries, strict=True):
-        difference, speed = entry.difference, (run.decode or {}).get("tokens_per_s")
+        difference = entry.difference
         low, high = difference.interval if difference and difference.interval else (None, None)
-        interval = "-" if low is None or high is None else f"{low:+.1f} to {high:+.1f}"
-        rows.append(
-            [
-                words(run.name),
-                number(entry.score, 1, entry.best),
-                number(difference.mean if difference else None, 1),
-                words(interval),
-                share(entry.kept),
-                number(speed, 1),
-            ]
-        )
         facts.append(
             {
                 "run": run.name,
@@ -108,21 +97,25 @@ def sweep_table(comparison: Comparison, notes: Sequence[str] = ()) -> Document:
                 "low": low,
                 "high": high,
                 "kept": entry.kept,
-                "decode_tokens_per_s": speed,
+                "model_share": entry.model_share,
+                "cache_token_nbytes": run.cache.nbytes,
+                "host_token_nbytes": run.cache.host_nbytes,
+                "decode_tokens_per_s": (run.decode or {}).get("tokens_per_s"),
                 "rows": mean.n,
                 "datasets": mean.datasets,
             }
         )
     explained = f"Mean of {mean.datasets} datasets over {mean.n} rows; differences are to {comparison.runs[0].name}."
-    return Document([Table("", _HEAD, rows)], records("", facts), notes=[explained, *comparison.notes, *notes])
+    tables, notes = compare_document(comparison).tables, [explained, *comparison.notes, *notes]
+    return Document(tables, records("", facts), title=comparison.subject, notes=notes)
 
 
 def _one_run(run: RunScore, notes: Sequence[str]) -> Document:
     """The table where one run alone succeeded: no difference to show."""
     mean, speed = run.headline, (decode_speed(run.run) or {}).get("tokens_per_s")
     rows = sum(len(dataset.rows) for dataset in run.datasets)
-    cells = [words(run.folder.name), number(mean.score, 1), words("-"), words("-"), share(mean.kept), number(speed, 1)]
+    cells = [words(run.folder.name), number(mean.score, 1), share(mean.kept), number(speed, 1)]
     fact: dict[str, Value] = {"run": run.folder.name, "method": run.run.identity.method, "mean": mean.score}
     fact |= {"kept": mean.kept, "decode_tokens_per_s": speed, "rows": rows, "datasets": mean.datasets}
     explained = f"Mean of {mean.datasets} datasets over {rows} rows; no other run to compare with."
-    return Document([Table("", _HEAD, [cells])], records("", [fact]), notes=[explained, *notes])
+    return Document([Table("", _HEAD, [cells])], records("", [fact]), title=subject([run]), notes=[explained, *notes])

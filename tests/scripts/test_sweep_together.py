@@ -100,7 +100,7 @@ def test_every_run_has_the_rows_and_the_identity_of_its_own_command(
     prompts = [length for length in read_prompts if length <= 1024]  # not the calibration text
     assert len(prompts) == 4 and prompts == sorted(prompts, reverse=True)
     facts = json.loads((tmp_path / "out" / "tiny.json").read_text())
-    assert [fact["run"] for fact in facts["rows"]] == NAMES and facts["title"] == "tiny"
+    assert [fact["run"] for fact in facts["rows"]] == NAMES and facts["title"] == "tiny on synthetic rows"
     for name in NAMES:
         assert alone(name, tmp_path / "alone").exit_code == 0
         folder, expected = tmp_path / "pred" / "tiny" / name, tmp_path / "alone" / "tiny" / name
@@ -165,7 +165,10 @@ def test_a_run_that_fails_leaves_the_others_in_the_table(sweep, tmp_path: Path) 
     progress, table = done.stdout.split("\n\n", 1)
     assert "see pred/logs/tiny-broken.log. RuntimeError: no such cache" in progress.splitlines()[2]
     head, *lines = table.splitlines()
-    assert head == "tiny" and [line.split()[0] for line in lines[2:5]] == [*NAMES[:2], "streaming-dense_layers=0"]
+    assert head == "tiny on synthetic rows" and [line.split()[0] for line in lines[2:5]] == [
+        *NAMES[:2],
+        "streaming-dense_layers=0",
+    ]
     missing = [line for line in lines if line.startswith("Not in the table: ")]
     assert len(missing) == 2 and "tiny broken, which failed" in missing[0] and "must be 0 to 3" in missing[1]
 
