@@ -66,6 +66,7 @@ class Checkpoint:
         self.config_source = path / "config.json"
         if not os.path.lexists(self.config_source):
             raise UsageError(f"{path} holds no config.json. {describe_folder(path)}")
+        _check_description_files(path)
         self._raw = read_json(self.config_source)
         _check_model_type(self.config_source, self._raw)
         check_sizes(self._raw, str(self.config_source))
@@ -119,8 +120,7 @@ class Checkpoint:
             return digest.hexdigest()
         weights = {path.name for path in self._weight_files()}
         for path in [*sorted(self.path.iterdir()), *sorted((self.path / _TEMPLATE_FOLDER).glob("*.jinja"))]:
-            is_part = path.name in weights or path.name in _VOCABULARY_FILES or path.suffix in _DESCRIPTION_SUFFIXES
-            if is_part and path.is_file():
+            if (path.name in weights or _is_description(path)) and path.is_file():
                 digest.update(f"{path.relative_to(self.path)}\0{path.stat().st_size}\0".encode())
                 digest.update(_sampled_digest(path))
         return digest.hexdigest()
@@ -187,6 +187,20 @@ class Checkpoint:
 
     def _weight_files(self) -> list[Path]:
         return find_weight_files(self.path, self._allow_pickle)
+
+
+def _is_description(path: Path) -> bool:
+    return path.name in _VOCABULARY_FILES or path.suffix in _DESCRIPTION_SUFFIXES
+
+
+def _check_description_files(folder: Path) -> None:
+    """Raise UsageError for a broken link, a pipe or a folder in place of a file, which transformers would ignore."""
+    for path in sorted(folder.iterdir()):
+        if _is_description(path) and not path.is_file():
+            raise UsageError(
+                f"{path} is not a regular file, nor a link to one. Download it again, or remove it if the checkpoint "
+                f"does not need it."
+            )
 
 
 def _check_model_type(source: Path, raw: dict[str, Any]) -> None:

@@ -130,6 +130,15 @@ def test_a_half_written_json_is_refused_not_ignored(file, folder) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+def test_a_broken_link_in_place_of_a_file_is_refused_not_ignored(name, folder) -> None:
+    """transformers would read the prompt without its chat template, or the answer without its stop tokens."""
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("blobs/gone")
+    with pytest.raises(UsageError, match=rf"{name} is not a regular file, nor a link to one"):
+        Checkpoint(folder)
+
+
 def test_a_model_type_without_a_family_is_refused_with_the_families() -> None:
     with pytest.raises(UsageError, match=r"'gpt2'.*llama, mistral, qwen2, qwen3.*--engine transformers"):
         load_family("gpt2")
