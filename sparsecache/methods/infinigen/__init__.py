@@ -1,15 +1,17 @@
 """InfiniGen: speculate one layer ahead which past tokens matter, and attend to those (OSDI'24, arXiv 2406.19707).
 
-The next layer's query is speculated from this layer's input, and scored against a few channels of the next layer's
-keys. Tokens with scores near the best are selected, and fetched if the cache is in host memory.
+The next layer's query is speculated from this layer's hidden state, and scored against a few channels of the next
+layer's keys. Tokens with the highest scores are selected, and fetched if the cache is in host memory.
 
 GQA: the paper has one KV head per query head. Here a token's score for a KV head is how near it comes to the best
 score of one of the head's queries. A KV head has one skewing matrix and one set of partial channels.
 
 Query heads can also be joined by their mean score or mean probability (`group`).
 
-Differences: keys are rotated by RoPE, so the skewing matrix is made and applied after it. 32 channels speculate by
-default (`partial_weight_ratio`), where the paper takes 0.3 of them. What is not in the paper is off by default.
+Differences: keys are rotated by RoPE, so the skewing matrix is made and applied after it. The defaults are those that
+kept the accuracy of a real model (docs/accuracy.md): the query is speculated from the residual stream after attention
+instead of the attention input, the budget alone limits the selection, and 32 channels speculate. `preset=paper` sets
+the paper's options.
 """
 
 import math
@@ -62,14 +64,14 @@ class InfiniGen(SparseMethod):
     preset: Annotated[
         Literal["none", "paper"], "paper: the paper's values of all options about the selection; given options win"
     ] = "none"
-    alpha: Annotated[float, "how far below the best speculated score a selected token may be, 0 to inf"] = 5.0
+    alpha: Annotated[float, "how far below the best speculated score a selected token may be, 0 to inf"] = math.inf
     top_p: Annotated[
         float, "select at most as many tokens as make this share of the speculated attention, above 0 to 1"
     ] = 1.0
     partial_weight_ratio: Annotated[
         float | None, "share of the channels that speculate, above 0 to 1; none: 32 channels"
     ] = None
-    budget: Annotated[float, "most past tokens selected: a share of them up to 1, else a count"] = 0.2
+    budget: Annotated[float, "most past tokens selected: a share of them up to 1, else a count"] = 0.05
     fetch: Annotated[CountRule, "one count per layer, the mean over its KV heads, or a count per head"] = "mean"
     group: Annotated[
         GroupRule, "how a KV head joins its query heads: the largest score margin, or the mean margin or probability"
@@ -80,7 +82,7 @@ class InfiniGen(SparseMethod):
         Literal["input", "residual", "linear"],
         "what the query is speculated from: the layer before's attention input (the paper), its residual stream after "
         "attention, or a linear map of that, fitted on the calibration text",
-    ] = "input"
+    ] = "residual"
     blend: Annotated[float, "share of the previous step's query in the speculated one, 0 to 1"] = 0.0
     sinks: Annotated[int, "first tokens that are always selected, within the budget, 0 or more"] = 0
     recent: Annotated[int, "last tokens that are always selected, within the budget, 0 or more"] = 0

@@ -1,5 +1,6 @@
 """Random sequences decoded by InfiniGen, every step of its sparse layers compared with the slow reference."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -109,8 +110,8 @@ class ComparedRun:
             matrices=[torch.eye(shape.head_dim)] * shape.kv_heads if matrices is None else list(matrices),
             group=shape.heads // shape.kv_heads,
             channels=min(shape.head_dim, int(ratio * shape.head_dim + 1e-6)),
-            alpha=options.get("alpha", 5.0),
-            budget=options.get("budget", 0.2),
+            alpha=options.get("alpha", math.inf),
+            budget=options.get("budget", 0.05),
             rounding=rounding,
             group_rule=options.get("group", "max"),
             **{key: options[key] for key in ("fetch", "sinks", "recent", "top_p", "blend") if key in options},

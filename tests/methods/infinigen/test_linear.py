@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sparsecache.cache.base import ProjectQuery
 from sparsecache.engine.base import Request
+from sparsecache.engine.general.engine import GeneralEngine
 from sparsecache.engine.general.model import CachedModel
 from sparsecache.engine.generator import Generator
-from sparsecache.engine.reference import TransformersEngine
 from sparsecache.errors import UsageError
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.methods.infinigen.linear import RIDGES, fit_speculation_map
@@ -91,12 +91,11 @@ def test_both_engines_speculate_the_same(model_type, decoder, transformers_model
     made = decoder(model_type, ours)
     other.restore(ours.calibration(), made.shape)
     requests = [Request(0, [0, *range(300, 345)], 12, ())]
-    engine = TransformersEngine(transformers_model(model_type), torch.device("cpu"))
-    engine.cached = CachedModel(engine.model, other, 100)
+    cached = CachedModel(transformers_model(model_type), other, 100)
     expected = completions(Generator(made, 1), requests)
-    assert completions(engine, requests) == expected
+    assert completions(GeneralEngine(cached, 1), requests) == expected
     with pytest.raises(UsageError, match="--engine sparsecache"):
-        engine.cached.calibrate(torch.arange(3, 50), lambda layers: None)
+        cached.calibrate(torch.arange(3, 50), lambda layers: None)
 
 
 def test_a_stored_map_is_restored_and_a_wrong_one_refused(decoder) -> None:
