@@ -52,7 +52,6 @@ class RecordingCache(LayerCache):
 
     def __init__(self, selecting: InfiniGenCache, config: CacheConfig, group: GroupRule) -> None:
         self.speculation_source = selecting.speculation_source
-        self.speculation_map = selecting.speculation_map
         self._selecting, self._config, self._group = selecting, config, group
         self._full = FullCache(config)
         self._last_selected = config.zeros(config.max_tokens, dtype=torch.int64).fill_(-1)

@@ -54,7 +54,7 @@ class BenchModel:
     config: Any
     architecture: Architecture
     weights: Weights
-    calibrations: dict[tuple[str, bool], dict[str, Tensor]] = field(default_factory=dict)
+    calibrations: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -97,14 +97,13 @@ class BenchModel:
         return decoder
 
     def _calibrate(self, decoder: Decoder, name: str, method: CacheMethod) -> None:
-        key = name, method.calibrates_hidden
-        if key in self.calibrations:
-            method.restore(self.calibrations[key], self.architecture.shape)
+        if name in self.calibrations:
+            method.restore(self.calibrations[name], self.architecture.shape)
             return
         with torch.inference_mode():
             token_ids = torch.randint(3, self.vocab_size, (1024,), generator=torch.Generator().manual_seed(0))
             decoder.calibrate(token_ids.to(self.device), lambda layers: None)
-        self.calibrations[key] = method.calibration()
+        self.calibrations[name] = method.calibration()
 
     def engine(self, method: str = "vanilla", options: dict[str, str] | None = None, slots: int = 1) -> Generator:
         """Return an engine of `slots` slots with a method."""

@@ -6,7 +6,7 @@ uses the device of its layer only, so a method needs no code for models that are
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -82,8 +82,6 @@ class LayerCache(ABC):
         synchronisation with the host.
     speculation_source: which hidden state of the layer before `speculate` receives; None: it is not called.
         "input": that layer's normed attention input. "residual": its residual stream after attention.
-    speculation_map: [hidden, hidden], a correction: the query is speculated from x + x @ speculation_map, where x is
-        the normed hidden state. None: from x.
     estimates_rest: whether the output includes one estimate for all tokens that are not attended to.
     """
 
@@ -91,7 +89,6 @@ class LayerCache(ABC):
     graphable: bool = True
     estimates_rest: bool = False
     speculation_source: SpeculationSource | None = None
-    speculation_map: Tensor | None = None
 
     @abstractmethod
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -152,15 +149,11 @@ class CacheMethod(ABC):
     a full sentence, for a value out of range. Layers share state through the instance.
 
     kind: what the method does with past tokens; --list_methods groups by it. calibration_version: increase it when
-    `calibrate` computes something else from the same text. presets: values of other options by each value of the
-    option `preset`, if the method has one; they replace defaults, and options that are given replace them.
-    calibrates_hidden: whether calibration calls `calibrate_hidden` too.
+    `calibrate` computes something else from the same text.
     """
 
     kind: ClassVar[MethodKind] = "full"
     calibration_version: ClassVar[int] = 1
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    calibrates_hidden: bool = False
 
     def check(self, shape: Shape) -> None:  # noqa: B027 (a no-op unless options depend on the shape)
         """Raise ValueError, in a full sentence, if the options do not fit a model of this shape."""
@@ -180,16 +173,6 @@ class CacheMethod(ABC):
         """Receive a layer's q [G, H / G, L, D] and k [G, L, D], rotated, over the calibration text.
 
         Called once per layer, in order. The result must not depend on options.
-        """
-
-    def calibrate_hidden(  # noqa: B027 (a no-op unless calibrates_hidden is set)
-        self, layer: int, residual: Tensor, normed: Tensor, project_query: Callable[[Tensor], Tensor]
-    ) -> None:
-        """Receive what a layer's query is speculated from and what it is made of, over the calibration text.
-
-        residual, normed: [L, hidden], the residual stream after the attention of the layer before and the layer's
-        input, both after its input norm. project_query: the layer's query of such rows, before RoPE. Called once per
-        layer but the first, in order. The result must not depend on options.
         """
 
     def calibration(self) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ from sparsecache.kernels.rotation import Rotation, rotate, split_and_rotate
 
 _CHUNK = 8192  # tokens of a prompt in one SwiGLU
 TakeLayer = Callable[[int, Tensor, Tensor, Tensor], None]
-TakeHidden = Callable[[int, Tensor, Tensor], None]
 
 
 class Decoder:
@@ -48,7 +47,6 @@ class Decoder:
         self._method = method
         rows = self.shape.heads * self.shape.head_dim
         self._query_weights = [_query_rows(layer, rows) for layer in weights.layers]
-        self._speculation_weights = list(self._query_weights)
 
     @property
     def graphable(self) -> bool:
@@ -62,8 +60,6 @@ class Decoder:
         self.cache = ModelCache(
             self._method, self.shape, self.layer_devices, slots, max_tokens, max_new_tokens, self.dtype
         )
-        pairs = zip(self._query_weights, self.cache.layers, strict=True)
-        self._speculation_weights = [_mapped(layer, cache.speculation_map) for layer, cache in pairs]
 
     def prefill(self, token_ids: Tensor, slot: int) -> Tensor:
         """Prefill a prompt, token_ids: [L], into a free slot; return the last token's logits [V].
@@ -94,16 +90,7 @@ class Decoder:
             self._method.calibrate(layer, q.view(self.shape.kv_heads, -1, *q.shape[1:]), k)
             on_layer(1)
 
-        def show_hidden(layer: int, residual: Tensor, x: Tensor) -> None:
-            norm, query_weights = self._weights.layers[layer].input_norm, self._query_weights[layer]
-            self._method.calibrate_hidden(
-                layer,
-                self._normed(residual, norm),
-                self._normed(x, norm),
-                lambda normed: self._heads(normed.to(self.dtype), query_weights),
-            )
-
-        self._prompt(token_ids, show, show_hidden if self._method.calibrates_hidden else None)
+        self._prompt(token_ids, show)
 
     def step(self, token_ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """Decode one token per slot: token_ids, positions and slots [B] on the device; return logits [B, V]."""
@@ -132,7 +119,7 @@ class Decoder:
         caches = self._layers_cache().layers
         if index == len(caches) or caches[index].speculation_source != source:
             return
-        layer, query_weights = self._weights.layers[index], self._speculation_weights[index]
+        layer, query_weights = self._weights.layers[index], self._query_weights[index]
         hidden, cos, sin, slots = _to_layer_device(layer, hidden, *rotation, slots)
 
         def project(hidden: Tensor, normed: bool) -> Tensor:
@@ -181,31 +168,20 @@ class Decoder:
         per_token = 2 * hidden + 2 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         return self.dtype.itemsize * (tokens * per_token + 2 * min(tokens, _CHUNK) * (intermediate + 2 * hidden))
 
-    def _prompt(self, token_ids: Tensor, take: TakeLayer, take_hidden: TakeHidden | None = None) -> Tensor:
-        """Return the last token's hidden state [1, hidden]; take: receives each layer's q, k and v.
-
-        take_hidden: receives the residual stream after the attention of the layer before, and before the layer.
-        """
+    def _prompt(self, token_ids: Tensor, take: TakeLayer) -> Tensor:
+        """Return the last token's hidden state [1, hidden]; take: receives each layer's q, k and v."""
         positions = torch.arange(len(token_ids), device=self.device)
         rotation = self._rope.cos_sin(positions, positions[-1:] + 1, self.dtype)
         x = self._weights.embedding[token_ids]  # [L, hidden]
-        residual: Tensor | None = None
         for index, layer in enumerate(self._weights.layers):
             x, cos, sin = _to_layer_device(layer, x, *rotation)
             rotation = Rotation(cos, sin)
-            if take_hidden is not None and residual is not None:
-                take_hidden(index, residual.to(x.device), x)
-            residual = None if take_hidden is None else torch.empty_like(x)
             is_last = index == len(self._weights.layers) - 1
             heads = self._prompt_attention(index, x, rotation, take, num_queries=1 if is_last else len(x))
             x = x[-len(heads) :]
             # In chunks, since the hidden layer of the SwiGLU takes several times the memory of x.
-            for start, rows, head_rows in zip(
-                range(0, len(x), _CHUNK), torch.split(x, _CHUNK), torch.split(heads, _CHUNK), strict=True
-            ):
+            for rows, head_rows in zip(torch.split(x, _CHUNK), torch.split(heads, _CHUNK), strict=True):
                 add_linear(rows, head_rows, layer.output, layer.output_bias)
-                if residual is not None:
-                    residual[start : start + len(rows)] = rows
                 add_linear(rows, self._mlp_hidden(rows, layer), layer.down, layer.down_bias)
         return x
 
@@ -234,14 +210,6 @@ class Decoder:
 def _query_rows(layer: LayerWeights, rows: int) -> LayerWeights:
     """Return a layer that projects to queries alone: the first `rows` rows of the projection."""
     return replace(layer, qkv=layer.qkv[:rows], qkv_bias=None if layer.qkv_bias is None else layer.qkv_bias[:rows])
-
-
-def _mapped(layer: LayerWeights, speculation_map: Tensor | None) -> LayerWeights:
-    """Return a layer whose projection of x is that of x + x @ speculation_map."""
-    if speculation_map is None:
-        return layer
-    weights = layer.qkv.float()
-    return replace(layer, qkv=(weights + weights @ speculation_map.to(weights).mT).to(layer.qkv.dtype))
 
 
 def _to_layer_device(layer: LayerWeights, *tensors: Tensor) -> list[Tensor]:

@@ -139,7 +139,7 @@ def parse_options(method: str, options: dict[str, str]) -> dict[str, Any]:
             raise UsageError(f"Method {method}: {error} {_HINT}") from error
     defaults = {key: option.default for key, option in known.items()}
     preset = str(given.get("preset", defaults.get("preset")))
-    return {**defaults, **kind.presets.get(preset, {}), **given}
+    return {**defaults, **getattr(kind, "presets", {}).get(preset, {}), **given}
 
 
 def method_options(kind: "type[CacheMethod]") -> dict[str, Option]:

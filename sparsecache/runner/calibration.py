@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sparsecache.engine.general.model import CachedModel
 
 MOST_TOKENS = 2048
-MOST_TOKENS_HIDDEN = 16_384  # a map between hidden states has many more parameters than the text has tokens
 Calibrations = dict[str, dict[str, Tensor]]
 """Calibrations in memory, by the keys of their files."""
 
@@ -38,13 +37,12 @@ def calibrate(
     fingerprint: str,
     known: Calibrations | None = None,
 ) -> None:
-    """Calibrates the method with the first of `token_ids`, or restores an earlier calibration.
+    """Calibrates the method with the first 2,048 of `token_ids`, or restores an earlier calibration.
 
-    These are 2,048 tokens, or 16,384 for a method that calibrates with hidden states. An earlier calibration is in
-    `known`, to which this one is added, or in its file. Raises UsageError for a file that does not fit the checkpoint
-    or holds NaN or infinite values, and if the checkpoint's own calibration does.
+    An earlier calibration is in `known`, to which this one is added, or in its file. Raises UsageError for a file that
+    does not fit the checkpoint or holds NaN or infinite values, and if the checkpoint's own calibration does.
     """
-    token_ids = token_ids[: MOST_TOKENS_HIDDEN if method.calibrates_hidden else MOST_TOKENS]
+    token_ids = token_ids[:MOST_TOKENS]
     key = _key(method, token_ids, fingerprint, str(decoder.dtype), decoder.shape)
     file = cache_folder() / "calibration" / f"{key[:32]}.safetensors"
     if known is not None and key in known:
@@ -90,8 +88,7 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 def _key(method: CacheMethod, token_ids: list[int], fingerprint: str, dtype: str, shape: Shape) -> str:
     name = f"{type(method).__module__}.{type(method).__qualname__}"
-    version = f"{method.calibration_version}{' hidden' * method.calibrates_hidden}"
-    parts = (name, version, fingerprint, dtype, str(shape), " ".join(map(str, token_ids)))
+    parts = (name, str(method.calibration_version), fingerprint, dtype, str(shape), " ".join(map(str, token_ids)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -14,7 +14,6 @@ from sparsecache.engine.general.attention import AttentionCall, handle_attention
 from sparsecache.engine.general.cache import SequenceCaches
 from sparsecache.engine.general.loading import reset_dynamic_rope, rope_types
 from sparsecache.engine.general.speculation import SpeculationHooks
-from sparsecache.errors import UsageError
 
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
@@ -51,13 +50,8 @@ class CachedModel:
     def calibrate(self, token_ids: Tensor, on_layer: Callable[[int], None]) -> None:
         """Run a text, token_ids: [L], and give the method each layer's queries and keys; keep nothing.
 
-        on_layer: called with 1 after each layer. Raises UsageError for a method that needs hidden states.
+        on_layer: called with 1 after each layer.
         """
-        if self._method.calibrates_hidden:
-            raise UsageError(
-                "This engine cannot calibrate the method with hidden states (guess=linear). Run it once with "
-                "--engine sparsecache, which stores the calibration, or pass -o guess=residual."
-            )
 
         def show(call: AttentionCall) -> None:
             index = self._index.get(call.module)
@@ -149,7 +143,7 @@ class CachedModel:
         normed = cache.speculation_source == "input"
 
         def project(hidden: Tensor, normed: bool) -> Tensor:
-            return self._query(index, self._hooks.query(index, hidden[:, None], normed, cache.speculation_map))
+            return self._query(index, self._hooks.query(index, hidden[:, None], normed))
 
         project_query = ProjectQuery(project, self._hooks.inputs(normed))
         cache.speculate(hidden[:, 0].to(device), project_query, slots_on[device])

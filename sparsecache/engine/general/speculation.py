@@ -84,21 +84,16 @@ class SpeculationHooks:
         self._attention, self._block = _LatestCall(), _LatestCall()
         self._busy = False
 
-    def query(self, index: int, hidden: Tensor, normed: bool, speculation_map: Tensor | None = None) -> Tensor:
-        """Return layer `index`'s query of a hidden state [B, L, hidden]: [B, H, L, D].
-
-        speculation_map: as in LayerCache; it applies to the input of the attention module.
-        """
+    def query(self, index: int, hidden: Tensor, normed: bool) -> Tensor:
+        """Return layer `index`'s query of a hidden state [B, L, hidden]: [B, H, L, D]."""
         module = self._layers[index].module
         self._busy = True  # the hooks see this call too
-        with ExitStack() as stack:
-            stack.callback(setattr, self, "_busy", False)
-            if speculation_map is not None:
-                hook = partial(_map_hidden, speculation_map)
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        try:
             if normed:
                 return self._attention.query_of(module, hidden)
             return self._block.query_of(self._block_of(module), hidden)
+        finally:
+            self._busy = False
 
     def inputs(self, normed: bool) -> tuple[Tensor, ...]:
         """Return the tensors that `query` reads beside the hidden state."""
@@ -170,17 +165,6 @@ def _after_attention(block: nn.Module) -> nn.Module | None:
 
 def _give_hidden(on_hidden: OnHidden, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     on_hidden(index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-
-
-def _map_hidden(
-    speculation_map: Tensor, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Correct the hidden states among the arguments of an attention module."""
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    mapped = hidden + hidden @ speculation_map.to(hidden)
-    if "hidden_states" in kwargs:
-        return args, {**kwargs, "hidden_states": mapped}
-    return (mapped, *args[1:]), kwargs
 
 
 def _without_cache(value: Any) -> Any:

@@ -15,21 +15,20 @@ the paper's options.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig, MethodKind, Shape
+from sparsecache.cache.base import CacheConfig, MethodKind, Shape, SpeculationSource
 from sparsecache.cache.calibration import read_calibration_text
 from sparsecache.cache.host import check_host_memory
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
 from sparsecache.kernels.selection import CountRule, GroupRule
 from sparsecache.methods.infinigen.cache import DeviceStreams, InfiniGenCache
-from sparsecache.methods.infinigen.linear import check_speculation_map, fit_speculation_map
 from sparsecache.methods.infinigen.skewing import check_skewing_matrices, skewing_matrix
 
 _CHANNELS = 32
@@ -79,24 +78,20 @@ class InfiniGen(SparseMethod):
     dense_layers: Annotated[int, "first layers that attend to everything, 1 at least"] = 2
     skew: Annotated[bool, "rotate queries and keys so that few channels carry more of the score"] = True
     guess: Annotated[
-        Literal["input", "residual", "linear"],
-        "what the query is speculated from: the layer before's attention input (the paper), its residual stream after "
-        "attention, or a linear map of that, fitted on the calibration text",
+        SpeculationSource,
+        "what the query is speculated from: the layer before's attention input (the paper), or its residual stream "
+        "after attention",
     ] = "residual"
     blend: Annotated[float, "share of the previous step's query in the speculated one, 0 to 1"] = 0.0
     sinks: Annotated[int, "first tokens that are always selected, within the budget, 0 or more"] = 0
     recent: Annotated[int, "last tokens that are always selected, within the budget, 0 or more"] = 0
     offload: Annotated[bool, "keep keys and values of the sparse layers in pinned host memory"] = False
     gpu_cache: Annotated[int, "with offload: fetched tokens kept on the GPU per layer and KV head, 0 or more"] = 0
-    calibration_file: Annotated[
-        str | None, "text that skewing matrices and linear maps are made from; none: bundled"
-    ] = None
+    calibration_file: Annotated[str | None, "text that the skewing matrices are made from; none: bundled"] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.calibrates_hidden = self.guess == "linear"
         self._matrices: list[Tensor] = []
-        self._maps: list[Tensor] = []  # of the layers after the first
         self._streams: dict[torch.device, DeviceStreams] = {}
         self._caches: list[InfiniGenCache] = []
         if not self.alpha >= 0:
@@ -144,8 +139,6 @@ class InfiniGen(SparseMethod):
         streams = self._streams[config.device]
         matrices, budgets = self._skewing_matrices(layer, config.shape), self.budget_table(layer, config)
         cache = InfiniGenCache(self, config, matrices, budgets, streams)
-        if self.guess == "linear":
-            cache.speculation_map = self._speculation_map(layer, config.shape)
         streams.last_cache = cache
         self._caches.append(cache)
         return cache
@@ -158,30 +151,17 @@ class InfiniGen(SparseMethod):
             raise RuntimeError("InfiniGen with skew=true must be calibrated before it takes a prompt.")
         return self._matrices[layer]
 
-    def _speculation_map(self, layer: int, shape: Shape) -> Tensor:
-        if len(self._maps) != shape.layers - 1:
-            raise RuntimeError("InfiniGen with guess=linear must be calibrated before it takes a prompt.")
-        return self._maps[layer - 1]
-
     def calibration_text(self) -> str | None:
-        return read_calibration_text(self.calibration_file) if self.skew or self.guess == "linear" else None
+        return read_calibration_text(self.calibration_file) if self.skew else None
 
     def calibrate(self, layer: int, q: Tensor, k: Tensor) -> None:
         self._matrices[layer:] = [skewing_matrix(q).cpu()]
 
-    def calibrate_hidden(
-        self, layer: int, residual: Tensor, normed: Tensor, project_query: Callable[[Tensor], Tensor]
-    ) -> None:
-        self._maps[layer - 1 :] = [fit_speculation_map(residual, normed, project_query).bfloat16().cpu()]
-
     def calibration(self) -> dict[str, Tensor]:
-        maps = {"speculation_map": torch.stack(self._maps)} if self._maps else {}
-        return {"skewing_matrix": torch.stack(self._matrices), **maps}
+        return {"skewing_matrix": torch.stack(self._matrices)}
 
     def restore(self, calibration: dict[str, Tensor], shape: Shape) -> None:
         self._matrices = list(check_skewing_matrices(calibration.get("skewing_matrix"), shape))
-        if self.guess == "linear":
-            self._maps = list(check_speculation_map(calibration.get("speculation_map"), shape.layers))
 
     def report(self, stats: SequenceStats) -> dict[str, Any]:
         report = super().report(stats)

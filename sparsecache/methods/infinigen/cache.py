@@ -68,7 +68,7 @@ class InfiniGenCache(LayerCache):
     ) -> None:
         """matrices: [G, D, D], the layer's skewing matrices; budgets: [max_tokens + 1] int64."""
         self.config = config
-        self.speculation_source = "input" if method.guess == "input" else "residual"
+        self.speculation_source = method.guess
         self._offload, self._streams = method.offload, streams
         self._params = SelectionParams(
             method.alpha, budgets, method.fetch == "mean", method.sinks, method.recent, method.group, method.top_p

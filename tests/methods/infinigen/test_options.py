@@ -48,7 +48,7 @@ def _error(options: dict[str, str], shape: Shape = SHAPE) -> str:
         ("gpu_cache", "-1", "0 tokens or more"),
         ("gpu_cache", "8", "offload=true"),
         ("fetch", "median", "mean, per_head"),
-        ("guess", "luck", "input, residual, linear"),
+        ("guess", "luck", "input, residual"),
         ("preset", "mine", "none, paper"),
         ("top_p", "0", "above 0 and at most 1"),
         ("top_p", "1.1", "above 0 and at most 1"),
