@@ -38,20 +38,21 @@ def test_both_steps_are_what_transformers_writes(
     rows = {row["_id"]: row for row in read_rows(folder / "longbench_v2_cot.jsonl")}
     tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
 
-    def answer(prompt: str, most: int) -> tuple[str, int]:
+    def answer(prompt: str, most: int) -> tuple[str, int, str]:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         new = model.generate(ids, do_sample=False, max_new_tokens=most)[0, ids.shape[1] :].tolist()
-        return tokenizer.decode(new, skip_special_tokens=True), len(new)
+        ended = "stop" if new[-1] in model.generation_config.eos_token_id else "length"
+        return tokenizer.decode(new, skip_special_tokens=True), len(new), ended
 
     task = load_tasks()["longbench_v2_cot"]
     for source in questions():
         row = rows[source["_id"]]
         texts = {"input" if key == "question" else key: source[key] for key in OFFICIAL}
-        reasoning, reasoning_tokens = answer(task.template.format(**texts), 6)
-        pred, tokens = answer(task.answer_template.format(**texts, reasoning=reasoning.strip()), 128)
+        reasoning, reasoning_tokens, ended = answer(task.template.format(**texts), 6)
+        pred, tokens, _ = answer(task.answer_template.format(**texts, reasoning=reasoning.strip()), 128)
         assert (row["reasoning"], row["reasoning_tokens"]) == (reasoning.strip(), reasoning_tokens)
         assert (row["pred"], row["new_tokens"]) == (pred, reasoning_tokens + tokens)
-        assert row["prompt_end"].endswith("Let’s think step by step:") and row["reasoning_finish_reason"] == "length"
+        assert row["prompt_end"].endswith("Let’s think step by step:") and row["reasoning_finish_reason"] == ended
         assert (row["answers"], row["difficulty"], row["length"]) == (["B"], "hard", "short")
     record = read_record(folder)
     assert record["identity"]["protocol"]["longbench_v2_cot"].endswith("answer_max_new_tokens=128")

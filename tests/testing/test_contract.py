@@ -68,8 +68,8 @@ class _SkipsAToken(FullCache):
     """Is not sparse, and yet attends to no first token."""
 
     def attend(self, q, k, v, slots):
-        self.keys[:, :, 0] = -1e4 * q.mean(1)
-        self.values[:, :, 0] = 0
+        self.kv.keys[:, :, 0] = -1e4 * q.mean(1)
+        self.kv.values[:, :, 0] = 0
         return super().attend(q, k, v, slots)
 
 
@@ -90,10 +90,10 @@ class _KeepsAnEarlierSequence(FullCache):
         self.used = set()
 
     def prefill(self, slot, q, k, v):
-        before = self.keys[slot, :, :2].clone()
+        before = self.kv.keys[slot, :, :2].clone()
         super().prefill(slot, q, k, v)
         if slot in self.used:
-            self.keys[slot, :, :2] = before
+            self.kv.keys[slot, :, :2] = before
         self.used.add(slot)
 
 
@@ -109,7 +109,7 @@ class _ChangesAfterTheFirstSequence(FullCache):
 
 class _ReadsEverySlot(FullCache):
     def attend(self, q, k, v, slots):
-        return super().attend(q, k, v, slots) + 0.1 * self.values.sum()
+        return super().attend(q, k, v, slots) + 0.1 * self.kv.values.sum()
 
 
 class _TakesRowsForSlots(FullCache):
@@ -119,7 +119,7 @@ class _TakesRowsForSlots(FullCache):
 
 class _FailsWhenFull(FullCache):
     def attend(self, q, k, v, slots):
-        if int(self.seq_lens[slots].max()) >= self.keys.shape[2]:
+        if int(self.seq_lens[slots].max()) >= self.kv.keys.shape[2]:
             raise IndexError("a slot is full")
         return super().attend(q, k, v, slots)
 

@@ -132,7 +132,8 @@ class SpeculationHooks:
             parts = ", ".join(name for name, _ in before.named_children())
             raise UsageError(
                 f"{type(before).__name__} has no known place for the hidden state that the next layer speculates from "
-                f"({source}); its parts are {parts}. Add it to sparsecache/engine/general/speculation.py."
+                f"({source}); its parts are {parts}. Add it to sparsecache/engine/general/speculation.py, or speculate "
+                f"from the attention input (infinigen: -o guess=input)."
             )
         return found
 
