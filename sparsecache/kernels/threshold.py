@@ -131,7 +131,7 @@ def _launch(
     inputs = (scores, extremes, seq_lens, slots, stride, params.sinks, params.recent)
     alpha = min(params.alpha, 3e38)  # below inf, which is the margin of tokens that are always selected
     by_mass = params.top_p < 1
-    if by_mass:  # all of a KV head's count stands in its first split
+    if by_mass:  # the first split of a KV head holds its whole count
         near_counts.zero_()
         near_counts[:, :, 0] = _near_counts(scores, seq_lens[slots], params)
     _count_tokens_kernel[grid](
