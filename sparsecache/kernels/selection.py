@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 CountRule = Literal["mean", "per_head"]
-GroupRule = Literal["max", "mean", "softmax"]
+GroupRule = Literal["max", "softmax"]
 
 
 def score_margin(scores: Tensor, kv_heads: int, group: GroupRule = "max") -> Tensor:
     """Return each token's score minus the best score, at most 0: [B, G, T].
 
     scores: [B, H, T], -inf for tokens that must not be selected. Each query head is compared with its own best score.
-    group: how a KV head joins the margins of its query heads. "max": the largest. "mean": their mean, which orders
-    tokens as the sum of scores does. "softmax": the log of the mean probability, which orders tokens as the sum of
-    probabilities does, relative to a token that is the best one of every head.
+    group: how a KV head joins the margins of its query heads. "max": the largest. "softmax": the log of the mean
+    probability, which orders tokens as the sum of probabilities does, relative to a token that is the best one of every
+    head.
     """
     batch, heads, length = scores.shape
     if length == 0:
@@ -29,8 +29,6 @@ def score_margin(scores: Tensor, kv_heads: int, group: GroupRule = "max") -> Ten
     margins = (scores - best).view(batch, kv_heads, heads // kv_heads, length)
     if group == "max":
         return margins.amax(2)
-    if group == "mean":
-        return margins.sum(2) / margins.shape[2]
     log_total = margins.logsumexp(3, keepdim=True).clamp(min=lowest)  # a head's best probability is exp(-log_total)
     return (margins - log_total).logsumexp(2) - (-log_total).logsumexp(2)
 

@@ -176,11 +176,9 @@ def _find_bin(histogram, wanted):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _joined(margin, mask, GROUP: tl.constexpr, JOIN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _joined(margin, mask, JOIN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Join margins [BLOCK_Q, N] of the query heads of a KV head, as `score_margin` does: [N]."""
     joined = tl.max(tl.where(mask, margin, float("-inf")), axis=0)
-    if JOIN == "mean":
-        joined = tl.sum(tl.where(mask, margin, 0.0), axis=0) / GROUP
     if JOIN == "softmax":
         joined += tl.log(tl.sum(tl.where(mask, tl.exp(margin - joined[None, :]), 0.0), axis=0))
     return joined
@@ -207,10 +205,7 @@ def _best_and_lowest(  # type: ignore[no-untyped-def]
         total = tl.sum(tl.where(sums > 0, sums * tl.exp(of_split - best[:, None]), 0.0), axis=1)
         best += tl.log(total) + tl.log(tl.sum(tl.where(query < GROUP, 1 / total, 0.0), axis=0))
     best = tl.where(query < GROUP, best, 0.0)
-    if JOIN == "mean":
-        lowest = tl.sum(tl.where(query < GROUP, worst - best, 0.0)) / GROUP
-    else:  # no other way joins margins to less than their largest
-        lowest = tl.max(tl.where(query < GROUP, worst - best, float("-inf")))
+    lowest = tl.max(tl.where(query < GROUP, worst - best, float("-inf")))  # margins are not joined to less
     return best, lowest
 
 
@@ -225,7 +220,7 @@ def _margins(  # type: ignore[no-untyped-def]
     valid = (query < GROUP)[:, None] & (token < end)[None, :]
     inside = (query < GROUP)[:, None] & (token < stride)[None, :]  # a mask in multiples of 16 keeps the loads wide
     score = tl.load(scores + head[:, None] * stride + token[None, :], mask=inside, other=0.0).to(tl.float32)
-    margin = _joined(score - best[:, None], valid, GROUP, JOIN)
+    margin = _joined(score - best[:, None], valid, JOIN)
     return tl.where((token < sinks) | (token >= count - recent), float("inf"), margin)
 
 

@@ -24,7 +24,6 @@ INFINIGEN: list[dict[str, Any]] = [  # over tight options
     {"guess": "residual", "fetch": "per_head", "sinks": 1, "recent": 2, "budget": 9.0},
     {"offload": True, "alpha": torch.inf, "budget": 0.2},
     {"offload": True, "gpu_cache": 20, "budget": 0.2},
-    {"blend": 0.2, "budget": 0.2},
     {"alpha": torch.inf, "group": "softmax", "top_p": 0.9, "budget": 0.3},
 ]
 QUANTISED: list[tuple[str, dict[str, Any]]] = [  # enough tokens for a tail and groups before it

@@ -34,7 +34,6 @@ OPTIONS = {  # alpha, budget, mean, sinks, recent
     "a count beyond int32": (math.inf, 2**32 + 5, True, 0, 0),
 }
 JOINED = {  # group, top_p: of the options above
-    "mean": ("mean", 1.0),
     "softmax": ("softmax", 1.0),
     "half of the mass": ("max", 0.5),
     "most of the softmax": ("softmax", 0.9),

@@ -6,7 +6,7 @@ layer's keys. Tokens with the highest scores are selected, and fetched if the ca
 GQA: the paper has one KV head per query head. Here a token's score for a KV head is how near it comes to the best
 score of one of the head's queries. A KV head has one skewing matrix and one set of partial channels.
 
-Query heads can also be joined by their mean score or mean probability (`group`).
+Query heads can also be joined by their mean probability (`group`).
 
 Differences: keys are rotated by RoPE, so the skewing matrix is made and applied after it. The defaults are those that
 kept the accuracy of a real model (docs/accuracy.md): the query is speculated from the residual stream after attention
@@ -44,7 +44,6 @@ PAPER: dict[str, Any] = {
     "dense_layers": 2,
     "skew": True,
     "guess": "input",
-    "blend": 0.0,
     "sinks": 0,
     "recent": 0,
 }
@@ -73,7 +72,7 @@ class InfiniGen(SparseMethod):
     budget: Annotated[float, "most past tokens selected: a share of them up to 1, else a count"] = 0.05
     fetch: Annotated[CountRule, "one count per layer, the mean over its KV heads, or a count per head"] = "mean"
     group: Annotated[
-        GroupRule, "how a KV head joins its query heads: the largest score margin, or the mean margin or probability"
+        GroupRule, "how a KV head joins its query heads: the largest score margin, or the mean probability"
     ] = "max"
     dense_layers: Annotated[int, "first layers that attend to everything, 1 at least"] = 2
     skew: Annotated[bool, "rotate queries and keys so that few channels carry more of the score"] = True
@@ -82,7 +81,6 @@ class InfiniGen(SparseMethod):
         "what the query is speculated from: the layer before's attention input (the paper), or its residual stream "
         "after attention",
     ] = "residual"
-    blend: Annotated[float, "share of the previous step's query in the speculated one, 0 to 1"] = 0.0
     sinks: Annotated[int, "first tokens that are always selected, within the budget, 0 or more"] = 0
     recent: Annotated[int, "last tokens that are always selected, within the budget, 0 or more"] = 0
     offload: Annotated[bool, "keep keys and values of the sparse layers in pinned host memory"] = False
@@ -98,8 +96,6 @@ class InfiniGen(SparseMethod):
             raise ValueError(f"alpha={self.alpha} must be 0 or more (inf: no limit but the budget).")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (1: no limit).")
-        if not 0 <= self.blend <= 1:
-            raise ValueError(f"blend={self.blend} must be 0 to 1.")
         if self.group != "max" and not math.isinf(self.alpha):
             raise ValueError(
                 f"alpha={self.alpha} limits the distance to a query head's best score, which group={self.group} does "

@@ -79,16 +79,9 @@ class InfiniGenCache(LayerCache):
         self.store = allocate(size, config.dtype, config.device, method.offload)
         self._gpu_cache = make_gpu_cache(method.gpu_cache, config) if method.gpu_cache else None
         self._speculated: _Speculated | None = None
-        self._blend = method.blend
-        self._last_query: Tensor | None = None  # [slots, H, 1, D], of the latest step or the end of the prompt
-        if method.blend:
-            shape = (config.slots, config.shape.heads, 1, config.shape.head_dim)
-            self._last_query = torch.zeros(shape, dtype=config.dtype, device=config.device)
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         self._partial.prefill(slot, q, k)
-        if self._last_query is not None:
-            self._last_query[slot] = q[:, -1:]
         if self._gpu_cache is not None:
             clear_slot(self._gpu_cache, slot)
         rows = self.store[slot]
@@ -110,10 +103,7 @@ class InfiniGenCache(LayerCache):
     def speculate(self, hidden: Tensor, project_query: ProjectQuery, slots: Tensor) -> None:
         """Select past tokens by the speculated query; with offload, fetch them."""
         with self._streams.speculation.reading(hidden, *project_query.inputs, slots):
-            q = project_query(hidden, normed=self.speculation_source == "input")
-            if self._last_query is not None:
-                q = torch.lerp(q, self._last_query[slots], self._blend)
-            self._speculated = self._select(q, slots)
+            self._speculated = self._select(project_query(hidden, normed=self.speculation_source == "input"), slots)
 
     def _select(self, q: Tensor, slots: Tensor) -> _Speculated:
         streams, seq_lens, device = self._streams, self.config.seq_lens, q.device
@@ -147,8 +137,6 @@ class InfiniGenCache(LayerCache):
             partial = self._partial
             append_speculated(k, v, partial.projection, partial.keys, store, self.config.seq_lens, slots)
             self.config.stats.record(counts, slots)
-            if self._last_query is not None:
-                self._last_query[slots] = q
             if speculated.rows is not None and self._gpu_cache is not None:
                 speculated.rows.insert(slots, positions, counts)
                 streams.cached = record_event(q.device)

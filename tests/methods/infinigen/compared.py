@@ -114,7 +114,7 @@ class ComparedRun:
             budget=options.get("budget", 0.05),
             rounding=rounding,
             group_rule=options.get("group", "max"),
-            **{key: options[key] for key in ("fetch", "sinks", "recent", "top_p", "blend") if key in options},
+            **{key: options[key] for key in ("fetch", "sinks", "recent", "top_p") if key in options},
         )
 
     def _prefill(self) -> None:

@@ -53,7 +53,6 @@ def slow_select(
             weighted = [math.exp(margin) / total for margin, total in zip(each, totals, strict=True)]
             joined = {
                 "max": max(each),
-                "mean": sum(each) / group,
                 "softmax": math.log(sum(weighted) / sum(1 / total for total in totals)),
             }
             margins[kv].append(joined[join] + bias(kv, t))
@@ -96,13 +95,11 @@ class SlowInfiniGen:
     recent: int = 0
     group_rule: str = "max"
     top_p: float = 1.0
-    blend: float = 0.0
     rounding: float = 0.0
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Take a prompt; q: [H, L, D]; k, v: [G, L, D]."""
         kv_heads, length, self.head_dim = k.shape
-        self.last_query = q[:, -1]
         self.partial_channels = [self._partial_channels(kv, q, k) for kv in range(kv_heads)]
         self.tokens = [
             [self._token(kv, k[kv, t], v[kv, t]) for t in range(length)] for kv in range(kv_heads)
@@ -113,8 +110,7 @@ class SlowInfiniGen:
 
         found: what another selected. Where rounding alone could have made the difference, it is selected here too.
         """
-        selected = self._select((1 - self.blend) * speculated + self.blend * self.last_query, found)
-        self.last_query = q
+        selected = self._select(speculated, found)
         out = torch.stack([self._attend(h, selected[h // self.group], q[h], k, v) for h in range(len(q))])
         for kv, tokens in enumerate(self.tokens):
             tokens.append(self._token(kv, k[kv], v[kv]))

@@ -39,7 +39,6 @@ def test_every_step_equals_the_reference(options: dict[str, Any], dtype: torch.d
     "options",
     [
         {"alpha": 4.0, "budget": 0.5, "partial_weight_ratio": 0.25},
-        {"alpha": math.inf, "budget": 0.3, "group": "mean", "blend": 0.2},
         {"alpha": math.inf, "budget": 0.5, "group": "softmax", "top_p": 0.8},
         {"alpha": 4.0, "budget": 0.5, "top_p": 0.6, "fetch": "per_head", "sinks": 1},
     ],

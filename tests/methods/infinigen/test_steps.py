@@ -22,9 +22,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"alpha": 0.0, "budget": 0.5},
     {"alpha": 2.0, "budget": 3, "sinks": 2, "recent": 4},  # more than the budget: the lower positions
     {"alpha": 2.0, "budget": 3, "sinks": 10**30, "recent": 10**30},
-    {"alpha": math.inf, "budget": 0.3, "group": "mean"},
     {"alpha": math.inf, "budget": 0.5, "group": "softmax", "top_p": 0.8, "fetch": "per_head"},
-    {"alpha": 3.0, "budget": 0.5, "top_p": 0.6, "blend": 0.3, "sinks": 1},
+    {"alpha": 3.0, "budget": 0.5, "top_p": 0.6, "sinks": 1},
 ]
 
 
@@ -63,7 +62,7 @@ def test_half_precision_selects_the_same_where_it_is_exact(dtype) -> None:
     [
         (Shape(layers=2, heads=4, kv_heads=2, head_dim=64), {"alpha": 2.0, "budget": 0.4}),
         (SHAPES["gqa4-128"], {"alpha": 4.0, "budget": 7, "fetch": "per_head", "sinks": 1, "recent": 2}),
-        (SHAPES["gqa3-32"], {"alpha": math.inf, "budget": 0.3, "offload": True, "skew": False, "blend": 0.5}),
+        (SHAPES["gqa3-32"], {"alpha": math.inf, "budget": 0.3, "offload": True, "skew": False}),
     ],
     ids=str,
 )
