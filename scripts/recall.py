@@ -1,5 +1,7 @@
 """Measures, per layer, how well InfiniGen's speculated query selects, for each run of a sweep.
 
+    python scripts/recall.py configs/sweeps/infinigen-recall.toml --model MODEL --out tables -- --data ROWS
+
 Every step attends to all tokens, so that all options see the same steps, those of the full cache. What the options
 select is only recorded. Each measure is a mean over decode steps and KV heads, then over prompts:
 
@@ -24,7 +26,7 @@ from sweep_runs import Run, check_runs, read_sweep
 from torch import Tensor
 
 from sparsecache.cache import CacheConfig, FullCache, LayerCache, ProjectQuery, SequenceStats, StepBytes
-from sparsecache.cli import report_usage_errors
+from sparsecache.cli import FlexibleCommand, report_usage_errors
 from sparsecache.errors import UsageError
 from sparsecache.files import write_atomically
 from sparsecache.kernels.scores import scaled_scores
@@ -162,9 +164,9 @@ def recorded_measures(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.where(values < 0, np.nan, values) for name, values in measures.items()}
 
 
-def document(runs: list[Run], pred_dir: Path) -> Document:
-    """Return a table per measure, with a line per run, and one flat table of all."""
-    folders = [pred_dir / Path(run.model).name / run.name for run in runs]
+def document(run_folders: dict[Run, Path]) -> Document:
+    """Return a table per measure, with a line per run, and one flat table of all. run_folders: of the predictions."""
+    runs, folders = list(run_folders), list(run_folders.values())
     measures_of_runs = [recorded_measures(folder) for folder in folders]
     first = first_sparse_layer(folders[0])
     layers = [f"layer {first + at}" for at in range(next(iter(measures_of_runs[0].values())).shape[1])]
@@ -199,20 +201,26 @@ def _mean_cell(mean: float, error: float | None) -> Cell:
     return Cell(f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}"), mean)
 
 
-@click.command()
+@click.command(cls=FlexibleCommand)
 @click.argument("file", type=click.Path(path_type=Path))
+@click.argument("more", nargs=-1, type=click.UNPROCESSED)
+@click.option("--model", "models", multiple=True, help="A checkpoint in place of the file's models; repeatable.")
 @click.option("--pred_dir", type=click.Path(path_type=Path), default=Path("pred/recall"), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the tables as Markdown and CSV.")
-def main(file: Path, pred_dir: Path, out: Path | None) -> None:
-    """Record the selections of the infinigen runs that the sweep in FILE names, and print their measures."""
+def main(file: Path, more: tuple[str, ...], models: tuple[str, ...], pred_dir: Path, out: Path | None) -> None:
+    """Record the selections of the infinigen runs that the sweep in FILE names, and print their measures.
+
+    MORE, behind --, are arguments of every run.
+    """
     with report_usage_errors():
-        runs, arguments = read_sweep(file)
+        runs, arguments = read_sweep(file, models)
         if others := {run.method for run in runs} - {"infinigen"}:
             raise UsageError(f"{file} names {', '.join(sorted(others))}: only infinigen's selections can be recorded.")
-        outcomes = predict_together(check_runs(runs, arguments, pred_dir), context_type=RecordingContext)
+        settings = check_runs(runs, [*arguments, *more], pred_dir)
+        outcomes = predict_together(settings, context_type=RecordingContext)
         if problems := [run for run, outcome in outcomes if outcome.code]:
             raise UsageError(f"Rows failed in {', '.join(map(str, problems))}; see the logs in {pred_dir}/logs.")
-        tables = document(runs, pred_dir)
+        tables = document({run: each.run_folder for run, each in settings.items()})
         click.echo(render(tables, "terminal"))
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)

@@ -3,14 +3,14 @@
     python scripts/study.py pred/MODEL --out tables/study.csv
     python scripts/study.py pred/MODEL/vanilla pred/MODEL/infinigen-budget=256 --markdown
     python scripts/study.py pred/MODEL --plot study.png --part without_code --label quest-budget=256=Quest
+    python scripts/study.py pred/MODEL --budgets --plot budgets.png --part without_code
 
 The first run is the baseline: `vanilla`, where a folder of runs is given. The parts are all datasets, those without
 code, English and Chinese ones, each category, and two halves of the rows: of each dataset the rows at even and at odd
-places. A setting can be chosen on one half and reported on the other.
+places. A setting can be chosen on one half and reported on the other. --budgets shows a line per method over its
+budgets instead of a line per run.
 """
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 import numpy
+from study_shown import as_csv, as_markdown, budget_table, draw, draw_budgets
 
 from sparsecache.cli import report_usage_errors
 from sparsecache.errors import UsageError
@@ -31,7 +32,6 @@ from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tasks import CATEGORIES, Task
 
 BASELINE = "vanilla"
-_HEAD = ["run", "kept", "all", "difference", "95% interval", "without code", "even rows", "odd rows", "tokens/s"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def part_scores(runs: Sequence[RunScore], part: Part, seed: int = 0) -> list[dic
 
 
 def study(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return a record per run: name, method, options, rows, costs, and the scores of all parts.
+    """Return a record per run: name, method, options, budget, rows, costs, and the scores of all parts.
 
     Raises UsageError for runs without common rows.
     """
@@ -105,6 +105,7 @@ def study(folders: Sequence[Path]) -> list[dict[str, Any]]:
                 "run": name,
                 "method": run.run.identity.method,
                 "options": " ".join(f"{key}={value}" for key, value in options.items()),
+                "budget": options.get("budget"),
                 "rows": sum(len(dataset.rows) for dataset in run.datasets),
                 "kept": kept,
                 "model_share": costs.model_share(kept),
@@ -117,76 +118,6 @@ def study(folders: Sequence[Path]) -> list[dict[str, Any]]:
             record[part.name] = scores["score"]
             record |= {f"{part.name}_{key}": scores[key] for key in ("difference", "low", "high")}
     return records
-
-
-def as_csv(records: Sequence[dict[str, Any]]) -> str:
-    """Return records as CSV, numbers with four decimals."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    for record in records:
-        writer.writerow({key: round(each, 4) if isinstance(each, float) else each for key, each in record.items()})
-    return out.getvalue()
-
-
-def as_markdown(records: Sequence[dict[str, Any]]) -> str:
-    """Return the columns that a page shows."""
-    lines = [f"| {' | '.join(_HEAD)} |", f"| :--- |{' ---: |' * (len(_HEAD) - 1)}"]
-    for record in records:
-        low, high = record["all_low"], record["all_high"]
-        cells = [
-            f"`{record['run']}`",
-            "" if record["kept"] is None else f"{record['kept']:.1%}",
-            _number(record["all"], ".1f"),
-            _number(record["all_difference"], "+.1f"),
-            "" if low is None else f"{low:+.1f} to {high:+.1f}",
-            *(
-                _number(record[f"{part}_difference"], "+.1f")
-                for part in ("without_code", "even_without_code", "odd_without_code")
-            ),
-            _number(record["decode_tokens_per_s"], ",.0f"),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(records: Sequence[dict[str, Any]], part: str, title: str) -> Any:
-    """Return a plot of each run's difference to the first, with its interval, in order of the difference.
-
-    part: a name of `parts`. Raises UsageError if matplotlib is missing.
-    """
-    from sparsecache.longbench.plots._figure import INK, MUTED, PAGE, SERIES, Plot, new_figure, with_style
-
-    drawn = sorted(
-        (record for record in records if record[f"{part}_difference"] is not None),
-        key=lambda record: float(record[f"{part}_difference"]),
-    )
-
-    def figure() -> Plot:
-        figure, axis = new_figure(0.5 + 0.17 * len(drawn), width=PAGE * 0.8)
-        axis.axvline(0, color=MUTED, linewidth=0.8)
-        for place, record in enumerate(drawn):
-            difference, low, high = (record[f"{part}_{key}"] for key in ("difference", "low", "high"))
-            color = SERIES[1] if record["method"] == "infinigen" else SERIES[0]
-            if low is not None:
-                axis.plot((low, high), (place, place), color=color)
-            axis.plot(difference, place, "o", color=color)
-        axis.set_yticks(range(len(drawn)), [_label(record) for record in drawn])
-        axis.set_ylim(-0.6, len(drawn) - 0.4)
-        axis.tick_params(axis="y", length=0, labelcolor=INK)
-        axis.grid(axis="x")
-        axis.set_xlabel(f"points more than {records[0]['run']}, with 95 % intervals; in parentheses the share kept")
-        return Plot(title, f"{title}: differences to {records[0]['run']}", figure)
-
-    return with_style(figure)()
-
-
-def _label(record: dict[str, Any]) -> str:
-    return record["run"] + ("" if record["kept"] is None else f" ({record['kept']:.1%})")
-
-
-def _number(number: float | None, form: str) -> str:
-    return "" if number is None else format(number, form)
 
 
 def _run_folders(paths: Sequence[Path]) -> list[Path]:
@@ -206,14 +137,16 @@ def _run_folders(paths: Sequence[Path]) -> list[Path]:
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path), help="CSV file to write.")
 @click.option("--markdown", is_flag=True, help="Print the main columns as a Markdown table.")
+@click.option("--budgets", is_flag=True, help="Print, and draw, a line per method over its budgets, for --part.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Picture of the differences to write (.png, .svg, .pdf).")
-@click.option("--part", type=click.Choice([part.name for part in parts()]), default="all", help="Part that is drawn.")
+@click.option("--part", type=click.Choice([part.name for part in parts()]), default="all", help="Part that is shown.")
 @click.option("--title", default="Differences to the full cache", help="Title of the picture.")
 @click.option("--label", "labels", multiple=True, metavar="RUN=TEXT", help="Call a run TEXT; repeatable.")
 def main(
     runs: tuple[Path, ...],
     out: Path | None,
     markdown: bool,
+    budgets: bool,
     plot: Path | None,
     part: str,
     title: str,
@@ -227,10 +160,12 @@ def main(
         if out is not None:
             write_atomically(out, as_csv(records))
         if plot is not None:
-            draw(records, part, title).save(plot)
+            (draw_budgets if budgets else draw)(records, part, title).save(plot)
+        if budgets:
+            click.echo(budget_table(records, part), nl=False)
         if markdown:
             click.echo(as_markdown(records), nl=False)
-        elif out is None and plot is None:
+        if not (markdown or budgets or out or plot):
             click.echo(as_csv(records), nl=False)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -107,6 +108,15 @@ def test_an_exact_speculation_selects_what_the_oracle_would(sweep, tiny: Path, t
     facts = list(csv.DictReader((folder / "out" / "recall.csv").open()))
     full, partial = (fact for fact in facts if fact["measure"] == "recall")
     assert float(full["layer 1"]) > 98 > float(partial["layer 1"]) > 0 and full["rows"] == "4"
+
+
+def test_model_and_further_arguments_may_come_from_the_command_line(load_script, sweep_file, tiny: Path, tmp_path):
+    file = sweep_file(tmp_path / "missing", {"method": "infinigen", "budget": 16, "skew": False, "dense_layers": 1})
+    more = ["--model_name", "renamed", "--datasets", "lcc", "--sample_rows", "1", "--max_new_tokens", "3"]
+    arguments = [str(file), "--model", str(tiny), "--pred_dir", str(tmp_path / "pred"), "--", *more]
+    done = CliRunner().invoke(load_script("recall").main, arguments)
+    assert done.exit_code == 0, done.output
+    assert "1 prompts, 2 decode steps" in done.output and (tmp_path / "pred" / "renamed").is_dir()
 
 
 def test_only_infinigen_can_be_recorded(run_python, repo: Path, sweep_file, tiny: Path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -71,6 +72,37 @@ def test_command_puts_the_baseline_first_and_writes_every_form(study, runs, tmp_
     assert [row["run"] for row in csv.DictReader(out.open())] == ["vanilla", "S"]
     assert done.output.count("\n") == 4 and "`S`" in done.output
     assert picture.read_text().startswith("<?xml")
+
+
+def test_budgets_have_a_line_per_method_and_options(study, runs, tmp_path) -> None:
+    folder = runs[0].parent
+    budgets = {"quest-budget=64": 64.0, "quest-budget=0.05": 0.05, "quest-page=4-budget=64": 64.0, "quest": 256.0}
+    for name, budget in budgets.items():
+        shutil.copytree(runs[1], folder / name)
+        record = json.loads((folder / name / "run.json").read_text())
+        options = {"budget": budget, "page": 4 if "page" in name else 16, "removed_since": 0.5}
+        record["identity"] = {"method": "quest", "options": options}
+        (folder / name / "run.json").write_text(json.dumps(record))
+        for file in (folder / name).glob("*.jsonl"):
+            rows = [json.loads(line) | {"kept": 0.1 * min(1, budget)} for line in file.read_text().splitlines()]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    picture = tmp_path / "budgets.svg"
+    done = CliRunner().invoke(study.main, [str(folder), "--budgets", "--part", "chinese", "--plot", str(picture)])
+    assert done.exit_code == 0, done.output
+    difference = next(each for each in study.study(runs) if each["run"] == "a-sparse")["chinese_difference"]
+    cell = f"{difference:+.1f}"
+    assert done.output.splitlines() == [
+        "| run | 64 tokens | 256 tokens | 5 % |",
+        "| :--- | ---: | ---: | ---: |",
+        f"| `quest` | {cell} | {cell} | {cell} |",
+        f"| `quest-page=4` | {cell} |  |  |",
+    ]
+    assert picture.read_text().startswith("<?xml")
+
+
+def test_budgets_without_a_run_that_has_one_are_refused(study, runs, tmp_path) -> None:
+    done = CliRunner().invoke(study.main, [str(runs[0].parent), "--budgets", "--plot", str(tmp_path / "budgets.svg")])
+    assert done.exit_code == 2 and "No run has a budget" in done.output and not (tmp_path / "budgets.svg").exists()
 
 
 def test_a_single_run_is_refused(study, runs) -> None:
