@@ -5,6 +5,7 @@ Nothing here depends on weights or text. The names below are all that a new meth
 
 from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, ProjectQuery, Shape, StepBytes
 from sparsecache.cache.eviction import (
+    AttentionEvictionCache,
     DecodingEvictionCache,
     EvictionMethod,
     PromptEvictionCache,
@@ -18,6 +19,7 @@ from sparsecache.cache.stats import SequenceStats
 from sparsecache.kernels.threshold import Selection
 
 __all__ = [
+    "AttentionEvictionCache",
     "CacheConfig",
     "CacheMethod",
     "DecodingEvictionCache",

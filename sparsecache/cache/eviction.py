@@ -15,7 +15,7 @@ from sparsecache.cache.sparse import SparseMethod, StoredMethod
 from sparsecache.cache.storage import make_storage
 from sparsecache.kernels.attention_sums import attention_sums as attention_sums  # for methods
 from sparsecache.kernels.decode import attend_and_append
-from sparsecache.kernels.scores import scaled_scores
+from sparsecache.kernels.eviction import Eviction, KeptTokens, evict_least_attended, find_lowest, replace_rows
 
 _PINNED = 1e30  # above any score
 
@@ -92,12 +92,11 @@ class EvictionMethod(StoredMethod):
         return count
 
 
-class DecodingEvictionCache(LayerCache):
+class BoundedKVCache(LayerCache):
     """At most `budget` past tokens per KV head: each step appends the new token, then evicts one.
 
-    keys, values: [slots, G, rows, D], unordered, the first num_tokens [slots, G] of them in use; positions: [slots,
-    G, rows] int64, of each token; scores: [slots, G, rows] float32, as the subclass defines them. token_state: all
-    tensors with a row per token; a subclass may add its own.
+    tokens: the rows of the cache, unordered; their tensors are also attributes of the cache. A subclass defines the
+    scores.
     """
 
     def __init__(self, method: SparseMethod, layer: int, config: CacheConfig) -> None:
@@ -106,28 +105,20 @@ class DecodingEvictionCache(LayerCache):
         self.keys, self.values = (config.zeros(capacity, config.shape.head_dim) for _ in range(2))
         self.positions = config.zeros(capacity, dtype=torch.int64)
         self.scores = config.zeros(capacity, dtype=torch.float32)
-        self.token_state = [self.keys, self.values, self.positions, self.scores]
         self.num_tokens = config.zeros(dtype=torch.int64)
+        self.tokens = KeptTokens(self.keys, self.values, self.positions, self.scores, self.num_tokens)
         self.seq_lens, self.stats = config.seq_lens, config.stats
         self._budget = method.layer_budget(layer, config.shape)
-        self._heads = torch.arange(config.shape.kv_heads, device=config.device)
-        self._rows = torch.arange(capacity, device=config.device)
 
     @abstractmethod
     def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return the `count` positions of a prompt to keep, [G, count], and their scores, [G, count] float32."""
 
     @abstractmethod
-    def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the new scores of the rows, and their priorities: [B, G, rows] each. The lowest priority is evicted.
+    def evict(self, q: Tensor, slots: Tensor) -> None:
+        """Count the new token, update the scores, and evict a token of each KV head above the budget.
 
-        The rows include the new token. past: [B], the tokens of each sequence with the new one.
-        """
-
-    def before_evict(self, slots: Tensor, row: Tensor, last: Tensor, over: Tensor) -> None:
-        """Update state before the last row replaces `row`, which is evicted where `over` is True; all [B, G].
-
-        For a subclass whose state of one row depends on other rows. Elsewhere `row` is `last`, and is not evicted.
+        q: [B, H, 1, D]; slots: [B]. The new token's key and value are in the row num_tokens.
         """
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -141,36 +132,9 @@ class DecodingEvictionCache(LayerCache):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         out = attend_and_append(q, k, v, self.keys, self.values, self.num_tokens, slots)
         with self.config.deferred.reading(q, slots):
-            past = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
-            self._evict(q, slots, self._begin_token(slots, past), past + 1)
+            self.stats.record(self.num_tokens[slots], slots)
+            self.evict(q, slots)
         return out
-
-    def _begin_token(self, slots: Tensor, past: Tensor) -> Tensor:
-        """Begin the state of the new token, at position past [B]; return the rows in use with it, [B, G]."""
-        held = self.num_tokens[slots]
-        self.stats.record(held, slots)
-        new_row = held.clamp(max=len(self._rows) - 1)
-        index = slots[:, None], self._heads, new_row
-        self.positions[index] = past[:, None].expand_as(held)
-        self.scores[index] = torch.zeros_like(held, dtype=torch.float32)  # assigning a number would copy from the host
-        return new_row + 1
-
-    def _evict(self, q: Tensor, slots: Tensor, held: Tensor, past: Tensor) -> None:
-        """Evict the row of lowest priority where held [B, G] exceeds the budget; the last row replaces it."""
-        scores, priorities = self.step_scores(q, slots, past)
-        self.scores[slots] = scores
-        positions = self.positions[slots]
-        priorities = priorities.masked_fill(self._rows >= held[..., None], torch.inf)
-        is_lowest = priorities == priorities.amin(2, keepdim=True)
-        victim = positions.masked_fill(~is_lowest, torch.iinfo(torch.int64).max).argmin(2)  # ties go to the earliest
-        over = held > self.budgets[past][:, None]
-        last = held - 1
-        target = torch.where(over, victim, last)  # elsewhere the last row replaces itself
-        self.before_evict(slots, target, last, over)
-        to, of = (slots[:, None], self._heads, target), (slots[:, None], self._heads, last)
-        for rows in self.token_state:
-            rows[to] = rows[of]
-        self.num_tokens[slots] = torch.where(over, last, held)
 
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
         return StepBytes(attended * self.config.token_nbytes)
@@ -178,12 +142,61 @@ class DecodingEvictionCache(LayerCache):
     def free_slot(self, slot: int) -> None:
         self.num_tokens[slot].zero_()
 
-    def probabilities(self, q: Tensor, slots: Tensor) -> Tensor:
-        """Return the attention of q [B, H, 1, D] to each row, summed over a KV head's queries: [B, G, rows] float32."""
-        keys = self.keys[slots]
-        is_free = self._rows > self.num_tokens[slots][..., None]  # the new token is in row num_tokens
-        scores = scaled_scores(q, keys, keys.shape[3]).view(*keys.shape[:2], -1, keys.shape[2])  # [B, G, H / G, rows]
-        return scores.masked_fill(is_free[:, :, None], -torch.inf).softmax(-1).sum(2)
+
+class DecodingEvictionCache(BoundedKVCache):
+    """A BoundedKVCache whose subclass scores the rows at each step.
+
+    more_state: further tensors of the subclass with a row per token, [slots, G, rows].
+    """
+
+    def __init__(self, method: SparseMethod, layer: int, config: CacheConfig) -> None:
+        super().__init__(method, layer, config)
+        self.more_state: tuple[Tensor, ...] = ()
+        self._rows = torch.arange(self.keys.shape[2], device=config.device)
+
+    @abstractmethod
+    def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the new scores of the rows, and their priorities: [B, G, rows] each. The lowest priority is evicted.
+
+        The rows include the new token. past: [B], the tokens of each sequence with the new one.
+        """
+
+    def before_evict(self, slots: Tensor, eviction: Eviction) -> None:
+        """Update state before an eviction. For a subclass whose state of one row depends on other rows."""
+
+    def evict(self, q: Tensor, slots: Tensor) -> None:
+        past = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
+        held = self.tokens.begin_token(slots, past)
+        scores, priorities = self.step_scores(q, slots, past + 1)
+        self.scores[slots] = scores
+        eviction = find_lowest(self.tokens, slots, priorities, held, self.budgets[past + 1])
+        self.before_evict(slots, eviction)
+        replace_rows(self.tokens, slots, eviction, self.more_state)
+
+
+class AttentionEvictionCache(BoundedKVCache):
+    """A BoundedKVCache that evicts the token with the least attention; scores are the attention.
+
+    accumulate: whether scores are the attention of all steps, or of the latest one. shared: whether they are summed
+    over all KV heads of the layer, which then must keep the same prompt tokens in the same order.
+    """
+
+    accumulate: ClassVar[bool]
+    shared: ClassVar[bool]
+
+    def __init__(self, method: SparseMethod, layer: int, config: CacheConfig) -> None:
+        super().__init__(method, layer, config)
+        self._recent = self.recent_tokens(self.budgets)
+
+    @abstractmethod
+    def recent_tokens(self, budgets: Tensor) -> Tensor:
+        """Return how many of the latest tokens always stay, 1 to the budget, per budget of a table [N] int64: [N]."""
+
+    def evict(self, q: Tensor, slots: Tensor) -> None:
+        evict_least_attended(
+            q, self.tokens, self.seq_lens, slots, self.budgets, self._recent,
+            accumulate=self.accumulate, shared=self.shared,
+        )  # fmt: skip
 
 
 def check_voting(window: int, kernel: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, MethodKind
-from sparsecache.cache.eviction import DecodingEvictionCache, attention_sums
+from sparsecache.cache.eviction import AttentionEvictionCache, attention_sums
 from sparsecache.cache.sparse import SparseMethod
 
 
@@ -31,8 +31,11 @@ class H2O(SparseMethod):
         return H2OCache(self, layer, config)
 
 
-class H2OCache(DecodingEvictionCache):
+class H2OCache(AttentionEvictionCache):
     """Scores are the attention that each token received so far."""
+
+    accumulate: ClassVar[bool] = True
+    shared: ClassVar[bool] = False
 
     def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
         kv_heads, length = k.shape[:2]
@@ -43,8 +46,5 @@ class H2OCache(DecodingEvictionCache):
         kept = torch.cat((rising[:, others - count // 2 :], recent.expand(kv_heads, -1)), 1)
         return kept, received.gather(1, kept)
 
-    def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.scores[slots] + self.probabilities(q, slots)
-        recent = (self.budgets[past] + 1) // 2
-        is_recent = self.positions[slots] >= (past - recent)[:, None, None]
-        return scores, scores.masked_fill(is_recent, torch.inf)
+    def recent_tokens(self, budgets: Tensor) -> Tensor:
+        return (budgets + 1) // 2

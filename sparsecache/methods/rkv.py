@@ -25,6 +25,7 @@ from torch.nn.functional import max_pool1d, normalize
 from sparsecache.cache.base import CacheConfig, MethodKind
 from sparsecache.cache.eviction import DecodingEvictionCache, check_voting, pin_last
 from sparsecache.cache.sparse import SparseMethod
+from sparsecache.kernels.eviction import Eviction
 from sparsecache.kernels.scores import scaled_scores
 
 _SIMILAR = 0.5  # cosine similarity of the keys of similar tokens
@@ -66,7 +67,7 @@ class RKVCache(DecodingEvictionCache):
         super().__init__(method, layer, config)
         self._method = method
         self.exempted, self.similarity = torch.zeros_like(self.positions), torch.zeros_like(self.scores)
-        self.token_state += [self.exempted, self.similarity]
+        self.more_state = (self.exempted, self.similarity)
         group = config.shape.heads // config.shape.kv_heads
         self.queries = config.zeros(group, method.window, config.shape.head_dim)
 
@@ -127,8 +128,8 @@ class RKVCache(DecodingEvictionCache):
         self.similarity[slots] = torch.where(is_similar, found, similarity).scatter(2, new, to_row)
         return sums
 
-    def before_evict(self, slots: Tensor, row: Tensor, last: Tensor, over: Tensor) -> None:
-        row, last, over = row[..., None], last[..., None], over[..., None]
+    def before_evict(self, slots: Tensor, eviction: Eviction) -> None:
+        row, last, over = (part[..., None] for part in eviction)
         exempted, sums = self.exempted[slots], self.scores[slots]
         found = _similarities(normalize(self.keys[slots].float(), dim=-1), row)
         found = found.masked_fill(~over | (self._rows > last) | (self._rows == row), 0)

@@ -12,10 +12,11 @@ dense.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, MethodKind
-from sparsecache.cache.eviction import DecodingEvictionCache, attention_sums, pin_last
+from sparsecache.cache.eviction import AttentionEvictionCache, attention_sums, pin_last
 from sparsecache.cache.sparse import SparseMethod
 
 
@@ -29,8 +30,11 @@ class TOVA(SparseMethod):
         return TOVACache(self, layer, config)
 
 
-class TOVACache(DecodingEvictionCache):
+class TOVACache(AttentionEvictionCache):
     """Evicts the token with the least attention, summed over all heads."""
+
+    accumulate: ClassVar[bool] = False
+    shared: ClassVar[bool] = True
 
     def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
         received = attention_sums(q, k, first=k.shape[1] - 1).sum(0, keepdim=True)
@@ -38,8 +42,5 @@ class TOVACache(DecodingEvictionCache):
         kept = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].expand(len(k), -1)
         return kept, received.expand(len(k), -1).gather(1, kept)
 
-    def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        attention = self.probabilities(q, slots)
-        scores = attention.sum(1, keepdim=True).expand_as(attention)
-        is_newest = self.positions[slots] == (past - 1)[:, None, None]
-        return scores, scores.masked_fill(is_newest, float("inf"))
+    def recent_tokens(self, budgets: Tensor) -> Tensor:
+        return torch.ones_like(budgets)
