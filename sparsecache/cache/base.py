@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsecache.cache.stats import LayerStats, SequenceStats
 from sparsecache.cache.streams import SideStream
+from sparsecache.kernels.rotation import RotationOf
 
 SpeculationSource = Literal["input", "residual"]
 MethodKind = Literal["full", "selection", "eviction", "quantised", "offload"]
@@ -150,10 +151,14 @@ class CacheMethod(ABC):
 
     kind: what the method does with past tokens; --list_methods groups by it. calibration_version: increase it when
     `calibrate` computes something else from the same text.
+    uses_rope: whether the method needs `rope`, the rotation of a position. The engine sets `rope` before `make_cache`,
+    and refuses a model whose rotation depends on more than the position, or is not known.
     """
 
     kind: ClassVar[MethodKind] = "full"
     calibration_version: ClassVar[int] = 1
+    uses_rope = False
+    rope: RotationOf
 
     def check(self, shape: Shape) -> None:  # noqa: B027 (a no-op unless options depend on the shape)
         """Raise ValueError, in a full sentence, if the options do not fit a model of this shape."""

@@ -45,6 +45,8 @@ class Decoder:
         self._weights = weights
         self._rope = rope
         self._method = method
+        if method.uses_rope:
+            method.rope = rope.rotation_of()
         rows = self.shape.heads * self.shape.head_dim
         self._query_weights = [_query_rows(layer, rows) for layer in weights.layers]
 

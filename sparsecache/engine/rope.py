@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sparsecache.errors import UsageError
-from sparsecache.kernels.rotation import Rotation
+from sparsecache.kernels.rotation import Rotation, RotationOf
 
 
 class Rope:
@@ -40,11 +40,22 @@ class Rope:
 
     def cos_sin(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Rotation:
         """Return cosines and sines [N, D] of positions [N]; lengths: [N] or [1], the sequences' tokens so far."""
-        angles = positions[:, None] * self._frequencies(lengths)
-        tables = angles.cos(), angles.sin()
-        if self._scaling != 1:
-            tables = tables[0] * self._scaling, tables[1] * self._scaling
+        tables = self._tables(positions, self._frequencies(lengths))
         return Rotation(*(table.to(dtype) for table in tables))
+
+    def rotation_of(self) -> RotationOf:
+        """Return the rotation of a position, for cache methods. Raises UsageError if it depends on the length too."""
+        if self.type in ("dynamic", "longrope"):
+            raise UsageError(
+                f"The method needs the rotation of each position, but RoPE of type {self.type!r} also depends on the "
+                f"length of the text. Choose another --method."
+            )
+        return lambda positions: self._tables(positions, self._base.to(positions.device))
+
+    def _tables(self, positions: Tensor, frequencies: Tensor) -> Rotation:
+        angles = positions[..., None] * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return Rotation(cos, sin) if self._scaling == 1 else Rotation(cos * self._scaling, sin * self._scaling)
 
     @property
     def graphable(self) -> bool:

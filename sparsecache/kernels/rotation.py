@@ -3,6 +3,7 @@
 Channel i of a head of size D pairs with channel i + D / 2.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,11 +21,32 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
+RotationOf = Callable[[Tensor], Rotation]
+"""Returns the cosines and sines, [.., R] float32, of positions [..]. The first R channels of a head are rotated."""
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate x [N, heads, D] by the angles of its N tokens."""
     cos, sin = (table[:, None] for table in rotation)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rotate_rows(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the first R channels of x [.., D] by cosines and sines [.., R], which broadcast: float32 [.., D]."""
+    cos, sin = rotation
+    size = cos.shape[-1]
+    rotated, rest = x[..., :size].float(), x[..., size:].float()
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated, rest.expand(*rotated.shape[:-1], -1)), dim=-1) if rest.shape[-1] else rotated
+
+
+def rotate_rows_back(x: Tensor, rotation: Rotation) -> Tensor:
+    """Return what `rotate_rows` rotated to x. Some RoPE types also scale: that is undone too."""
+    cos, sin = rotation
+    squared_scale = cos.square() + sin.square()
+    return rotate_rows(x, Rotation(cos / squared_scale, -sin / squared_scale))
 
 
 def split_and_rotate(heads: Tensor, rotation: Rotation, kv_heads: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:

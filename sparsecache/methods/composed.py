@@ -50,13 +50,18 @@ class Composed(CacheMethod):
             )
         if select.calibration_text() is not None:
             raise ValueError(f"select={self.select} needs a calibration, which is not passed on to it.")
+        if select.uses_rope:
+            raise ValueError(f"select={self.select} needs positions in the text; a selection counts kept tokens only.")
         self._evict, self._select = evict, select
+        self.uses_rope = evict.uses_rope
 
     def check(self, shape: Shape) -> None:
         self._evict.check(shape)
         self._select.check(shape)
 
     def make_cache(self, layer: int, config: CacheConfig) -> LayerCache:
+        if self.uses_rope:
+            self._evict.rope = self.rope
         if layer < self._evict.dense_layers:
             return self._select.make_cache(layer, config)
         if layer < self._select.dense_layers:

@@ -379,6 +379,8 @@ class RunContext:
         with option_errors(self.settings.method):
             if self.settings.engine == "sparsecache":  # else the shape is known once the model is loaded
                 self.method.check(self._architecture().shape)
+                if self.method.uses_rope:
+                    Rope(self.checkpoint.config, torch.device("cpu")).rotation_of()
             self.calibration_text = self.method.calibration_text()
         if self.calibration_text is not None and not self.calibration_text.strip():
             raise UsageError(_NO_TEXT)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheMethod, LayerCache, Shape
 from sparsecache.cache.model_cache import ModelCache
+from sparsecache.kernels.rotation import Rotation, RotationOf
 
 CPU = torch.device("cpu")
 
@@ -72,7 +73,20 @@ def check_free_empty_slot(method: CacheMethod) -> None:
         cache.free_slot(slot)
 
 
+def plain_rope(channels: int, base: float = 10000.0) -> RotationOf:
+    """Return the rotations of RoPE without scaling, for a method that is not given to an engine."""
+    frequencies = (base ** (-torch.arange(0, channels, 2) / channels)).repeat(2)
+
+    def rotation(positions: Tensor) -> Rotation:
+        angles = positions[..., None] * frequencies
+        return Rotation(angles.cos(), angles.sin())
+
+    return rotation
+
+
 def _model_cache(method: CacheMethod, shape: Shape, slots: int) -> ModelCache:
+    if method.uses_rope:
+        method.rope = plain_rope(shape.head_dim)
     if method.calibration_text() is not None:
         for layer in range(shape.layers):
             q = torch.randn(shape.kv_heads, shape.heads // shape.kv_heads, 40, shape.head_dim)

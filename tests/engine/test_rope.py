@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from sparsecache.engine.rope import Rope
 from sparsecache.errors import UsageError
-from sparsecache.kernels.rotation import rotate
+from sparsecache.kernels.rotation import rotate, rotate_rows, rotate_rows_back
 
 CPU = torch.device("cpu")
 FACTORS = [1.0 + i for i in range(16)]
@@ -111,3 +111,20 @@ def test_partly_rotated_heads_and_unknown_types_are_refused() -> None:
     config.rope_parameters = {"rope_type": "spiral", "rope_theta": 1.0}
     with pytest.raises(UsageError, match=r"'spiral'.*default, .*longrope"):
         Rope(config, CPU)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
+def test_methods_get_the_rotation_of_any_position_and_its_inverse(kind) -> None:
+    parameters = TYPES[kind]
+    positions = torch.tensor([[3, 0, 77], [5, 5000, 1]])
+    rotation = _rope(**parameters).rotation_of()(positions)
+    theirs = LlamaRotaryEmbedding(_config(**parameters))(torch.zeros(1), positions)
+    assert all(torch.equal(own, other) for own, other in zip(rotation, theirs, strict=True))
+    x = torch.randn(2, 3, 32)
+    torch.testing.assert_close(rotate_rows_back(rotate_rows(x, rotation), rotation), x)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_depend_on_the_length_are_refused_to_methods(kind) -> None:
+    with pytest.raises(UsageError, match=f"type '{kind}' also depends on the length of the text"):
+        _rope(**TYPES[kind]).rotation_of()

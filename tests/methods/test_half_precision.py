@@ -7,6 +7,7 @@ from sparsecache.cache.base import ProjectQuery, Shape
 from sparsecache.cache.model_cache import ModelCache
 from sparsecache.kernels.attention import attention_over_rows
 from sparsecache.methods import method_names
+from sparsecache.testing.cache_checks import plain_rope
 from sparsecache.testing.contract import MethodUnderTest
 
 SHAPE = Shape(layers=3, heads=4, kv_heads=2, head_dim=16)
@@ -22,6 +23,8 @@ def test_attention_in_bfloat16_is_that_of_float32(name) -> None:
         return torch.randn(*size, generator=generator).bfloat16()
 
     method = subject.make(subject.lossless)
+    if method.uses_rope:
+        method.rope = plain_rope(SHAPE.head_dim)
     if method.calibration_text() is not None:
         for layer in range(SHAPE.layers):
             method.calibrate(layer, torch.randn(2, 2, 50, 16), torch.randn(2, 50, 16))

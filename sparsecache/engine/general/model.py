@@ -13,9 +13,8 @@ from sparsecache.cache.model_cache import ModelCache
 from sparsecache.engine.general.attention import AttentionCall, handle_attention, inspect_attention
 from sparsecache.engine.general.cache import SequenceCaches
 from sparsecache.engine.general.loading import reset_dynamic_rope, rope_types
+from sparsecache.engine.general.rope import LENGTH_DEPENDENT, rotation_of
 from sparsecache.engine.general.speculation import SpeculationHooks
-
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class CachedModel:
@@ -40,6 +39,8 @@ class CachedModel:
         self.cache: ModelCache | None = None
         self.on_logits: Callable[[Tensor], None] | None = None
         self._model, self._method, self._layers = model, method, attention.layers
+        if method.uses_rope:
+            method.rope = rotation_of(model, attention.layers)
         self._index = {layer.module: index for index, layer in enumerate(attention.layers)}
         self._hooks = SpeculationHooks(model, attention.layers, attention.modules)
         self._sources: dict[int, SpeculationSource] = {}
@@ -159,7 +160,7 @@ class CachedModel:
     def _why_one_slot(self) -> str | None:
         if "position_ids" not in self._arguments:
             return f"{type(self._model).__name__} takes no positions"
-        if kinds := rope_types(self._model) & _LENGTH_DEPENDENT_ROPE:
+        if kinds := rope_types(self._model) & LENGTH_DEPENDENT:
             return f"{' and '.join(sorted(kinds))} RoPE depends on the longest sequence"
         if not self._sequences.can_join:
             return "it has layers that keep more than a sliding window in transformers' own cache"
