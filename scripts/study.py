@@ -134,7 +134,7 @@ def _run_folders(paths: Sequence[Path]) -> list[Path]:
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="CSV file to write.")
 @click.option("--markdown", is_flag=True, help="Print the main columns as a Markdown table.")
 @click.option("--budgets", is_flag=True, help="Print, and draw, a line per method over its budgets, for --part.")

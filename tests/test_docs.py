@@ -29,7 +29,7 @@ PAGES = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"),
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
 ]
-SCRIPTS = ("bench", "recall", "sweep", "write_sample")
+SCRIPTS = ("bench", "recall", "select_rows", "study", "sweep", "write_sample")
 MODEL = "smollm2-135m-instruct"
 OTHER_FLAGS = {"--help", "--no-deps", "--nodes", "--head", "--port", "--address", "--num-cpus", "--generate"}
 """Options of pip, Slurm and Ray."""
