@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.host import allocate, copy_into
-from sparsecache.kernels.decode import append_kv, attend_and_append, attend_selected
+from sparsecache.kernels.decode import attend_and_append, attend_selected
 from sparsecache.kernels.quantisation import Bits, QuantisedStore, token_nbytes
 from sparsecache.kernels.quantised_decode import append_quantised, attend_quantised, attend_selected_quantised
 from sparsecache.kernels.rows import index_slots, take_rows
@@ -77,9 +77,7 @@ class FullStorage(KVStorage):
     def attend_selected(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, slots: Tensor, positions: Tensor, counts: Tensor
     ) -> Tensor:
-        out = attend_selected(q, k, v, self.keys, self.values, slots, positions, counts)
-        append_kv(k, v, self.keys, self.values, lengths, slots)
-        return out
+        return attend_selected(q, k, v, self.keys, self.values, slots, positions, counts, lengths)
 
     def keys_of(self, lengths: Tensor, slots: Tensor, rows: Tensor | int) -> Tensor:
         return (

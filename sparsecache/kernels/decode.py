@@ -43,7 +43,7 @@ def attend_and_append(
     The new token goes to row min(length, T - 1), so a full slot overwrites its last row. Returns [B, H, 1, D].
     """
     if use_kernel(q):
-        return _launch(q, k, v, keys, values, slots, lengths, append=True)
+        return _launch(q, k, v, keys, values, slots, None, lengths=lengths)
     append_kv(k, v, keys, values, lengths, slots)
     longest = min(int(lengths[slots].max()) + 1, keys.shape[2])
     keys, values = keys[:, :, :longest], values[:, :, :longest]
@@ -69,19 +69,31 @@ def append_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tenso
 
 
 def attend_selected(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, selected: Tensor, counts: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    selected: Tensor,
+    counts: Tensor,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    """Attend over selected rows of each slot and the new token, which is not appended.
+    """Attend over selected rows of each slot and the new token.
 
     q, k, v, keys, values, slots: as in `attend_and_append`; keys and values may be strided except in D.
     selected: [B, G, N] int64 or int32; the first counts [B, G] (int64) of a KV head are valid and distinct.
+    lengths: as in `attend_and_append`, the row at which the new token is appended; None: it is not.
     Returns [B, H, 1, D].
     """
     if use_kernel(q):
-        return _launch(q, k, v, keys, values, slots, counts, selected=selected)
+        return _launch(q, k, v, keys, values, slots, counts, selected=selected, lengths=lengths)
     mask = _mask(counts, selected.shape[2])
     rows = selected.long() if mask is None else selected.long().masked_fill(~mask, 0)
-    return attend_rows(q, k, v, take_rows(keys, slots, rows), take_rows(values, slots, rows), mask)
+    out = attend_rows(q, k, v, take_rows(keys, slots, rows), take_rows(values, slots, rows), mask)
+    if lengths is not None:
+        append_kv(k, v, keys, values, lengths, slots)
+    return out
 
 
 class CachedRows(NamedTuple):
@@ -142,15 +154,16 @@ def _launch(
     keys: Tensor,
     values: Tensor,
     slots: Tensor | None,
-    counts: Tensor,
+    counts: Tensor | None,
     *,
     selected: Tensor | None = None,
     cached: CachedRows | None = None,
-    append: bool = False,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Launch both kernels.
 
-    counts: with `append` the lengths, [slots] or [slots, G]; else [B, G], how many rows, or entries of `selected`.
+    counts: [B, G], how many rows, or entries of `selected`; None: the first `lengths` rows. lengths: [slots] or
+    [slots, G], the row to which the new token is written; None: it is not written.
     slots: None if row b of keys and values belongs to sequence b, as `cached` requires.
     """
     batch, heads, _, head_dim = q.shape
@@ -162,18 +175,18 @@ def _launch(
     out = torch.empty((batch, heads, 1, head_dim), device=q.device, dtype=q.dtype)
     block_d = next_power_of_2(head_dim, 16)
     block_t = max(16, min(128, _TILE_BYTES // (block_d * keys.element_size())))
-    counts, group = counts.contiguous(), heads // kv_heads
-    if selected is not None:
-        selected = selected.contiguous()
+    group = heads // kv_heads
+    counts, lengths, selected = (None if x is None else x.contiguous() for x in (counts, lengths, selected))
     # An unused pointer argument takes any tensor; the constexpr flags turn its loads off.
     indices = cached.places if cached is not None else selected
-    cache = (keys, counts, 0) if cached is None else (cached.rows, cached.slots, cached.rows.shape[2])
+    cache = (keys, q, 0) if cached is None else (cached.rows, cached.slots, cached.rows.shape[2])
     _attend_kernel[(kv_heads, num_splits)](
         q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), keys, values, *keys.stride()[:3],
-        counts if slots is None else slots, counts if indices is None else indices, counts, *cache,
+        *(q if x is None else x for x in (slots, indices, counts, lengths)), *cache,
         partial_out, softmax_stats, split_ranges, 1 / math.sqrt(head_dim),
         batch, num_splits, capacity, head_dim, heads * num_splits, 0 if indices is None else indices.shape[2],
-        APPEND=append, PER_HEAD=not append or counts.dim() == 2, HAS_SLOTS=slots is not None,
+        HAS_COUNTS=counts is not None, APPEND=lengths is not None,
+        PER_HEAD=lengths is not None and lengths.dim() == 2, HAS_SLOTS=slots is not None,
         SELECTED=selected is not None, CACHED=cached is not None, GROUP=group, BLOCK_Q=next_power_of_2(group, 16),
         BLOCK_B=next_power_of_2(batch), BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4, num_stages=2, **pdl_options(),
     )  # fmt: skip
@@ -233,22 +246,23 @@ def place_split(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["batch", "num_splits", "capacity", "stats_size", "width"])
 def _attend_kernel(  # type: ignore[no-untyped-def]
     q, q_row_stride, q_head_stride, new_key, new_value, new_row_stride, new_head_stride,
-    keys, values, slot_stride, head_stride, row_stride, slots, indices, counts_ptr, cache, cache_slots, cache_capacity,
-    partial_out, softmax_stats, split_ranges, scale, batch, num_splits, capacity, head_dim, stats_size, width,
-    APPEND: tl.constexpr, PER_HEAD: tl.constexpr, HAS_SLOTS: tl.constexpr, SELECTED: tl.constexpr, CACHED: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    USE_PDL: tl.constexpr,
+    keys, values, slot_stride, head_stride, row_stride, slots, indices, counts_ptr, lengths, cache, cache_slots,
+    cache_capacity, partial_out, softmax_stats, split_ranges, scale, batch, num_splits, capacity, head_dim, stats_size,
+    width,
+    HAS_COUNTS: tl.constexpr, APPEND: tl.constexpr, PER_HEAD: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    SELECTED: tl.constexpr, CACHED: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Attend to one split for the query heads of a KV head. The last split takes the new token."""
     pdl_wait(USE_PDL)
     kv, kv_heads, program, rows = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.arange(0, BLOCK_B)
     in_batch = rows < batch
     row_slots = tl.load(slots + rows, mask=in_batch, other=0) if HAS_SLOTS else rows
-    if APPEND:
-        at_counts = row_slots * kv_heads + kv if PER_HEAD else row_slots
-        counts = tl.minimum(tl.load(counts_ptr + at_counts, mask=in_batch, other=0), capacity - 1).to(tl.int32)
-    else:
+    if HAS_COUNTS:
         counts = tl.load(counts_ptr + rows * kv_heads + kv, mask=in_batch, other=0).to(tl.int32)
+    else:
+        at_lengths = row_slots * kv_heads + kv if PER_HEAD else row_slots
+        counts = tl.minimum(tl.load(lengths + at_lengths, mask=in_batch, other=0), capacity - 1).to(tl.int32)
     row, slot, count, split, splits, length = place_split(
         program, counts, row_slots, in_batch, rows, batch, num_splits, BLOCK_B, _ALIGNMENT
     )
@@ -276,8 +290,11 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         weight_sum += 1.0
         total += value.to(tl.float32)[None, :]
         if APPEND:
-            tl.store(keys + base + count * row_stride + channel, key, mask=in_head)
-            tl.store(values + base + count * row_stride + channel, value, mask=in_head)
+            new_row = count.to(tl.int64)
+            if HAS_COUNTS:
+                new_row = tl.minimum(tl.load(lengths + (slot * kv_heads + kv if PER_HEAD else slot)), capacity - 1)
+            tl.store(keys + base + new_row * row_stride + channel, key, mask=in_head)
+            tl.store(values + base + new_row * row_stride + channel, value, mask=in_head)
 
     start, end = split * length, tl.minimum(split * length + length, count)
     if CACHED:

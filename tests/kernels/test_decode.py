@@ -82,12 +82,21 @@ def test_each_kv_head_attends_to_its_rows_and_the_new_token(case, per_head, back
 @cases
 @pytest.mark.parametrize("width", [1, 100])
 def test_attend_selected(case, width, device, dtype, agree) -> None:
-    q, k, v, keys, values, _, order, generator = _cache(case, device, dtype)
+    q, k, v, keys, values, held, order, generator = _cache(case, device, dtype)
     batch, kv_heads, capacity = len(order), k.shape[1], keys.shape[2]
     selected = torch.rand(batch, kv_heads, capacity, generator=generator).argsort(-1)[..., :width].to(device)
     counts = torch.randint(0, selected.shape[2] + 1, (batch, kv_heads), generator=generator).to(device)
     counts[0, 0] = selected.shape[2]
-    agree(attend_selected, q, k, v, keys, values, order, selected, counts)
+    if width == 1:  # also appends, to a row that is not selected
+        selected = selected.minimum(held[order].clamp(max=capacity - 1)[:, None, None] - 1).clamp(min=0)
+        counts = counts.clamp(max=held[order][:, None])
+    agree(attend_selected, q, k, v, keys, values, order, selected, counts, held if width == 1 else None)
+
+
+def test_a_selection_appends_at_a_row_per_kv_head(device, dtype, agree) -> None:
+    q, k, v, keys, values, held, order, _ = _cache(CASES["around a block"], device, dtype, per_head=True)
+    selected, counts = (make(5, 2, dtype=torch.int64, device=device) for make in (torch.zeros, torch.ones))
+    agree(attend_selected, q, k, v, keys, values, order, selected[..., None], counts, held)
 
 
 def test_all_entries_of_a_selection_are_valid(device, dtype, agree) -> None:
