@@ -40,17 +40,10 @@ class Quest(SelectionMethod):
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
         assert isinstance(cache, QuestCache)
         past = cache.seq_lens[slots]
-        scores = self.page_scores(q, cache, slots, cache.width(slots))  # [B, G, pages]
-        pages = scores.shape[2]
-        first = self.page * torch.arange(pages, device=q.device)
-        held = (past[:, None] - first).clamp(0, self.page)  # [B, pages], tokens per page
-        order = scores.masked_fill((held == 0)[:, None], -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-        order = order[..., : min(pages, -(-cache.max_budget // self.page) + 1)]  # one page may hold a token only
-        in_order = held[:, None].expand(*scores.shape[:2], -1).gather(2, order)
-        before = in_order.cumsum(2) - in_order
-        taken = torch.minimum((cache.budgets[past][:, None, None] - before).clamp(min=0), in_order)
-        start = order * self.page + in_order - taken  # a page that is cut gives its latest tokens
-        return _positions_of_runs(start, taken, min(cache.max_budget, cache.config.max_tokens))
+        scores = self.page_scores(q, cache, slots, cache.width(slots))
+        return select_pages(
+            scores, past, cache.budgets[past], self.page, min(cache.max_budget, cache.config.max_tokens)
+        )
 
     def page_scores(self, q: Tensor, cache: "QuestCache", slots: Tensor, width: int) -> Tensor:
         """Return the scores by which a KV head takes the pages of `width` tokens: [B, G, pages] float32."""
@@ -108,6 +101,23 @@ class QuestCache(SelectionCache):
     def page_bounds(self, q: Tensor, slots: Tensor, width: int) -> Tensor:
         """Return the highest score that each page can give to each query head: [B, G, H / G, pages] float32."""
         return page_bounds(q, self.lowest, self.highest, slots, -(-width // self.method.page))
+
+
+def select_pages(scores: Tensor, past: Tensor, budget: Tensor, page: int, width: int) -> Selection:
+    """Return the past positions of the pages of highest score, as many as the budget allows.
+
+    scores: [B, G, pages]; past, budget: [B] int64, tokens; width: the highest budget. A page that fits in part gives
+    its latest tokens. Ties go to the earlier page.
+    """
+    pages = scores.shape[2]
+    first = page * torch.arange(pages, device=scores.device)
+    held = (past[:, None] - first).clamp(0, page)  # [B, pages], tokens per page
+    order = scores.masked_fill((held == 0)[:, None], -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    order = order[..., : min(pages, -(-width // page) + 1)]  # one page may hold a token only
+    in_order = held[:, None].expand(*scores.shape[:2], -1).gather(2, order)
+    before = in_order.cumsum(2) - in_order
+    taken = torch.minimum((budget[:, None, None] - before).clamp(min=0), in_order)
+    return _positions_of_runs(order * page + in_order - taken, taken, width)
 
 
 def _positions_of_runs(start: Tensor, count: Tensor, width: int) -> Selection:

@@ -177,8 +177,8 @@ def page(names: list[str] | None = None) -> Iterator[str]:
     yield "\n## Methods\n"
     yield "yes: with options that drop nothing, the text equals that of transformers' `generate`; with a budget of 4"
     yield "tokens, the method keeps to it. `infinigen` runs with `guess=input`. Its default `residual` is refused with"
-    yield "cohere2 and gpt2, whose layers have no known place after attention. `expected_attention` needs the same RoPE"
-    yield "in all layers, which pairs the halves of a head.\n"
+    yield "cohere2 and gpt2, whose layers have no known place after attention. `expected_attention` and"
+    yield "`shadowkv` need the same RoPE in all layers, which pairs the halves of a head.\n"
     yield f"| method | {' | '.join(families)} |\n|---|{'---|' * len(families)}"
     for name in names or method_names():
         yield f"| `{name}` | {' | '.join(cell(family, name) for family in families.values())} |"

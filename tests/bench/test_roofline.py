@@ -49,6 +49,8 @@ def test_infinigen_reads_partial_keys_selected_tokens_and_query_weights(model) -
 @pytest.mark.parametrize("method", method_names())
 def test_no_method_reads_less_than_what_it_attends_to(model, method) -> None:
     vanilla = PAST * LAYERS * TOKEN
+    if method == "shadowkv":
+        pytest.skip("reads coefficients in place of keys; the test below has its bytes")
     decoder = model.decoder(method, {})
     decoder.allocate(1, 128, 8)
     few, all_tokens = (decode_step_nbytes(decoder, PAST, 1, kept, 0.0) for kept in (0.1, 1.0))
@@ -57,6 +59,17 @@ def test_no_method_reads_less_than_what_it_attends_to(model, method) -> None:
     assert all_tokens.device >= vanilla
     assert few.device >= 0.1 * vanilla
     assert all_tokens.device - few.device == pytest.approx(0.9 * PAST * sparse * TOKEN)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_shadowkv_reads_mean_keys_coefficients_and_values(model, offload) -> None:
+    options = {"rank": "12", "page": "4", "dense_layers": "0", "offload": str(offload).lower()}
+    kv_heads = model.architecture.shape.kv_heads
+    per_layer = PAST / 4 * TOKEN / 2 + 0.1 * PAST * kv_heads * 12 * FLOAT
+    values = LAYERS * 0.1 * PAST * TOKEN / 2
+    expected = (LAYERS * per_layer, values) if offload else (LAYERS * per_layer + values, 0)
+    found = step_nbytes(model, "shadowkv", options, batch=1)
+    assert (found.device, found.host) == pytest.approx(expected)
 
 
 def test_a_sparse_share_that_is_not_known_leaves_the_roofline_unknown(model) -> None:

@@ -33,7 +33,17 @@ QUANTISED: list[tuple[str, dict[str, Any]]] = [  # enough tokens for a tail and 
     ("adakv", {"storage": "int4", "budget": 0.9}),
 ]
 TIGHT: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in method_names()]
-SETTINGS = [*TIGHT, *QUANTISED, ("vanilla", {"offload": True}), *(("infinigen", options) for options in INFINIGEN)]
+SHADOWKV: list[dict[str, Any]] = [  # a low rank, and pages of all kinds
+    {"rank": 20, "budget": 40.0, "outliers": 0.3, "recent": 0.3},
+    {"rank": 20, "budget": 40.0, "outliers": 0.3, "recent": 0.3, "offload": True},
+]
+SETTINGS = [
+    *TIGHT,
+    *QUANTISED,
+    ("vanilla", {"offload": True}),
+    *(("infinigen", options) for options in INFINIGEN),
+    *(("shadowkv", options) for options in SHADOWKV),
+]
 every_method = pytest.mark.parametrize("name", method_names())
 
 

@@ -1,0 +1,200 @@
+"""ShadowKV: KV Cache in Shadows for High-Throughput Long-Context LLM Inference (ICML'25, arXiv 2410.21465).
+
+Keys before RoPE have a low rank: the prompt's keys of all KV heads together are stored as `rank` coefficients per token
+and a basis. The selected ones are rebuilt from them and rotated. Values may lie in host memory. Pages of `page` tokens
+are selected by the attention of the query to their mean keys. Pages with a key unlike the mean (outliers), the last
+pages of the prompt and all new tokens are stored exactly, and are always attended to.
+
+GQA: as in the authors' code, a KV head takes a page's highest attention of its query heads, each after a softmax over
+the pages that are not stored exactly.
+
+Differences: the budget counts all prompt tokens that are attended to. The authors' 2,048 tokens are those of the
+selected pages; 48 outliers and 4 last pages of 8 tokens come on top. Here these have shares of the budget near the
+authors'. Values stay on the device without `offload`. Keys are rebuilt by torch operations, not by a fused kernel. The
+basis comes from the eigenvectors of K^T K, which gives the authors' singular vectors faster.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, StepBytes
+from sparsecache.cache.host import allocate, check_host_memory, copy_into
+from sparsecache.cache.sparse import SparseMethod
+from sparsecache.kernels.decode import CachedRows, attend_gathered
+from sparsecache.kernels.gather import gather_rows
+from sparsecache.kernels.lru_cache import LRUCache
+from sparsecache.kernels.rotation import Rotation, rotate_rows, rotate_rows_back
+from sparsecache.kernels.rows import index_slots, take_rows
+from sparsecache.kernels.scores import scaled_scores
+from sparsecache.kernels.threshold import Selection
+from sparsecache.methods.quest import select_pages
+
+
+@dataclass
+class ShadowKV(SparseMethod):
+    """Selects pages by their mean keys, and rebuilds the selected keys from a low rank."""
+
+    kind: ClassVar[MethodKind] = "selection"
+    budget_excludes_generated: ClassVar[bool] = True
+    uses_rope = True
+
+    budget: Annotated[float, "prompt tokens attended to, new ones not counted: a share up to 1, else a count"] = 0.2
+    rank: Annotated[int, "coefficients per token, for the keys of all KV heads, 1 or more"] = 160
+    page: Annotated[int, "tokens in a page, 1 or more"] = 8
+    outliers: Annotated[float, "share of the budget for pages whose keys differ most, 0 to 1, rounded down"] = 0.15
+    recent: Annotated[float, "share of the budget for the prompt's last pages, 0 to 1, rounded down"] = 0.015
+    offload: Annotated[bool, "keep the values of the sparse layers in pinned host memory"] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._rotations: dict[torch.device, Rotation] = {}
+        for name in ("rank", "page"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        for name in ("outliers", "recent"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a share of the budget, 0 to 1.")
+        if self.outliers + self.recent > 1:
+            raise ValueError(f"outliers={self.outliers} and recent={self.recent} must be at most 1 together.")
+
+    def exact_pages(self, budget: int) -> tuple[int, int]:
+        """Return how many outlier pages and last pages a budget of so many tokens has."""
+        return int(self.outliers * budget) // self.page, int(self.recent * budget) // self.page
+
+    def make_sparse_cache(self, layer: int, config: CacheConfig) -> "ShadowKVCache":
+        if layer == self.dense_layers:
+            self._rotations.clear()
+            if self.offload:
+                layers = config.shape.layers - layer
+                check_host_memory(layers * config.slots * config.max_tokens * config.token_nbytes // 2)
+        if config.device not in self._rotations:
+            self._rotations[config.device] = self.rope(torch.arange(config.max_tokens, device=config.device))
+        return ShadowKVCache(self, layer, config, self._rotations[config.device])
+
+
+class ShadowKVCache(LayerCache):
+    """The coefficients and the basis of a prompt's keys, its values, and the exact rows of some tokens.
+
+    coefficients: [slots, T, R]; basis: [slots, G, R, D]; values: [slots, G, T, D], on the device or in host memory;
+    mean_keys: [slots, G, pages, D]; is_exact: [slots, G, pages] bool; exact: [slots, G, E, 2, D], keys and values of
+    outliers, then those from the prompt's last pages on; places: [slots, G, T] int32, the row of a token there, or -1.
+    """
+
+    def __init__(self, method: ShadowKV, layer: int, config: CacheConfig, rotation: Rotation) -> None:
+        """rotation: of the positions 0 to max_tokens - 1."""
+        self.method, self.config, self._rotation = method, config, rotation
+        self.seq_lens, self.stats = config.seq_lens, config.stats
+        shape, page, tokens = config.shape, method.page, config.max_tokens
+        self._budget = method.layer_budget(layer, shape)
+        most = min(self._budget.most(tokens), tokens)
+        self._width = min(tokens, most + config.max_new_tokens)
+        pages, exact_pages = -(-tokens // page), sum(method.exact_pages(most)) + 1
+        rank = min(method.rank, shape.kv_heads * shape.head_dim)
+        self.coefficients = torch.zeros((config.slots, tokens, rank), dtype=config.dtype, device=config.device)
+        self.basis = config.zeros(rank, shape.head_dim)
+        size = (config.slots, shape.kv_heads, tokens, shape.head_dim)
+        self.values = allocate(size, config.dtype, config.device, method.offload)
+        self.mean_keys = config.zeros(pages, shape.head_dim)
+        self.is_exact = config.zeros(pages, dtype=torch.bool)
+        self.exact = config.zeros(exact_pages * page + config.max_new_tokens, 2, shape.head_dim)
+        self.places = config.zeros(tokens, dtype=torch.int32)
+        self._evicted = torch.zeros_like(config.seq_lens)  # prompt tokens beyond the budget
+        self._first_place = torch.zeros_like(config.seq_lens)  # what a token's position exceeds its place by
+        self._priority = 2.0 + torch.arange(pages, device=config.device)  # of exact pages: above all shares, last first
+
+    def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        kv_heads, length, head_dim = k.shape
+        page = self.method.page
+        count = min(self._budget.tokens(length), length)
+        num_outliers, num_recent = self.method.exact_pages(count)
+        first = max(0, length // page - num_recent)  # of the last pages
+        num_outliers = min(num_outliers, first)
+        plain = rotate_rows_back(k, Rotation(*(table[:length] for table in self._rotation)))
+        self.coefficients[slot, :length], self.basis[slot] = _low_rank(plain, self.basis.shape[2])
+        copy_into(self.values[slot], v)
+
+        paged = k[:, : first * page].reshape(kv_heads, first, page, head_dim).float()
+        mean = paged.mean(2)
+        self.mean_keys[slot, :, :first] = mean
+        least = cosine_similarity(mean[:, :, None], paged, dim=3).amin(2)  # [G, first], of a page's keys
+        outliers = least.topk(num_outliers, dim=1, largest=False).indices
+        self.is_exact[slot, :, :first].fill_(False).scatter_(1, outliers, True)
+        self.is_exact[slot, :, first:].fill_(True)
+
+        tail = torch.arange(first * page, length, device=k.device).expand(kv_heads, -1)
+        positions = outliers[..., None] * page + torch.arange(page, device=k.device)
+        positions = torch.cat((positions.flatten(1), tail), 1)  # [G, E]
+        index = positions[..., None].expand(-1, -1, head_dim)
+        self.exact[slot, :, : positions.shape[1]] = torch.stack((k.gather(1, index), v.gather(1, index)), 2)
+        rows = torch.arange(positions.shape[1], dtype=torch.int32, device=k.device)
+        self.places[slot].fill_(-1).scatter_(1, positions, rows.expand_as(positions))
+        self._evicted[slot].fill_(length - count)
+        self._first_place[slot].fill_((first - num_outliers) * page)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        past = self.seq_lens[slots]
+        positions, counts = self._select(q, slots, past)
+        positions = positions.clamp(max=self.config.max_tokens - 1)  # those beyond the counts may be anywhere
+        values, cached = self._values(slots, positions, counts)
+        rows = torch.stack((self._keys(slots, positions), values), 3)  # [B, G, N, 2, D]
+        out = attend_gathered(q, k, v, rows, counts, cached)
+        with self.config.deferred.reading(k, v, slots, past, counts):
+            self._append(k, v, slots, past)
+            self.stats.record(counts, slots)
+        return out
+
+    def _select(self, q: Tensor, slots: Tensor, past: Tensor) -> Selection:
+        mean_keys, is_exact = index_slots(self.mean_keys, slots), index_slots(self.is_exact, slots)
+        scores = scaled_scores(q, mean_keys, q.shape[3])[:, :, 0].view(*mean_keys.shape[:2], -1, mean_keys.shape[2])
+        shares = scores.masked_fill(is_exact[:, :, None], -torch.inf).softmax(3).amax(2)  # [B, G, pages]
+        scores = torch.where(is_exact, self._priority, shares)
+        budget = (past - self._evicted[slots]).clamp(1, self._width)
+        return select_pages(scores, past, budget, self.method.page, self._width)
+
+    def _keys(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Return the keys of positions [B, G, N], rebuilt and rotated: [B, G, N, D]."""
+        plain = self.coefficients[slots[:, None, None], positions] @ index_slots(self.basis, slots)
+        return rotate_rows(plain, Rotation(*(table[positions] for table in self._rotation))).to(plain.dtype)
+
+    def _values(self, slots: Tensor, positions: Tensor, counts: Tensor) -> tuple[Tensor, CachedRows]:
+        """Return the values of the first counts [B, G] positions, [B, G, N, D], and the rows that are exact.
+
+        Values of exact rows are undefined.
+        """
+        if not self.method.offload:
+            places = index_slots(self.places, slots).gather(2, positions)
+            return take_rows(self.values, slots, positions), CachedRows(self.exact, slots, places)
+        halves = self.values.view(*self.values.shape[:3], 2, -1)  # fetched as if they were keys and values
+        unused = self.places
+        fixed = LRUCache(self.exact, where=self.places, tokens=unused, order=unused, hits=unused)
+        found = gather_rows(halves, slots, positions, counts, fixed)
+        assert found.cached is not None
+        return found.rows.flatten(3), found.cached
+
+    def _append(self, k: Tensor, v: Tensor, slots: Tensor, past: Tensor) -> None:
+        row = past.clamp(max=self.config.max_tokens - 1)
+        place = (row - self._first_place[slots]).clamp(0, self.exact.shape[2] - 1)
+        self.exact[slots, :, place] = torch.stack((k, v), 3)[:, :, 0]
+        self.places[slots, :, row] = place[:, None].expand(-1, k.shape[1]).int()
+
+    def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
+        item, kv_heads = self.config.dtype.itemsize, self.config.shape.kv_heads
+        mean_keys = seq_len / self.method.page * self.config.token_nbytes / 2
+        keys, values = attended * kv_heads * self.coefficients.shape[2] * item, attended * self.config.token_nbytes / 2
+        return StepBytes(mean_keys + keys, values) if self.method.offload else StepBytes(mean_keys + keys + values)
+
+
+def _low_rank(keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best approximation of keys [G, L, D] of a rank: coefficients [L, R] and basis [G, R, D], float32.
+
+    The keys of all KV heads are one matrix [L, G D]; rank: G D at most.
+    """
+    kv_heads, length, head_dim = keys.shape
+    matrix = keys.float().transpose(0, 1).reshape(length, kv_heads * head_dim)
+    gram = (matrix.mT @ matrix).nan_to_num()  # of keys that are not finite, any basis will do
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
+    return matrix @ vectors, vectors.mT.reshape(rank, kv_heads, head_dim).transpose(0, 1)
