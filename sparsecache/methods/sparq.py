@@ -21,13 +21,15 @@ from torch import Tensor
 from sparsecache.cache.base import CacheConfig, Shape
 from sparsecache.cache.partial_keys import channel_count, check_channels
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
-from sparsecache.kernels.channel_scores import channel_scores
-from sparsecache.kernels.rows import mask_of_first
+from sparsecache.kernels.channel_scores import (
+    add_mean_value,
+    append_and_choose,
+    approximate_attention,
+    select_by_attention,
+)
 from sparsecache.kernels.threshold import Selection
 
-_TINY = 1e-30
 _ALIGNMENT = 16  # tokens: so that reads of many tokens at once are aligned
-_ALWAYS = 100.0  # above the logarithm of any sum of probabilities
 
 
 @dataclass
@@ -52,17 +54,8 @@ class SparQ(SelectionMethod):
         return SparQCache(self, layer, config)
 
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
-        """As SelectionMethod.select; also leaves the selected tokens' share of the attention in `cache.share`."""
         assert isinstance(cache, SparQCache)
-        attention = cache.log_attention(q, slots)  # [B, G, H / G, T + 1]
-        past = cache.seq_lens[slots]
-        budget = torch.minimum(cache.budgets[past], past)
-        recent = (self.recent * budget.double()).long()
-        position = torch.arange(attention.shape[3], device=q.device)
-        is_recent = (position >= (past - recent)[:, None])[:, None]
-        selection = cache.select_topk(attention.logsumexp(2).masked_fill(is_recent, _ALWAYS), slots)
-        cache.share = _share(attention.exp(), selection, past)
-        return selection
+        return cache.select_by_channels(q, slots)
 
     def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
         head_dim = config.shape.head_dim
@@ -72,19 +65,19 @@ class SparQ(SelectionMethod):
 class SparQCache(SelectionCache):
     """All keys and values, the keys once more by channel, and the sum of the values.
 
-    keys_by_channel: [slots, G, D, T], T rounded up; value_sums: [slots, G, D] float32; share: [B, G, H / G, 1] float32,
-    of the approximate attention of the latest step, what the selected tokens and the current one got.
+    keys_by_channel: [slots, G, D, T], T rounded up; value_sums: [slots, G, D] float32; recent: [max_tokens + 1] int64,
+    how many of the last past tokens are always selected, by past tokens.
     """
-
-    share: Tensor
 
     def __init__(self, method: SparQ, layer: int, config: CacheConfig) -> None:
         super().__init__(method, layer, config)
         self.estimates_rest = method.mean_value
-        self._channels = channel_count(method.channels, config.shape.head_dim)
+        self._count = channel_count(method.channels, config.shape.head_dim)
         rows = -(-config.max_tokens // _ALIGNMENT) * _ALIGNMENT
         self.keys_by_channel = config.zeros(config.shape.head_dim, rows)
         self.value_sums = config.zeros(config.shape.head_dim, dtype=torch.float32)
+        past = torch.arange(len(self.budgets), device=config.device)
+        self.recent = (method.recent * torch.minimum(self.budgets, past).double()).long()
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         super().prefill(slot, q, k, v)
@@ -92,38 +85,20 @@ class SparQCache(SelectionCache):
         self.value_sums[slot] = v.sum(1, dtype=torch.float32)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        past = self.seq_lens[slots]
-        row = past.clamp(max=self.config.max_tokens - 1)
-        self.keys_by_channel[slots, :, :, row] = k[:, :, 0]  # first: the approximate attention includes this token
-        self.value_sums.index_add_(0, slots, v[:, :, 0].float())
+        # First, because the approximate attention includes this token.
+        keys = self.keys_by_channel
+        self._channels = append_and_choose(q, k, v, keys, self.value_sums, self.seq_lens, slots, self._count)
         out = super().attend(q, k, v, slots)
         if not self.estimates_rest:
             return out
-        mean = (self.value_sums[slots] / (past + 1)[:, None, None])[:, :, None]  # [B, G, 1, D]
-        grouped = out.view(*mean.shape[:2], -1, out.shape[3])
-        return mean.lerp(grouped.float(), self.share).to(out.dtype).view_as(out)
+        approximate = (self._attention, self._selection, self.value_sums, self.seq_lens, slots, self.recent)
+        return add_mean_value(out, *approximate)
 
-    def log_attention(self, q: Tensor, slots: Tensor) -> Tensor:
-        """Return the logarithm of the approximate attention of q to past tokens and the current one.
-
-        [B, G, H / G, T + 1] float32, T as `width`; -inf after the current token.
-        """
-        grouped = q.view(len(slots), self.config.shape.kv_heads, -1, q.shape[3])
-        magnitude = grouped.float().abs()
-        chosen = magnitude.sum(2).topk(self._channels, dim=-1).indices  # [B, G, channels]
-        of_heads = chosen[:, :, None].expand(-1, -1, grouped.shape[2], -1)
-        coverage = magnitude.gather(3, of_heads).sum(3) / magnitude.sum(3).clamp(min=_TINY)
-        scale = (coverage * q.shape[3]).clamp(min=_TINY).sqrt()  # a query of zeros scores nothing
+    def select_by_channels(self, q: Tensor, slots: Tensor) -> Selection:
+        """Return the recent past tokens and those with the most approximate attention."""
         width = min(self.width(slots) + 1, self.config.max_tokens)
-        scores = channel_scores(grouped, chosen, scale, self.keys_by_channel, self.seq_lens, slots, width)
-        return scores.log_softmax(3)
-
-
-def _share(attention: Tensor, selection: Selection, past: Tensor) -> Tensor:
-    """Return what the selected tokens and the current one get of attention [B, G, H / G, T + 1]: [B, G, H / G, 1]."""
-    positions, counts = selection
-    is_selected = mask_of_first(counts, positions.shape[2])
-    index = positions.masked_fill(~is_selected, 0)[:, :, None].expand(-1, -1, attention.shape[2], -1)
-    current = past.clamp(max=attention.shape[3] - 1)[:, None, None, None].expand(*attention.shape[:3], 1)
-    of_past = attention.gather(3, index).masked_fill(~is_selected[:, :, None], 0).sum(3, keepdim=True)
-    return of_past + attention.gather(3, current)
+        inputs = (self.keys_by_channel, self.seq_lens, slots, self.recent)
+        self._attention = approximate_attention(q, self._channels, *inputs, width)
+        most = min(self.max_budget, self.config.max_tokens)
+        self._selection = select_by_attention(self._attention, self.seq_lens, slots, self.budgets, self.recent, most)
+        return self._selection
