@@ -41,7 +41,7 @@ def compare_document(comparison: Comparison) -> Document:
         records=records("", _records(comparison)),
         title=f"{comparison.subject}: {against(names)}",
         preamble=[f"Note on {run.name}: {run.note}" for run in comparison.runs if run.note],
-        notes=[*comparison.notes, _legend(comparison)],
+        notes=[*comparison.notes, *_legend(comparison)],
     )
 
 
@@ -71,7 +71,7 @@ def _summary(run: ComparedRun, entry: Entry) -> list[Cell]:
 
 
 def _extent(mean: Group) -> str:
-    return f"mean of {mean.datasets} dataset{'s' * (mean.datasets != 1)}, {mean.n} rows"
+    return f"mean of {mean.datasets} dataset{'s' * (mean.datasets != 1)}, {mean.n} row{'s' * (mean.n != 1)}"
 
 
 def _kib(nbytes: float | None) -> float | None:
@@ -139,22 +139,19 @@ def _costs(comparison: Comparison) -> Table:
     return Table("speed and memory of each run, over all of its rows", header, rows, "lllrrrrl")
 
 
-def _legend(comparison: Comparison) -> str:
+def _legend(comparison: Comparison) -> Iterator[str]:
+    """Yield what the columns that are shown mean, a line each."""
     means = [group for group in comparison.groups if group.kind == "average" and group.name in MEANS.values()]
-    extent = f"Score: {_extent(means[0])}. " if len(means) == 1 else ""
-    columns = {
-        "Kept is the share of past tokens that sparse layers attended to": any(run.kept for run in comparison.runs),
-        "whole model is the same over all layers": any(run.cache.layers for run in comparison.runs),
-        "cache KiB/token is what the caches of all layers allocate per token of a sequence": any(
-            run.cache.nbytes for run in comparison.runs
-        ),
-    }
-    shown = "; ".join(text for text, is_shown in columns.items() if is_shown)
-    return (
-        f"{extent}Differences are to {comparison.runs[0].name}. Intervals are from a paired bootstrap over rows "
-        f"({comparison.resamples:,} resamples, seed {comparison.seed}). "
-        f"{f'{shown[:1].upper()}{shown[1:]}. ' if shown else ''}Wins, losses and changed count rows."
-    )
+    extent = f"{_extent(means[0])}; " if len(means) == 1 else ""
+    yield f"score: {extent}the highest is marked. difference: to {comparison.runs[0].name}, in points."
+    if any(entry.difference and entry.difference.interval for group in comparison.groups for entry in group.entries):
+        yield f"95% interval: paired bootstrap over rows, {comparison.resamples:,} resamples, seed {comparison.seed}."
+    if any(run.kept for run in comparison.runs):
+        whole = any(run.cache.layers for run in comparison.runs)
+        same = "; whole model: the same over all layers" if whole else ""
+        yield f"kept: share of past tokens that sparse layers attended to{same}."
+    if any(run.cache.nbytes for run in comparison.runs):
+        yield "cache KiB/token: what the caches of all layers allocate per token of a sequence."
 
 
 def _records(comparison: Comparison) -> Iterator[dict[str, Value]]:

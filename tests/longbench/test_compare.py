@@ -409,7 +409,11 @@ def test_the_first_table_has_one_line_per_run(make_run: MakeRun, row: Row) -> No
     ]  # (2 + 8 x 0.1) / 10
     assert found[2][2:4] == ["0.00", "0.00 to 0.00"]
     text = render(document, "terminal")
-    assert text.count("\nb ") == 1 and "qasper" not in text and "Score: mean of 1 dataset, 40 rows." in text
+    assert (
+        text.count("\nb ") == 1
+        and "qasper" not in text
+        and "score: mean of 1 dataset, 40 rows; the highest is marked." in text
+    )
     facts = json.loads(render(document, "json"))["rows"][1]
     assert (facts["cache_bytes_per_token"], facts["full_cache_bytes_per_token"]) == (1536.0, 4096)
     assert facts["model_share"] == pytest.approx(0.28)
@@ -420,7 +424,7 @@ def test_each_benchmark_has_a_table_of_its_own(make_run: MakeRun, row: Row) -> N
     runs = [score_run(make_run(name, {"qasper": [row(0)], "longbench_v2": v2})) for name in "ab"]
     document = compare_document(compare(runs))
     assert [table.title for table in document.tables] == [
-        "LongBench: mean of 1 dataset, 1 rows", "LongBench v2: mean of 1 dataset, 2 rows"]  # fmt: skip
+        "LongBench: mean of 1 dataset, 1 row", "LongBench v2: mean of 1 dataset, 2 rows"]  # fmt: skip
     assert document.title == "m on LongBench and LongBench v2: b against a"
 
 

@@ -20,10 +20,11 @@ from sparsecache.longbench.gate import gate
 from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.html import compare_page, gate_page, score_page
 from sparsecache.longbench.html.markup import Html, escape, escape_lines, join, tag
-from sparsecache.longbench.html.parts import MAX_ROWS
+from sparsecache.longbench.html.parts import MAX_ROWS, figures
+from sparsecache.longbench.html.parts import page as page_of
 from sparsecache.longbench.html.svg import inline
 from sparsecache.longbench.paired import common_rows_or_all
-from sparsecache.longbench.plots import _figure, draw_all
+from sparsecache.longbench.plots import _figure, draw_all, get_plot
 from sparsecache.longbench.score_tables import score_document
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import ScoringOptions, score_run
@@ -211,6 +212,25 @@ def test_changed_rows_show_both_texts(make_run: MakeRun, row: Row) -> None:
     pairs = [(text_of(each[0]), text_of(each[1])) for each in articles[0].iter("div")]
     assert pairs == [("prompt ends", "Who\nis 0?"), ("a", "yes"), ("b", "no"), ("answers", "yes")]
     assert text_of(next(articles[0].iter("h3"))).startswith("qasper 0, score 0.00, was 100.00 (-100.00)")
+
+
+def test_runs_without_changed_rows_are_named_together(make_run: MakeRun, row: Row) -> None:
+    texts = {"a": "yes", "b": "no", "c": "yes"}
+    scored = [score_run(make_run(name, {"qasper": [row(0, pred)]})) for name, pred in texts.items()]
+    tree = parse(compare_page(compare(scored, resamples=9), scored, []))
+    assert "b against a: 1 row" in [text_of(each) for each in tree.iter("summary")]
+    assert "No text changed: c." in [text_of(each) for each in tree.iter("p")]
+
+
+def test_a_plot_as_wide_as_a_page_is_last_and_scrolls(make_run: MakeRun, row: Row) -> None:
+    methods = {"vanilla": {}, "h2o": {"kept": 0.1}, "tova": {"kept": 0.1}, "quest": {"kept": 0.2}}
+    scored = [
+        score_run(make_run(name, {"qasper": [row(0, **more)]}, {"method": name})) for name, more in methods.items()
+    ]
+    wide, narrow = get_plot("methods")(scored), get_plot("bars")(scored)
+    first, last = parse(page_of("t", "s", figures([wide, narrow], "plot"))).iter("figure")
+    assert (text_of(first[0]), text_of(last[0])) == (narrow.title, wide.title)
+    assert last.attrib["class"] == "wide" and last[1].attrib["class"] == "scroll" and "class" not in first.attrib
 
 
 def test_run_records_are_complete(page: Page, runs: list[RunScore]) -> None:

@@ -196,6 +196,25 @@ def test_each_group_of_options_has_a_line(scored: Callable[..., RunScore]) -> No
     )
 
 
+def test_labels_of_near_points_do_not_overlap(scored: Callable[..., RunScore]) -> None:
+    letters = {"a": "yy", "b": "yh", "c": "yy"}
+    runs = [
+        replace(scored(f"{method}{kept}", method, kept, qasper=letters[method]), label=f"{method} {kept}")
+        for method in letters
+        for kept in (0.1, 0.3)
+    ]
+    full = scored("full", qasper="yy")
+    for kind in ("frontier", "methods"):
+        figure = draw(kind, full, *runs).figure
+        found = 0
+        for axis in figure.axes:
+            boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
+            assert not any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
+            assert all(box.y1 <= axis.bbox.y1 for box in boxes)  # a title stands above
+            found += len(boxes)
+        assert found == len(runs)
+
+
 def test_a_study_of_many_methods_has_a_legend_beside_the_plot(scored: Callable[..., RunScore]) -> None:
     methods = [f"method{number}" for number in range(25)]
     runs = [scored(f"{method}-{kept}", method, kept, qasper="yn") for method in methods for kept in (0.1, 0.2)]
@@ -288,7 +307,7 @@ def test_times_are_summed_over_sessions(make_run: MakeRun, row: Row) -> None:
     assert list(right.containers[0].datavalues) == [90.0, 20.0]
     assert [text.get_text() for text in right.texts] == ["90.0", "20.0"]
     assert labels(left) == ["a", "b"]  # c has no clock
-    assert (left.get_xlabel(), right.get_xlabel()) == ("minutes, all rows", "decode, ms per token")
+    assert (left.get_xlabel(), right.get_xlabel()) == ("minutes", "decode, ms/token")
 
 
 def test_draw_all_returns_every_possible_plot(sweep: list[RunScore], scored_by_length: Callable[..., RunScore]) -> None:

@@ -7,7 +7,7 @@ from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.comparison import Comparison
 from sparsecache.longbench.gate import Verdict
 from sparsecache.longbench.gate_report import gate_title
-from sparsecache.longbench.html.markup import Html
+from sparsecache.longbench.html.markup import Html, tag
 from sparsecache.longbench.html.parts import (
     definitions,
     details,
@@ -38,6 +38,7 @@ def compare_page(comparison: Comparison, runs: Sequence[RunScore], plots: Sequen
     first, *others = [run.name for run in comparison.runs]
     content = compare_document(comparison)
     changed = [(name, changed_rows(run, runs[0])) for name, run in zip(others, runs[1:], strict=True)]
+    unchanged = [name for name, rows in changed if not rows]
     return page(
         title or content.title,
         f"{comparison.subject}: {len(runs)} runs, compared row by row over their common rows.",
@@ -47,9 +48,11 @@ def compare_page(comparison: Comparison, runs: Sequence[RunScore], plots: Sequen
         section(
             "Rows whose text changed, greatest loss first",
             *(
-                details(f"{name} against {first}: {len(rows)} rows", row_list(rows, name, first))
+                details(f"{name} against {first}: {len(rows)} row{'s' * (len(rows) != 1)}", row_list(rows, name, first))
                 for name, rows in changed
+                if rows
             ),
+            *([tag("p", f"No text changed: {', '.join(unchanged)}.")] if unchanged else []),
         ),
         run_records((run.name, run.record.json) for run in comparison.runs),
     )
@@ -97,5 +100,7 @@ def gate_page(verdicts: Sequence[Verdict]) -> str:
 def _verdict(verdict: Verdict) -> list[Html]:
     return [
         note_list([f"Warning: {warning}" for warning in verdict.warnings]),
-        definitions(("passed" if check.passed else "FAILED", check.text) for check in verdict.failed_first),
+        definitions(
+            ("passed" if check.passed else tag("strong", "FAILED"), check.text) for check in verdict.failed_first
+        ),
     ]

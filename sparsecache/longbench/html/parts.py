@@ -76,19 +76,17 @@ def table(content: Table, title: str = "") -> Html:
 
 
 def figures(plots: Sequence["Plot"], prefix: str) -> Html:
-    """Return plots with their captions.
+    """Return plots with their captions. Wide ones are last, and scroll sideways on a narrow screen.
 
     `prefix` begins their ids and must be unique in the page.
     """
-    parts = [
-        tag(
-            "figure",
-            tag("h3", each.title),
-            inline(each.svg(), f"{prefix}-{number}", each.title, each.caption),
-            tag("figcaption", each.caption),
-        )
-        for number, each in enumerate(plots, 1)
-    ]
+    parts = []
+    for number, each in enumerate(sorted(plots, key=lambda plot: plot.is_wide), 1):
+        plot = inline(each.svg(), f"{prefix}-{number}", each.title, each.caption)
+        if each.is_wide:
+            plot = tag("div", plot, class_="scroll", tabindex="0", role="region", aria_label=each.title)
+        texts = (tag("h3", each.title), plot, tag("figcaption", each.caption))
+        parts.append(tag("figure", *texts, class_="wide" if each.is_wide else False))
     return tag("div", join(*parts), class_="plots") if parts else Html()
 
 

@@ -12,8 +12,9 @@ from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.terminal import escape_control_chars
 
 MAX_RUNS = 7  # side by side
-_LEGEND_CHARS = 62  # that fit into one line of a legend
+_LEGEND_CHARS = 19  # that fit into an inch of a legend
 _HANDLE_CHARS = 6  # width of a legend handle, in characters
+_CORNERS = ((3, 3), (3, -3), (-3, 3), (-3, -3))  # of a point, in points of a figure
 
 
 def run_labels(runs: Sequence[RunScore], max_runs: int | None = None) -> list[str]:
@@ -36,7 +37,8 @@ def shorten(text: str, max_chars: int = 44) -> str:
 
 def legend_above(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
     """Add a legend above the axes, in as many columns as fit."""
-    columns = max(1, min(len(names), _LEGEND_CHARS // (max(map(len, names)) + _HANDLE_CHARS)))
+    chars = int(figure.get_size_inches()[0] * _LEGEND_CHARS)
+    columns = max(1, min(len(names), chars // (max(map(len, names)) + _HANDLE_CHARS)))
     _legend(figure, handles, names, "outside upper left", columns).set_label(ABOVE)
 
 
@@ -64,6 +66,25 @@ def error_bar(score: float, stderr: float | None, rows: int) -> tuple[float, flo
     return min(error, score), min(error, 100 - score)
 
 
+def label_points(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write the text of each (x, y, text) beside its point, where it covers no point, no other text and no title.
+
+    A text without such a place is above its point at the right. The figure must have its final layout.
+    """
+    drawn = axis.transData.transform([point[:2] for point in points])
+    boxes: list[Any] = []
+    for x, y, text in points:
+        for at, (dx, dy) in enumerate((*_CORNERS, _CORNERS[0]) if text else ()):
+            side = {"ha": "left" if dx > 0 else "right", "va": "bottom" if dy > 0 else "top"}
+            label = axis.annotate(shorten(text), (x, y), (dx, dy), textcoords="offset points", fontsize=6, **side)
+            box = label.get_window_extent().padded(0.5)
+            covers = box.count_overlaps(boxes) or any(box.contains(*point) for point in drawn)
+            if at == len(_CORNERS) or not (covers or box.y1 > axis.bbox.y1):
+                boxes.append(box)
+                break
+            label.remove()
+
+
 def label_y_axis(axis: Any, positions: Sequence[float], names: Sequence[str], start: float, end: float) -> None:
     """Label a vertical axis with names. It runs downwards from `start` to `end`."""
     axis.set_yticks(positions, [shorten(name, 24) for name in names])
@@ -85,7 +106,7 @@ def set_score_axis(axis: Any, scores: Iterable[float]) -> None:
 
 
 def set_share_axis(axis: Any, shares: Iterable[float], narrow: bool = False) -> None:
-    """Make a horizontal axis logarithmic, in percent, for shares above 0. A narrow one has fewer ticks.
+    """Make a horizontal axis logarithmic, in percent, for shares above 0. A narrow one has few ticks.
 
     It spans at least a factor of ten.
     """
@@ -95,7 +116,11 @@ def set_share_axis(axis: Any, shares: Iterable[float], narrow: bool = False) -> 
     low, high = middle / factor, min(middle * factor, 1.35)
     axis.set_xscale("log")
     axis.set_xlim(low, high)
-    steps = (1, 2, 5) if high / low < 300 and not narrow else (1,)
-    ticks = [tick for power in range(-9, 1) for step in steps if low <= (tick := step * 10.0**power) <= min(high, 1)]
+    choices = [(1,), (2,), (5,)] if narrow or high / low >= 300 else []
+    ticks: list[float] = []
+    for steps in (*choices, (1, 2, 5)):
+        if len(ticks) < 2:
+            found = (step * 10.0**power for power in range(-9, 1) for step in steps)
+            ticks = [tick for tick in found if low <= tick <= min(high, 1)]
     axis.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
     axis.minorticks_off()

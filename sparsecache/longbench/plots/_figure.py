@@ -91,6 +91,11 @@ class Plot:
     caption: str
     figure: Figure
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether the plot is wider than a column of a paper."""
+        return bool(self.figure.get_figwidth() > COLUMN)
+
     def save(self, path: Path) -> None:
         """Write a file in the format of its suffix, with the title above the plot.
 

@@ -63,6 +63,11 @@ class Sweep:
         full = [self.full.averages[mean].score or 0.0] if self.full else []
         return [*full, *(end for point in points for end in (point.score - point.below, point.score + point.above))]
 
+    def texts(self, mean: str, method: int | None = None) -> list[tuple[float, float, str]]:
+        """Return share, score and text of the points of all methods or one, line by line."""
+        lines = [points.get(mean, ()) for line, points in self.lines.items() if method in (None, line.method)]
+        return [(point.share, point.score, point.text) for points in lines for point in sorted(points)]
+
 
 def make_sweep(runs: Sequence[RunScore]) -> Sweep:
     """Return the lines of runs over the same rows. Raises UsageError for a single run, and without a kept share."""

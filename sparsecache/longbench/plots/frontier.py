@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsecache.longbench.plots._axes import (
+    label_points,
     legend_above,
     legend_beside,
     set_score_axis,
@@ -52,6 +53,9 @@ def draw(runs: Sequence[RunScore]) -> Plot:
         legend_beside(figure, handles, texts, _LEGEND_ROWS)
     else:
         legend_above(figure, handles, texts)
+    figure.draw_without_rendering()  # lays it out
+    for axis, mean in zip(axes[0], means, strict=True):
+        label_points(axis, found.texts(mean))
     return Plot(f"Score against kept share: {subject(runs)}", found.caption, figure)
 
 
@@ -62,16 +66,11 @@ def draw_full(axis: Any, found: Sweep, mean: str) -> Any:
 
 
 def draw_line(axis: Any, points: Sequence[Point], style: dict[str, Any]) -> Any:
-    """Draw points in order of their share, with error bars and labels. Returns the line."""
+    """Draw points in order of their share, with error bars. Returns the line."""
     points = sorted(points)
     shares, scores = [point.share for point in points], [point.score for point in points]
     if any(point.below or point.above for point in points):
         reach = [[point.below for point in points], [point.above for point in points]]
         axis.errorbar(shares, scores, reach, fmt="none", ecolor=style["color"], elinewidth=0.5, alpha=0.5)
-    for point in points:
-        if point.text:
-            axis.annotate(
-                shorten(point.text), (point.share, point.score), (3, 3), textcoords="offset points", fontsize=6
-            )
     (line,) = axis.plot(shares, scores, clip_on=False, zorder=3, **style)
     return line

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.plots._axes import legend_above, set_score_axis, set_share_axis, shorten
+from sparsecache.longbench.plots._axes import label_points, legend_above, set_score_axis, set_share_axis, shorten
 from sparsecache.longbench.plots._figure import PAGE, REFERENCE, RULE, SERIES, Plot, line_style, new_figure, with_style
 from sparsecache.longbench.plots._lines import make_sweep
 from sparsecache.longbench.plots.frontier import draw_full, draw_line
@@ -56,4 +56,7 @@ def draw(runs: Sequence[RunScore]) -> Plot:
     full = panels[0].plot([], [], color=REFERENCE, linewidth=1.0) if found.full else []
     names = ["the method", "other methods", *([found.full_name] if found.full else [])]
     legend_above(figure, [*own_line, *others, *full], names)
+    figure.draw_without_rendering()  # lays it out
+    for panel, method in zip(panels, methods, strict=False):
+        label_points(panel, found.texts(mean, method))
     return Plot(f"Methods: {subject(runs)}", found.caption, figure)

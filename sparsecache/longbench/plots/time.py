@@ -33,14 +33,14 @@ def draw(runs: Sequence[RunScore]) -> Plot:
     right.bar_label(bars, [_three_digits(value) for value in per_token], padding=2)
     right.margins(x=0.25)
     label_y_axis(left, positions, list(clocks), -0.5, len(clocks) - 0.5)
-    for axis, label in ((left, f"{unit}, all rows"), (right, "decode, ms per token")):
+    for axis, label in ((left, unit), (right, "decode, ms/token")):
         axis.set_xlabel(label)
         axis.locator_params(axis="x", nbins=4)
         axis.grid(axis="x")
         axis.tick_params(axis="y", length=0)
     legend_above(figure, handles, ["prefill", "decode"])
     caption = (
-        "Time of prefill and decode over all rows per run, and mean time per decoded token (measured by the engine)."
+        "Time of prefill and decode over all rows per run, and mean decode time per token. The engine measured both."
     )
     return Plot(f"Prefill and decode time: {subject(runs)}", caption, figure)
 
