@@ -26,13 +26,18 @@ def allocate(size: Sequence[int], dtype: torch.dtype, device: torch.device, offl
     if not offload or device.type != "cuda":
         return torch.zeros(size, device=device, dtype=dtype)
     nbytes = math.prod(size) * dtype.itemsize
-    pages = -(-nbytes // _PAGE)
-    memory = torch.zeros((pages + 1) * _PAGE, dtype=torch.uint8)
-    memory = memory[-memory.data_ptr() % _PAGE :][: pages * _PAGE]  # a page can be pinned once only
-    if nbytes:
-        torch.cuda.synchronize(device)  # initialises the driver's context for this thread
-        _pin(memory)
+    if not nbytes:
+        return torch.zeros(size, dtype=dtype)
+    memory = whole_pages(nbytes)
+    torch.cuda.synchronize(device)  # initialises the driver's context for this thread
+    _pin(memory)
     return memory[:nbytes].view(dtype).view(*size)
+
+
+def whole_pages(nbytes: int) -> Tensor:
+    """Return zeros (uint8) in memory pages of their own, at least `nbytes`: a page can be pinned once only."""
+    pages = mmap.mmap(-1, -(-nbytes // _PAGE) * _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def check_host_memory(nbytes: int) -> None:

@@ -7,6 +7,12 @@ import torch
 from sparsecache.engine.base import Completion, Request
 
 CPU = torch.device("cpu")
+NO_RESIDUAL = ("cohere2", "gpt2")  # attention and MLP side by side; other names than the known ones
+
+
+def guess_of(model_type: str, method: str) -> dict[str, str]:
+    """Return the option `guess` where infinigen's default has no place in a family's layers."""
+    return {"guess": "input"} if model_type in NO_RESIDUAL and method == "infinigen" else {}
 
 
 def completions(engine: Any, requests: list[Request]) -> list[tuple[list[int], str, dict[str, Any]]]:

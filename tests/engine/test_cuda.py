@@ -109,12 +109,15 @@ def test_graphs_give_the_tokens_and_reports_of_eager_steps(
 ) -> None:
     """Caches are allocated anew for longer prompts. Stop ids end some sequences, after which graphs run one step more.
 
-    Batches of 3 sequences are padded to a graph of 4 with a free slot. Kernels add up in another order in a batch of
-    another size, so bfloat16 texts may differ where batches are padded: there they are not compared.
+    Kernels add up in another order in a batch of another size, so bfloat16 texts may differ then. Batches of 3
+    sequences are padded to a graph of 4, and a step after a stop id still has the ended sequence. So batches in
+    bfloat16 have 2 sequences and no stop ids.
     """
     folder, found = make_checkpoint("llama", num_hidden_layers=3), []
-    free = _texts(make_engine(folder, 1, _make(name, options), dtype, GPU), _requests())
-    stop_ids = tuple(tokens[3 + 7 * key] for key, tokens in free.items() if key % 2)
+    stop_ids: tuple[int, ...] = ()
+    if slots == 1 or dtype == torch.float32:
+        free = _texts(make_engine(folder, 1, _make(name, options), dtype, GPU), _requests())
+        stop_ids = tuple(tokens[3 + 7 * key] for key, tokens in free.items() if key % 2)
     for steps in (GraphedSteps, EagerSteps):
         if steps is EagerSteps:
             monkeypatch.setattr(Decoder, "graphable", False)
@@ -122,7 +125,7 @@ def test_graphs_give_the_tokens_and_reports_of_eager_steps(
         done = {each.key: each for each in engine.generate(_requests(stop_ids=stop_ids))}
         assert isinstance(engine._steps, steps)
         assert [each.error for each in done.values()] == [None] * len(LENGTHS)
-        assert "stop" in {each.finish_reason for each in done.values()}
+        assert ("stop" in {each.finish_reason for each in done.values()}) == bool(stop_ids)
         found.append({key: (each.token_ids, each.report) for key, each in done.items()})
     assert found[0] == found[1]
 

@@ -13,7 +13,7 @@ from sparsecache.engine.reference import TransformersEngine
 from sparsecache.methods import method_names
 from sparsecache.testing.contract import MethodUnderTest
 from sparsecache.testing.families import FAMILIES, WINDOW, Family, make_engine
-from tests.engine.general import completions
+from tests.engine.general import completions, guess_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
 GPU = torch.device("cuda")
@@ -45,7 +45,8 @@ def test_every_method_passes_on_a_gpu(method) -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_float32_text_is_that_of_transformers(model_type, method, slots) -> None:
     subject = MethodUnderTest.of(method)
-    engine = make_engine(family(model_type).model, subject.make(subject.lossless or {}), WINDOW, slots)
+    options = {**(subject.lossless or {}), **guess_of(model_type, method)}
+    engine = make_engine(family(model_type).model, subject.make(options), WINDOW, slots)
     assert _texts(engine) == _texts(TransformersEngine(family(model_type).model, GPU))
 
 

@@ -20,10 +20,9 @@ from sparsecache.methods.infinigen.cache import InfiniGenCache
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.testing.contract import MethodUnderTest
 from sparsecache.testing.families import FAMILIES, REFUSED, WINDOW, Family, make_engine, make_model, refusal, requests
-from tests.engine.general import CPU, completions
+from tests.engine.general import CPU, NO_RESIDUAL, completions, guess_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
-NO_RESIDUAL = ("cohere2", "gpt2")  # attention and MLP side by side; other names than the known ones
 
 family = cache(Family)
 
@@ -76,7 +75,7 @@ def _batch() -> list[Request]:
 @pytest.mark.parametrize("method", ["oracle", "infinigen"])
 def test_a_batch_gives_the_texts_and_reports_of_one_by_one(model_type, method) -> None:
     subject = MethodUnderTest.of(method)
-    options = {**subject.tight, **({"guess": "input"} if model_type in NO_RESIDUAL and method == "infinigen" else {})}
+    options = {**subject.tight, **guess_of(model_type, method)}
     alone, together = (
         completions(make_engine(family(model_type).model, subject.make(options), WINDOW, slots), _batch())
         for slots in (1, 3)

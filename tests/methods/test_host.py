@@ -58,6 +58,18 @@ def test_new_memory_is_zero_and_pins_nothing_without_a_gpu(offload) -> None:
     assert pinned_bytes() == before
 
 
+@pytest.mark.parametrize("nbytes", [1, 4095, 4096, 4097, 3 * 2**20 + 5])
+def test_pages_belong_to_one_tensor_alone(nbytes) -> None:
+    first, second = host.whole_pages(nbytes), host.whole_pages(nbytes)
+    for pages in (first, second):  # torch asks whether the start of the storage is pinned
+        assert pages.untyped_storage().data_ptr() % host._PAGE == pages.nbytes % host._PAGE == 0
+        assert nbytes <= pages.nbytes < nbytes + host._PAGE and not pages.any()
+    first.fill_(1)
+    del first
+    gc.collect()
+    assert not second.any() and not host.whole_pages(nbytes).any()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
 def test_host_memory_is_pinned_and_unpinned() -> None:
     gpu = torch.device("cuda")
