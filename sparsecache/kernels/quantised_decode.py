@@ -25,6 +25,7 @@ from sparsecache.kernels.decode import attend_rows, merge_kernel, place_split, s
 from sparsecache.kernels.quantisation import QuantisedStore
 from sparsecache.kernels.rows import mask_of_first
 
+_MIN_CHANNELS = 32  # with 16, products of half precision and codes of 2 or 4 bits are wrong (Triton 3.6, H200)
 _TILE, _SELECTED_TILE = 64, 32  # tokens that a program dequantises at a time; a selected token has a range of its own
 
 
@@ -122,7 +123,7 @@ def _launch(
 def _sizes(store: QuantisedStore) -> dict[str, int]:
     """Return the sizes of a store that are compiled into the kernels, so that loads are as wide as possible."""
     head_dim = store.key_tail.shape[3]
-    block_d = next_power_of_2(head_dim, 16)
+    block_d = next_power_of_2(head_dim, _MIN_CHANNELS)
     return {
         "BITS": store.bits, "PER_BYTE": 8 // store.bits, "TOKENS": store.group, "HEAD_DIM": head_dim,
         "WIDTH": store.key_codes.shape[3], "VALUE_GROUPS": store.value_ranges.shape[4], "BLOCK_D": block_d,

@@ -14,6 +14,7 @@ DTYPES = [torch.float16, torch.float32, torch.bfloat16][: 3 if torch.cuda.is_ava
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CASES = {  # bits, group, residual, slots, KV heads, query heads per KV head, channels, capacity, lengths in the batch
     "one token": (4, 16, 16, 1, 1, 2, 16, 70, [1]),
+    "few channels": (2, 16, 0, 1, 1, 4, 16, 70, [35]),
     "no tail, one empty": (2, 16, 0, 2, 2, 1, 32, 70, [47, 0]),
     "around a group": (4, 32, 32, 5, 1, 3, 40, 140, [63, 64, 65, 127, 96]),
     "full": (8, 16, 32, 2, 2, 4, 32, 130, [130, 129]),
