@@ -160,7 +160,7 @@ def _bin(margin, lowest):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sortable(margin):  # type: ignore[no-untyped-def]
+def sortable(margin):  # type: ignore[no-untyped-def]
     """Map float32 to int32 in the same order, -0.0 to the same as 0.0."""
     bits = (margin + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -300,7 +300,7 @@ def _select_tokens_kernel(  # type: ignore[no-untyped-def]
         scanned = tl.cumsum(packed, axis=0)
         tl.store(target + written + (scanned & 0xFFFF) - 1, token.to(tl.int64), mask=is_above)
         value_ptr = values + set_aside + (scanned >> 16) - 1
-        tl.store(value_ptr, _sortable(margin), mask=is_undecided)
+        tl.store(value_ptr, sortable(margin), mask=is_undecided)
         tl.store(value_ptr + stride, token, mask=is_undecided)
         total = tl.sum(packed)
         written += total & 0xFFFF

@@ -11,9 +11,7 @@ device, so what is measured is the selection. The paper selects for layers 2 on,
 """
 
 from dataclasses import dataclass
-from typing import Annotated
-
-from torch import Tensor
+from typing import Annotated, ClassVar
 
 from sparsecache.methods.quest import Quest
 
@@ -22,11 +20,6 @@ from sparsecache.methods.quest import Quest
 class ArkVale(Quest):
     """Selects the pages with the highest bounds from their centre and mean deviation."""
 
-    page: Annotated[int, "tokens in a page, 1 or more"] = 32
+    mean_bounds: ClassVar[bool] = True
 
-    def bounds(self, keys: Tensor, is_held: Tensor) -> tuple[Tensor, Tensor]:
-        lowest, highest = super().bounds(keys, is_held)
-        centre = (lowest.float() + highest.float()) / 2
-        distances = (keys - centre.unsqueeze(-2)).abs().masked_fill(~is_held[..., None], 0)
-        mean = distances.sum(-2) / is_held.sum(-1, keepdim=True)
-        return centre - mean, centre + mean
+    page: Annotated[int, "tokens in a page, 1 or more"] = 32

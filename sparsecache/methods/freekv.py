@@ -16,9 +16,10 @@ from typing import Annotated
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from sparsecache.cache.base import CacheConfig
+from sparsecache.kernels.page_shares import choose_queries, shares_of_pages
+from sparsecache.kernels.pages import page_bounds
 from sparsecache.methods.quest import Quest, QuestCache
 
 
@@ -46,19 +47,16 @@ class FreeKV(Quest):
 
     def page_scores(self, q: Tensor, cache: QuestCache, slots: Tensor, width: int) -> Tensor:
         assert isinstance(cache, FreeKVCache)
-        bounds = cache.page_bounds(cache.probe(q, slots), slots, width)  # [B, G, H / G, pages]
-        past = cache.seq_lens[slots][:, None]
-        pages, page = -(-past // self.page), torch.arange(bounds.shape[3], device=q.device)
-        is_free = (page >= pages)[:, None]
-        scores = bounds.masked_fill(is_free[:, None], -torch.inf).log_softmax(3).logsumexp(2)
-        budget = torch.minimum(cache.budgets[past], past).double()
-        sinks, recent = ((share * budget).long() // self.page for share in (self.sinks, self.recent))  # pages
-        is_kept = (page < sinks) | (page >= pages - recent)
-        return scores.masked_fill(is_kept[:, None], torch.inf)
+        probe = choose_queries(q, cache.last_queries, slots, cache.config.shape.kv_heads, self.similarity)
+        bounds = page_bounds(probe, cache.lowest, cache.highest, slots, -(-width // self.page))
+        return shares_of_pages(bounds, cache.seq_lens, slots, cache.sinks, cache.recent, self.page)
 
 
 class FreeKVCache(QuestCache):
-    """As QuestCache, and last_queries [slots, H, D], the query of each slot's latest token."""
+    """As QuestCache, and last_queries [slots, H, D], the query of each slot's latest token.
+
+    sinks, recent: [max_tokens + 1] int64, the first and the last pages that are always selected, by past tokens.
+    """
 
     method: FreeKV
 
@@ -66,20 +64,9 @@ class FreeKVCache(QuestCache):
         super().__init__(method, layer, config)
         size = (config.slots, config.shape.heads, config.shape.head_dim)
         self.last_queries = torch.zeros(size, dtype=config.dtype, device=config.device)
+        budget = torch.minimum(self.budgets, torch.arange(len(self.budgets), device=config.device)).double()
+        self.sinks, self.recent = ((share * budget).long() // method.page for share in (method.sinks, method.recent))
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         super().prefill(slot, q, k, v)
         self.last_queries[slot] = q[:, -1]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        out = super().attend(q, k, v, slots)
-        with self.config.deferred.reading(q, slots):
-            self.last_queries[slots] = q[:, :, 0]
-        return out
-
-    def probe(self, q: Tensor, slots: Tensor) -> Tensor:
-        """Return the queries that select: per KV head those of the step before, or q [B, H, 1, D] if it changed."""
-        before = self.last_queries[slots][:, :, None]
-        similarity = cosine_similarity(q.float(), before.float(), dim=3).view(len(slots), self.lowest.shape[1], -1)
-        has_changed = similarity.mean(2) < self.method.similarity  # [B, G]
-        return torch.where(has_changed.repeat_interleave(similarity.shape[2], 1)[:, :, None, None], q, before)

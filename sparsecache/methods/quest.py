@@ -11,7 +11,7 @@ takes whole pages, and its kernels always take the last page. The current token 
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,13 +19,19 @@ from torch.nn.functional import pad
 
 from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
-from sparsecache.kernels.pages import page_bounds
+from sparsecache.cache.storage import FullStorage
+from sparsecache.kernels.pages import bounds_of_pages, newest_page, page_bounds, select_pages, update_newest_page
 from sparsecache.kernels.threshold import Selection
 
 
 @dataclass
 class Quest(SelectionMethod):
-    """Selects the pages whose bounds are highest."""
+    """Selects the pages whose bounds are highest.
+
+    mean_bounds: whether bounds are the middle of the keys' extremes, less and plus their mean distance from it.
+    """
+
+    mean_bounds: ClassVar[bool] = False
 
     page: Annotated[int, "tokens in a page, 1 or more"] = 16
 
@@ -47,15 +53,7 @@ class Quest(SelectionMethod):
 
     def page_scores(self, q: Tensor, cache: "QuestCache", slots: Tensor, width: int) -> Tensor:
         """Return the scores by which a KV head takes the pages of `width` tokens: [B, G, pages] float32."""
-        return cache.page_bounds(q, slots, width).amax(2)
-
-    def bounds(self, keys: Tensor, is_held: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the lowest and the highest value of each channel in pages: [.., D] each.
-
-        keys: [.., page, D]; is_held: [.., page] bool, the tokens that a page has so far, one at least.
-        """
-        is_free = ~is_held[..., None]
-        return keys.masked_fill(is_free, torch.inf).amin(-2), keys.masked_fill(is_free, -torch.inf).amax(-2)
+        return page_bounds(q, cache.lowest, cache.highest, slots, -(-width // self.page), join_heads=True)
 
     def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
         return seq_len / self.page * config.token_nbytes  # two bounds a page are as much as a key and a value
@@ -70,7 +68,6 @@ class QuestCache(SelectionCache):
         super().__init__(method, layer, config)
         pages = -(-config.max_tokens // method.page)
         self.lowest, self.highest = (config.zeros(pages, config.shape.head_dim) for _ in range(2))
-        self._offset = torch.arange(method.page, device=config.device)
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         super().prefill(slot, q, k, v)
@@ -79,7 +76,8 @@ class QuestCache(SelectionCache):
         pages = -(-length // page)
         keys = pad(k, (0, 0, 0, pages * page - length)).view(kv_heads, pages, page, head_dim)
         position = torch.arange(pages * page, device=k.device).view(pages, page)
-        self.lowest[slot, :, :pages], self.highest[slot, :, :pages] = self.method.bounds(keys, position < length)
+        bounds = bounds_of_pages(keys, position < length, self.method.mean_bounds)
+        self.lowest[slot, :, :pages], self.highest[slot, :, :pages] = bounds
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         out = super().attend(q, k, v, slots)
@@ -88,42 +86,12 @@ class QuestCache(SelectionCache):
         return out
 
     def _update_newest_page(self, slots: Tensor) -> None:
-        last = self.config.max_tokens - 1
-        past = self.seq_lens[slots].clamp(max=last)
-        page = past // self.method.page
-        position = page[:, None] * self.method.page + self._offset
-        rows = position.clamp(max=last)[:, None].expand(-1, self.config.shape.kv_heads, -1)
-        keys = self.full.keys_of(slots, rows)  # [B, G, page, D]
-        bounds = self.method.bounds(keys, (position <= past[:, None])[:, None])
-        for stored, found in zip((self.lowest, self.highest), bounds, strict=True):
-            stored[slots, :, page] = found.to(stored.dtype)
-
-    def page_bounds(self, q: Tensor, slots: Tensor, width: int) -> Tensor:
-        """Return the highest score that each page can give to each query head: [B, G, H / G, pages] float32."""
-        return page_bounds(q, self.lowest, self.highest, slots, -(-width // self.method.page))
-
-
-def select_pages(scores: Tensor, past: Tensor, budget: Tensor, page: int, width: int) -> Selection:
-    """Return the past positions of the pages of highest score, as many as the budget allows.
-
-    scores: [B, G, pages]; past, budget: [B] int64, tokens; width: the highest budget. A page that fits in part gives
-    its latest tokens. Ties go to the earlier page.
-    """
-    pages = scores.shape[2]
-    first = page * torch.arange(pages, device=scores.device)
-    held = (past[:, None] - first).clamp(0, page)  # [B, pages], tokens per page
-    order = scores.masked_fill((held == 0)[:, None], -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    order = order[..., : min(pages, -(-width // page) + 1)]  # one page may hold a token only
-    in_order = held[:, None].expand(*scores.shape[:2], -1).gather(2, order)
-    before = in_order.cumsum(2) - in_order
-    taken = torch.minimum((budget[:, None, None] - before).clamp(min=0), in_order)
-    return _positions_of_runs(order * page + in_order - taken, taken, width)
-
-
-def _positions_of_runs(start: Tensor, count: Tensor, width: int) -> Selection:
-    """Return the positions of runs that begin at start [B, G, N] and have count [B, G, N] tokens, at most `width`."""
-    ends = count.cumsum(2)
-    place = torch.arange(width, device=start.device).expand(*start.shape[:2], -1).contiguous()
-    run = torch.searchsorted(ends, place, right=True).clamp(max=start.shape[2] - 1)
-    positions = (start - ends + count).gather(2, run) + place
-    return Selection(positions, ends[..., -1])
+        page, mean = self.method.page, self.method.mean_bounds
+        kv = self.full.kv
+        if isinstance(kv, FullStorage):
+            update_newest_page(kv.keys, self.lowest, self.highest, self.seq_lens, slots, page, mean)
+            return
+        newest, rows, is_held = newest_page(self.seq_lens[slots], page, self.config.max_tokens)
+        keys = self.full.keys_of(slots, rows.expand(-1, self.config.shape.kv_heads, -1))  # [B, G, page, D]
+        for stored, found in zip((self.lowest, self.highest), bounds_of_pages(keys, is_held, mean), strict=True):
+            stored[slots, :, newest] = found.to(stored.dtype)

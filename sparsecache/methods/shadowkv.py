@@ -27,11 +27,11 @@ from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.decode import CachedRows, attend_gathered
 from sparsecache.kernels.gather import gather_rows
 from sparsecache.kernels.lru_cache import LRUCache
+from sparsecache.kernels.pages import select_pages
 from sparsecache.kernels.rotation import Rotation, rotate_rows, rotate_rows_back
 from sparsecache.kernels.rows import index_slots, take_rows
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.threshold import Selection
-from sparsecache.methods.quest import select_pages
 
 
 @dataclass

@@ -1,9 +1,10 @@
-"""Bounds of the scores in pages, against the reference and against the keys themselves."""
+"""Pages of keys: kernels against references, bounds against the keys. tests/methods has the truth of selections."""
 
 import pytest
 import torch
 
-from sparsecache.kernels.pages import page_bounds
+from sparsecache.kernels.page_shares import choose_queries, shares_of_pages
+from sparsecache.kernels.pages import page_bounds, select_pages, update_newest_page
 
 CASES = {  # slots, KV heads, group, head size, pages allocated, pages scored, slots of the batch
     "one page": (1, 1, 1, 16, 1, 1, [0]),
@@ -20,7 +21,9 @@ def test_kernel_and_reference_agree(case, device, dtype, agree) -> None:
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(len(of_batch), kv_heads * group, 1, head_dim, generator=generator).to(device, dtype)
     ends = torch.randn(2, slots, kv_heads, capacity, head_dim, generator=generator).to(device, dtype).sort(0).values
-    agree(page_bounds, q, ends[0].clone(), ends[1].clone(), torch.tensor(of_batch, device=device), pages)
+    row_slots = torch.tensor(of_batch, device=device)
+    for join_heads in (False, True):
+        agree(page_bounds, q, ends[0].clone(), ends[1].clone(), row_slots, pages, join_heads)
 
 
 def test_no_key_of_a_page_scores_above_its_bound() -> None:
@@ -31,3 +34,70 @@ def test_no_key_of_a_page_scores_above_its_bound() -> None:
     alike = keys[:, :, :, :1].expand(-1, -1, -1, 4, -1)  # pages of equal keys: the bound is the score
     bounds = page_bounds(q, alike.amin(3), alike.amax(3), torch.arange(2), 5)
     torch.testing.assert_close(bounds, torch.einsum("bghd,bgpd->bghp", q.view(2, 3, 2, 8), keys[:, :, :, 0]))
+
+
+UPDATES = {  # tokens in a page, capacity, past tokens of the slots of the batch
+    "first tokens": (4, 20, [0, 3, 4]),
+    "long pages": (70, 300, [139, 207, 299]),
+    "full": (3, 11, [11, 10, 9]),
+}
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("case", UPDATES.values(), ids=UPDATES)
+def test_the_newest_page_is_bounded(case, mean, device, dtype, agree) -> None:
+    page, capacity, past = case
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.randn(4, 2, capacity, 24, generator=generator).to(device, dtype)
+    bounds = torch.randn(2, 4, 2, -(-capacity // page), 24, generator=generator).to(device, dtype)
+    seq_lens = torch.tensor([0, *past], device=device)
+    agree(update_newest_page, keys, *bounds, seq_lens, torch.tensor([2, 1, 3], device=device), page, mean)
+
+
+SELECTIONS = {  # tokens in a page, pages scored, past tokens and budget per row, width
+    "one page": (16, 1, [0, 3, 16], [1, 1, 20], 20),
+    "around a block": (4, 130, [129, 520, 77], [40, 519, 80], 519),
+    "single tokens": (1, 70, [70, 1, 33], [9, 9, 9], 9),
+    "long pages": (150, 3, [449, 301, 10], [200, 160, 7], 200),
+}
+if torch.cuda.is_available():
+    SELECTIONS["long"] = (16, 2049, [32_777, 32_768, 5], [1638, 32_000, 1], 32_000)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("case", SELECTIONS.values(), ids=SELECTIONS)
+def test_pages_are_selected_as_by_sorting(case, ties, device, agree) -> None:
+    page, pages, past, budget, width = case
+    scores = torch.randn(3, 2, pages, generator=torch.Generator().manual_seed(3)).to(device)
+    scores = scores.round() if ties else scores
+    pinned = torch.arange(pages, device=device) == pages // 2
+
+    def select(scores, past, budget):
+        positions, counts = select_pages(scores.masked_fill(pinned, torch.inf), past, budget, page, width)
+        assert positions.shape == (3, 2, width)
+        return positions.masked_fill(torch.arange(width, device=device) >= counts[..., None], 0), counts
+
+    agree(select, scores, torch.tensor(past, device=device), torch.tensor(budget, device=device))
+
+
+@pytest.mark.parametrize("similarity", [-1.0, 0.05, 1.0])
+def test_queries_are_chosen_by_their_change(similarity, device, dtype, agree) -> None:
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(3, 8, 1, 24, generator=generator).to(device, dtype)[:, :6]  # strided
+    last = torch.randn(4, 6, 24, generator=generator).to(device, dtype)
+    agree(choose_queries, q, last, torch.tensor([2, 1, 3], device=device), 2, similarity)
+
+
+@pytest.mark.parametrize("pages", [1, 300])
+def test_shares_of_pages(pages, device, agree) -> None:
+    generator = torch.Generator().manual_seed(3)
+    past = torch.tensor([0, 4 * pages, 2 * pages, 1], device=device)
+    sinks, recent = (torch.arange(4 * pages + 1, device=device) // part for part in (40, 60))
+
+    def share(bounds):
+        shares = shares_of_pages(bounds, past, torch.tensor([3, 1, 2], device=device), sinks, recent, 4)
+        is_held = torch.arange(pages, device=device) < torch.tensor([1, pages, -(-pages // 2)], device=device)[:, None]
+        shares = shares.masked_fill(~is_held[:, None], 0)
+        return shares.isinf(), shares.masked_fill(shares.isinf(), 0)
+
+    agree(share, 5 * torch.randn(3, 2, 3, pages, generator=generator).to(device))

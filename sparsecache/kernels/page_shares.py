@@ -1,0 +1,110 @@
+"""The queries that select pages, and the shares of pages, as in FreeKV."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, tl, triton, use_kernel
+
+_BLOCK_P = 256  # pages at a time
+
+
+def choose_queries(q: Tensor, last: Tensor, slots: Tensor, kv_heads: int, similarity: float) -> Tensor:
+    """Return each KV head's queries of the step before, or q if the mean cosine similarity to them is too low.
+
+    q: [B, H, 1, D]; last: [slots, H, D], which q replaces; slots: [B] int64; similarity: the least. Returns as q.
+    """
+    batch, heads, _, head_dim = q.shape
+    group = heads // kv_heads
+    if use_kernel(q):
+        chosen = torch.empty((batch, heads, 1, head_dim), device=q.device, dtype=q.dtype)
+        _choose_kernel[(batch * kv_heads,)](
+            q, q.stride(0), q.stride(1), last, slots, chosen, similarity, kv_heads, head_dim,
+            GROUP=group, BLOCK_Q=next_power_of_2(group), BLOCK_D=next_power_of_2(head_dim, 16), num_warps=4,
+            **pdl_options(),
+        )  # fmt: skip
+        return chosen
+    before = last[slots][:, :, None]
+    found = cosine_similarity(q.float(), before.float(), dim=3).view(batch, kv_heads, group)
+    has_changed = found.mean(2) < similarity  # [B, G]
+    last[slots] = q[:, :, 0]
+    return torch.where(has_changed.repeat_interleave(group, 1)[:, :, None, None], q, before)
+
+
+def shares_of_pages(
+    bounds: Tensor, seq_lens: Tensor, slots: Tensor, sinks: Tensor, recent: Tensor, page: int
+) -> Tensor:
+    """Return the logarithm of each page's share of the softmax over pages, summed over query heads: [B, G, pages].
+
+    bounds: [B, G, H / G, pages] float32; seq_lens: [slots] int64, past tokens; slots: [B] int64. sinks, recent:
+    [max_tokens + 1] int64, the first and last pages, which get inf, by past tokens. page: tokens in a page.
+    """
+    batch, kv_heads, group, pages = bounds.shape
+    if use_kernel(bounds):
+        shares = torch.empty((batch, kv_heads, pages), device=bounds.device, dtype=torch.float32)
+        _share_kernel[(batch * kv_heads,)](
+            bounds, seq_lens, slots, sinks, recent, shares, kv_heads, pages,
+            PAGE=page, GROUP=group, BLOCK_Q=next_power_of_2(group), BLOCK_P=_BLOCK_P, num_warps=4, **pdl_options(),
+        )  # fmt: skip
+        return shares
+    past = seq_lens[slots][:, None]
+    held, number = -(-past // page), torch.arange(pages, device=bounds.device)
+    is_free = (number >= held)[:, None]
+    shares = bounds.masked_fill(is_free[:, None], -torch.inf).log_softmax(3).logsumexp(2)
+    is_kept = (number < sinks[past]) | (number >= held - recent[past])
+    return shares.masked_fill(is_kept[:, None], torch.inf)
+
+
+@triton.jit
+def _choose_kernel(  # type: ignore[no-untyped-def]
+    q, q_row_stride, q_head_stride, last, slots, chosen, similarity, kv_heads, head_dim,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Choose the queries of one KV head, and keep the new ones."""
+    pdl_wait(USE_PDL)
+    row, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
+    slot = tl.load(slots + row).to(tl.int64)
+    head, channel = kv * GROUP + tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    is_head = tl.arange(0, BLOCK_Q) < GROUP
+    mask = is_head[:, None] & (channel < head_dim)
+    new = tl.load(q + row * q_row_stride + head * q_head_stride + channel, mask=mask, other=0.0)
+    last_ptr = last + (slot * kv_heads * GROUP + head) * head_dim + channel
+    old = tl.load(last_ptr, mask=mask, other=0.0)
+    x, y = new.to(tl.float32), old.to(tl.float32)
+    norms = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-8) * tl.maximum(tl.sqrt(tl.sum(y * y, axis=1)), 1e-8)
+    mean = tl.sum(tl.where(is_head, tl.sum(x * y, axis=1) / norms, 0.0)) / GROUP
+    target = chosen + (row * kv_heads * GROUP + head) * head_dim + channel
+    tl.store(target, tl.where(mean < similarity, new, old), mask=mask)
+    tl.store(last_ptr, new, mask=mask)
+
+
+@triton.jit(do_not_specialize=["pages"])
+def _share_kernel(  # type: ignore[no-untyped-def]
+    bounds, seq_lens, slots, sinks, recent, shares, kv_heads, pages,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Sum the shares of the pages of one KV head over its query heads."""
+    pdl_wait(USE_PDL)
+    owner = tl.program_id(0).to(tl.int64)
+    past = tl.load(seq_lens + tl.load(slots + tl.program_id(0) // kv_heads))
+    held = tl.minimum(tl.cdiv(past, PAGE), pages).to(tl.int32)
+    first_kept, last_kept = tl.load(sinks + past), held - tl.load(recent + past)
+    query, at = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_P)
+    row = bounds + (owner * GROUP + query) * pages
+    highest = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    for first in tl.range(0, held, BLOCK_P):
+        page = first + at
+        bound = tl.load(row + page[None, :], mask=(query < GROUP) & (page < held)[None, :], other=float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(bound, axis=1))
+        total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(bound - new_highest[:, None]), axis=1)
+        highest = new_highest
+    normalizer = (highest + tl.log(tl.maximum(total, 1e-30)))[:, None]
+    for first in tl.range(0, held, BLOCK_P):
+        page = first + at
+        bound = tl.load(row + page[None, :], mask=(query < GROUP) & (page < held)[None, :], other=float("-inf"))
+        share = bound - normalizer
+        largest = tl.max(share, axis=0)
+        share = largest + tl.log(tl.sum(tl.exp(share - largest[None, :]), axis=0))
+        is_kept = (page < first_kept) | (page >= last_kept)
+        tl.store(shares + owner * pages + page, tl.where(is_kept, float("inf"), share), mask=page < held)
