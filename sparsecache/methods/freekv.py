@@ -7,7 +7,8 @@ recent pages always come first. The defaults are those of the authors' LongBench
 GQA: as in the paper, a KV head takes the mean similarity of its query heads, and the mean of their softmax over pages.
 
 Differences: every token stays on the device, so what is measured is the selection. First and recent pages are a share
-of the budget, as the authors' 128 tokens each of 2,048 are, so a budget below 512 has none. As in `quest`, the budget
+of the budget, as the authors' 128 tokens each of 2,048 are, rounded to the nearest page. There is always a recent one,
+since the query before knows nothing of the newest tokens. Small budgets have no first page. As in `quest`, the budget
 counts tokens, and the last page may be cut.
 """
 
@@ -31,8 +32,10 @@ class FreeKV(Quest):
     similarity: Annotated[float, "cosine similarity to the query before, -1 to 1, below which the true one selects"] = (
         0.8
     )
-    sinks: Annotated[float, "share of the budget for the first pages, 0 to 1, rounded down to pages"] = 1 / 16
-    recent: Annotated[float, "share of the budget for the last pages, 0 to 1, rounded down to pages"] = 1 / 16
+    sinks: Annotated[float, "share of the budget for the first pages, 0 to 1, rounded to pages"] = 1 / 16
+    recent: Annotated[float, "share of the budget for the last pages, 0 to 1, rounded to pages; 1 page at least"] = (
+        1 / 16
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +47,22 @@ class FreeKV(Quest):
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "FreeKVCache":
         return FreeKVCache(self, layer, config)
+
+    def kept_pages(self, budgets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many first and last pages are always selected, by past tokens: int64, of the shape of budgets.
+
+        budgets: [T + 1] int64, the most tokens to select of n past tokens, by n.
+        """
+        past, page = torch.arange(len(budgets), device=budgets.device), self.page
+        budget = torch.minimum(budgets, past)
+        sinks, recent = ((share * budget.double() / page + 0.5).long() for share in (self.sinks, self.recent))
+        newest = (past - 1) % page + 1  # tokens of the last page
+        if self.recent:
+            # A last page that is at most half full comes on top, as in the authors' code: the share holds in the mean.
+            recent = recent.clamp(min=1) + (newest <= page // 2)
+            recent = torch.minimum(recent, 1 + (budget - newest).clamp(min=0) // page)
+        rest = budget - torch.where(recent > 0, newest + (recent - 1) * page, 0)
+        return torch.minimum(sinks, rest.clamp(min=0) // page), recent
 
     def page_scores(self, q: Tensor, cache: QuestCache, slots: Tensor, width: int) -> Tensor:
         assert isinstance(cache, FreeKVCache)
@@ -64,8 +83,7 @@ class FreeKVCache(QuestCache):
         super().__init__(method, layer, config)
         size = (config.slots, config.shape.heads, config.shape.head_dim)
         self.last_queries = torch.zeros(size, dtype=config.dtype, device=config.device)
-        budget = torch.minimum(self.budgets, torch.arange(len(self.budgets), device=config.device)).double()
-        self.sinks, self.recent = ((share * budget).long() // method.page for share in (method.sinks, method.recent))
+        self.sinks, self.recent = method.kept_pages(self.budgets)
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         super().prefill(slot, q, k, v)

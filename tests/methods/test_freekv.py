@@ -25,7 +25,13 @@ def _selected(text: Text, layer: int, kv: int, past: int, method: FreeKV) -> lis
         weights = [math.exp(_bound(text, layer, kv, head, asked, page)) for page in pages]
         shares = [share + weight / sum(weights) for share, weight in zip(shares, weights, strict=True)]
     budget = min(budget_tokens(method.budget, past), past)
-    sinks, recent = (math.floor(share * budget) // method.page for share in (method.sinks, method.recent))
+    sinks, recent = (math.floor(share * budget / method.page + 0.5) for share in (method.sinks, method.recent))
+    if method.recent:
+        recent = max(recent, 1) + (len(pages[-1]) <= method.page // 2)
+        while recent > 1 and sum(map(len, pages[-recent:])) > budget:
+            recent -= 1
+    while sinks and sinks * method.page + sum(map(len, pages[len(pages) - recent :])) > budget:
+        sinks -= 1
     first = [at for at in range(len(pages)) if at < sinks or at >= len(pages) - recent]
     others = [at for at in range(len(pages)) if at not in first]
     kept: list[int] = []
@@ -88,3 +94,15 @@ def test_the_query_before_of_the_first_step_is_the_prompts_last() -> None:
 def test_options_out_of_range_are_refused(options, told) -> None:
     with pytest.raises(ValueError, match=told):
         FreeKV(**options)
+
+
+@pytest.mark.parametrize("prompt", [64, 70, 90])
+@pytest.mark.parametrize(("budget", "newest"), [(8, 1), (24, 4), (256, 4)])
+def test_the_newest_tokens_are_always_selected(budget, newest, prompt) -> None:
+    """The query before cannot ask for the token before this one."""
+    shape = shape_of(4, layers=1)
+    text = random_text(shape, prompt, 3, seed=2)
+    method = FreeKV(budget, 0, page=8, similarity=-1.0)
+    for past, kept in enumerate(_kept(text, 0, method), prompt):
+        assert all({*range(past - newest, past)} <= set(of_head) for of_head in kept)
+    check_against(lambda text, layer: _kept(text, layer, method), method, shape, [text])
