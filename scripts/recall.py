@@ -102,6 +102,7 @@ class RecordingCache(LayerCache):
             return ((weights[..., :-1] * tokens[:, :, None]).sum(3) + weights[..., -1]).mean((1, 2))
 
         last = self._last_selected[slots, :, :length]
+        recency = _recency(last)
         one, total = torch.ones(batch, device=q.device), count.sum(1)
         sums_and_totals = [
             (((selected & best).sum(2) / count).mean(1), one),
@@ -110,7 +111,7 @@ class RecordingCache(LayerCache):
             (count.float().mean(1), one),
             (count.float().mean(1) / past, one),
             ((selected & (last == past[:, None, None] - 1)).sum((1, 2)), total * (last >= 0).any(2).any(1)),
-            *(((selected & _most_recent(last, tokens)).sum((1, 2)), total) for tokens in CACHES),
+            *(((selected & (recency < tokens)).sum((1, 2)), total) for tokens in CACHES),
         ]
         self._sums[slots] += torch.stack([measured for measured, _ in sums_and_totals], 1)
         self._totals[slots] += torch.stack([of for _, of in sums_and_totals], 1)
@@ -141,10 +142,16 @@ def _as_mask(positions: Tensor, length: int) -> Tensor:
     return mask.scatter_(2, positions.masked_fill(positions < 0, length), True)[..., :length]
 
 
-def _most_recent(last_selected: Tensor, tokens: int) -> Tensor:
-    """Return the `tokens` last selected of each KV head as a mask like last_selected [B, G, T] (-1: never)."""
-    order = last_selected.sort(dim=2, descending=True, stable=True).indices[..., :tokens]
-    return torch.zeros_like(last_selected, dtype=torch.bool).scatter_(2, order, True) & (last_selected >= 0)
+def _recency(last_selected: Tensor) -> Tensor:
+    """Return how many tokens of a KV head were selected later than each of last_selected [B, G, T].
+
+    -1 stands for never; such tokens get more than any number of tokens.
+    """
+    order = last_selected.sort(dim=2, descending=True, stable=True).indices
+    places = torch.arange(order.shape[2], device=order.device).expand_as(order)
+    return (
+        torch.empty_like(order).scatter_(2, order, places).masked_fill(last_selected < 0, torch.iinfo(order.dtype).max)
+    )
 
 
 class RecordingContext(RunContext):
