@@ -35,7 +35,9 @@ _SCORING = (
     ),
     click.option("--edit_backend", type=click.Choice(EDIT_BACKENDS), default=EDIT_BACKENDS[0], show_default=True),
     click.option(
-        "--official_recursion", is_flag=True, help="Give 0.0 where the reference exceeds the recursion limit."
+        "--official_recursion",
+        is_flag=True,
+        help="Score 0.0 where the official scorer exceeds Python's recursion limit.",
     ),
 )
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -65,7 +67,7 @@ _REPORT: dict[str, Any] = {"type": _FILE, "metavar": "FILE", "callback": _check_
 _HTML = click.option("--html", **_REPORT, help="Also write a report with tables and plots to FILE (.html).")
 _FORMAT = click.option("--format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True)
 _LABELS = click.option(
-    "--label", "labels", multiple=True, metavar="RUN=TEXT", help="Call a run TEXT in tables and plots; repeatable."
+    "--label", "labels", multiple=True, metavar="RUN=TEXT", help="Name of a run in tables and plots; repeatable."
 )
 _TITLE = click.option("--title", help="Title, instead of one that names model, data and runs.")
 
@@ -142,7 +144,7 @@ def main() -> None:
 @click.option("--name", help="Name of the run, with --model.")
 @_scoring
 @click.option("--allow_partial", is_flag=True, help="Exit with 0 even if rows are missing or failed.")
-@click.option("--allow_duplicates", is_flag=True, help="Count rows with a repeated _id every time.")
+@click.option("--allow_duplicates", is_flag=True, help="Count every row with a repeated _id.")
 @click.option("--rouge_score", is_flag=True, help="Also show ROUGE-1/2/L of the package rouge-score.")
 @click.option("--no_write", is_flag=True, help="Write no result.json and summary.json into FOLDERS.")
 @_HTML
@@ -291,7 +293,7 @@ def plot(
     "--non_inferior",
     type=float,
     metavar="POINTS",
-    help="Judge the mean by its interval: the whole 95 % interval of its change must be above -POINTS.",
+    help="Judge the mean by its 95 % interval: all of it must lie above -POINTS.",
 )
 @click.option("--max_drop_dataset", type=float, help="Largest drop of any dataset, in points.")
 @click.option("--max_kept", type=float, help="Largest mean share of past tokens attended to, 0 to 1.")

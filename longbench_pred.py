@@ -1,4 +1,4 @@
-"""Predict: a checkpoint, a cache method and LongBench datasets in, pred/<model>/<name>/<dataset>.jsonl out."""
+"""Decodes LongBench prompts with a checkpoint and a cache method into pred/<model>/<name>/<dataset>.jsonl."""
 
 import sys
 from pathlib import Path
@@ -13,17 +13,16 @@ from sparsecache.runner.settings import DTYPE_CHOICES, ENGINES, Settings
 from sparsecache.versions import check_versions
 
 _HELP = {
-    "model": "Name of a table in configs/models.toml, a checkpoint folder, or a hub id.",
-    "datasets": "Comma list of datasets (longbench_v2, longbench_v2_cot too), or: all, en, zh, a category, ruler or "
-    "one of its tasks (vt, cwe, ...), own (the tasks of --tasks). The default is all, with --tasks own.",
+    "model": "A checkpoint folder, a .gguf file, a hub id, or a name of configs/models.toml.",
+    "datasets": "Comma-separated: datasets, all, en, zh, a category, longbench_v2, longbench_v2_cot, ruler or its "
+    "tasks (vt, cwe, ...), own (those of --tasks). Default: all; own with --tasks.",
     "tasks": "File of own tasks, in the form of configs/datasets.toml.",
-    "max_new_tokens": "Most new tokens of each answer, in place of the dataset's own; recorded as a deviation.",
-    "method": "Cache method (a file of sparsecache/methods).",
-    "data": "hub, sample, a folder of <dataset>.jsonl, a zip of them, or one .jsonl file of rows; by default what the "
-    "model's table names, "
-    "else hub.",
-    "name": "Folder of the run below the model's; by default the method and its options (infinigen-budget=256).",
-    "model_name": "Folder of the model below --pred_dir; by default the checkpoint's own name.",
+    "max_new_tokens": "Most new tokens per answer, in place of the dataset's limit. run.json records it.",
+    "method": "A built-in cache method, the path of a .py file, or a module's dotted name.",
+    "data": "hub, sample, a folder or zip of <dataset>.jsonl files, or one .jsonl file of rows. Default: hub; sample "
+    "for the bundled checkpoint.",
+    "name": "Name of the run's folder. Default: the method and the options given (infinigen-budget=256).",
+    "model_name": "Name of the model's folder below --pred_dir. Default: the checkpoint's name.",
 }
 
 
@@ -64,8 +63,8 @@ _GROUPS = {
     Settings,
     "chat",
     metavar="TEXT|template|none",
-    help="Wrap prompts in TEXT, which holds {prompt}, in the tokenizer's chat template, or in nothing, instead of "
-    "what the model's table says.",
+    help="Wrapper of prompts: the tokenizer's chat template, none, or a TEXT that contains {prompt}. Default: that "
+    "of configs/models.toml, else the template, if there is one.",
 )
 @option(Settings, "datasets", help=_HELP["datasets"])
 @option(Settings, "tasks", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help=_HELP["tasks"])
@@ -77,7 +76,7 @@ _GROUPS = {
     is_eager=True,
     expose_value=False,
     callback=_list_methods,
-    help="Show every method with its options, defaults and what they mean, and exit.",
+    help="Print all methods with their options, and exit.",
 )
 @option(Settings, "name", help=_HELP["name"])
 @option(Settings, "model_name", help=_HELP["model_name"])
@@ -89,16 +88,16 @@ _GROUPS = {
     Settings,
     "sample_tokens",
     type=click.IntRange(256, 32768),
-    help="Prompt length of --data sample, estimated: 4 characters a token.",
+    help="Tokens per prompt of --data sample, at 4 characters per token.",
 )
 @option(Settings, "sample_seed", type=click.IntRange(-LARGEST, LARGEST), help="Seed of --data sample.")
 @option(
     Settings,
     "ruler_length",
     metavar="N[,N...]",
-    help="Tokens of prompt and answer of RULER's tasks, by the checkpoint's tokenizer; several are separate datasets.",
+    help="Tokens of prompt and answer together in RULER's tasks. Each length is a dataset of its own.",
 )
-@option(Settings, "ruler_rows", type=_COUNT, help="Rows per task and length of RULER; 500 are published.")
+@option(Settings, "ruler_rows", type=_COUNT, help="Rows per task and length of RULER. The paper has 500.")
 @option(Settings, "ruler_seed", type=click.IntRange(-LARGEST, LARGEST), help="Seed of RULER's rows.")
 @option(
     Settings,
@@ -122,56 +121,64 @@ _GROUPS = {
     metavar="FILE",
     help="HotpotQA's hotpot_dev_distractor_v1.json, for qa_2.",
 )
-@click.option("--offline", is_flag=True, help="Never touch the network: caches and local files only.")
+@click.option("--offline", is_flag=True, help="Use no network, only caches and local files.")
 @option(Settings, "max_samples", type=_COUNT, help="Only the first rows of each dataset.")
 @option(Settings, "max_new_tokens", type=_COUNT, help=_HELP["max_new_tokens"])
-@option(Settings, "max_length", type=click.IntRange(2, LARGEST), help="Cut the middle of raw prompts longer than this.")
+@option(
+    Settings,
+    "max_length",
+    type=click.IntRange(2, LARGEST),
+    help="Most tokens of a prompt without its wrapper. Longer ones lose their middle.",
+)
 @option(
     Settings,
     "window",
     type=click.IntRange(8, LARGEST),
-    help="Tokens for prompt and answer together, at most the checkpoint's own.",
+    help="Most tokens of prompt and answer together. Default and maximum: the checkpoint's.",
 )
 @option(
     Settings,
     "batch_size",
     type=BatchSize(),
-    help="Sequences decoded together at most; auto (the default): 16 on a GPU, 1 on a CPU. Fewer if memory is short.",
+    help="Most sequences decoded together. auto (default): 16 on a GPU, fewer if memory is short; 1 on a CPU.",
 )
 @option(
     Settings,
     "workers",
     type=_COUNT,
-    help="Processes that decode at once, on Ray; 1: this one alone.",
+    help="Worker processes on Ray. 1: decode in this process.",
 )
-@option(Settings, "ray_address", help="HOST:PORT of a running Ray cluster, or auto; without it one is started here.")
+@option(
+    Settings, "ray_address", help="HOST:PORT of a running Ray cluster, or auto. Default: start one on this machine."
+)
 @option(
     Settings,
     "gpus_per_worker",
     type=_COUNT,
-    help="Split the layers over so many GPUs of one machine.",
+    help="GPUs of one machine that share the layers.",
 )
 @option(Settings, "dtype", type=click.Choice(DTYPE_CHOICES), help="auto: the checkpoint's on a GPU, float32 on a CPU.")
 @option(Settings, "device", help="auto, cpu, cuda or cuda:<number>.")
-@option(Settings, "engine", type=click.Choice(ENGINES), help="transformers: any model, slower.")
+@option(
+    Settings,
+    "engine",
+    type=click.Choice(ENGINES),
+    help="transformers: slower, for models that the other engine does not run.",
+)
 @option(
     Settings,
     "verify",
     type=click.IntRange(0, LARGEST),
-    help="First compare this many prompts with transformers; differences are reported and recorded.",
+    help="Prompts whose texts are first compared with transformers. Differences are recorded.",
 )
 @click.option("--quiet", is_flag=True, help="Print only warnings, errors and the result of --verify.")
 @click.option("--allow_pickle", is_flag=True, help="Load .bin weights (restricted unpickling, no code).")
-@click.option(
-    "--overwrite", is_flag=True, help="Delete the whole run of this name, all its datasets, and start afresh."
-)
-@option(
-    Settings, "pred_dir", type=click.Path(path_type=Path), help="Where runs are kept, relative to the current folder."
-)
+@click.option("--overwrite", is_flag=True, help="Delete the run of this name with all its datasets, and start again.")
+@option(Settings, "pred_dir", type=click.Path(path_type=Path), help="Folder of all runs.")
 def main(options: tuple[str, ...], **values: Any) -> None:
     """Decode LongBench prompts with a checkpoint and write one JSON line per row.
 
-    A run that was stopped goes on where it left off when the same command is given again (without --overwrite).
+    Rerun the command, without --overwrite, to resume a stopped run.
     """
     with report_usage_errors():
         settings = Settings(options=option_pairs(options), **values)
@@ -184,7 +191,7 @@ def main(options: tuple[str, ...], **values: Any) -> None:
             sys.exit(run(settings))
         except KeyboardInterrupt:
             same = "the same command without --overwrite" if settings.overwrite else "the same command"
-            click.echo(f"Stopped. Finished rows are kept; {same} goes on from there.", err=True)
+            click.echo(f"Stopped. Finished rows are kept. Rerun {same} to resume.", err=True)
             sys.exit(130)
 
 

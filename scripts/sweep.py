@@ -32,24 +32,28 @@ from sparsecache.runner.settings import Settings
 @click.command(cls=FlexibleCommand)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
-@click.option("--model", "models", multiple=True, help="A checkpoint in place of the file's models; repeatable.")
+@click.option("--model", "models", multiple=True, help="Checkpoint in place of the file's models; repeatable.")
 @click.option("--pred_dir", type=click.Path(path_type=Path), default=Path("pred"), show_default=True)
 @click.option(
     "--limit_memory",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GIB",
-    help="Most memory for queries, keys and values of prompts; by default at least half of what is free.",
-)
-@click.option("--separate", is_flag=True, help="Make each run in a process of its own, which reads all prompts itself.")
-@click.option(
-    "--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes at a time, with --separate."
+    help="Memory for queries, keys and values of prompts. Default: at least half of the free memory.",
 )
 @click.option(
-    "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads of a process; 0: torch's own choice."
+    "--separate", is_flag=True, help="Make each run in a process of its own. Prompts are then read once per run."
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Processes at a time. More than 1 implies --separate.",
+)
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads per process. 0: torch's default.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the tables as Markdown and JSON.")
 @click.option("--html", is_flag=True, help="Write a report with plots to --out, too.")
-@click.option("--dry_run", is_flag=True, help="Check all options, print the command of each run, and start none.")
+@click.option("--dry_run", is_flag=True, help="Check all options and print the command of each run; start none.")
 def main(
     file: Path,
     more: tuple[str, ...],
@@ -63,9 +67,9 @@ def main(
     html: bool,
     dry_run: bool,
 ) -> None:
-    """Run the sweep in FILE and print a table of its runs; MORE, behind --, are arguments of every run.
+    """Make all runs of the sweep in FILE and print one table. MORE, behind --, are arguments of every run.
 
-    Exits with 1 if a run failed; the table shows those that did not.
+    Exits with 1 if a run failed. The table shows the others.
     """
     with report_usage_errors():
         report = Report(out, html)

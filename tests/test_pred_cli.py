@@ -264,7 +264,7 @@ def test_an_interrupted_run_says_which_command_goes_on(arguments, way, monkeypat
     monkeypatch.setattr("sparsecache.runner.run.run", stop)
     told = CliRunner().invoke(main, ["--model", "demo", *arguments])
     assert told.exit_code == 130
-    assert told.stderr.startswith("Stopped. Finished rows are kept; the same command ") and way in told.stderr
+    assert told.stderr.startswith("Stopped. Finished rows are kept. Rerun the same command ") and way in told.stderr
     assert ("--overwrite" in told.stderr) == bool(arguments)
 
 

@@ -13,9 +13,8 @@ tokens with equal votes, which max pooling makes common, the earlier ones stay.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import avg_pool1d, max_pool1d
 
 from sparsecache.cache.eviction import EvictionMethod, attention_sums, check_voting, pin_last
 
@@ -36,14 +35,7 @@ class SnapKV(EvictionMethod):
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         before = max(0, k.shape[1] - self.window)
         votes = attention_sums(q, k, first=before)
-        votes[:, :before] = self._pool(votes[:, :before])
+        if before:
+            pool = max_pool1d if self.pooling == "max" else avg_pool1d
+            votes[:, :before] = pool(votes[:, :before], self.kernel, stride=1, padding=self.kernel // 2)
         return pin_last(votes, self.window)
-
-    def _pool(self, votes: Tensor) -> Tensor:
-        """Pool votes [G, N] over neighbouring positions; beyond the ends there are none."""
-        reach = self.kernel // 2
-        if not votes.shape[1]:
-            return votes
-        if self.pooling == "max":
-            return pad(votes, (reach, reach), value=-torch.inf).unfold(1, self.kernel, 1).amax(2)
-        return pad(votes, (reach, reach)).unfold(1, self.kernel, 1).mean(2)
