@@ -8,6 +8,7 @@ r"""Measures decode, prefill, replay or start-up beside baselines and the machin
     python scripts/bench.py decode --model llama-3.1-70b --gpus 2 --baselines none
     python scripts/bench.py prefill --model llama-3.1-8b --tokens 8192
     python scripts/bench.py replay --model llama-3.1-8b --workload workload.csv --rows 100
+    python scripts/bench.py replay --model llama-3.1-8b --workload workload.csv --method snapkv --baselines vanilla
     python scripts/bench.py replay --model llama-3.1-8b --workload workload.csv --workers 2
     python scripts/bench.py startup --model llama-3.1-8b
     python scripts/bench.py decode --model demo --device cpu --tokens 2048
@@ -38,7 +39,8 @@ MODES = ("decode", "prefill", "replay", "startup")
 _MODES_OF = {
     "tokens": ("decode", "prefill", "startup"),
     **dict.fromkeys(("workload", "rows", "slots", "workers"), ("replay",)),
-    **dict.fromkeys(("batch", "new_tokens", "method", "methods", "options", "vary", "gpus", "profiled"), ("decode",)),
+    **dict.fromkeys(("method", "options"), ("decode", "replay")),
+    **dict.fromkeys(("batch", "new_tokens", "methods", "vary", "gpus", "profiled"), ("decode",)),
 }
 _OLD_NAMES = {"streamed": "vanilla_offload"}
 _MAX_TOKENS = 2**26  # of a batch together: beyond the memory of any machine here
@@ -58,7 +60,7 @@ _MAX_TOKENS = 2**26  # of a batch together: beyond the memory of any machine her
     "--method",
     default="vanilla",
     show_default=True,
-    help=f"Cache method of mode decode: {', '.join(method_names())}, or a path to a .py file.",
+    help=f"Cache method of a decode or a replay: {', '.join(method_names())}, or a path to a .py file.",
 )
 @click.option(
     "--methods",
@@ -202,6 +204,8 @@ def _check(mode: str, workload: Path | None, workloads: list[Workload]) -> None:
         raise UsageError(f"{given[min(other)]} has no effect with --methods: leave one of them out.")
     if context.params["workers"] > 1 and "baselines" in given:
         raise UsageError("A replay with --workers is compared with one worker: leave out --baselines.")
+    if context.params["workers"] > 1 and (method := given.keys() & {"method", "options"}):
+        raise UsageError(f"A replay with --workers is of vanilla: leave out {given[min(method)]}.")
     if mode == "replay" and workload is None:
         raise UsageError("A replay needs --workload: a CSV with the columns dataset, prompt_tokens, new_tokens.")
     if mode == "startup" and len(workloads) > 1:
@@ -226,7 +230,11 @@ def _baselines(text: str | None, mode: str, method: str, several: bool) -> list[
     if text is None:
         return ["transformers"] if method == "vanilla" or mode != "decode" else ["vanilla", "transformers"]
     names = [] if text == "none" else [_OLD_NAMES.get(name, name) for name in text.split(",")]
-    known = {"decode": {*BASELINES, *OWN_BASELINES, "vllm"}, "startup": {"transformers"}}
+    known = {
+        "decode": {*BASELINES, *OWN_BASELINES, "vllm"},
+        "replay": {*BASELINES, "vanilla", "vllm"},
+        "startup": {"transformers"},
+    }
     allowed = known.get(mode, {*BASELINES, "vllm"})
     if len(set(names)) < len(names):
         raise UsageError(f"--baselines {text!r} names one twice: leave one of them out.")

@@ -83,10 +83,11 @@ def replay(
     requests: list[Request],
     slots: int,
     baselines: Sequence[str],
+    spec: MethodSpec,
     elsewhere: Mapping[str, float] = MappingProxyType({}),
 ) -> Iterator[Result]:
     """Yield the time per prompt of requests in their order. elsewhere: seconds of all of them, by baseline."""
-    engine = model.engine(slots=slots)
+    engine = model.engine(spec.method, spec.options, slots)
     seconds, stats = timing.time_requests(engine, requests)
     slots = engine.slots  # fewer if memory does not suffice
     del engine
@@ -95,6 +96,8 @@ def replay(
     free_memory()
 
     def seconds_per_prompt(name: str) -> float:
+        if name == "vanilla":
+            return timing.time_requests(model.engine(slots=slots), requests)[0] / len(requests)
         return timing.time_requests(model.reference(**BASELINES[name]), requests)[0] / len(requests)
 
     notes = {
@@ -106,7 +109,7 @@ def replay(
         "slots": slots,
     }
     yield Result(
-        f"replay of {len(requests)} prompts, up to {slots} at once",
+        f"replay of {len(requests)} prompts, up to {slots} at once, {spec}",
         seconds / len(requests),
         baselines={
             **measure_baselines(baselines, seconds_per_prompt),

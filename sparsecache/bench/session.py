@@ -86,7 +86,7 @@ class BenchRun:
     def run_replay(self, model: BenchModel, requests: list[Request], slots: int) -> None:
         """Measure a replay of requests with up to `slots` at once."""
         elsewhere = self.vllm.replay_s(model, requests) if self.vllm else {}
-        self.run(replay(model, requests, slots, self.baselines, elsewhere))
+        self.run(replay(model, requests, slots, self.baselines, self.specs[0], elsewhere))
 
     @contextmanager
     def saved(self, stem: Path | None) -> Iterator[None]:

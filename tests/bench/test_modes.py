@@ -26,6 +26,16 @@ def test_prefill_and_replay_save_what_they_print(mode, bench, tiny, tmp_path) ->
         assert result["name"] in done.output and result["seconds"] > 0 and result["baselines"]["transformers"] > 0
 
 
+def test_a_replay_with_a_method_is_compared_with_vanilla(bench, tiny, tmp_path) -> None:
+    (tmp_path / "w.csv").write_text(WORKLOAD)
+    more = ("--method", "snapkv", "-o", "budget=0.5", "--workload", tmp_path / "w.csv", "--baselines", "vanilla")
+    done = bench("replay", "--model", tiny, "--device", "cpu", "--out", tmp_path, "--rows", "4", *more)
+    assert done.exit_code == 0, done.output
+    (result,) = json.loads((tmp_path / "replay-tiny.json").read_text())["results"]
+    assert result["name"] == "replay of 4 prompts, up to 16 at once, snapkv budget=0.5"
+    assert result["baselines"].keys() == {"vanilla"} and result["baselines"]["vanilla"] > 0
+
+
 def test_a_start_is_measured_stage_by_stage(monkeypatch, capsys) -> None:
     """Over saved weights of a shape, which both engines load."""
 
@@ -85,12 +95,13 @@ def test_a_replay_is_shared_by_workers(repo, tiny, tmp_path, run_python) -> None
         ("decode --method ./no.py", "there is no such .py file"),
         ("decode -o alpha", "is not of the form KEY=VALUE"),
         ("prefill --vary budget=1", "--vary has no effect in mode prefill"),
-        ("prefill --method infinigen", "--method has no effect in mode prefill: leave it out. It is for decode."),
+        ("prefill --method infinigen", "has no effect in mode prefill: leave it out. It is for decode and replay."),
         ("startup -o offload=true", "-o has no effect in mode startup"),
         ("decode --workers 2", "--workers has no effect in mode decode"),
         ("replay --workload w.csv --tokens 9", "--tokens has no effect in mode replay: leave it out. It"),
         ("replay", "needs --workload"),
         ("replay --workload w.csv --workers 2 --peers static", "leave out --baselines"),
+        ("replay --workload w.csv --workers 2 --method quest", "A replay with --workers is of vanilla: leave out --m"),
         ("startup --tokens 9,10", "A start-up has one prompt, not 2"),
         ("decode --tokens 8k", "--tokens '8k' must be whole numbers separated by commas"),
         (f"decode --tokens {2**31}", f"--tokens '{2**31}' is too large: at most {2**26}"),
