@@ -2,6 +2,11 @@
 
 With few rows, reading the weights takes all the time. The kernels therefore read each weight once. One row is
 multiplied element-wise, up to MAX_FUSED_ROWS rows by tensor cores. More rows, such as a prompt's, use torch.
+
+With a weight in fp8 the rows are quantised, unless they are given as an Fp8Matrix. Even one row is then multiplied by
+tensor cores: converting each weight to another type would take longer than reading it.
+
+In one file because all kernels share what follows the product.
 """
 
 import math
@@ -19,8 +24,10 @@ from sparsecache.kernels._triton import (
     pdl_wait,
     tl,
     triton,
-    use_kernel,
+    uses_kernels,
 )
+from sparsecache.kernels.fp8 import Fp8Matrix, Matrix, quantise, quantise_normed, quantise_swiglu, scaled_product
+from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, rotate
 
 MAX_FUSED_ROWS = 16
@@ -38,9 +45,14 @@ _FEW_ROWS_PAIRS = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 
 _FEW_ROWS_FEW_PAIRS = {"BLOCK_M": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4}
 _FEW_ROWS_SMALL_MEMORY = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4}
 _FEW_ROWS_PAIRS_SMALL_MEMORY = {**_FEW_ROWS_PAIRS, "num_stages": 3}
+# In fp8, rows of x take the tensor cores' dimension of 64, so that a program can have fewer rows of the weight.
+_FP8 = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+_FP8_FEW = {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 5}
+_FP8_FEW_PAIRS = {**_FP8_FEW, "num_stages": 4}
+_FP8_SMALL_MEMORY = {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3}
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def linear(x: Matrix, weight: Matrix, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Return x weight^T + bias + residual: [N, M].
 
     x: [N, K]; weight: [M, K]; bias: [M]; residual: [N, M].
@@ -51,27 +63,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return out if residual is None else residual + out
 
 
-def add_linear(target: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+def add_linear(target: Tensor, x: Matrix, weight: Matrix, bias: Tensor | None = None) -> None:
     """Add x weight^T + bias to target [N, M] in place. Other arguments as in `linear`."""
     # addmm_ adds before it rounds. A bias would have to be added to the target on its own, where half precision
     # could round it away.
-    if bias is None and len(x) > MAX_FUSED_ROWS:
+    if bias is None and len(x) > MAX_FUSED_ROWS and isinstance(x, Tensor) and isinstance(weight, Tensor):
         target.addmm_(x, weight.t())
     else:
         target += linear(x, weight, bias)
 
 
-def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return silu(gate) * up, where gate and up are the halves of x weight^T + bias: [N, I].
+def swiglu(x: Matrix, weight: Matrix, bias: Tensor | None = None) -> Matrix:
+    """Return silu(gate) * up, where gate and up are the halves of x weight^T + bias: [N, I], in fp8 as the weight is.
 
     x: [N, K]; weight: [2 * I, K], the gate first; bias: [2 * I].
     """
+    in_fp8 = isinstance(weight, Fp8Matrix)
     if _is_fused(x):
-        return _launch(_SWIGLU, x, weight, bias, len(weight) // 2)
-    return activation.swiglu(_product(x, weight, bias))
+        hidden = _launch(_SWIGLU, x, weight, bias, len(weight) // 2)
+        return quantise(hidden) if in_fp8 else hidden
+    gate_up = _product(x, weight, bias)
+    return quantise_swiglu(gate_up) if in_fp8 else activation.swiglu(gate_up)
 
 
-def linear_rope(x: Tensor, weight: Tensor, bias: Tensor | None, rotation: Rotation, num_rotated: int) -> Tensor:
+def norm_for(weight: Matrix, x: Tensor, gain: Tensor, eps: float) -> Matrix:
+    """Return rms_norm(x, gain, eps) for a product with a weight, in fp8 as the weight is."""
+    return quantise_normed(x, gain, eps) if isinstance(weight, Fp8Matrix) else rms_norm(x, gain, eps)
+
+
+def linear_rope(x: Matrix, weight: Matrix, bias: Tensor | None, rotation: Rotation, num_rotated: int) -> Tensor:
     """Return x weight^T + bias as heads [N, M / D, D], the first `num_rotated` heads rotated.
 
     x: [N, K]; weight: [M, K]; bias: [M]; rotation: of the N tokens, with head size D.
@@ -84,12 +104,15 @@ def linear_rope(x: Tensor, weight: Tensor, bias: Tensor | None, rotation: Rotati
     return torch.cat((rotate(heads[:, :num_rotated], rotation), heads[:, num_rotated:]), dim=1)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return functional.linear(x, weight, bias), faster for a few float32 rows with MKL.
+def _product(x: Matrix, weight: Matrix, bias: Tensor | None) -> Tensor:
+    """Return x weight^T + bias, faster than functional.linear for a few float32 rows with MKL.
 
     On a CPU a batched product over blocks of the weight reads it two to four times as fast as the product of one row,
     which uses one core (docs/performance.md).
     """
+    if isinstance(weight, Fp8Matrix):
+        return scaled_product(_in_fp8(x), weight, bias)
+    assert isinstance(x, Tensor), "rows in fp8 need a weight in fp8"
     blocks = math.gcd(len(weight), _BLOCKS)
     use_batched = (
         _HAS_MKL
@@ -107,16 +130,21 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias
 
 
-def _is_fused(x: Tensor) -> bool:
+def _in_fp8(x: Matrix) -> Fp8Matrix:
+    return quantise(x) if isinstance(x, Tensor) else x
+
+
+def _is_fused(x: Matrix) -> bool:
     """Return whether a kernel is faster than torch."""
     # Tensor cores do not support float32, so on a GPU torch is faster.
-    return len(x) <= MAX_FUSED_ROWS and use_kernel(x) and not (x.is_cuda and x.dtype == torch.float32)
+    in_float32 = x.device.type == "cuda" and x.dtype == torch.float32
+    return len(x) <= MAX_FUSED_ROWS and uses_kernels(x.device) and not in_float32
 
 
 def _launch(
     kind: int,
-    x: Tensor,
-    weight: Tensor,
+    x: Matrix,
+    weight: Matrix,
     bias: Tensor | None,
     width: int,
     *,
@@ -126,23 +154,38 @@ def _launch(
 ) -> Tensor:
     """Return the output [N, width] of one projection."""
     rows, size = x.shape
-    x = x.contiguous()
     out = torch.empty((rows, width), device=x.device, dtype=x.dtype)
     pairs = len(weight) if kind == _PLAIN else len(weight) // 2
     half = rotation.cos.shape[1] // 2 if rotation is not None else 1
-    unused = weight  # takes the place of a missing tensor; the constexpr flags turn its loads off
-    if rows == 1:
-        kernel, sizes = _linear_one_row_kernel, _ONE_ROW if kind == _PLAIN else _ONE_ROW_PAIRS
+    factors: tuple[Tensor, ...]
+    if isinstance(weight, Fp8Matrix):
+        x = _in_fp8(x)
+        factors = x.values, x.scales, weight.values, weight.scales
+        kernel, sizes = _linear_fp8_kernel, _fp8_sizes(kind, pairs, x.device)
     else:
-        kernel, sizes = _linear_few_rows_kernel, _few_rows_sizes(kind, pairs, x.device)
+        assert isinstance(x, Tensor), "rows in fp8 need a weight in fp8"
+        factors = x.contiguous(), weight
+        if rows == 1:
+            kernel, sizes = _linear_one_row_kernel, _ONE_ROW if kind == _PLAIN else _ONE_ROW_PAIRS
+        else:
+            kernel, sizes = _linear_few_rows_kernel, _few_rows_sizes(kind, pairs, x.device)
+        sizes = {**sizes, "BLOCK_N": 1 if rows == 1 else MAX_FUSED_ROWS}
+    unused = out  # takes the place of a missing tensor; the constexpr flags turn its loads off
     kernel[(-(-pairs // sizes["BLOCK_M"]),)](
-        x, weight, bias if bias is not None else unused, residual if residual is not None else unused,
+        *factors, bias if bias is not None else unused, residual if residual is not None else unused,
         rotation.cos if rotation is not None else unused, rotation.sin if rotation is not None else unused,
         out, rows, size, pairs, half, num_rotated,
-        KIND=kind, BIAS=bias is not None, RESIDUAL=residual is not None, BLOCK_N=1 if rows == 1 else MAX_FUSED_ROWS,
-        **sizes, **pdl_options(),
+        KIND=kind, BIAS=bias is not None, RESIDUAL=residual is not None, **sizes, **pdl_options(),
     )  # fmt: skip
     return out
+
+
+def _fp8_sizes(kind: int, pairs: int, device: torch.device) -> dict[str, int]:
+    if not has_large_shared_memory(device):
+        return _FP8_SMALL_MEMORY
+    if pairs > _FP8_FEW["BLOCK_M"] * num_sms(device):
+        return _FP8
+    return _FP8_FEW if kind == _PLAIN else _FP8_FEW_PAIRS
 
 
 def _few_rows_sizes(kind: int, pairs: int, device: torch.device) -> dict[str, int]:
@@ -250,5 +293,39 @@ def _linear_few_rows_kernel(  # type: ignore[no-untyped-def]
             two_weight = tl.load(weight + second[:, None] * size + k[None, :], mask=mask, other=0.0)
             two = tl.dot(two_weight, x_block, two, input_precision="ieee")
     pdl_launch(USE_PDL)
+    _store(one, two, bias, residual, cos, sin, out, rows, pairs, half, num_rotated, pair, row,
+           KIND, BIAS, RESIDUAL)  # fmt: skip
+
+
+@triton.jit
+def _linear_fp8_kernel(  # type: ignore[no-untyped-def]
+    x, x_scales, weight, scales, bias, residual, cos, sin, out, rows, size, pairs, half, num_rotated,
+    KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Compute BLOCK_M columns of the output, or pairs of them, for all rows of x, with both in fp8."""
+    pdl_wait(USE_PDL)
+    pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first, second = _pair_rows(pair, pairs, half, KIND)
+    row = tl.arange(0, BLOCK_N)
+    one = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    two = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for start in tl.range(0, size, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = k < size
+        x_mask = (row < rows)[:, None] & inside[None, :]
+        x_block = tl.load(x + row[:, None] * size + k[None, :], mask=x_mask, other=0.0)
+        mask = inside[:, None] & (pair < pairs)[None, :]
+        one_weight = tl.load(weight + first[None, :] * size + k[:, None], mask=mask, other=0.0)
+        one = tl.dot(x_block, one_weight, one)
+        if KIND != 0:
+            two_weight = tl.load(weight + second[None, :] * size + k[:, None], mask=mask, other=0.0)
+            two = tl.dot(x_block, two_weight, two)
+    pdl_launch(USE_PDL)
+    x_scale = tl.load(x_scales + row, mask=row < rows, other=0.0)[None, :]
+    one = tl.trans(one) * tl.load(scales + first, mask=pair < pairs, other=0.0)[:, None] * x_scale
+    two = tl.trans(two)
+    if KIND != 0:
+        two *= tl.load(scales + second, mask=pair < pairs, other=0.0)[:, None] * x_scale
     _store(one, two, bias, residual, cos, sin, out, rows, pairs, half, num_rotated, pair, row,
            KIND, BIAS, RESIDUAL)  # fmt: skip
