@@ -10,7 +10,8 @@ from sparsecache.longbench.tables import Cell, Document, Table, Value, number, r
 
 _KIB = 2**10
 _SUMMARY = [
-    "run", "score", "difference", "95% interval", "kept", "whole model", "cache KiB/token", "on host", "tokens/s",
+    "run", "score", "difference", "95% interval", "dtype",
+    "kept", "whole model", "cache KiB/token", "on host", "tokens/s",
 ]  # fmt: skip
 _FIXED = 3  # columns that are always shown; others are left out if they are empty
 _DETAILS = ["difference", "95% interval", "wins", "losses", "changed", "kept"]
@@ -47,21 +48,23 @@ def compare_document(comparison: Comparison) -> Document:
 
 def _summaries(comparison: Comparison) -> Iterator[Table]:
     """Yield a table with a line per run for each mean that stands for a benchmark."""
+    dtypes_differ = len({run.record.identity.dtype for run in comparison.runs}) > 1
     averages = {group.name: group for group in comparison.groups if group.kind == "average"}
     found = {group: averages[name] for group, name in MEANS.items() if name in averages}
     for name, mean in found.items():
-        rows = [_summary(run, entry) for run, entry in zip(comparison.runs, mean.entries, strict=True)]
+        rows = [_summary(run, entry, dtypes_differ) for run, entry in zip(comparison.runs, mean.entries, strict=True)]
         shown = [at for at in range(len(_SUMMARY)) if at < _FIXED or any(row[at].value for row in rows)]
         title = f"{GROUP_NAMES[name]}: {_extent(mean)}" if len(found) > 1 else ""
         yield Table(title, [_SUMMARY[at] for at in shown], [[row[at] for at in shown] for row in rows])
 
 
-def _summary(run: ComparedRun, entry: Entry) -> list[Cell]:
+def _summary(run: ComparedRun, entry: Entry, with_dtype: bool) -> list[Cell]:
     difference = _difference(entry.difference) if entry.difference else [Cell("-"), Cell("-")]
     return [
         words(run.name),
         number(entry.score, 2, entry.best),
         *difference,
+        words(run.record.identity.dtype or "-") if with_dtype else Cell(""),
         share(entry.kept),
         share(entry.model_share),
         number(_kib(run.cache.nbytes), 1),
