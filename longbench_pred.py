@@ -157,7 +157,12 @@ _GROUPS = {
     type=_COUNT,
     help="GPUs of one machine that share the layers.",
 )
-@option(Settings, "dtype", type=click.Choice(DTYPE_CHOICES), help="auto: the checkpoint's on a GPU, float32 on a CPU.")
+@option(
+    Settings,
+    "dtype",
+    type=click.Choice(DTYPE_CHOICES),
+    help="auto: the checkpoint's on a GPU, float32 on a CPU. fp8: weights in 8 bits, on a GPU.",
+)
 @option(Settings, "device", help="auto, cpu, cuda or cuda:<number>.")
 @option(
     Settings,

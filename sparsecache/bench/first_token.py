@@ -41,6 +41,7 @@ def transformers(folder: Path, device: str, dtype: str, tokens: int, on_stage: O
     on_stage("imports")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "bfloat16" if dtype == "fp8" else dtype
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
     on_stage("weights")
     prompt = torch.tensor([_prompt(folder, tokens)], device=device)

@@ -62,7 +62,9 @@ def measure(checkpoint: Checkpoint, method: str, options: dict[str, str], **size
 @click.option("--new_tokens", type=click.IntRange(2, 2**20), default=64, show_default=True, help="Tokens to decode.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="Turns of each engine.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:NUMBER.")
-@click.option("--dtype", type=click.Choice(tuple(DTYPES)), default="float32", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice([name for name in DTYPES if name != "fp8"]), default="float32", show_default=True
+)
 def main(model: str, method: str, options: tuple[str, ...], **sizes: int | str) -> None:
     """Print the milliseconds per token of both, and their ratio."""
     with report_usage_errors():

@@ -17,6 +17,7 @@ from sparsecache.cache.base import CacheMethod
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import load_family
 from sparsecache.engine.families.base import Architecture
+from sparsecache.engine.fp8 import COMPUTE_DTYPE, check_fp8_devices
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.model_registry import checkpoint_folder, find_model
@@ -25,6 +26,7 @@ from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights, read_weights
 from sparsecache.errors import UsageError
+from sparsecache.kernels.fp8 import FP8, dense
 from sparsecache.methods import make_method, option_errors, parse_options
 
 _LLAMA_3 = {"rope_theta": 500000.0, "rope_type": "default"}
@@ -68,7 +70,7 @@ class BenchModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
+        """The dtype of the weights, bfloat16 if the projections are in fp8."""
         return self.weights.embedding.dtype
 
     @property
@@ -149,7 +151,7 @@ class BenchModel:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
     def _state(self) -> dict[str, Tensor]:
-        """Return views of the weights under transformers' names."""
+        """Return views of the weights under transformers' names; of projections in fp8, dequantised copies."""
         shape, weights = self.architecture.shape, self.weights
         heads = [count * shape.head_dim for count in (shape.heads, shape.kv_heads, shape.kv_heads)]
         state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
@@ -158,7 +160,7 @@ class BenchModel:
             prefix = f"model.layers.{index}."
             fused: list[tuple[str, Tensor | None]] = []
             for kind, qkv, gate_up in (
-                ("weight", layer.qkv, layer.gate_up),
+                ("weight", dense(layer.qkv), dense(layer.gate_up)),
                 ("bias", layer.qkv_bias, layer.gate_up_bias),
             ):
                 if qkv is not None:
@@ -171,9 +173,9 @@ class BenchModel:
                 ("post_attention_layernorm.weight", layer.mlp_norm),
                 ("self_attn.q_norm.weight", layer.q_norm),
                 ("self_attn.k_norm.weight", layer.k_norm),
-                ("self_attn.o_proj.weight", layer.output),
+                ("self_attn.o_proj.weight", dense(layer.output)),
                 ("self_attn.o_proj.bias", layer.output_bias),
-                ("mlp.down_proj.weight", layer.down),
+                ("mlp.down_proj.weight", dense(layer.down)),
                 ("mlp.down_proj.bias", layer.down_bias),
             ]
             state |= {f"{prefix}{name}": tensor for name, tensor in (*fused, *single) if tensor is not None}
@@ -210,8 +212,10 @@ def vocab_size(model: str) -> int:
 def load_bench_model(model: str, devices: Sequence[torch.device], dtype: torch.dtype) -> BenchModel:
     """Return a shape of SHAPES with random weights, made on the devices, or a checkpoint.
 
-    Raises UsageError for an unknown model.
+    dtype: float8_e4m3fn for projections in fp8. Raises UsageError for an unknown model, or devices without fp8.
     """
+    if dtype == FP8:
+        check_fp8_devices(devices)
     if model in SHAPES:
         return _random(model, shape_config(model), devices, dtype)
     checkpoint = Checkpoint(checkpoint_path(model))
@@ -223,12 +227,14 @@ def _random(name: str, config: Any, devices: Sequence[torch.device], dtype: torc
     architecture, device = load_family(config.model_type).architecture(config), devices[0]
     generator = torch.Generator(device).manual_seed(0)
 
+    kind = COMPUTE_DTYPE if dtype == FP8 else dtype
+
     def draw(tensor: str) -> Tensor:
         shape = architecture.tensors()[tensor]
         if tensor.endswith(".bias"):
-            return torch.zeros(shape, device=device, dtype=dtype)
+            return torch.zeros(shape, device=device, dtype=kind)
         if len(shape) == 1:
-            return torch.ones(shape, device=device, dtype=dtype)
-        return torch.randn(shape, device=device, dtype=dtype, generator=generator).mul_(shape[1] ** -0.5)
+            return torch.ones(shape, device=device, dtype=kind)
+        return torch.randn(shape, device=device, dtype=kind, generator=generator).mul_(shape[1] ** -0.5)
 
     return BenchModel(name, config, architecture, read_weights(draw, architecture, devices, dtype))

@@ -9,12 +9,13 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from sparsecache.bench.models import BenchModel
 from sparsecache.cache.base import StepBytes
 from sparsecache.engine.decoder import Decoder
 from sparsecache.kernels.attention import prompt_attention
+from sparsecache.kernels.fp8 import Fp8Matrix, Matrix, quantise
+from sparsecache.kernels.linear import linear
 
 _SECONDS = 2.0
 _COPY_BYTES = {"cuda": 2**31, "cpu": 2**28}
@@ -75,7 +76,7 @@ def prefill_s(model: BenchModel, tokens: int) -> float:
     layer = model.weights.layers[0]
     matrices = [layer.qkv, layer.output, layer.gate_up, layer.down]
     rows = min(tokens, 8192)  # a larger product is no faster, and takes memory
-    inputs = [torch.randn(rows, matrix.shape[1], device=device, dtype=model.dtype) for matrix in matrices]
+    inputs = [_rows_for(matrix, rows, model.dtype) for matrix in matrices]
 
     def products() -> None:
         for x, matrix in zip(inputs, matrices, strict=True):
@@ -88,6 +89,11 @@ def prefill_s(model: BenchModel, tokens: int) -> float:
     layer_s = _seconds_per_call(products, device) * tokens / rows
     layer_s += _seconds_per_call(lambda: prompt_attention(q, k, v), device)
     return shape.layers * layer_s
+
+
+def _rows_for(matrix: Matrix, rows: int, dtype: torch.dtype) -> Matrix:
+    x = torch.randn(rows, matrix.shape[1], device=matrix.device, dtype=dtype)
+    return quantise(x) if isinstance(matrix, Fp8Matrix) else x
 
 
 def _copy_rate(device: torch.device) -> float:

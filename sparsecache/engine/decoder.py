@@ -16,7 +16,8 @@ from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import LayerWeights, Weights
 from sparsecache.kernels._triton import uses_kernels
 from sparsecache.kernels.attention import padded_prompt_length, prompt_attention, warm_attention_plan
-from sparsecache.kernels.linear import add_linear, linear, linear_rope, swiglu
+from sparsecache.kernels.fp8 import Matrix, dense
+from sparsecache.kernels.linear import add_linear, linear, linear_rope, norm_for, swiglu
 from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, rotate, split_and_rotate
 
@@ -102,7 +103,7 @@ class Decoder:
         for index, (layer, cache) in enumerate(zip(self._weights.layers, caches.layers, strict=True)):
             x, cos, sin, slots = _to_layer_device(layer, x, *rotation, slots)
             rotation = Rotation(cos, sin)
-            normed = self._normed(x, layer.input_norm)
+            normed = norm_for(layer.qkv, x, layer.input_norm, self._eps)
             self._speculate(index + 1, "input", normed, rotation, slots)
             q, k, v = self._qkv(normed, layer, rotation)  # [B, H or G, 1, D]
             out = cache.attend(q, k, v, slots)
@@ -115,17 +116,17 @@ class Decoder:
         return logits
 
     def _speculate(
-        self, index: int, source: SpeculationSource, hidden: Tensor, rotation: Rotation, slots: Tensor
+        self, index: int, source: SpeculationSource, hidden: Matrix, rotation: Rotation, slots: Tensor
     ) -> None:
         """Pass a hidden state of the layer before to layer `index`'s cache, if it speculates from `source`."""
         caches = self._layers_cache().layers
         if index == len(caches) or caches[index].speculation_source != source:
             return
         layer, query_weights = self._weights.layers[index], self._query_weights[index]
-        hidden, cos, sin, slots = _to_layer_device(layer, hidden, *rotation, slots)
+        hidden, cos, sin, slots = _to_layer_device(layer, dense(hidden), *rotation, slots)
 
         def project(hidden: Tensor, normed: bool) -> Tensor:
-            x = hidden if normed else self._normed(hidden, layer.input_norm)
+            x = hidden if normed else norm_for(query_weights.qkv, hidden, layer.input_norm, self._eps)
             return self._qkv_rope(x, query_weights, Rotation(cos, sin))[:, :, None]
 
         caches[index].speculate(hidden, ProjectQuery(project, (cos, sin)), slots)
@@ -139,14 +140,14 @@ class Decoder:
         assert self.cache is not None, "call allocate first"
         return self.cache
 
-    def _qkv(self, normed: Tensor, layer: LayerWeights, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, normed: Matrix, layer: LayerWeights, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Return each row's q [B, H, 1, D] and k, v [B, G, 1, D], rotated."""
         shape = self.shape
         heads = self._qkv_rope(normed, layer, rotation)
         q, k, v = heads[:, :, None].tensor_split((shape.heads, shape.heads + shape.kv_heads), dim=1)
         return q, k, v
 
-    def _qkv_rope(self, normed: Tensor, layer: LayerWeights, rotation: Rotation) -> Tensor:
+    def _qkv_rope(self, normed: Matrix, layer: LayerWeights, rotation: Rotation) -> Tensor:
         """Project [N, hidden] as `_heads`, and rotate queries and keys."""
         num_rotated = self.shape.heads + self.shape.kv_heads
         if layer.q_norm is None:
@@ -154,7 +155,7 @@ class Decoder:
         heads = self._heads(normed, layer)
         return torch.cat((rotate(heads[:, :num_rotated], rotation), heads[:, num_rotated:]), dim=1)
 
-    def _heads(self, normed: Tensor, layer: LayerWeights) -> Tensor:
+    def _heads(self, normed: Matrix, layer: LayerWeights) -> Tensor:
         """Project [N, hidden] to the heads of q, k and v, or of q alone: [N, heads, D]."""
         shape = self.shape
         heads = linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, shape.head_dim)
@@ -190,7 +191,7 @@ class Decoder:
     def _prompt_attention(self, index: int, x: Tensor, rotation: Rotation, take: TakeLayer, num_queries: int) -> Tensor:
         """Return a layer's attention over a prompt x [L, hidden] for its last 1 or L tokens: [num_queries, H * D]."""
         length, layer = len(x), self._weights.layers[index]
-        heads = self._heads(self._normed(x, layer.input_norm), layer)
+        heads = self._heads(norm_for(layer.qkv, x, layer.input_norm, self._eps), layer)
         q, k, v = split_and_rotate(heads, rotation, self.shape.kv_heads, padded_prompt_length(x))  # [H or G, L', D]
         del heads
         take(index, q[:, :length], k[:, :length], v[:, :length])
@@ -198,9 +199,10 @@ class Decoder:
             q, k, v = q[:, length - num_queries : length], k[:, :length], v[:, :length]
         return prompt_attention(q, k, v)[:, :num_queries].transpose(0, 1).flatten(1)
 
-    def _mlp_hidden(self, x: Tensor, layer: LayerWeights) -> Tensor:
+    def _mlp_hidden(self, x: Tensor, layer: LayerWeights) -> Matrix:
         """Return the hidden layer of the SwiGLU over x [N, hidden]: [N, intermediate]."""
-        return swiglu(self._normed(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
+        normed = norm_for(layer.gate_up, x, layer.mlp_norm, self._eps)
+        return swiglu(normed, layer.gate_up, layer.gate_up_bias)
 
     def _lm_head(self, x: Tensor) -> Tensor:
         return linear(self._normed(x, self._weights.norm), self._weights.head)

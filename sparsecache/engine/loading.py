@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from sparsecache.engine import model_registry
 from sparsecache.engine.config_checks import check_sizes, read_json
 from sparsecache.engine.families.base import Architecture
+from sparsecache.engine.fp8 import describe_unread, join_scales
 from sparsecache.engine.gguf_file import (
     ARCHITECTURES,
     GGUFHeader,
@@ -35,7 +36,10 @@ from sparsecache.engine.window import context_window
 from sparsecache.errors import UsageError, one_line, short
 from sparsecache.files import open_regular
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in model_registry.DTYPES}
+DTYPES: dict[str, torch.dtype] = {
+    name: torch.float8_e4m3fn if name == "fp8" else getattr(torch, name) for name in model_registry.DTYPES
+}
+"""The dtype of a model's projections by its name in --dtype."""
 _DESCRIPTION_SUFFIXES = (".json", ".model", ".jinja", ".tiktoken")
 _VOCABULARY_FILES = ("merges.txt", "vocab.txt", "vocab.bpe")
 _TEMPLATE_FOLDER = "additional_chat_templates"  # tokenizers read it too
@@ -90,11 +94,16 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype that the configuration states; bfloat16 if it states none."""
+        """Return the dtype that the configuration states for what is not quantised; bfloat16 if it states none."""
         stated = str(getattr(self.config, "dtype", None) or torch.bfloat16).removeprefix("torch.")
         if stated not in DTYPES:
             raise UsageError(f"{self.config_source} states dtype {stated}. Choose --dtype {', '.join(DTYPES)}.")
         return DTYPES[stated]
+
+    @property
+    def is_fp8(self) -> bool:
+        """Return whether the checkpoint stores its projections in fp8, and this project's engine reads them."""
+        return self.gguf is None and describe_unread(self._raw.get("quantization_config")) is None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -156,10 +165,10 @@ class Checkpoint:
         """
         if architecture is None and self.gguf is not None:
             return
-        tensors = self._open()
         if architecture is not None:
-            check_tensors(self.path, architecture, tensors)
+            check_tensors(self.path, architecture, self._open_for_decoder())
             return
+        tensors = self._open()
         stored = {int(part) for name in tensors for part in name.split(".") if part.isdecimal()}
         layers = getattr(self.config.get_text_config(), "num_hidden_layers", 0)
         if stored and type(layers) is int and layers > max(stored) + 1:
@@ -176,14 +185,22 @@ class Checkpoint:
     ) -> Weights:
         """Load all weights to a device, or the layers to several devices in equal parts.
 
-        Raises UsageError for a tensor that is missing, unexpected, quantised or of the wrong shape.
+        dtype: float8_e4m3fn for projections in fp8, which are quantised one after the other on the device. A checkpoint
+        in fp8 is dequantised for any other dtype. Raises UsageError for a tensor that is missing, unexpected, quantised
+        in another way or of the wrong shape.
         """
         self.check_format("sparsecache")
         devices = [device] if isinstance(device, torch.device) else device
-        return load_weights(self.path, self._open(), architecture, devices, dtype)
+        return load_weights(self.path, self._open_for_decoder(), architecture, devices, dtype)
+
+    def _open_for_decoder(self) -> dict[str, StoredTensor]:
+        tensors = self._open()
+        return join_scales(self.path, tensors) if self.is_fp8 else tensors
 
     def _open(self) -> dict[str, StoredTensor]:
-        return open_tensors(self.gguf) if self.gguf is not None else open_weights(self._weight_files())
+        if self.gguf is not None:
+            return open_tensors(self.gguf)
+        return open_weights(self._weight_files())
 
     def _weight_files(self) -> list[Path]:
         return find_weight_files(self.path, self._allow_pickle)

@@ -9,7 +9,7 @@ from typing import Any
 from sparsecache.configs import project_dir, read_tables
 from sparsecache.errors import UsageError, one_line
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "fp8")
 _MIN_LENGTH = 32  # tokens; a shorter window cuts the question off every LongBench prompt
 _MAX_LENGTH = 2**31
 

@@ -1,10 +1,11 @@
-"""A tensor in a file that is read on demand."""
+"""A tensor, or a matrix in fp8, in a file that is read on demand."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+
+from sparsecache.kernels.fp8 import Matrix
 
 
 @dataclass(frozen=True)
@@ -13,4 +14,4 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    read: Callable[[], Matrix]

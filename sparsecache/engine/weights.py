@@ -11,10 +11,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparsecache.engine.families.base import Architecture
+from sparsecache.engine.fp8 import COMPUTE_DTYPE, quantised_rows
 from sparsecache.engine.stored import StoredTensor
 from sparsecache.engine.weight_formats import describe_tensors
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import open_regular
+from sparsecache.kernels.fp8 import FP8, Fp8Matrix, Matrix
 
 _HEAD = "lm_head.weight"
 _SAFETENSORS_DTYPES = {
@@ -38,16 +40,16 @@ class LayerWeights:
     """The weights of a layer. Projections of the same input are one matrix: rows of q, k, v, and of gate, up."""
 
     input_norm: Tensor
-    qkv: Tensor
+    qkv: Matrix
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
-    output: Tensor
+    output: Matrix
     output_bias: Tensor | None
     mlp_norm: Tensor
-    gate_up: Tensor
+    gate_up: Matrix
     gate_up_bias: Tensor | None
-    down: Tensor
+    down: Matrix
     down_bias: Tensor | None
 
 
@@ -55,7 +57,9 @@ class LayerWeights:
 class Weights:
     """All weights of a model in one dtype: on one device, or split by layers over several.
 
-    The embedding is on the first layer's device, the final norm and the head are on the last layer's.
+    In fp8 the layers' projections are Fp8Matrix, and all others are in bfloat16: a step reads one row of the embedding,
+    and the head decides between tokens that are nearly tied. The embedding is on the first layer's device, the final
+    norm and the head are on the last layer's.
     """
 
     embedding: Tensor
@@ -94,8 +98,8 @@ def load_weights(
 ) -> Weights:
     """Load all weights, with the layers split over the devices in equal parts, in order.
 
-    path: the checkpoint, for errors. Raises UsageError for a tensor that is missing, unexpected, quantised or of the
-    wrong shape, before any values are read.
+    path: the checkpoint, for errors. dtype: float8_e4m3fn for projections in fp8. Raises UsageError for a tensor that
+    is missing, unexpected, quantised or of the wrong shape, before any values are read.
     """
     check_tensors(path, architecture, tensors)
     has_head = _HEAD in tensors
@@ -103,7 +107,7 @@ def load_weights(
 
 
 def read_weights(
-    read: Callable[[str], Tensor], architecture: Architecture, devices: Sequence[torch.device], dtype: torch.dtype
+    read: Callable[[str], Matrix], architecture: Architecture, devices: Sequence[torch.device], dtype: torch.dtype
 ) -> Weights:
     """Load all weights with a function; read: returns a tensor of `architecture.tensors()` by name."""
     return _Reader(read, not architecture.tied, architecture, devices, dtype).weights()
@@ -114,14 +118,15 @@ class _Reader:
 
     def __init__(
         self,
-        read: Callable[[str], Tensor],
+        read: Callable[[str], Matrix],
         has_head: bool,
         architecture: Architecture,
         devices: Sequence[torch.device],
         dtype: torch.dtype,
     ):
         self._read, self._has_head, self._architecture = read, has_head, architecture
-        self._devices, self._dtype = devices, dtype
+        self._devices, self._in_fp8 = devices, dtype == FP8
+        self._dtype = COMPUTE_DTYPE if self._in_fp8 else dtype
         self._device = devices[0]  # of the layer that is being read
 
     def weights(self) -> Weights:
@@ -141,22 +146,33 @@ class _Reader:
         gate_up = [f"{prefix}mlp.{name}_proj" for name in ("gate", "up")]
         return LayerWeights(
             input_norm=self._take(f"{prefix}input_layernorm.weight"),
-            qkv=self._take(*(f"{name}.weight" for name in qkv)),
+            qkv=self._matrix(*(f"{name}.weight" for name in qkv)),
             qkv_bias=self._take_if(architecture.qkv_bias, *(f"{name}.bias" for name in qkv)),
             q_norm=self._take_if(architecture.qk_norm, f"{prefix}self_attn.q_norm.weight"),
             k_norm=self._take_if(architecture.qk_norm, f"{prefix}self_attn.k_norm.weight"),
-            output=self._take(f"{output}.weight"),
+            output=self._matrix(f"{output}.weight"),
             output_bias=self._take_if(architecture.output_bias, f"{output}.bias"),
             mlp_norm=self._take(f"{prefix}post_attention_layernorm.weight"),
-            gate_up=self._take(*(f"{name}.weight" for name in gate_up)),
+            gate_up=self._matrix(*(f"{name}.weight" for name in gate_up)),
             gate_up_bias=self._take_if(architecture.mlp_bias, *(f"{name}.bias" for name in gate_up)),
-            down=self._take(f"{down}.weight"),
+            down=self._matrix(f"{down}.weight"),
             down_bias=self._take_if(architecture.mlp_bias, f"{down}.bias"),
         )
 
+    def _matrix(self, *names: str) -> Matrix:
+        if not self._in_fp8:
+            return self._take(*names)
+        return quantised_rows([self._read(name).to(self._device) for name in names])
+
     def _take(self, *names: str) -> Tensor:
-        parts = [self._read(name).to(self._device, self._dtype) for name in names]
+        parts = [self._read_dense(name) for name in names]
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+    def _read_dense(self, name: str) -> Tensor:
+        stored = self._read(name)
+        if isinstance(stored, Fp8Matrix):
+            return stored.to(self._device).dequantise(self._dtype)
+        return stored.to(self._device, self._dtype)
 
     def _take_if(self, present: bool, *names: str) -> Tensor | None:
         return self._take(*names) if present else None

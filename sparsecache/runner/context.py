@@ -18,6 +18,7 @@ from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.devices import find_device, find_devices
 from sparsecache.engine.families import load_family
 from sparsecache.engine.families.base import Architecture
+from sparsecache.engine.fp8 import check_fp8_devices
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import DTYPES, Checkpoint
 from sparsecache.engine.model_registry import Model, checkpoint_folder, find_model
@@ -79,6 +80,7 @@ class RunContext:
         self._one_slot: str | None = None  # why prompts are decoded one at a time, whatever --batch_size says
         self._check_model_type()
         self.checkpoint.check_format(settings.engine)
+        self._check_dtype()
         self.checkpoint.check_vocabulary()
         self._check_chat()
         if settings.engine == "sparsecache":
@@ -120,7 +122,8 @@ class RunContext:
         """The name of the dtype of weights and cache."""
         if self.settings.dtype != "auto":
             return self.settings.dtype
-        own = str(self.checkpoint.dtype).removeprefix("torch.")
+        in_fp8 = self.checkpoint.is_fp8 and self.settings.engine == "sparsecache"
+        own = "fp8" if in_fp8 else str(self.checkpoint.dtype).removeprefix("torch.")
         return (self.model.dtype or own) if self.device.type == "cuda" else "float32"
 
     @property
@@ -231,7 +234,8 @@ class RunContext:
             if not token_ids:
                 raise UsageError(_NO_TEXT)
             token_ids = token_ids[: self.window]
-            calibrate(method, decoder, token_ids, self.checkpoint.fingerprint, self._calibrations)
+            weights = self.checkpoint.fingerprint + (" in fp8" if self.dtype_name == "fp8" else "")
+            calibrate(method, decoder, token_ids, weights, self._calibrations)
 
     def reference(self) -> "TransformersEngine | GeneralEngine":
         """Load and return transformers with the same checkpoint, method and options, to compare with."""
@@ -365,6 +369,17 @@ class RunContext:
                 f"{self.checkpoint.path} has no chat template, which {asks} asks for. Pass --chat none, or a text "
                 f"with {{prompt}} in it."
             )
+
+    def _check_dtype(self) -> None:
+        if self.dtype_name != "fp8":
+            return
+        if self.settings.engine == "transformers" or self.settings.verify:
+            raise UsageError(
+                "--dtype fp8 is for --engine sparsecache alone, without --verify: transformers does not decode in it. "
+                "Use --dtype bfloat16."
+            )
+        if not self.settings.on_ray:  # else each worker checks its own
+            check_fp8_devices(self.devices)
 
     def _check_model_type(self) -> None:
         wanted, found = self.settings.model_type or self.model.model_type, self.checkpoint.model_type

@@ -37,7 +37,7 @@ def _rename(folder: Path, prefix: str) -> None:
         {"quant_method": "bitnet"},
         {"quant_method": "gptq", "bits": 4, "group_size": 128},
         {"quant_method": "awq", "bits": 4},
-        {"quant_method": "fp8"},
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
         {"load_in_4bit": True, "quant_method": "bitsandbytes"},
         {"quant_method": "compressed-tensors", "format": "pack-quantized"},
         {"quant_method": "never-heard-of"},
