@@ -1,4 +1,4 @@
-"""The Python API: decode texts with a cache method, and evaluate methods on LongBench.
+"""The Python API: decodes texts with a cache method, and evaluates methods on LongBench.
 
     from sparsecache import LLM, evaluate
 
@@ -8,8 +8,8 @@
     result = evaluate("qwen2.5-coder-1.5b-instruct.gguf", method="snapkv", budget=256, datasets="qasper", data="rows/")
     print(result.mean, result.kept, result.scores)
 
-Keyword arguments are fields of Settings (the options of longbench_pred.py) or options of the method. Where a method's
-option has the name of a field, such as `window`, pass it in `options`.
+Keyword arguments are the options of longbench_pred.py (fields of Settings) and of the method. If both have an option of
+the same name, such as `window`, pass the method's in `options`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -56,9 +56,10 @@ _RUN_ONLY = {
 class Generation:
     """A generated text.
 
-    token_ids: new tokens, the stop token included; finish_reason: "stop" or "length". prefill_s, decode_s: seconds.
-    report: what the method reports of the cache, such as `kept`, the mean share of past tokens that sparse layers
-    attended to. error: why decoding failed; the other fields are then empty. None if it did not fail.
+    token_ids: new tokens, the stop token included. finish_reason: "stop" or "length". prefill_s, decode_s: seconds to
+    the first token, and from the first to the last one. report: the method's facts about the cache, such as `kept`,
+    the mean share of past tokens that sparse layers attended to. error: the reason if decoding failed, else None; the
+    other fields are then empty.
     """
 
     text: str
@@ -94,7 +95,7 @@ class LLM:
     ) -> list[Generation]:
         """Continue prompts greedily; return a Generation per prompt, in their order.
 
-        prompts: texts, or lists of token ids. chat: wrap texts as the user's turn of the checkpoint's chat template.
+        prompts: texts, or lists of token ids. chat: wrap texts with the checkpoint's chat template, as the user's turn.
         Raises UsageError for a prompt that does not fit the window with its new tokens.
         """
         if max_new_tokens < 1:
@@ -151,8 +152,8 @@ class LLM:
 class Evaluation:
     """A finished run and its scores.
 
-    folder: of the predictions. run: all scores. exit_code: 0, or 1 if a row failed or the method dropped nothing.
-    log: the output of the command.
+    folder: the folder of the predictions. run: all scores. exit_code: 0, or 1 if a row failed or if a sparse method
+    dropped nothing though prompts were longer than its budget. log: the output of the run.
     """
 
     folder: Path
@@ -181,15 +182,15 @@ def evaluate(
 ) -> Evaluation:
     """Decode LongBench rows as longbench_pred.py does, and score them. Resumes a stopped run.
 
-    datasets: names in a list or a comma list, "all" by default; data: "hub", "sample", a folder, a zip or a .jsonl
-    file; tasks: a file of own tasks; max_new_tokens: the most tokens of each answer, in place of the tasks' own limits.
+    datasets: names as a list or comma-separated, "all" by default. data: "hub", "sample", a folder, a zip or a .jsonl
+    file. tasks: a file of own tasks. max_new_tokens: most new tokens per answer, in place of the datasets' limits.
     Returns the scores of all rows in the run's folder. Raises UsageError for invalid arguments.
     """
     return evaluate_settings(make_settings(model, method, options, **more))
 
 
 def evaluate_settings(settings: Settings, make_context: Any = RunContext) -> Evaluation:
-    """As `evaluate`, for settings; make_context: a subclass of RunContext that makes the engine."""
+    """Do what `evaluate` does, for settings. make_context: RunContext, or a subclass that makes another engine."""
     log = StringIO()
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(log))

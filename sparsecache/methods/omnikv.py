@@ -62,4 +62,4 @@ class OmniKV(SharedSelectionMethod):
         scores = scaled_scores(q, keys, keys.shape[3])[:, :, 0]  # [B, H, T]
         is_past = positions_below(cache.seq_lens[slots], scores.shape[2])
         attention = scores.masked_fill(~is_past, -math.inf).softmax(2).amax(1, keepdim=True)  # [B, 1, T]
-        return cache.select_topk(attention.expand(-1, keys.shape[1], -1).contiguous(), slots)
+        return cache.select_topk(attention.expand(-1, keys.shape[1], -1), slots)

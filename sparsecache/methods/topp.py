@@ -3,23 +3,25 @@
 A token is selected if the tokens of higher probability sum to less than p, so the count follows how concentrated the
 attention is. The budget is an upper bound.
 
-GQA: a KV head selects what any of its query heads needs, in the order of how little comes before a token.
+GQA: a KV head selects what any of its query heads needs. If the budget is less, those of highest probability in any of
+its query heads are selected.
 
 Differences: the paper prunes what another method selected, with a budget of a quarter of the tokens, by 4-bit keys.
 Here all keys are read, so nothing is saved to select: it shows what an adaptive count attains. p is a share of what the
 past tokens get, without the current token, which is always attended to.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
-from sparsecache.cache.selection import SelectionCache, SelectionMethod, positions_below
+from sparsecache.cache.selection import SelectionCache, SelectionMethod
+from sparsecache.cache.storage import FullStorage
 from sparsecache.kernels.scores import scaled_scores
+from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
+from sparsecache.kernels.top_p import needed_scores
 
 
 @dataclass
@@ -34,11 +36,10 @@ class TopP(SelectionMethod):
             raise ValueError(f"p={self.p} must be above 0 and at most 1.")
 
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
-        keys = cache.keys_of(slots)
-        scores = scaled_scores(q, keys, keys.shape[3])[:, :, 0]  # [B, H, T]
-        is_past = positions_below(cache.seq_lens[slots], scores.shape[2])
-        falling, order = scores.masked_fill(~is_past, -math.inf).softmax(2).sort(dim=2, descending=True, stable=True)
-        before = falling.cumsum(2).sub_(falling)  # 0 for the best
-        before = torch.zeros_like(before).scatter_(2, order, before)  # by position again
-        before = before.view(*keys.shape[:2], -1, before.shape[2]).amin(2)
-        return cache.select_topk(-before, slots, within=self.p if self.p < 1 else math.inf)  # the sum of all may round
+        kv = cache.full.kv
+        if isinstance(kv, FullStorage):
+            values = speculated_scores(q, None, kv.keys, cache.seq_lens, slots).values  # [B, G, H / G, T]
+        else:
+            keys = cache.keys_of(slots)
+            values = scaled_scores(q, keys, keys.shape[3]).view(*keys.shape[:2], -1, keys.shape[2])
+        return cache.select_near_best(needed_scores(values, cache.seq_lens, slots, self.p), slots)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sparsecache.longbench.baseline import Baseline, make_baseline
+from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import ScoringOptions, score_run
 
 Rows = list[dict[str, Any]]
@@ -117,3 +118,21 @@ def write_run() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def scored(make_run: Callable[..., Path], row: Callable[..., dict[str, Any]]) -> Callable[..., RunScore]:
+    """Return a function that scores a run from letters per dataset: 1 (y), 0 (n), 2/3 (h)."""
+    texts = {"y": "yes", "n": "no", "h": "yes maybe"}
+    classes = {"trec": ["yes", "no"]}
+
+    def make(name: str, e: bool = False, options: dict[str, Any] | None = None, **datasets: str) -> RunScore:
+        rows = {
+            f"{stem}_e" if e else stem: [
+                row(number, texts[letter], all_classes=classes.get(stem)) for number, letter in enumerate(letters)
+            ]
+            for stem, letters in datasets.items()
+        }
+        return score_run(make_run(name, rows, **(options or {})), e)
+
+    return make

@@ -1,9 +1,10 @@
-"""Writes small prediction files and scores them."""
+"""Writes small prediction files, scores them, and finds the lines of comparisons."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from sparsecache.longbench.comparison import Comparison, Difference, Group
 from sparsecache.longbench.score_types import DatasetScore
 from sparsecache.longbench.scores import ScoringOptions, score_file
 from sparsecache.longbench.tasks import load_tasks
@@ -30,3 +31,13 @@ def score(folder: Path, rows: list[dict[str, Any]], stem: str = "qasper", **opti
 def expect_rows(folder: Path, **rows: int) -> None:
     record = {"datasets": {stem: {"expected_rows": count} for stem, count in rows.items()}}
     (folder / "run.json").write_text(json.dumps(record))
+
+
+def lines_of(comparison: Comparison) -> dict[str, Group]:
+    return {line.name: line for line in comparison.groups}
+
+
+def difference(comparison: Comparison, name: str, run: int = 1) -> Difference:
+    found = lines_of(comparison)[name].entries[run].difference
+    assert found is not None
+    return found

@@ -28,15 +28,16 @@ def _kept(text: Text, layer: int, budget: float, p: float) -> list[Kept]:
 
 
 def _selected(text: Text, layer: int, kv: int, past: int, budget: int, p: float) -> list[int]:
-    before = [math.inf] * past  # what more probable tokens sum to, for the head where this is least
+    best = [0.0] * past  # the highest probability in a head that needs the token
     for head in range(kv * text.group, (kv + 1) * text.group):
         of_head = probabilities(text, layer, head, past, list(range(past)))
         total = 0.0
         for position in sorted(range(past), key=lambda position: -of_head[position]):
-            before[position] = min(before[position], total)
+            if total < p or p == 1:
+                best[position] = max(best[position], of_head[position])
             total += of_head[position]
-    needed = [position for position in range(past) if before[position] < p]
-    return sorted(sorted(needed, key=lambda position: (before[position], position))[:budget])
+    needed = [position for position in range(past) if best[position] > 0]
+    return sorted(sorted(needed, key=lambda position: (-best[position], position))[:budget])
 
 
 @pytest.mark.parametrize("group", [1, 4])

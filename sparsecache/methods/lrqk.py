@@ -1,0 +1,208 @@
+"""LRQK: Efficient Low Rank Attention for Long-Context Inference in LLMs (NeurIPS'25, arXiv 2510.23649).
+
+The prompt's queries and keys are factorised together, Q = A_Q B_Q and K = A_K B_K of rank `rank`, so that A_Q A_K^T is
+near Q K^T too: alternating least squares. At a step the new query and key get rows of A_Q and A_K that fit the bases,
+their own product and the products with the keys attended to before. Then the bases take one step of steepest descent.
+The reduced query and keys select tokens. The most recent tokens always come first. Rank and iterations are those of the
+authors' LongBench runs.
+
+GQA: the authors repeat keys and factorise, and select, per query head. Here a KV head has one factorisation, of its
+keys and of the queries of all its heads. It selects the tokens that come nearest to the best reduced score of a head.
+
+Differences: every token stays on the device, so what is measured is the selection. The paper keeps tokens in host
+memory, and those attended to on the GPU. Factors start from the channels with most |q| + |k|, one of the starts in the
+authors' code, not from random numbers. The number of iterations is fixed. A prompt has at most half as many factors as
+tokens; the authors attend to everything until there are as many tokens as factors. Recent tokens are a share of the
+budget, near the authors' 64 beside 1,024 others.
+
+Since A_Q = Q W_Q and A_K = K W_K throughout, the prompt's factorisation needs no more of Q and K than Q^T Q and K^T K.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from sparsecache.cache.base import CacheConfig
+from sparsecache.cache.selection import SelectionCache, SelectionMethod
+from sparsecache.kernels.rows import index_slots, mask_of_first, take_rows
+from sparsecache.kernels.selection import score_margin
+from sparsecache.kernels.solve import solve
+from sparsecache.kernels.speculation import speculated_scores
+from sparsecache.kernels.threshold import Selection
+
+_TINY = 1e-6  # the authors' too: it shortens a step whose reduced rows are nearly 0
+
+
+@dataclass
+class LRQK(SelectionMethod):
+    """Selects tokens by low-rank factors of queries and keys, which follow the text."""
+
+    rank: Annotated[int, "columns of the factors, at most the channels of a head, 1 or more"] = 16
+    recent: Annotated[float, "share of the budget that the most recent tokens get, 0 to 1"] = 1 / 16
+    iterations: Annotated[int, "of the alternating least squares, for a prompt and for a step, 1 or more"] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if not 0 <= self.recent <= 1:
+            raise ValueError(f"recent={self.recent} must be a share of the budget, 0 to 1.")
+
+    def make_sparse_cache(self, layer: int, config: CacheConfig) -> "LRQKCache":
+        return LRQKCache(self, layer, config)
+
+    def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
+        """As SelectionMethod.select; also leaves the selection in `cache.selection`."""
+        assert isinstance(cache, LRQKCache)
+        scores = speculated_scores(cache.reduced_query, None, cache.reduced_keys, cache.seq_lens, slots).values
+        past = cache.seq_lens[slots]
+        budget = torch.minimum(cache.budgets[past], past)
+        cache.selection = cache.select_topk(self.priorities(scores.float(), past, budget), slots)
+        return cache.selection
+
+    def priorities(self, scores: Tensor, past: Tensor, budget: Tensor) -> Tensor:
+        """Return each token's distance to the best score of a head, above 0 for recent tokens: [B, G, T].
+
+        scores: [B, G, H / G, T] float32, undefined from past [B] on; budget: [B], tokens.
+        """
+        position = torch.arange(scores.shape[3], device=scores.device)
+        is_past = (position < past[:, None])[:, None]  # [B, 1, T]
+        margin = score_margin(scores.masked_fill(~is_past[:, None], -torch.inf).flatten(1, 2), scores.shape[1])
+        recent = (self.recent * budget.double()).long()
+        is_recent = (position >= (past - recent)[:, None])[:, None] & is_past
+        return torch.where(is_recent, 1.0 + position, margin)
+
+    def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
+        head_dim = config.shape.head_dim
+        return seq_len * config.token_nbytes / 2 * min(self.rank, head_dim) / head_dim
+
+
+class LRQKCache(SelectionCache):
+    """All keys and values, the reduced keys, the bases, and products of the tokens attended to in the last step.
+
+    reduced_keys: [slots, G, T, R], A_K. query_basis, key_basis: [slots, G, R, D] float32, B_Q and B_K. products:
+    [slots, G, D, R] float32, K^T A_K of the last step's tokens; gram: [slots, G, R, R] float32, their A_K^T A_K.
+    reduced_query: [B, H, 1, R] float32, of the current step.
+    """
+
+    method: LRQK
+    reduced_query: Tensor
+    selection: Selection
+
+    def __init__(self, method: LRQK, layer: int, config: CacheConfig) -> None:
+        super().__init__(method, layer, config)
+        head_dim = config.shape.head_dim
+        rank = min(method.rank, head_dim)
+        self._budget = method.layer_budget(layer, config.shape)
+        self.reduced_keys = config.zeros(config.max_tokens, rank)
+        self.query_basis, self.key_basis = (config.zeros(rank, head_dim, dtype=torch.float32) for _ in range(2))
+        self.products = config.zeros(head_dim, rank, dtype=torch.float32)
+        self.gram = config.zeros(rank, rank, dtype=torch.float32)
+
+    def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        super().prefill(slot, q, k, v)
+        (kv_heads, length, _), rank = k.shape, self.gram.shape[2]
+        queries = q.view(kv_heads, -1, *q.shape[1:])  # [G, H / G, L, D]
+        keys = k.float()
+        # Per KV head, since queries in float32 take much memory.
+        query_gram = torch.stack([_gram(of_head.float().flatten(0, 1)) for of_head in queries])
+        magnitude = queries.abs().sum((1, 2), dtype=torch.float32) / queries.shape[1] + keys.abs().sum(1)
+        start = torch.eye(k.shape[2], device=k.device)[magnitude.topk(rank, dim=1).indices].mT  # [G, D, R]
+        start = start * (torch.arange(rank, device=k.device) < max(1, length // 2))  # fewer factors for few tokens
+        weights = _factorise(query_gram, _gram(keys), start, self.method.iterations)
+        query_weight, key_weight, self.query_basis[slot], self.key_basis[slot] = weights
+        reduced = keys @ key_weight
+        self.reduced_keys[slot, :, :length] = reduced
+        count = min(self._budget.tokens(length), length)
+        last = queries[:, :, -1].float() @ query_weight  # [G, H / G, R]
+        past = torch.full((1,), length, device=k.device)
+        priorities = self.method.priorities((last @ reduced.mT)[None], past, torch.full_like(past, count))
+        active = priorities[0].topk(count, dim=1).indices[..., None]
+        self._set_active(
+            slot, keys.gather(1, active.expand(-1, -1, keys.shape[2])), reduced.gather(1, active.expand(-1, -1, rank))
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        self.reduced_query, reduced_key = self._reduce(q, k, slots)
+        out = super().attend(q, k, v, slots)
+        with self.config.deferred.reading(k, reduced_key, slots, *self.selection):
+            positions, counts = self.selection
+            valid = mask_of_first(counts, positions.shape[2])
+            rows = positions.masked_fill(~valid, 0)
+            reduced = take_rows(self.reduced_keys, slots, rows).float().masked_fill(~valid[..., None], 0)
+            keys = self.full.keys_of(slots, rows)
+            self._set_active(slots, torch.cat((keys, k), 2).float(), torch.cat((reduced, reduced_key), 2))
+            row = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
+            self.reduced_keys[slots, :, row] = reduced_key[:, :, 0].to(self.reduced_keys.dtype)
+        return out
+
+    def _set_active(self, slots: Tensor | int, keys: Tensor, reduced: Tensor) -> None:
+        """Set the products of tokens attended to; keys: [.., G, N, D]; reduced: [.., G, N, R], zeros for none."""
+        self.products[slots] = keys.mT @ reduced
+        self.gram[slots] = _gram(reduced)
+
+    def _reduce(self, q: Tensor, k: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reduced query [B, H, 1, R] and key [B, G, 1, R] of a new token, and update the bases."""
+        query_basis, key_basis = index_slots(self.query_basis, slots), index_slots(self.key_basis, slots)
+        queries = q.view(len(slots), k.shape[1], -1, q.shape[3]).float()  # [B, G, H / G, D]
+        key = k.float()
+        product = queries @ key.mT  # [B, G, H / G, 1]
+        query_gram = query_basis @ query_basis.mT + index_slots(self.gram, slots)
+        key_gram = key_basis @ key_basis.mT
+        query_side = queries @ (query_basis.mT + index_slots(self.products, slots))
+        key_side = key @ key_basis.mT
+        reduced_key = _solve_rows(key_gram, key_side)
+        for _ in range(self.method.iterations):
+            reduced_query = _solve_rows(query_gram + _gram(reduced_key), query_side + product @ reduced_key)
+            reduced_key = _solve_rows(key_gram + _gram(reduced_query), key_side + product.mT @ reduced_query)
+        self.query_basis[slots] = _descend(query_basis, reduced_query, queries)
+        self.key_basis[slots] = _descend(key_basis, reduced_key, key)
+        return reduced_query.flatten(1, 2)[:, :, None], reduced_key
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Return x^T x of x [.., N, C]: [.., C, C]."""
+    return x.mT @ x
+
+
+def _solve_rows(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Return x of x matrix = rows; matrix: [.., R, R], symmetric; rows: [.., N, R]."""
+    return solve(matrix, rows.mT).mT
+
+
+def _basis(gram: Tensor, weight: Tensor) -> Tensor:
+    """Return the basis B with which A B is nearest to X, where A = X W: [G, R, D]; gram: X^T X [G, D, D]."""
+    side = weight.mT @ gram
+    return solve(side @ weight, side)
+
+
+def _factorise(
+    query_gram: Tensor, key_gram: Tensor, start: Tensor, iterations: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return W_Q, W_K [G, D, R] and the bases B_Q, B_K [G, R, D] of the factors Q W_Q and K W_K.
+
+    query_gram, key_gram: Q^T Q and K^T K, [G, D, D] float32; start: [G, D, R], the first W_Q and W_K. Columns of zeros
+    stay so.
+    """
+    query_weight = key_weight = start
+    for _ in range(iterations):
+        query_basis, key_basis = _basis(query_gram, query_weight), _basis(key_gram, key_weight)
+        query_weight = _solve_rows(
+            key_weight.mT @ key_gram @ key_weight + query_basis @ query_basis.mT,
+            key_gram @ key_weight + query_basis.mT,
+        )
+        key_weight = _solve_rows(
+            query_weight.mT @ query_gram @ query_weight + key_basis @ key_basis.mT,
+            query_gram @ query_weight + key_basis.mT,
+        )
+    return query_weight, key_weight, _basis(query_gram, query_weight), _basis(key_gram, key_weight)
+
+
+def _descend(basis: Tensor, reduced: Tensor, rows: Tensor) -> Tensor:
+    """Return the basis [B, G, R, D] after a step of steepest descent towards reduced @ basis = rows [B, G, N, D]."""
+    gradient = reduced.mT @ (reduced @ basis - rows)
+    length = gradient.square().sum((2, 3), keepdim=True)
+    return basis - length / ((reduced @ gradient).square().sum((2, 3), keepdim=True) + _TINY) * gradient

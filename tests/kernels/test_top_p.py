@@ -1,0 +1,66 @@
+"""The tokens that make a share of the attention: the kernels against sorting, and the share that they make."""
+
+import pytest
+import torch
+
+from sparsecache.kernels._triton import force_backend
+from sparsecache.kernels.top_p import needed_scores
+
+CASES = {  # slots, KV heads, group, T, past tokens of the slots of the batch
+    "one token": (2, 1, 2, 16, [1, 0]),
+    "around a block": (3, 1, 3, 2064, [2049, 511]),
+    "odd": (2, 1, 1, 77, [77, 33]),
+}
+if torch.cuda.is_available():
+    CASES["long"] = (16, 8, 4, 33_008, [*range(1, 33_000, 2062)])
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def _inputs(case, device, dtype, ties: bool = False):
+    slots, kv_heads, group, tokens, past = case
+    generator = torch.Generator().manual_seed(3)
+    values = 3 * torch.randn(len(past), kv_heads, group, tokens, generator=generator)
+    order = torch.randperm(slots, generator=generator)[: len(past)].to(device)
+    seq_lens = torch.zeros(slots, dtype=torch.int64, device=device)
+    seq_lens[order] = torch.tensor(past, device=device)
+    return (values.round() if ties else values).to(device, dtype), seq_lens, order
+
+
+@cases
+@pytest.mark.parametrize(("p", "ties"), [(0.3, False), (0.85, True), (0.999, False), (1.0, True)])
+def test_kernel_and_reference_agree(case, p, ties, device, dtype, agree) -> None:
+    """But for one token per query head, at which the sums may round to either side of the share."""
+    if dtype == torch.bfloat16:
+        pytest.skip("scores are float32 or float16")
+    values, seq_lens, slots = _inputs(case, device, dtype, ties)
+    found = []
+    for backend in ("kernels", "reference"):
+        with force_backend(backend):
+            scores = needed_scores(values, seq_lens, slots, p)
+        is_past = torch.arange(values.shape[3], device=device) < seq_lens[slots][:, None, None]
+        found.append(scores.values[:, :, 0, : values.shape[3]].masked_fill(~is_past, -torch.inf))
+    kernel, reference = found
+    differ = kernel.isinf() != reference.isinf()
+    assert int(differ.sum(2).max()) <= (values.shape[2] if p < 1 else 0)
+    both = kernel.isfinite() & reference.isfinite()
+    torch.testing.assert_close(kernel[both], reference[both], rtol=1e-4, atol=1e-4)
+
+
+@cases
+def test_extremes_are_those_of_the_tokens_needed(case, device) -> None:
+    values, seq_lens, slots = _inputs(case, device, torch.float32)
+    with force_backend("kernels"):
+        scores, extremes = needed_scores(values, seq_lens, slots, 0.7)
+    for row, past in enumerate(seq_lens[slots].tolist()):
+        for head in range(values.shape[1]):
+            needed = [score for score in scores[row, head, 0, :past].tolist() if score > -torch.inf]
+            assert extremes[0, row, head].max() == max(needed, default=-torch.inf)
+            assert extremes[1, row, head].min() == min(needed, default=torch.inf)
+
+
+def test_equal_tokens_are_needed_from_the_first_on(device) -> None:
+    values = torch.zeros(1, 1, 2, 100, device=device)
+    for backend in ("kernels", "reference"):
+        with force_backend(backend):
+            found = needed_scores(values, torch.tensor([100], device=device), torch.tensor([0], device=device), 0.495)
+        assert found.values.isfinite().flatten().tolist()[:100] == [True] * 50 + [False] * 50
