@@ -27,9 +27,9 @@ from sparsecache.cache.eviction import DecodingEvictionCache, check_voting, pin_
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.eviction import Eviction
 from sparsecache.kernels.scores import scaled_scores
+from sparsecache.kernels.similarity import latest_similar
 
 _SIMILAR = 0.5  # cosine similarity of the keys of similar tokens
-_BLOCK = 64  # tokens that are compared with a whole prompt at a time
 _KEPT = 2.0  # above any score
 
 
@@ -75,8 +75,8 @@ class RKVCache(DecodingEvictionCache):
         super().prefill(slot, q, k, v)
         length, window = k.shape[1], self._method.window
         count = min(self._budget.tokens(length), length)
-        unit = normalize(self.keys[slot, :, :count].float(), dim=-1)
-        for state, found in zip((self.scores, self.exempted, self.similarity), _redundancy(unit), strict=True):
+        found_of_all = _redundancy(self.keys[slot, :, :count])
+        for state, found in zip((self.scores, self.exempted, self.similarity), found_of_all, strict=True):
             state[slot, :, :count] = found
         last = torch.arange(max(0, length - window), length, device=q.device)
         self.queries[slot][:, :, last % window] = q[:, last].view(len(k), -1, len(last), q.shape[2])
@@ -89,7 +89,7 @@ class RKVCache(DecodingEvictionCache):
             logits = scaled_scores(q[:, before:], k[:, :before], head_dim)
             votes = logits.view(kv_heads, -1, *logits.shape[1:]).amax(1).softmax(-1).mean(1)
             importance = max_pool1d(votes, method.kernel, 1, method.kernel // 2)
-            redundancy = (_redundancy(normalize(k.float(), dim=-1))[0] / length).softmax(-1)
+            redundancy = (_redundancy(k)[0] / length).softmax(-1)
             scores[:, :before] = method.mix(importance, redundancy[:, :before])
         order = pin_last(scores, length - before).sort(dim=-1, descending=True, stable=True).indices
         kept = order[:, :count].sort(dim=-1).values  # in the order of the text
@@ -147,18 +147,12 @@ def _similarities(unit: Tensor, row: Tensor) -> Tensor:
     return similarities
 
 
-def _redundancy(unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _redundancy(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return sums of similarities, the row that each token exempts or -1, and their similarity: [G, L] each.
 
-    unit: [G, L, D], unit keys in the order of the text. No L x L tensor is built.
+    keys: [G, L, D], in the order of the text. No L x L tensor is built.
     """
-    sums = torch.zeros(unit.shape[:2], device=unit.device)
-    rows = torch.arange(unit.shape[1], device=unit.device)
-    exempted, similarity = [], []
-    for block, at in zip(torch.split(unit, _BLOCK, 1), torch.split(rows, _BLOCK), strict=True):
-        found = (block @ unit.mT).masked_fill_(rows == at[:, None], 0)  # [G, block, L]
-        latest = rows.expand_as(found).masked_fill(found <= _SIMILAR, -1).amax(2, keepdim=True)
-        exempted.append(latest[..., 0])
-        similarity.append(found.gather(2, latest.clamp(min=0)).masked_fill(latest < 0, 0)[..., 0])
-        sums += found.masked_fill_(rows == latest, 0).sum(1)
-    return sums, torch.cat(exempted, 1), torch.cat(similarity, 1)
+    unit = normalize(keys.float(), dim=-1)
+    sums = (unit * (unit.sum(1, keepdim=True) - unit)).sum(2)  # of each token with all others
+    exempted, similarity = latest_similar(keys, _SIMILAR)
+    return sums.scatter_add(1, exempted.clamp(min=0), -similarity), exempted, similarity

@@ -1,0 +1,70 @@
+"""The latest similar token of each token of a prompt, by its key, without an L x L tensor."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
+
+_BLOCK = 64  # tokens that the reference compares with a whole prompt at a time
+_BLOCK_M, _BLOCK_N = 64, 128  # tokens, and those compared with them, per iteration
+
+
+def latest_similar(keys: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Return each token's latest other token of a cosine similarity above `least`, or -1, and the similarity, or 0.
+
+    keys: [G, L, D], finite. Returns [G, L] int64 and float32.
+    """
+    kv_heads, length, head_dim = keys.shape
+    if use_kernel(keys):
+        keys = keys if keys.stride(2) == 1 else keys.contiguous()
+        scale = 1 / keys.float().norm(dim=2).clamp(min=1e-12)
+        latest = torch.empty((kv_heads, length), device=keys.device, dtype=torch.int64)
+        similarity = torch.empty((kv_heads, length), device=keys.device, dtype=torch.float32)
+        _latest_kernel[(-(-length // _BLOCK_M), kv_heads)](
+            keys, keys.stride(0), keys.stride(1), scale, latest, similarity, least, length, head_dim,
+            BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_D=next_power_of_2(head_dim, 16), num_warps=4,
+        )  # fmt: skip
+        return latest, similarity
+    unit = normalize(keys.float(), dim=2)
+    rows = torch.arange(length, device=keys.device)
+    parts = []
+    for block, at in zip(torch.split(unit, _BLOCK, 1), torch.split(rows, _BLOCK), strict=True):
+        found = (block @ unit.mT).masked_fill_(rows == at[:, None], 0)  # [G, block, L]
+        latest = rows.expand_as(found).masked_fill(found <= least, -1).amax(2, keepdim=True)
+        parts.append((latest[..., 0], found.gather(2, latest.clamp(min=0)).masked_fill(latest < 0, 0)[..., 0]))
+    latest, similarity = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return latest, similarity
+
+
+@triton.jit(do_not_specialize=["length"])
+def _latest_kernel(  # type: ignore[no-untyped-def]
+    keys, head_stride, stride, scale, latest, similarity, least, length, head_dim,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compare BLOCK_M tokens with all tokens, from the last on, until each has a similar one."""
+    head, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_head = channel < head_dim
+    base = keys + head * head_stride
+    of_row = tl.load(
+        base + row[:, None] * stride + channel[None, :], mask=(row < length)[:, None] & in_head[None, :], other=0.0
+    )
+    row_scale = tl.load(scale + head * length + row, mask=row < length, other=0.0)
+    found = tl.where(row < length, -1, length)
+    nearness = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    start = (length - 1) // BLOCK_N * BLOCK_N
+    while start >= 0:
+        column = start + tl.arange(0, BLOCK_N)
+        mask = (column < length)[None, :] & in_head[:, None]
+        of_column = tl.load(base + column[None, :] * stride + channel[:, None], mask=mask, other=0.0)
+        column_scale = tl.load(scale + head * length + column, mask=column < length, other=0.0)
+        cosine = tl.dot(of_row, of_column, input_precision="ieee") * row_scale[:, None] * column_scale[None, :]
+        is_similar = (cosine > least) & (column[None, :] != row[:, None]) & (column < length)[None, :]
+        last = tl.max(tl.where(is_similar, column[None, :], -1), axis=1)
+        of_last = tl.sum(tl.where(column[None, :] == last[:, None], cosine, 0.0), axis=1)
+        is_first = (found < 0) & (last >= 0)
+        found, nearness = tl.where(is_first, last, found), tl.where(is_first, of_last, nearness)
+        start = tl.where(tl.min(found, axis=0) < 0, start - BLOCK_N, -1)
+    tl.store(latest + head * length + row, found.to(tl.int64), mask=row < length)
+    tl.store(similarity + head * length + row, nearness, mask=row < length)
