@@ -15,7 +15,7 @@ from sparsecache.cache.sparse import SparseMethod, StoredMethod
 from sparsecache.cache.storage import make_storage
 from sparsecache.kernels.attention_sums import attention_sums as attention_sums  # for methods
 from sparsecache.kernels.decode import attend_and_append
-from sparsecache.kernels.eviction import Eviction, KeptTokens, evict_least_attended, find_lowest, replace_rows
+from sparsecache.kernels.eviction import KeptTokens, evict_least_attended, find_lowest, replace_rows
 
 _PINNED = 1e30  # above any score
 
@@ -144,15 +144,7 @@ class BoundedKVCache(LayerCache):
 
 
 class DecodingEvictionCache(BoundedKVCache):
-    """A BoundedKVCache whose subclass scores the rows at each step.
-
-    more_state: further tensors of the subclass with a row per token, [slots, G, rows].
-    """
-
-    def __init__(self, method: SparseMethod, layer: int, config: CacheConfig) -> None:
-        super().__init__(method, layer, config)
-        self.more_state: tuple[Tensor, ...] = ()
-        self._rows = torch.arange(self.keys.shape[2], device=config.device)
+    """A BoundedKVCache whose subclass scores the rows at each step."""
 
     @abstractmethod
     def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,17 +153,12 @@ class DecodingEvictionCache(BoundedKVCache):
         The rows include the new token. past: [B], the tokens of each sequence with the new one.
         """
 
-    def before_evict(self, slots: Tensor, eviction: Eviction) -> None:
-        """Update state before an eviction. For a subclass whose state of one row depends on other rows."""
-
     def evict(self, q: Tensor, slots: Tensor) -> None:
         past = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
         held = self.tokens.begin_token(slots, past)
         scores, priorities = self.step_scores(q, slots, past + 1)
         self.scores[slots] = scores
-        eviction = find_lowest(self.tokens, slots, priorities, held, self.budgets[past + 1])
-        self.before_evict(slots, eviction)
-        replace_rows(self.tokens, slots, eviction, self.more_state)
+        replace_rows(self.tokens, slots, find_lowest(self.tokens, slots, priorities, held, self.budgets[past + 1]))
 
 
 class AttentionEvictionCache(BoundedKVCache):

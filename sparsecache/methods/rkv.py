@@ -23,14 +23,13 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
 
 from sparsecache.cache.base import CacheConfig, MethodKind
-from sparsecache.cache.eviction import DecodingEvictionCache, check_voting, pin_last
+from sparsecache.cache.eviction import BoundedKVCache, check_voting, pin_last
 from sparsecache.cache.sparse import SparseMethod
-from sparsecache.kernels.eviction import Eviction
+from sparsecache.kernels.redundancy import Redundancy, evict_redundant
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.similarity import latest_similar
 
-_SIMILAR = 0.5  # cosine similarity of the keys of similar tokens
-_KEPT = 2.0  # above any score
+_SIMILAR = 0.5  # cosine similarity above which tokens are similar
 
 
 @dataclass
@@ -56,30 +55,26 @@ class RKV(SparseMethod):
         return self.weight * importance - (1 - self.weight) * redundancy
 
 
-class RKVCache(DecodingEvictionCache):
-    """Scores are sums of similarities with the other tokens, except those that exempt a token.
-
-    exempted: [slots, G, rows] int64, the row of the token that a token exempts, -1 for none; similarity: [slots, G,
-    rows] float32, with that token. queries: [slots, G, H / G, window, D], the last ones, by position % window.
-    """
+class RKVCache(BoundedKVCache):
+    """Scores are sums of similarities with the other tokens, except those that exempt a token."""
 
     def __init__(self, method: RKV, layer: int, config: CacheConfig) -> None:
         super().__init__(method, layer, config)
         self._method = method
-        self.exempted, self.similarity = torch.zeros_like(self.positions), torch.zeros_like(self.scores)
-        self.more_state = (self.exempted, self.similarity)
         group = config.shape.heads // config.shape.kv_heads
-        self.queries = config.zeros(group, method.window, config.shape.head_dim)
+        queries = config.zeros(group, method.window, config.shape.head_dim)
+        exempted, similarity = torch.zeros_like(self.positions), torch.zeros_like(self.scores)
+        self.redundancy = Redundancy(exempted, similarity, queries, _SIMILAR, method.weight)
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         super().prefill(slot, q, k, v)
         length, window = k.shape[1], self._method.window
         count = min(self._budget.tokens(length), length)
-        found_of_all = _redundancy(self.keys[slot, :, :count])
-        for state, found in zip((self.scores, self.exempted, self.similarity), found_of_all, strict=True):
-            state[slot, :, :count] = found
+        state = self.scores, self.redundancy.exempted, self.redundancy.similarity
+        for stored, found in zip(state, _redundancy(self.keys[slot, :, :count]), strict=True):
+            stored[slot, :, :count] = found
         last = torch.arange(max(0, length - window), length, device=q.device)
-        self.queries[slot][:, :, last % window] = q[:, last].view(len(k), -1, len(last), q.shape[2])
+        self.redundancy.queries[slot][:, :, last % window] = q[:, last].view(len(k), -1, len(last), q.shape[2])
 
     def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
         kv_heads, length, head_dim = k.shape
@@ -95,56 +90,8 @@ class RKVCache(DecodingEvictionCache):
         kept = order[:, :count].sort(dim=-1).values  # in the order of the text
         return kept, torch.zeros_like(kept, dtype=torch.float32)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        at = self.seq_lens[slots] % self._method.window
-        self.queries[slots, :, :, at] = q.view(len(slots), k.shape[1], -1, q.shape[3])
-        return super().attend(q, k, v, slots)
-
-    def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        keys, positions, window = self.keys[slots], self.positions[slots], self._method.window
-        new = self.num_tokens[slots].clamp(max=len(self._rows) - 1)[..., None]  # [B, G, 1]
-        sums = self._add(normalize(keys.float(), dim=-1), positions, slots, new)
-        is_free, is_recent = self._rows > new, positions >= (past - window)[:, None, None]
-        logits = scaled_scores(self.queries[slots].flatten(2, 3), keys, keys.shape[3])
-        logits = logits.view(*keys.shape[:2], -1, window, keys.shape[2]).amax(2)  # [B, G, window, rows]
-        votes = logits.masked_fill((is_free | is_recent)[:, :, None], torch.finfo(torch.float32).min).softmax(-1)
-        redundancy = (sums / (new + 1)).masked_fill(is_free, -torch.inf).softmax(-1)
-        scores = self._method.mix(votes.mean(2), redundancy).double()
-        return sums, torch.where(is_recent, _KEPT + positions, scores)
-
-    def _add(self, unit: Tensor, positions: Tensor, slots: Tensor, new: Tensor) -> Tensor:
-        """Add the new token's similarities; return the sums [B, G, rows]. unit: [B, G, rows, D]; new: [B, G, 1]."""
-        exempted, similarity = self.exempted[slots], self.similarity[slots]
-        found = _similarities(unit, new).masked_fill(self._rows >= new, 0)
-        is_similar = found > _SIMILAR
-        back = similarity.masked_fill(~is_similar | (exempted < 0), 0)  # what the new token exempts from now on
-        sums = self.scores[slots].scatter_add(2, exempted.clamp(min=0), back)
-        latest, row = positions.masked_fill(~is_similar, -1).max(2, keepdim=True)
-        to_row = found.gather(2, row).masked_fill(latest < 0, 0)
-        sums = (sums + found).scatter_add(2, row, -to_row)
-        sums.scatter_(2, new, found.masked_fill(is_similar, 0).sum(2, keepdim=True))
-        exempted = torch.where(is_similar, new, exempted).scatter(2, new, row.masked_fill(latest < 0, -1))
-        self.exempted[slots] = exempted
-        self.similarity[slots] = torch.where(is_similar, found, similarity).scatter(2, new, to_row)
-        return sums
-
-    def before_evict(self, slots: Tensor, eviction: Eviction) -> None:
-        row, last, over = (part[..., None] for part in eviction)
-        exempted, sums = self.exempted[slots], self.scores[slots]
-        found = _similarities(normalize(self.keys[slots].float(), dim=-1), row)
-        found = found.masked_fill(~over | (self._rows > last) | (self._rows == row), 0)
-        of_row = exempted.gather(2, row)
-        exempted_by_row = found.gather(2, of_row.clamp(min=0)).masked_fill(of_row < 0, 0)
-        self.scores[slots] = (sums - found).scatter_add(2, of_row.clamp(min=0), exempted_by_row)
-        exempted = exempted.masked_fill((exempted == row) & over, -1)
-        self.exempted[slots] = torch.where((exempted == last) & over, row, exempted)
-
-
-def _similarities(unit: Tensor, row: Tensor) -> Tensor:
-    """Return the cosine similarities of a row [B, G, 1] with all rows of unit keys [B, G, rows, D]: [B, G, rows]."""
-    index = row[..., None].expand(*row.shape, unit.shape[3])
-    similarities: Tensor = (unit @ unit.gather(2, index).mT)[..., 0]
-    return similarities
+    def evict(self, q: Tensor, slots: Tensor) -> None:
+        evict_redundant(q, self.tokens, self.redundancy, self.seq_lens, slots, self.budgets)
 
 
 def _redundancy(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
