@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a comparison: installs, has the bundled checkpoint answer the bundled sample with each method,
-# compares the answers in one table, and writes a report with plots. Each run is made afresh below pred/quickstart; other
-# predictions stay.
+# Installs the project, decodes synthetic rows with the bundled checkpoint and each method, prints one table, and writes
+# a report with plots. Replaces earlier runs in pred/quickstart only.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 install_environment
@@ -10,7 +9,7 @@ methods=(vanilla infinigen)
 pred_dir=pred/quickstart
 mkdir -p "$pred_dir"
 
-# Side by side, each on one core: so small a model gains little from a second one.
+# In parallel, each on one core: a model this small gains little from a second one.
 export OMP_NUM_THREADS=1
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 processes=()
@@ -19,7 +18,7 @@ for method in "${methods[@]}"; do
         --method "$method" --name "$method" --pred_dir "$pred_dir" --overwrite >"$pred_dir/$method.log" 2>&1 &
     processes+=($!)
 done
-echo "42 rows are being predicted by ${methods[*]}; about a minute and a half; progress is in $pred_dir/*.log ..."
+echo "Decoding 42 rows with each of: ${methods[*]}. This takes about a minute and a half. Progress: $pred_dir/*.log"
 for index in "${!methods[@]}"; do
     wait "${processes[index]}" || { cat "$pred_dir/${methods[index]}.log" >&2; exit 1; }
 done
@@ -27,8 +26,8 @@ runs=("${methods[@]/#/$pred_dir/demo/}")
 "$VENV/bin/python" longbench_eval.py compare "${runs[@]}" --html "$pred_dir/report.html"
 cat <<END
 
-The bundled checkpoint (15 M parameters) is a test that needs no download. Its scores and speeds, and two rows per
-dataset, show that the methods work. They say nothing about large models.
+These scores show that the methods work. The bundled checkpoint has 15 M parameters, so they say nothing about large
+models. Next:
 1. Plots and rows: open $pred_dir/report.html
 2. Your own checkpoint: $VENV/bin/python longbench_pred.py --model FOLDER --method infinigen (README.md)
 3. More methods, and your own: $VENV/bin/python longbench_pred.py --list_methods (docs/methods.md)
