@@ -5,7 +5,9 @@ import torch
 
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import family_names
+from sparsecache.engine.steps import EagerSteps, GraphedSteps
 from sparsecache.kernels.fp8 import FP8
+from sparsecache.kernels.linear import MAX_FUSED_ROWS
 from sparsecache.methods import make_method, method_names, parse_options
 from sparsecache.testing.contract import MethodUnderTest
 
@@ -29,8 +31,20 @@ def test_logits_on_a_gpu_are_those_of_the_cpu(model_type, make_checkpoint, make_
             logits = [decoder.prefill(torch.tensor(prompt[:-1], device=device), 0).cpu().float()]
             step = torch.tensor([[prompt[-1]], [length], [0]], device=device)
             found.append([*logits, decoder.step(*step)[0].cpu().float()])
-        for cpu, gpu in zip(*found, strict=True):  # bfloat16 rounds otherwise, and then so does fp8
-            assert (cpu - gpu).norm() <= (0.03 if length == 9 else 0.15) * cpu.norm()
+        for cpu, gpu in zip(*found, strict=True):
+            # bfloat16 rounds otherwise. An input between two values of fp8 may then become the other one.
+            assert (cpu - gpu).norm() <= 0.2 * cpu.norm()
+
+
+@torch.inference_mode()
+def test_a_step_of_more_rows_than_the_kernels_take_is_a_graph_too(make_checkpoint, make_decoder) -> None:
+    slots = MAX_FUSED_ROWS + 4
+    decoder, logits = make_decoder(make_checkpoint(), None, FP8, torch.device("cuda")), []
+    inputs = torch.stack((torch.arange(3, 3 + slots), torch.zeros(slots, dtype=torch.int64), torch.arange(slots)))
+    for make_steps in (lambda: GraphedSteps(decoder, slots), lambda: EagerSteps(decoder)):
+        decoder.allocate(slots, 24, 4)
+        logits.append(make_steps().launch(inputs).read()[0].clone())
+    assert torch.equal(*logits) and logits[0].isfinite().all()
 
 
 @pytest.mark.parametrize("name", method_names())
