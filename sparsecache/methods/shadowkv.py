@@ -11,11 +11,12 @@ the pages that are not stored exactly.
 Differences: the budget counts all prompt tokens that are attended to. The authors' 2,048 tokens are those of the
 selected pages; 48 outliers and 4 last pages of 8 tokens come on top. Here these have shares of the budget near the
 authors'. Values stay on the device without `offload`. Keys are rebuilt by torch operations, not by a fused kernel. The
-basis comes from the eigenvectors of K^T K, which gives the authors' singular vectors faster.
+basis comes from subspace iteration on K^T K, not from a singular value decomposition. It is faster and needs no host;
+the error is within 1 % of the least one on the keys of SmolLM2-135M.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,19 @@ from sparsecache.kernels.rotation import Rotation, rotate_rows, rotate_rows_back
 from sparsecache.kernels.rows import index_slots, take_rows
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.threshold import Selection
+
+_ITERATIONS = 8
+_RIDGE, _LEAST = 1e-14, 1e-300  # a share of the trace, and more than 0: for vectors of a smaller rank, and for zeros
+
+
+class _Shared(NamedTuple):
+    """What the caches of a device share.
+
+    rotation: of the positions 0 to max_tokens - 1. start: [G D, R] float64, of the subspace iteration.
+    """
+
+    rotation: Rotation
+    start: Tensor
 
 
 @dataclass
@@ -51,7 +65,7 @@ class ShadowKV(SparseMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._rotations: dict[torch.device, Rotation] = {}
+        self._shared: dict[torch.device, _Shared] = {}
         for name in ("rank", "page"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
@@ -67,13 +81,18 @@ class ShadowKV(SparseMethod):
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "ShadowKVCache":
         if layer == self.dense_layers:
-            self._rotations.clear()
+            self._shared.clear()
             if self.offload:
                 layers = config.shape.layers - layer
                 check_host_memory(layers * config.slots * config.max_tokens * config.token_nbytes // 2)
-        if config.device not in self._rotations:
-            self._rotations[config.device] = self.rope(torch.arange(config.max_tokens, device=config.device))
-        return ShadowKVCache(self, layer, config, self._rotations[config.device])
+        if config.device not in self._shared:
+            rotation = self.rope(torch.arange(config.max_tokens, device=config.device))
+            channels = config.shape.kv_heads * config.shape.head_dim
+            start = torch.randn(
+                channels, min(self.rank, channels), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+            )
+            self._shared[config.device] = _Shared(rotation, start.to(config.device))
+        return ShadowKVCache(self, layer, config, self._shared[config.device])
 
 
 class ShadowKVCache(LayerCache):
@@ -84,16 +103,16 @@ class ShadowKVCache(LayerCache):
     outliers, then those from the prompt's last pages on; places: [slots, G, T] int32, the row of a token there, or -1.
     """
 
-    def __init__(self, method: ShadowKV, layer: int, config: CacheConfig, rotation: Rotation) -> None:
-        """rotation: of the positions 0 to max_tokens - 1."""
-        self.method, self.config, self._rotation = method, config, rotation
+    def __init__(self, method: ShadowKV, layer: int, config: CacheConfig, shared: _Shared) -> None:
+        self.method, self.config = method, config
+        self._rotation, self._start = shared
         self.seq_lens, self.stats = config.seq_lens, config.stats
         shape, page, tokens = config.shape, method.page, config.max_tokens
         self._budget = method.layer_budget(layer, shape)
         most = min(self._budget.most(tokens), tokens)
         self._width = min(tokens, most + config.max_new_tokens)
         pages, exact_pages = -(-tokens // page), sum(method.exact_pages(most)) + 1
-        rank = min(method.rank, shape.kv_heads * shape.head_dim)
+        rank = self._start.shape[1]
         self.coefficients = torch.zeros((config.slots, tokens, rank), dtype=config.dtype, device=config.device)
         self.basis = config.zeros(rank, shape.head_dim)
         size = (config.slots, shape.kv_heads, tokens, shape.head_dim)
@@ -114,7 +133,7 @@ class ShadowKVCache(LayerCache):
         first = max(0, length // page - num_recent)  # of the last pages
         num_outliers = min(num_outliers, first)
         plain = rotate_rows_back(k, Rotation(*(table[:length] for table in self._rotation)))
-        self.coefficients[slot, :length], self.basis[slot] = _low_rank(plain, self.basis.shape[2])
+        self.coefficients[slot, :length], self.basis[slot] = _low_rank(plain, self._start)
         copy_into(self.values[slot], v)
 
         paged = k[:, : first * page].reshape(kv_heads, first, page, head_dim).float()
@@ -188,13 +207,27 @@ class ShadowKVCache(LayerCache):
         return StepBytes(mean_keys + keys, values) if self.method.offload else StepBytes(mean_keys + keys + values)
 
 
-def _low_rank(keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the best approximation of keys [G, L, D] of a rank: coefficients [L, R] and basis [G, R, D], float32.
+def _low_rank(keys: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an approximation of keys [G, L, D] of rank R, near the best one: coefficients [L, R], basis [G, R, D].
 
-    The keys of all KV heads are one matrix [L, G D]; rank: G D at most.
+    The keys of all KV heads are one matrix [L, G D]. start: [G D, R], any vectors.
     """
     kv_heads, length, head_dim = keys.shape
-    matrix = keys.float().transpose(0, 1).reshape(length, kv_heads * head_dim)
-    gram = (matrix.mT @ matrix).nan_to_num()  # of keys that are not finite, any basis will do
-    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
+    channels, rank = start.shape
+    matrix = keys.transpose(0, 1).reshape(length, channels)
+    vectors = torch.eye(channels, device=keys.device)
+    if rank < channels:
+        gram, vectors = (matrix.mT @ matrix).double(), start
+        for _ in range(_ITERATIONS):
+            vectors = _orthonormal(gram @ vectors)
+        vectors = vectors.float()
     return matrix @ vectors, vectors.mT.reshape(rank, kv_heads, head_dim).transpose(0, 1)
+
+
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """Return orthonormal vectors of the same span as the columns of [N, R] float64; those without a length vanish."""
+    gram = vectors.mT @ vectors
+    ridge = (_RIDGE * gram.trace() + _LEAST) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky_ex(gram + ridge)[0]  # unlike `qr` and `eigh` it does not wait for the device
+    orthonormal: Tensor = torch.linalg.solve_triangular(factor.mT, vectors, upper=True, left=False)
+    return orthonormal

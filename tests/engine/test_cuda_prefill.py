@@ -27,8 +27,6 @@ def test_a_prompt_is_launched_without_waiting_for_the_device(
     name: str, offload: bool, make_checkpoint: Any, make_decoder: Callable[..., Decoder]
 ) -> None:
     """The host prepares the next prompt meanwhile. Options drop tokens."""
-    if name == "shadowkv":
-        pytest.skip("torch's eigenvectors, of which the basis of keys is made, wait for the device")
     options = {**MethodUnderTest.of(name).tight, **({"offload": True} if offload else {})}
     method = make_method(name, {**parse_options(name, {}), **options})
     decoder = make_decoder(make_checkpoint("llama", num_hidden_layers=3), method, torch.bfloat16, GPU)

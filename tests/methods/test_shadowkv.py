@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparsecache.cache.base import Shape
 from sparsecache.kernels.rotation import rotate_rows, rotate_rows_back
-from sparsecache.methods.shadowkv import ShadowKV
+from sparsecache.methods.shadowkv import ShadowKV, _low_rank
 from sparsecache.testing.cache_checks import plain_rope
 from tests.methods.stepping import Kept, Text, attend, budget_tokens, check_budget, random_texts, run, shape_of
 
@@ -78,6 +79,19 @@ def _with_rebuilt_keys(text: Text, layer: int, method: ShadowKV) -> Text:
     return replace(text, k=keys)
 
 
+def _texts(shape: Shape, rank: int) -> list[Text]:
+    """Return texts whose keys before RoPE are of a rank, but for a little noise: the best approximation is distinct."""
+    texts = []
+    for seed, text in enumerate(random_texts(shape)):
+        generator = torch.Generator().manual_seed(seed)
+        layers, kv_heads, length, head_dim = text.k.shape
+        left = torch.randn(layers, length, rank, generator=generator)
+        right = torch.randn(layers, rank, kv_heads * head_dim, generator=generator)
+        keys = (left @ right).view(layers, length, kv_heads, head_dim).transpose(1, 2) / rank**0.5 + 0.1 * text.k
+        texts.append(replace(text, k=rotate_rows(keys, plain_rope(6, BASE)(torch.arange(length)))))
+    return texts
+
+
 @pytest.mark.parametrize(
     ("group", "options"),
     [
@@ -91,13 +105,30 @@ def _with_rebuilt_keys(text: Text, layer: int, method: ShadowKV) -> Text:
 )
 def test_selected_pages_are_rebuilt_from_a_low_rank_and_others_are_exact(group, options) -> None:
     shape, method = shape_of(group), _method(**options)
-    texts = random_texts(shape)
+    texts = _texts(shape, method.rank)
     for text, found in zip(texts, run(method, shape, texts), strict=True):
         rebuilt, kept = _with_rebuilt_keys(text, 1, method), _kept(text, 1, method)
         assert found.attended[1] == [[len(of_head) for of_head in positions] for positions in kept]
         for at, positions in enumerate(kept):
             expected = attend(rebuilt, 1, text.prompt + at, positions)
             torch.testing.assert_close(found.outputs[1][at], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("length", "rank"), [(300, 20), (300, 1), (15, 20), (300, 48)])
+def test_keys_without_a_gap_in_their_spectrum_are_rebuilt_nearly_as_well_as_possible(length, rank) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    keys = torch.randn(length, 48, generator=generator) * 0.9 ** torch.arange(48)
+    keys = keys @ torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q
+    start = torch.randn(48, rank, dtype=torch.float64, generator=generator)
+    coefficients, basis = _low_rank(keys.view(length, 3, 16).transpose(0, 1), start)
+    rebuilt = coefficients @ basis.transpose(0, 1).reshape(rank, 48)
+    least = torch.linalg.svdvals(keys.double())[rank:].square().sum().sqrt()
+    assert (rebuilt - keys).norm() <= 1.01 * least + 1e-4 * keys.norm()
+
+
+def test_keys_of_zeros_stay_zeros() -> None:
+    coefficients, basis = _low_rank(torch.zeros(2, 30, 4), torch.randn(8, 3, dtype=torch.float64))
+    assert not coefficients.any() and basis.isfinite().all()
 
 
 @pytest.mark.parametrize("budget", [0.02, 0.3, 1, 13])
