@@ -136,9 +136,10 @@ def open_source(
                 return ZipSource(path)
         if path.suffix in (".jsonl", ".json"):
             return FileSource(path)
+    what = "is neither a folder nor a zip file, nor a .jsonl file" if os.path.exists(path) else "does not exist"
     raise UsageError(
-        f"--data {data!r} is neither a folder nor a zip file, nor a .jsonl file. Allowed: hub, sample, a folder of "
-        f"<dataset>.jsonl files, a zip of them, or one .jsonl (or .json) file of rows."
+        f"--data {data!r} {what}. Allowed: hub, sample, a folder of <dataset>.jsonl files, a zip of them, or one "
+        f".jsonl (or .json) file of rows."
     )
 
 

@@ -30,7 +30,7 @@ def _data(run: RunScore) -> Iterator[str]:
         benchmarks += "-E"
     sources = list(dict.fromkeys(_source(session.data) for session in run.run.sessions if session.data))
     for source in sources or [""]:
-        yield source.replace("{}", benchmarks) or benchmarks
+        yield source.replace("{}", benchmarks.replace("own tasks", "own-task")) or benchmarks
 
 
 def _source(data: dict[str, Any]) -> str:

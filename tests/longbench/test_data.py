@@ -250,10 +250,12 @@ def test_row_counts_are_checked_for_hub_data_only(tmp_path: Path) -> None:
         load_rows(HubSource({"longbench": (part, {"commit": "c"})}), task)
 
 
-@pytest.mark.parametrize("value", ["nowhere", "setup.cfg", ""])
-def test_an_invalid_data_value_lists_the_allowed_ones(tmp_path: Path, value: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "why"), [("nowhere", "does not exist"), ("setup.cfg", "is neither a folder nor"), ("", "is neither")]
+)
+def test_an_invalid_data_value_lists_the_allowed_ones(tmp_path: Path, value: str, why: str) -> None:
     (tmp_path / "setup.cfg").write_text("[x]")
-    with pytest.raises(UsageError, match="Allowed: hub, sample, a folder of <dataset>.jsonl"):
+    with pytest.raises(UsageError, match=f"{why}.*Allowed: hub, sample, a folder of <dataset>.jsonl"):
         open_source(str(tmp_path / value) if value == "setup.cfg" else value, sample=SAMPLE)
 
 
