@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ import click
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import make_folder as make_folder
 from sparsecache.longbench.terminal import escape_control_chars, truncate_middle
+from sparsecache.options import LARGEST
 
 
 class FlexibleCommand(click.Command):
@@ -36,7 +38,7 @@ class FlexibleCommand(click.Command):
         found: dict[str, list[tuple[str, str]]] = {heading: [] for heading in (*self.groups, rest)}
         for parameter in self.get_params(ctx):
             if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
-                found[heading_of.get(parameter.name or "", rest)].append(record)
+                found[heading_of.get(parameter.name or "", rest)].append(_shortened(*record))
         for heading, records in found.items():
             if records:
                 with formatter.section(heading):
@@ -198,6 +200,12 @@ def option_pairs(options: tuple[str, ...], flag: str = "-o") -> dict[str, str]:
             raise click.UsageError(f"{flag} gives {key} twice, {values[key]} and {value}: leave one of them out.")
         values[key] = value
     return values
+
+
+def _shortened(flag: str, text: str) -> tuple[str, str]:
+    """Returns an entry of --help with N for a whole number, and without bounds that only keep sizes within 32 bits."""
+    text = re.sub(rf"(\d+)<=x<={LARGEST}\b", r"x>=\1", text.replace(f"; -{LARGEST}<=x<={LARGEST}", ""))
+    return flag.replace("INTEGER RANGE", "N"), text
 
 
 def _with_underscores(argument: str) -> str:

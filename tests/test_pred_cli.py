@@ -45,6 +45,8 @@ def test_help_names_every_option_without_torch_and_fast(run_python, repo) -> Non
     assert told.returncode == 0
     for field in fields(Settings):
         assert f"--{field.name}" in told.stdout or field.name == "options"
+    assert "--ruler_rows N " in told.stdout and "[default: 20; x>=1]" in told.stdout
+    assert "[default: 0]" in told.stdout and "2147483647" not in told.stdout
     assert min(seconds) < 0.5
     code = "import sys, longbench_pred\ntry:\n    longbench_pred.main(%r)\nfinally:\n    print(*sys.modules)"
     for arguments in (["--help"], ["--model", "demo", "--method", "vanila"], ["--model", "demo", "--datasets", "x"]):
