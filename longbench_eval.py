@@ -254,7 +254,7 @@ def compare(
 
 @main.command(cls=FlexibleCommand, groups=_GROUPS)
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--kind", type=click.Choice(plot_kinds()), required=True, help="Kind of plot (see below).")
+@click.option("--kind", type=click.Choice(plot_kinds()), required=True, help="Kind of plot, see above.")
 @click.option("--out", type=_FILE, required=True, help=f"File to write ({', '.join(SUFFIXES)}).")
 @_LABELS
 @_TITLE
@@ -380,7 +380,7 @@ def gate(
 @main.command(cls=FlexibleCommand, groups=_GROUPS)
 @click.argument("run")
 @click.option("--dataset", help="Only this dataset.")
-@click.option("--rows", type=click.IntRange(1), default=10, show_default=True, help="Largest number of rows.")
+@click.option("--rows", type=click.IntRange(1), default=10, show_default=True, help="Most rows to show.")
 @click.option("--changed_from", metavar="OTHER", help="Only rows whose text differs from OTHER.")
 @click.option("--columns", type=click.IntRange(20), default=400, show_default=True, help="Shorten texts to this width.")
 @_scoring

@@ -90,12 +90,12 @@ _MAX_TOKENS = 2**26  # of a batch together: beyond the memory of any machine her
     "--vllm_python",
     default=sys.executable,
     show_default="this one",
-    help="The Python of --baselines vllm. It finds vLLM by PYTHONPATH or is vLLM's own.",
+    help="Python interpreter that can import vllm, for --baselines vllm.",
 )
 @click.option(
     "--workload",
     type=click.Path(path_type=Path),
-    help="Of a replay: a CSV with the columns dataset, prompt_tokens, new_tokens.",
+    help="CSV of a replay, with the columns dataset, prompt_tokens and new_tokens.",
 )
 @click.option("--rows", type=click.IntRange(1, 10**6), default=100, show_default=True, help="Prompts of a replay.")
 @click.option(

@@ -42,8 +42,8 @@ class CacheConfig:
     slots: the most sequences in flight. max_tokens: the most tokens of a sequence, with its prompt. max_new_tokens: the
     most new tokens. device, dtype: of the layer's q, k and v. seq_lens: [slots] int64 on the device, the past tokens of
     each slot; the engine sets it after a prompt and adds one after each step. stats: a sparse cache records there how
-    many past tokens each step attended to. deferred: the stream for work that only the next step needs. It runs beside
-    the layers behind, and the step ends when it is done.
+    many past tokens each step attended to. deferred: a stream for work that only the next step needs. It runs in
+    parallel with later layers, and the step waits for it.
     """
 
     shape: Shape
@@ -103,8 +103,8 @@ class LayerCache(ABC):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         """Store one token per row and return the attention over what the row's slot keeps: [B, H, 1, D].
 
-        q: [B, H, 1, D]; k, v: [B, G, 1, D], rotated; slots: [B] int64 on the device, no slot twice. A row may be of
-        a free slot, for more steps than the slot has capacity. That must not fail; what it writes is never read.
+        q: [B, H, 1, D]; k, v: [B, G, 1, D], rotated; slots: [B] int64 on the device, no slot twice. A row may
+        name a free slot, also for more steps than the slot has capacity. It must not fail; its output is never read.
         """
 
     def speculate(  # noqa: B027 (a no-op unless speculation_source is set)
