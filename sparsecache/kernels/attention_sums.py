@@ -9,7 +9,7 @@ from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
 from sparsecache.kernels.scores import scaled_scores
 
 _BLOCK = 64  # queries whose scores the reference holds at a time
-_BLOCK_M, _BLOCK_N = 64, 128  # queries and keys per iteration
+_BLOCK_M, _BLOCK_N, _WARPS = 64, 128, 4  # queries and keys per iteration
 _FEW_QUERIES = 256  # up to which the reference is as fast: it fills the GPU, the kernels do not
 
 
@@ -41,11 +41,22 @@ def _launch(q: Tensor, k: Tensor, first: int) -> Tensor:
     scale = math.log2(math.e) / math.sqrt(head_dim)  # of exponents of 2
     sizes = {
         "GROUP": heads // kv_heads, "BLOCK_M": _BLOCK_M, "BLOCK_N": _BLOCK_N,
-        "BLOCK_D": next_power_of_2(head_dim, 16), "num_warps": 4, "num_stages": 2 if q.element_size() > 2 else 3,
+        "BLOCK_D": next_power_of_2(head_dim, 16), "num_warps": _WARPS, "num_stages": 2 if q.element_size() > 2 else 3,
     }  # fmt: skip
     _normalizer_kernel[(-(-(length - first) // _BLOCK_M), heads)](*inputs, scale, first, length, head_dim, **sizes)
     _sum_kernel[(-(-length // _BLOCK_N), kv_heads)](*inputs, sums, scale, first, length, head_dim, **sizes)
     return sums
+
+
+@triton.jit
+def _causal_scores(  # type: ignore[no-untyped-def]
+    q_block, k_block, row, column, scale, MASKED: tl.constexpr
+):  # fmt: skip
+    """Return scores [BLOCK_M, BLOCK_N], -inf where a token is later than the query if MASKED."""
+    scores = tl.dot(q_block, k_block, input_precision="ieee") * scale
+    if MASKED:
+        scores = tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
+    return scores
 
 
 @triton.jit(do_not_specialize=["first", "length"])
@@ -64,15 +75,16 @@ def _normalizer_kernel(  # type: ignore[no-untyped-def]
     maximum = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     end = tl.minimum(first + last_block * BLOCK_M + BLOCK_M, length)
-    for start in tl.range(0, end, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        k_ptr = keys + column[None, :] * k_stride + channel[:, None]
-        k_block = tl.load(k_ptr, mask=(column < length)[None, :] & in_head[:, None], other=0.0)
-        scores = tl.dot(q_block, k_block, input_precision="ieee") * scale
-        scores = tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        total = total * tl.exp2(maximum - new_maximum) + tl.sum(tl.exp2(scores - new_maximum[:, None]), axis=1)
-        maximum = new_maximum
+    earlier = (first + last_block * BLOCK_M) // BLOCK_N * BLOCK_N  # blocks of tokens that all queries see need no mask
+    for masked in tl.static_range(2):
+        for start in tl.range(earlier if masked else 0, end if masked else earlier, BLOCK_N):
+            column = start + tl.arange(0, BLOCK_N)
+            k_ptr = keys + column[None, :] * k_stride + channel[:, None]
+            k_block = tl.load(k_ptr, mask=((column < length) | (not masked))[None, :] & in_head[:, None], other=0.0)
+            scores = _causal_scores(q_block, k_block, row, column, scale, masked)
+            new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+            total = total * tl.exp2(maximum - new_maximum) + tl.sum(tl.exp2(scores - new_maximum[:, None]), axis=1)
+            maximum = new_maximum
     tl.store(normalizers + head * length + row, maximum + tl.log2(total), mask=row < length)
 
 
@@ -89,14 +101,17 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     k_ptr = k + kv * k_head_stride + column[None, :] * k_stride + channel[:, None]
     k_block = tl.load(k_ptr, mask=(column < length)[None, :] & in_head[:, None], other=0.0)
     received = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    seen_by_all = tl.maximum(first, tl.cdiv(tl.maximum(begin + BLOCK_N - 1 - first, 0), BLOCK_M) * BLOCK_M + first)
     for member in range(GROUP):
         head = kv * GROUP + member
-        for start in tl.range(tl.maximum(first, begin), length, BLOCK_M):
-            row = start + tl.arange(0, BLOCK_M)
-            q_ptr = q + head * q_head_stride + row[:, None] * q_stride + channel[None, :]
-            q_block = tl.load(q_ptr, mask=(row < length)[:, None] & in_head[None, :], other=0.0)
-            normalizer = tl.load(normalizers + head * length + row, mask=row < length, other=float("inf"))
-            scores = tl.dot(q_block, k_block, input_precision="ieee") * scale
-            weights = tl.exp2(scores - normalizer[:, None])  # 0 beyond the last query
-            received += tl.sum(tl.where(column[None, :] <= row[:, None], weights, 0.0), axis=0)
+        for masked in tl.static_range(2):
+            begin_of_rows = first + tl.maximum(begin - first, 0) // BLOCK_M * BLOCK_M if masked else seen_by_all
+            for start in tl.range(begin_of_rows, tl.minimum(seen_by_all, length) if masked else length, BLOCK_M):
+                row = start + tl.arange(0, BLOCK_M)
+                q_ptr = q + head * q_head_stride + row[:, None] * q_stride + channel[None, :]
+                q_block = tl.load(q_ptr, mask=(row < length)[:, None] & in_head[None, :], other=0.0)
+                normalizer = tl.load(normalizers + head * length + row, mask=row < length, other=float("inf"))
+                scores = _causal_scores(q_block, k_block, row, column, scale, masked)
+                weights = tl.exp2(scores - normalizer[:, None])  # 0 beyond the last query
+                received += tl.sum(weights, axis=0)
     tl.store(sums + kv * length + column, received, mask=column < length)
