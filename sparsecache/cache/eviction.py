@@ -41,8 +41,7 @@ class PromptEvictionCache(LayerCache):
         count = min(self.budget.tokens(length), length)
         width = min(self.method.max_head_tokens(count, self.config.shape), length)
         order, counts = self.method.keep(self.method.score(q, k, v), count)
-        is_kept = torch.arange(width, device=k.device) < counts[:, None]
-        kept = order[:, :width].masked_fill(~is_kept, length - 1).sort(dim=1).values
+        kept = _in_text_order(order[:, :width], counts, length)
         self.kv.store(slot, _rows(k, kept), _rows(v, kept), counts)
         self.num_evicted[slot] = length - counts
 
@@ -201,6 +200,16 @@ def pin_last(scores: Tensor, count: int) -> Tensor:
         return scores
     rising = _PINNED * (1 + torch.arange(count, device=scores.device) / count)
     return torch.cat((scores[:, :-count], rising.expand(len(scores), -1)), 1)
+
+
+def _in_text_order(order: Tensor, counts: Tensor, length: int) -> Tensor:
+    """Return the first counts [G] of order [G, N], distinct positions below length, ascending; then length - 1."""
+    heads, width = order.shape
+    is_kept = torch.arange(width, device=order.device) < counts[:, None]
+    mask = torch.zeros(heads, length, dtype=torch.bool, device=order.device).scatter_(1, order, is_kept)
+    place = (mask.cumsum(1) - 1).masked_fill(~mask, width)
+    positions = torch.arange(length, device=order.device).expand(heads, -1)
+    return torch.full((heads, width + 1), length - 1, device=order.device).scatter_(1, place, positions)[:, :width]
 
 
 def _rows(x: Tensor, kept: Tensor) -> Tensor:

@@ -36,11 +36,11 @@ class AdaKV(SnapKV):
 
     def keep(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         kv_heads, length = scores.shape
-        order, counts = super().keep(scores, count)
+        order, _ = super().keep(scores, count)
         ranked = scores.gather(1, order)
         ranked[:, : self._safe(count)].fill_(torch.inf)
-        winners = ranked.flatten().sort(descending=True, stable=True).indices[: kv_heads * count]
-        return order, torch.zeros_like(counts).scatter_add_(0, winners // length, torch.ones_like(winners))
+        winners = ranked.flatten().topk(kv_heads * count, sorted=False).indices // length
+        return order, (winners == torch.arange(kv_heads, device=scores.device)[:, None]).sum(1)
 
     def max_head_tokens(self, count: int, shape: Shape) -> int:
         return shape.kv_heads * count - (shape.kv_heads - 1) * self._safe(count)
