@@ -89,10 +89,11 @@ class SparQCache(SelectionCache):
         keys = self.keys_by_channel
         self._channels = append_and_choose(q, k, v, keys, self.value_sums, self.seq_lens, slots, self._count)
         out = super().attend(q, k, v, slots)
-        if not self.estimates_rest:
-            return out
-        approximate = (self._attention, self._selection, self.value_sums, self.seq_lens, slots, self.recent)
-        return add_mean_value(out, *approximate)
+        if self.estimates_rest:
+            approximate = (self._attention, self._selection, self.value_sums, self.seq_lens, slots, self.recent)
+            out = add_mean_value(out, *approximate)
+        del self._channels, self._attention, self._selection  # the next layer may reuse their memory
+        return out
 
     def select_by_channels(self, q: Tensor, slots: Tensor) -> Selection:
         """Return the recent past tokens and those with the most approximate attention."""
