@@ -29,7 +29,7 @@ def main(model: str, datasets: str, data: str, longer_than: int, out: Path) -> N
     A dataset without such rows gets no file.
     """
     with report_usage_errors():
-        settings = Settings(model=model, datasets=datasets, data=data)
+        settings = Settings(model=model, datasets=datasets, data=data, engine="transformers")  # any family
         settings.check()
         from sparsecache.runner.context import RunContext  # imports transformers
         from sparsecache.runner.wanted import load_wanted

@@ -97,6 +97,16 @@ def draw_budgets(records: Sequence[Record], part: str, title: str) -> Any:
     from sparsecache.longbench.plots._axes import legend_beside, set_share_axis
     from sparsecache.longbench.plots._figure import MUTED, PAGE, Plot, line_style, new_figure, with_style
 
+    lines = {
+        name: drawn
+        for name, line in _lines_of(records).items()
+        if (drawn := {at: each for at, each in line.items() if each["kept"] and each[f"{part}_difference"] is not None})
+    }
+    kinds = {"budgets in tokens": lambda budget: budget > 1, "budgets as shares": lambda budget: budget <= 1}
+    panels = {label: kind for label, kind in kinds.items() if any(kind(at) for line in lines.values() for at in line)}
+    if not panels:
+        raise UsageError(f"No run has a budget and a score for {part}, so there is no line. Leave out --budgets.")
+
     def figure() -> Plot:
         figure, axes = new_figure(2.6, len(panels), PAGE, squeeze=False, sharey=True)
         handles = {}
@@ -117,15 +127,6 @@ def draw_budgets(records: Sequence[Record], part: str, title: str) -> Any:
         legend_beside(figure, list(handles.values()), list(handles), len(handles))
         return Plot(title, f"{title}: differences to {records[0]['run']} by kept share", figure)
 
-    lines = {
-        name: drawn
-        for name, line in _lines_of(records).items()
-        if (drawn := {at: each for at, each in line.items() if each["kept"] and each[f"{part}_difference"] is not None})
-    }
-    kinds = {"budgets in tokens": lambda budget: budget > 1, "budgets as shares": lambda budget: budget <= 1}
-    panels = {label: kind for label, kind in kinds.items() if any(kind(at) for line in lines.values() for at in line)}
-    if not panels:
-        raise UsageError(f"No run has a budget and a score for {part}, so there is no line. Leave out --budgets.")
     return with_style(figure)()
 
 

@@ -1,6 +1,7 @@
 """The sweeps of docs/published.md, on small random checkpoints in folders of the real ones' names."""
 
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,25 +49,30 @@ def stand_in(folder: Path, name: str, config: dict[str, Any]) -> Path:
 
 
 def run_sweep(sweep: ModuleType, file: Path, checkpoint: Path, rows: Path, out: Path, *more: str) -> dict[str, Any]:
-    """Run a sweep over the rows, three new tokens each; return its lines by run."""
+    """Run a sweep over the rows, three new tokens each; return the lines of the first dataset, by run."""
     arguments = [str(file), "--model", str(checkpoint), "--pred_dir", str(out / "pred"), "--out", str(out), "--"]
     arguments += ["--data", str(rows), "--max_new_tokens", "3", "--batch_size", "16", *more]
     done = CliRunner().invoke(sweep.main, arguments)
     assert done.exit_code == 0, done.output
-    lines = json.loads((out / f"{checkpoint.name}.json").read_text())["rows"]
+    first, *others = json.loads((out / f"{checkpoint.name}.json").read_text())["rows"]
+    lines = [first, *(line for line in others if line["name"] == first["name"])]
     assert [line["run"] for line in lines] == [run.name for run in sweep.read_sweep(file, [str(checkpoint)])[0]]
     return {line["run"]: line for line in lines}
 
 
 def test_rows_longer_than_a_limit_are_those_that_tokenizers_counts(load_script, llama, rows, tmp_path) -> None:
-    chosen = tmp_path / "chosen"
-    arguments = ["--model", str(llama), "--data", str(rows), "--longer_than"]
+    """Also of a family that only transformers runs."""
+    chosen, glm = tmp_path / "chosen", tmp_path / "glm-4-9b-chat-1m-hf"
+    shutil.copytree(llama, glm)
+    config = json.loads((glm / "config.json").read_text())
+    (glm / "config.json").write_text(json.dumps({**config, "model_type": "glm", "architectures": ["GlmForCausalLM"]}))
+    arguments = ["--model", str(glm), "--data", str(rows), "--longer_than"]
     names = ["--datasets", "qasper,hotpotqa,dureader,trec,lcc"]
     done = CliRunner().invoke(
         load_script("select_rows").main, [*arguments, str(LONGER_THAN), "--out", str(chosen), *names]
     )
     assert done.exit_code == 0, done.output
-    tokenizer = Tokenizer.from_file(str(llama / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(glm / "tokenizer.json"))
     tasks, lengths = load_tasks(), {}
     for name in names[1].split(","):
         (row,) = map(json.loads, (rows / f"{name}.jsonl").read_text().splitlines())
