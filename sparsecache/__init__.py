@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsecache.api import LLM, Evaluation, Generation, evaluate
+    from sparsecache.api import LLM, Evaluation, Generation, compare, evaluate
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Evaluation", "Generation", "evaluate"]
+__all__ = ["LLM", "Evaluation", "Generation", "compare", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:  # the command lines start without torch

@@ -1,12 +1,15 @@
 """The Python API: decodes texts with a cache method, and evaluates methods on LongBench.
 
-    from sparsecache import LLM, evaluate
+    from sparsecache import LLM, compare, evaluate
 
-    llm = LLM("qwen2.5-coder-1.5b-instruct.gguf", method="infinigen", budget=256)
+    model = "qwen2.5-coder-1.5b-instruct.gguf"
+    llm = LLM(model, method="infinigen", budget=256)
     print(llm.generate("The capital of France is", max_new_tokens=8)[0].text)
 
-    result = evaluate("qwen2.5-coder-1.5b-instruct.gguf", method="snapkv", budget=256, datasets="qasper", data="rows/")
-    print(result.mean, result.kept, result.scores)
+    full = evaluate(model, datasets="qasper", data="rows/")
+    sparse = evaluate(model, method="snapkv", budget=256, datasets="qasper", data="rows/")
+    print(sparse.mean, sparse.kept, sparse.scores)
+    print(compare(full, sparse))
 
 Keyword arguments are the options of longbench_pred.py (fields of Settings) and of the method. If both have an option of
 the same name, such as `window`, pass the method's in `options`.
@@ -20,9 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsecache.engine.base import Completion, Request
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, short
+from sparsecache.longbench.compare import compare as compare_runs
+from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
+from sparsecache.longbench.tables import FORMATS, render
 from sparsecache.longbench.wrapping import encode
 from sparsecache.options import show
 from sparsecache.runner.context import RunContext
@@ -187,6 +193,20 @@ def evaluate(
     Returns the scores of all rows in the run's folder. Raises UsageError for invalid arguments.
     """
     return evaluate_settings(make_settings(model, method, options, **more))
+
+
+def compare(*evaluations: Evaluation, format: str = "terminal") -> str:
+    """Return what `longbench_eval.py compare` prints: a line per evaluation, with its difference to the first one.
+
+    format: "terminal", "markdown", "csv", "latex" or "json". Raises UsageError without two evaluations and common rows.
+    """
+    if len(evaluations) < 2:
+        raise UsageError(f"compare takes two evaluations or more, the reference first, not {len(evaluations)}.")
+    if wrong := [each for each in evaluations if not isinstance(each, Evaluation)]:
+        raise UsageError(f"{short(wrong[0])} is not an Evaluation. compare takes what evaluate() returns.")
+    if format not in FORMATS:
+        raise UsageError(f"format={short(format)} is not one of {', '.join(FORMATS)}.")
+    return render(compare_document(compare_runs([each.run for each in evaluations])), format)
 
 
 def evaluate_settings(settings: Settings, make_context: Any = RunContext) -> Evaluation:

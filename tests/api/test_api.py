@@ -11,10 +11,12 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import longbench_eval
 from longbench_pred import main
-from sparsecache import LLM, evaluate
+from sparsecache import LLM, compare, evaluate
 from sparsecache.errors import UsageError
 from sparsecache.longbench.records import read_rows
+from sparsecache.longbench.tables import FORMATS
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 SMALL = {"datasets": ["trec", "lcc"], "data": "sample", "sample_rows": 1, "sample_tokens": 256}
@@ -104,6 +106,17 @@ def test_evaluate_writes_the_rows_of_the_command_line(checkpoint: Path, tmp_path
     again = evaluate(checkpoint, "infinigen", budget=32, name="same", pred_dir=tmp_path / "api", **SMALL)
     assert "0 of 2 to do" in again.log
 
+    full = evaluate(checkpoint, name="full", pred_dir=tmp_path / "api", **SMALL)
+    for form in FORMATS:
+        folders = [str(each.folder) for each in (full, result)]
+        printed = CliRunner().invoke(longbench_eval.main, ["compare", *folders, "--format", form])
+        assert compare(full, result, format=form) == printed.stdout.rstrip("\n")
+    for wrong, said in (((full,), "two evaluations or more"), ((full, result, "x"), "not an Evaluation")):
+        with pytest.raises(UsageError, match=said):
+            compare(*wrong)
+    with pytest.raises(UsageError, match="format=yaml is not one of terminal, markdown"):
+        compare(full, result, format="yaml")
+
 
 def test_evaluate_finds_the_rows_of_a_model_with_another_name(checkpoint: Path, tmp_path: Path) -> None:
     result = evaluate(checkpoint, model_name="renamed", pred_dir=tmp_path, **SMALL)
@@ -124,8 +137,8 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(sys, "argv", ["compare_methods.py", str(tmp_path)])
     runpy.run_path("examples/compare_methods.py")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["vanilla", "infinigen", "snapkv", "examples/knorm.py"]
-    assert all("% of past tokens kept" in line for line in lines[2:])
+    names = [line.split()[0] for line in lines[4:8]]
+    assert names == ["vanilla", "infinigen-budget=64", "snapkv-budget=64", "knorm-budget=64"]
 
 
 def test_importing_the_package_imports_no_torch() -> None:
