@@ -161,8 +161,8 @@ def test_notes_qualify_the_numbers(make_run: MakeRun, row: Row) -> None:
         "INCOMPLETE: a, b. Score each run separately to see the missing rows.",
         "1 of these rows failed in b and count 0.0. Predict again to retry them.",
         "b and a had different prompts in 1 of 2 rows.",
-        "Fewer than 20 rows: every dataset. They have no interval of their own, and intervals of means over them are "
-        "too narrow.",
+        "Datasets with fewer than 20 rows have no interval, and intervals of means over them are too narrow: all of "
+        "them.",
     )
     assert [entry.errors for entry in lines_of(found)["qasper"].entries] == [0, 1]
     assert lines_of(found)["qasper"].entries[1].score == 50.0
