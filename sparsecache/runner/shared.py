@@ -158,7 +158,7 @@ class _Sweep:
         limit = self._limit or _memory_for_prompts(reader, context.slots, jobs[0].tokens if jobs else 0)
         groups = list(split_by_size(jobs, lambda job: reader.qkv_nbytes(job.tokens), limit))
         self._tell(
-            f"{len(self._open)} runs, {len(jobs)} prompts in {len(groups)} groups; up to "
+            f"{len(self._open)} runs, {len(jobs)} prompts in {len(groups)} group{'s' * (len(groups) != 1)}; up to "
             f"{limit / _GIB:.1f} GiB for their queries, keys and values (--limit_memory)"
         )
         gc.collect()
