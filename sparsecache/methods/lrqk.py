@@ -26,13 +26,11 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
-from sparsecache.kernels.rows import index_slots, mask_of_first, take_rows
+from sparsecache.kernels.factors import solve, update_factors
+from sparsecache.kernels.rows import mask_of_first, take_rows
 from sparsecache.kernels.selection import score_margin
-from sparsecache.kernels.solve import solve
 from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
-
-_TINY = 1e-6  # the authors' too: it shortens a step whose reduced rows are nearly 0
 
 
 @dataclass
@@ -126,7 +124,9 @@ class LRQKCache(SelectionCache):
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        self.reduced_query, reduced_key = self._reduce(q, k, slots)
+        self.reduced_query, reduced_key = update_factors(
+            q, k, self.query_basis, self.key_basis, self.products, self.gram, slots, self.method.iterations
+        )
         out = super().attend(q, k, v, slots)
         with self.config.deferred.reading(k, reduced_key, slots, *self.selection):
             positions, counts = self.selection
@@ -143,24 +143,6 @@ class LRQKCache(SelectionCache):
         """Set the products of tokens attended to; keys: [.., G, N, D]; reduced: [.., G, N, R], zeros for none."""
         self.products[slots] = keys.mT @ reduced
         self.gram[slots] = _gram(reduced)
-
-    def _reduce(self, q: Tensor, k: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reduced query [B, H, 1, R] and key [B, G, 1, R] of a new token, and update the bases."""
-        query_basis, key_basis = index_slots(self.query_basis, slots), index_slots(self.key_basis, slots)
-        queries = q.view(len(slots), k.shape[1], -1, q.shape[3]).float()  # [B, G, H / G, D]
-        key = k.float()
-        product = queries @ key.mT  # [B, G, H / G, 1]
-        query_gram = query_basis @ query_basis.mT + index_slots(self.gram, slots)
-        key_gram = key_basis @ key_basis.mT
-        query_side = queries @ (query_basis.mT + index_slots(self.products, slots))
-        key_side = key @ key_basis.mT
-        reduced_key = _solve_rows(key_gram, key_side)
-        for _ in range(self.method.iterations):
-            reduced_query = _solve_rows(query_gram + _gram(reduced_key), query_side + product @ reduced_key)
-            reduced_key = _solve_rows(key_gram + _gram(reduced_query), key_side + product.mT @ reduced_query)
-        self.query_basis[slots] = _descend(query_basis, reduced_query, queries)
-        self.key_basis[slots] = _descend(key_basis, reduced_key, key)
-        return reduced_query.flatten(1, 2)[:, :, None], reduced_key
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -199,10 +181,3 @@ def _factorise(
             query_gram @ query_weight + key_basis.mT,
         )
     return query_weight, key_weight, _basis(query_gram, query_weight), _basis(key_gram, key_weight)
-
-
-def _descend(basis: Tensor, reduced: Tensor, rows: Tensor) -> Tensor:
-    """Return the basis [B, G, R, D] after a step of steepest descent towards reduced @ basis = rows [B, G, N, D]."""
-    gradient = reduced.mT @ (reduced @ basis - rows)
-    length = gradient.square().sum((2, 3), keepdim=True)
-    return basis - length / ((reduced @ gradient).square().sum((2, 3), keepdim=True) + _TINY) * gradient

@@ -1,0 +1,69 @@
+"""The step of low-rank factors: the kernel against the reference. tests/methods/test_lrqk.py has the paper's.
+
+Small systems of equations: against float64, and what matrices without an inverse give.
+"""
+
+import pytest
+import torch
+
+from sparsecache.kernels._triton import force_backend
+from sparsecache.kernels.factors import solve, update_factors
+
+DTYPES = [torch.float16, torch.float32, torch.bfloat16][: 3 if torch.cuda.is_available() else 2]
+CASES = {  # slots, batch, KV heads, query heads per KV head, channels, rank, iterations
+    "one": (1, 1, 1, 1, 8, 1, 1),
+    "odd sizes": (4, 3, 2, 3, 24, 5, 2),
+    "a rank of 16": (2, 1, 2, 6, 40, 16, 1),
+}
+if torch.cuda.is_available():
+    CASES |= {"large": (9, 8, 8, 4, 128, 16, 2), "a rank of 32": (3, 3, 2, 6, 128, 32, 2)}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernel_equals_the_reference(case, dtype, device) -> None:
+    slots, batch, kv_heads, group, head_dim, rank, iterations = case
+    generator = torch.Generator().manual_seed(rank)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(device)
+
+    tokens, keys = draw(slots, kv_heads, 30, rank), draw(slots, kv_heads, 30, head_dim)
+    products, gram = keys.mT @ tokens, tokens.mT @ tokens
+    bases = [draw(slots, kv_heads, rank, head_dim) for _ in range(2)]
+    heads = draw(batch, (group + 2) * kv_heads, 1, head_dim).to(dtype)
+    q, k, _ = heads.tensor_split((group * kv_heads, (group + 1) * kv_heads), dim=1)
+    order = torch.randperm(slots, generator=generator)[:batch].to(device)
+    found = []
+    for backend in ("kernels", "reference"):
+        copies = [basis.clone() for basis in bases]
+        with force_backend(backend):
+            reduced = update_factors(q, k, *copies, products, gram, order, iterations)
+        assert reduced[0].shape == (batch, group * kv_heads, 1, rank) and reduced[1].shape == (batch, kv_heads, 1, rank)
+        found.append([*reduced, *copies])
+    for kernel, reference in zip(*found, strict=True):
+        torch.testing.assert_close(kernel, reference, rtol=2e-3, atol=2e-4)
+    free = [slot for slot in range(slots) if slot not in order.tolist()]
+    for basis, updated in zip(bases, found[0][2:], strict=True):
+        assert torch.equal(basis[free], updated[free]) and not torch.equal(basis[order], updated[order])
+
+
+@pytest.mark.parametrize(("batch", "size", "columns"), [((3, 2), 16, 1), ((2,), 5, 7), ((1, 1), 1, 3)])
+def test_solutions_are_those_in_double_precision(batch, size, columns, device) -> None:
+    generator = torch.Generator().manual_seed(size)
+    factor = torch.randn(*batch, 3 * size, size, generator=generator)
+    matrix, right = (factor.mT @ factor).to(device), torch.randn(*batch, size, columns, generator=generator).to(device)
+    expected = torch.linalg.solve(matrix.double(), right.double())
+    torch.testing.assert_close(solve(matrix, right).double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_matrix_without_an_inverse_gives_a_small_solution(device) -> None:
+    """Of rank 2, with right sides that have an exact solution; and of zeros."""
+    generator = torch.Generator().manual_seed(1)
+    factor = torch.randn(2, 6, generator=generator)
+    matrix = torch.stack((factor.mT @ factor, torch.zeros(6, 6))).to(device)
+    wanted = torch.stack((factor.mT @ torch.randn(2, 4, generator=generator), torch.zeros(6, 4))).to(device)
+    right = matrix @ wanted
+    found = solve(matrix, right)
+    assert found[0].norm() <= 1.5 * wanted[0].norm() and not found[1].any()
+    torch.testing.assert_close(matrix @ found, right, rtol=1e-2, atol=1e-2)
