@@ -27,6 +27,12 @@ def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(params=[torch.float32, *([torch.float16, torch.bfloat16] if torch.cuda.is_available() else [])])
+def gpu_dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """The dtype of kernels that compute alike in every dtype: in the interpreter float32 alone, since it is slow."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def agree() -> Callable[..., None]:
     """Run a function with kernels and with their references, on fresh copies of its tensors, and compare the results.

@@ -47,11 +47,10 @@ def _evict(q, keys, values, positions, scores, num_tokens, seq_lens, slots, budg
     positions.masked_fill_(~in_use, -1)
 
 
-@pytest.mark.parametrize("accumulate", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("accumulate", "shared"), [(True, False), (False, True)])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_kernel_and_reference_agree(case, accumulate, shared, device, dtype, agree) -> None:
-    inputs = _inputs(case, device, dtype)
+def test_kernel_and_reference_agree(case, accumulate, shared, device, gpu_dtype, agree) -> None:
+    inputs = _inputs(case, device, gpu_dtype)
     if shared:
         inputs[3].copy_(inputs[3][:, :1].expand_as(inputs[3]))
     agree(_evict, *inputs, accumulate=accumulate, shared=shared)

@@ -45,11 +45,11 @@ UPDATES = {  # tokens in a page, capacity, past tokens of the slots of the batch
 
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("case", UPDATES.values(), ids=UPDATES)
-def test_the_newest_page_is_bounded(case, mean, device, dtype, agree) -> None:
+def test_the_newest_page_is_bounded(case, mean, device, gpu_dtype, agree) -> None:
     page, capacity, past = case
     generator = torch.Generator().manual_seed(3)
-    keys = torch.randn(4, 2, capacity, 24, generator=generator).to(device, dtype)
-    bounds = torch.randn(2, 4, 2, -(-capacity // page), 24, generator=generator).to(device, dtype)
+    keys = torch.randn(4, 2, capacity, 24, generator=generator).to(device, gpu_dtype)
+    bounds = torch.randn(2, 4, 2, -(-capacity // page), 24, generator=generator).to(device, gpu_dtype)
     seq_lens = torch.tensor([0, *past], device=device)
     agree(update_newest_page, keys, *bounds, seq_lens, torch.tensor([2, 1, 3], device=device), page, mean)
 
@@ -81,10 +81,10 @@ def test_pages_are_selected_as_by_sorting(case, ties, device, agree) -> None:
 
 
 @pytest.mark.parametrize("similarity", [-1.0, 0.05, 1.0])
-def test_queries_are_chosen_by_their_change(similarity, device, dtype, agree) -> None:
+def test_queries_are_chosen_by_their_change(similarity, device, gpu_dtype, agree) -> None:
     generator = torch.Generator().manual_seed(3)
-    q = torch.randn(3, 8, 1, 24, generator=generator).to(device, dtype)[:, :6]  # strided
-    last = torch.randn(4, 6, 24, generator=generator).to(device, dtype)
+    q = torch.randn(3, 8, 1, 24, generator=generator).to(device, gpu_dtype)[:, :6]  # strided
+    last = torch.randn(4, 6, 24, generator=generator).to(device, gpu_dtype)
     agree(choose_queries, q, last, torch.tensor([2, 1, 3], device=device), 2, similarity)
 
 

@@ -59,5 +59,5 @@ def _evict(
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_kernels_and_reference_agree(case, device, dtype, agree) -> None:
-    agree(_evict, *_inputs(case, device, dtype))
+def test_kernels_and_reference_agree(case, device, gpu_dtype, agree) -> None:
+    agree(_evict, *_inputs(case, device, gpu_dtype))

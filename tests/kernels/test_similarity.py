@@ -19,8 +19,8 @@ def _keys(case) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_kernel_and_reference_agree(case, device, dtype, agree) -> None:
-    agree(latest_similar, _keys(case).to(device, dtype), 0.5)
+def test_kernel_and_reference_agree(case, device, gpu_dtype, agree) -> None:
+    agree(latest_similar, _keys(case).to(device, gpu_dtype), 0.5)
 
 
 def test_equals_a_loop() -> None:
