@@ -47,8 +47,8 @@ _FEW_ROWS_SMALL_MEMORY = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_st
 _FEW_ROWS_PAIRS_SMALL_MEMORY = {**_FEW_ROWS_PAIRS, "num_stages": 3}
 # In fp8, rows of x take the tensor cores' dimension of 64, so that a program can have fewer rows of the weight.
 _FP8 = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
-_FP8_FEW = {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 5}
-_FP8_FEW_PAIRS = {**_FP8_FEW, "num_stages": 4}
+_FP8_FEW = {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 7}
+_FP8_FEW_PAIRS = {**_FP8_FEW, "num_stages": 5}
 _FP8_SMALL_MEMORY = {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3}
 
 
