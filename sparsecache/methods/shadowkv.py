@@ -11,8 +11,7 @@ the pages that are not stored exactly.
 Differences: the budget counts all prompt tokens that are attended to. The authors' 2,048 tokens are those of the
 selected pages; 48 outliers and 4 last pages of 8 tokens come on top. Here these have shares of the budget near the
 authors'. Values stay on the device without `offload`. The basis comes from subspace iteration on K^T K, not from a
-singular value decomposition. It is faster and needs no host; on the keys of SmolLM2-135M the error is within 1 % of the
-least one.
+singular value decomposition. It is faster and needs no host; the tests hold its error to 1.03 times the least one.
 """
 
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from sparsecache.kernels.rows import index_slots, mask_of_first
 from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
 
-_ITERATIONS = 8
+_ITERATIONS = 4
 _RIDGE, _LEAST = 1e-14, 1e-300  # a share of the trace, and more than 0: for vectors of a smaller rank, and for zeros
 
 
