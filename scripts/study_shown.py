@@ -71,7 +71,7 @@ def draw(records: Sequence[Record], part: str, title: str) -> Any:
         axis.set_ylim(-0.6, len(drawn) - 0.4)
         axis.tick_params(axis="y", length=0, labelcolor=INK)
         axis.grid(axis="x")
-        axis.set_xlabel(f"points more than {records[0]['run']}, with 95 % intervals; in parentheses the share kept")
+        axis.set_xlabel(f"difference to {records[0]['run']} in points, 95 % intervals (in parentheses: kept)")
         return Plot(title, f"{title}: differences to {records[0]['run']}", figure)
 
     return with_style(figure)()
@@ -123,7 +123,7 @@ def draw_budgets(records: Sequence[Record], part: str, title: str) -> Any:
                     handles[name] = _draw_line(axis, points, style)
             set_share_axis(axis, [line[at]["kept"] for line in lines.values() for at in line if is_shown(at)])
             axis.set_xlabel(f"kept share of past tokens, {label}")
-        axes[0][0].set_ylabel(f"points more than {records[0]['run']}")
+        axes[0][0].set_ylabel(f"difference to {records[0]['run']} in points")
         legend_beside(figure, list(handles.values()), list(handles), len(handles))
         return Plot(title, f"{title}: differences to {records[0]['run']} by kept share", figure)
 
