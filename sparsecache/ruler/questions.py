@@ -76,29 +76,38 @@ def _read(path: Path, parse: Callable[[Path, Any], Questions], kind: str, option
 
 
 def _parse_squad(path: Path, content: Any) -> Questions:
-    articles = [[str(part["context"]) for part in article["paragraphs"]] for article in content["data"]]
+    articles = [[_text(part["context"]) for part in article["paragraphs"]] for article in content["data"]]
     documents = sorted({text for article in articles for text in article})
     index = {text: at for at, text in enumerate(documents)}
     questions = []
     for article, texts in zip(content["data"], articles, strict=True):
         of_article = list(dict.fromkeys(index[text] for text in texts))
-        for part, text in zip(article["paragraphs"], texts, strict=True):
-            related = [at for at in of_article if at != index[text]]
+        for part, context in zip(article["paragraphs"], texts, strict=True):
+            related = [at for at in of_article if at != index[context]]
             for asked in part["qas"]:
-                answers = [str(answer["text"]) for answer in asked["answers"]]
+                answers = [text for answer in asked["answers"] if (text := _text(answer["text"]))]
                 if answers and not asked.get("is_impossible"):
-                    questions.append(Question(str(asked["question"]), answers, [index[text]], related))
+                    questions.append(Question(_text(asked["question"]), answers, [index[context]], related))
     return Questions(path, questions, documents)
 
 
 def _parse_hotpotqa(path: Path, content: Any) -> Questions:
     def texts(asked: Any) -> list[str]:
-        return [f"{title}\n{''.join(sentences)}" for title, sentences in asked["context"]]
+        return [f"{_text(title)}\n{''.join(map(_text, sentences))}" for title, sentences in asked["context"]]
 
     documents = sorted({text for asked in content for text in texts(asked)})
     index = {text: at for at, text in enumerate(documents)}
     questions = []
     for asked in content:
         own = list(dict.fromkeys(index[text] for text in texts(asked)))
-        questions.append(Question(str(asked["question"]), [str(asked["answer"])], own))
+        if own and (answer := _text(asked["answer"])):
+            questions.append(Question(_text(asked["question"]), [answer], own))
     return Questions(path, questions, documents)
+
+
+def _text(value: Any) -> str:
+    """Return a text of a file. Raises TypeError for another value, ValueError for one that UTF-8 cannot hold."""
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()
+    return value

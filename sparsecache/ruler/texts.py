@@ -62,11 +62,17 @@ def check_ruler_size(rows: int, length: int) -> None:
 def read_essays(folder: Path) -> tuple[str, ...]:
     """Return the words of all .txt files of a folder, in the order of their names.
 
-    Raises UsageError for a folder without such text.
+    Raises UsageError for a folder without such text, and for a file that is not UTF-8.
     """
-    files = [path for path in list_folder(folder) if path.suffix == ".txt"]
-    text = "\n".join(read_file(path, _MAX_BYTES).decode("utf-8", "replace") for path in files)
+    text = "\n".join(_read_essay(path) for path in list_folder(folder) if path.suffix == ".txt")
     words = tuple(re.sub(r"\s+", " ", text).strip().split(" "))
     if words == ("",):
         raise UsageError(f"--ruler_essays {folder} holds no text in .txt files. Name a folder of essays.")
     return words
+
+
+def _read_essay(path: Path) -> str:
+    try:
+        return read_file(path, _MAX_BYTES).decode("utf-8-sig")
+    except ValueError as error:
+        raise UsageError(f"{path} is not UTF-8 text. Convert it, or take it out of --ruler_essays.") from error

@@ -1,6 +1,7 @@
 """Rows of RULER: their length, their answers as a reader of the prompt finds them, and what they depend on."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.tasks import load_ruler_tasks, ruler_names
 from sparsecache.ruler.fill import TooLongError, fill
+from sparsecache.ruler.questions import read_hotpotqa, read_squad
 from sparsecache.ruler.source import RulerSource
-from sparsecache.ruler.texts import WORD_TASKS, RulerTexts
+from sparsecache.ruler.texts import WORD_TASKS, RulerTexts, read_essays
 from sparsecache.runner.settings import Settings
 
 NEEDLES = {  # lines or sentences with a value, distinct keys, values asked for
@@ -225,6 +227,45 @@ def test_a_folder_without_essays_is_refused(tmp_path: Path, prompter: Prompter) 
     source = RulerSource(prompter, 1, 0, RulerTexts(tmp_path))
     with pytest.raises(UsageError, match=r"holds no text in \.txt files"):
         source.read(load_ruler_tasks([1024])["niah_single_2_1024"], False)
+
+
+def test_a_question_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    def squad(context: object = "Words.", question: object = "Who?", answer: object = "Ada") -> Any:
+        asked = {"question": question, "answers": [{"text": answer}]}
+        return {"data": [{"paragraphs": [{"context": context, "qas": [asked]}]}]}
+
+    def hotpotqa(context: object = (("Title", ["Words."]),), question: object = "Who?", answer: object = "Ada") -> Any:
+        return [{"context": context, "question": question, "answer": answer}]
+
+    path = tmp_path / "file.json"
+    for read, make in ((read_squad, squad), (read_hotpotqa, hotpotqa)):
+        path.write_text(json.dumps(make()))
+        assert len(read(path).questions) == 1
+        for wrong in (
+            {"context": None},
+            {"question": None},
+            {"answer": 5},
+            {"answer": ["Ada"]},
+            {"question": "\ud800"},
+        ):
+            path.write_text(json.dumps(make(**wrong)))
+            with pytest.raises(UsageError, match="is not a file of"):
+                read(path)
+        path.write_text(json.dumps(make(answer="")))
+        with pytest.raises(UsageError, match="holds no question with an answer"):
+            read(path)
+    for nothing in ([], [["Title", [None]]]):
+        path.write_text(json.dumps(hotpotqa(nothing)))
+        with pytest.raises(UsageError, match="question with an answer|is not a file of"):
+            read_hotpotqa(path)
+
+
+def test_an_essay_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffCafé.".encode())
+    assert read_essays(tmp_path) == ("Café.",)
+    (tmp_path / "b.txt").write_bytes("Café.".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"b\.txt is not UTF-8 text"):
+        read_essays(tmp_path)
 
 
 def test_more_rows_than_questions_are_refused(make_rows: Callable[..., Any]) -> None:
