@@ -60,6 +60,11 @@ def _describe_compressed(settings: Mapping[str, Any]) -> str | None:
         return f"its format is {short(settings.get('format'))}, not float-quantized"
     if settings.get("kv_cache_scheme") is not None:
         return "its keys and values have scales"
+    if settings.get("transform_config"):
+        return "its weights and activations are rotated"
+    sparsity = settings.get("sparsity_config")
+    if sparsity and not (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):
+        return "its weights are stored as sparse"
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         return "it has no config_groups"
@@ -68,6 +73,8 @@ def _describe_compressed(settings: Mapping[str, Any]) -> str | None:
         weights, inputs = stated.get("weights"), stated.get("input_activations")
         if not isinstance(weights, Mapping) or not isinstance(inputs, Mapping):
             return "its weights or its activations are not quantised"
+        if stated.get("output_activations") is not None:
+            return "its outputs are quantised"
         for part in (weights, inputs):
             if part.get("type") != "float" or part.get("num_bits") != 8 or not part.get("symmetric", True):
                 return "it is not symmetric fp8"
@@ -75,6 +82,8 @@ def _describe_compressed(settings: Mapping[str, Any]) -> str | None:
             return f"its weights have scales by {short(weights.get('strategy'))}, not by channel or tensor"
         if inputs.get("dynamic") is not True:
             return "its activations have static scales"
+        if (strategy := inputs.get("strategy", "token")) != "token":
+            return f"its activations have scales by {short(strategy)}, not by token"
     return None
 
 
@@ -100,20 +109,25 @@ def join_scales(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, St
                 f"{path} holds {name}{_SCALE} of shape {list(scale.shape)} for a weight of {list(stored.shape)}. One "
                 f"scale per tensor or per row is read. Use --engine transformers."
             )
-        joined[name] = StoredTensor(stored.shape, COMPUTE_DTYPE, _Reader(stored, scale))
+        if not scale.dtype.is_floating_point:
+            raise UsageError(f"{path} holds {name}{_SCALE} as {scale.dtype}, not as numbers. Download it again.")
+        joined[name] = StoredTensor(stored.shape, COMPUTE_DTYPE, _Reader(stored, scale, f"{path} holds {name}{_SCALE}"))
     return joined
 
 
 class _Reader:
-    """Reads a weight and its scale."""
+    """Reads a weight and its scale. Raises UsageError for a scale that is not a number above 0."""
 
-    def __init__(self, weight: StoredTensor, scale: StoredTensor):
-        self._weight, self._scale = weight, scale
+    def __init__(self, weight: StoredTensor, scale: StoredTensor, what: str):
+        self._weight, self._scale, self._what = weight, scale, what
 
     def __call__(self) -> Fp8Matrix:
         values, scale = self._weight.read(), self._scale.read()
         assert isinstance(values, Tensor) and isinstance(scale, Tensor)
-        return Fp8Matrix(values, scale.float().flatten().expand(len(values)).contiguous(), COMPUTE_DTYPE)
+        scale = scale.float().flatten()
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            raise UsageError(f"{self._what} with numbers that are not finite and above 0. Download it again.")
+        return Fp8Matrix(values, scale.expand(len(values)).contiguous(), COMPUTE_DTYPE)
 
 
 def quantised_rows(parts: Sequence[Tensor | Fp8Matrix]) -> Fp8Matrix:

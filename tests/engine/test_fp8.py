@@ -196,6 +196,9 @@ def test_a_checkpoint_in_fp8_is_read_as_stored(
         (_compressed({**WEIGHTS, "type": "int"}), "it is not symmetric fp8"),
         (_compressed(format="pack-quantized"), "its format is pack-quantized, not float-quantized"),
         (_compressed(kv_cache_scheme={"num_bits": 8}), "its keys and values have scales"),
+        (_compressed(inputs={**DYNAMIC, "strategy": "tensor"}), "its activations have scales by tensor, not by token"),
+        (_compressed(transform_config={"config_groups": {"u": {}}}), "its weights and activations are rotated"),
+        (_compressed(sparsity_config={"format": "sparse-24-bitmask"}), "its weights are stored as sparse"),
         (_compressed(config_groups={}), "it has no config_groups"),
         (_compressed(config_groups={"a": 3}), "its weights or its activations are not quantised"),
     ],
@@ -218,8 +221,11 @@ def test_another_quantisation_is_refused_by_name(config, why, folder) -> None:
         (lambda t, name: t.update({f"{name[:-6]}input_scale": torch.ones(1)}), "scaled weights"),
         (lambda t, name: t.update({name: t[name].float().to(torch.float8_e5m2)}), "as float8_e5m2"),
         (lambda t, name: t.pop(name), "quantised"),
+        (lambda t, name: t[f"{name}_scale"][5].fill_(torch.nan), "{}_scale with numbers that are not finite and above"),
+        (lambda t, name: t[f"{name}_scale"].zero_(), "{}_scale with numbers that are not finite and above 0"),
+        (lambda t, name: t.update({f"{name}_scale": torch.ones(1, dtype=torch.int8)}), "{}_scale as torch.int8, not"),
     ],
-    ids=["no scale", "short", "blocks", "static", "e5m2", "no weight"],
+    ids=["no scale", "short", "blocks", "static", "e5m2", "no weight", "nan", "zeros", "int8"],
 )
 def test_scales_that_do_not_fit_are_refused_by_name(change, why, folder) -> None:
     _to_fp8(folder, *FORMATS["by channel"])
