@@ -18,6 +18,7 @@ from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.eviction import KeptTokens, evict_least_attended, find_lowest, replace_rows
 
 _PINNED = 1e30  # above any score
+_MAX_KERNEL = 1023  # pooling takes time in proportion
 
 
 class PromptEvictionCache(LayerCache):
@@ -189,8 +190,8 @@ def check_voting(window: int, kernel: int) -> None:
     """Raise ValueError unless `window` last tokens can vote and votes can be pooled over `kernel` positions."""
     if window < 1:
         raise ValueError(f"window={window} must be 1 token or more.")
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel={kernel} must be an odd number of positions, 1 or more.")
+    if not 1 <= kernel <= _MAX_KERNEL or kernel % 2 == 0:
+        raise ValueError(f"kernel={kernel} must be an odd number of positions, 1 to {_MAX_KERNEL}.")
 
 
 def pin_last(scores: Tensor, count: int) -> Tensor:

@@ -22,4 +22,4 @@ class ArkVale(Quest):
 
     mean_bounds: ClassVar[bool] = True
 
-    page: Annotated[int, "tokens in a page, 1 or more"] = 32
+    page: Annotated[int, "tokens in a page, 1 to 1024"] = 32

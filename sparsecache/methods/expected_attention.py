@@ -22,6 +22,8 @@ from torch import Tensor
 from sparsecache.cache.eviction import EvictionMethod
 from sparsecache.kernels.rotation import Rotation, rotate_rows, rotate_rows_back
 
+_MAX_FUTURE = 65536
+
 
 @dataclass
 class ExpectedAttention(EvictionMethod):
@@ -29,14 +31,14 @@ class ExpectedAttention(EvictionMethod):
 
     uses_rope = True
 
-    future: Annotated[int, "next positions whose rotations are averaged, 1 or more"] = 512
+    future: Annotated[int, "next positions whose rotations are averaged, 1 to 65536"] = 512
     sinks: Annotated[int, "first tokens that always stay, 0 or more"] = 4
     epsilon: Annotated[float, "added to the expected attention before it is multiplied by the value's length"] = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.future < 1:
-            raise ValueError(f"future={self.future} must be 1 position or more.")
+        if not 1 <= self.future <= _MAX_FUTURE:
+            raise ValueError(f"future={self.future} must be 1 to {_MAX_FUTURE} positions.")
         if self.sinks < 0:
             raise ValueError(f"sinks={self.sinks} must be 0 tokens or more.")
         if not 0 <= self.epsilon < math.inf:

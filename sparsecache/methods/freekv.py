@@ -28,7 +28,7 @@ from sparsecache.methods.quest import Quest, QuestCache
 class FreeKV(Quest):
     """Selects pages by the query of the step before, unless the query has changed much."""
 
-    page: Annotated[int, "tokens in a page, 1 or more"] = 32
+    page: Annotated[int, "tokens in a page, 1 to 1024"] = 32
     similarity: Annotated[float, "cosine similarity to the query before, -1 to 1, below which the true one selects"] = (
         0.8
     )

@@ -32,6 +32,8 @@ from sparsecache.kernels.selection import score_margin
 from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
 
+_MAX_ITERATIONS = 16
+
 
 @dataclass
 class LRQK(SelectionMethod):
@@ -39,13 +41,14 @@ class LRQK(SelectionMethod):
 
     rank: Annotated[int, "columns of the factors, at most the channels of a head, 1 or more"] = 16
     recent: Annotated[float, "share of the budget that the most recent tokens get, 0 to 1"] = 1 / 16
-    iterations: Annotated[int, "of the alternating least squares, for a prompt and for a step, 1 or more"] = 2
+    iterations: Annotated[int, "of the alternating least squares, for a prompt and for a step, 1 to 16"] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} must be 1 or more.")
+        if not 1 <= self.iterations <= _MAX_ITERATIONS:
+            raise ValueError(f"iterations={self.iterations} must be 1 to {_MAX_ITERATIONS}.")
         if not 0 <= self.recent <= 1:
             raise ValueError(f"recent={self.recent} must be a share of the budget, 0 to 1.")
 

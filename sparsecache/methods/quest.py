@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsecache.cache.base import CacheConfig
-from sparsecache.cache.selection import SelectionCache, SelectionMethod
+from sparsecache.cache.selection import SelectionCache, SelectionMethod, check_page
 from sparsecache.cache.storage import FullStorage
 from sparsecache.kernels.pages import bounds_of_pages, newest_page, page_bounds, select_pages, update_newest_page
 from sparsecache.kernels.threshold import Selection
@@ -33,12 +33,11 @@ class Quest(SelectionMethod):
 
     mean_bounds: ClassVar[bool] = False
 
-    page: Annotated[int, "tokens in a page, 1 or more"] = 16
+    page: Annotated[int, "tokens in a page, 1 to 1024"] = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.page < 1:
-            raise ValueError(f"page={self.page} must be 1 token or more.")
+        check_page(self.page)
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "QuestCache":
         return QuestCache(self, layer, config)

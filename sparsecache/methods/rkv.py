@@ -30,6 +30,7 @@ from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.similarity import latest_similar
 
 _SIMILAR = 0.5  # cosine similarity above which tokens are similar
+_MAX_WINDOW = 64  # each query of it is kept, and read at every step
 
 
 @dataclass
@@ -38,13 +39,15 @@ class RKV(SparseMethod):
 
     kind: ClassVar[MethodKind] = "eviction"
 
-    window: Annotated[int, "last tokens, which vote and always stay, 1 or more"] = 8
+    window: Annotated[int, "last tokens, which vote and always stay, 1 to 64"] = 8
     kernel: Annotated[int, "neighbouring positions that votes are pooled over, an odd number"] = 7
     weight: Annotated[float, "of importance against redundancy, 0 to 1"] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_voting(self.window, self.kernel)
+        if self.window > _MAX_WINDOW:
+            raise ValueError(f"window={self.window} must be at most {_MAX_WINDOW} tokens.")
         if not 0 <= self.weight <= 1:
             raise ValueError(f"weight={self.weight} must be 0 to 1.")
 

@@ -23,6 +23,7 @@ from torch.nn.functional import cosine_similarity, pad
 
 from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, StepBytes
 from sparsecache.cache.host import allocate, check_host_memory, copy_into
+from sparsecache.cache.selection import check_page
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.decode import CachedRows, attend_gathered
 from sparsecache.kernels.gather import gather_rows
@@ -58,7 +59,7 @@ class ShadowKV(SparseMethod):
 
     budget: Annotated[float, "prompt tokens attended to, new ones not counted: a share up to 1, else a count"] = 0.2
     rank: Annotated[int, "coefficients per token, for the keys of all KV heads, 1 or more"] = 160
-    page: Annotated[int, "tokens in a page, 1 or more"] = 8
+    page: Annotated[int, "tokens in a page, 1 to 1024"] = 8
     outliers: Annotated[float, "share of the budget for pages whose keys differ most, 0 to 1, rounded down"] = 0.15
     recent: Annotated[float, "share of the budget for the prompt's last pages, 0 to 1, rounded down"] = 0.015
     offload: Annotated[bool, "keep the values of the sparse layers in pinned host memory"] = False
@@ -66,9 +67,9 @@ class ShadowKV(SparseMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._shared: dict[torch.device, _Shared] = {}
-        for name in ("rank", "page"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        check_page(self.page)
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} must be 1 or more.")
         for name in ("outliers", "recent"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be a share of the budget, 0 to 1.")

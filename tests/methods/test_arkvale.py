@@ -41,5 +41,5 @@ def test_pages_are_taken_by_centre_and_mean_deviation(budget, page, group) -> No
 
 
 def test_a_page_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^page=0 must be 1 token or more\.$"):
+    with pytest.raises(ValueError, match=r"^page=0 must be 1 to 1024 tokens\.$"):
         ArkVale(page=0)

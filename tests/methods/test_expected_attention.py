@@ -106,7 +106,7 @@ def test_an_eviction_before_a_selection_keeps_the_same_tokens() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"future": 0}, r"^future=0 must be 1 position or more\.$"),
+        ({"future": 65537}, r"^future=65537 must be 1 to 65536 positions\.$"),
         ({"sinks": -1}, r"^sinks=-1 must be 0 tokens or more\.$"),
         ({"epsilon": float("nan")}, r"^epsilon=nan must be 0 or more\.$"),
     ],

@@ -88,7 +88,7 @@ def test_the_query_before_of_the_first_step_is_the_prompts_last() -> None:
         ({"recent": 1.1}, r"^recent=1\.1 must be a share of the budget, 0 to 1\.$"),
         ({"recent": math.nan}, r"^recent=nan must be a share"),
         ({"similarity": math.nan}, r"^similarity=nan must be -1 to 1\.$"),
-        ({"page": 0}, r"^page=0 must be 1 token or more\.$"),
+        ({"page": 0}, r"^page=0 must be 1 to 1024 tokens\.$"),
     ],
 )
 def test_options_out_of_range_are_refused(options, told) -> None:

@@ -134,7 +134,7 @@ def test_no_step_exceeds_the_budget(budget) -> None:
     [
         ({"rank": 0}, r"^rank=0 must be 1 or more\.$"),
         ({"recent": 1.5}, r"^recent=1.5 must be a share of the budget, 0 to 1\.$"),
-        ({"iterations": 0}, r"^iterations=0 must be 1 or more\.$"),
+        ({"iterations": 17}, r"^iterations=17 must be 1 to 16\.$"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message) -> None:

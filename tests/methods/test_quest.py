@@ -82,5 +82,6 @@ def test_no_step_exceeds_the_budget(budget) -> None:
 
 
 def test_an_empty_page_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^page=0 must be 1 token or more\.$"):
-        Quest(page=0)
+    for page in (0, -1, 1025, 2**31 - 1):
+        with pytest.raises(ValueError, match=rf"^page={page} must be 1 to 1024 tokens\.$"):
+            Quest(page=page)

@@ -123,7 +123,8 @@ def test_of_many_alike_the_last_stays() -> None:
     ("options", "message"),
     [
         ({"window": 0}, r"^window=0 must be 1 token or more\.$"),
-        ({"kernel": 2}, r"^kernel=2 must be an odd number of positions, 1 or more\.$"),
+        ({"window": 65}, r"^window=65 must be at most 64 tokens\.$"),
+        ({"kernel": 2}, r"^kernel=2 must be an odd number of positions, 1 to 1023\.$"),
         ({"weight": 1.5}, r"^weight=1.5 must be 0 to 1\.$"),
     ],
 )

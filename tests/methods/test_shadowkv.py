@@ -153,7 +153,7 @@ def test_values_in_host_memory_are_the_same() -> None:
     ("options", "message"),
     [
         ({"rank": 0}, r"^rank=0 must be 1 or more\.$"),
-        ({"page": 0}, r"^page=0 must be 1 or more\.$"),
+        ({"page": 1025}, r"^page=1025 must be 1 to 1024 tokens\.$"),
         ({"outliers": 1.5}, r"^outliers=1.5 must be a share of the budget, 0 to 1\.$"),
         ({"outliers": 0.6, "recent": 0.5}, r"^outliers=0.6 and recent=0.5 must be at most 1 together\.$"),
     ],

@@ -114,8 +114,9 @@ def test_steps_count_as_capped_when_the_prompt_was() -> None:
     ("options", "message"),
     [
         ({"window": 0}, r"^window=0 must be 1 token or more\.$"),
-        ({"kernel": 4}, r"^kernel=4 must be an odd number of positions, 1 or more\.$"),
-        ({"kernel": -1}, r"^kernel=-1 must be an odd number of positions, 1 or more\.$"),
+        ({"kernel": 4}, r"^kernel=4 must be an odd number of positions, 1 to 1023\.$"),
+        ({"kernel": -1}, r"^kernel=-1 must be an odd number of positions, 1 to 1023\.$"),
+        ({"kernel": 1025}, r"^kernel=1025 must be an odd number of positions, 1 to 1023\.$"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message) -> None:
