@@ -129,7 +129,7 @@ def _group(
             model_share=costs[at].model_share(mean.kept),
             tokens_per_s=_tokens_per_s([part.datasets[at] for part in parts]),
             errors=sum(part.datasets[at].count("error_row") for part in parts),
-            best=scores[at] == max(scores),
+            best=scores[at] == max(scores) > min(scores),
             difference=_difference(parts, list(weights.values()), at) if at else None,
         )
         for at, mean in enumerate(means)

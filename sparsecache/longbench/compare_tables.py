@@ -146,7 +146,9 @@ def _legend(comparison: Comparison) -> Iterator[str]:
     """Yield what the columns that are shown mean, a line each."""
     means = [group for group in comparison.groups if group.kind == "average" and group.name in MEANS.values()]
     extent = f"{_extent(means[0])}; " if len(means) == 1 else ""
-    yield f"score: {extent}the highest is marked. difference: to {comparison.runs[0].name}, in points."
+    marked = any(entry.best for group in comparison.groups for entry in group.entries)
+    highest = "the highest is marked" if marked else "all are equal"
+    yield f"score: {extent}{highest}. difference: to {comparison.runs[0].name}, in points."
     if any(entry.difference and entry.difference.interval for group in comparison.groups for entry in group.entries):
         yield f"95% interval: paired bootstrap over rows, {comparison.resamples:,} resamples, seed {comparison.seed}."
     if any(run.kept for run in comparison.runs):

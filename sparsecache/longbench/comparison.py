@@ -31,7 +31,7 @@ class Difference:
 class Entry:
     """The result of one run in one group.
 
-    score, stderr: the official score and its standard error. best: whether no run scores higher.
+    score, stderr: the official score and its standard error. best: whether no run scores higher, and one lower.
     kept: mean share of past tokens attended to in sparse layers; None without a sparse step.
     model_share: the same over all layers; None if unknown.
     tokens_per_s: decode tokens per second of these rows, from first to last token. In a batch this includes time

@@ -143,11 +143,12 @@ def test_repeated_ids_are_refused_even_if_the_scorer_allows_them(make_run: MakeR
 
 
 def test_the_best_runs_are_marked_including_ties(scored: Callable[..., RunScore]) -> None:
-    runs = [scored("a", qasper="yn", hotpotqa="yn"), scored("b", qasper="ny", hotpotqa="yy")]
-    found = lines_of(compare([*runs, scored("c", qasper="nn", hotpotqa="nn")]))
+    runs = [scored("a", qasper="yn", hotpotqa="yn", lcc="y"), scored("b", qasper="ny", hotpotqa="yy", lcc="y")]
+    found = lines_of(compare([*runs, scored("c", qasper="nn", hotpotqa="nn", lcc="y")]))
     assert {name: [entry.best for entry in line.entries] for name, line in found.items() if line.kind == "dataset"} == {
         "qasper": [True, True, False],
         "hotpotqa": [False, True, False],
+        "lcc": [False] * 3,  # all are equal
     }
     assert [entry.best for entry in found["flat_mean"].entries] == [False, True, False]
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from sparsecache.errors import UsageError
+from sparsecache.longbench.paired import MIN_ROWS
 from sparsecache.longbench.plots._axes import MAX_RUNS, error_bar, legend_above, run_labels
 from sparsecache.longbench.plots._figure import Plot, line_style, new_figure, run_colors, with_style
 from sparsecache.longbench.score_types import BUCKETS, RunScore
@@ -42,7 +43,10 @@ def draw(runs: Sequence[RunScore]) -> Plot:
     axis.set_ylabel("mean score")
     if len(runs) > 1:
         legend_above(figure, handles, names)
-    caption = f"Mean score by length of {', '.join(names)}, over the datasets with rows of that length; 95% intervals."
+    caption = (
+        f"Mean score by length of {', '.join(names)}, over the datasets with rows of that length; 95% intervals, where "
+        f"there are {MIN_ROWS} rows or more."
+    )
     return Plot(f"Scores by length: {subject(runs)}", caption, figure)
 
 
