@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, tl, triton, use_kernel
-from sparsecache.kernels.rows import index_slots
+from sparsecache.kernels.rows import index_slots, mask_of_first, take_rows
 
 _RIDGE = 1e-6  # a share of the mean of the diagonal
 _LEAST = 1e-20  # so that a matrix of zeros gives zeros
+_BLOCK_N = 64  # tokens that a program adds up at a time
 _TINY = 1e-6  # the authors' too: it shortens a step whose reduced rows are nearly 0
 
 
@@ -51,6 +52,42 @@ def update_factors(
     query_basis[slots] = _descend(of_queries, reduced_query, queries)
     key_basis[slots] = _descend(of_keys, reduced_key, key)
     return reduced_query.flatten(1, 2)[:, :, None], reduced_key
+
+
+def sum_products(
+    k: Tensor,
+    reduced_key: Tensor,
+    keys: Tensor,
+    reduced_keys: Tensor,
+    sources: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    counts: Tensor,
+    products: Tensor,
+    gram: Tensor,
+) -> None:
+    """Set the `products` and the `gram` of slots to those of selected tokens and a new one.
+
+    k: [B, G, 1, D]; reduced_key: [B, G, 1, R]; keys: [S, G, T, D]; reduced_keys: [S, G, T, R]; sources: [B] int64, the
+    first index of each sequence's keys. positions: [B, G, N] int64, the first counts [B, G] (int64) of a KV head valid.
+    slots: [B] int64, distinct; products and gram: as in `update_factors`, written in place.
+    """
+    batch, kv_heads, width = positions.shape
+    rank, head_dim = reduced_keys.shape[3], keys.shape[3]
+    if use_kernel(k):
+        _sum_kernel[(batch * kv_heads,)](
+            k, k.stride(0), k.stride(1), reduced_key, keys, reduced_keys, sources, slots, positions.contiguous(),
+            counts.contiguous(), products, gram, kv_heads, keys.shape[2], width, rank, head_dim,
+            BLOCK_N=_BLOCK_N, BLOCK_R=next_power_of_2(rank, 16), BLOCK_D=next_power_of_2(head_dim, 16), num_warps=4,
+            **pdl_options(),
+        )  # fmt: skip
+        return
+    valid = mask_of_first(counts, width)
+    rows = positions.masked_fill(~valid, 0)
+    reduced = take_rows(reduced_keys, sources, rows).float().masked_fill(~valid[..., None], 0)
+    reduced = torch.cat((reduced, reduced_key), 2)
+    products[slots] = torch.cat((take_rows(keys, sources, rows), k), 2).float().mT @ reduced
+    gram[slots] = reduced.mT @ reduced
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
@@ -171,3 +208,40 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     at_query = (row * kv_heads * GROUP + head)[None, :] * rank + factor[:, None]
     tl.store(reduced_query + at_query, a_q, mask=(query < GROUP)[None, :] & in_rank[:, None])
     tl.store(reduced_key + tl.program_id(0) * rank + factor, tl.sum(a_k, axis=1), mask=in_rank)
+
+
+@triton.jit(do_not_specialize=["capacity", "width"])
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    k, k_row_stride, k_head_stride, reduced_key, keys, reduced_keys, sources, slots, positions, counts, products, gram,
+    kv_heads, capacity, width, rank, head_dim,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Sum the products of one slot and KV head."""
+    pdl_wait(USE_PDL)
+    head = tl.program_id(0).to(tl.int64)
+    row, kv = head // kv_heads, head % kv_heads
+    source, owner = tl.load(sources + row) * kv_heads + kv, tl.load(slots + row) * kv_heads + kv
+    count = tl.load(counts + head).to(tl.int32)
+    factor, channel = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    in_rank, in_head = factor < rank, channel < head_dim
+    key = tl.load(k + row * k_row_stride + kv * k_head_stride + channel, mask=in_head, other=0.0).to(tl.float32)
+    reduced = tl.load(reduced_key + head * rank + factor, mask=in_rank, other=0.0)
+    of_keys = key[:, None] * reduced[None, :]  # [BLOCK_D, BLOCK_R]
+    own = reduced[:, None] * reduced[None, :]
+    for first in range(0, count, BLOCK_N):
+        token = first + tl.arange(0, BLOCK_N)
+        is_valid = token < count
+        place = source * capacity + tl.load(positions + head * width + token, mask=is_valid, other=0)
+        tile = tl.load(
+            keys + place[:, None] * head_dim + channel[None, :], mask=is_valid[:, None] & in_head[None, :], other=0.0
+        ).to(tl.float32)
+        factors = tl.load(
+            reduced_keys + place[:, None] * rank + factor[None, :],
+            mask=is_valid[:, None] & in_rank[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        of_keys = tl.dot(tl.trans(tile), factors, of_keys, input_precision="ieee")
+        own = tl.dot(tl.trans(factors), factors, own, input_precision="ieee")
+    at_products = (owner * head_dim + channel)[:, None] * rank + factor[None, :]
+    tl.store(products + at_products, of_keys, mask=in_head[:, None] & in_rank[None, :])
+    at_gram = (owner * rank + factor)[:, None] * rank + factor[None, :]
+    tl.store(gram + at_gram, own, mask=in_rank[:, None] & in_rank[None, :])

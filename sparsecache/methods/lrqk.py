@@ -26,7 +26,8 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
-from sparsecache.kernels.factors import solve, update_factors
+from sparsecache.cache.storage import FullStorage
+from sparsecache.kernels.factors import solve, sum_products, update_factors
 from sparsecache.kernels.rows import mask_of_first, take_rows
 from sparsecache.kernels.selection import score_margin
 from sparsecache.kernels.speculation import speculated_scores
@@ -122,9 +123,8 @@ class LRQKCache(SelectionCache):
         past = torch.full((1,), length, device=k.device)
         priorities = self.method.priorities((last @ reduced.mT)[None], past, torch.full_like(past, count))
         active = priorities[0].topk(count, dim=1).indices[..., None]
-        self._set_active(
-            slot, keys.gather(1, active.expand(-1, -1, keys.shape[2])), reduced.gather(1, active.expand(-1, -1, rank))
-        )
+        keys, reduced = (x.gather(1, active.expand(-1, -1, x.shape[2])) for x in (keys, reduced))
+        self.products[slot], self.gram[slot] = keys.mT @ reduced, _gram(reduced)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         self.reduced_query, reduced_key = update_factors(
@@ -132,20 +132,23 @@ class LRQKCache(SelectionCache):
         )
         out = super().attend(q, k, v, slots)
         with self.config.deferred.reading(k, reduced_key, slots, *self.selection):
-            positions, counts = self.selection
-            valid = mask_of_first(counts, positions.shape[2])
-            rows = positions.masked_fill(~valid, 0)
-            reduced = take_rows(self.reduced_keys, slots, rows).float().masked_fill(~valid[..., None], 0)
-            keys = self.full.keys_of(slots, rows)
-            self._set_active(slots, torch.cat((keys, k), 2).float(), torch.cat((reduced, reduced_key), 2))
+            self._sum_products(k, reduced_key, slots)
             row = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
             self.reduced_keys[slots, :, row] = reduced_key[:, :, 0].to(self.reduced_keys.dtype)
         return out
 
-    def _set_active(self, slots: Tensor | int, keys: Tensor, reduced: Tensor) -> None:
-        """Set the products of tokens attended to; keys: [.., G, N, D]; reduced: [.., G, N, R], zeros for none."""
-        self.products[slots] = keys.mT @ reduced
-        self.gram[slots] = _gram(reduced)
+    def _sum_products(self, k: Tensor, reduced_key: Tensor, slots: Tensor) -> None:
+        """Set the products to those of the tokens attended to."""
+        (positions, counts), kv = self.selection, self.full.kv
+        sums = self.products, self.gram
+        if isinstance(kv, FullStorage):
+            sum_products(k, reduced_key, kv.keys, self.reduced_keys, slots, slots, positions, counts, *sums)
+            return
+        rows = positions.masked_fill(~mask_of_first(counts, positions.shape[2]), 0)
+        keys, reduced_keys = self.full.keys_of(slots, rows), take_rows(self.reduced_keys, slots, rows)
+        taken = torch.arange(rows.shape[2], device=k.device).expand_as(rows)
+        batch = torch.arange(len(slots), device=k.device)
+        sum_products(k, reduced_key, keys, reduced_keys, batch, slots, taken, counts, *sums)
 
 
 def _gram(x: Tensor) -> Tensor:

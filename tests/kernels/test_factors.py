@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsecache.kernels._triton import force_backend
-from sparsecache.kernels.factors import solve, update_factors
+from sparsecache.kernels.factors import solve, sum_products, update_factors
 
 DTYPES = [torch.float16, torch.float32, torch.bfloat16][: 3 if torch.cuda.is_available() else 2]
 CASES = {  # slots, batch, KV heads, query heads per KV head, channels, rank, iterations
@@ -46,6 +46,32 @@ def test_the_kernel_equals_the_reference(case, dtype, device) -> None:
     free = [slot for slot in range(slots) if slot not in order.tolist()]
     for basis, updated in zip(bases, found[0][2:], strict=True):
         assert torch.equal(basis[free], updated[free]) and not torch.equal(basis[order], updated[order])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_are_those_of_the_selected_tokens_and_the_new_one(dtype, device) -> None:
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(device, dtype)
+
+    keys, reduced_keys = draw(3, 2, 90, 24), draw(3, 2, 90, 5)
+    k, reduced_key = draw(2, 2, 1, 24), draw(2, 2, 1, 5).float()
+    sources, slots = torch.tensor([2, 1], device=device), torch.tensor([0, 3], device=device)
+    positions = torch.stack([torch.randperm(90, generator=generator)[:80] for _ in range(4)]).view(2, 2, 80).to(device)
+    counts = torch.tensor([[0, 1], [80, 67]], device=device)
+    for backend in ("kernels", "reference"):
+        products, gram = torch.ones(4, 2, 24, 5, device=device), torch.ones(4, 2, 5, 5, device=device)
+        with force_backend(backend):
+            sum_products(k, reduced_key, keys, reduced_keys, sources, slots, positions, counts, products, gram)
+        for b, (source, slot) in enumerate(((2, 0), (1, 3))):
+            for g in range(2):
+                rows = positions[b, g, : counts[b, g]]
+                of_keys = torch.cat((keys[source, g, rows], k[b, g])).double()
+                reduced = torch.cat((reduced_keys[source, g, rows].double(), reduced_key[b, g].double()))
+                torch.testing.assert_close(products[slot, g].double(), of_keys.mT @ reduced, rtol=1e-4, atol=1e-3)
+                torch.testing.assert_close(gram[slot, g].double(), reduced.mT @ reduced, rtol=1e-4, atol=1e-3)
+        assert (products[1:3] == 1).all() and (gram[1:3] == 1).all()
 
 
 @pytest.mark.parametrize(("batch", "size", "columns"), [((3, 2), 16, 1), ((2,), 5, 7), ((1, 1), 1, 3)])

@@ -12,6 +12,7 @@ from sparsecache.errors import UsageError
 from sparsecache.methods import parse_options
 from sparsecache.methods.adakv import AdaKV
 from sparsecache.methods.kivi import KIVI
+from sparsecache.methods.lrqk import LRQK
 from sparsecache.methods.oracle import Oracle
 from sparsecache.methods.quest import Quest
 from sparsecache.methods.snapkv import SnapKV
@@ -94,7 +95,7 @@ def test_what_an_eviction_keeps_is_quantised_in_the_order_of_the_text(kind) -> N
     _check(kind(**options, storage="int4"), 4, held, 1.0)
 
 
-@pytest.mark.parametrize("kind", [Quest, TidalDecode])
+@pytest.mark.parametrize("kind", [Quest, TidalDecode, LRQK])
 def test_a_selection_of_everything_is_kivi(kind) -> None:
     """Dense, selecting and sparse layers have the same storage."""
     shape = shape_of(2, layers=3)
