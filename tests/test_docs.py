@@ -31,7 +31,17 @@ PAGES = [
 ]
 SCRIPTS = ("bench", "recall", "select_rows", "study", "sweep", "write_sample")
 MODEL = "smollm2-135m-instruct"
-OTHER_FLAGS = {"--help", "--no-deps", "--nodes", "--head", "--port", "--address", "--num-cpus", "--generate"}
+OTHER_FLAGS = {
+    "--help",
+    "--no-deps",
+    "--nodes",
+    "--head",
+    "--port",
+    "--address",
+    "--num-cpus",
+    "--generate",
+    "--extra-index-url",
+}
 """Options of pip, Slurm and Ray."""
 
 
