@@ -161,7 +161,7 @@ def _launch(
     if isinstance(weight, Fp8Matrix):
         x = _in_fp8(x)
         factors = x.values, x.scales, weight.values, weight.scales
-        kernel, sizes = _linear_fp8_kernel, _fp8_sizes(kind, pairs, x.device)
+        kernel, sizes = _linear_quantised_kernel, _fp8_sizes(kind, pairs, x.device)
     else:
         assert isinstance(x, Tensor), "rows in fp8 need a weight in fp8"
         factors = x.contiguous(), weight
@@ -298,7 +298,7 @@ def _linear_few_rows_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _linear_fp8_kernel(  # type: ignore[no-untyped-def]
+def _linear_quantised_kernel(  # type: ignore[no-untyped-def]
     x, x_scales, weight, scales, bias, residual, cos, sin, out, rows, size, pairs, half, num_rotated,
     KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, USE_PDL: tl.constexpr,
