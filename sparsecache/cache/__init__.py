@@ -1,6 +1,6 @@
 """The interface between the engine and cache methods, and base classes for eviction and selection methods.
 
-Nothing here depends on weights or text. The names below are all that a new method needs.
+Nothing here depends on weights. The names below are what most new methods need.
 """
 
 from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, ProjectQuery, Shape, StepBytes

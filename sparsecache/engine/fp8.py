@@ -1,7 +1,7 @@
 """Decoding in fp8: the devices that can, and checkpoints that store fp8 weights.
 
-Read are weights in e4m3 with one scale per tensor or per output row, whose activations are quantised as they come:
-compressed-tensors' `float-quantized`, and `quant_method: fp8`. Their values are used as stored.
+Checkpoints hold weights in e4m3 with one scale per tensor or per output row, and quantise activations as they come:
+compressed-tensors' `float-quantized`, and `quant_method: fp8`. Weights are used as stored.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Reads and checks rows from the Hugging Face hub, a folder, a file, a zip, or the bundled sample."""
+"""Reads and checks rows from the Hugging Face hub, a folder, a file or a zip."""
 
 import hashlib
 import io

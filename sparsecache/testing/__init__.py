@@ -1,1 +1,1 @@
-"""What tests share with users who write methods or try things: checkpoints with random weights."""
+"""Checks of methods and model families, and checkpoints with random weights, for tests and for users."""
