@@ -4,7 +4,7 @@ As Quest, with narrower bounds of a page: the middle of its lowest and highest v
 of the page's keys from it, per channel (the paper's "cuboid-mean"). Outliers of a page count for less. The page size
 is the authors'.
 
-GQA, and the budget's last page: as in `quest`.
+GQA, the newest page, and the budget's last page: as in `quest`.
 
 Differences: the paper keeps pages in host memory and recalls those that are selected. Here every token stays on the
 device, so what is measured is the selection. The paper selects for layers 2 on, as here by default.

@@ -1,13 +1,14 @@
 """Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference (ICML'24, arXiv 2406.10774).
 
 Keys form pages of `page` tokens. The lowest and highest value of every channel of a page bound q . k for any key
-of the page: sum over channels of max(q * lowest, q * highest). Pages are taken in falling order of this bound until
-the budget is used. Every token is kept: Quest saves attention, not memory.
+of the page: sum over channels of max(q * lowest, q * highest). The newest page is always taken, as by the authors'
+kernels, then pages in falling order of this bound until the budget is used. Every token is kept: Quest saves
+attention, not memory.
 
 GQA: the paper has one KV head per query head. Here a page's bound for a KV head is the highest of its query heads'.
 
 Differences: the budget counts tokens, so the last page that fits in part gives its latest tokens only. The paper
-takes whole pages, and its kernels always take the last page. The current token is attended to on top of the budget.
+takes whole pages. The current token is attended to on top of the budget.
 """
 
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ class Quest(SelectionMethod):
 
     def page_scores(self, q: Tensor, cache: "QuestCache", slots: Tensor, width: int) -> Tensor:
         """Return the scores by which a KV head takes the pages of `width` tokens: [B, G, pages] float32."""
-        return page_bounds(q, cache.lowest, cache.highest, slots, -(-width // self.page), join_heads=True)
+        scores = page_bounds(q, cache.lowest, cache.highest, slots, -(-width // self.page), join_heads=True)
+        newest = (cache.seq_lens[slots] - 1).clamp(min=0) // self.page
+        return scores.scatter_(2, newest[:, None, None].expand(-1, scores.shape[1], 1), torch.inf)
 
     def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
         return seq_len / self.page * config.token_nbytes  # two bounds a page are as much as a key and a value

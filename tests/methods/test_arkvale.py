@@ -18,7 +18,7 @@ def _selected(text: Text, layer: int, kv: int, past: int, budget: int, page: int
     heads = range(kv * text.group, (kv + 1) * text.group)
     worth = [max(_score(text, layer, kv, head, past, positions) for head in heads) for positions in pages]
     kept: list[int] = []
-    for at in sorted(range(len(pages)), key=lambda at: (-worth[at], at)):
+    for at in sorted(range(len(pages)), key=lambda at: (at != len(pages) - 1, -worth[at], at)):
         fits = min(budget - len(kept), len(pages[at]))
         kept += pages[at][len(pages[at]) - fits :]
     return sorted(kept)
