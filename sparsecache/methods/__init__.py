@@ -116,7 +116,8 @@ def option_errors(method: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UsageError(f"Method {method} refuses its options: {error} {_HINT}") from error
+        hint = "" if _HINT in str(error) else f" {_HINT}"  # a method that names others quotes their errors
+        raise UsageError(f"Method {method} refuses its options: {error}{hint}") from error
 
 
 def parse_options(method: str, options: dict[str, str]) -> dict[str, Any]:

@@ -116,7 +116,12 @@ def _make(option: str, text: str) -> CacheMethod:
         check_method_name(name)
         if issubclass(load_method(name), Composed):
             raise UsageError("composed cannot be a part of itself.")
-        given = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+        given: dict[str, str] = {}
+        for pair in pairs:
+            key, _, value = pair.partition("=")
+            if key in given:
+                raise UsageError(f"{key} is given twice. Leave one of them out.")
+            given[key] = value
         return make_method(name, parse_options(name, given))
     except UsageError as error:
         raise ValueError(f"{option}={text}: {error}") from error
