@@ -17,6 +17,7 @@ longbench_pred.py. A row's prefill_s is the time in which its prompt was read fo
 method's own. Runs with --workers, --verify or --engine transformers are processes of their own.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from sweep_runs import check_runs, read_sweep
 from sweep_table import Report, recorded
 
 from sparsecache.cli import FlexibleCommand, make_folder, report_usage_errors
+from sparsecache.errors import UsageError
 from sparsecache.runner.settings import Settings
 
 
@@ -73,6 +75,8 @@ def main(
     """
     with report_usage_errors():
         report = Report(out, html)
+        if limit_memory is not None and math.isnan(limit_memory):  # click's range lets it pass
+            raise UsageError("--limit_memory nan must be a number of GiB above 0.")
         runs, arguments = read_sweep(file, models)
         shared = [*arguments, *more]
         settings = check_runs(runs, shared, pred_dir)

@@ -2,8 +2,10 @@
 
 import io
 import itertools
+import math
 import shlex
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from sparsecache.options import show
 from sparsecache.runner.settings import Settings
 
 _MAX_BYTES = 2**20
+_MAX_RUNS = 1000
 _VALUES = str | bool | int | float
 
 
@@ -74,7 +77,7 @@ def read_sweep(file: Path, models: Sequence[str] = ()) -> tuple[list[Run], list[
     if not isinstance(arguments, list) or not all(isinstance(argument, _VALUES) for argument in arguments):
         raise UsageError(f'{file}: `arguments` is a list of texts (arguments = ["--max_samples", "20"]).')
     runs = [run for model in sweep["models"] for table in sweep["methods"] for run in _runs(model, table, file)]
-    repeated = {run.name for run in runs if runs.count(run) > 1}
+    repeated = {run.name for run, times in Counter(runs).items() if times > 1}
     if repeated:
         raise UsageError(f"{file} names a run twice: {listed(sorted(repeated))}.")
     return runs, [str(argument) for argument in arguments]
@@ -89,6 +92,8 @@ def _runs(model: str, table: dict[str, Any], file: Path) -> Iterator[Run]:
         kind = str if key == "method" else _VALUES
         if not choices or not all(isinstance(choice, kind) for choice in choices):
             raise UsageError(f"{file}: {key} = {short(table[key])} must be a value, or a list of some.")
+    if (number := math.prod(map(len, values))) > _MAX_RUNS:
+        raise UsageError(f"{file}: a table of [[methods]] makes {number:,} runs; at most {_MAX_RUNS:,} are made.")
     for method, *chosen in itertools.product(*values):
         yield Run(model, method, tuple(zip(keys[1:], map(show, chosen), strict=True)))
 
@@ -124,6 +129,9 @@ def _settings(run: Run, shared: list[str], pred_dir: Path) -> Settings:
         raise UsageError(error.format_message()) from error
     except click.exceptions.Exit as error:
         raise UsageError("its arguments only print something (--help, --list_methods).") from error
+    for key, value in {"model": run.model, "method": run.method, "name": run.name, "pred_dir": pred_dir}.items():
+        if values[key] != value:  # the run would not be what its name says
+            raise UsageError(f"its arguments give --{key}, which the sweep states. Leave it out of them.")
     settings.check()
     make_method(settings.method, parse_options(settings.method, settings.options))
     return settings

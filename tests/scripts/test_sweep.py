@@ -147,6 +147,10 @@ def test_a_dry_run_prints_each_command_and_starts_none(sweep, tmp_path, started,
         ('models = ["demo"]\narguments = "--e"\n[[methods]]\nmethod = "h2o"', "`arguments` is a list of texts"),
         ('models = ["demo"]\narguments = [["--e"]]\n[[methods]]\nmethod = "h2o"', "`arguments` is a list of texts"),
         ('models = ["demo"]\n[[methods]]\nmethod = 3', "method = 3 must be a value"),
+        (
+            f'models = ["demo"]\n[[methods]]\nmethod = "h2o"\nbudget = {[*range(1, 102)]}\ndense_layers = {[0] * 10}',
+            "makes 1,010 runs; at most 1,000",
+        ),
         ('models = ["demo"]\n[[methods]]\nmethod = "h2o"\nbudget = []', "budget = [] must be a value"),
         ('models = ["demo"]\n[[methods]]\nmethod = "h2o"\nbudget = 2020-01-01', "must be a value"),
         ('models = ["demo"]\n[[methods]]\nmethod = "h2o"\nbudget = {a = 1}', "budget = {'a': 1} must be a value"),
@@ -169,7 +173,8 @@ def test_a_bad_file_is_refused_before_anything_runs(sweep, tmp_path, text: str, 
         ('"--sample_rows", "2"', '"--sample_rows", "0"', ["2 of 2 runs cannot start", "--sample_rows"]),
         ('"qasper"', '"qaspr"', ["2 of 2 runs cannot start", "qaspr"]),
         ('"--sample_rows", "2"', '"--help"', ["2 of 2 runs cannot start", "--help"]),
-        ('"--sample_rows", "2"', '"--name", "same"', ["its folder pred/tiny/same is also that of "]),
+        ('"--sample_rows", "2"', '"--name", "same"', ["2 of 2 runs cannot start", "its arguments give --name"]),
+        ('"--sample_rows", "2"', '"--method", "h2o"', ["its arguments give --method, which the sweep states"]),
     ],
 )
 def test_a_mistake_in_any_run_is_found_before_the_first_one_starts(sweep, tmp_path, started, old, new, parts) -> None:
@@ -183,6 +188,11 @@ def test_a_mistake_in_any_run_is_found_before_the_first_one_starts(sweep, tmp_pa
 def test_a_report_needs_a_folder(sweep) -> None:
     done = sweep(FILE, "--html")
     assert (done.exit_code, done.stderr) == (2, "Error: --html needs --out, the folder for the report.\n")
+
+
+def test_a_limit_that_is_no_number_is_refused(sweep) -> None:
+    done = sweep(FILE, "--limit_memory", "nan")
+    assert (done.exit_code, done.stderr) == (2, "Error: --limit_memory nan must be a number of GiB above 0.\n")
 
 
 def test_a_separate_run_that_does_not_fit_the_model_fails_alone(sweep, started) -> None:
