@@ -73,7 +73,7 @@ def fetch(name: str, folder: Path) -> Path:
     """Downloads the model into the folder, unless it is there, and returns the file's path. Raises FetchError."""
     model, target = MODELS[name], folder / f"{name}.gguf"
     if target.exists():
-        if _sha256(target) != model.sha256:
+        if not target.is_file() or _sha256(target) != model.sha256:
             raise FetchError(f"{target} exists and is another file. Move it away, or choose another --out.")
         return target
     parts = folder / f".{name}.parts"

@@ -31,6 +31,8 @@ def main(model: str, datasets: str, data: str, longer_than: int, out: Path) -> N
     with report_usage_errors():
         settings = Settings(model=model, datasets=datasets, data=data, engine="transformers")  # any family
         settings.check()
+        if other := [task.name for task in settings.wanted_tasks() if task.benchmark != "longbench"]:
+            raise UsageError(f"{', '.join(other)}: only rows of LongBench can be selected. Leave it out of --datasets.")
         from sparsecache.runner.context import RunContext  # imports transformers
         from sparsecache.runner.wanted import load_wanted
 
@@ -40,9 +42,12 @@ def main(model: str, datasets: str, data: str, longer_than: int, out: Path) -> N
             rows = [dict(row) for row in dataset.rows.dataset]
             chosen = [row for row in rows if context.prompter.build(dataset.task, row).original_tokens > longer_than]
             click.echo(f"{dataset.stem}: {len(chosen)} of {len(rows)} rows")
+            file = out / f"{dataset.stem}.jsonl"
             if chosen:
                 make_folder(out, "--out")
-                write_atomically(out / f"{dataset.stem}.jsonl", "".join(dumps(row) + "\n" for row in chosen))
+                write_atomically(file, "".join(dumps(row) + "\n" for row in chosen))
+            elif file.exists():
+                raise UsageError(f"{file} exists, but no row was chosen for it. Remove it, or choose another --out.")
             total += len(chosen)
         if not total:
             raise UsageError(f"No prompt is longer than {longer_than} tokens. Pass a smaller --longer_than.")

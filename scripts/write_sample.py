@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from sparsecache.cli import FlexibleCommand, report_usage_errors
+from sparsecache.cli import FlexibleCommand, make_folder, report_usage_errors
+from sparsecache.files import write_atomically
 from sparsecache.longbench.tasks import select_tasks
 from sparsecache.options import LARGEST
 from sparsecache.runner.settings import Settings
@@ -29,9 +30,9 @@ def main(out: Path, datasets: str, rows: int, tokens: int, seed: int) -> None:
     with report_usage_errors():
         source = SampleSource(rows, tokens, seed)
         files = [(task, source.read(task, e=False)[1]) for task in select_tasks(datasets)]
-    out.mkdir(parents=True, exist_ok=True)
-    for task, lines in files:
-        (out / f"{task.file_stem(False)}.jsonl").write_bytes(lines)
+        make_folder(out, "--out")
+        for task, lines in files:
+            write_atomically(out / f"{task.file_stem(False)}.jsonl", lines)
     click.echo(f"Wrote {len(files)} files of {rows} rows each to {out}.")
 
 
