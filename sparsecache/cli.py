@@ -6,12 +6,15 @@ import io
 import os
 import re
 import select
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -112,15 +115,56 @@ def report_usage_errors() -> Iterator[None]:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
+    with _noting_interrupts():
         try:
-            yield
-        except SystemExit:
+            try:
+                yield
+            except SystemExit as end:
+                _flush_stdout()
+                if end.code == 1:  # click's, if Ctrl-C comes while it reads the arguments
+                    raise_if_interrupted()
+                raise
             _flush_stdout()
-            raise
-        _flush_stdout()
-    except _REPORTED as error:
-        sys.exit(_report(error))
+        except _REPORTED as error:
+            sys.exit(_report(error))
+        except Exception:
+            if not _Interrupt.noted:
+                raise
+            sys.exit(_report(KeyboardInterrupt()))
+
+
+class _Interrupt:
+    """Whether Ctrl-C was pressed. Code of a library may turn the KeyboardInterrupt into an error without a cause."""
+
+    noted = False
+
+
+def raise_if_interrupted() -> None:
+    """Raises KeyboardInterrupt if Ctrl-C was pressed, and something else has been raised for it."""
+    if _Interrupt.noted:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[None]:
+    """Notes Ctrl-C in `_Interrupt`, in the outermost context of the main thread."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        _Interrupt.noted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _Interrupt.noted = False
 
 
 def _report(error: BaseException) -> int:

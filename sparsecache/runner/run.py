@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsecache.cli import raise_if_interrupted
 from sparsecache.engine.base import Completion, Engine, Request
 from sparsecache.engine.library_warnings import show_library_warnings
 from sparsecache.errors import UsageError
@@ -284,11 +285,14 @@ class Run:
         """Writes the row of its last completion."""
         done: RowStep = completion.key
         record = finished_row(done.row, done.prompt, completion, self.context.decode, done.reasoning)
+        if "error" in record:
+            raise_if_interrupted()
         done.dataset.file.append(record)
         self.failed += "error" in record
 
     def write_failed(self, row: Row, error: Exception, dataset: PendingDataset) -> None:
         """Writes the error row of a row whose prompt could not be built."""
+        raise_if_interrupted()
         dataset.file.append(failed_row(row, error))
         self.failed += 1
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from sparsecache.cache.host import available_nbytes
+from sparsecache.cli import raise_if_interrupted
 from sparsecache.engine.base import EngineStats
 from sparsecache.engine.generator import free_nbytes
 from sparsecache.engine.library_warnings import show_library_warnings
@@ -295,6 +296,7 @@ class _Sweep:
             except UsageError as error:
                 run.error = str(error)
             except Exception as error:  # a run's method must not end the other runs
+                raise_if_interrupted()
                 run.error = f"{type(error).__name__}: {one_line(error)}"
                 traceback.print_exc(file=log)
         if run.error:

@@ -1,5 +1,6 @@
 """Runs that are killed, interrupted, or share their folder with another process."""
 
+import contextlib
 import json
 import os
 import random
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from longbench_pred import main
 from sparsecache.longbench.records import PredictionFile
 
 
@@ -154,6 +157,31 @@ def test_an_interrupt_keeps_finished_rows_and_says_how_to_go_on(command, folder,
     assert 2 < len(kept) < 400
     assert predict(*arguments, "--max_samples", str(len(kept) + 2)).exit_code == 0
     assert read_rows(path)[: len(kept)] == kept and len(read_rows(path)) == len(kept) + 2
+
+
+def _press_ctrl_c() -> None:
+    """Ctrl-C inside code of a library that raises another error, without a cause, for it."""
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    raise ValueError("could not determine the shape of an object")
+
+
+@pytest.mark.parametrize("where", ["longbench.prompts.Prompter.build", "engine.loading.Checkpoint.load"])
+def test_ctrl_c_stops_a_run_also_where_a_library_hides_it(where, predict, folder, monkeypatch) -> None:
+    """A prompt that cannot be built, and so an error row, is what the run would take it for."""
+    monkeypatch.setattr(f"sparsecache.{where}", lambda *arguments, **names: _press_ctrl_c())
+    done = predict()
+    assert done.exit_code == 130 and done.stderr.splitlines()[-1].startswith("Stopped.")
+    assert not any(file.read_bytes() for file in folder.glob("*.jsonl"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    assert predict().exit_code == 0
+
+
+def test_ctrl_c_while_arguments_are_read_stops_a_command(monkeypatch) -> None:
+    """Click would exit with 1, which is for rows that failed."""
+    monkeypatch.setattr("sparsecache.cli.FlexibleCommand.parse_args", lambda *arguments: signal.raise_signal(2))
+    assert CliRunner().invoke(main, []).exit_code == 130
 
 
 def test_a_run_that_is_killed_has_its_clock_so_far_on_record(
