@@ -31,9 +31,7 @@ def choose_queries(q: Tensor, last: Tensor, slots: Tensor, kv_heads: int, simila
     return torch.where(has_changed.repeat_interleave(group, 1)[:, :, None, None], q, before)
 
 
-def shares_of_pages(
-    bounds: Tensor, seq_lens: Tensor, slots: Tensor, sinks: Tensor, recent: Tensor, page: int
-) -> Tensor:
+def page_shares(bounds: Tensor, seq_lens: Tensor, slots: Tensor, sinks: Tensor, recent: Tensor, page: int) -> Tensor:
     """Return the logarithm of each page's share of the softmax over pages, summed over query heads: [B, G, pages].
 
     bounds: [B, G, H / G, pages] float32; seq_lens: [slots] int64, past tokens; slots: [B] int64. sinks, recent:

@@ -12,7 +12,7 @@ _BLOCK_J = 128  # pages that a program compares its own with at a time
 _MAX_BLOCK_T = 64  # tokens of a page at a time
 
 
-def bounds_of_pages(keys: Tensor, is_held: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
+def channel_bounds(keys: Tensor, is_held: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
     """Return the lowest and the highest value of each channel in pages: [.., D] each.
 
     keys: [.., page, D]; is_held: [.., page] bool, the tokens that a page has so far, one at least. mean: return the
@@ -33,7 +33,7 @@ def update_newest_page(
 ) -> None:
     """Update the bounds of the page of each slot's new token, which is in row seq_lens, or in the last one if full.
 
-    keys: [slots, G, T, D]; lowest, highest: [slots, G, P, D], as `bounds_of_pages` gives them; seq_lens: [slots] int64;
+    keys: [slots, G, T, D]; lowest, highest: [slots, G, P, D], as `channel_bounds` gives them; seq_lens: [slots] int64;
     slots: [B] int64; page: tokens in a page.
     """
     kv_heads, capacity, head_dim = keys.shape[1:]
@@ -45,7 +45,7 @@ def update_newest_page(
         )  # fmt: skip
         return
     newest, rows, is_held = newest_page(seq_lens[slots], page, capacity)
-    bounds = bounds_of_pages(take_rows(keys, slots, rows.expand(-1, kv_heads, -1)), is_held, mean)
+    bounds = channel_bounds(take_rows(keys, slots, rows.expand(-1, kv_heads, -1)), is_held, mean)
     for stored, found in zip((lowest, highest), bounds, strict=True):
         stored[slots, :, newest] = found.to(stored.dtype)
 
@@ -61,7 +61,7 @@ def newest_page(past: Tensor, page: int, capacity: int) -> tuple[Tensor, Tensor,
     return newest, position.clamp(max=capacity - 1)[:, None], (position <= last[:, None])[:, None]
 
 
-def page_bounds(
+def score_bounds(
     q: Tensor, lowest: Tensor, highest: Tensor, slots: Tensor, pages: int, join_heads: bool = False
 ) -> Tensor:
     """Return an upper bound of q . k over the keys k of each page: [B, G, H / G, pages] float32.

@@ -1,15 +1,15 @@
 """FreeKV: Boosting KV Cache Retrieval for Efficient LLM Inference (2025, arXiv 2505.13109).
 
-As Quest, but pages are selected by the query of the step before, so that they could be fetched ahead. If the
-cosine similarity of a query to the one before is below `similarity`, the true query selects. The first and the most
-recent pages always come first. The defaults are those of the authors' LongBench v2 runs.
+As Quest, but pages are selected by the previous step's query, so that they could be fetched ahead. If the cosine
+similarity of a query to the previous one is below `similarity`, the current query selects. The first and the most
+recent pages are always selected. The defaults are those of the authors' LongBench v2 runs.
 
 GQA: as in the paper, a KV head takes the mean similarity of its query heads, and the mean of their softmax over pages.
 
 Differences: every token stays on the device, so what is measured is the selection. First and recent pages are a share
 of the budget, as the authors' 128 tokens each of 2,048 are, rounded to the nearest page. Unless `recent` is 0, there is
-always a recent one: no query before has selected the newest tokens. Small budgets have no first page. As in `quest`,
-the budget counts tokens, and the last page may be cut.
+always a recent page, because the previous query cannot select the newest tokens. Small budgets have no first page. As
+in `quest`, the budget counts tokens, and the last page may be cut.
 """
 
 from dataclasses import dataclass
@@ -19,19 +19,17 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig
-from sparsecache.kernels.page_shares import choose_queries, shares_of_pages
-from sparsecache.kernels.pages import page_bounds
+from sparsecache.kernels.page_shares import choose_queries, page_shares
+from sparsecache.kernels.pages import score_bounds
 from sparsecache.methods.quest import Quest, QuestCache
 
 
 @dataclass
 class FreeKV(Quest):
-    """Selects pages by the query of the step before, unless the query has changed much."""
+    """Selects pages by the previous step's query, unless the query has changed much."""
 
     page: Annotated[int, "tokens in a page, 1 to 1024"] = 32
-    similarity: Annotated[float, "cosine similarity to the query before, -1 to 1, below which the true one selects"] = (
-        0.8
-    )
+    similarity: Annotated[float, "the previous query selects if its cosine similarity is at least this, -1 to 1"] = 0.8
     sinks: Annotated[float, "share of the budget for the first pages, 0 to 1, rounded to pages"] = 1 / 16
     recent: Annotated[float, "share of the budget for the last pages, 0 to 1, rounded to pages; 1 page at least"] = (
         1 / 16
@@ -67,8 +65,8 @@ class FreeKV(Quest):
     def page_scores(self, q: Tensor, cache: QuestCache, slots: Tensor, width: int) -> Tensor:
         assert isinstance(cache, FreeKVCache)
         probe = choose_queries(q, cache.last_queries, slots, cache.config.shape.kv_heads, self.similarity)
-        bounds = page_bounds(probe, cache.lowest, cache.highest, slots, -(-width // self.page))
-        return shares_of_pages(bounds, cache.seq_lens, slots, cache.sinks, cache.recent, self.page)
+        bounds = score_bounds(probe, cache.lowest, cache.highest, slots, -(-width // self.page))
+        return page_shares(bounds, cache.seq_lens, slots, cache.sinks, cache.recent, self.page)
 
 
 class FreeKVCache(QuestCache):

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.selection import SelectionCache, SelectionMethod, check_page
 from sparsecache.cache.storage import FullStorage
-from sparsecache.kernels.pages import bounds_of_pages, newest_page, page_bounds, select_pages, update_newest_page
+from sparsecache.kernels.pages import channel_bounds, newest_page, score_bounds, select_pages, update_newest_page
 from sparsecache.kernels.threshold import Selection
 
 
@@ -53,7 +53,7 @@ class Quest(SelectionMethod):
 
     def page_scores(self, q: Tensor, cache: "QuestCache", slots: Tensor, width: int) -> Tensor:
         """Return the scores by which a KV head takes the pages of `width` tokens: [B, G, pages] float32."""
-        scores = page_bounds(q, cache.lowest, cache.highest, slots, -(-width // self.page), join_heads=True)
+        scores = score_bounds(q, cache.lowest, cache.highest, slots, -(-width // self.page), join_heads=True)
         newest = (cache.seq_lens[slots] - 1).clamp(min=0) // self.page
         return scores.scatter_(2, newest[:, None, None].expand(-1, scores.shape[1], 1), torch.inf)
 
@@ -78,7 +78,7 @@ class QuestCache(SelectionCache):
         pages = -(-length // page)
         keys = pad(k, (0, 0, 0, pages * page - length)).view(kv_heads, pages, page, head_dim)
         position = torch.arange(pages * page, device=k.device).view(pages, page)
-        bounds = bounds_of_pages(keys, position < length, self.method.mean_bounds)
+        bounds = channel_bounds(keys, position < length, self.method.mean_bounds)
         self.lowest[slot, :, :pages], self.highest[slot, :, :pages] = bounds
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
@@ -95,5 +95,5 @@ class QuestCache(SelectionCache):
             return
         newest, rows, is_held = newest_page(self.seq_lens[slots], page, self.config.max_tokens)
         keys = self.full.keys_of(slots, rows.expand(-1, self.config.shape.kv_heads, -1))  # [B, G, page, D]
-        for stored, found in zip((self.lowest, self.highest), bounds_of_pages(keys, is_held, mean), strict=True):
+        for stored, found in zip((self.lowest, self.highest), channel_bounds(keys, is_held, mean), strict=True):
             stored[slots, :, newest] = found.to(stored.dtype)

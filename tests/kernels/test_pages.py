@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparsecache.kernels.page_shares import choose_queries, shares_of_pages
-from sparsecache.kernels.pages import page_bounds, select_pages, update_newest_page
+from sparsecache.kernels.page_shares import choose_queries, page_shares
+from sparsecache.kernels.pages import score_bounds, select_pages, update_newest_page
 
 CASES = {  # slots, KV heads, group, head size, pages allocated, pages scored, slots of the batch
     "one page": (1, 1, 1, 16, 1, 1, [0]),
@@ -23,16 +23,16 @@ def test_kernel_and_reference_agree(case, device, dtype, agree) -> None:
     ends = torch.randn(2, slots, kv_heads, capacity, head_dim, generator=generator).to(device, dtype).sort(0).values
     row_slots = torch.tensor(of_batch, device=device)
     for join_heads in (False, True):
-        agree(page_bounds, q, ends[0].clone(), ends[1].clone(), row_slots, pages, join_heads)
+        agree(score_bounds, q, ends[0].clone(), ends[1].clone(), row_slots, pages, join_heads)
 
 
 def test_no_key_of_a_page_scores_above_its_bound() -> None:
     q, keys = torch.randn(2, 6, 1, 8), torch.randn(2, 3, 5, 4, 8)  # 5 pages of 4 keys
-    bounds = page_bounds(q, keys.amin(3), keys.amax(3), torch.arange(2), 5)
+    bounds = score_bounds(q, keys.amin(3), keys.amax(3), torch.arange(2), 5)
     scores = torch.einsum("bghd,bgptd->bghpt", q.view(2, 3, 2, 8), keys)
     assert (scores.amax(4) <= bounds + 1e-5).all()
     alike = keys[:, :, :, :1].expand(-1, -1, -1, 4, -1)  # pages of equal keys: the bound is the score
-    bounds = page_bounds(q, alike.amin(3), alike.amax(3), torch.arange(2), 5)
+    bounds = score_bounds(q, alike.amin(3), alike.amax(3), torch.arange(2), 5)
     torch.testing.assert_close(bounds, torch.einsum("bghd,bgpd->bghp", q.view(2, 3, 2, 8), keys[:, :, :, 0]))
 
 
@@ -95,7 +95,7 @@ def test_shares_of_pages(pages, device, agree) -> None:
     sinks, recent = (torch.arange(4 * pages + 1, device=device) // part for part in (40, 60))
 
     def share(bounds):
-        shares = shares_of_pages(bounds, past, torch.tensor([3, 1, 2], device=device), sinks, recent, 4)
+        shares = page_shares(bounds, past, torch.tensor([3, 1, 2], device=device), sinks, recent, 4)
         is_held = torch.arange(pages, device=device) < torch.tensor([1, pages, -(-pages // 2)], device=device)[:, None]
         shares = shares.masked_fill(~is_held[:, None], 0)
         return shares.isinf(), shares.masked_fill(shares.isinf(), 0)
