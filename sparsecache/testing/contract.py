@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,7 @@ from sparsecache.engine.families import family_names, load_family
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, listed
 from sparsecache.methods import load_method, make_method, method_options, option_errors, parse_options
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.testing.cache_checks import CPU, check_counts, check_free_empty_slot, check_shapes, require
@@ -304,13 +304,15 @@ def _converted(method: str, pairs: tuple[str, ...], flag: str) -> Options | None
 @click.command()
 @click.argument("method")
 @click.option("--lossless", multiple=True, metavar="KEY=VALUE", help="An option that drops nothing; repeatable.")
-@click.option("--tight", multiple=True, metavar="KEY=VALUE", help="An option that drops tokens of 40; repeatable.")
+@click.option(
+    "--tight", multiple=True, metavar="KEY=VALUE", help="An option that drops tokens of 40-token prompts; repeatable."
+)
 @click.option("--model_type", type=click.Choice(family_names()), help="One family only; all by default.")
 def main(method: str, lossless: tuple[str, ...], tight: tuple[str, ...], model_type: str | None) -> None:
     """Check a cache METHOD: a built-in one, a .py file, or an installed module.
 
-    Exits with 0, or with 1 if a check fails. With a `budget` option, --lossless is budget=1.0 and --tight is
-    budget=4 unless given.
+    Prints a line per check that passes, and one per failure. Exits with 0, or with 1 if a check fails. With a `budget`
+    option, --lossless is budget=1.0 and --tight is budget=4 unless given.
     """
     with report_usage_errors(), option_errors(method):
         subject = MethodUnderTest.of(
@@ -318,24 +320,33 @@ def main(method: str, lossless: tuple[str, ...], tight: tuple[str, ...], model_t
         )
         torch.set_num_threads(1)
         disable_progress_bar()
-        failed = 0
+        families = [model_type] if model_type else family_names()
+        click.echo(f"Families: {listed(families)} (tiny models with random weights)")
         with tempfile.TemporaryDirectory() as folder:
-            for family in [model_type] if model_type else family_names():
-                checkpoint = make_random_checkpoint(
-                    Path(folder) / family, model_type=family, initializer_range=0.25, num_hidden_layers=3
-                )
-                for name, check in checks(subject, checkpoint):
-                    try:
-                        check()
-                    except UsageError:
-                        raise
-                    except Exception as error:  # an external method may raise anything
-                        failed += 1
-                        click.echo(f"FAILED  {family}: {name}: {type(error).__name__}: {error}")
-                    else:
-                        click.echo(f"passed  {family}: {name}")
+            by_family = [list(checks(subject, _make_checkpoint(Path(folder), family))) for family in families]
+            failed = sum(_run_check(families, same_check) for same_check in zip(*by_family, strict=True))
         click.echo(f"{failed} failed" if failed else "All checks passed.")
         sys.exit(1 if failed else 0)
+
+
+def _make_checkpoint(folder: Path, family: str) -> Path:
+    return make_random_checkpoint(folder / family, model_type=family, initializer_range=0.25, num_hidden_layers=3)
+
+
+def _run_check(families: Sequence[str], same_check: Sequence[Check]) -> int:
+    """Run a check with each family; print a line if all pass, else one per failure. Return the failures."""
+    failed = 0
+    for family, (name, check) in zip(families, same_check, strict=True):
+        try:
+            check()
+        except UsageError:
+            raise
+        except Exception as error:  # an external method may raise anything
+            failed += 1
+            click.echo(f"FAILED  {name}: {family}: {type(error).__name__}: {error}")
+    if not failed:
+        click.echo(f"passed  {same_check[0][0]}")
+    return failed
 
 
 if __name__ == "__main__":

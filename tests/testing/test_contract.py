@@ -258,7 +258,7 @@ def _command(*arguments: str) -> tuple[int, str]:
 def test_the_command_passes_the_example(repo) -> None:
     code, output = _command(str(repo / "examples" / "knorm.py"), "--model_type", "llama")
     assert code == 0 and "FAILED" not in output and output.endswith("All checks passed.\n")
-    assert output.count("passed  llama: ") == 14
+    assert output.count("passed  ") == 14
 
 
 def test_the_command_names_the_failed_checks(tmp_path) -> None:
@@ -274,8 +274,10 @@ def test_the_command_names_the_failed_checks(tmp_path) -> None:
                                  "longbench_pred.py --list_methods shows every method's options.\n")  # fmt: skip
     code, output = _command(str(method), "--model_type", "qwen3", "--lossless", "offload=false")
     failed = [line for line in output.splitlines() if line.startswith("FAILED")]
-    assert code == 1 and output.endswith(f"{len(failed)} failed\n") and "passed  qwen3: options can be" in output
-    assert any("inputs are unchanged, outputs fit, with the defaults: AssertionError: " in line for line in failed)
+    assert code == 1 and output.endswith(f"{len(failed)} failed\n") and "passed  options can be" in output
+    assert any(
+        "inputs are unchanged, outputs fit, with the defaults: qwen3: AssertionError: " in line for line in failed
+    )
 
 
 def test_the_command_refuses_a_name_that_does_not_exist() -> None:
