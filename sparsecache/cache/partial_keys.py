@@ -28,7 +28,7 @@ class PartialKeyMethod(SelectionMethod):
     """
 
     channels: Annotated[float, "channels that score tokens: a share of them up to 1, else a count"] = 0.25
-    calibration_file: Annotated[str | None, "text that the projections are made from; none: bundled"] = None
+    calibration_file: Annotated[str | None, "text file that the projections are made of; none: bundled"] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

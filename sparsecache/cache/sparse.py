@@ -25,7 +25,7 @@ class SparseMethod(CacheMethod):
     budget_excludes_generated: ClassVar[bool] = False
 
     budget: Annotated[float, "most past tokens attended to: a share of them up to 1, else a count"] = 0.2
-    dense_layers: Annotated[int, "first layers that attend to everything"] = 2
+    dense_layers: Annotated[int, "first layers that attend to all past tokens, 0 or more"] = 2
 
     def __post_init__(self) -> None:
         Budget(self.budget)
@@ -87,7 +87,7 @@ class SparseMethod(CacheMethod):
 class StoredMethod(SparseMethod):
     """A sparse method that only adds tokens at the end, so that they can be stored in fewer bits."""
 
-    storage: Annotated[Storage, "keys and values: full precision, or quantised as kivi does"] = field(
+    storage: Annotated[Storage, "keys and values: in full precision, or quantised as by kivi"] = field(
         default="full", kw_only=True
     )
 

@@ -41,11 +41,11 @@ class DuoAttention(CacheMethod):
 
     kind: ClassVar[MethodKind] = "eviction"
 
-    gates: Annotated[str | None, "file of gates, a line per layer, tabs between KV heads; none: estimated"] = None
+    gates: Annotated[str | None, "file of gates: a line per layer, tabs between KV heads; none: estimated"] = None
     sparsity: Annotated[float, "share of the KV heads that are streaming heads, 0 to 1"] = 0.5
     sinks: Annotated[int, "first tokens that streaming heads keep, 0 or more"] = 64
     recent: Annotated[int, "last tokens that streaming heads keep, 1 or more"] = 256
-    calibration_file: Annotated[str | None, "text that gates are estimated from; none: bundled"] = None
+    calibration_file: Annotated[str | None, "text file that gates are estimated from; none: bundled"] = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:

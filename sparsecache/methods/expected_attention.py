@@ -2,7 +2,7 @@
 
 Queries before RoPE are taken as normally distributed, with the mean and the covariance of the prompt's. Both are
 rotated by the average rotation of the next `future` positions. A key's expected attention is then the softmax over the
-prompt of q . k / sqrt(D) + k^T C k / 2D. The tokens stay whose expected attention, times the length of their value, is
+prompt of q . k / sqrt(D) + k^T C k / 2D. The tokens stay whose expected attention, times the norm of their value, is
 highest. The first `sinks` tokens always stay, and do not count in the statistics. Defaults are those of the authors'
 benchmark.
 
@@ -31,9 +31,9 @@ class ExpectedAttention(EvictionMethod):
 
     uses_rope = True
 
-    future: Annotated[int, "next positions whose rotations are averaged, 1 to 65536"] = 512
+    future: Annotated[int, "future positions whose rotations are averaged, 1 to 65536"] = 512
     sinks: Annotated[int, "first tokens that always stay, 0 or more"] = 4
-    epsilon: Annotated[float, "added to the expected attention before it is multiplied by the value's length"] = 0.01
+    epsilon: Annotated[float, "added to the expected attention before it is multiplied by the norm of the value"] = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,26 +49,26 @@ class ExpectedAttention(EvictionMethod):
         sinks = min(self.sinks, length)
         positions = torch.arange(length + self.future, device=k.device)
         rotation = self.rope(positions[sinks:length])
-        ahead = Rotation(*(table.mean(0) for table in self.rope(positions[length:])))
+        mean_rotation = Rotation(*(table.mean(0) for table in self.rope(positions[length:])))
         grouped = q.view(kv_heads, -1, *q.shape[1:])[:, :, sinks:]
         attention = [  # per KV head, since queries in float32 take much memory
-            _expected_attention(rotate_rows_back(queries, rotation), keys, ahead)
+            _expected_attention(rotate_rows_back(queries, rotation), keys, mean_rotation)
             for queries, keys in zip(grouped, k[:, sinks:].float(), strict=True)
         ]
         scores = (torch.stack(attention) + self.epsilon) * v[:, sinks:].float().norm(dim=-1)
         return torch.cat((scores.new_full((kv_heads, sinks), torch.inf), scores), 1)
 
 
-def _expected_attention(q: Tensor, k: Tensor, ahead: Rotation) -> Tensor:
+def _expected_attention(q: Tensor, k: Tensor, mean_rotation: Rotation) -> Tensor:
     """Return the expected attention to keys k [L, D] of a KV head: [L].
 
-    q: [H / G, L, D], the head's queries before RoPE; ahead: the average rotation, [R] each.
+    q: [H / G, L, D], the head's queries before RoPE; mean_rotation: the average rotation, [R] each.
     """
     head_dim = k.shape[1]
     mean = q.mean(1, keepdim=True)
     centred = q - mean
     covariance = centred.mT @ centred / q.shape[1]
-    mean = rotate_rows(mean, ahead)
-    covariance = rotate_rows(rotate_rows(covariance, ahead).mT, ahead)
+    mean = rotate_rows(mean, mean_rotation)
+    covariance = rotate_rows(rotate_rows(covariance, mean_rotation).mT, mean_rotation)
     scores = (mean @ k.mT)[:, 0] / math.sqrt(head_dim) + ((k @ covariance) * k).sum(2) / (2 * head_dim)
     return scores.softmax(-1).mean(0)

@@ -30,9 +30,9 @@ class KIVI(CacheMethod):
 
     kind: ClassVar[MethodKind] = "quantised"
 
-    bits: Annotated[int, "bits of a number, 2, 4 or 8"] = 2
-    group: Annotated[int, "tokens of a group of keys, and channels of a group of values: 16, 32, 64 or 128"] = GROUP
-    residual: Annotated[int, "fewest last tokens in full precision, a multiple of group, 0 or more"] = RESIDUAL
+    bits: Annotated[int, "bits per value: 2, 4 or 8"] = 2
+    group: Annotated[int, "tokens per group of keys, and channels per group of values: 16, 32, 64 or 128"] = GROUP
+    residual: Annotated[int, "last tokens in full precision, at least; a multiple of group, 0 or more"] = RESIDUAL
 
     def __post_init__(self) -> None:
         if self.bits not in _BITS:

@@ -3,8 +3,8 @@
 The prompt's queries and keys are factorised together, Q = A_Q B_Q and K = A_K B_K of rank `rank`, so that A_Q A_K^T is
 near Q K^T too: alternating least squares. At a step the new query and key get rows of A_Q and A_K that fit the bases,
 their own product and the products with the keys attended to before. Then the bases take one step of steepest descent.
-The reduced query and keys select tokens. The most recent tokens always come first. Rank and iterations are those of the
-authors' LongBench runs.
+The reduced query and keys select tokens. The most recent tokens are always selected. Rank and iterations are the
+authors' for LongBench.
 
 GQA: the authors repeat keys and factorise, and select, per query head. Here a KV head has one factorisation, of its
 keys and of the queries of all its heads. It selects the tokens that come nearest to the best reduced score of a head.
@@ -40,9 +40,9 @@ _MAX_ITERATIONS = 16
 class LRQK(SelectionMethod):
     """Selects tokens by low-rank factors of queries and keys, which follow the text."""
 
-    rank: Annotated[int, "columns of the factors, at most the channels of a head, 1 or more"] = 16
+    rank: Annotated[int, "rank of the factors, at most the channels of a head, 1 or more"] = 16
     recent: Annotated[float, "share of the budget that the most recent tokens get, 0 to 1"] = 1 / 16
-    iterations: Annotated[int, "of the alternating least squares, for a prompt and for a step, 1 to 16"] = 2
+    iterations: Annotated[int, "iterations of alternating least squares, per prompt and per step, 1 to 16"] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

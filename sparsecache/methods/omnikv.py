@@ -1,4 +1,4 @@
-"""OmniKV: Dynamic Context Selection for Efficient Long-Context LLMs (ICLR'25): filter layers select for those behind.
+"""OmniKV: Dynamic Context Selection for Efficient Long-Context LLMs (ICLR'25): a few layers select for the rest.
 
 The first layer after the dense ones, and the `filter_layers`, attend to every token and select those that get the most
 attention from any query head. The layers after each of them attend to its selection.
@@ -32,7 +32,7 @@ class OmniKV(SharedSelectionMethod):
     """Selects in a few layers, by the highest attention of any head, for the layers after them."""
 
     filter_layers: Annotated[
-        str | None, "further layers that select, with commas; none: those at 8/32 and 18/32 of the layers"
+        str | None, "further layers that select, separated by commas; none: at 8/32 and 18/32 of the layers"
     ] = None
 
     def __post_init__(self) -> None:

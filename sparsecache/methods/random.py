@@ -18,7 +18,7 @@ from sparsecache.kernels.threshold import Selection
 class Random(SelectionMethod):
     """Selects past tokens at random."""
 
-    seed: Annotated[int, "of the draws"] = 0
+    seed: Annotated[int, "seed of the random numbers"] = 0
 
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
         return cache.select_topk(self._draw(cache, slots), slots)

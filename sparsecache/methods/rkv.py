@@ -39,9 +39,9 @@ class RKV(SparseMethod):
 
     kind: ClassVar[MethodKind] = "eviction"
 
-    window: Annotated[int, "last tokens, which vote and always stay, 1 to 64"] = 8
-    kernel: Annotated[int, "neighbouring positions that votes are pooled over, an odd number"] = 7
-    weight: Annotated[float, "of importance against redundancy, 0 to 1"] = 0.1
+    window: Annotated[int, "observation window: last tokens, which vote and always stay, 1 to 64"] = 8
+    kernel: Annotated[int, "pooling kernel: neighbouring positions that votes are pooled over, an odd number"] = 7
+    weight: Annotated[float, "weight of importance, 0 to 1; redundancy has 1 - weight"] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +55,7 @@ class RKV(SparseMethod):
         return RKVCache(self, layer, config)
 
     def mix(self, importance: Tensor, redundancy: Tensor) -> Tensor:
+        """Return the scores of tokens from their importance and redundancy: [G, L] each."""
         return self.weight * importance - (1 - self.weight) * redundancy
 
 

@@ -36,7 +36,7 @@ from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
 
 _ITERATIONS = 4
-_RIDGE, _LEAST = 1e-14, 1e-300  # a share of the trace, and more than 0: for vectors of a smaller rank, and for zeros
+_RIDGE, _MIN_RIDGE = 1e-14, 1e-300  # a share of the trace, for vectors of a smaller rank; above 0, for zeros
 
 
 class _Shared(NamedTuple):
@@ -58,9 +58,9 @@ class ShadowKV(SparseMethod):
     uses_rope = True
 
     budget: Annotated[float, "prompt tokens attended to, new ones not counted: a share up to 1, else a count"] = 0.2
-    rank: Annotated[int, "coefficients per token, for the keys of all KV heads, 1 or more"] = 160
+    rank: Annotated[int, "rank of the keys of all KV heads together: coefficients per token, 1 or more"] = 160
     page: Annotated[int, "tokens in a page, 1 to 1024"] = 8
-    outliers: Annotated[float, "share of the budget for pages whose keys differ most, 0 to 1, rounded down"] = 0.15
+    outliers: Annotated[float, "share of the budget for pages with keys unlike their mean, 0 to 1, rounded down"] = 0.15
     recent: Annotated[float, "share of the budget for the prompt's last pages, 0 to 1, rounded down"] = 0.015
     offload: Annotated[bool, "keep the values of the sparse layers in pinned host memory"] = False
 
@@ -123,8 +123,8 @@ class ShadowKVCache(LayerCache):
         self.exact = config.zeros(exact_pages * page + config.max_new_tokens, 2, shape.head_dim)
         self.places = config.zeros(tokens, dtype=torch.int32)
         self._num_pages = torch.zeros_like(config.seq_lens)  # with a mean key
-        self._evicted = torch.zeros_like(config.seq_lens)  # prompt tokens beyond the budget
-        self._first_place = torch.zeros_like(config.seq_lens)  # what a token's position exceeds its place by
+        self._over_budget = torch.zeros_like(config.seq_lens)  # prompt tokens beyond the budget
+        self._tail_offset = torch.zeros_like(config.seq_lens)  # position less row in `exact`, from the last pages on
         self._priority = 2.0 + torch.arange(pages, device=config.device)  # of exact pages: above all shares, last first
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -134,8 +134,8 @@ class ShadowKVCache(LayerCache):
         num_outliers, num_recent = self.method.exact_pages(count)
         first = max(0, length // page - num_recent)  # of the last pages
         num_outliers = min(num_outliers, first)
-        plain = rotate_rows_back(k, Rotation(*(table[:length] for table in self._rotation)))
-        self.coefficients[slot, :length], self.basis[slot] = _low_rank(plain, self._start)
+        unrotated = rotate_rows_back(k, Rotation(*(table[:length] for table in self._rotation)))
+        self.coefficients[slot, :length], self.basis[slot] = _low_rank(unrotated, self._start)
         copy_into(self.values[slot], v)
 
         paged = k[:, : first * page].reshape(kv_heads, first, page, head_dim).float()
@@ -154,8 +154,8 @@ class ShadowKVCache(LayerCache):
         rows = torch.arange(positions.shape[1], dtype=torch.int32, device=k.device)
         self.places[slot].fill_(-1).scatter_(1, positions, rows.expand_as(positions))
         self._num_pages[slot].fill_(first)
-        self._evicted[slot].fill_(length - count)
-        self._first_place[slot].fill_((first - num_outliers) * page)
+        self._over_budget[slot].fill_(length - count)
+        self._tail_offset[slot].fill_((first - num_outliers) * page)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         past = self.seq_lens[slots]
@@ -173,7 +173,7 @@ class ShadowKVCache(LayerCache):
         scores = pad(scores, (0, is_exact.shape[2] - scores.shape[3]))  # [B, G, H / G, pages]
         shares = scores.masked_fill(is_exact[:, :, None], -torch.inf).softmax(3).amax(2)  # [B, G, pages]
         scores = torch.where(is_exact, self._priority, shares)
-        budget = (past - self._evicted[slots]).clamp(1, self._width)
+        budget = (past - self._over_budget[slots]).clamp(1, self._width)
         return select_pages(scores, past, budget, self.method.page, self._width)
 
     def _rows(self, slots: Tensor, positions: Tensor, counts: Tensor) -> tuple[Tensor, CachedRows]:
@@ -194,7 +194,7 @@ class ShadowKVCache(LayerCache):
 
     def _append(self, k: Tensor, v: Tensor, slots: Tensor, past: Tensor) -> None:
         row = past.clamp(max=self.config.max_tokens - 1)
-        place = (row - self._first_place[slots]).clamp(0, self.exact.shape[2] - 1)
+        place = (row - self._tail_offset[slots]).clamp(0, self.exact.shape[2] - 1)
         self.exact[slots, :, place] = torch.stack((k, v), 3)[:, :, 0]
         self.places[slots, :, row] = place[:, None].expand(-1, k.shape[1]).int()
 
@@ -225,7 +225,7 @@ def _low_rank(keys: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 def _orthonormal(vectors: Tensor) -> Tensor:
     """Return orthonormal vectors of the same span as the columns of [N, R] float64; those without a length vanish."""
     gram = vectors.mT @ vectors
-    ridge = (_RIDGE * gram.trace() + _LEAST) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    ridge = (_RIDGE * gram.trace() + _MIN_RIDGE) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor = torch.linalg.cholesky_ex(gram + ridge)[0]  # unlike `qr` and `eigh` it does not wait for the device
     orthonormal: Tensor = torch.linalg.solve_triangular(factor.mT, vectors, upper=True, left=False)
     return orthonormal

@@ -24,8 +24,8 @@ class SnapKV(EvictionMethod):
     """Keeps the prompt tokens that the last queries attend to, and every new token."""
 
     budget: Annotated[float, "prompt tokens kept, new ones not counted: a share up to 1, else a count"] = 0.2
-    window: Annotated[int, "last prompt tokens, which vote and always stay, 1 or more"] = 32
-    kernel: Annotated[int, "neighbouring positions that votes are pooled over, an odd number"] = 7
+    window: Annotated[int, "observation window: last prompt tokens, which vote and always stay, 1 or more"] = 32
+    kernel: Annotated[int, "pooling kernel: neighbouring positions that votes are pooled over, an odd number"] = 7
     pooling: Annotated[Literal["max", "average"], "how votes are pooled"] = "max"
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from sparsecache.kernels.top_p import needed_scores
 class TopP(SelectionMethod):
     """Selects as many tokens as make a share of the attention."""
 
-    p: Annotated[float, "share of the past tokens' attention that is attended to, above 0 to 1"] = 0.85
+    p: Annotated[float, "share of the attention to past tokens that the selected ones must reach, above 0 to 1"] = 0.85
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,8 +47,8 @@ PAPER: dict[str, Any] = {
     "sinks": 0,
     "recent": 0,
 }
-"""The paper's settings for Llama-2; OPT has alpha=4. Its speed code speculates from layer 1 on, so layer 2 is the first
-sparse one."""
+"""The paper's settings for Llama-2; OPT has alpha=4. The authors measure speed with speculation from layer 1 on, so
+layer 2 is the first sparse one."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class InfiniGen(SparseMethod):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER}
 
     preset: Annotated[
-        Literal["none", "paper"], "paper: the paper's values of all options about the selection; given options win"
+        Literal["none", "paper"], "paper: the paper's values of all options of the selection; -o options override them"
     ] = "none"
     alpha: Annotated[float, "how far below the best speculated score a selected token may be, 0 to inf"] = math.inf
     top_p: Annotated[
@@ -74,18 +74,18 @@ class InfiniGen(SparseMethod):
     group: Annotated[
         GroupRule, "how a KV head joins its query heads: the largest score margin, or the mean probability"
     ] = "max"
-    dense_layers: Annotated[int, "first layers that attend to everything, 1 at least"] = 2
+    dense_layers: Annotated[int, "first layers that attend to all past tokens, 1 or more"] = 2
     skew: Annotated[bool, "rotate queries and keys so that few channels carry more of the score"] = True
     guess: Annotated[
         SpeculationSource,
-        "what the query is speculated from: the layer before's attention input (the paper), or its residual stream "
-        "after attention",
+        "what the query is speculated from: the attention input of the previous layer (the paper), or its residual "
+        "stream after attention",
     ] = "residual"
     sinks: Annotated[int, "first tokens that are always selected, within the budget, 0 or more"] = 0
     recent: Annotated[int, "last tokens that are always selected, within the budget, 0 or more"] = 0
     offload: Annotated[bool, "keep keys and values of the sparse layers in pinned host memory"] = False
     gpu_cache: Annotated[int, "with offload: fetched tokens kept on the GPU per layer and KV head, 0 or more"] = 0
-    calibration_file: Annotated[str | None, "text that the skewing matrices are made from; none: bundled"] = None
+    calibration_file: Annotated[str | None, "text file that the skewing matrices are made of; none: bundled"] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
