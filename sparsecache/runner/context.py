@@ -76,8 +76,8 @@ class RunContext:
         self.window = self._window()
         self.calibration_text: str | None = None
         self._calibrations: Calibrations | None = None
-        self._served_layers: tuple[int, int] | None = None  # and all layers
-        self._one_slot: str | None = None  # why prompts are decoded one at a time, whatever --batch_size says
+        self._served_layers: tuple[int, int] | None = None  # layers that the method serves, all layers
+        self._one_slot_reason: str | None = None  # why prompts are decoded one at a time, whatever --batch_size says
         self._check_model_type()
         self.checkpoint.check_format(settings.engine)
         self._check_dtype()
@@ -88,7 +88,7 @@ class RunContext:
         self._check_method()
 
     def with_method(self, settings: Settings) -> "RunContext":
-        """Returns the context of a run whose settings differ in method, options and name alone.
+        """Returns the context of a run whose settings differ only in method, options and name.
 
         It shares the checkpoint, the prompts and calibrations with this one. Raises UsageError for options that do not
         fit the method or the checkpoint.
@@ -109,7 +109,7 @@ class RunContext:
 
     @property
     def checkpoint_place(self) -> str:
-        """Where the checkpoint is: its hub id, or its absolute path."""
+        """The hub id of the checkpoint, or its absolute path."""
         return self.model.hub or os.path.abspath(self.checkpoint.path)
 
     @property
@@ -159,7 +159,7 @@ class RunContext:
             )
 
     def check_lengths(self, task: Task) -> None:
-        """Raises UsageError if the window leaves a prompt of this dataset no room, or less than --max_length."""
+        """Raises UsageError if the window leaves no tokens for a prompt of this dataset, or fewer than --max_length."""
         room, wanted = self.prompter.room(task), self.settings.max_length
         if wanted is not None and wanted > room and task.length is None:
             raise UsageError(
@@ -203,12 +203,12 @@ class RunContext:
         ours = self.settings.engine == "sparsecache"
         self.checkpoint.check_weights(self._architecture() if ours else None)
 
-    def engine(self, most_rows: int) -> Engine:
-        """Loads and returns the engine, with at most `most_rows` slots. Raises UsageError if the weights do not fit."""
+    def engine(self, max_rows: int) -> Engine:
+        """Loads and returns the engine, with at most `max_rows` slots. Raises UsageError if the weights do not fit."""
         if self.settings.engine == "transformers":
             self.check_weights()  # our own loader compares them by itself
-            return self._transformers_engine(self.method, min(self.slots, most_rows))
-        return self.generator(Decoder(*self.load_model(), self.method), most_rows)
+            return self._transformers_engine(self.method, min(self.slots, max_rows))
+        return self.generator(Decoder(*self.load_model(), self.method), max_rows)
 
     def load_model(self) -> LoadedModel:
         """Reads the weights. Raises UsageError if they do not fit the devices."""
@@ -223,10 +223,10 @@ class RunContext:
             ) from error
         return LoadedModel(architecture, weights, Rope(self.checkpoint.config, self.device))
 
-    def generator(self, decoder: Decoder, most_rows: int) -> Generator:
+    def generator(self, decoder: Decoder, max_rows: int) -> Generator:
         """Calibrates the method of this context, which the decoder has; returns the engine over the decoder."""
         self._calibrate(self.method, decoder)
-        return Generator(decoder, min(self.slots, most_rows))
+        return Generator(decoder, min(self.slots, max_rows))
 
     def _calibrate(self, method: CacheMethod, decoder: "Decoder | CachedModel") -> None:
         if self.calibration_text is not None:
@@ -253,14 +253,14 @@ class RunContext:
         path, config = self.checkpoint.path, self.checkpoint.config
         engine = TransformersEngine.load(path, self.devices, self.dtype, self.settings.allow_pickle, config)
         if isinstance(method, Vanilla) and not method.offload:
-            self._one_slot = "transformers' own generate decodes it"
+            self._one_slot_reason = "transformers' own generate decodes it"
             return engine
         model = CachedModel(engine.model, method, self.window)
         with option_errors(self.settings.method):
             method.check(model.shape)
         self._calibrate(method, model)
         model.check()
-        self._served_layers, self._one_slot = (model.shape.layers, model.num_layers), model.one_slot
+        self._served_layers, self._one_slot_reason = (model.shape.layers, model.num_layers), model.one_slot_reason
         return GeneralEngine(model, slots)
 
     def identity(self) -> dict[str, Any]:
@@ -304,15 +304,15 @@ class RunContext:
         chat = {"template": "the tokenizer's template", "none": "none"}.get(self.chat, repr(self.chat))
         if self.prompter.wrapper.content_is_list:
             chat += ", which renders content as a list of parts"
-        stops = ", ".join(
-            map(" ".join, zip(map(str, self.checkpoint.stop_ids), map(str, self._stop_tokens()), strict=True))
-        )
+        stop_tokens = [f"{token} ({i})" for token, i in zip(self._stop_tokens(), self.checkpoint.stop_ids, strict=True)]
         options = ", ".join(f"{key}={show(value)}" for key, value in self.options.items())
         yield f"checkpoint  {self.checkpoint.path} ({self.checkpoint.model_type}, {table})"
         places = " and ".join(map(str, self.devices))
         yield f"decoding    {self.settings.method} ({options or 'no options'}), {self.dtype_name} on {places}"
-        yield f"prompts     window {self.window}, max_length {self.prompter.max_length or 'what the window leaves'}"
-        yield f"chat        {chat}; stops at {stops}"
+        length = self.prompter.max_length
+        long = "longer prompts" if length is None else f"prompts of more than {length} tokens (max_length)"
+        yield f"prompts     window {self.window} tokens; {long} are cut in the middle"
+        yield f"chat        {chat}; stop tokens: {', '.join(stop_tokens) or 'none'}"
 
     def describe_loaded(self) -> Iterator[str]:
         """Yield lines about the layers that the method serves, and a batch size that has no effect."""
@@ -322,8 +322,8 @@ class RunContext:
                 f"layers      {served} of {layers} have full attention: the method and `kept` are about these, counted "
                 f"from 0; the others keep transformers' own cache"
             )
-        if self._one_slot is not None and self.slots > 1:
-            yield f"prompts     one at a time, since {self._one_slot}"
+        if self._one_slot_reason is not None and self.slots > 1:
+            yield f"prompts     decoded one at a time, since {self._one_slot_reason}"
 
     def warnings(self) -> Iterator[str]:
         """Yields warnings to show before the first row."""
@@ -364,9 +364,9 @@ class RunContext:
 
     def _check_chat(self) -> None:
         if self.chat == "template" and not self.checkpoint.tokenizer.chat_template:
-            asks = "--chat template" if self.settings.chat else f"`chat` of [{self.model.table}] in configs/models.toml"
+            source = "--chat" if self.settings.chat else f"`chat` of [{self.model.table}] in configs/models.toml"
             raise UsageError(
-                f"{self.checkpoint.path} has no chat template, which {asks} asks for. Pass --chat none, or a text "
+                f'{self.checkpoint.path} has no chat template, but {source} is "template". Pass --chat none, or a text '
                 f"with {{prompt}} in it."
             )
 
@@ -375,7 +375,7 @@ class RunContext:
             return
         if self.settings.engine == "transformers" or self.settings.verify:
             raise UsageError(
-                "--dtype fp8 is for --engine sparsecache alone, without --verify: transformers does not decode in it. "
+                "--dtype fp8 needs --engine sparsecache without --verify, since transformers does not decode in fp8. "
                 "Use --dtype bfloat16."
             )
         if not self.settings.on_ray:  # else each worker checks its own

@@ -18,13 +18,13 @@ from sparsecache.versions import installed_versions
 class EngineLoader:
     """Loads a run's engine in a worker's process.
 
-    identity, versions: the driver's, which the worker must find too. most_rows: the rows of the largest dataset.
+    identity, versions: the driver's, which the worker must find too. max_rows: the rows of the largest dataset.
     """
 
     settings: Settings
     identity: dict[str, Any]
     versions: dict[str, str]
-    most_rows: int
+    max_rows: int
 
     def __call__(self) -> tuple[Engine, list[torch.device]]:
         """Returns the engine and its devices. Raises UsageError if code, files or devices differ from the driver's."""
@@ -35,7 +35,7 @@ class EngineLoader:
         context.fetch_weights()
         advice = "Give every machine the same clone and the same checkpoint, at the same path."
         _check_equal(self.identity, context.identity(), f"The run on {node} differs", advice)
-        return context.engine(self.most_rows), context.devices
+        return context.engine(self.max_rows), context.devices
 
 
 def _check_equal(drivers: dict[str, Any], found: dict[str, Any], what: str, advice: str) -> None:

@@ -17,15 +17,15 @@ def check_capacity(cluster: Cluster, settings: Settings) -> None:
     _size(settings).check_fits(cluster)
 
 
-def start_workers(cluster: Cluster, settings: Settings, identity: dict[str, Any], most_rows: int) -> Workers:
+def start_workers(cluster: Cluster, settings: Settings, identity: dict[str, Any], max_rows: int) -> Workers:
     """Starts the workers that the settings ask for. Raises UsageError as `check_capacity`."""
     check_capacity(cluster, settings)
     size = _size(settings)
     stated = os.environ.get("OMP_NUM_THREADS", "")  # per process: several runs may share the cluster
     sharing = size.workers if size.kind == "CPU" else cluster.total("GPU") // size.per_worker
     threads = int(stated) if stated.isdecimal() and int(stated) else cluster.threads(sharing)
-    loader = EngineLoader(settings, identity, installed_versions(), most_rows)
-    slots = min(settings.slots(settings.device), most_rows)
+    loader = EngineLoader(settings, identity, installed_versions(), max_rows)
+    slots = min(settings.slots(settings.device), max_rows)
     return Workers(cluster, WorkerConfig(loader, threads, os.getcwd()), size, slots, Worker)
 
 

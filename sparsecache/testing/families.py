@@ -172,7 +172,8 @@ def page(names: list[str] | None = None) -> Iterator[str]:
     yield "| model type | served layers of the tiny model | prompts |\n|---|---|---|"
     for model_type, family in families.items():
         served = f"{family.served.shape.layers} of {family.served.num_layers}"
-        prompts = "together" if family.served.one_slot is None else f"one at a time: {family.served.one_slot}"
+        reason = family.served.one_slot_reason
+        prompts = "together" if reason is None else f"one at a time: {reason}"
         yield f"| {model_type} | {served} | {prompts} |"
     yield "\n## Methods\n"
     yield "yes: with options that drop nothing, the text equals that of transformers' `generate`; with a budget of 4"

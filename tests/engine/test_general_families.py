@@ -88,9 +88,9 @@ def test_prompts_are_decoded_one_by_one_where_a_batch_would_change_them() -> Non
     dynamic = {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}
     model = make_model("llama", {**dynamic, "max_position_embeddings": 16})
     engine = make_engine(model, Vanilla(), WINDOW, 3)
-    assert engine.slots == 1 and engine.model.one_slot == "dynamic RoPE depends on the longest sequence"
+    assert engine.slots == 1 and engine.model.one_slot_reason == "dynamic RoPE depends on the longest sequence"
     assert texts(completions(engine, _batch())) == texts(completions(TransformersEngine(model, CPU), _batch()))
-    assert "transformers' own cache" in (family("qwen3_next").served.one_slot or "")
+    assert "transformers' own cache" in (family("qwen3_next").served.one_slot_reason or "")
 
 
 def _infinigen(guess: str) -> Any:

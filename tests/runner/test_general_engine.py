@@ -58,7 +58,7 @@ def test_a_model_that_no_cache_serves_is_refused_in_one_sentence(predict, make_c
     assert "Gemma2ForCausalLM has logit soft-capping" in told.output and "Traceback" not in told.output
     told = predict("--model", str(folder), "--engine", "transformers", "--max_samples", "1", "--batch_size", "2")
     assert told.exit_code == 0
-    assert "prompts     one at a time, since transformers' own generate decodes it" in told.stdout
+    assert "prompts     decoded one at a time, since transformers' own generate decodes it" in told.stdout
 
 
 def test_options_that_do_not_fit_the_model_are_refused(predict, make_checkpoint) -> None:

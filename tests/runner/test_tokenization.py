@@ -112,7 +112,7 @@ def test_chat_overrides_the_models_table(chatting, predict, tmp_path, read_recor
     ("chat", "message"),
     [
         ("Read. {promt}", "must hold {prompt} once"),
-        ("template", "has no chat template, which --chat template asks for"),
+        ("template", 'has no chat template, but --chat is "template"'),
     ],
 )
 def test_a_chat_that_cannot_be_used_is_refused_before_any_weight(chat, message, predict, forbid_weights) -> None:

@@ -15,7 +15,7 @@ class GeneralEngine(Generator):
     """Continuous batching over a CachedModel; one sequence at a time where the model allows no more."""
 
     def __init__(self, model: CachedModel, slots: int) -> None:
-        super().__init__(model, slots if model.one_slot is None else 1)
+        super().__init__(model, slots if model.one_slot_reason is None else 1)
         self.model = model
 
     @property

@@ -23,8 +23,8 @@ class CachedModel:
     Layers are counted among the full-attention ones: layer 0 of the method is the first of them. Other layers keep
     transformers' own caches. shape, dtype: of the full-attention layers. num_layers: all layers of the model. device:
     of token ids. devices: those of the full-attention layers. cache: the method's caches, None before `allocate`.
-    on_logits: receives the logits [B, V] of each prefill and step. one_slot: why sequences cannot be decoded together;
-    None: they can.
+    on_logits: receives the logits [B, V] of each prefill and step. one_slot_reason: why sequences cannot be decoded
+    together; None: they can.
     """
 
     graphable = False
@@ -46,7 +46,7 @@ class CachedModel:
         self._sources: dict[int, SpeculationSource] = {}
         self._sequences = self._new_sequences()
         self._arguments = inspect.signature(model.forward).parameters
-        self.one_slot = self._why_one_slot()
+        self.one_slot_reason = self._find_one_slot_reason()
 
     def calibrate(self, token_ids: Tensor, on_layer: Callable[[int], None]) -> None:
         """Run a text, token_ids: [L], and give the method each layer's queries and keys; keep nothing.
@@ -157,7 +157,7 @@ class CachedModel:
     def _new_sequences(self) -> SequenceCaches:
         return SequenceCaches(self._model.config, [layer.index for layer in self._layers], self.device)
 
-    def _why_one_slot(self) -> str | None:
+    def _find_one_slot_reason(self) -> str | None:
         if "position_ids" not in self._arguments:
             return f"{type(self._model).__name__} takes no positions"
         if kinds := rope_types(self._model) & LENGTH_DEPENDENT:
