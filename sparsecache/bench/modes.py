@@ -29,7 +29,7 @@ BASELINES: dict[str, dict[str, Any]] = {
 OWN_BASELINES: dict[str, dict[str, str]] = {"vanilla": {}, "vanilla_offload": {"offload": "true"}}
 """Baselines of this engine's own full cache, in device and in host memory: options of vanilla."""
 
-Elsewhere = Mapping[Workload, Mapping[str, float]]
+BaselineSeconds = Mapping[Workload, Mapping[str, float]]
 """Seconds of baselines that were measured in another process, by workload and name."""
 
 
@@ -38,7 +38,7 @@ def decode(
     workloads: Sequence[Workload],
     baselines: Sequence[str],
     specs: Sequence[MethodSpec],
-    elsewhere: Elsewhere = MappingProxyType({}),
+    external_s: BaselineSeconds = MappingProxyType({}),
 ) -> Iterator[Result]:
     """Yield the time of a decode step of each workload with each method.
 
@@ -56,7 +56,7 @@ def decode(
             if baseline_s is None:
                 names = baselines_for(workload, baselines)
                 baseline_s = measure_baselines(names, partial(baseline_step_s, model, workload))
-                baseline_s |= elsewhere.get(workload, {})
+                baseline_s |= external_s.get(workload, {})
             yield _decode_result(model, workload, spec, measured, rates, baseline_s)
 
 
@@ -64,14 +64,14 @@ def prefill(
     model: BenchModel,
     workloads: Sequence[Workload],
     baselines: Sequence[str],
-    elsewhere: Elsewhere = MappingProxyType({}),
+    external_s: BaselineSeconds = MappingProxyType({}),
 ) -> Iterator[Result]:
     """Yield the time from a prompt to its first token."""
     for workload in workloads:
         short = Workload(workload.tokens, 2)
         stats = timing.measure(model.engine(), short, model.vocab_size, model.devices, timing.prefill_s).stats
         baseline_s = measure_baselines(baselines, partial(_baseline_prefill_s, model, short))
-        baseline_s |= elsewhere.get(workload, {})
+        baseline_s |= external_s.get(workload, {})
         notes = {"peak_gpu_bytes": stats.peak_gpu_bytes, "weights_bytes": model.nbytes}
         limit = roofline.prefill_s(model, workload.tokens)
         name = f"prefill, {workload.tokens} tokens"
@@ -84,9 +84,9 @@ def replay(
     slots: int,
     baselines: Sequence[str],
     spec: MethodSpec,
-    elsewhere: Mapping[str, float] = MappingProxyType({}),
+    external_s: Mapping[str, float] = MappingProxyType({}),
 ) -> Iterator[Result]:
-    """Yield the time per prompt of requests in their order. elsewhere: seconds of all of them, by baseline."""
+    """Yield the time per prompt of requests in their order. external_s: seconds of all of them, by baseline."""
     engine = model.engine(spec.method, spec.options, slots)
     seconds, stats = timing.time_requests(engine, requests)
     slots = engine.slots  # fewer if memory does not suffice
@@ -113,7 +113,7 @@ def replay(
         seconds / len(requests),
         baselines={
             **measure_baselines(baselines, seconds_per_prompt),
-            **{name: total_s / len(requests) for name, total_s in elsewhere.items()},
+            **{name: total_s / len(requests) for name, total_s in external_s.items()},
         },
         notes=notes,
     )

@@ -9,7 +9,7 @@ import click
 
 from sparsecache.bench.methods_table import MethodRow, methods_table
 from sparsecache.bench.models import BenchModel
-from sparsecache.bench.modes import Elsewhere, decode, prefill, replay
+from sparsecache.bench.modes import BaselineSeconds, decode, prefill, replay
 from sparsecache.bench.results import Result, save, save_plot, table
 from sparsecache.bench.several_methods import measure_methods
 from sparsecache.bench.specs import MethodSpec
@@ -53,9 +53,9 @@ class BenchRun:
         """Measure all methods at every size; print a table per size. The files in `out` hold the rows so far."""
         stem = None if out is None else out / f"methods-{Path(self.model).name}"
         rows: list[MethodRow] = []
-        elsewhere = self.vllm.decode_step_s(model, self.workloads) if self.vllm else {}
+        external_s = self.vllm.decode_step_s(model, self.workloads) if self.vllm else {}
         try:
-            for measured in measure_methods(model, self.workloads, self.baselines, self.specs, elsewhere):
+            for measured in measure_methods(model, self.workloads, self.baselines, self.specs, external_s):
                 before = len(rows)
                 for row in measured:
                     rows.append(row)
@@ -72,21 +72,21 @@ class BenchRun:
 
     def run_each(self, model: BenchModel) -> None:
         """Measure each workload; a failure of one leaves the others."""
-        elsewhere: Elsewhere = {}
+        external_s: BaselineSeconds = {}
         if self.vllm is not None:
             measure = self.vllm.decode_step_s if self.mode == "decode" else self.vllm.first_token_s
-            elsewhere = measure(model, self.workloads)
+            external_s = measure(model, self.workloads)
         for workload in self.workloads:
             what = f" of {workload.tokens} tokens, batch {workload.batch}"
             if self.mode == "decode":
-                self.run(decode(model, [workload], self.baselines, self.specs, elsewhere), what)
+                self.run(decode(model, [workload], self.baselines, self.specs, external_s), what)
             else:
-                self.run(prefill(model, [workload], self.baselines, elsewhere), what)
+                self.run(prefill(model, [workload], self.baselines, external_s), what)
 
     def run_replay(self, model: BenchModel, requests: list[Request], slots: int) -> None:
         """Measure a replay of requests with up to `slots` at once."""
-        elsewhere = self.vllm.replay_s(model, requests) if self.vllm else {}
-        self.run(replay(model, requests, slots, self.baselines, self.specs[0], elsewhere))
+        external_s = self.vllm.replay_s(model, requests) if self.vllm else {}
+        self.run(replay(model, requests, slots, self.baselines, self.specs[0], external_s))
 
     @contextmanager
     def saved(self, stem: Path | None) -> Iterator[None]:

@@ -16,7 +16,7 @@ import torch
 from sparsecache.bench import roofline, timing
 from sparsecache.bench.methods_table import MethodRow
 from sparsecache.bench.models import BenchModel
-from sparsecache.bench.modes import Elsewhere, baseline_step_s, baselines_for
+from sparsecache.bench.modes import BaselineSeconds, baseline_step_s, baselines_for
 from sparsecache.bench.specs import MethodSpec
 from sparsecache.bench.timing import Measurement
 from sparsecache.bench.workload import Workload
@@ -52,7 +52,7 @@ def measure_methods(
     workloads: Sequence[Workload],
     baselines: Sequence[str],
     specs: Sequence[MethodSpec],
-    elsewhere: Elsewhere = MappingProxyType({}),
+    external_s: BaselineSeconds = MappingProxyType({}),
 ) -> Iterator[Iterator[MethodRow]]:
     """Yield, per workload, its rows: one per method and baseline. Workloads of one prompt length come together.
 
@@ -60,7 +60,7 @@ def measure_methods(
     """
     gc.freeze()  # a collection after each method takes 0.2 s if it searches all imported modules
     try:
-        yield from _by_prompt(model, workloads, baselines, specs, elsewhere)
+        yield from _by_prompt(model, workloads, baselines, specs, external_s)
     finally:
         gc.unfreeze()
 
@@ -70,7 +70,7 @@ def _by_prompt(
     workloads: Sequence[Workload],
     baselines: Sequence[str],
     specs: Sequence[MethodSpec],
-    elsewhere: Elsewhere,
+    external_s: BaselineSeconds,
 ) -> Iterator[Iterator[MethodRow]]:
     rates = roofline.Rates(model.device)
     for tokens, group in groupby(sorted(workloads, key=lambda each: each.tokens), key=lambda each: each.tokens):
@@ -81,7 +81,7 @@ def _by_prompt(
             prompt = _describe(error)
         for size in group:
             if isinstance(prompt, Prompt):
-                yield _measure_size(model, prompt, size, baselines, specs, rates, elsewhere.get(size, {}))
+                yield _measure_size(model, prompt, size, baselines, specs, rates, external_s.get(size, {}))
             else:
                 yield (MethodRow(str(spec), tokens, size.batch, error=prompt) for spec in specs)
         del prompt
@@ -95,7 +95,7 @@ def _measure_size(
     baselines: Sequence[str],
     specs: Sequence[MethodSpec],
     rates: roofline.Rates,
-    elsewhere: Mapping[str, float],
+    external_s: Mapping[str, float],
 ) -> Iterator[MethodRow]:
     """Yield a row per method, vanilla first, and per baseline."""
     vanilla: Measurement | None = None
@@ -116,7 +116,7 @@ def _measure_size(
         yield row
     measure_one = partial(baseline_step_s, model, workload)
     own = timing.measure_baselines(baselines_for(workload, baselines), measure_one)
-    for name, step_s in (own | dict(elsewhere)).items():
+    for name, step_s in (own | dict(external_s)).items():
         yield MethodRow(name, workload.tokens, workload.batch, step_s, vanilla_s)
 
 
