@@ -26,7 +26,7 @@ from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights, read_weights
 from sparsecache.errors import UsageError
-from sparsecache.kernels.fp8 import FP8, dense
+from sparsecache.kernels.fp8 import FP8, to_tensor
 from sparsecache.methods import make_method, option_errors, parse_options
 
 _LLAMA_3 = {"rope_theta": 500000.0, "rope_type": "default"}
@@ -160,7 +160,7 @@ class BenchModel:
             prefix = f"model.layers.{index}."
             fused: list[tuple[str, Tensor | None]] = []
             for kind, qkv, gate_up in (
-                ("weight", dense(layer.qkv), dense(layer.gate_up)),
+                ("weight", to_tensor(layer.qkv), to_tensor(layer.gate_up)),
                 ("bias", layer.qkv_bias, layer.gate_up_bias),
             ):
                 if qkv is not None:
@@ -173,9 +173,9 @@ class BenchModel:
                 ("post_attention_layernorm.weight", layer.mlp_norm),
                 ("self_attn.q_norm.weight", layer.q_norm),
                 ("self_attn.k_norm.weight", layer.k_norm),
-                ("self_attn.o_proj.weight", dense(layer.output)),
+                ("self_attn.o_proj.weight", to_tensor(layer.output)),
                 ("self_attn.o_proj.bias", layer.output_bias),
-                ("mlp.down_proj.weight", dense(layer.down)),
+                ("mlp.down_proj.weight", to_tensor(layer.down)),
                 ("mlp.down_proj.bias", layer.down_bias),
             ]
             state |= {f"{prefix}{name}": tensor for name, tensor in (*fused, *single) if tensor is not None}

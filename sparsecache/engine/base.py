@@ -67,7 +67,7 @@ class EngineStats:
     decode_s: float = 0.0
     peak_gpu_bytes: int | None = None
 
-    def note_memory(self, *devices: torch.device) -> None:
+    def record_peak_memory(self, *devices: torch.device) -> None:
         """Record the peak of GPU memory so far, of the device where it is highest."""
         if devices[0].type == "cuda":
             self.peak_gpu_bytes = max(map(torch.cuda.max_memory_allocated, devices))

@@ -16,13 +16,14 @@ from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import LayerWeights, Weights
 from sparsecache.kernels._triton import uses_kernels
 from sparsecache.kernels.attention import padded_prompt_length, prompt_attention, warm_attention_plan
-from sparsecache.kernels.fp8 import Matrix, dense
+from sparsecache.kernels.fp8 import Matrix, to_tensor
 from sparsecache.kernels.linear import add_linear, linear, linear_rope, norm_for, swiglu
 from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, rotate, split_and_rotate
 
 _CHUNK = 8192  # tokens of a prompt in one SwiGLU
-TakeLayer = Callable[[int, Tensor, Tensor, Tensor], None]
+OnQKV = Callable[[int, Tensor, Tensor, Tensor], None]
+"""A callback that receives a layer and its q [H, L, D], k and v [G, L, D] of a prompt."""
 
 
 class Decoder:
@@ -55,7 +56,7 @@ class Decoder:
     def graphable(self) -> bool:
         """Return whether a step may be captured in a CUDA graph. Requires `allocate`."""
         on_one_gpu = self.device.type == "cuda" and len(self.devices) == 1
-        return on_one_gpu and uses_kernels(self.device) and self._rope.graphable and self._layers_cache().graphable
+        return on_one_gpu and uses_kernels(self.device) and self._rope.graphable and self._model_cache().graphable
 
     def allocate(self, slots: int, max_tokens: int, max_new_tokens: int) -> None:
         """Allocate caches for `slots` sequences of at most max_tokens tokens; earlier ones are freed first."""
@@ -69,8 +70,8 @@ class Decoder:
 
         Attention over the prompt is dense and exact. No L x L tensor is built.
         """
-        cache = self._layers_cache()
-        hidden = self._prompt(token_ids, lambda layer, q, k, v: cache.layers[layer].prefill(slot, q, k, v))
+        cache = self._model_cache()
+        hidden = self._forward_prompt(token_ids, lambda layer, q, k, v: cache.layers[layer].prefill(slot, q, k, v))
         cache.start_sequence(slot, len(token_ids))
         return self._lm_head(hidden)[0]
 
@@ -89,15 +90,15 @@ class Decoder:
         on_layer: called with 1 after each layer.
         """
 
-        def show(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        def calibrate_layer(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
             self._method.calibrate(layer, q.view(self.shape.kv_heads, -1, *q.shape[1:]), k)
             on_layer(1)
 
-        self._prompt(token_ids, show)
+        self._forward_prompt(token_ids, calibrate_layer)
 
     def step(self, token_ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """Decode one token per slot: token_ids, positions and slots [B] on the device; return logits [B, V]."""
-        caches, all_slots = self._layers_cache(), slots
+        caches, all_slots = self._model_cache(), slots
         x = self._weights.embedding[token_ids]  # [B, hidden]
         rotation = self._rope.cos_sin(positions, positions + 1, self.dtype)
         for index, (layer, cache) in enumerate(zip(self._weights.layers, caches.layers, strict=True)):
@@ -119,11 +120,11 @@ class Decoder:
         self, index: int, source: SpeculationSource, hidden: Matrix, rotation: Rotation, slots: Tensor
     ) -> None:
         """Pass a hidden state of the layer before to layer `index`'s cache, if it speculates from `source`."""
-        caches = self._layers_cache().layers
+        caches = self._model_cache().layers
         if index == len(caches) or caches[index].speculation_source != source:
             return
         layer, query_weights = self._weights.layers[index], self._query_weights[index]
-        hidden, cos, sin, slots = _to_layer_device(layer, dense(hidden), *rotation, slots)
+        hidden, cos, sin, slots = _to_layer_device(layer, to_tensor(hidden), *rotation, slots)
 
         def project(hidden: Tensor, normed: bool) -> Tensor:
             x = hidden if normed else norm_for(query_weights.qkv, hidden, layer.input_norm, self._eps)
@@ -136,7 +137,7 @@ class Decoder:
         """Return the bytes of a layer's query weights, which speculation reads a second time per step."""
         return self._query_weights[layer].qkv.nbytes
 
-    def _layers_cache(self) -> ModelCache:
+    def _model_cache(self) -> ModelCache:
         assert self.cache is not None, "call allocate first"
         return self.cache
 
@@ -171,8 +172,8 @@ class Decoder:
         per_token = 2 * hidden + 2 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         return self.dtype.itemsize * (tokens * per_token + 2 * min(tokens, _CHUNK) * (intermediate + 2 * hidden))
 
-    def _prompt(self, token_ids: Tensor, take: TakeLayer) -> Tensor:
-        """Return the last token's hidden state [1, hidden]; take: receives each layer's q, k and v."""
+    def _forward_prompt(self, token_ids: Tensor, on_qkv: OnQKV) -> Tensor:
+        """Return the last token's hidden state [1, hidden]; on_qkv: receives each layer's q, k and v."""
         positions = torch.arange(len(token_ids), device=self.device)
         rotation = self._rope.cos_sin(positions, positions[-1:] + 1, self.dtype)
         x = self._weights.embedding[token_ids]  # [L, hidden]
@@ -180,7 +181,7 @@ class Decoder:
             x, cos, sin = _to_layer_device(layer, x, *rotation)
             rotation = Rotation(cos, sin)
             is_last = index == len(self._weights.layers) - 1
-            heads = self._prompt_attention(index, x, rotation, take, num_queries=1 if is_last else len(x))
+            heads = self._prompt_attention(index, x, rotation, on_qkv, num_queries=1 if is_last else len(x))
             x = x[-len(heads) :]
             # In chunks, since the hidden layer of the SwiGLU takes several times the memory of x.
             for rows, head_rows in zip(torch.split(x, _CHUNK), torch.split(heads, _CHUNK), strict=True):
@@ -188,13 +189,13 @@ class Decoder:
                 add_linear(rows, self._mlp_hidden(rows, layer), layer.down, layer.down_bias)
         return x
 
-    def _prompt_attention(self, index: int, x: Tensor, rotation: Rotation, take: TakeLayer, num_queries: int) -> Tensor:
+    def _prompt_attention(self, index: int, x: Tensor, rotation: Rotation, on_qkv: OnQKV, num_queries: int) -> Tensor:
         """Return a layer's attention over a prompt x [L, hidden] for its last 1 or L tokens: [num_queries, H * D]."""
         length, layer = len(x), self._weights.layers[index]
         heads = self._heads(norm_for(layer.qkv, x, layer.input_norm, self._eps), layer)
         q, k, v = split_and_rotate(heads, rotation, self.shape.kv_heads, padded_prompt_length(x))  # [H or G, L', D]
         del heads
-        take(index, q[:, :length], k[:, :length], v[:, :length])
+        on_qkv(index, q[:, :length], k[:, :length], v[:, :length])
         if num_queries < length:
             q, k, v = q[:, length - num_queries : length], k[:, :length], v[:, :length]
         return prompt_attention(q, k, v)[:, :num_queries].transpose(0, 1).flatten(1)

@@ -18,7 +18,7 @@ from sparsecache.kernels.fp8 import FP8, Fp8Matrix, quantise
 
 COMPUTE_DTYPE = torch.bfloat16
 """The dtype of everything but the projections: embedding, head, norms, attention, residual, and keys and values."""
-_CAPABILITY = (8, 9)  # of the first GPUs with fp8: Ada
+_MIN_CAPABILITY = (8, 9)  # of Ada, the first GPUs with fp8
 _SCALE = "_scale"  # after the name of a weight
 
 
@@ -26,10 +26,10 @@ def check_fp8_devices(devices: Sequence[torch.device]) -> None:
     """Raise UsageError, naming the device, if one of them cannot multiply in fp8."""
     for device in devices:
         if device.type != "cuda":
-            found = f"{device} is no GPU"
+            found = f"{device} is not a GPU"
         elif torch.version.hip is not None:
             found = f"{torch.cuda.get_device_name(device)} is not from NVIDIA"
-        elif (capability := torch.cuda.get_device_capability(device)) < _CAPABILITY:
+        elif (capability := torch.cuda.get_device_capability(device)) < _MIN_CAPABILITY:
             found = f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
         else:
             continue
@@ -39,13 +39,13 @@ def check_fp8_devices(devices: Sequence[torch.device]) -> None:
         )
 
 
-def describe_unread(settings: Any) -> str | None:
-    """Return what of a checkpoint's quantization_config is not read as fp8, as half a sentence; None if all is."""
+def find_unsupported(settings: Any) -> str | None:
+    """Return why a checkpoint's quantization_config is not supported as fp8, as a clause; None if it is."""
     if not isinstance(settings, Mapping):
         return "it states no settings"
     method = settings.get("quant_method")
     if method == "compressed-tensors":
-        return _describe_compressed(settings)
+        return _find_unsupported_compressed(settings)
     if method != "fp8":
         return "it is not fp8"
     if settings.get("weight_block_size") is not None:
@@ -55,7 +55,7 @@ def describe_unread(settings: Any) -> str | None:
     return None
 
 
-def _describe_compressed(settings: Mapping[str, Any]) -> str | None:
+def _find_unsupported_compressed(settings: Mapping[str, Any]) -> str | None:
     if settings.get("format") != "float-quantized":
         return f"its format is {short(settings.get('format'))}, not float-quantized"
     if settings.get("kv_cache_scheme") is not None:
@@ -130,8 +130,8 @@ class _Reader:
         return Fp8Matrix(values, scale.expand(len(values)).contiguous(), COMPUTE_DTYPE)
 
 
-def quantised_rows(parts: Sequence[Tensor | Fp8Matrix]) -> Fp8Matrix:
-    """Return matrices of the same number of columns as one in fp8; those that are not are quantised."""
+def concat_fp8(parts: Sequence[Tensor | Fp8Matrix]) -> Fp8Matrix:
+    """Return the rows of all parts [M_i, K] as one matrix; parts that are not in fp8 are quantised."""
     each = [part if isinstance(part, Fp8Matrix) else quantise(part) for part in parts]
     if len(each) == 1:
         return replace(each[0], dtype=COMPUTE_DTYPE)

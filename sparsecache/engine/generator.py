@@ -332,7 +332,7 @@ class Generator:
         except Exception as error:
             return self._fail(sequence.request, sequence.slot, error)
         cache.free_slot(sequence.slot)
-        self.stats.note_memory(*self._decoder.devices)
+        self.stats.record_peak_memory(*self._decoder.devices)
         decode_s = now - sequence.first_token_at
         return Completion(
             sequence.request,

@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from sparsecache.engine import model_registry
 from sparsecache.engine.config_checks import check_sizes, read_json
 from sparsecache.engine.families.base import Architecture
-from sparsecache.engine.fp8 import describe_unread, join_scales
+from sparsecache.engine.fp8 import find_unsupported, join_scales
 from sparsecache.engine.gguf_file import (
     ARCHITECTURES,
     GGUFHeader,
@@ -103,7 +103,7 @@ class Checkpoint:
     @property
     def is_fp8(self) -> bool:
         """Return whether the checkpoint stores its projections in fp8, and this project's engine reads them."""
-        return self.gguf is None and describe_unread(self._raw.get("quantization_config")) is None
+        return self.gguf is None and find_unsupported(self._raw.get("quantization_config")) is None
 
     @cached_property
     def tokenizer(self) -> Any:

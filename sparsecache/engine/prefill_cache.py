@@ -97,7 +97,7 @@ class PrefillCachingDecoder(Decoder):
             return found
         self._synchronize()
         began, layers = time.perf_counter(), LayerQKV()
-        hidden = self._prompt(token_ids, lambda layer, q, k, v: layers.append((q, k, v)))
+        hidden = self._forward_prompt(token_ids, lambda layer, q, k, v: layers.append((q, k, v)))
         logits = self._lm_head(hidden)[0]
         if next_tokens is not None:
             with suppress(Exception):  # reading that prompt reports the error
@@ -113,7 +113,7 @@ class PrefillCachingDecoder(Decoder):
         prompt = known or self.read(token_ids)
         if prompt is None:
             return super().prefill(token_ids, slot)
-        cache = self._layers_cache()
+        cache = self._model_cache()
         for layer_cache, (q, k, v) in zip(cache.layers, prompt.layers, strict=True):
             layer_cache.prefill(slot, q, k, v)
         cache.start_sequence(slot, len(token_ids))

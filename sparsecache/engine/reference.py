@@ -104,7 +104,7 @@ class TransformersEngine:
         self.stats.prefill_s += prefill_s
         self.stats.decode_tokens += decode_tokens
         self.stats.decode_s += decode_s
-        self.stats.note_memory(self._device)
+        self.stats.record_peak_memory(self._device)
 
 
 class _NotFiniteError(Exception):

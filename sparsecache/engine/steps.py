@@ -50,9 +50,9 @@ def most_likely(logits: Tensor) -> Tensor:
 
 def blocked_max(logits: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """Return the largest of logits [..., V], NaN above all, and its first index; `blocks` divides V."""
-    of_blocks, places = logits.view(*logits.shape[:-1], blocks, -1).max(dim=-1)
+    of_blocks, positions_and_slots = logits.view(*logits.shape[:-1], blocks, -1).max(dim=-1)
     best, block = of_blocks.max(dim=-1, keepdim=True)
-    token_ids = block * (logits.shape[-1] // blocks) + places.gather(-1, block)
+    token_ids = block * (logits.shape[-1] // blocks) + positions_and_slots.gather(-1, block)
     return best[..., 0], token_ids[..., 0]
 
 
@@ -128,18 +128,18 @@ class _Graph:
 
 @dataclass(eq=False)
 class _Replay:
-    """A replayed step. places: its positions and slots, [2, B]."""
+    """A replayed step. positions_and_slots: its positions and slots, [2, B]."""
 
     graph: _Graph
     readback: TokenReadback
-    places: Tensor
+    positions_and_slots: Tensor
 
     def read(self) -> tuple[Tensor, Tensor]:
         """As StepHandle.read."""
-        rows = self.places.shape[1]
+        rows = self.positions_and_slots.shape[1]
         greedy = self.readback.read(rows)
-        if self.graph.latest is self.places:
-            self.graph.next_inputs = torch.stack((greedy, self.places[0] + 1, self.places[1]))
+        if self.graph.latest is self.positions_and_slots:
+            self.graph.next_inputs = torch.stack((greedy, self.positions_and_slots[0] + 1, self.positions_and_slots[1]))
         return self.graph.logits[:rows], greedy
 
 
@@ -176,13 +176,13 @@ class GraphedSteps:
         graph.next_inputs = None
         return self._replay(graph, torch.stack((positions + 1, slots)))
 
-    def _replay(self, graph: _Graph, places: Tensor) -> _Replay:
+    def _replay(self, graph: _Graph, positions_and_slots: Tensor) -> _Replay:
         readback, other = graph.readbacks
         graph.readbacks = other, readback
         graph.graph.replay()
         readback.copy(graph.inputs[0])
-        self._latest, graph.latest = graph, places
-        return _Replay(graph, readback, places)
+        self._latest, graph.latest = graph, positions_and_slots
+        return _Replay(graph, readback, positions_and_slots)
 
     def _padded(self, inputs: Tensor, size: int) -> Tensor:
         """Pad inputs [3, B] to [3, size]: token 0 at position 0 in free slots."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsecache.engine.config_checks import read_json
-from sparsecache.engine.fp8 import describe_unread
+from sparsecache.engine.fp8 import find_unsupported
 from sparsecache.engine.stored import StoredTensor
 from sparsecache.errors import UsageError, one_line
 
@@ -69,7 +69,7 @@ def describe_quantization(path: Path, config: Mapping[str, Any], engine: str) ->
     """Describe the quantisation stated in config.json or in files beside it; None if there is none.
 
     engine: the one that loads the weights. transformers loads the methods that it knows and has the packages for; this
-    project's engine loads unquantised floats, and what `describe_unread` does not object to.
+    project's engine loads unquantised floats, and fp8 in which `find_unsupported` finds nothing.
     """
     where, settings = _find_quantization(path, config)
     if where is None:
@@ -77,10 +77,10 @@ def describe_quantization(path: Path, config: Mapping[str, Any], engine: str) ->
     method = _method(settings)
     found = f"{path} is quantised by {method} ({where})"
     if engine == "sparsecache" and method in ("fp8", "compressed-tensors"):
-        unread = describe_unread(config.get("quantization_config"))
-        if unread is None:
+        unsupported = find_unsupported(config.get("quantization_config"))
+        if unsupported is None:
             return None
-        found = f"{found}, and {unread}"
+        found = f"{found}, and {unsupported}"
     try:
         refusal = _transformers_refusal(config)
     except ImportError as error:  # it names the package, and how to install it

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparsecache.engine.families.base import Architecture
-from sparsecache.engine.fp8 import COMPUTE_DTYPE, quantised_rows
+from sparsecache.engine.fp8 import COMPUTE_DTYPE, concat_fp8
 from sparsecache.engine.stored import StoredTensor
 from sparsecache.engine.weight_formats import describe_tensors
 from sparsecache.errors import UsageError, one_line
@@ -162,7 +162,7 @@ class _Reader:
     def _matrix(self, *names: str) -> Matrix:
         if not self._in_fp8:
             return self._take(*names)
-        return quantised_rows([self._read(name).to(self._device) for name in names])
+        return concat_fp8([self._read(name).to(self._device) for name in names])
 
     def _take(self, *names: str) -> Tensor:
         parts = [self._read_dense(name) for name in names]

@@ -16,7 +16,7 @@ from sparsecache.kernels.swiglu import swiglu
 
 FP8 = torch.float8_e4m3fn
 _MAX = 448.0  # the largest e4m3
-_MIN_AMAX = 2.0**-100  # of a row of zeros; its inverse is finite in float32
+_MIN_AMAX = 2.0**-100  # for a row of zeros: its inverse is finite in float32
 _PLAIN, _NORM, _SWIGLU = 0, 1, 2  # what comes before the quantisation
 _ALIGNMENT = 16  # rows and columns that torch's product requires multiples of
 
@@ -62,8 +62,8 @@ class Fp8Matrix:
 Matrix = Tensor | Fp8Matrix
 
 
-def dense(matrix: Matrix) -> Tensor:
-    """Return a matrix as a tensor."""
+def to_tensor(matrix: Matrix) -> Tensor:
+    """Return a matrix as a tensor of its dtype, dequantised if it is in fp8."""
     return matrix.dequantise() if isinstance(matrix, Fp8Matrix) else matrix
 
 

@@ -48,8 +48,10 @@ def test_every_method_is_a_line_beside_vanilla_with_the_common_budget(table, tmp
 
 @pytest.mark.usefixtures("bench")
 def test_a_prompt_is_computed_once_per_length_and_shared_by_methods_and_batches(tiny, monkeypatch) -> None:
-    lengths, prompt = [], Decoder._prompt
-    monkeypatch.setattr(Decoder, "_prompt", lambda self, ids, *to: lengths.append(len(ids)) or prompt(self, ids, *to))
+    lengths, prompt = [], Decoder._forward_prompt
+    monkeypatch.setattr(
+        Decoder, "_forward_prompt", lambda self, ids, *to: lengths.append(len(ids)) or prompt(self, ids, *to)
+    )
     model = load_bench_model(str(tiny), [torch.device("cpu")], torch.float32)
     workloads = [Workload(tokens, 3, batch) for batch in (1, 2) for tokens in (20, 30)]
     sizes = [list(rows) for rows in measure_methods(model, workloads, [], several_methods("snapkv,loki", {}, {}))]

@@ -242,11 +242,11 @@ def test_scales_that_do_not_fit_are_refused_by_name(change, why, folder) -> None
 
 def test_fp8_needs_a_gpu_and_this_engine(folder, monkeypatch) -> None:
     with pytest.raises(
-        UsageError, match="^--dtype fp8 needs an NVIDIA GPU .* and cpu is no GPU. Use --dtype float32.$"
+        UsageError, match="^--dtype fp8 needs an NVIDIA GPU .* and cpu is not a GPU. Use --dtype float32.$"
     ):
         RunContext(Settings(str(folder), dtype="fp8", device="cpu"))
     for more in ({"engine": "transformers"}, {"verify": 1}):
-        with pytest.raises(UsageError, match="--dtype fp8 is for --engine sparsecache alone, without --verify"):
+        with pytest.raises(UsageError, match="--dtype fp8 needs --engine sparsecache without --verify"):
             RunContext(Settings(str(folder), dtype="fp8", device="cpu", **more))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")

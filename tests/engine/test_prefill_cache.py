@@ -39,13 +39,13 @@ def model(make_checkpoint) -> tuple[Any, ...]:
 def count_prompts(monkeypatch) -> list[int]:
     """The lengths of the prompts whose forward pass was computed."""
     lengths: list[int] = []
-    original = Decoder._prompt
+    original = Decoder._forward_prompt
 
     def prompt(decoder: Decoder, token_ids: torch.Tensor, *others: Any) -> torch.Tensor:
         lengths.append(len(token_ids))
         return original(decoder, token_ids, *others)
 
-    monkeypatch.setattr(Decoder, "_prompt", prompt)
+    monkeypatch.setattr(Decoder, "_forward_prompt", prompt)
     return lengths
 
 

@@ -76,13 +76,13 @@ def alone(tiny: Path) -> Callable[..., Result]:
 def read_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the prompts whose forward pass was computed, in order."""
     lengths: list[int] = []
-    original = Decoder._prompt
+    original = Decoder._forward_prompt
 
     def prompt(decoder: Decoder, token_ids: Any, *others: Any) -> Any:
         lengths.append(len(token_ids))
         return original(decoder, token_ids, *others)
 
-    monkeypatch.setattr(Decoder, "_prompt", prompt)
+    monkeypatch.setattr(Decoder, "_forward_prompt", prompt)
     return lengths
 
 
