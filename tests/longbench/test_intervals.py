@@ -122,7 +122,7 @@ def test_a_run_compared_with_itself_has_no_difference(scored: Callable[..., RunS
     for line in found.groups:
         assert line.entries[1].difference == Difference(0.0, (0.0, 0.0), 0, 0, line.n, 0)
         assert line.entries[0].score == line.entries[1].score
-        assert line.entries[0].best and line.entries[1].best and line.entries[0].difference is None
+        assert not line.entries[0].best and not line.entries[1].best and line.entries[0].difference is None
 
 
 def test_one_row_has_no_interval(scored: Callable[..., RunScore]) -> None:
