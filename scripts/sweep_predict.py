@@ -66,17 +66,17 @@ def predict_together(
     for model in dict.fromkeys(run.model for run in settings):
         runs = [run for run in settings if run.model == model]
         of_model = [settings[run] for run in runs]
-        tell = _teller(of_model[0].run_folder.parent.name)
+        on_progress = _progress_printer(of_model[0].run_folder.parent.name)
         for run, shared in zip(
-            runs, predict_shared(of_model, tell, limit_nbytes, context_type or RunContext), strict=True
+            runs, predict_shared(of_model, on_progress, limit_nbytes, context_type or RunContext), strict=True
         ):
             if shared.error:
                 yield run, Outcome(2, shared.seconds, shared.error, shared.log if shared.missing else None)
             else:
-                yield run, Outcome(shared.code, shared.seconds, log=None if shared.skipped else shared.log)
+                yield run, Outcome(shared.exit_code, shared.seconds, log=None if shared.skipped else shared.log)
 
 
-def _teller(model: str) -> Callable[[str], None]:
+def _progress_printer(model: str) -> Callable[[str], None]:
     stderr = sys.stderr  # runs send theirs to a log
     return lambda line: print(f"{model}, {line}", file=stderr, flush=True)
 

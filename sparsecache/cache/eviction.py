@@ -155,10 +155,10 @@ class DecodingEvictionCache(BoundedKVCache):
 
     def evict(self, q: Tensor, slots: Tensor) -> None:
         past = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
-        held = self.tokens.begin_token(slots, past)
+        num_rows = self.tokens.begin_token(slots, past)
         scores, priorities = self.step_scores(q, slots, past + 1)
         self.scores[slots] = scores
-        replace_rows(self.tokens, slots, find_lowest(self.tokens, slots, priorities, held, self.budgets[past + 1]))
+        replace_rows(self.tokens, slots, find_lowest(self.tokens, slots, priorities, num_rows, self.budgets[past + 1]))
 
 
 class AttentionEvictionCache(BoundedKVCache):

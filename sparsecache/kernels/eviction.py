@@ -40,15 +40,16 @@ class KeptTokens(NamedTuple):
     num_tokens: Tensor
 
     def begin_token(self, slots: Tensor, past: Tensor) -> Tensor:
-        """Begin the state of the new token, at position past [B]; return the rows in use with it, [B, G].
+        """Initialise the state of the new token, at position past [B]; return the rows in use with it, [B, G].
 
         The new token is in row num_tokens, or in the last one if all are in use. Its score begins at 0.
         """
-        held = self.num_tokens[slots]
-        new_row = held.clamp(max=self.keys.shape[2] - 1)
-        index = slots[:, None], torch.arange(held.shape[1], device=held.device), new_row
-        self.positions[index] = past[:, None].expand_as(held)
-        self.scores[index] = torch.zeros_like(held, dtype=torch.float32)  # assigning a number would copy from the host
+        num_rows = self.num_tokens[slots]
+        new_row = num_rows.clamp(max=self.keys.shape[2] - 1)
+        index = slots[:, None], torch.arange(num_rows.shape[1], device=num_rows.device), new_row
+        self.positions[index] = past[:, None].expand_as(num_rows)
+        # Assigning a number would copy it from the host.
+        self.scores[index] = torch.zeros_like(num_rows, dtype=torch.float32)
         return new_row + 1
 
     def attention(self, q: Tensor, slots: Tensor) -> Tensor:
@@ -63,9 +64,9 @@ class KeptTokens(NamedTuple):
 
 
 class Eviction(NamedTuple):
-    """What leaves a step: row [B, G] leaves if over [B, G] is True, and the last row in use, last [B, G], replaces it.
+    """Which rows a step evicts: row [B, G] where over [B, G] is True; the last row in use, last [B, G], replaces it.
 
-    Elsewhere row is last.
+    Where over is False, row is last.
     """
 
     row: Tensor
@@ -73,17 +74,17 @@ class Eviction(NamedTuple):
     over: Tensor
 
 
-def find_lowest(tokens: KeptTokens, slots: Tensor, priorities: Tensor, held: Tensor, most: Tensor) -> Eviction:
-    """Find the row of lowest priority of each KV head that holds more than most [B] rows; ties go to the earliest.
+def find_lowest(tokens: KeptTokens, slots: Tensor, priorities: Tensor, num_rows: Tensor, budget: Tensor) -> Eviction:
+    """Find the row of lowest priority of each KV head that has more than budget [B] rows; ties go to the earliest.
 
-    priorities: [B, G, rows]; held: [B, G], the rows in use.
+    priorities: [B, G, rows]; num_rows: [B, G], the rows in use.
     """
     positions = tokens.positions[slots]
-    is_free = torch.arange(priorities.shape[2], device=held.device) >= held[..., None]
+    is_free = torch.arange(priorities.shape[2], device=num_rows.device) >= num_rows[..., None]
     priorities = priorities.masked_fill(is_free, torch.inf)
     is_lowest = priorities == priorities.amin(2, keepdim=True)
     lowest = positions.masked_fill(~is_lowest, torch.iinfo(torch.int64).max).argmin(2)
-    over, last = held > most[:, None], held - 1
+    over, last = num_rows > budget[:, None], num_rows - 1
     return Eviction(torch.where(over, lowest, last), last, over)
 
 
@@ -120,7 +121,7 @@ def evict_least_attended(
         _launch(q, tokens, seq_lens, slots, budgets, recent, accumulate, shared)
         return
     past = seq_lens[slots].clamp(max=len(budgets) - 2)
-    held = tokens.begin_token(slots, past)
+    num_rows = tokens.begin_token(slots, past)
     scores = tokens.attention(q, slots)
     if shared:
         scores = scores.sum(1, keepdim=True).expand_as(scores)
@@ -129,7 +130,7 @@ def evict_least_attended(
     tokens.scores[slots] = scores
     is_recent = tokens.positions[slots] >= (past + 1 - recent[past + 1])[:, None, None]
     priorities = scores.masked_fill(is_recent, torch.inf)
-    replace_rows(tokens, slots, find_lowest(tokens, slots, priorities, held, budgets[past + 1]))
+    replace_rows(tokens, slots, find_lowest(tokens, slots, priorities, num_rows, budgets[past + 1]))
 
 
 def _launch(
@@ -179,7 +180,7 @@ def _row_scores_kernel(  # type: ignore[no-untyped-def]
     pdl_wait(USE_PDL)
     row, kv, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     owner = tl.load(slots + row).to(tl.int64) * kv_heads + kv
-    held = tl.minimum(tl.load(num_tokens + owner), capacity - 1).to(tl.int32) + 1
+    num_rows = tl.minimum(tl.load(num_tokens + owner), capacity - 1).to(tl.int32) + 1
     query, channel = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     in_head = channel < head_dim
     q_ptr = q + row * q_row_stride + (kv * GROUP + query)[:, None] * q_head_stride + channel[None, :]
@@ -187,7 +188,7 @@ def _row_scores_kernel(  # type: ignore[no-untyped-def]
     maximum = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     head = (tl.program_id(0) * GROUP + query).to(tl.int64)
-    start, end = split_range(held, split, BLOCK_T, SPLITS)
+    start, end = split_range(num_rows, split, BLOCK_T, SPLITS)
     for first in tl.range(start, end, BLOCK_T):
         at = first + tl.arange(0, BLOCK_T)
         key_ptr = keys + (owner * capacity + at)[:, None] * head_dim + channel[None, :]
@@ -234,19 +235,19 @@ def _evict_kernel(  # type: ignore[no-untyped-def]
     lowest_row, new_score = tl.zeros((BLOCK_T,), dtype=tl.int32), tl.zeros((BLOCK_T,), dtype=tl.float32)
     for first in tl.range(0, new_row + 1, BLOCK_T):
         at = first + tl.arange(0, BLOCK_T)
-        is_held, is_new = at <= new_row, at == new_row
+        is_used, is_new = at <= new_row, at == new_row
         logit_ptr = logits + (first_head + head).to(tl.int64)[:, None] * capacity + at[None, :]
-        logit = tl.load(logit_ptr, mask=(head < SUMMED)[:, None] & is_held[None, :], other=0.0)
+        logit = tl.load(logit_ptr, mask=(head < SUMMED)[:, None] & is_used[None, :], other=0.0)
         score = tl.sum(tl.exp(logit - maximum[:, None]) * weight[:, None], axis=0)
         if ACCUMULATE:
             score += tl.load(scores + owner * capacity + at, mask=at < new_row, other=0.0)
-        tl.store(scores + owner * capacity + at, score, mask=is_held)
+        tl.store(scores + owner * capacity + at, score, mask=is_used)
         new_score += tl.where(is_new, score, 0.0)
         position = tl.load(positions + owner * capacity + at, mask=at < new_row, other=0)
         position = tl.where(is_new, past, position)
         priority = tl.where(position >= spared, float("inf"), score)
         is_lower = (priority < lowest) | ((priority == lowest) & (position < earliest))
-        is_lower = is_lower & is_held
+        is_lower = is_lower & is_used
         lowest, earliest = tl.where(is_lower, priority, lowest), tl.where(is_lower, position, earliest)
         lowest_row = tl.where(is_lower, at, lowest_row)
 

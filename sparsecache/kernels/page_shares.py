@@ -46,10 +46,10 @@ def page_shares(bounds: Tensor, seq_lens: Tensor, slots: Tensor, sinks: Tensor, 
         )  # fmt: skip
         return shares
     past = seq_lens[slots][:, None]
-    held, number = -(-past // page), torch.arange(pages, device=bounds.device)
-    is_free = (number >= held)[:, None]
+    num_pages, number = -(-past // page), torch.arange(pages, device=bounds.device)
+    is_free = (number >= num_pages)[:, None]
     shares = bounds.masked_fill(is_free[:, None], -torch.inf).log_softmax(3).logsumexp(2)
-    is_kept = (number < sinks[past]) | (number >= held - recent[past])
+    is_kept = (number < sinks[past]) | (number >= num_pages - recent[past])
     return shares.masked_fill(is_kept[:, None], torch.inf)
 
 
@@ -85,24 +85,24 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     pdl_wait(USE_PDL)
     owner = tl.program_id(0).to(tl.int64)
     past = tl.load(seq_lens + tl.load(slots + tl.program_id(0) // kv_heads))
-    held = tl.minimum(tl.cdiv(past, PAGE), pages).to(tl.int32)
-    first_kept, last_kept = tl.load(sinks + past), held - tl.load(recent + past)
+    num_pages = tl.minimum(tl.cdiv(past, PAGE), pages).to(tl.int32)
+    first_kept, last_kept = tl.load(sinks + past), num_pages - tl.load(recent + past)
     query, at = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_P)
     row = bounds + (owner * GROUP + query) * pages
     highest = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32)
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    for first in tl.range(0, held, BLOCK_P):
+    for first in tl.range(0, num_pages, BLOCK_P):
         page = first + at
-        bound = tl.load(row + page[None, :], mask=(query < GROUP) & (page < held)[None, :], other=float("-inf"))
+        bound = tl.load(row + page[None, :], mask=(query < GROUP) & (page < num_pages)[None, :], other=float("-inf"))
         new_highest = tl.maximum(highest, tl.max(bound, axis=1))
         total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(bound - new_highest[:, None]), axis=1)
         highest = new_highest
     normalizer = (highest + tl.log(tl.maximum(total, 1e-30)))[:, None]
-    for first in tl.range(0, held, BLOCK_P):
+    for first in tl.range(0, num_pages, BLOCK_P):
         page = first + at
-        bound = tl.load(row + page[None, :], mask=(query < GROUP) & (page < held)[None, :], other=float("-inf"))
+        bound = tl.load(row + page[None, :], mask=(query < GROUP) & (page < num_pages)[None, :], other=float("-inf"))
         share = bound - normalizer
         largest = tl.max(share, axis=0)
         share = largest + tl.log(tl.sum(tl.exp(share - largest[None, :]), axis=0))
         is_kept = (page < first_kept) | (page >= last_kept)
-        tl.store(shares + owner * pages + page, tl.where(is_kept, float("inf"), share), mask=page < held)
+        tl.store(shares + owner * pages + page, tl.where(is_kept, float("inf"), share), mask=page < num_pages)

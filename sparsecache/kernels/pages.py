@@ -12,19 +12,19 @@ _BLOCK_J = 128  # pages that a program compares its own with at a time
 _MAX_BLOCK_T = 64  # tokens of a page at a time
 
 
-def channel_bounds(keys: Tensor, is_held: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
+def channel_bounds(keys: Tensor, is_used: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
     """Return the lowest and the highest value of each channel in pages: [.., D] each.
 
-    keys: [.., page, D]; is_held: [.., page] bool, the tokens that a page has so far, one at least. mean: return the
+    keys: [.., page, D]; is_used: [.., page] bool, the tokens that a page has so far, one at least. mean: return the
     middle of both instead, less and plus the mean distance of the keys from it.
     """
-    is_free = ~is_held[..., None]
+    is_free = ~is_used[..., None]
     lowest, highest = keys.masked_fill(is_free, torch.inf).amin(-2), keys.masked_fill(is_free, -torch.inf).amax(-2)
     if not mean:
         return lowest, highest
     centre = (lowest.float() + highest.float()) / 2
     distances = (keys - centre.unsqueeze(-2)).abs().masked_fill(is_free, 0)
-    distance = distances.sum(-2) / is_held.sum(-1, keepdim=True)
+    distance = distances.sum(-2) / is_used.sum(-1, keepdim=True)
     return centre - distance, centre + distance
 
 
@@ -44,8 +44,8 @@ def update_newest_page(
             BLOCK_D=next_power_of_2(head_dim, 16), num_warps=4, **pdl_options(),
         )  # fmt: skip
         return
-    newest, rows, is_held = newest_page(seq_lens[slots], page, capacity)
-    bounds = channel_bounds(take_rows(keys, slots, rows.expand(-1, kv_heads, -1)), is_held, mean)
+    newest, rows, is_used = newest_page(seq_lens[slots], page, capacity)
+    bounds = channel_bounds(take_rows(keys, slots, rows.expand(-1, kv_heads, -1)), is_used, mean)
     for stored, found in zip((lowest, highest), bounds, strict=True):
         stored[slots, :, newest] = found.to(stored.dtype)
 
@@ -105,10 +105,11 @@ def select_pages(scores: Tensor, past: Tensor, budget: Tensor, page: int, width:
         )  # fmt: skip
         return Selection(positions, counts)
     first = page * torch.arange(pages, device=scores.device)
-    held = (past[:, None] - first).clamp(0, page)  # [B, pages], tokens per page
-    order = scores.masked_fill((held == 0)[:, None], -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    page_tokens = (past[:, None] - first).clamp(0, page)  # [B, pages], tokens per page
+    scores = scores.masked_fill((page_tokens == 0)[:, None], -torch.inf)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
     order = order[..., : min(pages, -(-width // page) + 1)]  # one page may hold a token only
-    in_order = held[:, None].expand(*scores.shape[:2], -1).gather(2, order)
+    in_order = page_tokens[:, None].expand(*scores.shape[:2], -1).gather(2, order)
     before = in_order.cumsum(2) - in_order
     taken = torch.minimum((budget[:, None, None] - before).clamp(min=0), in_order)
     return _positions_of_runs(order * page + in_order - taken, taken, width)
@@ -201,7 +202,7 @@ def _select_kernel(  # type: ignore[no-untyped-def]
     most = tl.minimum(tl.minimum(tl.load(budget + row), tokens), width).to(tl.int32)
     tokens = tokens.to(tl.int32)
     page = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    held = tl.minimum(tl.maximum(tokens - page * PAGE, 0), PAGE)
+    page_tokens = tl.minimum(tl.maximum(tokens - page * PAGE, 0), PAGE)
     score = sortable(tl.load(scores + owner * pages + page, mask=page < pages, other=0.0))
     before = tl.zeros((BLOCK_P,), dtype=tl.int32)
     for first in tl.range(0, tl.minimum(tl.cdiv(tokens, PAGE), pages), BLOCK_J):
@@ -209,11 +210,11 @@ def _select_kernel(  # type: ignore[no-untyped-def]
         of_other = sortable(tl.load(scores + owner * pages + other, mask=other < pages, other=0.0))
         is_better = of_other[None, :] > score[:, None]
         is_better |= (of_other[None, :] == score[:, None]) & (other[None, :] < page[:, None])
-        held_there = tl.minimum(tl.maximum(tokens - other * PAGE, 0), PAGE)
-        before += tl.sum(tl.where(is_better, held_there[None, :], 0), axis=1)
-    taken = tl.minimum(tl.maximum(most - before, 0), held)
+        other_tokens = tl.minimum(tl.maximum(tokens - other * PAGE, 0), PAGE)
+        before += tl.sum(tl.where(is_better, other_tokens[None, :], 0), axis=1)
+    taken = tl.minimum(tl.maximum(most - before, 0), page_tokens)
     taken = tl.where(page < pages, taken, 0)
-    position = page * PAGE + held - taken
+    position = page * PAGE + page_tokens - taken
     target = positions + owner * width
     for first in tl.range(0, PAGE, BLOCK_T):
         at = first + tl.arange(0, BLOCK_T)[None, :]

@@ -61,12 +61,12 @@ def evict_redundant(
     window = state.queries.shape[3]
     state.queries[slots, :, :, seq_lens[slots] % window] = q.view(len(slots), tokens.keys.shape[1], -1, q.shape[3])
     past = seq_lens[slots].clamp(max=len(budgets) - 2)
-    held = tokens.begin_token(slots, past)
-    unit, new = normalize(tokens.keys[slots].float(), dim=3), held[..., None] - 1
+    num_rows = tokens.begin_token(slots, past)
+    unit, new = normalize(tokens.keys[slots].float(), dim=3), num_rows[..., None] - 1
     sums = _add(unit, tokens, state, slots, new)
     tokens.scores[slots] = sums
     priorities = _priorities(tokens, state, slots, sums, new, past + 1)
-    eviction = find_lowest(tokens, slots, priorities, held, budgets[past + 1])
+    eviction = find_lowest(tokens, slots, priorities, num_rows, budgets[past + 1])
     _remove(unit, tokens, state, slots, eviction)
     replace_rows(tokens, slots, eviction, (state.exempted, state.similarity))
 

@@ -20,7 +20,7 @@ MAY_DIFFER = ("method", "options", "calibration_sha256", "engine", "dtype", *TOK
 
 
 def mismatches(run: Baseline, baseline: Baseline) -> Iterator[str]:
-    """Yields what differs and must not, as parts of a sentence."""
+    """Yields the differences that are not allowed, as parts of a sentence."""
     stems = [stem for stem in run.datasets if stem in baseline.datasets]
     unknown = [side.name for side in (run, baseline) if not side.identity]
     yield from (f"no run.json says how {name} was made" for name in unknown)
@@ -30,7 +30,7 @@ def mismatches(run: Baseline, baseline: Baseline) -> Iterator[str]:
     for stem in stems:
         mine, theirs = run.datasets[stem], baseline.datasets[stem]
         if mine.metric != theirs.metric:
-            yield _said(f"the metric of {stem}", mine.metric, theirs.metric)
+            yield _describe(f"the metric of {stem}", mine.metric, theirs.metric)
         shared = mine.prompts.keys() & theirs.prompts.keys()
         other = sum(not same_prompt(mine.prompts[row], theirs.prompts[row]) for row in shared)
         if other:
@@ -45,18 +45,18 @@ def speed_mismatches(run: Baseline, baseline: Baseline) -> Iterator[str]:
         ("the dtype", [run.identity.get("dtype")], [baseline.identity.get("dtype")]),
     ):
         if mine != theirs or len(mine) != 1:
-            yield _said(what, _listed(mine), _listed(theirs))
+            yield _describe(what, _listed(mine), _listed(theirs))
     rows = [{stem: set(dataset.scores) for stem, dataset in side.datasets.items()} for side in (run, baseline)]
     if rows[0] != rows[1]:
         yield "the rows that the speed was measured on"
 
 
-def different(run: Baseline, baseline: Baseline) -> Iterator[str]:
-    """Yields what differs and may, besides the method and its options."""
+def allowed_differences(run: Baseline, baseline: Baseline) -> Iterator[str]:
+    """Yields the differences that are allowed, besides the method and its options."""
     for key in ("engine", "dtype", "transformers", "tokenizers"):
         mine, theirs = run.identity.get(key), baseline.identity.get(key)
         if mine != theirs:
-            yield _said(f"the {key}", mine, theirs)
+            yield _describe(f"the {key}", mine, theirs)
 
 
 def _identities(mine: dict[str, Any], theirs: dict[str, Any], stems: list[str]) -> Iterator[str]:
@@ -74,7 +74,7 @@ def _identities(mine: dict[str, Any], theirs: dict[str, Any], stems: list[str]) 
 def _tables(what: str, mine: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
     for key in dict.fromkeys([*mine, *theirs]):
         if key not in mine or key not in theirs or mine[key] != theirs[key]:
-            yield _said(f"{what}{key}", mine.get(key), theirs.get(key))
+            yield _describe(f"{what}{key}", mine.get(key), theirs.get(key))
 
 
 def _difference(key: str, of: str, mine: Any, theirs: Any) -> str:
@@ -83,12 +83,12 @@ def _difference(key: str, of: str, mine: Any, theirs: Any) -> str:
         return f"{HASHED[key]}{of}"
     if isinstance(mine, dict) and isinstance(theirs, dict):
         names = [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
-        return " and ".join(_said(f"{name} of {key}{of}", mine.get(name), theirs.get(name)) for name in names)
+        return " and ".join(_describe(f"{name} of {key}{of}", mine.get(name), theirs.get(name)) for name in names)
     shown = [value if value is None or key not in HASHED else "known" for value in (mine, theirs)]
-    return _said(f"the {key}{of}", *shown)
+    return _describe(f"the {key}{of}", *shown)
 
 
-def _said(what: str, mine: Any, theirs: Any) -> str:
+def _describe(what: str, mine: Any, theirs: Any) -> str:
     return f"{what} ({_short(mine)}, baseline {_short(theirs)})"
 
 

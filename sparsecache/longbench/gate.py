@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.baseline import Baseline, BaselineDataset
-from sparsecache.longbench.comparability import different, mismatches, speed_mismatches
+from sparsecache.longbench.comparability import allowed_differences, mismatches, speed_mismatches
 from sparsecache.longbench.gate_checks import Check, Limits, Pair, make_checks
 
 _MAX_SHOWN = 5
@@ -57,7 +57,7 @@ def gate(
     if run.e != baseline.e:
         raise UsageError(f"{baseline.name} is of LongBench{'-E' if baseline.e else ''}, {run.name} is not. {_E_ADVICE}")
     warnings = [*_partial(run, baseline, allow_partial), *_mismatches(run, baseline, limits, allow_unlike)]
-    warnings += [f"{part}: the gate includes this difference." for part in different(run, baseline)]
+    warnings += [f"{part}: the gate includes this difference." for part in allowed_differences(run, baseline)]
     pairs = [_pair(stem, dataset, baseline.datasets.get(stem)) for stem, dataset in run.datasets.items()]
     pairs = [pair for pair in pairs if pair.run]
     if not pairs:

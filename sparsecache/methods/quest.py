@@ -93,7 +93,7 @@ class QuestCache(SelectionCache):
         if isinstance(kv, FullStorage):
             update_newest_page(kv.keys, self.lowest, self.highest, self.seq_lens, slots, page, mean)
             return
-        newest, rows, is_held = newest_page(self.seq_lens[slots], page, self.config.max_tokens)
+        newest, rows, is_used = newest_page(self.seq_lens[slots], page, self.config.max_tokens)
         keys = self.full.keys_of(slots, rows.expand(-1, self.config.shape.kv_heads, -1))  # [B, G, page, D]
-        for stored, found in zip((self.lowest, self.highest), channel_bounds(keys, is_held, mean), strict=True):
+        for stored, found in zip((self.lowest, self.highest), channel_bounds(keys, is_used, mean), strict=True):
             stored[slots, :, newest] = found.to(stored.dtype)

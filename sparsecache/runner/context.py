@@ -108,7 +108,7 @@ class RunContext:
         return make_method(self.settings.method, self.options)
 
     @property
-    def checkpoint_place(self) -> str:
+    def checkpoint_location(self) -> str:
         """The hub id of the checkpoint, or its absolute path."""
         return self.model.hub or os.path.abspath(self.checkpoint.path)
 

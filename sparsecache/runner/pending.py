@@ -16,23 +16,23 @@ STEP_BYTES = 6000
 
 @dataclass(frozen=True)
 class WantedDataset:
-    """One dataset of a run: its rows, and how many of them are wanted, from the first on."""
+    """One dataset of a run: its rows, and the number of them that are wanted, from the first on."""
 
     task: Task
     stem: str
     rows: Rows
-    wanted: int
+    num_wanted: int
 
     @property
     def wanted_ids(self) -> list[str]:
         """The `_id` of every wanted row."""
-        return self.rows.ids[: self.wanted]
+        return self.rows.ids[: self.num_wanted]
 
     @contextmanager
     def open(self, folder: RunFolder) -> Iterator["PendingDataset"]:
         """Opens the prediction file in `folder`, and closes it at the end. Raises UsageError as PredictionFile."""
         with PredictionFile(folder.predictions(self.stem)) as file:
-            yield PendingDataset(self.task, self.stem, self.rows, self.wanted, file)
+            yield PendingDataset(self.task, self.stem, self.rows, self.num_wanted, file)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PendingDataset(WantedDataset):
         return (self.rows.dataset[index] for index in self._indices())
 
     @property
-    def missing(self) -> int:
+    def num_missing(self) -> int:
         """The number of wanted rows that are not finished."""
         return len(self._indices())
 
@@ -84,7 +84,7 @@ def longest_first(datasets: Iterable[PendingDataset]) -> Iterator[tuple[PendingD
         yield dataset, dataset.rows.dataset[index]
 
 
-def largest(datasets: Iterable[PendingDataset]) -> Iterator[tuple[PendingDataset, Row]]:
+def longest_per_dataset(datasets: Iterable[PendingDataset]) -> Iterator[tuple[PendingDataset, Row]]:
     """Yields the longest pending row of each dataset that has one."""
     for dataset in datasets:
         index, _ = max(dataset.sizes(), key=lambda each: each[1], default=(None, 0))

@@ -28,7 +28,7 @@ from sparsecache.longbench.sessions import workers_lines
 from sparsecache.longbench.tasks import OWN, Task, find_ruler_tasks, load_tasks, make_own_tasks, own_table
 from sparsecache.runner.context import RunContext
 from sparsecache.runner.folders import check_same_checkpoint
-from sparsecache.runner.pending import PendingDataset, Row, WantedDataset, in_order, largest, longest_first
+from sparsecache.runner.pending import PendingDataset, Row, WantedDataset, in_order, longest_first, longest_per_dataset
 from sparsecache.runner.progress import Progress
 from sparsecache.runner.provenance import new_session, now
 from sparsecache.runner.rows import error_message, failed_row, finished_row
@@ -112,14 +112,14 @@ class Run:
                 self.clear()
             datasets = stack.enter_context(self.open())
             self.announce(datasets)
-            if self.settings.verify or any(dataset.missing for dataset in datasets):
+            if self.settings.verify or any(dataset.num_missing for dataset in datasets):
                 self._predict(datasets, engine or self._load_engine(stack))
             return self.read_back()
 
     def check_folder(self) -> None:
         """Makes the folder. Raises UsageError if a run beside it is of another checkpoint of the same name."""
-        place, overwrite = self.context.checkpoint_place, self.settings.overwrite
-        check_same_checkpoint(self.folder.path, place, self._identity["checkpoint"], overwrite)
+        location, overwrite = self.context.checkpoint_location, self.settings.overwrite
+        check_same_checkpoint(self.folder.path, location, self._identity["checkpoint"], overwrite)
         self.folder.make()
 
     @contextmanager
@@ -172,14 +172,14 @@ class Run:
 
     def _load_engine(self, stack: ExitStack) -> Engine:
         """Returns the engine, with its weights loaded: this process's own, or the workers of a cluster."""
-        most_rows = max(dataset.wanted for dataset in self.wanted.datasets)
+        max_rows = max(dataset.num_wanted for dataset in self.wanted.datasets)
         if self.cluster is None:
             self._run_reference()  # first: its weights are freed before ours are loaded
-            return self.context.engine(most_rows)
+            return self.context.engine(max_rows)
         from sparsecache.runner.ray_workers import start_workers
 
         own_identity = {key: self._identity[key] for key in self.context.identity()}
-        workers = stack.enter_context(start_workers(self.cluster, self.settings, own_identity, most_rows))
+        workers = stack.enter_context(start_workers(self.cluster, self.settings, own_identity, max_rows))
         if self.settings.overwrite:
             workers.check_loaded()
         return workers
@@ -189,7 +189,9 @@ class Run:
         if not self.settings.verify:
             return
         rows = (
-            (dataset, row) for dataset in self.wanted.datasets for row in islice(dataset.rows.dataset, dataset.wanted)
+            (dataset, row)
+            for dataset in self.wanted.datasets
+            for row in islice(dataset.rows.dataset, dataset.num_wanted)
         )
         requests = []
         for dataset, row in islice(rows, self.settings.verify):
@@ -211,7 +213,8 @@ class Run:
             print(f"Warning: {warning}", file=sys.stderr)
         if self.settings.quiet:
             return
-        missing, wanted = sum(dataset.missing for dataset in datasets), sum(dataset.wanted for dataset in datasets)
+        missing = sum(dataset.num_missing for dataset in datasets)
+        wanted = sum(dataset.num_wanted for dataset in datasets)
         for line in self.context.describe():
             print(line)
         data = [*([self.settings.data_source] if self.wanted.sources.keys() - {"ruler"} else [])]
@@ -255,7 +258,7 @@ class Run:
         requests = self._requests(longest_first(datasets) if self.cluster else in_order(datasets))
         if self.context.slots > 1:
             if self.cluster:
-                known = list(self._requests(largest(datasets), report_errors=False))
+                known = list(self._requests(longest_per_dataset(datasets), report_errors=False))
             else:
                 requests = iter(known := list(requests))
             reserve(engine, known)
@@ -297,7 +300,8 @@ class Run:
         self.failed += 1
 
     def _progress(self, datasets: list[PendingDataset]) -> Progress:
-        wanted, missing = sum(dataset.wanted for dataset in datasets), sum(dataset.missing for dataset in datasets)
+        missing = sum(dataset.num_missing for dataset in datasets)
+        wanted = sum(dataset.num_wanted for dataset in datasets)
         workers = self.settings.workers
         name = datasets[0].stem if self.cluster is None else f"{workers} worker{'s' * (workers != 1)}"
         per_second = self.cluster is not None
@@ -333,7 +337,7 @@ class Run:
             known = record.setdefault("datasets", {})
             for dataset in self.wanted.datasets:
                 before = known.get(dataset.stem, {}).get("expected_rows", 0)
-                known[dataset.stem] = {"expected_rows": max(before, dataset.wanted)}
+                known[dataset.stem] = {"expected_rows": max(before, dataset.num_wanted)}
                 if deviations := self._deviations(dataset.task):
                     known[dataset.stem]["deviations"] = deviations
             if own := self._own_tables():
@@ -354,7 +358,7 @@ class Run:
         return [] if own == task.max_new_tokens else [f"max_new_tokens is {task.max_new_tokens} instead of {own}"]
 
     def _summary(self, rows: dict[str, list[dict[str, Any]]]) -> str:
-        table = health_table((each.task, each.stem, each.wanted, rows[each.stem]) for each in self.wanted.datasets)
+        table = health_table((each.task, each.stem, each.num_wanted, rows[each.stem]) for each in self.wanted.datasets)
         return "\n".join([table, *speed_lines(self.folder.load())])
 
 

@@ -42,7 +42,7 @@ _GIB = 2**30
 class SharedRun:
     """A run among others of its checkpoint, and how it ended.
 
-    error: why it failed; skipped: whether it was finished before. code: as the exit code of `run`. seconds: of its own
+    error: why it failed; skipped: whether it was finished before. exit_code: as `run` returns it. seconds: of its own
     work, prompts not included. missing: dataset and `_id` of the rows to make. memory: tokens of each group's prompts,
     and what the caches took for them (`CacheMemory`).
     """
@@ -52,7 +52,7 @@ class SharedRun:
     run: Run | None = None
     error: str = ""
     skipped: bool = False
-    code: int = 0
+    exit_code: int = 0
     seconds: float = 0.0
     missing: set[tuple[str, str]] = field(default_factory=set)
     stats: EngineStats = field(default_factory=EngineStats)
@@ -64,7 +64,7 @@ class SharedRun:
         return self.settings.run_folder.name
 
     @property
-    def made(self) -> Run:
+    def required_run(self) -> Run:
         """The run, which must have been made."""
         assert self.run is not None
         return self.run
@@ -108,31 +108,33 @@ class _Job:
 
 def predict_shared(
     all_settings: Sequence[Settings],
-    tell: Callable[[str], None],
+    on_progress: Callable[[str], None],
     limit_nbytes: float | None = None,
     context_type: type[RunContext] = RunContext,
 ) -> list[SharedRun]:
     """Predicts runs of one checkpoint that differ in method, options and name. Rows that are there are kept.
 
-    A run that fails does not end the others. tell: receives lines about the progress. limit_nbytes: the most bytes of
-    queries, keys and values of prompts in memory; None: at least half of what is free. The output of each run goes to
-    `logs/<model>-<name>.log` below its --pred_dir. Predictions equal those of `run`.
+    A run that fails does not end the others. on_progress: receives lines about the progress. limit_nbytes: the most
+    bytes of queries, keys and values of prompts in memory; None: at least half of what is free. The output of each run
+    goes to `logs/<model>-<name>.log` below its --pred_dir. Predictions equal those of `run`.
     """
     show_library_warnings()
     runs = [SharedRun(settings, _log(settings)) for settings in all_settings]
-    _Sweep(runs, tell, limit_nbytes, context_type).execute()
+    _SharedPrediction(runs, on_progress, limit_nbytes, context_type).execute()
     return runs
 
 
-class _Sweep:
+class _SharedPrediction:
+    """Predicts several runs of one checkpoint, group by group of prompts."""
+
     def __init__(
         self,
         runs: list[SharedRun],
-        tell: Callable[[str], None],
+        on_progress: Callable[[str], None],
         limit_nbytes: float | None,
         context_type: type[RunContext],
     ) -> None:
-        self._runs, self._tell, self._limit, self._context_type = runs, tell, limit_nbytes, context_type
+        self._runs, self._on_progress, self._limit, self._context_type = runs, on_progress, limit_nbytes, context_type
         self._began = time.monotonic()
 
     @property
@@ -145,20 +147,20 @@ class _Sweep:
             return
         context.fetch_weights()  # first: the identity of a run covers them
         for run in self._open:
-            with self._guarded(run):
+            with self._errors_recorded(run):
                 run.skipped = not _needs_work(run)
         if not self._open:
             return
         model = context.load_model()
         for run in self._open:
-            with self._guarded(run):
+            with self._errors_recorded(run):
                 _start(run)
         jobs = self._jobs(context)
         prompts = PrefillCache()
         reader = PrefillCachingDecoder(*model, Vanilla(), prompts)
         limit = self._limit or _memory_for_prompts(reader, context.slots, jobs[0].tokens if jobs else 0)
         groups = list(split_by_size(jobs, lambda job: reader.qkv_nbytes(job.tokens), limit))
-        self._tell(
+        self._on_progress(
             f"{len(self._open)} runs, {len(jobs)} prompts in {len(groups)} group{'s' * (len(groups) != 1)}; up to "
             f"{limit / _GIB:.1f} GiB for their queries, keys and values (--limit_memory)"
         )
@@ -172,16 +174,16 @@ class _Sweep:
         finally:
             gc.unfreeze()
         for run in self._open:
-            with self._guarded(run):
-                run.made.end_session({})
-                run.code = run.made.read_back()
+            with self._errors_recorded(run):
+                run.required_run.end_session({})
+                run.exit_code = run.required_run.read_back()
 
     def _prepare(self) -> RunContext | None:
         """Makes the runs, which find mistakes before weights are read; returns a context, None if no run has one."""
         context, wanted = None, None
         for run in self._runs:
             own = None
-            with self._guarded(run):
+            with self._errors_recorded(run):
                 settings = run.settings
                 own = self._context_type(settings) if context is None else context.with_method(settings)
             if own is not None:
@@ -194,7 +196,7 @@ class _Sweep:
         """Returns the rows that some run misses, the longest prompt first."""
         jobs = []
         missing = {key for run in self._open for key in run.missing}
-        for dataset in self._open[0].made.wanted.datasets if self._open else []:
+        for dataset in self._open[0].required_run.wanted.datasets if self._open else []:
             for index, row_id in enumerate(dataset.wanted_ids):
                 if (dataset.stem, row_id) not in missing:
                     continue
@@ -215,7 +217,7 @@ class _Sweep:
         self._read(group, reader, prompts)
         prompts.limit_nbytes = prompts.nbytes  # keeps none of those that runs read themselves
         others = f"; each run reads the other {left}" if (left := len(group) - len(prompts)) else ""
-        self._tell(
+        self._on_progress(
             f"{name}: {len(prompts)} of {len(group)} prompts read, {group[-1].tokens:,} to {group[0].tokens:,} tokens, "
             f"{prompts.nbytes / _GIB:.1f} GiB, {time.monotonic() - began:.1f} s{others}{self._elapsed()}"
         )
@@ -224,11 +226,11 @@ class _Sweep:
             if not run.is_open:  # the GPU failed meanwhile
                 continue
             start = time.monotonic()
-            with self._guarded(run):
+            with self._errors_recorded(run):
                 rows, ready = self._decode(run, group, model, prompts)
                 seconds = time.monotonic() - start
                 run.seconds += seconds
-                self._tell(
+                self._on_progress(
                     f"{name}, run {number} of {len(runs)}: {run.name}, {rows} rows in {seconds:.1f} s, "
                     f"{ready:.1f} s of them to set up{self._elapsed()}"
                 )
@@ -245,13 +247,13 @@ class _Sweep:
                 prompts.limit_nbytes = prompts.nbytes
                 torch.cuda.empty_cache()
             except Exception as error:  # each run that reads the prompt itself reports it
-                self._tell(f"A prompt could not be read: {one_line(error)}")
+                self._on_progress(f"A prompt could not be read: {one_line(error)}")
 
     def _decode(
         self, run: SharedRun, group: list[_Job], model: LoadedModel, prompts: PrefillCache
     ) -> tuple[int, float]:
         """Decodes the rows of a group that a run misses; returns their number, and the seconds of setting up."""
-        began, shared = time.monotonic(), run.made
+        began, shared = time.monotonic(), run.required_run
         jobs = [job for job in group if job.key in run.missing]
         with shared.open({job.dataset.stem for job in jobs}) as datasets:
             files = {dataset.stem: dataset for dataset in datasets}
@@ -286,7 +288,7 @@ class _Sweep:
         return len(requests), ready
 
     @contextmanager
-    def _guarded(self, run: SharedRun) -> Iterator[None]:
+    def _errors_recorded(self, run: SharedRun) -> Iterator[None]:
         """Sends output to the run's log; records an error as the run's, and goes on."""
         make_folder(run.log.parent, "--pred_dir")
         with run.log.open("a", encoding="utf-8", errors="replace") as log:
@@ -300,7 +302,7 @@ class _Sweep:
                 run.error = f"{type(error).__name__}: {one_line(error)}"
                 traceback.print_exc(file=log)
         if run.error:
-            self._tell(f"{run.name} failed: {run.error}")
+            self._on_progress(f"{run.name} failed: {run.error}")
             if not _gpu_works():
                 for other in self._open:
                     other.error = (
@@ -328,18 +330,18 @@ def split_by_size(items: Sequence[Item], nbytes: Callable[[Item], int], limit: f
 
 
 def _needs_work(run: SharedRun) -> bool:
-    return run.settings.overwrite or not run.made.is_finished()
+    return run.settings.overwrite or not run.required_run.is_finished()
 
 
 def _start(run: SharedRun) -> None:
     """Claims the folder of a run, finds what is missing, and records that this process works on it."""
-    run.made.check_folder()
+    run.required_run.check_folder()
     if run.settings.overwrite:
-        run.made.clear()
-    with run.made.open() as datasets:
-        run.made.announce(datasets)
+        run.required_run.clear()
+    with run.required_run.open() as datasets:
+        run.required_run.announce(datasets)
         run.missing = {(dataset.stem, row_id) for dataset in datasets for row_id in dataset.missing_ids}
-    run.made.begin_session(shared_prompts=True)
+    run.required_run.begin_session(shared_prompts=True)
 
 
 def _sum(one: EngineStats, other: EngineStats) -> EngineStats:

@@ -114,10 +114,10 @@ def _sentence(difference: dict[str, Any]) -> str:
         return " and ".join(f"{name} failed: {error}" for name, error in errors.items())
     index, gap = difference["first_differing_token"], difference["reference_gap"]
     if gap is None:
-        behind = f"our token is not among transformers' {TOP} best, or one text ends there"
+        reason = f"our token is not among transformers' {TOP} best, or one text ends there"
     else:
-        behind = f"transformers' logits differ by {gap:.3g}{', a near-tie' if difference['near_tie'] else ''}"
-    return f"the texts differ from new token {index} on; {behind}."
+        reason = f"transformers' logits differ by {gap:.3g}{', a near-tie' if difference['near_tie'] else ''}"
+    return f"the texts differ from new token {index} on; {reason}."
 
 
 def _summary(prompts: int, differing: int, near: int, dtype: torch.dtype, method: str) -> Iterable[str]:

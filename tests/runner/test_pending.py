@@ -7,7 +7,7 @@ import pytest
 from sparsecache.longbench.data import load_rows
 from sparsecache.longbench.records import PredictionFile
 from sparsecache.longbench.tasks import load_tasks
-from sparsecache.runner.pending import PendingDataset, in_order, largest, longest_first
+from sparsecache.runner.pending import PendingDataset, in_order, longest_first, longest_per_dataset
 from sparsecache.synthetic.source import SampleSource
 
 NAMES = ("qasper", "gov_report", "passage_count")  # caps of 128, 512 and 32 tokens
@@ -36,7 +36,7 @@ def _bytes(row: dict[str, object]) -> int:
 
 
 def test_the_longest_rows_of_all_datasets_come_first_and_each_comes_once(datasets) -> None:
-    assert [dataset.missing for dataset in datasets] == [4, 5, 5]
+    assert [dataset.num_missing for dataset in datasets] == [4, 5, 5]
     found = list(longest_first(datasets))
     key = [(dataset.stem, row["_id"]) for dataset, row in found]
     assert sorted(key) == sorted((dataset.stem, row["_id"]) for dataset, row in in_order(datasets)) and len(key) == 14
@@ -48,10 +48,10 @@ def test_the_longest_rows_of_all_datasets_come_first_and_each_comes_once(dataset
 
 
 def test_the_largest_row_of_each_dataset_is_a_pending_one(datasets) -> None:
-    for dataset, row in largest(datasets):
+    for dataset, row in longest_per_dataset(datasets):
         others = [_bytes(other) + len(other["input"]) for other in dataset.pending()]
         assert _bytes(row) + len(row["input"]) == max(others)
-    assert [dataset.stem for dataset, _ in largest(datasets)] == list(NAMES)
+    assert [dataset.stem for dataset, _ in longest_per_dataset(datasets)] == list(NAMES)
     for row in list(datasets[2].pending()):
         datasets[2].file.append(_finished(row))
-    assert [dataset.stem for dataset, _ in largest(datasets)] == list(NAMES[:2])
+    assert [dataset.stem for dataset, _ in longest_per_dataset(datasets)] == list(NAMES[:2])
