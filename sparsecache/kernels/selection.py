@@ -90,12 +90,3 @@ def topk_indices(margin: Tensor, count: Tensor) -> Tensor:
         ranks = (selected.cumsum(-1) - 1).masked_fill(~selected, width)
         positions.scatter_(-1, ranks, torch.arange(length, device=margin.device).expand_as(ranks))
     return positions[..., :width]
-
-
-def select_tokens(scores: Tensor, kv_heads: int, alpha: float, budget: Tensor, rule: CountRule) -> Tensor:
-    """Select past tokens by scores [B, H, T]: positions [B, G, N], ascending, then -1.
-
-    alpha, budget, rule: as in `count_within`.
-    """
-    margin = score_margin(scores, kv_heads)
-    return topk_indices(margin, count_within(margin, alpha, budget, rule))

@@ -15,7 +15,7 @@ from sparsecache.longbench.score_types import (
     Summary,
     as_average,
 )
-from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, render, words
+from sparsecache.longbench.tables import Cell, Document, Table, Value, number, records, words
 
 AVERAGE_NAMES = {
     "avg_en": "Avg, English",
@@ -25,11 +25,6 @@ AVERAGE_NAMES = {
     **{MEANS[group]: GROUP_NAMES[group] for group in ("longbench_v2", "longbench_v2_cot", "ruler")},
     "own_mean": "mean of own tasks",
 }
-
-
-def score_table(result: RunScore) -> str:
-    """Return the scores of one run as text for the terminal, with notes below the table."""
-    return render(score_document(result), "terminal")
 
 
 def score_document(result: RunScore) -> Document:

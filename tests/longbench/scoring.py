@@ -1,12 +1,14 @@
-"""Writes small prediction files, scores them, and finds the lines of comparisons."""
+"""Writes small prediction files, scores and shows them, and finds the lines of comparisons."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from sparsecache.longbench.comparison import Comparison, Difference, Group
-from sparsecache.longbench.score_types import DatasetScore
+from sparsecache.longbench.score_tables import score_document
+from sparsecache.longbench.score_types import DatasetScore, RunScore
 from sparsecache.longbench.scores import ScoringOptions, score_file
+from sparsecache.longbench.tables import render
 from sparsecache.longbench.tasks import load_tasks
 
 
@@ -26,6 +28,11 @@ def score(folder: Path, rows: list[dict[str, Any]], stem: str = "qasper", **opti
     path = save(folder, stem, rows)
     task = load_tasks()[stem.removesuffix("_e")]
     return score_file(path, task, stem.endswith("_e"), len(rows), ScoringOptions(**options))
+
+
+def score_table(result: RunScore) -> str:
+    """Return the scores of one run as the terminal shows them."""
+    return render(score_document(result), "terminal")
 
 
 def expect_rows(folder: Path, **rows: int) -> None:

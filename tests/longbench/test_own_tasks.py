@@ -14,12 +14,12 @@ from sparsecache.longbench.data import FileSource, FolderSource, load_rows, open
 from sparsecache.longbench.gate import gate
 from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.plots import get_plot
-from sparsecache.longbench.score_tables import score_table
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tables import render
 from sparsecache.longbench.tasks import Task, load_own_tasks, load_tasks, own_table, select_tasks
 from sparsecache.synthetic.source import SampleSource
+from tests.longbench.scoring import score_table
 
 TABLE = 'template = "{context}\\n{input}"\nmax_new_tokens = 8\nmetric = "token_f1"\n'
 OWN = {name: {"template": "{context}", "max_new_tokens": 8, "metric": "token_f1"} for name in ("mine", "yours")}

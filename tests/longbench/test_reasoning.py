@@ -10,9 +10,10 @@ import pytest
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.reasoning import SplitText, opens_reasoning, split_reasoning
 from sparsecache.longbench.report import health_table, summary_json
-from sparsecache.longbench.score_tables import score_document, score_table
+from sparsecache.longbench.score_tables import score_document
 from sparsecache.longbench.scores import ScoringOptions, score_run
 from sparsecache.longbench.tasks import load_tasks
+from tests.longbench.scoring import score_table
 
 
 @pytest.mark.parametrize(

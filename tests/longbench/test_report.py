@@ -14,10 +14,10 @@ from sparsecache.configs import read_tables
 from sparsecache.errors import UsageError
 from sparsecache.longbench.report import decode_speed, health_table, speed_lines, write_results
 from sparsecache.longbench.run_record import RunRecord, parse_run_record
-from sparsecache.longbench.score_tables import score_table
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import ScoringOptions, score_run
 from sparsecache.longbench.tasks import load_tasks
+from tests.longbench.scoring import score_table
 
 Save = Callable[..., Path]
 

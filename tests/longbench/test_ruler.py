@@ -17,9 +17,10 @@ from sparsecache.longbench.gate import gate
 from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.plots import get_plot
 from sparsecache.longbench.report import summary_json, write_results
-from sparsecache.longbench.score_tables import score_document, score_table
+from sparsecache.longbench.score_tables import score_document
 from sparsecache.longbench.scores import ScoringOptions, load_metric, score_run
 from sparsecache.longbench.tasks import find_ruler_tasks, load_ruler_tasks, make_own_tasks, ruler_names, select_tasks
+from tests.longbench.scoring import score_table
 
 # SHA-256 of template and answer prefix with <C> for the context and <Q> for the question, limit of new tokens, metric
 NUMBER, UUID = ("c7d0e791025a1af6", 128, "all"), ("ed2d4c0c808308fd", 128, "all")

@@ -18,11 +18,11 @@ from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.plots import get_plot
 from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.report import summary_json, v2_result, write_results
-from sparsecache.longbench.score_tables import score_table
 from sparsecache.longbench.score_types import STRATA
 from sparsecache.longbench.scores import ScoringOptions, score_run
 from sparsecache.longbench.tasks import load_tasks, select_tasks
 from sparsecache.longbench.text import choice_letter
+from tests.longbench.scoring import score_table
 
 TASK, COT = load_tasks()["longbench_v2"], load_tasks()["longbench_v2_cot"]
 PLACEHOLDERS = {"context": "$DOC$", "input": "$Q$", **{f"choice_{letter}": f"$C_{letter}$" for letter in "ABCD"}}

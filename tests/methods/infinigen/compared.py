@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsecache.cache.base import Shape
 from sparsecache.cache.model_cache import ModelCache
+from sparsecache.kernels.selection import CountRule, count_within, score_margin, topk_indices
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.methods.infinigen.cache import InfiniGenCache
 from tests.methods.infinigen.slow import Positions, SlowInfiniGen
@@ -161,3 +162,9 @@ def small_numbers(seed: int) -> Draw:
     """Return a draw of -1, 0 and 1: with 16 or 64 channels all scores are exact, and many are equal."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *size: torch.randint(-1, 2, size, generator=generator).float()
+
+
+def select_tokens(scores: Tensor, kv_heads: int, alpha: float, budget: Tensor, rule: CountRule) -> Tensor:
+    """Select past tokens by scores [B, H, T]: positions [B, G, N], ascending, then -1; arguments of `count_within`."""
+    margin = score_margin(scores, kv_heads)
+    return topk_indices(margin, count_within(margin, alpha, budget, rule))

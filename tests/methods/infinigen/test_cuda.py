@@ -8,9 +8,8 @@ import torch
 
 from sparsecache.cache.base import Shape
 from sparsecache.cache.full import FullCache
-from sparsecache.kernels.selection import select_tokens
 from sparsecache.methods.infinigen.skewing import skewing_matrix
-from tests.methods.infinigen.compared import CPU, ComparedRun, small_numbers
+from tests.methods.infinigen.compared import CPU, ComparedRun, select_tokens, small_numbers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
 GPU = torch.device("cuda")

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsecache.kernels.selection import count_within, score_margin, select_tokens, topk_indices
+from sparsecache.kernels.selection import count_within, score_margin, topk_indices
+from tests.methods.infinigen.compared import select_tokens
 from tests.methods.infinigen.slow import slow_select
 
 # Few values, so that there are many ties and margins of exactly alpha; all of them are exact in float32.
