@@ -70,7 +70,7 @@ class FetchError(Exception):
 
 
 def fetch(name: str, folder: Path) -> Path:
-    """Downloads the model into the folder, unless it is there, and returns the file's path. Raises FetchError."""
+    """Downloads the model into the folder, unless the file exists, and returns the file's path. Raises FetchError."""
     model, target = MODELS[name], folder / f"{name}.gguf"
     if target.exists():
         if not target.is_file() or _sha256(target) != model.sha256:

@@ -11,7 +11,7 @@ select is only recorded. Each measure is a mean over decode steps and KV heads, 
     best       the same on those tokens of highest true score
     tokens     past tokens selected
     kept       share of the past tokens that these are
-    overlap    share of the selection that the step before selected too
+    overlap    share of the selection that the previous step also selected
     hit N      share of the selection that is among the N last selected tokens (a gpu_cache of N tokens)
 """
 

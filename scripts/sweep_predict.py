@@ -114,7 +114,7 @@ def _predict(settings: Settings) -> Outcome:
 
 
 def _is_finished(settings: Settings) -> bool:
-    """Whether all rows of a run are there. Raises UsageError for settings that do not fit, or another run's folder.
+    """Whether all rows of a run are finished. Raises UsageError for settings that do not fit, or another run's folder.
 
     Runs on Ray, which need the cluster for it, and those that must start anyway are left to their own process.
     """

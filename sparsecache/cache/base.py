@@ -81,7 +81,7 @@ class LayerCache(ABC):
     sparse: whether steps attend to fewer tokens than all; a sparse cache records every step in `config.stats`.
     graphable: whether `attend` and `speculate` may be captured in a CUDA graph: fixed addresses and sizes, no
         synchronisation with the host.
-    speculation_source: which hidden state of the layer before `speculate` receives; None: it is not called.
+    speculation_source: which hidden state of the previous layer `speculate` receives; None: it is not called.
         "input": that layer's normed attention input. "residual": its residual stream after attention.
     estimates_rest: whether the output includes one estimate for all tokens that are not attended to.
     """
@@ -110,7 +110,7 @@ class LayerCache(ABC):
     def speculate(  # noqa: B027 (a no-op unless speculation_source is set)
         self, hidden: Tensor, project_query: "ProjectQuery", slots: Tensor
     ) -> None:
-        """Receive the hidden state [B, hidden] of the layer before, on this layer's device, before `attend`.
+        """Receive the hidden state [B, hidden] of the previous layer, on this layer's device, before `attend`.
 
         project_query: this layer's query of a hidden state. slots: as in `attend`.
         """
@@ -139,7 +139,7 @@ class ProjectQuery:
     inputs: tuple[Tensor, ...]
 
     def __call__(self, hidden: Tensor, *, normed: bool) -> Tensor:
-        """Return the rotated query [B, H, 1, D]; without `normed` the layer's input norm comes first."""
+        """Return the rotated query [B, H, 1, D]; without `normed` the layer's input norm is applied before."""
         return self.project(hidden, normed)
 
 

@@ -16,8 +16,8 @@ from sparsecache.cache.model_cache import ModelCache
 class Request:
     """A prompt to continue greedily.
 
-    Generation ends with a stop id, which is part of the output, or after max_new_tokens. Stop ids are masked until
-    min_new_tokens tokens are there. key: an object of the caller's that identifies the request.
+    Generation ends with a stop id, which is part of the output, or after max_new_tokens. Stop ids are masked for
+    the first min_new_tokens tokens. key: an object of the caller's that identifies the request.
     """
 
     key: Any

@@ -119,7 +119,7 @@ class Decoder:
     def _speculate(
         self, index: int, source: SpeculationSource, hidden: Matrix, rotation: Rotation, slots: Tensor
     ) -> None:
-        """Pass a hidden state of the layer before to layer `index`'s cache, if it speculates from `source`."""
+        """Pass a hidden state of the previous layer to layer `index`'s cache, if it speculates from `source`."""
         caches = self._model_cache().layers
         if index == len(caches) or caches[index].speculation_source != source:
             return
@@ -131,7 +131,7 @@ class Decoder:
             return self._qkv_rope(x, query_weights, Rotation(cos, sin))[:, :, None]
 
         caches[index].speculate(hidden, ProjectQuery(project, (cos, sin)), slots)
-        _to_layer_device(self._weights.layers[index - 1])  # the layer before continues on its device
+        _to_layer_device(self._weights.layers[index - 1])  # the previous layer continues on its device
 
     def query_nbytes(self, layer: int) -> int:
         """Return the bytes of a layer's query weights, which speculation reads a second time per step."""

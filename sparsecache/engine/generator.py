@@ -30,7 +30,7 @@ from sparsecache.engine.steps import EagerSteps, StepHandle, Steps, TokenReadbac
 
 @dataclass(eq=False)
 class _Sequence:
-    """A request in flight. first_token_at: when its first token was there, by time.perf_counter."""
+    """A request in flight. first_token_at: when it had its first token, by time.perf_counter."""
 
     request: Request
     slot: int
@@ -46,7 +46,7 @@ class _Sequence:
 
     @property
     def finish_reason(self) -> str:
-        """Return "stop", "length", "error" (logits that are not finite), or "" while it goes on."""
+        """Return "stop", "length", "error" (logits that are not finite), or "" while it is decoded."""
         if self.new_ids[-1] < 0:
             return "error"
         if self.new_ids[-1] in self.request.stop_ids and len(self.new_ids) > self.request.min_new_tokens:

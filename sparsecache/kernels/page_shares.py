@@ -10,9 +10,10 @@ _BLOCK_P = 256  # pages at a time
 
 
 def choose_queries(q: Tensor, last: Tensor, slots: Tensor, kv_heads: int, similarity: float) -> Tensor:
-    """Return each KV head's queries of the step before, or q if the mean cosine similarity to them is too low.
+    """Return each KV head's queries of the previous step, or q if the mean cosine similarity to them is too low.
 
-    q: [B, H, 1, D]; last: [slots, H, D], which q replaces; slots: [B] int64; similarity: the least. Returns as q.
+    q: [B, H, 1, D]; last: [slots, H, D], which q replaces; slots: [B] int64; similarity: the threshold. Returns
+    [B, H, 1, D].
     """
     batch, heads, _, head_dim = q.shape
     group = heads // kv_heads

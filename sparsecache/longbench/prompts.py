@@ -80,7 +80,7 @@ class Prompter:
             token_ids = encode(self.tokenizer, text)
         if prefix or self._wraps(task):
             text, token_ids = self._complete(task, text, prefix)
-        room = self._room(task)
+        room = self._capacity(task)
         overflow_tokens = max(0, len(token_ids) - room)
         if overflow_tokens:
             token_ids = token_ids[: room - room // 2] + token_ids[len(token_ids) - room // 2 :]
@@ -117,19 +117,19 @@ class Prompter:
 
     def cut_length(self, task: Task) -> int:
         """Return the tokens above which the middle of a raw prompt is truncated."""
-        return self.room(task) if self.max_length is None or task.length else self.max_length
+        return self.capacity(task) if self.max_length is None or task.length else self.max_length
 
-    def room(self, task: Task) -> int:
+    def capacity(self, task: Task) -> int:
         """Return the tokens that the window leaves for the raw prompt.
 
         Raises UsageError if there are fewer than two, and if the wrapper is unusable (`Wrapper.tokens`).
         """
-        return self._room(task, self.wrapper.tokens if self._wraps(task) else 0)
+        return self._capacity(task, self.wrapper.tokens if self._wraps(task) else 0)
 
     def _wraps(self, task: Task) -> bool:
         return task.chat and self.chat != "none"
 
-    def _room(self, task: Task, wrapper: int = 0) -> int:
+    def _capacity(self, task: Task, wrapper: int = 0) -> int:
         room = self.window - task.max_new_tokens - wrapper
         if room < 2:
             raise UsageError(

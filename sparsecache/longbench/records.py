@@ -64,7 +64,7 @@ class PredictionFile:
         if not self._file.is_at(self.path):
             raise UsageError(
                 f"{self.path} was deleted or replaced while this run wrote to it, so its rows would be lost. Run the "
-                f"same command again (without --overwrite); finished rows in the file that is there now are kept."
+                f"same command again (without --overwrite); finished rows in the present file are kept."
             )
         try:
             self._writer.write(record)
@@ -72,14 +72,14 @@ class PredictionFile:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise UsageError(
-                f"{self.path} cannot grow: {error.strerror}. Its {len(self.done)} finished rows are safe; make "
-                f"room and run the same command again (without --overwrite), it goes on from there."
+                f"{self.path} cannot grow: {error.strerror}. Its {len(self.done)} finished rows are kept. "
+                f"Free space or raise the limit, then rerun the command without --overwrite to resume."
             ) from error
         if is_finished(record):
             self.done.add(record["_id"])
 
     def close(self) -> None:
-        """Closes the file and lets other processes at the dataset."""
+        """Closes the file, and releases the dataset to other processes."""
         self._file.close()
         if self._lock is not None:
             self._lock()
@@ -182,12 +182,12 @@ def read_rows(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, An
 def verify_rows(path: Path, wanted: Iterable[str]) -> list[dict[str, Any]]:
     """Reads a prediction file back and returns its rows, after a run that wrote every `wanted` one.
 
-    A wanted row is there if it is finished or an error row. Raises UsageError, naming the rows, where one is not:
-    the file was replaced or changed while the run wrote to it.
+    Raises UsageError, naming the rows, where a wanted one is neither finished nor an error row: the file was replaced
+    or changed while the run wrote to it.
     """
     rows = list(read_rows(path)) if os.path.lexists(path) else []
-    there = {row.get("_id") for row in rows if "error" in row or is_finished(row)}
-    if lost := [row_id for row_id in wanted if row_id not in there]:
+    present = {row.get("_id") for row in rows if "error" in row or is_finished(row)}
+    if lost := [row_id for row_id in wanted if row_id not in present]:
         raise UsageError(
             f"{path} lacks {len(lost)} rows that this run wrote ({listed(lost, 5)}): the file was replaced or changed "
             f"meanwhile. Run the same command again (without --overwrite) to predict them."
@@ -276,18 +276,18 @@ class RunFolder:
 
         Raises UsageError, and deletes nothing, if another process holds one of them.
         """
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as locks:
             paths = [path for path in map(self.predictions, stems) if path.exists() or _lock_path(path).exists()]
             for path in paths:
-                held.enter_context(contextlib.closing(_Held(path)))
+                locks.enter_context(contextlib.closing(_DatasetLock(path)))
             for path in paths:
                 path.unlink(missing_ok=True)
         for name in (RUN_FILE, "result.json", "summary.json", "result.txt", "result_e.json", "summary_e.json"):
             (self.path / name).unlink(missing_ok=True)
 
 
-class _Held:
-    """A dataset held just long enough to delete files."""
+class _DatasetLock:
+    """The lock of a dataset whose files are being deleted. Raises UsageError if another process has it."""
 
     def __init__(self, path: Path):
         self._release = lock(_lock_path(path), wait=False)

@@ -160,12 +160,12 @@ class RunContext:
 
     def check_lengths(self, task: Task) -> None:
         """Raises UsageError if the window leaves no tokens for a prompt of this dataset, or fewer than --max_length."""
-        room, wanted = self.prompter.room(task), self.settings.max_length
-        if wanted is not None and wanted > room and task.length is None:
+        capacity, wanted = self.prompter.capacity(task), self.settings.max_length
+        if wanted is not None and wanted > capacity and task.length is None:
             raise UsageError(
-                f"--max_length {wanted} is too long: of the window of {self.window} tokens, {task.name} leaves {room} "
-                f"for the raw prompt, after {task.max_new_tokens} new tokens and the chat wrapper. Pass at most "
-                f"--max_length {room}, or a larger --window."
+                f"--max_length {wanted} is too long: of the window of {self.window} tokens, {task.name} leaves "
+                f"{capacity} for the raw prompt, after {task.max_new_tokens} new tokens and the chat wrapper. Pass at "
+                f"most --max_length {capacity}, or a larger --window."
             )
 
     def stop_ids(self, task: Task) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ def run(settings: Settings, make_context: Callable[[Settings], RunContext] = Run
 
 
 def is_finished(settings: Settings) -> bool:
-    """Whether every wanted row of a run is there, made as these settings would make it. Reads no weights.
+    """Whether every wanted row of a run is finished, made as these settings would make it. Reads no weights.
 
     Raises UsageError as `run`: for settings that do not fit the checkpoint, and for a folder of another run.
     """
@@ -97,7 +97,7 @@ class Run:
         self.folder.check(self._identity)
 
     def is_finished(self) -> bool:
-        """Returns whether every wanted row is there. Raises UsageError for a folder of another run."""
+        """Returns whether every wanted row is finished. Raises UsageError for a folder of another run."""
         self.check_recorded()
         return all(self._is_complete(dataset) for dataset in self.wanted.datasets)
 
@@ -107,7 +107,7 @@ class Run:
         self.check_folder()
         with ExitStack() as stack:
             engine = None
-            if self.settings.overwrite:  # old rows are deleted once what makes new ones is there
+            if self.settings.overwrite:  # old rows are deleted only once the engine is loaded
                 engine = self._load_engine(stack)
                 self.clear()
             datasets = stack.enter_context(self.open())

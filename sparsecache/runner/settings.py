@@ -159,7 +159,7 @@ class Settings:
             )
         if self.verify:
             raise UsageError(
-                "--verify compares within one process: run it first, without --workers and --ray_address, and go on "
+                "--verify compares within one process. Run it first without --workers and --ray_address, then rerun "
                 "with them under the same --name."
             )
         host, _, port = (self.ray_address or "auto").rpartition(":")

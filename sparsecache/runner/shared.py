@@ -112,7 +112,7 @@ def predict_shared(
     limit_nbytes: float | None = None,
     context_type: type[RunContext] = RunContext,
 ) -> list[SharedRun]:
-    """Predicts runs of one checkpoint that differ in method, options and name. Rows that are there are kept.
+    """Predicts runs of one checkpoint that differ in method, options and name. Finished rows are kept.
 
     A run that fails does not end the others. on_progress: receives lines about the progress. limit_nbytes: the most
     bytes of queries, keys and values of prompts in memory; None: at least half of what is free. The output of each run
@@ -165,7 +165,7 @@ class _SharedPrediction:
             f"{limit / _GIB:.1f} GiB for their queries, keys and values (--limit_memory)"
         )
         gc.collect()
-        gc.freeze()  # what is there stays, so that collections between runs are fast
+        gc.freeze()  # existing objects stay, so that collections between runs are fast
         try:
             for number, group in enumerate(groups, 1):
                 if self._open:
@@ -289,7 +289,7 @@ class _SharedPrediction:
 
     @contextmanager
     def _errors_recorded(self, run: SharedRun) -> Iterator[None]:
-        """Sends output to the run's log; records an error as the run's, and goes on."""
+        """Sends output to the run's log; records an error as the run's, and does not raise it."""
         make_folder(run.log.parent, "--pred_dir")
         with run.log.open("a", encoding="utf-8", errors="replace") as log:
             try:

@@ -131,12 +131,12 @@ def test_two_bos_tokens_are_an_error() -> None:
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[5].content }}", "{% if %}"])
 def test_a_template_that_raises_is_an_error_before_any_row(template: str) -> None:
     with pytest.raises(UsageError, match="The chat wrapper cannot be used .*another `chat`"):
-        Prompter(make_tokenizer(template), 4096, chat="template").room(tiny_task())
+        Prompter(make_tokenizer(template), 4096, chat="template").capacity(tiny_task())
 
 
 def test_a_wrapper_that_drops_the_prompt_is_refused() -> None:
     with pytest.raises(UsageError, match=r"'nothing' drops or repeats the prompt: it must hold \{prompt\} once"):
-        Prompter(make_tokenizer(None), 4096, chat="nothing").room(tiny_task())
+        Prompter(make_tokenizer(None), 4096, chat="nothing").capacity(tiny_task())
 
 
 def test_a_tokenizer_without_bos_gets_none(without_bos: Any) -> None:

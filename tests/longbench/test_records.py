@@ -170,8 +170,8 @@ def check_full(path: Path, done: CompletedProcess[str], reason: str) -> int:
     assert rows == [{"pred": "x" * 7000, "answers": [], "_id": str(number)} for number in range(len(rows))]
     assert 0 < len(rows) < 20
     assert done.stderr == (
-        f"Error: {path} cannot grow: {reason}. Its {len(rows)} finished rows are safe; make room and run the same "
-        f"command again (without --overwrite), it goes on from there.\n"
+        f"Error: {path} cannot grow: {reason}. Its {len(rows)} finished rows are kept. "
+        "Free space or raise the limit, then rerun the command without --overwrite to resume.\n"
     )
     return len(rows)
 

@@ -142,8 +142,8 @@ def test_a_chat_token_that_only_tokenizer_config_adds_is_refused(make_tokenizer,
     template = "<|new|>{{ messages[0]['content'] }}"
     ours = load_tokenizer(write(make_tokenizer(), added_tokens_decoder=added, chat_template=template))
     with pytest.raises(UsageError, match=r"The chat wrapper holds <\|new\|>, which is one token in"):
-        Prompter(ours, 4096, chat="template").room(load_tasks()["qasper"])
-    assert Prompter(ours, 4096).room(load_tasks()["qasper"]) > 0
+        Prompter(ours, 4096, chat="template").capacity(load_tasks()["qasper"])
+    assert Prompter(ours, 4096).capacity(load_tasks()["qasper"]) > 0
 
 
 @pytest.mark.parametrize("length", ["", [], {}])

@@ -99,7 +99,7 @@ def test_a_wrapped_prompt_has_the_ids_of_apply_chat_template(shape, single, make
         [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False, **ARGUMENTS
     )
     made = prompter(folder)
-    assert made.room(QASPER) > 0
+    assert made.capacity(QASPER) > 0
     assert made.build(QASPER, ROW).token_ids == want
     raw = made.build(TREC, ROW).token_ids
     assert raw == make_tokenizer("digits", single).encode(TREC.template.format(**ROW)).ids
@@ -159,15 +159,15 @@ REFUSED = {
 def test_a_template_that_cannot_be_used_is_refused_in_one_sentence(case, make_tokenizer, write) -> None:
     template, message = REFUSED[case]
     with pytest.raises(UsageError, match=re.escape(message)) as refused:
-        prompter(write(make_tokenizer(), chat_template=template)).room(QASPER)
+        prompter(write(make_tokenizer(), chat_template=template)).capacity(QASPER)
     assert "\n" not in str(refused.value) and "--chat" in str(refused.value) and len(str(refused.value)) < 400
 
 
 def test_several_templates_need_a_default(make_tokenizer, write) -> None:
     template = [{"name": "default", "template": CHATML}, {"name": "rag", "template": "R"}]
-    assert prompter(write(make_tokenizer(), chat_template=template)).room(QASPER) > 0
+    assert prompter(write(make_tokenizer(), chat_template=template)).capacity(QASPER) > 0
     with pytest.raises(UsageError, match=r"several chat templates \(rag\), none of them named default"):
-        prompter(write(make_tokenizer(), chat_template=template[1:])).room(QASPER)
+        prompter(write(make_tokenizer(), chat_template=template[1:])).capacity(QASPER)
 
 
 def test_a_template_that_never_ends_is_refused(make_tokenizer, write, monkeypatch) -> None:
@@ -175,13 +175,13 @@ def test_a_template_that_never_ends_is_refused(make_tokenizer, write, monkeypatc
     loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}"
     template = loops + "{% endfor %}" * 3 + "{{ messages[0].content }}"
     with pytest.raises(UsageError, match="takes longer than"):
-        prompter(write(make_tokenizer(), chat_template=template)).room(QASPER)
+        prompter(write(make_tokenizer(), chat_template=template)).capacity(QASPER)
 
 
 @pytest.mark.parametrize("wrapper", ["Read. {promt}", "Read.", "{prompt} {prompt}", ""])
 def test_a_hand_made_wrapper_holds_the_prompt_once(wrapper, make_tokenizer, write) -> None:
     with pytest.raises(UsageError, match=r"it must hold \{prompt\} once"):
-        prompter(write(make_tokenizer()), wrapper).room(QASPER)
+        prompter(write(make_tokenizer()), wrapper).capacity(QASPER)
 
 
 def test_a_row_that_the_template_cuts_is_an_error(make_tokenizer, write) -> None:

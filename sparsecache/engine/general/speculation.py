@@ -1,4 +1,4 @@
-"""What a speculating cache needs of a transformers model: the layer before's hidden state, and its own query of it.
+"""Gives speculating caches the previous layer's hidden state and the query computed from it, in a transformers model.
 
 Hidden states come from forward pre-hooks. A query comes from the layer itself: it is called with the hidden state, and
 its attention call, which has the rotated query, ends it. So no shape of attention module needs code of its own.
@@ -21,7 +21,7 @@ _MIXERS = ("self_attn", "linear_attn", "mamba", "conv", "temporal_block")
 """Names of the module of a layer that its normed input goes into, where it makes no attention call."""
 
 OnHidden = Callable[[int, Tensor], None]
-"""Receives the index of a speculating cache and the hidden state [B, L, hidden] of the layer before."""
+"""Receives the index of a speculating cache and the hidden state [B, L, hidden] of the previous layer."""
 
 
 class _AttentionReachedError(Exception):
@@ -34,8 +34,8 @@ class _LatestCall:
 
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = field(default_factory=lambda: ((), {}))
 
-    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take the arguments of a call."""
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the arguments of a call."""
         self.arguments = args, kwargs
 
     def query_of(self, module: nn.Module, hidden: Tensor) -> Tensor:
@@ -101,14 +101,14 @@ class SpeculationHooks:
 
     @contextmanager
     def watching(self, sources: dict[int, SpeculationSource], on_hidden: OnHidden) -> Iterator[None]:
-        """Call `on_hidden` for each index of `sources`, in the layer before it, inside the block.
+        """Call `on_hidden` for each index of `sources`, in the layer that precedes it, inside the block.
 
         Raises UsageError where the model has no such hidden state.
         """
         with ExitStack() as stack:
             for layer in self._layers if sources else ():
                 for module, latest in ((layer.module, self._attention), (self._block_of(layer.module), self._block)):
-                    self._hook(stack, module, latest.note)
+                    self._hook(stack, module, latest.record)
             for index, source in sources.items():
                 self._hook(stack, self._source(index, source), partial(_give_hidden, on_hidden, index))
             yield

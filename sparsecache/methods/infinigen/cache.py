@@ -1,6 +1,6 @@
 """The cache of a sparse layer: partial keys to speculate with, and the keys and values that are fetched.
 
-A layer's selection and fetch run on a side stream during the attention and MLP of the layer before. The new token is
+A layer's selection and fetch run on a side stream during the attention and MLP of the previous layer. The new token is
 stored on another side stream. Nothing waits for the host, so a step can be a CUDA graph.
 """
 
@@ -147,7 +147,7 @@ class InfiniGenCache(LayerCache):
 
     def selected(self) -> Tensor:
         """Return the past positions of the current step, before `attend`: [B, G, N], ascending, then -1."""
-        assert self._speculated is not None, "speculate comes first"
+        assert self._speculated is not None, "call speculate before"
         if self._speculated.event is not None:
             self._speculated.event.synchronize()
         positions, counts = self._speculated.selection
