@@ -165,10 +165,21 @@ class RecordingContext(RunContext):
 
 
 def recorded_measures(folder: Path) -> dict[str, np.ndarray]:
-    """Return each measure of a run's rows with a sparse step: [rows, layers], nan where there is none."""
+    """Return each measure of a run's rows with a sparse step: [rows, layers], nan where there is none.
+
+    Raises UsageError for a run without such rows.
+    """
     rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_rows(file) if row.get("sparse_steps")]
+    if not rows:
+        raise UsageError(f"{folder} has no row with a decode step. Give rows with longer answers.")
     measures = {name: np.array([row[_KEY][name] for row in rows]) for name in MEASURES}
     return {name: np.where(values < 0, np.nan, values) for name, values in measures.items()}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Return the mean of the values that are not nan; None if there is none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
 
 
 def document(run_folders: dict[Run, Path]) -> Document:
@@ -182,10 +193,9 @@ def document(run_folders: dict[Run, Path]) -> Document:
         lines = []
         for run, measures in zip(runs, measures_of_runs, strict=True):
             values = measures[name] * (100 if name in _SHARES else 1)
-            rows = np.nanmean(values, 1)
-            rows = rows[~np.isnan(rows)]
+            rows = np.array([mean for mean in map(_mean, values) if mean is not None])
             error = float(rows.std(ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else None
-            means, mean = np.nanmean(values, 0).tolist(), float(rows.mean())
+            means, mean = [_mean(of_layer) for of_layer in values.T], _mean(rows)
             lines.append([words(run.name), *(number(value, 1) for value in means), _mean_cell(mean, error)])
             fact: dict[str, Value] = {"run": run.name, "measure": name, "rows": len(rows)}
             numbers = {**dict(zip(layers, means, strict=True)), "mean": mean, "error": error}
@@ -204,8 +214,10 @@ def first_sparse_layer(folder: Path) -> int:
     return first
 
 
-def _mean_cell(mean: float, error: float | None) -> Cell:
-    return Cell(f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}"), mean)
+def _mean_cell(mean: float | None, error: float | None) -> Cell:
+    if mean is None or error is None:
+        return number(mean, 1)
+    return Cell(f"{mean:.1f} ± {error:.1f}", mean)
 
 
 @click.command(cls=FlexibleCommand)

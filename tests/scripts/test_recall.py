@@ -123,3 +123,15 @@ def test_only_infinigen_can_be_recorded(run_python, repo: Path, sweep_file, tiny
     file = sweep_file(tiny, {"method": "oracle", "budget": [0.1, 0.2]})
     done = run_python(repo / "scripts" / "recall.py", file, "--pred_dir", file.parent / "pred")
     assert done.returncode == 2 and "oracle: only infinigen" in done.stderr and not (file.parent / "pred").exists()
+
+
+@pytest.mark.parametrize(("new_tokens", "code"), [("1", 2), ("2", 0)])
+def test_measures_that_need_more_steps_are_left_out(load_script, sweep_file, tiny: Path, tmp_path, new_tokens, code):
+    """Overlap needs two steps, all measures need one. A warning of numpy would fail this test."""
+    file = sweep_file(tiny, {"method": "infinigen", "budget": 16, "skew": False, "dense_layers": 1})
+    more = ["--datasets", "lcc", "--sample_rows", "1", "--max_new_tokens", new_tokens]
+    done = CliRunner().invoke(
+        load_script("recall").main, [str(file), "--pred_dir", str(tmp_path / "pred"), "--", *more]
+    )
+    assert done.exit_code == code and "nan" not in done.output, done.output
+    assert code == 0 or "has no row with a decode step. Give rows with longer answers." in done.stderr
