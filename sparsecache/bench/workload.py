@@ -1,6 +1,7 @@
 """Workloads: random prompts of given lengths, and a stratified sample of a benchmark's lengths."""
 
 import csv
+import io
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparsecache.engine.base import Request
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, short
+from sparsecache.files import open_regular
 from sparsecache.runner.pending import STEP_BYTES
 
 _TOKEN_BYTES = 4  # of a prompt's text, about
@@ -59,9 +61,10 @@ def sample_lengths(file: Path, rows: int) -> list[Workload]:
     try:
         for dataset, row in _read(file):
             by_dataset.setdefault(dataset, []).append(row)
-    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+    except (UsageError, OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise UsageError(
-            f"{file} is not a workload ({error!r}). Give a CSV with the columns dataset, prompt_tokens, new_tokens."
+            f"{file} is not a workload ({short(error, 200)}). Give a CSV with the columns dataset, prompt_tokens, "
+            f"new_tokens."
         ) from error
     total = sum(map(len, by_dataset.values()))
     if not total or not all(row.is_valid() for part in by_dataset.values() for row in part):
@@ -93,7 +96,7 @@ class _Row(NamedTuple):
 
 
 def _read(file: Path) -> Iterator[tuple[str, _Row]]:
-    with file.open(encoding="utf-8-sig", newline="") as text:
+    with io.TextIOWrapper(open_regular(file), encoding="utf-8-sig", newline="") as text:
         for row in csv.DictReader(text):
             max_new_tokens = int(row.get("max_new_tokens") or 0)
             yield row["dataset"], _Row(int(row["prompt_tokens"]), int(row["new_tokens"]), max_new_tokens)

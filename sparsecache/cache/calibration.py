@@ -5,17 +5,23 @@ from pathlib import Path
 from torch import Tensor
 
 from sparsecache.cache.base import Shape
+from sparsecache.errors import UsageError
+from sparsecache.files import read_file
 
 _BUNDLED = Path(__file__).parent / "calibration.txt"
+_MAX_BYTES = 2**26
 
 
 def read_calibration_text(path: str | None) -> str:
-    """Return the text of a file, the option `calibration_file`; None: the bundled one. Raises ValueError."""
+    """Return the text of a file, the option `calibration_file`; None: the bundled one.
+
+    Raises ValueError for a file that cannot be read, that is not text, or that is no regular file.
+    """
     file = _BUNDLED if path is None else Path(path)
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"calibration_file={file} cannot be read as UTF-8 text ({error}).") from error
+        return read_file(file, _MAX_BYTES).decode()
+    except (UsageError, UnicodeDecodeError) as error:
+        raise ValueError(f"calibration_file={file} cannot be read as UTF-8 text ({str(error).rstrip('.')}).") from error
 
 
 def check_matrices(name: str, matrices: Tensor | None, shape: Shape) -> Tensor:

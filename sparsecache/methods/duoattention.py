@@ -18,7 +18,6 @@ of the authors' LongBench runs.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -28,10 +27,13 @@ from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, MethodK
 from sparsecache.cache.calibration import read_calibration_text
 from sparsecache.cache.full import FullCache
 from sparsecache.cache.stats import SequenceStats
+from sparsecache.errors import UsageError
+from sparsecache.files import read_file
 from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.scores import scaled_scores
 
 _SINKS, _RECENT, _QUERIES = 128, 256, 256  # tokens, of which gates are estimated
+_MAX_BYTES = 2**24  # of a file of gates
 _BLOCK = 64  # queries whose attention is held at a time
 
 
@@ -194,11 +196,12 @@ def _heads(which: Tensor, grouped: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
 def _read_gates(path: str) -> list[Tensor]:
     """Return the gates of each layer. Raises ValueError if the file cannot be read as numbers."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_file(path, _MAX_BYTES).decode("utf-8-sig").splitlines()
         gates = [[float(number) for number in line.split()] for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
+    except (UsageError, ValueError) as error:
         raise ValueError(
-            f"gates={path} cannot be read ({error}). Give a file with a line per layer and a number per KV head."
+            f"gates={path} cannot be read ({str(error).rstrip('.')}). Give a file with a line per layer and a number "
+            f"per KV head."
         ) from error
     if not all(math.isfinite(number) for of_layer in gates for number in of_layer):
         raise ValueError(f"gates={path} has numbers that are not finite.")

@@ -1,5 +1,6 @@
 """DuoAttention: streaming heads against kvpress at the prompt, attention against plain softmax while decoding."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,6 +141,12 @@ def test_estimated_gates_are_restored() -> None:
     for wrong in ({}, {"gates": torch.zeros(3, 2)}, {"gates": torch.full((2, 2), torch.nan)}):
         with pytest.raises(ValueError, match=r"^its gates must be 2 x 2 finite numbers for this model\.$"):
             restored.restore(wrong, shape)
+
+
+def test_a_named_pipe_of_gates_is_refused_at_once(tmp_path) -> None:
+    os.mkfifo(tmp_path / "gates")
+    with pytest.raises(ValueError, match=r"^gates=.* cannot be read \(.* it is a named pipe, not a regular file\)\."):
+        DuoAttention(gates=str(tmp_path / "gates"))
 
 
 @pytest.mark.parametrize(

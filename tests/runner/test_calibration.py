@@ -4,6 +4,7 @@ In one file because every test looks at the same calibration file.
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -336,11 +337,13 @@ def test_a_kept_file_that_does_not_fit_ends_the_run_with_a_sentence(predict, fil
     assert "Delete the file; the next run calibrates again." in told.stderr and "Traceback" not in told.stderr
 
 
-@pytest.mark.parametrize("content", [None, b"caf\xe9", "folder", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [None, b"caf\xe9", "folder", "pipe", b"\xff\xfe\x00"])
 def test_a_text_that_cannot_be_read_is_refused_before_weights_are_read(content, predict, tmp_path, monkeypatch) -> None:
     path = tmp_path / "text.txt"
     if content == "folder":
         path.mkdir()
+    elif content == "pipe":
+        os.mkfifo(path)
     elif content is not None:
         path.write_bytes(content)
 
