@@ -43,7 +43,7 @@ _MODES_OF = {
     **dict.fromkeys(("batch", "new_tokens", "methods", "vary", "gpus", "profiled"), ("decode",)),
 }
 _OLD_NAMES = {"streamed": "vanilla_offload"}
-_MAX_TOKENS = 2**26  # of a batch together: beyond the memory of any machine here
+_MAX_TOKENS = 2**26  # tokens of a whole batch: beyond the memory of any machine
 
 
 @click.command(cls=FlexibleCommand)

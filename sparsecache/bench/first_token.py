@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_NEW_TOKENS = 64  # for which memory is allocated
+_NEW_TOKENS = 64  # memory is allocated for so many
 OnStage = Callable[[str], None]
 
 

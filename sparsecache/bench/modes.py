@@ -91,7 +91,7 @@ def replay(
     seconds, stats = timing.time_requests(engine, requests)
     slots = engine.slots  # fewer if memory does not suffice
     del engine
-    if baselines:  # which may take minutes
+    if baselines:  # they may take minutes
         print(f"{len(requests)} prompts took {seconds:.1f} s; measuring the baselines.", file=sys.stderr)
     free_memory()
 

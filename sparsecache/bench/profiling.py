@@ -11,8 +11,8 @@ from sparsecache.longbench.tables import Cell, Document, Table, number, records,
 
 _MAX_ROWS = 12
 _MAX_NAME = 100  # characters; names of C++ templates have hundreds
-_OWN_KERNEL = re.compile(r"_?([a-z][a-z_]*)_kernel")  # as in sparsecache/kernels
-_Times = dict[str, tuple[float, float]]  # by kernel: microseconds, and calls
+_OWN_KERNEL = re.compile(r"_?([a-z][a-z_]*)_kernel")  # kernels of sparsecache/kernels end so
+_Times = dict[str, tuple[float, float]]  # microseconds and calls per kernel
 
 
 def row_label(kernel: str) -> str:

@@ -63,7 +63,7 @@ def _describe(notes: dict[str, Any]) -> str:
     for share, name in (("prefill_share", "prefill"), ("decode_share", "decode")):
         if share in notes:
             parts.append(f"{100 * notes[share]:.1f} % {name}")
-    for stage, seconds in notes.get("stages", {}).items():  # since the start, in order
+    for stage, seconds in notes.get("stages", {}).items():  # seconds since the start, in order
         parts.append(f"{stage} {seconds - before:.1f} s")
         before = seconds
     if kept := notes.get("kept"):

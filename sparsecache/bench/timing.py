@@ -17,8 +17,8 @@ from sparsecache.errors import one_line
 
 _MAX_RUNS, _MAX_SECONDS = 3, 8.0
 _WARM_UP_TOKENS, _MIN_TOKENS = 4, 5
-_SHORT_SECONDS = 2.0  # of the decode steps of a short run
-_MAX_PROMPTS_SECONDS = 30.0  # of a method's own work at the prompts of a short run
+_SHORT_SECONDS = 2.0  # longest decode time of a short run
+_MAX_PROMPTS_SECONDS = 30.0  # longest time of a method's own work on the prompts of a short run
 Measured = TypeVar("Measured")
 
 

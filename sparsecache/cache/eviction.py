@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, Shape, StepBytes
 from sparsecache.cache.sparse import SparseMethod, StoredMethod
 from sparsecache.cache.storage import make_storage
-from sparsecache.kernels.attention_sums import attention_sums as attention_sums  # for methods
+from sparsecache.kernels.attention_sums import attention_sums as attention_sums  # exported for methods
 from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.eviction import KeptTokens, evict_least_attended, find_lowest, replace_rows
 

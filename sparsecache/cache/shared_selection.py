@@ -23,7 +23,7 @@ class SharedSelectionMethod(SelectionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._selection: Selection | None = None  # of the latest selecting layer in this step
+        self._selection: Selection | None = None  # selection of the latest selecting layer in this step
 
     @abstractmethod
     def selecting_layers(self, shape: Shape) -> Collection[int]:
@@ -41,7 +41,7 @@ class SharedSelectionMethod(SelectionMethod):
         if isinstance(cache, SelectingCache):
             self._selection = self.select_shared(q, cache, slots)
         assert self._selection is not None, "the first sparse layer selects"
-        if self._selection.counts.device != q.device:  # of a model split over several devices
+        if self._selection.counts.device != q.device:  # the model is split over several devices
             self._selection = Selection(*(part.to(q.device) for part in self._selection))
         return self._selection
 

@@ -17,7 +17,7 @@ from sparsecache.kernels.quantised_decode import append_quantised, attend_quanti
 from sparsecache.kernels.rows import index_slots, take_rows
 
 Storage = Literal["full", "int8", "int4", "int2"]
-GROUP, RESIDUAL = 32, 128  # those of KIVI's authors for LongBench
+GROUP, RESIDUAL = 32, 128  # KIVI's settings for LongBench
 _BITS: dict[Storage, Bits] = {"int8": 8, "int4": 4, "int2": 2}
 
 

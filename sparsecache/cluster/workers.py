@@ -83,7 +83,7 @@ class Workers:
         self._config = ray.put(config)
         self._reserved: tuple[int, int | None] | None = None  # arguments of `reserve`
         self._ended: list[WorkerHandle] = []
-        self._deaths = 0  # since a row was finished
+        self._deaths = 0  # deaths since a row was finished
         self._first_ready = self._last_row = 0.0
         self._handles = [self._start(number) for number in range(size.workers)]
 

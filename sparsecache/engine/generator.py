@@ -144,7 +144,7 @@ class Generator:
         """Yield a completion per request, in the order in which they end."""
         queue = _RequestQueue(requests)
         active: dict[int, _Sequence] = {}
-        self._discard_in_flight()  # of an earlier call that its caller did not finish
+        self._discard_in_flight()  # a step of an earlier call that its caller did not finish
         while active or queue.peek() is not None:
             short_of_memory = False
             try:

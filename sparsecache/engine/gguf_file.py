@@ -32,7 +32,7 @@ _VERSIONS = (2, 3)
 _SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_ARRAY = 4096  # elements; longer arrays are the vocabulary, which transformers reads
-_MAX_DIMENSIONS = 4  # of a ggml tensor
+_MAX_DIMENSIONS = 4  # a ggml tensor has no more
 _UNQUANTISED_TYPES = {0: np.float32, 1: np.float16}  # ggml types
 
 # The architectures that this project's engine decodes, and llama.cpp's tensor names with transformers' names.

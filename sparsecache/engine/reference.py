@@ -121,7 +121,7 @@ class _LogitsObserver(LogitsProcessor):  # type: ignore[misc]  # transformers is
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self.new_tokens += 1
-        if not scores.max().isfinite():  # which also waits for the device
+        if not scores.max().isfinite():  # this also waits for the device
             raise _NotFiniteError
         if not self.first_token_at:
             self.first_token_at = time.perf_counter()

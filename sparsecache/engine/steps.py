@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsecache.engine.base import SlotDecoder
 
-_BLOCKS = 256  # of a row of logits
+_BLOCKS = 256  # blocks of a row of logits
 
 
 class StepHandle(Protocol):

@@ -127,7 +127,7 @@ class _Reader:
         self._read, self._has_head, self._architecture = read, has_head, architecture
         self._devices, self._in_fp8 = devices, dtype == FP8
         self._dtype = COMPUTE_DTYPE if self._in_fp8 else dtype
-        self._device = devices[0]  # of the layer that is being read
+        self._device = devices[0]  # device of the layer that is being read
 
     def weights(self) -> Weights:
         embedding = self._take("model.embed_tokens.weight")

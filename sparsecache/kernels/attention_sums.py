@@ -38,7 +38,7 @@ def _launch(q: Tensor, k: Tensor, first: int) -> Tensor:
     normalizers = torch.empty((heads, length), device=q.device, dtype=torch.float32)
     sums = torch.empty((kv_heads, length), device=q.device, dtype=torch.float32)
     inputs = (q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), normalizers)
-    scale = math.log2(math.e) / math.sqrt(head_dim)  # of exponents of 2
+    scale = math.log2(math.e) / math.sqrt(head_dim)  # scores are exponents of 2
     sizes = {
         "GROUP": heads // kv_heads, "BLOCK_M": _BLOCK_M, "BLOCK_N": _BLOCK_N,
         "BLOCK_D": next_power_of_2(head_dim, 16), "num_warps": _WARPS, "num_stages": 2 if q.element_size() > 2 else 3,

@@ -21,7 +21,7 @@ from sparsecache.kernels.threshold import Scores, Selection, SelectionParams, sp
 _TINY = 1e-30  # a query of zeros scores nothing
 _ALWAYS = 100.0  # above the logarithm of any sum of probabilities
 _MAX_HALF = tl.constexpr(65504)  # the largest float16
-_TILE_BYTES, _MAX_SPLITS = 16384, 64  # of keys per iteration; per slot and KV head
+_TILE_BYTES, _MAX_SPLITS = 16384, 64  # bytes of keys per iteration; splits per slot and KV head
 
 
 class Channels(NamedTuple):

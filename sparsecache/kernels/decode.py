@@ -28,7 +28,7 @@ from sparsecache.kernels._triton import (
 from sparsecache.kernels.attention import attention_over_rows
 from sparsecache.kernels.rows import mask_of_first, take_rows
 
-_TILE_BYTES = 32768  # of keys, and of values, that a program loads at a time
+_TILE_BYTES = 32768  # bytes of keys, and of values, that a program loads at a time
 _MAX_SPLITS = 64  # per sequence
 _ALIGNMENT = tl.constexpr(16)  # tokens: the length of a split is a multiple of it
 

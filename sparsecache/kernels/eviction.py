@@ -22,7 +22,7 @@ from sparsecache.kernels._triton import (
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.threshold import split_range
 
-_TILE_BYTES = 32768  # of keys per iteration
+_TILE_BYTES = 32768  # bytes of keys per iteration
 _MIN_SPLIT = 128  # rows
 
 

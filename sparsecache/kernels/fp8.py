@@ -109,7 +109,7 @@ def scaled_product(x: Fp8Matrix, weight: Fp8Matrix, bias: Tensor | None = None) 
 def _reference(x: Tensor) -> Fp8Matrix:
     wide = x.float()
     amax = wide.abs().amax(dim=1).clamp(min=_MIN_AMAX)
-    largest = torch.full_like(amax, _MAX)  # by a number torch would divide inexactly on a GPU
+    largest = torch.full_like(amax, _MAX)  # on a GPU, torch divides inexactly by a Python number
     values = (wide * (largest / amax)[:, None]).clamp(-_MAX, _MAX)
     return Fp8Matrix(values.to(FP8), amax / largest, x.dtype)
 

@@ -10,7 +10,7 @@ from sparsecache.kernels.rows import mask_of_first
 
 LOOKUP_PARTS = 4  # into which a lookup divides the selection of a KV head, one program each
 _LOOKUP_BLOCK, _INSERT_BLOCK = 2048, 4096  # most tokens that a program handles at a time
-_COPY_PROGRAMS, _COPY_ROWS, _COPY_WARPS = 64, 32, 8  # for the copy into the cache
+_COPY_PROGRAMS, _COPY_ROWS, _COPY_WARPS = 64, 32, 8  # launch sizes of the copy into the cache
 
 
 class CacheLookup(NamedTuple):
@@ -180,8 +180,8 @@ def _insert_kernel(  # type: ignore[no-untyped-def]
     base = program.to(tl.int64) * width
     where, tokens, order = where + head * capacity, tokens + head * size, order + head * size
     selected, places, new_places = selected + base, places + base, new_places + base
-    is_used = scratch + program * size  # by cache row, whether this step uses it
-    free_places = is_used + scratch_size  # of the least recently used rows, for the misses
+    is_used = scratch + program * size  # per cache row, whether this step uses it
+    free_places = is_used + scratch_size  # the least recently used rows, which the misses get
     for first in tl.range(0, size, BLOCK):
         tl.store(is_used + first + offset, 0, mask=first + offset < size)
     tl.debug_barrier()

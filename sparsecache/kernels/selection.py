@@ -39,7 +39,7 @@ def mass_count(margin: Tensor, share: float) -> Tensor:
     margin: [B, G, T], -inf for tokens that must not be selected. At least one token, unless there is none.
     """
     falling = margin.exp().sort(dim=-1, descending=True).values
-    before = falling.cumsum(-1) - falling  # of the tokens before each one
+    before = falling.cumsum(-1) - falling  # mass of the tokens before each one
     needed = (before < share * falling.sum(-1, keepdim=True)) & (falling > 0)
     return needed.sum(-1)
 

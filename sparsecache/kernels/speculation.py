@@ -19,7 +19,7 @@ from sparsecache.kernels.scores import partial_scores, scaled_scores
 from sparsecache.kernels.threshold import Scores, split_range
 
 _MAX_BLOCK_T, _WARPS, _STAGES = 128, 4, 4  # tokens per iteration
-_TILE_BYTES = 16384  # of keys per iteration
+_TILE_BYTES = 16384  # bytes of keys per iteration
 _MAX_SPLITS = 64
 _LONG_SPLIT = 1024  # tokens
 _MAX_HALF = tl.constexpr(65504)  # the largest float16

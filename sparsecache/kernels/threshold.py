@@ -118,7 +118,7 @@ def _launch(
     def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty((batch, kv_heads, *size), device=device, dtype=dtype)
 
-    near_counts, histograms = empty(splits), empty(splits, 256)  # of a split: tokens within alpha, tokens per bin
+    near_counts, histograms = empty(splits), empty(splits, 256)  # per split: tokens within alpha, tokens per bin
     undecided, finished = empty(2, stride), empty()
     selection = Selection(empty(width, dtype=torch.int64), empty(dtype=torch.int64))
     block = min(_MAX_BLOCK, next_power_of_2(-(-stride // splits), _MIN_BLOCK))
@@ -283,7 +283,7 @@ def _select_tokens_kernel(  # type: ignore[no-untyped-def]
     histogram = tl.sum(split_histograms, axis=0)
     threshold_bin, above = _find_bin(histogram, wanted)
     earlier = tl.where((other_split < split)[:, None], split_histograms, 0)
-    written = tl.sum(tl.where(bins[None, :] > threshold_bin, earlier, 0))  # by the splits before this one
+    written = tl.sum(tl.where(bins[None, :] > threshold_bin, earlier, 0))  # tokens that earlier splits write
     set_aside = tl.sum(tl.where(bins[None, :] == threshold_bin, earlier, 0))
 
     best, lowest = _best_and_lowest(extremes, kv, GROUP, BLOCK_Q, SPLITS, BLOCK_S, JOIN)

@@ -36,7 +36,7 @@ def needed_scores(values: Tensor, seq_lens: Tensor, slots: Tensor, p: float) -> 
     if not use_kernel(values):
         is_past = torch.arange(tokens, device=values.device) < seq_lens[slots][:, None, None, None]
         logs = values.float().masked_fill(~is_past, -math.inf).log_softmax(3)
-        logs = logs.masked_fill(logs.isnan(), -math.inf)  # of a slot without past tokens
+        logs = logs.masked_fill(logs.isnan(), -math.inf)  # a slot without past tokens gives NaN
         falling, order = logs.sort(dim=3, descending=True, stable=True)
         weights = falling.exp()
         needed = weights.cumsum(3) - weights < (p if p < 1 else math.inf)  # the sum of all may round
@@ -118,7 +118,7 @@ def _search_kernel(  # type: ignore[no-untyped-def]
             token = first + offset
             score = tl.load(row + token, mask=token < inside, other=0.0).to(tl.float32)
             is_equal = (_key(score, SHIFT).to(tl.int64) == high) & (token < count)
-            number = seen + tl.cumsum(is_equal.to(tl.int32), axis=0) - 1  # of equal ones before it
+            number = seen + tl.cumsum(is_equal.to(tl.int32), axis=0) - 1  # how many equal scores precede it
             is_beyond = is_equal & (number * tl.exp(score - highest) >= rest)
             until = tl.minimum(until, tl.min(tl.where(is_beyond, token, count), axis=0))
             seen += tl.sum(is_equal.to(tl.int32), axis=0)

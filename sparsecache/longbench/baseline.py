@@ -17,7 +17,7 @@ from sparsecache.longbench.sessions import batch_sizes, devices
 VERSION = 1
 Percent = Annotated[float, Range(0, 100)]
 Share = Annotated[float, Range(0, 1)]
-_PROMPT_DIGITS = 16  # of its SHA-256; guards against accidental changes, not against attacks
+_PROMPT_DIGITS = 16  # digits of a SHA-256: a guard against accidental changes, not against attacks
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-_ROWS_KEPT = 64  # of a table; earlier rows are computed again when the trace reaches them
+_ROWS_KEPT = 64  # earlier rows of a table are computed again when the trace reaches them
 _PARTS = 64
-_CACHED_BYTES = 2**25  # of the bit sets of words
+_CACHED_BYTES = 2**25  # bytes of the cached bit sets of words
 
 _Sentence = tuple[str, ...]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsecache.cache.eviction import EvictionMethod, pin_last
 
-_LEAST_RANGE = 1e-6  # of a channel; a constant one would divide by 0
+_LEAST_RANGE = 1e-6  # a constant channel would divide by 0
 
 
 @dataclass

@@ -25,6 +25,6 @@ class Loki(PartialKeyMethod):
 
     def projection(self, q: Tensor, k: Tensor) -> Tensor:
         centred = k.double() - k.double().mean(1, keepdim=True)
-        _, components = torch.linalg.eigh(centred.mT @ centred)  # by rising variance
+        _, components = torch.linalg.eigh(centred.mT @ centred)  # in order of rising variance
         reversed_components: Tensor = components.flip(-1)
         return reversed_components

@@ -104,6 +104,6 @@ def _redundancy(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     keys: [G, L, D], in the order of the text. No L x L tensor is built.
     """
     unit = normalize(keys.float(), dim=-1)
-    sums = (unit * (unit.sum(1, keepdim=True) - unit)).sum(2)  # of each token with all others
+    sums = (unit * (unit.sum(1, keepdim=True) - unit)).sum(2)  # similarities of each token with all others
     exempted, similarity = latest_similar(keys, _SIMILAR)
     return sums.scatter_add(1, exempted.clamp(min=0), -similarity), exempted, similarity

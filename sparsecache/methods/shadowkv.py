@@ -122,17 +122,19 @@ class ShadowKVCache(LayerCache):
         self.is_exact = ~config.zeros(pages, dtype=torch.bool)
         self.exact = config.zeros(exact_pages * page + config.max_new_tokens, 2, shape.head_dim)
         self.places = config.zeros(tokens, dtype=torch.int32)
-        self._num_pages = torch.zeros_like(config.seq_lens)  # with a mean key
+        self._num_pages = torch.zeros_like(config.seq_lens)  # pages with a mean key
         self._over_budget = torch.zeros_like(config.seq_lens)  # prompt tokens beyond the budget
         self._tail_offset = torch.zeros_like(config.seq_lens)  # position less row in `exact`, from the last pages on
-        self._priority = 2.0 + torch.arange(pages, device=config.device)  # of exact pages: above all shares, last first
+        self._priority = 2.0 + torch.arange(
+            pages, device=config.device
+        )  # exact pages rank above all shares, the last one first
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         kv_heads, length, head_dim = k.shape
         page = self.method.page
         count = min(self._budget.tokens(length), length)
         num_outliers, num_recent = self.method.exact_pages(count)
-        first = max(0, length // page - num_recent)  # of the last pages
+        first = max(0, length // page - num_recent)  # the first of the last pages
         num_outliers = min(num_outliers, first)
         unrotated = rotate_rows_back(k, Rotation(*(table[:length] for table in self._rotation)))
         self.coefficients[slot, :length], self.basis[slot] = _low_rank(unrotated, self._start)

@@ -11,7 +11,7 @@ from sparsecache.synthetic.draft import Rng
 _COMMON = 10
 _SHORT = 4096  # below this length, words repeat less often
 _ALPHA = 2.0
-_ZETA = math.pi**2 / 6  # of _ALPHA
+_ZETA = math.pi**2 / 6  # zeta(_ALPHA)
 _TOKENS_PER_CODED_WORD = 50
 
 

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_SLACK = 0.01  # of the budget; a text that near is full
+_SLACK = 0.01  # share of the budget that may stay empty
 _UNLIMITED = 2**40
 
 

@@ -42,7 +42,8 @@ class Questions:
         known = {*question.documents, *question.related}
         others = [at for at in range(len(self.documents)) if at not in known]
         chosen = [*question.documents, *sample(rng, question.related), *sample(rng, others)][:size]
-        chosen += [at % len(self.documents) for at in range(size - len(chosen))]  # as often as needed
+        # Documents repeat if there are too few.
+        chosen += [at % len(self.documents) for at in range(size - len(chosen))]
         shown = enumerate(sample(rng, chosen), 1)
         context = "\n\n".join(f"Document {number}:\n{self.documents[at]}" for number, at in shown)
         return Draft(context, question.text, question.answers)

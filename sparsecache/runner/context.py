@@ -378,7 +378,7 @@ class RunContext:
                 "--dtype fp8 needs --engine sparsecache without --verify, since transformers does not decode in fp8. "
                 "Use --dtype bfloat16."
             )
-        if not self.settings.on_ray:  # else each worker checks its own
+        if not self.settings.on_ray:  # on Ray, each worker checks its own devices
             check_fp8_devices(self.devices)
 
     def _check_model_type(self) -> None:
@@ -392,7 +392,7 @@ class RunContext:
     def _check_method(self) -> None:
         """Compares the method with the model's shape, and reads its calibration text."""
         with option_errors(self.settings.method):
-            if self.settings.engine == "sparsecache":  # else the shape is known once the model is loaded
+            if self.settings.engine == "sparsecache":  # otherwise the shape is known once the model is loaded
                 self.method.check(self._architecture().shape)
                 if self.method.uses_rope:
                     Rope(self.checkpoint.config, torch.device("cpu")).rotation_of()

@@ -260,7 +260,7 @@ class _SharedPrediction:
             requests = []
             for job in jobs:
                 dataset = files[job.dataset.stem]
-                if job.row["_id"] in dataset.file.done:  # by another process meanwhile
+                if job.row["_id"] in dataset.file.done:  # another process has finished the row meanwhile
                     continue
                 if job.prompt is None:
                     shared.write_failed(job.row, job.error or ValueError("no prompt"), dataset)

@@ -45,7 +45,7 @@ _LINEAR = {
     "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "shared_expert_intermediate_size": 16, **_EXPERTS,
 }  # fmt: skip
-_INPUT = {"guess": "input"}  # of infinigen
+_INPUT = {"guess": "input"}  # for infinigen, since every family has this hidden state
 FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"partial_rotary_factor": 0.5},
     "gemma3_text": _SLIDING,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparsecache.longbench.plots._figure import Plot
 
 MAX_ROWS = 20  # shown per run
-_MAX_COLUMNS = 2000  # of a text; longer ones are shown without their middle
+_MAX_COLUMNS = 2000  # longer texts are shown without their middle
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 

@@ -12,9 +12,9 @@ from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.terminal import escape_control_chars
 
 MAX_RUNS = 7  # side by side
-_LEGEND_CHARS = 19  # that fit into an inch of a legend
+_LEGEND_CHARS = 19  # characters that fit into an inch of a legend
 _HANDLE_CHARS = 6  # width of a legend handle, in characters
-_CORNERS = ((3, 3), (3, -3), (-3, 3), (-3, -3))  # of a point, in points of a figure
+_CORNERS = ((3, 3), (3, -3), (-3, 3), (-3, -3))  # offsets of a label from its point, in points of a figure
 
 
 def run_labels(runs: Sequence[RunScore], max_runs: int | None = None) -> list[str]:

@@ -30,7 +30,7 @@ except ImportError as error:
 ABOVE = "above"  # label of a legend above the axes
 COLUMN = 3.3  # inches: column width of a two-column paper
 PAGE = 7.0  # inches: width of both columns
-_TITLE_CHARS, _TITLE_HEIGHT = 17, 0.16  # of a title: characters that fit into an inch, inches per line
+_TITLE_CHARS, _TITLE_HEIGHT = 17, 0.16  # title: characters that fit into an inch, inches per line
 
 # Any two of SERIES and REFERENCE are distinct under protanopia, deuteranopia and tritanopia, and have a contrast of
 # 3:1 with white. report.css replaces them on its dark page.

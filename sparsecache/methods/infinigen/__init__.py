@@ -32,7 +32,7 @@ from sparsecache.methods.infinigen.cache import DeviceStreams, InfiniGenCache
 from sparsecache.methods.infinigen.skewing import check_skewing_matrices, skewing_matrix
 
 _CHANNELS = 32
-_MAX_TOKENS = 2**31 - 1  # that a kernel counts to
+_MAX_TOKENS = 2**31 - 1  # kernels count in int32
 
 PAPER: dict[str, Any] = {
     "alpha": 5.0,

@@ -40,7 +40,7 @@ class DeviceStreams:
         self.selection = SideStream(device, high_priority=True)
         self.cached: Any = None  # event: the latest layer's rows are in the GPU cache
         self.sent: Tensor | None = None  # a prompt's rows that are being copied to the host
-        self.last_cache: LayerCache | None = None  # of the device's last layer, after which the streams join
+        self.last_cache: LayerCache | None = None  # the device's last layer, after which the streams join
 
     def join(self) -> None:
         """Let the current stream wait for all side streams that were used; a graph must not wait for another one."""
