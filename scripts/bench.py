@@ -25,7 +25,7 @@ from click.core import ParameterSource
 from sparsecache.bench.models import SHAPES, load_bench_model
 from sparsecache.bench.modes import BASELINES, OWN_BASELINES, profile_decode
 from sparsecache.bench.session import BenchRun
-from sparsecache.bench.specs import check_specs, combinations, several_methods
+from sparsecache.bench.specs import check_specs, combinations, specs_of_methods
 from sparsecache.bench.vllm_baseline import Vllm
 from sparsecache.bench.workload import Workload, sample_requests
 from sparsecache.cli import FlexibleCommand, make_folder, option_pairs, report_usage_errors
@@ -152,7 +152,7 @@ def main(
         if methods is None:
             check_specs(specs := combinations(method, *given))
         else:
-            specs = several_methods(methods, *given)
+            specs = specs_of_methods(methods, *given)
         place = find_device(device)
         if out is not None:
             make_folder(out, "--out")

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 import numpy
-from study_shown import as_csv, as_markdown, budget_table, draw, draw_budgets
+from study_output import as_csv, as_markdown, budget_table, draw, draw_budgets
 
 from sparsecache.cli import report_usage_errors
 from sparsecache.errors import UsageError

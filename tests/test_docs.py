@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import longbench_eval
 import longbench_pred
-from sparsecache.bench.specs import several_methods
+from sparsecache.bench.specs import specs_of_methods
 from sparsecache.cli import DefaultGroup
 from sparsecache.errors import UsageError
 from sparsecache.longbench.records import read_rows
@@ -116,7 +116,7 @@ def check(words: list[str]) -> None:
     for pair in found.get("options") or ():
         key, _, value = pair.partition("=") if isinstance(pair, str) else (pair[0], "=", pair[1])
         if found.get("methods"):
-            several_methods(found["methods"], {key: value}, {})
+            specs_of_methods(found["methods"], {key: value}, {})
         elif found["method"] in method_names():
             parse_options(found["method"], {key: value})
 

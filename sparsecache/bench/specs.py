@@ -34,7 +34,7 @@ def check_specs(specs: Iterable[MethodSpec]) -> None:
         parse_options(spec.method, spec.options)
 
 
-def several_methods(names: str, options: dict[str, str], varied: dict[str, str]) -> list[MethodSpec]:
+def specs_of_methods(names: str, options: dict[str, str], varied: dict[str, str]) -> list[MethodSpec]:
     """Return vanilla and the methods of a comma-separated list, or all; each with those options that it has.
 
     Raises UsageError for an unknown method, and for an option that no method of the list has.

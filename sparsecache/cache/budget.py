@@ -22,8 +22,8 @@ class Budget:
         """Return the most tokens of `past`: 1 or more."""
         return max(1, math.floor(self.amount * past + 1e-6)) if self.amount <= 1 else int(min(self.amount, 2**62))
 
-    def most(self, max_tokens: int) -> int:
-        """Return the most tokens of any number of past tokens up to max_tokens."""
+    def maximum(self, max_tokens: int) -> int:
+        """Return the highest budget of any number of past tokens up to max_tokens."""
         return self.tokens(max_tokens)
 
     def table(self, max_tokens: int, device: torch.device) -> Tensor:

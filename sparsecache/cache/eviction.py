@@ -31,7 +31,7 @@ class PromptEvictionCache(LayerCache):
     def __init__(self, method: "EvictionMethod", layer: int, config: CacheConfig) -> None:
         self.method, self.layer, self.config = method, layer, config
         self.budget = method.layer_budget(layer, config.shape)
-        kept = method.max_head_tokens(self.budget.most(config.max_tokens), config.shape)
+        kept = method.max_head_tokens(self.budget.maximum(config.max_tokens), config.shape)
         capacity = min(config.max_tokens, kept + config.max_new_tokens)
         self.kv = make_storage(method.storage, config, capacity)
         self.num_evicted = config.zeros(dtype=torch.int64)

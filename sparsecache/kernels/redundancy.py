@@ -36,14 +36,14 @@ class Redundancy(NamedTuple):
     """What R-KV keeps beside the tokens, whose scores are sums of similarities but those that exempt a token.
 
     exempted: [slots, G, rows] int64, the row of the token that a token exempts, -1 for none; similarity: [slots, G,
-    rows] float32, with that token. queries: [slots, G, H / G, window, D], the last ones, by position % window. least:
-    the cosine similarity above which tokens are similar. weight: of importance against redundancy.
+    rows] float32, with that token. queries: [slots, G, H / G, window, D], the last ones, by position % window.
+    threshold: the cosine similarity above which tokens are similar. weight: of importance; redundancy has 1 - weight.
     """
 
     exempted: Tensor
     similarity: Tensor
     queries: Tensor
-    least: float
+    threshold: float
     weight: float
 
 
@@ -75,7 +75,7 @@ def _add(unit: Tensor, tokens: KeptTokens, state: Redundancy, slots: Tensor, new
     """Add the new token's similarities; return the sums [B, G, rows]. unit: [B, G, rows, D]; new: [B, G, 1]."""
     exempted, similarity, rows = state.exempted[slots], state.similarity[slots], _rows(unit)
     found = _similarities(unit, new).masked_fill(rows >= new, 0)
-    is_similar = found > state.least
+    is_similar = found > state.threshold
     back = similarity.masked_fill(~is_similar | (exempted < 0), 0)  # what the new token exempts from now on
     sums = tokens.scores[slots].scatter_add(2, exempted.clamp(min=0), back)
     latest, row = tokens.positions[slots].masked_fill(~is_similar, -1).max(2, keepdim=True)
@@ -147,7 +147,7 @@ def _launch(q: Tensor, tokens: KeptTokens, state: Redundancy, seq_lens: Tensor, 
     )  # fmt: skip
     _score_kernel[(owners,)](
         *tokens, state.exempted, state.similarity, seq_lens, slots, budgets, found, logits, statistics, evicted,
-        evicted_key, state.least, state.weight, kv_heads, capacity, head_dim, len(budgets) - 2,
+        evicted_key, state.threshold, state.weight, kv_heads, capacity, head_dim, len(budgets) - 2,
         WINDOW=window, BLOCK_W=block_w, BLOCK_R=max(32, _BLOCK // block_w), BLOCK_S=next_power_of_2(splits),
         num_warps=4, **sizes,
     )  # fmt: skip
@@ -222,7 +222,7 @@ def _compare_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["capacity", "last_position"])
 def _score_kernel(  # type: ignore[no-untyped-def]
     keys, values, positions, scores, num_tokens, exempted, similarity, seq_lens, slots, budgets, found, logits,
-    statistics, evicted, evicted_key, least, weight, kv_heads, capacity, head_dim, last_position,
+    statistics, evicted, evicted_key, threshold, weight, kv_heads, capacity, head_dim, last_position,
     WINDOW: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -245,7 +245,7 @@ def _score_kernel(  # type: ignore[no-untyped-def]
     for first in tl.range(0, new_row, BLOCK_R):
         row = first + at
         cosine = tl.load(found + pair * capacity + row, mask=row < new_row, other=0.0)
-        is_similar = (cosine > least) & (row < new_row)
+        is_similar = (cosine > threshold) & (row < new_row)
         exempts = tl.load(exempted + base + row, mask=is_similar, other=-1)
         back = tl.load(similarity + base + row, mask=is_similar, other=0.0)
         tl.atomic_add(scores + base + exempts, back, mask=is_similar & (exempts >= 0), sem="relaxed")
@@ -268,7 +268,7 @@ def _score_kernel(  # type: ignore[no-untyped-def]
         cosine = tl.load(found + pair * capacity + row, mask=row < new_row, other=0.0)
         sums = tl.load(scores + base + row, mask=row < new_row, other=0.0, cache_modifier=".cg")
         sums = tl.where(is_new, new_sum, sums + cosine - tl.where(row == new_exempts, to_exempted, 0.0))
-        is_similar = (cosine > least) & (row < new_row)
+        is_similar = (cosine > threshold) & (row < new_row)
         tl.store(scores + base + row, sums, mask=is_held)
         tl.store(exempted + base + row, tl.where(is_new, new_exempts, new_row).to(tl.int64), mask=is_similar | is_new)
         tl.store(similarity + base + row, tl.where(is_new, to_exempted, cosine), mask=is_similar | is_new)

@@ -10,8 +10,8 @@ _BLOCK = 64  # tokens that the reference compares with a whole prompt at a time
 _BLOCK_M, _BLOCK_N = 64, 128  # tokens, and those compared with them, per iteration
 
 
-def latest_similar(keys: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Return each token's latest other token of a cosine similarity above `least`, or -1, and the similarity, or 0.
+def latest_similar(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return each token's latest other token of a cosine similarity above `threshold`, or -1, and the similarity, or 0.
 
     keys: [G, L, D], finite. Returns [G, L] int64 and float32.
     """
@@ -22,7 +22,7 @@ def latest_similar(keys: Tensor, least: float) -> tuple[Tensor, Tensor]:
         latest = torch.empty((kv_heads, length), device=keys.device, dtype=torch.int64)
         similarity = torch.empty((kv_heads, length), device=keys.device, dtype=torch.float32)
         _latest_kernel[(-(-length // _BLOCK_M), kv_heads)](
-            keys, keys.stride(0), keys.stride(1), scale, latest, similarity, least, length, head_dim,
+            keys, keys.stride(0), keys.stride(1), scale, latest, similarity, threshold, length, head_dim,
             BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_D=next_power_of_2(head_dim, 16), num_warps=4,
         )  # fmt: skip
         return latest, similarity
@@ -31,7 +31,7 @@ def latest_similar(keys: Tensor, least: float) -> tuple[Tensor, Tensor]:
     parts = []
     for block, at in zip(torch.split(unit, _BLOCK, 1), torch.split(rows, _BLOCK), strict=True):
         found = (block @ unit.mT).masked_fill_(rows == at[:, None], 0)  # [G, block, L]
-        latest = rows.expand_as(found).masked_fill(found <= least, -1).amax(2, keepdim=True)
+        latest = rows.expand_as(found).masked_fill(found <= threshold, -1).amax(2, keepdim=True)
         parts.append((latest[..., 0], found.gather(2, latest.clamp(min=0)).masked_fill(latest < 0, 0)[..., 0]))
     latest, similarity = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return latest, similarity
@@ -39,7 +39,7 @@ def latest_similar(keys: Tensor, least: float) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["length"])
 def _latest_kernel(  # type: ignore[no-untyped-def]
-    keys, head_stride, stride, scale, latest, similarity, least, length, head_dim,
+    keys, head_stride, stride, scale, latest, similarity, threshold, length, head_dim,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compare BLOCK_M tokens with all tokens, from the last on, until each has a similar one."""
@@ -60,7 +60,7 @@ def _latest_kernel(  # type: ignore[no-untyped-def]
         of_column = tl.load(base + column[None, :] * stride + channel[:, None], mask=mask, other=0.0)
         column_scale = tl.load(scale + head * length + column, mask=column < length, other=0.0)
         cosine = tl.dot(of_row, of_column, input_precision="ieee") * row_scale[:, None] * column_scale[None, :]
-        is_similar = (cosine > least) & (column[None, :] != row[:, None]) & (column < length)[None, :]
+        is_similar = (cosine > threshold) & (column[None, :] != row[:, None]) & (column < length)[None, :]
         last = tl.max(tl.where(is_similar, column[None, :], -1), axis=1)
         of_last = tl.sum(tl.where(column[None, :] == last[:, None], cosine, 0.0), axis=1)
         is_first = (found < 0) & (last >= 0)

@@ -83,7 +83,7 @@ class ComposedCache(LayerCache):
     def __init__(self, evict: EvictionMethod, select: SelectionMethod, layer: int, config: CacheConfig) -> None:
         self._evict, self.config = evict, config
         self._budget = evict.layer_budget(layer, config.shape)
-        self._rows = min(config.max_tokens, self._budget.most(config.max_tokens) + config.max_new_tokens)
+        self._rows = min(config.max_tokens, self._budget.maximum(config.max_tokens) + config.max_new_tokens)
         self.num_evicted, self.num_tokens = (torch.zeros_like(config.seq_lens) for _ in range(2))
         inner = replace(config, seq_lens=self.num_tokens, max_tokens=self._rows)
         self.selection = select.make_sparse_cache(layer, inner)

@@ -56,7 +56,7 @@ class PyramidBudget(Budget):
     def tokens(self, past: int) -> int:
         return int(self._counts(torch.tensor([past])))
 
-    def most(self, max_tokens: int) -> int:
+    def maximum(self, max_tokens: int) -> int:
         return int(self._counts(torch.arange(max_tokens + 1)).max())
 
     def table(self, max_tokens: int, device: torch.device) -> Tensor:

@@ -110,7 +110,7 @@ class ShadowKVCache(LayerCache):
         self.seq_lens, self.stats = config.seq_lens, config.stats
         shape, page, tokens = config.shape, method.page, config.max_tokens
         self._budget = method.layer_budget(layer, shape)
-        most = min(self._budget.most(tokens), tokens)
+        most = min(self._budget.maximum(tokens), tokens)
         self._width = min(tokens, most + config.max_new_tokens)
         pages, exact_pages = -(-tokens // page), sum(method.exact_pages(most)) + 1
         rank = self._start.shape[1]

@@ -23,7 +23,7 @@ class CommonWords:
         self._short = (task.length or 0) < _SHORT
 
     @property
-    def most(self) -> int:
+    def max_size(self) -> int:
         """The largest `size`: each word is used once."""
         return len(all_words())
 

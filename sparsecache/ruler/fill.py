@@ -21,28 +21,28 @@ def fill(
     make: Callable[[int], T],
     count: Callable[[T], int],
     budget: int,
-    least: int = 1,
-    most: int = _UNLIMITED,
+    min_size: int = 1,
+    max_size: int = _UNLIMITED,
     start: int | None = None,
 ) -> tuple[int, T]:
     """Return a size and its text, which has at most `budget` tokens and nearly as many.
 
-    make: the text of a size; its tokens grow about linearly. least, most: the sizes allowed. start: the first size
+    make: the text of a size; its tokens grow about linearly. min_size, max_size: of the text. start: the first size
     tried. Ends once 99 % of the budget are filled, or no size between a fitting and a larger one is left. Raises
     TooLongError if the smallest text does not fit.
     """
     aim = budget * (1 - _SLACK / 2)
     fits: tuple[int, int, T] | None = None  # size, tokens, text
     exceeds: tuple[int, int] | None = None  # size, tokens
-    size = min(most, max(least, start or 8 * least))
+    size = min(max_size, max(min_size, start or 8 * min_size))
     while True:
         text = make(size)
         tokens = count(text)
         if tokens <= budget:
             fits = size, tokens, text
-            if tokens >= budget * (1 - _SLACK) or size == most:
+            if tokens >= budget * (1 - _SLACK) or size == max_size:
                 return size, text
-        elif size == least:
+        elif size == min_size:
             raise TooLongError(tokens)
         else:
             exceeds = size, tokens
@@ -52,6 +52,6 @@ def fill(
             slope = (exceeds[1] - fits[1]) / (exceeds[0] - fits[0])
             size = min(exceeds[0] - 1, max(fits[0] + 1, fits[0] + int((aim - fits[1]) / slope)))
         elif exceeds:
-            size = max(least, min(exceeds[0] - 1, int(exceeds[0] * aim / exceeds[1])))
+            size = max(min_size, min(exceeds[0] - 1, int(exceeds[0] * aim / exceeds[1])))
         else:
-            size = min(most, max(size + 1, int(size * aim / tokens)))
+            size = min(max_size, max(size + 1, int(size * aim / tokens)))

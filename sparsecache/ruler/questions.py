@@ -48,7 +48,7 @@ class Questions:
         context = "\n\n".join(f"Document {number}:\n{self.documents[at]}" for number, at in shown)
         return Draft(context, question.text, question.answers)
 
-    def least(self, row: int) -> int:
+    def min_size(self, row: int) -> int:
         """Return the number of documents that the question of a row needs."""
         return len(self.questions[row].documents) if row < len(self.questions) else 1
 

@@ -93,25 +93,25 @@ class RulerSource:
             }
             return {**made, "length": self.prompter.num_tokens(task, made) + task.max_new_tokens}
 
-        return fill(row, lambda row: int(row["length"]), task.length or 0, make.least(number), make.most, start)
+        return fill(row, lambda row: int(row["length"]), task.length or 0, make.min_size(number), make.max_size, start)
 
     def _generator(self, task: Task) -> "_Generator":
         name = task.base_name
         if name in _NEEDLES:
             needles = Needles(**_NEEDLES[name], essay=self._essay if name in ESSAY_TASKS else ())
-            least = 2 if name in ESSAY_TASKS else needles.keys * needles.values
-            return _Generator(lambda rng, size, _: needles.make(rng, size), lambda _: least)
+            min_size = 2 if name in ESSAY_TASKS else needles.keys * needles.values
+            return _Generator(lambda rng, size, _: needles.make(rng, size), lambda _: min_size)
         if name == "vt":
             tracking = Tracking(task, lambda text: len(encode(self.prompter.tokenizer, text)))
             return _Generator(lambda rng, size, _: tracking.make(rng, size), lambda _: 5)
         if name == "cwe":
             common = CommonWords(task)
-            return _Generator(lambda rng, size, _: common.make(rng, size), lambda _: 11, common.most)
+            return _Generator(lambda rng, size, _: common.make(rng, size), lambda _: 11, common.max_size)
         if name == "fwe":
             frequent = FrequentWords(task)
             return _Generator(lambda rng, size, _: frequent.make(rng, size), lambda _: 40)
         questions = self._squad if name == "qa_1" else self._hotpotqa
-        return _Generator(questions.make, questions.least)
+        return _Generator(questions.make, questions.min_size)
 
     @cached_property
     def _essay(self) -> tuple[str, ...]:
@@ -134,5 +134,5 @@ class _Generator:
     """A task's drafts by random source, size and row; the least size of a row, and the most of all."""
 
     draft: Callable[[Rng, int, int], Draft]
-    least: Callable[[int], int]
-    most: int = 2**40
+    min_size: Callable[[int], int]
+    max_size: int = 2**40

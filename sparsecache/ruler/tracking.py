@@ -29,7 +29,8 @@ class Tracking:
 
     @cached_property
     def _example_size(self) -> int:
-        return fill(lambda size: self._example(Rng("vt"), size), self._count_text, _EXAMPLE_TOKENS, least=_HOPS + 1)[0]
+        size, _ = fill(lambda size: self._example(Rng("vt"), size), self._count_text, _EXAMPLE_TOKENS, _HOPS + 1)
+        return size
 
     def _example(self, rng: Rng, size: int) -> str:
         context, value, names = _chain(rng, size, 3, str(rng.randint(10_000, 99_998)))

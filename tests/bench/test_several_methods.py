@@ -9,7 +9,7 @@ import torch
 from sparsecache.bench.methods_table import MethodRow, methods_table
 from sparsecache.bench.models import BenchModel, load_bench_model
 from sparsecache.bench.several_methods import measure_methods
-from sparsecache.bench.specs import MethodSpec, several_methods
+from sparsecache.bench.specs import MethodSpec, specs_of_methods
 from sparsecache.bench.workload import Workload
 from sparsecache.cache import FullCache
 from sparsecache.engine.decoder import Decoder
@@ -54,7 +54,7 @@ def test_a_prompt_is_computed_once_per_length_and_shared_by_methods_and_batches(
     )
     model = load_bench_model(str(tiny), [torch.device("cpu")], torch.float32)
     workloads = [Workload(tokens, 3, batch) for batch in (1, 2) for tokens in (20, 30)]
-    sizes = [list(rows) for rows in measure_methods(model, workloads, [], several_methods("snapkv,loki", {}, {}))]
+    sizes = [list(rows) for rows in measure_methods(model, workloads, [], specs_of_methods("snapkv,loki", {}, {}))]
     assert [[(row.tokens, row.batch) for row in rows] for rows in sizes] == [
         [(tokens, batch)] * 3 for tokens in (20, 30) for batch in (1, 2)
     ]
@@ -80,7 +80,7 @@ def test_the_text_of_a_shared_prompt_is_that_of_a_computed_one(tiny) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
 def test_steps_are_graphs_on_a_gpu_and_caches_take_memory_there(tiny) -> None:
     model = load_bench_model(str(tiny), [torch.device("cuda")], torch.bfloat16)
-    specs = several_methods("snapkv,quest,infinigen", {"budget": "0.1", "offload": "true"}, {})
+    specs = specs_of_methods("snapkv,quest,infinigen", {"budget": "0.1", "offload": "true"}, {})
     (rows,) = ([*rows] for rows in measure_methods(model, [Workload(600, 8, 2)], [], specs))
     assert [(row.error, row.graph) for row in rows] == [(None, True)] * 4
     vanilla, snapkv, quest, infinigen = rows  # -o offload is an option of vanilla and infinigen
@@ -160,16 +160,16 @@ def test_the_table_shows_ratios_of_the_measured_times() -> None:
 
 
 def test_options_go_to_the_methods_that_have_them() -> None:
-    specs = several_methods("quest,vanilla,quest,infinigen", {"alpha": "inf", "budget": "0.1"}, {})
+    specs = specs_of_methods("quest,vanilla,quest,infinigen", {"alpha": "inf", "budget": "0.1"}, {})
     assert specs == [
         MethodSpec("vanilla"),
         MethodSpec("quest", {"budget": "0.1"}),
         MethodSpec("infinigen", {"alpha": "inf", "budget": "0.1"}),
     ]
     with pytest.raises(UsageError, match=r"No method of --methods quest has an option 'bugdet'\. Did you mean"):
-        several_methods("quest", {"bugdet": "1"}, {})
+        specs_of_methods("quest", {"bugdet": "1"}, {})
     with pytest.raises(UsageError, match="budget='x' is not a number"):
-        several_methods("quest,h2o", {"budget": "x"}, {})
+        specs_of_methods("quest,h2o", {"budget": "x"}, {})
 
 
 @pytest.mark.parametrize(

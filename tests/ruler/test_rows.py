@@ -164,7 +164,7 @@ def test_fill_finds_the_largest_size_nearly(slope: float) -> None:
 
     size, tokens = fill(make, lambda tokens: tokens, 4000)
     assert tokens <= 4000 and (tokens >= 3960 or make(size + 1) > 4000) and len(tried) < 12
-    assert fill(make, lambda tokens: tokens, 4000, most=5) == (5, make(5))
+    assert fill(make, lambda tokens: tokens, 4000, max_size=5) == (5, make(5))
     with pytest.raises(TooLongError, match="has (200|207|290) tokens"):
         fill(make, lambda tokens: tokens, 100)
 

@@ -1,4 +1,4 @@
-"""How a study is shown: CSV, Markdown tables and pictures of its records, which are those of `study.study`.
+"""Formats the records of `study.study` as CSV, Markdown tables and pictures.
 
 A budget above 1 is a count of tokens, else a share of the past tokens.
 """
