@@ -99,7 +99,11 @@ _MAX_TOKENS = 2**26  # tokens of a whole batch: beyond the memory of any machine
 )
 @click.option("--rows", type=click.IntRange(1, 10**6), default=100, show_default=True, help="Prompts of a replay.")
 @click.option(
-    "--slots", type=click.IntRange(1, 4096), default=16, show_default=True, help="Most sequences at once in a replay."
+    "--slots",
+    type=click.IntRange(1, 4096),
+    default=16,
+    show_default=True,
+    help="Most sequences decoded together in a replay.",
 )
 @click.option(
     "--gpus", type=click.IntRange(1, 1024), default=1, show_default=True, help="GPUs that share the layers in decode."
@@ -237,7 +241,7 @@ def _baselines(text: str | None, mode: str, method: str, several: bool) -> list[
     }
     allowed = known.get(mode, {*BASELINES, "vllm"})
     if len(set(names)) < len(names):
-        raise UsageError(f"--baselines {text!r} names one twice: leave one of them out.")
+        raise UsageError(f"--baselines {text!r} names a baseline twice: leave one out.")
     if unknown := [name for name in names if name not in allowed]:
         raise UsageError(
             f"--baselines {unknown[0]!r} is not a baseline of mode {mode}. Allowed: {', '.join(sorted(allowed))}, or "

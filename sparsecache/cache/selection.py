@@ -114,8 +114,8 @@ class SelectionMethod(StoredMethod):
         return seq_len * stored_token_nbytes(self.storage, config) / 2
 
 
-def check_page(page: int) -> None:
-    """Raise ValueError for a number of tokens that is no size of a page."""
+def check_page_size(page: int) -> None:
+    """Raise ValueError unless `page` is a valid page size."""
     if not 1 <= page <= _MAX_PAGE:
         raise ValueError(f"page={page} must be 1 to {_MAX_PAGE} tokens.")
 

@@ -141,9 +141,9 @@ class Cluster:
         """Returns the number of GPUs or CPUs that no process has reserved."""
         return int(ray.available_resources().get(kind, 0))
 
-    def threads(self, sharing: int) -> int:
-        """Returns the CPU threads per worker if `sharing` workers share the cluster, at most those of a machine."""
-        return max(1, min(self.total("CPU") // sharing, max(self._by_machine("CPU"))))
+    def threads(self, num_workers: int) -> int:
+        """Returns the CPU threads per worker if `num_workers` workers share the cluster, at most those of a machine."""
+        return max(1, min(self.total("CPU") // num_workers, max(self._by_machine("CPU"))))
 
     def check_capacity(self, workers: int, kind: str, per_worker: int) -> None:
         """Raises UsageError, with the numbers, if `workers` workers do not fit; kind: "GPU" or "CPU"."""

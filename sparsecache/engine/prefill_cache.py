@@ -87,7 +87,7 @@ class PrefillCachingDecoder(Decoder):
         return self.dtype.itemsize * (values + len(self._weights.head))
 
     @torch.inference_mode()
-    def read(self, token_ids: Tensor, next_tokens: int | None = None) -> CachedPrompt | None:
+    def cache_prompt(self, token_ids: Tensor, next_tokens: int | None = None) -> CachedPrompt | None:
         """Return a prompt, computed unless it is in the cache; None if the cache has no room for it.
 
         next_tokens: the length of the next prompt, whose attention the host plans while the device works.
@@ -110,7 +110,7 @@ class PrefillCachingDecoder(Decoder):
     def prefill(self, token_ids: Tensor, slot: int) -> Tensor:
         known = self._prompts.get(token_ids)
         self.shared_prefill_s = 0.0 if known is None else known.seconds
-        prompt = known or self.read(token_ids)
+        prompt = known or self.cache_prompt(token_ids)
         if prompt is None:
             return super().prefill(token_ids, slot)
         cache = self._model_cache()

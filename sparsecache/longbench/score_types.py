@@ -104,10 +104,10 @@ class DatasetScore:
         places = {name: [at for at, row in enumerate(self.rows) if name in row.strata] for name in STRATA}
         return {name: self.only(at) for name, at in places.items() if at}
 
-    def only(self, places: Sequence[int]) -> "DatasetScore":
-        """Return the score over the rows at these places, all of which count as expected."""
-        records = [self.records[at] for at in places] if self.records else []
-        rows = [self.rows[at] for at in places]
+    def only(self, indices: Sequence[int]) -> "DatasetScore":
+        """Return the score over the rows at these indices, all of which count as expected."""
+        records = [self.records[at] for at in indices] if self.records else []
+        rows = [self.rows[at] for at in indices]
         return DatasetScore(
             self.task, self.e, rows, len(rows), [], kept=aggregate_kept(records), records=records
         )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsecache.cache.base import CacheConfig
-from sparsecache.cache.selection import SelectionCache, SelectionMethod, check_page
+from sparsecache.cache.selection import SelectionCache, SelectionMethod, check_page_size
 from sparsecache.cache.storage import FullStorage
 from sparsecache.kernels.pages import channel_bounds, newest_page, score_bounds, select_pages, update_newest_page
 from sparsecache.kernels.threshold import Selection
@@ -38,7 +38,7 @@ class Quest(SelectionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_page(self.page)
+        check_page_size(self.page)
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "QuestCache":
         return QuestCache(self, layer, config)

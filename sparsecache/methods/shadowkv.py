@@ -23,7 +23,7 @@ from torch.nn.functional import cosine_similarity, pad
 
 from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, StepBytes
 from sparsecache.cache.host import allocate, check_host_memory, copy_into
-from sparsecache.cache.selection import check_page
+from sparsecache.cache.selection import check_page_size
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.decode import CachedRows, attend_gathered
 from sparsecache.kernels.gather import gather_rows
@@ -67,7 +67,7 @@ class ShadowKV(SparseMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._shared: dict[torch.device, _Shared] = {}
-        check_page(self.page)
+        check_page_size(self.page)
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} must be 1 or more.")
         for name in ("outliers", "recent"):

@@ -131,7 +131,7 @@ class RulerSource:
 
 @dataclass(frozen=True)
 class _Generator:
-    """A task's drafts by random source, size and row; the least size of a row, and the most of all."""
+    """A task's drafts by random source, size and row; the smallest size of a row, and the largest of any row."""
 
     draft: Callable[[Rng, int, int], Draft]
     min_size: Callable[[int], int]

@@ -307,8 +307,8 @@ class RunContext:
         stop_tokens = [f"{token} ({i})" for token, i in zip(self._stop_tokens(), self.checkpoint.stop_ids, strict=True)]
         options = ", ".join(f"{key}={show(value)}" for key, value in self.options.items())
         yield f"checkpoint  {self.checkpoint.path} ({self.checkpoint.model_type}, {table})"
-        places = " and ".join(map(str, self.devices))
-        yield f"decoding    {self.settings.method} ({options or 'no options'}), {self.dtype_name} on {places}"
+        devices = " and ".join(map(str, self.devices))
+        yield f"decoding    {self.settings.method} ({options or 'no options'}), {self.dtype_name} on {devices}"
         length = self.prompter.max_length
         long = "longer prompts" if length is None else f"prompts of more than {length} tokens (max_length)"
         yield f"prompts     window {self.window} tokens; {long} are cut in the middle"

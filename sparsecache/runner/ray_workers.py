@@ -22,8 +22,8 @@ def start_workers(cluster: Cluster, settings: Settings, identity: dict[str, Any]
     check_capacity(cluster, settings)
     size = _size(settings)
     stated = os.environ.get("OMP_NUM_THREADS", "")  # per process: several runs may share the cluster
-    sharing = size.workers if size.kind == "CPU" else cluster.total("GPU") // size.per_worker
-    threads = int(stated) if stated.isdecimal() and int(stated) else cluster.threads(sharing)
+    num_workers = size.workers if size.kind == "CPU" else cluster.total("GPU") // size.per_worker
+    threads = int(stated) if stated.isdecimal() and int(stated) else cluster.threads(num_workers)
     loader = EngineLoader(settings, identity, installed_versions(), max_rows)
     slots = min(settings.slots(settings.device), max_rows)
     return Workers(cluster, WorkerConfig(loader, threads, os.getcwd()), size, slots, Worker)

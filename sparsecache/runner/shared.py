@@ -242,7 +242,7 @@ class _SharedPrediction:
         for at, token_ids in enumerate(lists):
             following = len(lists[at + 1]) if at + 1 < len(lists) else None
             try:
-                reader.read(torch.tensor(token_ids, device=reader.device), following)
+                reader.cache_prompt(torch.tensor(token_ids, device=reader.device), following)
             except torch.OutOfMemoryError:
                 prompts.limit_nbytes = prompts.nbytes
                 torch.cuda.empty_cache()

@@ -113,7 +113,7 @@ def test_a_replay_is_shared_by_workers(repo, tiny, tmp_path, run_python) -> None
         ("startup --baselines vllm", "'vllm' is not a baseline of mode startup. Allowed: transformers, or none."),
         ("decode --vllm_python python3", "--vllm_python has no effect without --baselines vllm"),
         ("prefill --peers streamed", "'vanilla_offload' is not a baseline of mode prefill"),
-        ("decode --baselines streamed,vanilla_offload", "names one twice"),
+        ("decode --baselines streamed,vanilla_offload", "names a baseline twice"),
         ("decode --device tpu", "--device 'tpu' cannot be decoded on"),
         ("decode --out /proc/x", "--out /proc/x cannot be written to"),
         ("decode --model nothing", "Shapes with random weights: llama-2-7b, "),

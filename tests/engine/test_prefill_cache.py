@@ -65,7 +65,7 @@ def test_texts_are_those_of_prompts_that_are_read_each_time(most, model, make_pr
     shared.limit_nbytes = sum(reader.qkv_nbytes(len(prompt)) for prompt in prompts[:most])
     count_prompts.clear()
     for prompt in prompts:
-        reader.read(torch.tensor(prompt))
+        reader.cache_prompt(torch.tensor(prompt))
     assert count_prompts == [30, 21, 9][:most] and len(shared) == most
     assert 0 <= shared.nbytes <= shared.limit_nbytes
     for method, known in zip(methods, expected, strict=True):
@@ -93,11 +93,11 @@ def test_a_cleared_cache_holds_nothing(model, make_prompts, count_prompts) -> No
     shared = PrefillCache()
     reader = PrefillCachingDecoder(*model, Vanilla(), shared)
     for _ in range(2):
-        reader.read(torch.tensor(prompt))
+        reader.cache_prompt(torch.tensor(prompt))
     assert len(count_prompts) == 1 and shared.nbytes > 0
     shared.clear()
     assert (len(shared), shared.nbytes) == (0, 0) and shared.get(torch.tensor(prompt)) is None
-    reader.read(torch.tensor(prompt))
+    reader.cache_prompt(torch.tensor(prompt))
     assert len(count_prompts) == 2
 
 
@@ -110,7 +110,7 @@ def test_on_a_gpu_texts_are_those_of_prompts_that_are_read_each_time(name, make_
     reader = PrefillCachingDecoder(*parts, Vanilla(), shared)
     for prompt, following in zip(prompts, [300, 30, None], strict=True):
         before = shared.nbytes
-        reader.read(torch.tensor(prompt, device=GPU), following)
+        reader.cache_prompt(torch.tensor(prompt, device=GPU), following)
         assert 0 < shared.nbytes - before <= reader.qkv_nbytes(len(prompt))
     found = []
     for make in (lambda method: Decoder(*parts, method), lambda method: PrefillCachingDecoder(*parts, method, shared)):

@@ -1,7 +1,7 @@
 """The attention function that a transformers model calls in every layer, and what a model's calls look like.
 
 It is registered with transformers under a name of its own. While a handler is active, the handler sees each call and
-may answer it; all other calls are answered by transformers' own sdpa.
+may return its output; transformers' own sdpa computes all other calls.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,20 +41,20 @@ class AttentionCall:
 
     @property
     def layer(self) -> int:
-        """The layer's place among all layers of the model; -1 if its module does not say."""
+        """The layer's index among all layers of the model; -1 if its module has none."""
         index = getattr(self.module, "layer_idx", None)
         return index if isinstance(index, int) else -1
 
 
 AttentionHandler = Callable[[AttentionCall], Tensor | None]
-"""Returns the attention output [B, H, L, D]; None: sdpa shall compute it."""
+"""Returns the attention output [B, H, L, D]; None: sdpa computes it."""
 
 _handler: ContextVar[AttentionHandler | None] = ContextVar("attention_handler", default=None)
 
 
 @contextmanager
 def handle_attention(handler: AttentionHandler) -> Iterator[None]:
-    """Give `handler` the attention calls of all models inside the block that use the attention function."""
+    """Pass the attention calls of all models that use the attention function to `handler` inside the block."""
     token = _handler.set(handler)
     try:
         yield
@@ -91,7 +91,7 @@ AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
 class FullAttentionLayer:
     """A layer of a model that attends to all past tokens.
 
-    module: its attention module. index: its place among all layers of the model. query_scale: what queries are
+    module: its attention module. index: its index among all layers of the model. query_scale: what queries are
     multiplied by so that scores divided by sqrt(D) have the model's own scaling.
     """
 
@@ -105,7 +105,7 @@ class FullAttentionLayer:
 class ModelAttention:
     """The full-attention layers of a model, in order, their shape and dtype, and the attention modules of all layers.
 
-    num_layers: all layers of the model, whatever their attention.
+    num_layers: all layers of the model, with any attention.
     """
 
     layers: list[FullAttentionLayer]
@@ -126,14 +126,14 @@ def inspect_attention(model: PreTrainedModel, window: int | None) -> ModelAttent
     calls: list[AttentionCall] = []
     cache = DynamicCache(config=model.config)
 
-    def note(call: AttentionCall) -> None:
+    def record(call: AttentionCall) -> None:
         _check_softmax(name, call)
         calls.append(call)
 
     input_ids = torch.arange(_PROBE_TOKENS, device=model.device)[None]
     try:
         model.set_attn_implementation(NAME)
-        with handle_attention(note):
+        with handle_attention(record):
             model(input_ids=input_ids, past_key_values=cache, use_cache=True)
     except (torch.OutOfMemoryError, UsageError):
         raise

@@ -51,15 +51,15 @@ class DelegatedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
 class SequenceCaches:
     """The transformers cache of each slot's sequence, or one cache of the batch that was decoded last.
 
-    config: the model's. delegated: the places of the full-attention layers. device: of attention masks.
+    config: the model's. delegated: the indices of the full-attention layers. device: of attention masks.
     """
 
     def __init__(self, config: Any, delegated: Iterable[int], device: torch.device) -> None:
         self._config, self._delegated, self._device = config, frozenset(delegated), device
-        self._alone: dict[int, Cache] = {}
+        self._by_slot: dict[int, Cache] = {}
         self._batch: Cache | None = None
         self._slots: tuple[int, ...] = ()
-        self._padding: list[int] = []  # places before the first token, per slot of the batch
+        self._padding: list[int] = []  # padding positions before the first token, per slot of the batch
 
     @property
     def can_join(self) -> bool:
@@ -70,7 +70,7 @@ class SequenceCaches:
     def start(self, slot: int) -> Cache:
         """Return an empty cache for the prompt of a slot."""
         self._split()
-        past = self._alone[slot] = DynamicCache(config=self._config)
+        past = self._by_slot[slot] = DynamicCache(config=self._config)
         for index in self._delegated:
             past.layers[index] = DelegatedLayer()
         return past
@@ -80,17 +80,17 @@ class SequenceCaches:
         if slots != self._slots:
             self._split()
         if len(slots) == 1:
-            return self._alone[slots[0]], None
+            return self._by_slot[slots[0]], None
         if self._batch is None:
             self._join(slots)
         assert self._batch is not None
         if len(self._delegated) == len(self._batch.layers):
             return self._batch, None
-        places = torch.arange(self._batch.get_seq_length() + 1, device=self._device)
-        return self._batch, (places >= torch.tensor(self._padding, device=self._device)[:, None]).long()
+        positions = torch.arange(self._batch.get_seq_length() + 1, device=self._device)
+        return self._batch, (positions >= torch.tensor(self._padding, device=self._device)[:, None]).long()
 
     def _join(self, slots: tuple[int, ...]) -> None:
-        rows = [self._alone[slot] for slot in slots]
+        rows = [self._by_slot[slot] for slot in slots]
         lengths = [row.get_seq_length() for row in rows]
         self._slots, self._padding = slots, [max(lengths) - length for length in lengths]
         self._batch = copy.copy(rows[0])
@@ -105,16 +105,16 @@ class SequenceCaches:
             return
         for row, (slot, padding) in enumerate(zip(self._slots, self._padding, strict=True)):
             length = self._batch.get_seq_length() - padding
-            past = self._alone[slot] = copy.copy(self._batch)
+            past = self._by_slot[slot] = copy.copy(self._batch)
             past.layers = [
-                DelegatedLayer(length) if index in self._delegated else _row_of_windows(layer, row, length)
+                DelegatedLayer(length) if index in self._delegated else _split_window(layer, row, length)
                 for index, layer in enumerate(self._batch.layers)
             ]
         self._batch, self._slots = None, ()
 
 
 def _join_windows(layers: tuple[DynamicSlidingWindowLayer, ...]) -> DynamicSlidingWindowLayer:
-    """Return one layer of several sequences, padded at the left."""
+    """Return one layer of several sequences, padded on the left."""
     joined = copy.copy(layers[0])
     tokens = max(layer.keys.shape[2] for layer in layers)
     for name in ("keys", "values"):
@@ -124,7 +124,7 @@ def _join_windows(layers: tuple[DynamicSlidingWindowLayer, ...]) -> DynamicSlidi
     return joined
 
 
-def _row_of_windows(layer: DynamicSlidingWindowLayer, row: int, length: int) -> DynamicSlidingWindowLayer:
+def _split_window(layer: DynamicSlidingWindowLayer, row: int, length: int) -> DynamicSlidingWindowLayer:
     """Return the layer of one sequence of `length` tokens, without padding."""
     own = copy.copy(layer)
     own.keys, own.values = (part[row : row + 1, :, -length:] for part in (layer.keys, layer.values))

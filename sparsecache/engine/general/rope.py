@@ -43,17 +43,17 @@ def rotation_of(model: Any, layers: list[FullAttentionLayer]) -> RotationOf:
 def _calls_over_equal_tokens(model: Any, modules: set[nn.Module]) -> list[AttentionCall]:
     calls: list[AttentionCall] = []
 
-    def note(call: AttentionCall) -> None:
+    def record(call: AttentionCall) -> None:
         if call.module in modules:
             calls.append(call)
 
-    with handle_attention(note):
+    with handle_attention(record):
         model.base_model(input_ids=torch.ones((1, _TOKENS), dtype=torch.int64, device=model.device), use_cache=False)
     return calls
 
 
 def _embedding(module: nn.Module) -> RotationOf | None:
-    """Return the cosines and sines of a module by position; None for a module that is no rotary embedding."""
+    """Return the cosines and sines of a module by position; None for a module that is not a rotary embedding."""
     if not hasattr(module, "inv_freq") and not hasattr(module, "full_attention_inv_freq"):
         return None
     by_type = "layer_type" in inspect.signature(module.forward).parameters

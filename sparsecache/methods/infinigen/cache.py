@@ -34,23 +34,23 @@ class DeviceStreams:
     def __init__(self, device: torch.device, offload: bool) -> None:
         self.offload = offload
         self.speculation, self.storing = (SideStream(device, high_priority=offload) for _ in range(2))
-        self.link = SideStream(device, high_priority=True)
+        self.transfer = SideStream(device, high_priority=True)
         # The projections of one sequence are thousands of small programs. A selection without priority would wait
         # until all have begun.
         self.selection = SideStream(device, high_priority=True)
-        self.cached: Any = None  # event: the latest layer's rows are in the GPU cache
-        self.sent: Tensor | None = None  # a prompt's rows that are being copied to the host
+        self.gpu_cache_event: Any = None  # recorded once the latest layer's rows are in the GPU cache
+        self.rows_in_transfer: Tensor | None = None  # a prompt's rows that are being copied to the host
         self.last_cache: LayerCache | None = None  # the device's last layer, after which the streams join
 
     def join(self) -> None:
         """Let the current stream wait for all side streams that were used; a graph must not wait for another one."""
-        for stream in (self.speculation, self.storing, *([self.link] if self.offload else [])):
+        for stream in (self.speculation, self.storing, *([self.transfer] if self.offload else [])):
             stream.join()
 
 
 @dataclass(frozen=True)
 class _Speculated:
-    """What is ready for `attend`: the selection, its rows with offload, and the event that says so on a GPU."""
+    """What `attend` needs: the selection, its rows with offload, and on a GPU the event recorded after both."""
 
     selection: Selection
     rows: GatheredRows | None
@@ -91,14 +91,14 @@ class InfiniGenCache(LayerCache):
             return
         # Only one layer's rows are on the device at a time, however far the host is ahead.
         streams = self._streams
-        streams.link.join()
-        streams.sent = None
-        streams.sent = torch.stack((k, v), 2)  # [G, L, 2, D]
-        with streams.link.after():  # copied while the next layer computes
-            copy_into(rows, streams.sent)
+        streams.transfer.join()
+        streams.rows_in_transfer = None
+        streams.rows_in_transfer = torch.stack((k, v), 2)  # [G, L, 2, D]
+        with streams.transfer.after():  # copied while the next layer computes
+            copy_into(rows, streams.rows_in_transfer)
         if streams.last_cache is self:
-            streams.link.join()
-            streams.sent = None
+            streams.transfer.join()
+            streams.rows_in_transfer = None
 
     def speculate(self, hidden: Tensor, project_query: ProjectQuery, slots: Tensor) -> None:
         """Select past tokens by the speculated query; with offload, fetch them."""
@@ -118,8 +118,8 @@ class InfiniGenCache(LayerCache):
             selection = threshold_select(scores, seq_lens, slots, self._params, self._width)
         if not self._offload:
             return _Speculated(selection, None, record_event(device))
-        with streams.link.reading(slots, *selection):
-            wait_event(streams.cached, device)  # the new rows may take the memory of the latest layer's
+        with streams.transfer.reading(slots, *selection):
+            wait_event(streams.gpu_cache_event, device)  # the new rows may take the memory of the latest layer's
             rows = gather_rows(self.store, slots, *selection, self._gpu_cache)
             return _Speculated(selection, rows, record_event(device))
 
@@ -139,9 +139,9 @@ class InfiniGenCache(LayerCache):
             self.config.stats.record(counts, slots)
             if speculated.rows is not None and self._gpu_cache is not None:
                 speculated.rows.insert(slots, positions, counts)
-                streams.cached = record_event(q.device)
+                streams.gpu_cache_event = record_event(q.device)
         if streams.last_cache is self:
-            streams.cached = None
+            streams.gpu_cache_event = None
             streams.join()
         return out
 
@@ -156,12 +156,12 @@ class InfiniGenCache(LayerCache):
         positions = positions.masked_fill(~is_selected, beyond).sort(dim=2).values
         return positions.masked_fill(positions == beyond, -1)
 
-    def cache_hits(self, slot: int, without_last_step: bool) -> int:
+    def cache_hits(self, slot: int, discard_last_step: bool) -> int:
         """Return how many of a slot's selected tokens were in the GPU cache."""
         if self._gpu_cache is None:
             return 0
         total, latest = self._gpu_cache.hits[:, slot].sum(1).tolist()
-        return int(total - latest if without_last_step else total)
+        return int(total - latest if discard_last_step else total)
 
     @property
     def head_nbytes(self) -> int:
