@@ -56,7 +56,7 @@ class WorkQueue:
         """
         if not assigned.requests:
             assigned.isolated = bool(self._suspects)
-            # One more than can be in flight, so that the next request is there when the first one ends.
+            # One more than can be in flight, so that the next request waits when the first one ends.
             taken = [self._suspects.popleft()] if assigned.isolated else self._next(self._slots + (self._slots > 1))
         elif assigned.isolated or (self._slots == 1 and self._is_nearly_empty()):
             return []
@@ -67,11 +67,11 @@ class WorkQueue:
 
     def requeue(self, assigned: Assigned) -> list[Request]:
         """Takes back the requests of a dead worker; returns those on which MAX_ATTEMPTS workers have died."""
-        held = list(assigned.requests.items())
+        requests = list(assigned.requests.items())
         assigned.requests.clear()
-        self._ready.extendleft(reversed(held[self._slots :]))
+        self._ready.extendleft(reversed(requests[self._slots :]))
         given_up = []
-        for ticket, request in held[: self._slots]:
+        for ticket, request in requests[: self._slots]:
             self._deaths[ticket] += 1
             if self._deaths[ticket] < MAX_ATTEMPTS:
                 self._suspects.append((ticket, request))

@@ -35,16 +35,16 @@ class LRUCache(NamedTuple):
     fetched, each in the order of the selection.
 
     rows: [slots, G, C, 2, D], keys and values.
-    where: [slots, G, T] int32, the cache row of each token, or -1.
-    tokens: [slots, G, C] int32, the token in each cache row, or -1.
-    order: [slots, G, C] int32, the cache rows from the least to the most recently used.
+    row_of_token: [slots, G, T] int32, the cache row of each token, or -1.
+    token_of_row: [slots, G, C] int32, the token in each cache row, or -1.
+    lru_order: [slots, G, C] int32, the cache rows from the least to the most recently used.
     hits: [2, slots, G] int64, selected tokens found in the cache: over all steps, and in the slot's latest step.
     """
 
     rows: Tensor
-    where: Tensor
-    tokens: Tensor
-    order: Tensor
+    row_of_token: Tensor
+    token_of_row: Tensor
+    lru_order: Tensor
     hits: Tensor
 
     def lookup(self, slots: Tensor, selected: Tensor, counts: Tensor) -> CacheLookup:
@@ -59,14 +59,14 @@ class LRUCache(NamedTuple):
             found = CacheLookup(*(slots.new_empty((batch, kv_heads, size), dtype=torch.int32) for size in sizes))
             block = min(_LOOKUP_BLOCK, next_power_of_2(part_size, 128))
             _lookup_kernel[(batch * kv_heads, LOOKUP_PARTS)](
-                self.where, slots, selected.contiguous(), counts.contiguous(), *found,
-                kv_heads, self.where.shape[2], width, part_size,
+                self.row_of_token, slots, selected.contiguous(), counts.contiguous(), *found,
+                kv_heads, self.row_of_token.shape[2], width, part_size,
                 BLOCK=block, num_warps=max(4, block // 256), **pdl_options(),
             )  # fmt: skip
             return found
         rank, head = (torch.arange(size, device=slots.device) for size in (width, kv_heads))
         valid, part = mask_of_first(counts, width), rank // part_size
-        places = self.where[slots[:, None, None], head[:, None], selected.masked_fill(~valid, 0)]
+        places = self.row_of_token[slots[:, None, None], head[:, None], selected.masked_fill(~valid, 0)]
         miss = valid & (places < 0)
         ranks = (2 * part + ~miss).argsort(dim=-1, stable=True)
         miss_counts = torch.stack([(miss & (part == each)).sum(2) for each in range(LOOKUP_PARTS)], 2)
@@ -84,16 +84,16 @@ class LRUCache(NamedTuple):
         if use_kernel(selected):
             self._launch_insert(slots, selected, counts, places, rows)
             return
-        size, device = self.tokens.shape[2], slots.device
+        size, device = self.token_of_row.shape[2], slots.device
         heads = torch.arange(selected.shape[1], device=device)
         index = (slots[:, None], heads)
         valid = mask_of_first(counts, selected.shape[2])
-        where, place = self.where[index].long(), places.long()
+        where, place = self.row_of_token[index].long(), places.long()
         hit, miss = valid & (place >= 0), valid & (place < 0)
         hits = hit.sum(2, keepdim=True)
         inserts = torch.minimum(miss.sum(2, keepdim=True), size - hits)
 
-        order = self.order[index].long()
+        order = self.lru_order[index].long()
         used = torch.zeros(*order.shape[:2], size + 1, dtype=torch.bool, device=device)
         used = used.scatter(2, place.masked_fill(~hit, size), True)[..., :-1].gather(2, order)
         order = order.gather(2, used.int().argsort(dim=-1, stable=True))  # the unused first, the least recent first
@@ -102,13 +102,13 @@ class LRUCache(NamedTuple):
         new_place = order.gather(2, rank.clamp(0, size - 1))
 
         # Scatters of invalid entries go to an extra last column.
-        where, tokens = (torch.cat((x, x[..., :1]), 2) for x in (where, self.tokens[index].long()))
+        where, tokens = (torch.cat((x, x[..., :1]), 2) for x in (where, self.token_of_row[index].long()))
         target = new_place.masked_fill(~is_inserted, size)
         old = tokens.gather(2, target)
         where.scatter_(2, old.masked_fill(~is_inserted | (old < 0), where.shape[2] - 1), -1)
         where.scatter_(2, selected.masked_fill(~is_inserted, where.shape[2] - 1), new_place)
         tokens.scatter_(2, target, selected)
-        self.where[index], self.tokens[index] = where[..., :-1].int(), tokens[..., :-1].int()
+        self.row_of_token[index], self.token_of_row[index] = where[..., :-1].int(), tokens[..., :-1].int()
 
         unused = torch.arange(size, device=device) - inserts
         targets = (
@@ -118,7 +118,7 @@ class LRUCache(NamedTuple):
         )
         new_order = order.new_zeros(*order.shape[:2], size + 1)
         new_order.scatter_(2, torch.cat(targets, 2), torch.cat((order, place, new_place), 2))
-        self.order[index] = new_order[..., :-1].int()
+        self.lru_order[index] = new_order[..., :-1].int()
         self.hits[0, slots] += hits[..., 0]
         self.hits[1, slots] = hits[..., 0]
         slot, head = (x.expand(is_inserted.shape)[is_inserted] for x in (slots[:, None, None], heads[:, None]))
@@ -126,14 +126,14 @@ class LRUCache(NamedTuple):
 
     def _launch_insert(self, slots: Tensor, selected: Tensor, counts: Tensor, places: Tensor, rows: Tensor) -> None:
         batch, kv_heads, width = selected.shape
-        size, device, programs = self.tokens.shape[2], slots.device, batch * kv_heads
+        size, device, programs = self.token_of_row.shape[2], slots.device, batch * kv_heads
         selected, counts = selected.contiguous(), counts.contiguous()
         new_places = torch.empty((batch, kv_heads, width), device=device, dtype=torch.int32)
         scratch = torch.empty((2, batch, kv_heads, size), device=device, dtype=torch.int32)
         block = min(_INSERT_BLOCK, next_power_of_2(max(size, width), 128))
         _insert_kernel[(programs,)](
-            self.where, self.tokens, self.order, self.hits, scratch, slots, selected, counts, places, new_places,
-            kv_heads, self.where.shape[2], width, size, programs * size, self.hits.stride(0),
+            self.row_of_token, self.token_of_row, self.lru_order, self.hits, scratch, slots, selected, counts, places,
+            new_places, kv_heads, self.row_of_token.shape[2], width, size, programs * size, self.hits.stride(0),
             BLOCK=block, num_warps=max(4, block // 256), num_stages=1, **pdl_options(),
         )  # fmt: skip
         row_size = 2 * rows.shape[4]

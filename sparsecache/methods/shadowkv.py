@@ -187,7 +187,7 @@ class ShadowKVCache(LayerCache):
             return rows, CachedRows(self.exact, slots, index_slots(self.places, slots).gather(2, index))
         halves = self.values.view(*self.values.shape[:3], 2, -1)  # fetched as if they were keys and values
         unused = self.places
-        fixed = LRUCache(self.exact, where=self.places, tokens=unused, order=unused, hits=unused)
+        fixed = LRUCache(self.exact, row_of_token=self.places, token_of_row=unused, lru_order=unused, hits=unused)
         found = gather_rows(halves, slots, positions, counts, fixed)
         assert found.cached is not None
         rows = rebuild_rows(self.coefficients, self.basis, None, *parts)

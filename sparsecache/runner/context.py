@@ -238,11 +238,11 @@ class RunContext:
             calibrate(method, decoder, token_ids, weights, self._calibrations)
 
     def reference(self) -> "TransformersEngine | GeneralEngine":
-        """Load and return transformers with the same checkpoint, method and options, to compare with."""
+        """Loads and returns transformers with the same checkpoint, method and options, to compare with."""
         return self._transformers_engine(self.make_method(), 1)
 
     def _transformers_engine(self, method: CacheMethod, slots: int) -> "TransformersEngine | GeneralEngine":
-        """Load the general engine with at most `slots` slots; for vanilla, transformers' own generate.
+        """Loads the general engine with at most `slots` slots; for vanilla, transformers' own generate.
 
         Raises UsageError for a model that the method's caches cannot serve.
         """
@@ -315,7 +315,7 @@ class RunContext:
         yield f"chat        {chat}; stop tokens: {', '.join(stop_tokens) or 'none'}"
 
     def describe_loaded(self) -> Iterator[str]:
-        """Yield lines about the layers that the method serves, and a batch size that has no effect."""
+        """Yields lines about the layers that the method serves, and a batch size that has no effect."""
         served, layers = self._served_layers or (0, 0)
         if served < layers:
             yield (

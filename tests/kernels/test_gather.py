@@ -35,7 +35,7 @@ def test_rows_equal_those_of_the_store(case, backend, device) -> None:
             overwritten, valid = store.clone(), torch.arange(width, device=device) < counts[..., None]
             slot, head = order[:, None, None].expand_as(valid), torch.arange(kv_heads, device=device)[:, None]
             head = head.expand_as(valid)
-            cached = (lru.where[slot, head, selected] >= 0) & valid
+            cached = (lru.row_of_token[slot, head, selected] >= 0) & valid
             overwritten[slot[cached], head[cached], selected[cached]] = torch.nan
             gathered = gather_rows(overwritten, order, selected, counts, lru)
             read = gathered.cached.merge(gathered.rows, counts)

@@ -47,7 +47,7 @@ def test_equals_a_textbook_lru_cache(case, backend, device) -> None:
                 hits[slot, kv] += len(found)
         for (slot, kv), cache in textbook.items():
             cached, places = list(cache), list(cache.values())
-            where, held, kept = (x[slot, kv].cpu() for x in (lru.where, lru.tokens, lru.rows))
+            where, held, kept = (x[slot, kv].cpu() for x in (lru.row_of_token, lru.token_of_row, lru.rows))
             expected = torch.full_like(where, -1)
             expected[cached] = torch.tensor(places, dtype=torch.int32)
             assert torch.equal(where, expected) and held[places].tolist() == cached
@@ -102,4 +102,4 @@ def test_nothing_selected(device) -> None:
     with force_backend("reference"):
         places = lru.lookup(slots, nothing, counts).places
         lru.insert(slots, nothing, counts, places, torch.zeros(1, case[1], 0, 2, 16, device=device))
-    assert (lru.tokens == -1).all() and lru.hits.sum() == 0
+    assert (lru.token_of_row == -1).all() and lru.hits.sum() == 0

@@ -175,7 +175,7 @@ def test_every_method_is_described_with_its_options_under_its_kind(add_method) -
         "    -o budget=64    tokens attended to, 1 or more [a whole number]",
         "    -o share=0.5    how wide [a number]",
         "    -o exact=false  no guessing [true or false]",
-        "    -o mode=mean     [a text]",
+        "    -o mode=mean     [text]",
         "    -o window=none  last tokens; none: all [a whole number or none]",
         "    -o fetch=mean   how many for a layer [one of mean, per_head]",
         "    -o rule=none    a second one [one of max or none]",

@@ -14,9 +14,9 @@ def make_gpu_cache(tokens: int, config: CacheConfig) -> LRUCache:
     tokens = min(tokens, config.max_tokens)
     cache = LRUCache(
         rows=config.zeros(tokens, 2, config.shape.head_dim),
-        where=config.zeros(config.max_tokens, dtype=torch.int32),
-        tokens=config.zeros(tokens, dtype=torch.int32),
-        order=config.zeros(tokens, dtype=torch.int32),
+        row_of_token=config.zeros(config.max_tokens, dtype=torch.int32),
+        token_of_row=config.zeros(tokens, dtype=torch.int32),
+        lru_order=config.zeros(tokens, dtype=torch.int32),
         hits=torch.zeros(2, config.slots, config.shape.kv_heads, dtype=torch.int64, device=config.device),
     )
     for slot in range(config.slots):
@@ -26,7 +26,7 @@ def make_gpu_cache(tokens: int, config: CacheConfig) -> LRUCache:
 
 def clear_slot(cache: LRUCache, slot: int) -> None:
     """Remove a slot's tokens."""
-    cache.where[slot].fill_(-1)
-    cache.tokens[slot].fill_(-1)
-    cache.order[slot] = torch.arange(cache.order.shape[2], dtype=torch.int32, device=cache.order.device)
+    cache.row_of_token[slot].fill_(-1)
+    cache.token_of_row[slot].fill_(-1)
+    cache.lru_order[slot] = torch.arange(cache.lru_order.shape[2], dtype=torch.int32, device=cache.lru_order.device)
     cache.hits[:, slot].zero_()
