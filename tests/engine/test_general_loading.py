@@ -20,7 +20,7 @@ def asked(monkeypatch) -> list[dict[str, Any]]:
 
     def from_pretrained(path: Any, **arguments: Any) -> Any:
         found.append(arguments)
-        return torch.nn.Linear(1, 1), {"missing_keys": []}
+        return torch.nn.Linear(1, 1), {"missing_keys": [], "unexpected_keys": []}
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 + device.index, 2000))

@@ -141,6 +141,13 @@ def test_weights_that_do_not_fit_are_refused_not_made_up(make_checkpoint, tmp_pa
     )
     with pytest.raises(UsageError, match="transformers cannot load"):
         _reference(folder)
+    scale = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}
+    whole = {**tensors, "model.norm.weight": norm, **scale}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UsageError, match=r"holds model\.layers\.0\.mlp\.up_proj\.weight_scale, which transformers does not"
+    ):
+        _reference(folder)
     (folder / "model.safetensors").write_bytes(b"1234")
     with pytest.raises(UsageError, match="transformers cannot load"):
         _reference(folder)

@@ -20,7 +20,8 @@ def load_model(
 
     config: a configuration to use instead of the checkpoint's own. A quantised checkpoint is loaded as transformers
     does, with `dtype` for the tensors that are not quantised. Raises UsageError if transformers cannot load it without
-    running its code, if weights are missing, or if several devices need a package that is missing.
+    running its code, if weights are missing, if scales of weights would be ignored, or if several devices need a
+    package that is missing.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     try:
@@ -40,6 +41,11 @@ def load_model(
     if loading_info["missing_keys"]:
         raise UsageError(
             f"{path} does not fit its config.json: it lacks {', '.join(sorted(loading_info['missing_keys']))}."
+        )
+    if scales := sorted(name for name in loading_info["unexpected_keys"] if "weight_scale" in name):
+        raise UsageError(
+            f"{path} holds {scales[0]}, which transformers does not read: it would decode weights without their "
+            f"scales. Use --engine sparsecache, or the unquantised checkpoint."
         )
     return (model if "device_map" in options else model.to(devices[0])).eval()
 
