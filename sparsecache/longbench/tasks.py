@@ -66,19 +66,27 @@ class Task:
                 raise self._error(f"{name} is {value!r}; it must be a whole number, 1 or more")
         if bool(self.answer_template) != (self.answer_max_new_tokens is not None):
             raise self._error("answer_template and answer_max_new_tokens belong together; give both or neither")
-        self._check_fields("template", self.template, self.row_fields)
+        if not self._check_fields("template", self.template, self.row_fields):
+            raise self._error("the template uses no field of a row, as in {input}, so all prompts would be the same")
         self._check_fields("answer_prefix", self.answer_prefix, self.row_fields)
-        self._check_fields("answer_template", self.answer_template, (*self.row_fields, "reasoning"))
+        asked = self._check_fields("answer_template", self.answer_template, (*self.row_fields, "reasoning"))
+        if self.answer_template and "reasoning" not in asked:
+            raise self._error("the answer_template must use {reasoning}")
 
-    def _check_fields(self, what: str, text: str, known: tuple[str, ...]) -> None:
+    def _check_fields(self, what: str, text: str, known: tuple[str, ...]) -> set[str]:
+        """Return the fields that a template uses. Raises UsageError for others, and for formats such as {input:>9}."""
         try:
-            used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+            parts = [part for part in string.Formatter().parse(text) if part[1] is not None]
+            used = {str(name) for _, name, _, _ in parts}
         except ValueError as error:
             raise self._error(f"the {what} is not a valid str.format template ({error})") from error
         if unknown := used - set(known):
             raise self._error(
                 f"the {what} uses {', '.join(sorted(name or '{}' for name in unknown))}; a row has {', '.join(known)}"
             )
+        if formatted := sorted({str(name) for _, name, spec, conversion in parts if spec or conversion}):
+            raise self._error(f"the {what} formats {', '.join(formatted)}; a field is its name alone, as in {{input}}")
+        return used
 
     def _error(self, problem: str) -> UsageError:
         return UsageError(f"{self.source} [{self.name}]: {problem}.")

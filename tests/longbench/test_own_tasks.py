@@ -82,6 +82,13 @@ def test_the_group_own_holds_the_tasks_of_the_file_only(write_tasks: Callable[[s
         (f'[mine]\n{TABLE}source = "x"', "has unknown fields source"),
         ('[mine]\ntemplate = "{context}"', "has no max_new_tokens, metric"),
         (f"[mine]\n{TABLE}".replace("{input}", "{question}"), "the template uses question"),
+        (
+            f"[mine]\n{TABLE}".replace("{input}", "{input:>9999999999}"),
+            "the template formats input; a field is its name",
+        ),
+        (f"[mine]\n{TABLE}".replace("{input}", "{input!r}"), "the template formats input"),
+        ("[mine]\ntemplate = 'Hi'\nmax_new_tokens = 8\nmetric = 'count'", "the template uses no field of a row"),
+        (f"[mine]\n{TABLE}answer_template = 'So?'\nanswer_max_new_tokens = 9", "must use {reasoning}"),
         (f"[mine]\n{TABLE}".replace("{input}", "{"), "not a valid str.format template"),
         (f"[mine]\n{TABLE}".replace("8", "0"), "max_new_tokens is 0"),
         (f"[mine]\n{TABLE}".replace("8", "true"), "max_new_tokens is True"),
