@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from sparsecache.longbench.scores import ScoringOptions
 
 _SCORING = (
-    click.option("--pred_dir", type=click.Path(path_type=Path), default=Path("pred"), show_default=True),
+    click.option(
+        "--pred_dir",
+        type=click.Path(path_type=Path),
+        default=Path("pred"),
+        show_default=True,
+        help="Folder of all runs.",
+    ),
     click.option("--e", is_flag=True, help="Score LongBench-E (<dataset>_e.jsonl) by length bucket."),
     click.option(
         "--tasks",
@@ -33,7 +39,13 @@ _SCORING = (
         metavar="FILE",
         help="File of own tasks, in the form of configs/datasets.toml; by default those that run.json records.",
     ),
-    click.option("--edit_backend", type=click.Choice(EDIT_BACKENDS), default=EDIT_BACKENDS[0], show_default=True),
+    click.option(
+        "--edit_backend",
+        type=click.Choice(EDIT_BACKENDS),
+        default=EDIT_BACKENDS[0],
+        show_default=True,
+        help="Library that computes the edit similarity of code.",
+    ),
     click.option(
         "--official_recursion",
         is_flag=True,
@@ -65,7 +77,9 @@ def _check_suffix(*suffixes: str) -> Callable[[click.Context, click.Parameter, P
 
 _REPORT: dict[str, Any] = {"type": _FILE, "metavar": "FILE", "callback": _check_suffix(".html", ".htm")}
 _HTML = click.option("--html", **_REPORT, help="Also write a report with tables and plots to FILE (.html).")
-_FORMAT = click.option("--format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True)
+_FORMAT = click.option(
+    "--format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True, help="Format of the tables."
+)
 _LABELS = click.option(
     "--label", "labels", multiple=True, metavar="RUN=TEXT", help="Name of a run in tables and plots; repeatable."
 )

@@ -17,7 +17,7 @@ _HELP = {
     "datasets": "Comma-separated: datasets, all, en, zh, a category, longbench_v2, longbench_v2_cot, ruler or its "
     "tasks (vt, cwe, ...), own (those of --tasks). Default: all; own with --tasks.",
     "tasks": "File of own tasks, in the form of configs/datasets.toml.",
-    "max_new_tokens": "Most new tokens per answer, in place of the dataset's limit. run.json records it.",
+    "max_new_tokens": "Maximum number of new tokens per answer, instead of the dataset's limit. run.json records it.",
     "method": "A built-in cache method, the path of a .py file, or a module's dotted name.",
     "data": "hub, sample, a folder or zip of <dataset>.jsonl files, or one .jsonl file of rows. Default: hub; sample "
     "for the bundled checkpoint.",
@@ -128,19 +128,19 @@ _GROUPS = {
     Settings,
     "max_length",
     type=click.IntRange(2, LARGEST),
-    help="Most tokens of a prompt without its wrapper. Longer ones lose their middle.",
+    help="Maximum number of tokens per prompt, without its wrapper. Longer prompts are cut in the middle.",
 )
 @option(
     Settings,
     "window",
     type=click.IntRange(8, LARGEST),
-    help="Most tokens of prompt and answer together. Default and maximum: the checkpoint's.",
+    help="Maximum number of tokens of prompt and answer together. Default and upper limit: the checkpoint's.",
 )
 @option(
     Settings,
     "batch_size",
     type=BatchSize(),
-    help="Most sequences decoded together. auto (default): 16 on a GPU, fewer if memory is short; 1 on a CPU.",
+    help="Maximum number of sequences decoded together. auto (default): 16 on a GPU, fewer if memory is short; 1 on a CPU.",
 )
 @option(
     Settings,

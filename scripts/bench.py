@@ -103,7 +103,7 @@ _MAX_TOKENS = 2**26  # tokens of a whole batch: beyond the memory of any machine
     type=click.IntRange(1, 4096),
     default=16,
     show_default=True,
-    help="Most sequences decoded together in a replay.",
+    help="Maximum number of sequences decoded together in a replay.",
 )
 @click.option(
     "--gpus", type=click.IntRange(1, 1024), default=1, show_default=True, help="GPUs that share the layers in decode."

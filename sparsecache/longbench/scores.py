@@ -236,7 +236,7 @@ def _lcs_f(prediction: Sequence[str], answer: Sequence[str]) -> float:
 
 
 class _JiebaTokenizer:
-    """A tokenizer for rouge-score, whose own one drops Chinese characters."""
+    """A tokenizer for rouge-score, whose default one drops Chinese characters."""
 
     def tokenize(self, text: str) -> list[str]:
         return chinese_words(text)

@@ -76,7 +76,7 @@ class SequenceCaches:
         return past
 
     def of(self, slots: tuple[int, ...]) -> tuple[Cache, Tensor | None]:
-        """Return the cache for the next step of slots, and its attention mask [B, tokens]; None: nothing to hide."""
+        """Return the cache for the next step of slots, and its attention mask [B, tokens], if it needs one."""
         if slots != self._slots:
             self._split()
         if len(slots) == 1:
