@@ -140,7 +140,7 @@ _GROUPS = {
     Settings,
     "batch_size",
     type=BatchSize(),
-    help="Maximum number of sequences decoded together. auto (default): 16 on a GPU, fewer if memory is short; 1 on a CPU.",
+    help="Maximum number of sequences decoded together. auto (default): 16 on a GPU, or as memory allows; 1 on a CPU.",
 )
 @option(
     Settings,
