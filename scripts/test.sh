@@ -9,5 +9,5 @@ install_kvpress
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
-"$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
+"$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 [ "$#" -gt 0 ] || scripts/test_versions.sh

@@ -22,5 +22,5 @@ for release in oldest newest; do
     echo "With ${requirements[0]}:"
     PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}" "$python" -c \
         "import transformers; assert 'transformers==' + transformers.__version__ == '${requirements[0]}'"
-    PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}" "$python" -m pytest -n 2 --dist loadfile "${tests[@]}" "$@"
+    PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}" "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${tests[@]}" "$@"
 done

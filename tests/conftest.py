@@ -18,9 +18,25 @@ settings.load_profile("sparsecache")
 
 _REPO = Path(__file__).resolve().parent.parent
 
+_LONGEST_FILES = [  # first, so that the other process does not wait for one of them at the end
+    "runner/test_workers.py",
+    "bench/test_modes.py",
+    "kernels/test_gather.py",
+    "kernels/test_speculation.py",
+    "methods/test_contract.py",
+    "methods/test_split.py",
+    "runner/test_connection.py",
+    "examples/test_training.py",
+    "test_real_model.py",
+]
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are first imported: their tests run them on the CPU
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {_REPO / "tests" / name: rank for rank, name in enumerate(_LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -121,7 +121,7 @@ def test_the_start_and_the_end_are_told(predict, folder, tiny) -> None:
         f"{tiny} (llama",
         "vanilla (offload=false), float32 on cpu",
         "window 8192",
-        "1 </s>",
+        "stop tokens: </s> (1)",
         f"{ROWS} of {ROWS}",
     ):
         assert part in told.stdout
