@@ -19,8 +19,9 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from io import StringIO
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sparsecache.engine.base import Completion, Request
 from sparsecache.errors import UsageError, short
@@ -30,11 +31,19 @@ from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tables import FORMATS, render
 from sparsecache.longbench.wrapping import encode
-from sparsecache.options import show
+from sparsecache.options import LARGEST, show
 from sparsecache.runner.context import RunContext
 from sparsecache.runner.run import run
-from sparsecache.runner.settings import Settings
+from sparsecache.runner.settings import DTYPE_CHOICES, ENGINES, Settings
 
+_CHOICES = {"dtype": DTYPE_CHOICES, "engine": ENGINES}
+_MINIMA = {
+    **dict.fromkeys(("sample_rows", "ruler_rows", "max_new_tokens", "max_samples", "batch_size"), 1),
+    **dict.fromkeys(("workers", "gpus_per_worker"), 1),
+    "max_length": 2,
+    "window": 8,
+    "verify": 0,
+}
 _SETTINGS = {field.name for field in fields(Settings)}
 _RUN_ONLY = {
     "datasets",
@@ -104,8 +113,10 @@ class LLM:
         prompts: texts, or lists of token ids. chat: wrap texts with the checkpoint's chat template, as the user's turn.
         Raises UsageError for a prompt that does not fit the window with its new tokens.
         """
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
+        if not _is_count(max_new_tokens) or max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={short(max_new_tokens)} must be a whole number, 1 or more.")
+        if not isinstance(prompts, Iterable):
+            raise UsageError(f"prompts={short(prompts)} must be a text, or a list of texts and of lists of token ids.")
         given = [prompts] if isinstance(prompts, str) else list(prompts)
         stop_ids = tuple(self._context.checkpoint.stop_ids)
         requests = [
@@ -127,7 +138,7 @@ class LLM:
     def _token_ids(self, prompt: str | list[int], at: int, max_new_tokens: int, chat: bool) -> list[int]:
         wrapper, tokenizer = self._context.prompter.wrapper, self._context.checkpoint.tokenizer
         if not isinstance(prompt, str):
-            token_ids = list(prompt)
+            token_ids = self._checked_ids(prompt, at)
         elif chat:
             token_ids = wrapper.encode(wrapper.wrap(prompt))
         else:
@@ -140,6 +151,15 @@ class LLM:
                 f"{self._context.window}. Shorten it, or lower max_new_tokens."
             )
         return token_ids
+
+    def _checked_ids(self, prompt: Any, at: int) -> list[int]:
+        """Return the token ids of a prompt. Raises UsageError for others than those of the model's embedding."""
+        rows = getattr(self._context.checkpoint.config.get_text_config(), "vocab_size", LARGEST)
+        token_ids: list[Any] = list(prompt) if isinstance(prompt, Iterable) else [None]
+        if wrong := [each for each in token_ids if not _is_count(each) or not 0 <= each < rows]:
+            found = f"holds {short(wrong[0])}" if isinstance(prompt, Iterable) else f"is {short(prompt)}"
+            raise UsageError(f"Prompt {at} {found}. Give a text, or a list of token ids from 0 to {rows - 1}.")
+        return [int(each) for each in token_ids]
 
     def _generation(self, done: Completion) -> Generation:
         return Generation(
@@ -235,7 +255,27 @@ def make_settings(
     if values.get("data") is not None:
         values["data"] = str(values["data"])
     for key in ("pred_dir", "tasks", "ruler_essays", "ruler_squad", "ruler_hotpotqa"):
-        if values.get(key) is not None:
+        if isinstance(values.get(key), str):
             values[key] = Path(values[key])
     texts = {key: show(value) for key, value in {**given, **(options or {})}.items()}
-    return replace(Settings(model=str(model), method=str(method), options=texts), **values)
+    settings = replace(Settings(model=str(model), method=str(method), options=texts), **values)
+    _check_values(settings)
+    return settings
+
+
+def _check_values(settings: Settings) -> None:
+    """Raise UsageError for a value that the command line would refuse: of another type, out of range, no choice."""
+    for each in fields(settings):
+        name, value, kind = each.name, getattr(settings, each.name), cast(Any, each.type)
+        is_right = isinstance(value, bool) == (kind is bool) and (name == "options" or isinstance(value, kind))
+        if not is_right:
+            wanted = getattr(kind, "__name__", kind)
+            raise UsageError(f"{name}={short(value)} is of the type {type(value).__name__}; it must be {wanted}.")
+        if value is not None and name in _MINIMA and value < _MINIMA[name]:
+            raise UsageError(f"{name}={value} must be {_MINIMA[name]} or more.")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise UsageError(f"{name}={short(value)} is not one of {', '.join(_CHOICES[name])}.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)  # numpy's are Integral, too

@@ -63,6 +63,11 @@ def test_texts_and_token_ids_are_the_same_prompt(checkpoint: Path) -> None:
         ({"budget": 3, "options": {"budget": 4}, "method": "snapkv"}, "twice"),
         ({"datasets": "qasper"}, "LLM takes no datasets"),
         ({"method": "snapvk"}, "snapkv"),
+        ({"dtype": "float64"}, "dtype=float64 is not one of auto, "),
+        ({"batch_size": 0}, "batch_size=0 must be 1 or more"),
+        ({"batch_size": "4"}, "batch_size=4 is of the type str; it must be int | None"),
+        ({"offline": "no"}, "offline=no is of the type str; it must be bool"),
+        ({"window": True}, "window=True is of the type bool"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(checkpoint: Path, arguments: dict, said: str) -> None:
@@ -76,6 +81,11 @@ def test_prompts_that_do_not_fit_are_refused(checkpoint: Path) -> None:
         ([[5] * 12], 8, "exceeds the window"),
         ([[]], 4, "empty"),
         (["a"], 0, "max_new_tokens=0"),
+        (["a"], 2.0, "max_new_tokens=2.0 must be a whole number"),
+        (5, 4, "prompts=5 must be a text, or a list"),
+        ([[3, 10**9]], 4, "Prompt 0 holds 1000000000. Give a text, or a list of token ids from 0 to "),
+        ([["a"]], 4, "Prompt 0 holds a. Give a text"),
+        ([5, 6, 7], 4, "Prompt 0 is 5. Give a text, or a list of token ids"),
     ):
         with pytest.raises(UsageError, match=said):
             llm.generate(prompts, max_new_tokens=new_tokens)
