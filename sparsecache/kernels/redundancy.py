@@ -264,17 +264,17 @@ def _score_kernel(  # type: ignore[no-untyped-def]
     highest, total = tl.full((BLOCK_R,), -3e38, tl.float32), tl.zeros((BLOCK_R,), dtype=tl.float32)
     for first in tl.range(0, new_row + 1, BLOCK_R):
         row = first + at
-        is_new, is_held = row == new_row, row <= new_row
+        is_new, is_used = row == new_row, row <= new_row
         cosine = tl.load(found + pair * capacity + row, mask=row < new_row, other=0.0)
         sums = tl.load(scores + base + row, mask=row < new_row, other=0.0, cache_modifier=".cg")
         sums = tl.where(is_new, new_sum, sums + cosine - tl.where(row == new_exempts, to_exempted, 0.0))
         is_similar = (cosine > threshold) & (row < new_row)
-        tl.store(scores + base + row, sums, mask=is_held)
+        tl.store(scores + base + row, sums, mask=is_used)
         tl.store(exempted + base + row, tl.where(is_new, new_exempts, new_row).to(tl.int64), mask=is_similar | is_new)
         tl.store(similarity + base + row, tl.where(is_new, to_exempted, cosine), mask=is_similar | is_new)
-        mean = tl.where(is_held, sums / number, -3e38)
+        mean = tl.where(is_used, sums / number, -3e38)
         new_highest = tl.maximum(highest, mean)
-        total = total * tl.exp(highest - new_highest) + tl.where(is_held, tl.exp(mean - new_highest), 0.0)
+        total = total * tl.exp(highest - new_highest) + tl.where(is_used, tl.exp(mean - new_highest), 0.0)
         highest = new_highest
     redundancy_highest = tl.max(highest, axis=0)
     redundancy_total = tl.sum(total * tl.exp(highest - redundancy_highest), axis=0)
@@ -292,19 +292,19 @@ def _score_kernel(  # type: ignore[no-untyped-def]
     lowest_row = tl.zeros((BLOCK_R,), dtype=tl.int32)
     for first in tl.range(0, new_row + 1, BLOCK_R):
         row = first + at
-        is_held = row <= new_row
+        is_used = row <= new_row
         position = tl.load(positions + base + row, mask=row < new_row, other=0)
         position = tl.where(row == new_row, past, position)
         is_recent = position >= first_recent
-        mask = (window < WINDOW)[:, None] & (is_held & (position < first_recent))[None, :]
+        mask = (window < WINDOW)[:, None] & (is_used & (position < first_recent))[None, :]
         logit = tl.load(logits + (pair * WINDOW + window)[:, None] * capacity + row[None, :], mask=mask, other=-3e38)
         votes = tl.sum(tl.where(mask, tl.exp(logit - maximum[:, None]) * vote_weight[:, None], 0.0), axis=0)
-        mean = tl.load(scores + base + row, mask=is_held, other=0.0, cache_modifier=".cg") / number
+        mean = tl.load(scores + base + row, mask=is_used, other=0.0, cache_modifier=".cg") / number
         share = tl.exp(mean - redundancy_highest) / redundancy_total
         score = weight * votes - (1 - weight) * share
         priority = tl.where(is_recent, 2.0 + position.to(tl.float32), score)
         is_lower = (priority < lowest) | ((priority == lowest) & (position < earliest))
-        is_lower = is_lower & is_held
+        is_lower = is_lower & is_used
         lowest, earliest = tl.where(is_lower, priority, lowest), tl.where(is_lower, position, earliest)
         lowest_row = tl.where(is_lower, row, lowest_row)
     earliest = tl.where(lowest == tl.min(lowest, axis=0), earliest, 1 << 62)
