@@ -289,7 +289,7 @@ def test_the_readme_holds_a_whole_method_that_passes_the_contract(folder: Path) 
 
 def test_the_methods_of_the_guide_pass_the_checks_of_caches(tmp_path: Path) -> None:
     *whole_files, cache_class = blocks((ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), "python")
-    assert len(whole_files) == 2
+    assert len(whole_files) == 3
     whole = "@dataclass\nclass Whole(SparseMethod):\n    def make_sparse_cache(self, layer, config):\n"
     imports = "from dataclasses import dataclass\nfrom sparsecache.cache import SparseMethod\n"
     for at, code in enumerate([*whole_files, f"{imports}{cache_class}\n{whole}        return MyCache(config)\n"]):
