@@ -204,6 +204,21 @@ def _row_scores_kernel(  # type: ignore[no-untyped-def]
     tl.store(statistics + statistics_size + head * SPLITS + split, total, mask=query < GROUP)
 
 
+@triton.jit
+def keep_lower(priority, position, row, is_used, lowest, earliest, lowest_row):  # type: ignore[no-untyped-def]
+    """Return the lower priority per lane, with its position and row; of equal ones that of the earlier position."""
+    is_lower = ((priority < lowest) | ((priority == lowest) & (position < earliest))) & is_used
+    lowest, earliest = tl.where(is_lower, priority, lowest), tl.where(is_lower, position, earliest)
+    return lowest, earliest, tl.where(is_lower, row, lowest_row)
+
+
+@triton.jit
+def first_lowest(lowest, earliest, lowest_row):  # type: ignore[no-untyped-def]
+    """Return the row of the lowest priority of all lanes, and of equal ones that of the earliest position."""
+    earliest = tl.where(lowest == tl.min(lowest, axis=0), earliest, 1 << 62)
+    return tl.max(tl.where(earliest == tl.min(earliest, axis=0), lowest_row, 0), axis=0)
+
+
 @triton.jit(do_not_specialize=["capacity", "last_position", "statistics_size"])
 def _evict_kernel(  # type: ignore[no-untyped-def]
     keys, values, positions, scores, num_tokens, seq_lens, slots, budgets, recent, logits, statistics,
@@ -246,13 +261,8 @@ def _evict_kernel(  # type: ignore[no-untyped-def]
         position = tl.load(positions + owner * capacity + at, mask=at < new_row, other=0)
         position = tl.where(is_new, past, position)
         priority = tl.where(position >= spared, float("inf"), score)
-        is_lower = (priority < lowest) | ((priority == lowest) & (position < earliest))
-        is_lower = is_lower & is_used
-        lowest, earliest = tl.where(is_lower, priority, lowest), tl.where(is_lower, position, earliest)
-        lowest_row = tl.where(is_lower, at, lowest_row)
-
-    earliest = tl.where(lowest == tl.min(lowest, axis=0), earliest, 1 << 62)
-    chosen = tl.max(tl.where(earliest == tl.min(earliest, axis=0), lowest_row, 0), axis=0)
+        lowest, earliest, lowest_row = keep_lower(priority, position, at, is_used, lowest, earliest, lowest_row)
+    chosen = first_lowest(lowest, earliest, lowest_row)
     is_over = new_row + 1 > most
     target = tl.where(is_over, chosen, new_row)
     tl.debug_barrier()  # another thread stored the score of this row

@@ -23,7 +23,14 @@ from sparsecache.kernels._triton import (
     triton,
     use_kernel,
 )
-from sparsecache.kernels.eviction import Eviction, KeptTokens, find_lowest, replace_rows
+from sparsecache.kernels.eviction import (
+    Eviction,
+    KeptTokens,
+    find_lowest,
+    first_lowest,
+    keep_lower,
+    replace_rows,
+)
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.threshold import split_range
 
@@ -303,12 +310,8 @@ def _score_kernel(  # type: ignore[no-untyped-def]
         share = tl.exp(mean - redundancy_highest) / redundancy_total
         score = weight * votes - (1 - weight) * share
         priority = tl.where(is_recent, 2.0 + position.to(tl.float32), score)
-        is_lower = (priority < lowest) | ((priority == lowest) & (position < earliest))
-        is_lower = is_lower & is_used
-        lowest, earliest = tl.where(is_lower, priority, lowest), tl.where(is_lower, position, earliest)
-        lowest_row = tl.where(is_lower, row, lowest_row)
-    earliest = tl.where(lowest == tl.min(lowest, axis=0), earliest, 1 << 62)
-    chosen = tl.max(tl.where(earliest == tl.min(earliest, axis=0), lowest_row, 0), axis=0)
+        lowest, earliest, lowest_row = keep_lower(priority, position, row, is_used, lowest, earliest, lowest_row)
+    chosen = first_lowest(lowest, earliest, lowest_row)
     is_over = new_row + 1 > most
     tl.store(positions + base + new_row, past)
     tl.store(num_tokens + owner, tl.where(is_over, new_row, new_row + 1).to(tl.int64))
