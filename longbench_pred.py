@@ -1,6 +1,7 @@
 """Decodes LongBench prompts with a checkpoint and a cache method into pred/<model>/<name>/<dataset>.jsonl."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 from sparsecache.cli import FlexibleCommand, option, option_pairs, report_usage_errors
 from sparsecache.methods import describe_methods
 from sparsecache.options import LARGEST
-from sparsecache.runner.settings import DTYPE_CHOICES, ENGINES, Settings
+from sparsecache.runner.settings import DTYPE_CHOICES, ENGINES, MINIMA, Settings
 from sparsecache.versions import check_versions
 
 _HELP = {
@@ -26,7 +27,9 @@ _HELP = {
 }
 
 
-_COUNT = click.IntRange(1, LARGEST)
+def _count(name: str, help: str) -> Callable[[Any], Any]:
+    """Returns the option of a setting that is a count."""
+    return option(Settings, name, type=click.IntRange(MINIMA[name], LARGEST), help=help)
 
 
 class BatchSize(click.ParamType[int | None]):
@@ -35,7 +38,9 @@ class BatchSize(click.ParamType[int | None]):
     name = "N|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        return None if value == "auto" else _COUNT.convert(value, param, ctx)
+        if value == "auto":
+            return None
+        return click.IntRange(MINIMA["batch_size"], LARGEST).convert(value, param, ctx)
 
 
 def _list_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
@@ -83,7 +88,7 @@ _GROUPS = {
 @click.option("--e", is_flag=True, help="LongBench-E: files are <dataset>_e.jsonl.")
 @option(Settings, "data", help=_HELP["data"])
 @option(Settings, "data_revision", help="Branch, tag or commit of the hub's data.")
-@option(Settings, "sample_rows", type=_COUNT, help="Rows per dataset of --data sample.")
+@_count("sample_rows", help="Rows per dataset of --data sample.")
 @option(
     Settings,
     "sample_tokens",
@@ -97,7 +102,7 @@ _GROUPS = {
     metavar="N[,N...]",
     help="Tokens of prompt and answer together in RULER's tasks. Each length is a dataset of its own.",
 )
-@option(Settings, "ruler_rows", type=_COUNT, help="Rows per task and length of RULER. The paper has 500.")
+@_count("ruler_rows", help="Rows per task and length of RULER. The paper has 500.")
 @option(Settings, "ruler_seed", type=click.IntRange(-LARGEST, LARGEST), help="Seed of RULER's rows.")
 @option(
     Settings,
@@ -122,18 +127,14 @@ _GROUPS = {
     help="HotpotQA's hotpot_dev_distractor_v1.json, for qa_2.",
 )
 @click.option("--offline", is_flag=True, help="Use no network, only caches and local files.")
-@option(Settings, "max_samples", type=_COUNT, help="Only the first rows of each dataset.")
-@option(Settings, "max_new_tokens", type=_COUNT, help=_HELP["max_new_tokens"])
-@option(
-    Settings,
+@_count("max_samples", help="Only the first rows of each dataset.")
+@_count("max_new_tokens", help=_HELP["max_new_tokens"])
+@_count(
     "max_length",
-    type=click.IntRange(2, LARGEST),
     help="Maximum number of tokens per prompt, without its wrapper. Longer prompts are cut in the middle.",
 )
-@option(
-    Settings,
+@_count(
     "window",
-    type=click.IntRange(8, LARGEST),
     help="Maximum number of tokens of prompt and answer together. Default and upper limit: the checkpoint's.",
 )
 @option(
@@ -142,19 +143,15 @@ _GROUPS = {
     type=BatchSize(),
     help="Maximum number of sequences decoded together. auto (default): 16 on a GPU, or as memory allows; 1 on a CPU.",
 )
-@option(
-    Settings,
+@_count(
     "workers",
-    type=_COUNT,
     help="Worker processes on Ray. 1: decode in this process.",
 )
 @option(
     Settings, "ray_address", help="HOST:PORT of a running Ray cluster, or auto. Default: start one on this machine."
 )
-@option(
-    Settings,
+@_count(
     "gpus_per_worker",
-    type=_COUNT,
     help="GPUs of one machine that share the layers.",
 )
 @option(
@@ -170,10 +167,8 @@ _GROUPS = {
     type=click.Choice(ENGINES),
     help="transformers: slower, for models that the other engine does not run.",
 )
-@option(
-    Settings,
+@_count(
     "verify",
-    type=click.IntRange(0, LARGEST),
     help="Prompts whose texts are first compared with transformers. Differences are recorded.",
 )
 @click.option("--quiet", is_flag=True, help="Print only warnings, errors and the result of --verify.")

@@ -34,16 +34,9 @@ from sparsecache.longbench.wrapping import encode
 from sparsecache.options import LARGEST, show
 from sparsecache.runner.context import RunContext
 from sparsecache.runner.run import run
-from sparsecache.runner.settings import DTYPE_CHOICES, ENGINES, Settings
+from sparsecache.runner.settings import DTYPE_CHOICES, ENGINES, MINIMA, Settings
 
 _CHOICES = {"dtype": DTYPE_CHOICES, "engine": ENGINES}
-_MINIMA = {
-    **dict.fromkeys(("sample_rows", "ruler_rows", "max_new_tokens", "max_samples", "batch_size"), 1),
-    **dict.fromkeys(("workers", "gpus_per_worker"), 1),
-    "max_length": 2,
-    "window": 8,
-    "verify": 0,
-}
 _SETTINGS = {field.name for field in fields(Settings)}
 _RUN_ONLY = {
     "datasets",
@@ -271,8 +264,8 @@ def _check_values(settings: Settings) -> None:
         if not is_right:
             wanted = getattr(kind, "__name__", kind)
             raise UsageError(f"{name}={short(value)} is of the type {type(value).__name__}; it must be {wanted}.")
-        if value is not None and name in _MINIMA and value < _MINIMA[name]:
-            raise UsageError(f"{name}={value} must be {_MINIMA[name]} or more.")
+        if value is not None and name in MINIMA and value < MINIMA[name]:
+            raise UsageError(f"{name}={value} must be {MINIMA[name]} or more.")
         if name in _CHOICES and value not in _CHOICES[name]:
             raise UsageError(f"{name}={short(value)} is not one of {', '.join(_CHOICES[name])}.")
 

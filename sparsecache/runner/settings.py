@@ -18,6 +18,14 @@ GPU_SLOTS = 16  # what decode kernels take at once; fewer where memory does not 
 RULER_LENGTHS = range(512, 2**20 + 1)
 _LONGEST_NAME = 120  # characters; file systems allow 255 bytes
 DTYPE_CHOICES = ("auto", *DTYPES)
+MINIMA = {
+    **dict.fromkeys(("sample_rows", "ruler_rows", "max_new_tokens", "max_samples", "batch_size"), 1),
+    **dict.fromkeys(("workers", "gpus_per_worker"), 1),
+    "max_length": 2,
+    "window": 8,
+    "verify": 0,
+}
+"""The smallest allowed value of each setting that is a count, on the command line and in Python."""
 
 
 @dataclass(frozen=True)
