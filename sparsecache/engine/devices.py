@@ -1,6 +1,7 @@
 """Find the devices that an engine decodes on, and name them."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -34,6 +35,11 @@ def find_devices(first: torch.device, count: int, option: str) -> list[torch.dev
             f"fewer, or leave it out."
         )
     return [torch.device("cuda", start + index) for index in range(count)]
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which Triton launches kernels on a GPU; it does nothing for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def gpu_name(devices: Sequence[torch.device]) -> str | None:

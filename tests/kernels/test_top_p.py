@@ -12,7 +12,7 @@ CASES = {  # slots, KV heads, group, T, past tokens of the slots of the batch, d
     "odd": (2, 2, 1, 77, [77, 33], torch.float16),
 }
 if torch.cuda.is_available():
-    LONG = (16, 8, 4, 33_008, [*range(1, 33_000, 2062)])
+    LONG = (17, 8, 4, 33_008, [*range(1, 33_000, 2062)])
     CASES |= {"long": (*LONG, torch.float32), "long, half precision": (*LONG, torch.float16)}
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

@@ -10,6 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 from sparsecache.cache.base import CacheMethod, ProjectQuery, SpeculationSource
 from sparsecache.cache.model_cache import ModelCache
+from sparsecache.engine.devices import current_device
 from sparsecache.engine.general.attention import AttentionCall, handle_attention, inspect_attention
 from sparsecache.engine.general.cache import SequenceCaches
 from sparsecache.engine.general.loading import reset_dynamic_rope, rope_types
@@ -130,14 +131,16 @@ class CachedModel:
         index = self._index.get(call.module)
         if index is not None:
             q = self._query(index, call.q)
-            self._model_cache().layers[index].prefill(slot, q[0], call.k[0].contiguous(), call.v[0].contiguous())
+            with current_device(q.device):
+                self._model_cache().layers[index].prefill(slot, q[0], call.k[0].contiguous(), call.v[0].contiguous())
 
     def _attend(self, slots_on: dict[torch.device, Tensor], call: AttentionCall) -> Tensor | None:
         index = self._index.get(call.module)
         if index is None:
             return None
         q, k, v = self._query(index, call.q), call.k.contiguous(), call.v.contiguous()
-        return self._model_cache().layers[index].attend(q, k, v, slots_on[q.device])
+        with current_device(q.device):
+            return self._model_cache().layers[index].attend(q, k, v, slots_on[q.device])
 
     def _speculate(self, slots_on: dict[torch.device, Tensor], index: int, hidden: Tensor) -> None:
         cache, device = self._model_cache().layers[index], self._layers[index].device
@@ -147,7 +150,9 @@ class CachedModel:
             return self._query(index, self._hooks.query(index, hidden[:, None], normed))
 
         project_query = ProjectQuery(project, self._hooks.inputs(normed))
-        cache.speculate(hidden[:, 0].to(device), project_query, slots_on[device])
+        hidden = hidden[:, 0].to(device)
+        with current_device(device):
+            cache.speculate(hidden, project_query, slots_on[device])
 
     def _query(self, index: int, q: Tensor) -> Tensor:
         """Return queries whose scores, divided by sqrt(D), have the model's own scaling."""
