@@ -13,6 +13,7 @@ import re
 import struct
 import tempfile
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -33,7 +34,8 @@ _SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?
 _STRING, _ARRAY = 8, 9
 _MAX_ARRAY = 4096  # elements; longer arrays are the vocabulary, which transformers reads
 _MAX_DIMENSIONS = 4  # a ggml tensor has no more
-_UNQUANTISED_TYPES = {0: np.float32, 1: np.float16}  # ggml types
+_UNQUANTISED_TYPES = {0: np.float32, 1: np.float16}  # by ggml type
+_VALUES_AT_A_TIME = 2**18  # that a thread dequantises: they fit a core's cache
 
 # The architectures that this project's engine decodes, and llama.cpp's tensor names with transformers' names.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -244,16 +246,32 @@ def _llama3_parameters(header: GGUFHeader, stored: GGUFTensor, unscaled: dict[st
 
 
 def _read(data: Any, tensor: GGUFTensor, heads: int | None) -> Tensor:
-    from gguf import GGMLQuantizationType, dequantize
-
-    raw = data[tensor.start : tensor.start + tensor.nbytes]
-    kind = GGMLQuantizationType(tensor.ggml_type)
-    values = raw.view(_UNQUANTISED_TYPES[kind]) if kind in _UNQUANTISED_TYPES else dequantize(raw, kind)
-    found = torch.from_numpy(np.array(values, dtype=np.float32).reshape(tensor.shape))
+    raw, kind = data[tensor.start : tensor.start + tensor.nbytes], tensor.ggml_type
+    unquantised = _UNQUANTISED_TYPES.get(kind)
+    values = _dequantise(raw, kind) if unquantised is None else np.array(raw.view(unquantised), dtype=np.float32)
+    found = torch.from_numpy(values.reshape(tensor.shape))
     if heads:
         rows = found.shape[0] // heads
         return found.reshape(heads, rows // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
     return found
+
+
+def _dequantise(raw: Any, ggml_type: int) -> Any:
+    """Return the values of quantised bytes as a float32 array, dequantised by as many threads as torch has."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    kind = GGMLQuantizationType(ggml_type)
+    values_per_block, block_nbytes = GGML_QUANT_SIZES[kind]
+    values = np.empty(len(raw) // block_nbytes * values_per_block, dtype=np.float32)
+    blocks = max(1, _VALUES_AT_A_TIME // values_per_block)
+
+    def dequantise(start: int) -> None:
+        part = dequantize(raw[start * block_nbytes : (start + blocks) * block_nbytes], kind)
+        values[start * values_per_block :][: len(part)] = part
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(dequantise, range(0, len(raw) // block_nbytes, blocks)))
+    return values
 
 
 def _split_file_error(path: Path) -> UsageError:
