@@ -24,6 +24,7 @@ from sparsecache.runner.settings import Settings
 
 _MAX_BYTES = 2**20
 _MAX_RUNS = 1000
+_SHOWN = 3  # runs that have the same problem
 _VALUES = str | bool | int | float
 
 
@@ -101,10 +102,10 @@ def _runs(model: str, table: dict[str, Any], file: Path) -> Iterator[Run]:
 def check_runs(runs: list[Run], shared: list[str], pred_dir: Path) -> dict[Run, Settings]:
     """Returns the settings of every run.
 
-    Raises UsageError, naming each run, for options that longbench_pred.py or the method does not take, and for two
-    runs that would share a folder.
+    Raises UsageError for options that longbench_pred.py or the method does not take, and for two runs that would share
+    a folder: each problem once, with the first runs that have it.
     """
-    settings, problems, folders = dict[Run, Settings](), list[str](), dict[Path, Run]()
+    settings, problems, folders = dict[Run, Settings](), dict[str, list[str]](), dict[Path, Run]()
     for run in runs:
         try:
             settings[run] = _settings(run, shared, pred_dir)
@@ -113,10 +114,17 @@ def check_runs(runs: list[Run], shared: list[str], pred_dir: Path) -> dict[Run, 
                 raise UsageError(f"its folder {folder} is also that of {folders[folder]}. Rename one of the models.")
             folders[folder] = run
         except UsageError as error:
-            problems.append(f"{run}: {error}")
+            problems.setdefault(str(error), []).append(str(run))
     if problems:
-        raise UsageError(f"{len(problems)} of {len(runs)} runs cannot start. {' '.join(dict.fromkeys(problems))}")
+        described = " ".join(f"{_first(of)}: {problem}" for problem, of in problems.items())
+        raise UsageError(f"{sum(map(len, problems.values()))} of {len(runs)} runs cannot start. {described}")
     return settings
+
+
+def _first(runs: list[str]) -> str:
+    """The first runs and the number of the others."""
+    others = len(runs) - _SHOWN
+    return ", ".join(runs[:_SHOWN]) + (f" and {others} more" if others > 0 else "")
 
 
 def _settings(run: Run, shared: list[str], pred_dir: Path) -> Settings:

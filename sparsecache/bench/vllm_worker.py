@@ -18,6 +18,7 @@ _ENVIRONMENT = {  # unless the caller says otherwise
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy decoding needs no sampler, and flashinfer may be missing
 }
 _WARM_UP_LENGTHS = (8, 100, 700, 2000, 5000, 9000, 17000, 31000)
 

@@ -73,6 +73,7 @@ def test_pages_belong_to_one_tensor_alone(nbytes) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
 def test_host_memory_is_pinned_and_unpinned() -> None:
     gpu = torch.device("cuda")
+    gc.collect()  # caches of earlier tests
     before = pinned_bytes()
     for _ in range(3):
         memory = allocate((3, 2**20), torch.bfloat16, gpu, offload=True)
