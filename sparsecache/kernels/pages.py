@@ -8,8 +8,9 @@ from sparsecache.kernels.rows import index_slots, take_rows
 from sparsecache.kernels.threshold import Selection, sortable
 
 _BLOCK_P = 32  # pages per program
-_BLOCK_J = 128  # pages that a program compares its own with at a time
 _MAX_BLOCK_T = 64  # tokens of a page at a time
+_MAX_BLOCK_S = 8192  # pages that a program selects from at a time, less than 2^15
+_LOWEST, _HIGHEST = tl.constexpr(-2139095041), tl.constexpr(2139095040)  # -inf and inf as `sortable` integers
 
 
 def channel_bounds(keys: Tensor, is_used: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
@@ -88,31 +89,51 @@ def score_bounds(
     return bounds
 
 
-def select_pages(scores: Tensor, past: Tensor, budget: Tensor, page: int, width: int) -> Selection:
-    """Return the past positions of the pages of highest score, as many as the budget allows.
+def select_pages(
+    scores: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor,
+    page: int,
+    width: int,
+    *,
+    budgets: Tensor | None = None,
+    left_out: Tensor | None = None,
+    newest: bool = False,
+) -> Selection:
+    """Return the past positions of the pages of highest score, as many as the budget allows, ascending.
 
-    scores: [B, G, pages] float32; past, budget: [B] int64, tokens; width: the highest budget. A page that fits in part
-    gives its latest tokens. Ties go to the earlier page. Positions beyond the counts are 0 from the kernel.
+    scores: [B, G, pages] float32; seq_lens: [slots] int64, past tokens; slots: [B] int64; page: tokens in a page.
+    budgets: [T + 1] int64, the most tokens to select of n past tokens, by n; or left_out: [slots] int64, how many past
+    tokens not to select. width: the highest budget. newest: whether the newest page scores inf. A page that fits in
+    part gives its latest tokens. Ties go to the earlier page. Positions beyond the counts are 0 from the kernel.
     """
     batch, kv_heads, pages = scores.shape
+    limits = budgets if left_out is None else left_out
+    assert limits is not None
     if use_kernel(scores):
         positions = torch.empty((batch, kv_heads, width), device=scores.device, dtype=torch.int64)
         counts = torch.empty((batch, kv_heads), device=scores.device, dtype=torch.int64)
-        _select_kernel[(batch * kv_heads, -(-pages // _BLOCK_P))](
-            scores.contiguous(), past, budget, positions, counts, kv_heads, pages, width,
-            PAGE=page, BLOCK_P=_BLOCK_P, BLOCK_J=_BLOCK_J, BLOCK_T=min(_MAX_BLOCK_T, next_power_of_2(page)),
-            num_warps=4, **pdl_options(),
+        listed = torch.empty((batch, kv_heads, pages), device=scores.device, dtype=torch.int32)
+        block = min(_MAX_BLOCK_S, next_power_of_2(pages, 128))
+        _select_kernel[(batch * kv_heads,)](
+            scores.contiguous(), seq_lens, slots, limits, listed, positions, counts, kv_heads, pages, width,
+            PAGE=page, LEFT_OUT=left_out is not None, NEWEST=newest, BLOCK_P=block,
+            BLOCK_W=max(256, min(1024, next_power_of_2(width))), num_warps=8 if block > 1024 else 4, **pdl_options(),
         )  # fmt: skip
         return Selection(positions, counts)
-    first = page * torch.arange(pages, device=scores.device)
-    page_tokens = (past[:, None] - first).clamp(0, page)  # [B, pages], tokens per page
+    past = seq_lens[slots]
+    budget = limits[past] if left_out is None else past - limits[slots]
+    number = torch.arange(pages, device=scores.device)
+    page_tokens = (past[:, None] - page * number).clamp(0, page)  # [B, pages]
+    if newest:
+        scores = scores.masked_fill(number == (past[:, None, None] - 1) // page, torch.inf)
     scores = scores.masked_fill((page_tokens == 0)[:, None], -torch.inf)
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    order = order[..., : min(pages, -(-width // page) + 1)]  # one page may hold a token only
-    in_order = page_tokens[:, None].expand(*scores.shape[:2], -1).gather(2, order)
+    in_order = page_tokens[:, None].expand_as(order).gather(2, order)
     before = in_order.cumsum(2) - in_order
-    taken = torch.minimum((budget[:, None, None] - before).clamp(min=0), in_order)
-    return _positions_of_runs(order * page + in_order - taken, taken, width)
+    taken = torch.minimum((budget.clamp(max=width)[:, None, None] - before).clamp(min=0), in_order)
+    taken = torch.zeros_like(taken).scatter_(2, order, taken)
+    return _positions_of_runs((page * number + page_tokens)[:, None] - taken, taken, width)
 
 
 def _positions_of_runs(start: Tensor, count: Tensor, width: int) -> Selection:
@@ -190,37 +211,79 @@ def _bound_kernel(  # type: ignore[no-untyped-def]
         tl.store(target, bound, mask=(query < GROUP)[None, :] & (page < pages)[:, None])
 
 
+@triton.jit
+def _page_keys(scores, page, num_pages, NEWEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the scores of pages as ordered integers, those of no page below all others."""
+    key = sortable(tl.load(scores + page, mask=page < num_pages, other=0.0))
+    key = tl.minimum(tl.maximum(key, _LOWEST), _HIGHEST)  # a NaN counts as inf
+    if NEWEST:
+        key = tl.where(page == num_pages - 1, _HIGHEST, key)
+    return tl.where(page < num_pages, key, _LOWEST - 1)
+
+
 @triton.jit(do_not_specialize=["pages", "width"])
 def _select_kernel(  # type: ignore[no-untyped-def]
-    scores, past, budget, positions, counts, kv_heads, pages, width,
-    PAGE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr, USE_PDL: tl.constexpr,
+    scores, seq_lens, slots, limits, listed, positions, counts, kv_heads, pages, width,
+    PAGE: tl.constexpr, LEFT_OUT: tl.constexpr, NEWEST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the positions of some pages of a KV head at the place that the tokens of better pages leave them."""
+    """Select the pages of one slot and KV head, list them in `listed`, and write their positions.
+
+    A bisection finds the score at which the budget ends: pages from `high` on fit as a whole, those from `low` on
+    suffice. It ends when one page, or one score, is between the two. All pages but the newest have PAGE tokens, and
+    the newest is the last one, so that tokens follow from numbers of pages.
+    """
     pdl_wait(USE_PDL)
-    owner, row = tl.program_id(0).to(tl.int64), tl.program_id(0) // kv_heads
-    tokens = tl.load(past + row)
-    most = tl.minimum(tl.minimum(tl.load(budget + row), tokens), width).to(tl.int32)
-    tokens = tokens.to(tl.int32)
-    page = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    page_tokens = tl.minimum(tl.maximum(tokens - page * PAGE, 0), PAGE)
-    score = sortable(tl.load(scores + owner * pages + page, mask=page < pages, other=0.0))
-    before = tl.zeros((BLOCK_P,), dtype=tl.int32)
-    for first in tl.range(0, tl.minimum(tl.cdiv(tokens, PAGE), pages), BLOCK_J):
-        other = first + tl.arange(0, BLOCK_J)
-        of_other = sortable(tl.load(scores + owner * pages + other, mask=other < pages, other=0.0))
-        is_better = of_other[None, :] > score[:, None]
-        is_better |= (of_other[None, :] == score[:, None]) & (other[None, :] < page[:, None])
-        other_tokens = tl.minimum(tl.maximum(tokens - other * PAGE, 0), PAGE)
-        before += tl.sum(tl.where(is_better, other_tokens[None, :], 0), axis=1)
-    taken = tl.minimum(tl.maximum(most - before, 0), page_tokens)
-    taken = tl.where(page < pages, taken, 0)
-    position = page * PAGE + page_tokens - taken
-    target = positions + owner * width
-    for first in tl.range(0, PAGE, BLOCK_T):
-        at = first + tl.arange(0, BLOCK_T)[None, :]
-        tl.store(target + before[:, None] + at, (position[:, None] + at).to(tl.int64), mask=at < taken[:, None])
-    if tl.program_id(1) == 0:
-        tl.store(counts + owner, most.to(tl.int64))
-    for first in tl.range(most + tl.program_id(1) * 256, width, tl.num_programs(1) * 256):
-        at = first + tl.arange(0, 256)
-        tl.store(target + at, tl.zeros((256,), dtype=tl.int64), mask=at < width)
+    owner = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + tl.program_id(0) // kv_heads)
+    past = tl.load(seq_lens + slot)
+    most = past - tl.load(limits + slot) if LEFT_OUT else tl.load(limits + past)
+    tokens = tl.minimum(past, pages.to(tl.int64) * PAGE).to(tl.int32)
+    most = tl.maximum(tl.minimum(tl.minimum(most, tokens), width), 0).to(tl.int32)
+    num_pages, at = tl.cdiv(tokens, PAGE), tl.arange(0, BLOCK_P)
+    missing = num_pages * PAGE - tokens  # in the newest page
+    scores += owner * pages
+    listed += owner * pages
+    newest_key = _page_keys(scores, tl.maximum(num_pages - 1, 0), num_pages, NEWEST)
+    first_keys = _page_keys(scores, at, num_pages, NEWEST)  # stay in registers
+
+    low, high, from_low, from_high = _LOWEST + 0, _HIGHEST + 1, tokens, 0  # tokens of the pages from a score on
+    while (low + 1 < high) & (from_low - from_high > PAGE):
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
+        is_from = (first_keys >= middle).to(tl.int32)
+        for first in tl.range(BLOCK_P, num_pages, BLOCK_P):
+            is_from += (_page_keys(scores, first + at, num_pages, NEWEST) >= middle).to(tl.int32)
+        found = tl.sum(is_from) * PAGE - tl.where(newest_key >= middle, missing, 0)
+        suffices = found >= most
+        low, from_low = tl.where(suffices, middle, low), tl.where(suffices, found, from_low)
+        high, from_high = tl.where(suffices, high, middle), tl.where(suffices, from_high, found)
+
+    # Of the pages between both, the first ones are listed. The last of them is cut: it loses its first `lost` tokens.
+    num_between = tl.cdiv(most - from_high, PAGE)
+    whole, between, cut, lost = 0, 0, 0, 0
+    for first in tl.range(0, num_pages, BLOCK_P):
+        page = first + at
+        key = _page_keys(scores, page, num_pages, NEWEST)
+        is_whole, is_between = key >= high, (key >= low) & (key < high)
+        packed = tl.cumsum(is_whole.to(tl.int32) + (is_between.to(tl.int32) << 16), axis=0)  # one scan for two counts
+        ordinal = between + (packed >> 16)
+        rank = whole + (packed & 0xFFFF) + tl.minimum(ordinal, num_between) - 1
+        is_between &= ordinal <= num_between
+        tl.store(listed + rank, page, mask=is_whole | is_between)
+        is_cut = is_between & (ordinal == num_between)
+        page_tokens = tl.minimum(tokens - page * PAGE, PAGE)
+        cut += tl.sum(tl.where(is_cut, rank, 0))
+        lost += tl.sum(tl.where(is_cut, page_tokens - (most - from_high - (num_between - 1) * PAGE), 0))
+        last = tl.sum(tl.where(at == BLOCK_P - 1, packed, 0))
+        whole += last & 0xFFFF
+        between += last >> 16
+
+    tl.debug_barrier()  # other threads listed the pages
+    for first in tl.range(0, width, BLOCK_W):
+        place = first + tl.arange(0, BLOCK_W)
+        token = place + tl.where(place >= cut * PAGE, lost, 0)  # among those of all listed pages
+        position = tl.load(listed + token // PAGE, mask=place < most, other=0) * PAGE + token % PAGE
+        tl.store(
+            positions + owner * width + place, tl.where(place < most, position, 0).to(tl.int64), mask=place < width
+        )
+    tl.store(counts + owner, most.to(tl.int64))

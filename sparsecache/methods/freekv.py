@@ -13,7 +13,7 @@ in `quest`, the budget counts tokens, and the last page may be cut.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from sparsecache.methods.quest import Quest, QuestCache
 @dataclass
 class FreeKV(Quest):
     """Selects pages by the previous step's query, unless the query has changed much."""
+
+    takes_newest: ClassVar[bool] = False  # `recent` says how many of the last pages are
 
     page: Annotated[int, "tokens in a page, 1 to 1024"] = 32
     similarity: Annotated[float, "the previous query selects if its cosine similarity is at least this, -1 to 1"] = 0.8

@@ -30,9 +30,11 @@ class Quest(SelectionMethod):
     """Selects the pages whose bounds are highest.
 
     mean_bounds: whether bounds are the middle of the keys' extremes, less and plus their mean distance from it.
+    takes_newest: whether the newest page is selected whatever its score.
     """
 
     mean_bounds: ClassVar[bool] = False
+    takes_newest: ClassVar[bool] = True
 
     page: Annotated[int, "tokens in a page, 1 to 1024"] = 16
 
@@ -45,17 +47,15 @@ class Quest(SelectionMethod):
 
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
         assert isinstance(cache, QuestCache)
-        past = cache.seq_lens[slots]
         scores = self.page_scores(q, cache, slots, cache.width(slots))
+        width = min(cache.max_budget, cache.config.max_tokens)
         return select_pages(
-            scores, past, cache.budgets[past], self.page, min(cache.max_budget, cache.config.max_tokens)
+            scores, cache.seq_lens, slots, self.page, width, budgets=cache.budgets, newest=self.takes_newest
         )
 
     def page_scores(self, q: Tensor, cache: "QuestCache", slots: Tensor, width: int) -> Tensor:
         """Return the scores by which a KV head takes the pages of `width` tokens: [B, G, pages] float32."""
-        scores = score_bounds(q, cache.lowest, cache.highest, slots, -(-width // self.page), join_heads=True)
-        newest = (cache.seq_lens[slots] - 1).clamp(min=0) // self.page
-        return scores.scatter_(2, newest[:, None, None].expand(-1, scores.shape[1], 1), torch.inf)
+        return score_bounds(q, cache.lowest, cache.highest, slots, -(-width // self.page), join_heads=True)
 
     def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
         return seq_len / self.page * config.token_nbytes  # two bounds a page are as much as a key and a value

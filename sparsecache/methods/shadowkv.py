@@ -161,7 +161,7 @@ class ShadowKVCache(LayerCache):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         past = self.seq_lens[slots]
-        positions, counts = self._select(q, slots, past)
+        positions, counts = self._select(q, slots)
         rows, cached = self._rows(slots, positions, counts)
         out = attend_gathered(q, k, v, rows, counts, cached)
         with self.config.deferred.reading(k, v, slots, past, counts):
@@ -169,14 +169,13 @@ class ShadowKVCache(LayerCache):
             self.stats.record(counts, slots)
         return out
 
-    def _select(self, q: Tensor, slots: Tensor, past: Tensor) -> Selection:
+    def _select(self, q: Tensor, slots: Tensor) -> Selection:
         is_exact = index_slots(self.is_exact, slots)  # True for pages without a mean key
         scores = speculated_scores(q, None, self.mean_keys, self._num_pages, slots).values.float()
         scores = pad(scores, (0, is_exact.shape[2] - scores.shape[3]))  # [B, G, H / G, pages]
         shares = scores.masked_fill(is_exact[:, :, None], -torch.inf).softmax(3).amax(2)  # [B, G, pages]
         scores = torch.where(is_exact, self._priority, shares)
-        budget = (past - self._over_budget[slots]).clamp(1, self._width)
-        return select_pages(scores, past, budget, self.method.page, self._width)
+        return select_pages(scores, self.seq_lens, slots, self.method.page, self._width, left_out=self._over_budget)
 
     def _rows(self, slots: Tensor, positions: Tensor, counts: Tensor) -> tuple[Tensor, CachedRows]:
         """Return keys and values of the first counts [B, G] positions, [B, G, N, 2, D], and the rows that are exact."""

@@ -64,20 +64,45 @@ if torch.cuda.is_available():
     SELECTIONS["long"] = (16, 2049, [32_777, 32_768, 5], [1638, 32_000, 1], 32_000)
 
 
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "not finite"])
 @pytest.mark.parametrize("case", SELECTIONS.values(), ids=SELECTIONS)
-def test_pages_are_selected_as_by_sorting(case, ties, device, agree) -> None:
+def test_pages_are_selected_as_by_sorting(case, kind, device, agree, monkeypatch) -> None:
     page, pages, past, budget, width = case
-    scores = torch.randn(3, 2, pages, generator=torch.Generator().manual_seed(3)).to(device)
-    scores = scores.round() if ties else scores
-    pinned = torch.arange(pages, device=device) == pages // 2
+    monkeypatch.setattr("sparsecache.kernels.pages._MAX_BLOCK_S", 64)  # of several blocks, for few pages too
+    scores = 100 * torch.randn(3, 2, pages, generator=torch.Generator().manual_seed(3)).to(device)
+    if kind == "ties":
+        scores = (scores / 100).round()
+    elif kind == "equal":
+        scores[:] = -0.0
+        scores[:, :, ::2] = 0.0
+    slots = torch.tensor([3, 0, 2], device=device)
+    seq_lens = torch.zeros(4, dtype=torch.int64, device=device)
+    seq_lens[slots] = torch.tensor(past, device=device)
+    left_out = torch.zeros_like(seq_lens)
+    left_out[slots] = seq_lens[slots] - torch.tensor(budget, device=device).clamp(max=width)
+    budgets = torch.zeros(max(past) + 1, dtype=torch.int64, device=device)
+    budgets[past] = torch.tensor(budget, device=device)
 
-    def select(scores, past, budget):
-        positions, counts = select_pages(scores.masked_fill(pinned, torch.inf), past, budget, page, width)
+    def select(scores, seq_lens, slots, **options):
+        if kind == "not finite":
+            scores = scores.clone()
+            scores[:, :, ::3], scores[:, :, 1::3] = torch.inf, -torch.inf
+        positions, counts = select_pages(scores, seq_lens, slots, page, width, **options)
         assert positions.shape == (3, 2, width)
         return positions.masked_fill(torch.arange(width, device=device) >= counts[..., None], 0), counts
 
-    agree(select, scores, torch.tensor(past, device=device), torch.tensor(budget, device=device))
+    agree(select, scores, seq_lens, slots, budgets=budgets, newest=kind != "distinct")
+    agree(select, scores, seq_lens, slots, left_out=left_out)
+
+
+def test_the_best_pages_are_selected_in_the_order_of_the_text() -> None:
+    scores = torch.tensor([[[5.0, 1.0, 7.0, 5.0, -9.0]]])  # pages of 4 tokens, the last one has 2
+    seq_lens, slots, budgets = torch.tensor([18]), torch.tensor([0]), torch.arange(19)
+    budgets[18] = 9
+    positions, counts = select_pages(scores, seq_lens, slots, 4, 12, budgets=budgets, newest=True)
+    assert positions[0, 0, : int(counts[0, 0])].tolist() == [1, 2, 3, 8, 9, 10, 11, 16, 17]
+    positions, counts = select_pages(scores, seq_lens, slots, 4, 12, left_out=torch.tensor([8]))
+    assert positions[0, 0, : int(counts[0, 0])].tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 14, 15]
 
 
 @pytest.mark.parametrize("similarity", [-1.0, 0.05, 1.0])
