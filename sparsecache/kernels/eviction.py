@@ -1,7 +1,8 @@
 """Evict a token per KV head at a decode step, from a cache of unordered rows.
 
 Two kernels evict by attention. The first one scores the rows of a split. The second one sums the probabilities of the
-rows, and replaces the row of the lowest sum. Evictions by other priorities are torch operations.
+rows, and replaces the row of the lowest sum. `oldest` evicts by position. Evictions by other priorities are torch
+operations.
 """
 
 import math

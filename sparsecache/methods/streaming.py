@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, MethodKind
-from sparsecache.cache.eviction import DecodingEvictionCache
+from sparsecache.cache.eviction import BoundedKVCache
 from sparsecache.cache.sparse import SparseMethod
-
-_SINK = 2.0**52  # above any position, and exact with one subtracted
+from sparsecache.kernels.oldest import evict_oldest
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Streaming(SparseMethod):
         return StreamingCache(self.sinks, self, layer, config)
 
 
-class StreamingCache(DecodingEvictionCache):
+class StreamingCache(BoundedKVCache):
     """Evicts the oldest token that is not a sink."""
 
     def __init__(self, sinks: int, method: SparseMethod, layer: int, config: CacheConfig) -> None:
@@ -53,7 +52,5 @@ class StreamingCache(DecodingEvictionCache):
         kept = torch.cat((positions[:sinks], positions[length - count + sinks :])).expand(kv_heads, -1)
         return kept, torch.zeros(kept.shape, device=k.device)
 
-    def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        positions = self.positions[slots].double()
-        priorities = torch.where(positions < self._sinks, _SINK - positions, positions)
-        return self.scores[slots], priorities
+    def evict(self, q: Tensor, slots: Tensor) -> None:
+        evict_oldest(self.tokens, self.seq_lens, slots, self.budgets, self._sinks)

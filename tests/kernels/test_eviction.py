@@ -1,10 +1,11 @@
-"""Evictions by attention: the kernels against the reference over several steps, and ties."""
+"""Evictions by attention and by position: the kernels against the references over several steps, and ties."""
 
 import pytest
 import torch
 
 from sparsecache.kernels._triton import force_backend
 from sparsecache.kernels.eviction import KeptTokens, evict_least_attended
+from sparsecache.kernels.oldest import evict_oldest
 
 CASES = {  # slots, KV heads, group, head size, rows, budget, recent, tokens kept and past of the slots of the batch
     "first token": (2, 1, 2, 16, 3, 2, 1, [0], [0]),
@@ -66,3 +67,16 @@ def test_of_equal_scores_the_earliest_leaves(backend, device) -> None:
     with force_backend(backend):
         _evict(*inputs, accumulate=False, shared=False)
     assert positions[0, 0].tolist() == [7, 6, 5, 4, 3, 10, 9, 8, -1]
+
+
+@pytest.mark.parametrize("sinks", [0, 3, 1000])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_oldest_kernel_and_reference_agree(case, sinks, device, gpu_dtype, agree) -> None:
+    def evict(keys, values, positions, scores, num_tokens, seq_lens, slots, budgets):
+        for _ in range(STEPS):
+            evict_oldest(KeptTokens(keys, values, positions, scores, num_tokens), seq_lens, slots, budgets, sinks)
+            seq_lens[slots] += 1
+        positions.masked_fill_(torch.arange(keys.shape[2], device=device) >= num_tokens[..., None], -1)
+
+    _, keys, values, positions, scores, *rest, _ = _inputs(case, device, gpu_dtype)
+    agree(evict, keys, values, positions, torch.zeros_like(scores), *rest)

@@ -1,9 +1,11 @@
 """StreamingLLM against the first and last positions, counted out."""
 
 import pytest
+import torch
 
-from sparsecache.methods.streaming import Streaming
-from tests.methods.stepping import Kept, Text, budget_tokens, check_against, random_texts, shape_of
+from sparsecache.cache import DecodingEvictionCache
+from sparsecache.methods.streaming import Streaming, StreamingCache
+from tests.methods.stepping import Kept, Text, budget_tokens, check_against, random_texts, run, shape_of
 
 
 def _kept(text: Text, budget: float, sinks: int) -> list[Kept]:
@@ -39,6 +41,33 @@ def test_with_a_count_the_sinks_and_a_window_are_kept() -> None:
         return [[positions] * 2 for positions in kept]
 
     check_against(window, method, shape, random_texts(shape))
+
+
+def test_positions_as_priorities_evict_the_same_tokens() -> None:
+    """What a method of one's own would do, without the kernel."""
+
+    class Scored(DecodingEvictionCache):
+        prompt_scores = StreamingCache.prompt_scores
+
+        def __init__(self, sinks, *arguments):
+            super().__init__(*arguments)
+            self._sinks = sinks
+
+        def step_scores(self, q, slots, past):
+            positions = self.positions[slots].double()
+            return self.scores[slots], positions.masked_fill(positions < self._sinks, 1e9)
+
+    class ScoredStreaming(Streaming):
+        def make_sparse_cache(self, layer, config):
+            return Scored(self.sinks, self, layer, config)
+
+    shape = shape_of(2)
+    texts = random_texts(shape)
+    found, expected = (run(kind(budget=9, dense_layers=0), shape, texts) for kind in (ScoredStreaming, Streaming))
+    for one, other in zip(found, expected, strict=True):
+        assert one.attended == other.attended
+        for layer in range(shape.layers):
+            assert all(map(torch.equal, one.outputs[layer], other.outputs[layer]))
 
 
 def test_a_negative_number_of_sinks_is_refused() -> None:
