@@ -1,12 +1,15 @@
-"""The queries that select pages, and the shares of pages, as in FreeKV."""
+"""The shares of pages, as in FreeKV and ShadowKV, and the queries that select pages, as in FreeKV."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, pad
 
 from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, tl, triton, use_kernel
+from sparsecache.kernels.rows import index_slots
 
-_BLOCK_P = 256  # pages at a time
+_MAX_BLOCK_P = 2048  # pages at a time
 
 
 def choose_queries(q: Tensor, last: Tensor, slots: Tensor, kv_heads: int, similarity: float) -> Tensor:
@@ -42,8 +45,7 @@ def page_shares(bounds: Tensor, seq_lens: Tensor, slots: Tensor, sinks: Tensor, 
     if use_kernel(bounds):
         shares = torch.empty((batch, kv_heads, pages), device=bounds.device, dtype=torch.float32)
         _share_kernel[(batch * kv_heads,)](
-            bounds, seq_lens, slots, sinks, recent, shares, kv_heads, pages,
-            PAGE=page, GROUP=group, BLOCK_Q=next_power_of_2(group), BLOCK_P=_BLOCK_P, num_warps=4, **pdl_options(),
+            bounds, seq_lens, slots, sinks, recent, shares, kv_heads, pages, PAGE=page, **_sizes(group, pages)
         )  # fmt: skip
         return shares
     past = seq_lens[slots][:, None]
@@ -52,6 +54,36 @@ def page_shares(bounds: Tensor, seq_lens: Tensor, slots: Tensor, sinks: Tensor, 
     shares = bounds.masked_fill(is_free[:, None], -torch.inf).log_softmax(3).logsumexp(2)
     is_kept = (number < sinks[past]) | (number >= num_pages - recent[past])
     return shares.masked_fill(is_kept[:, None], torch.inf)
+
+
+def highest_page_shares(scores: Tensor, is_exact: Tensor, slots: Tensor) -> Tensor:
+    """Return the logarithm of each page's highest share of a query head's softmax over pages: [B, G, pages] float32.
+
+    scores: [B, G, H / G, N], N pages or more, or as many as are not exact in any slot; slots: [B] int64. is_exact:
+    [slots, G, pages] bool, the pages that the softmax leaves out. They get 1 and more, the last page most.
+    """
+    batch, kv_heads, group, stride = scores.shape
+    pages = is_exact.shape[2]
+    if use_kernel(scores):
+        shares = torch.empty((batch, kv_heads, pages), device=scores.device, dtype=torch.float32)
+        _highest_share_kernel[(batch * kv_heads,)](
+            scores, is_exact, slots, shares, kv_heads, pages, stride, **_sizes(group, pages)
+        )  # fmt: skip
+        return shares
+    is_left_out = index_slots(is_exact, slots)
+    scores = pad(scores.float(), (0, max(0, pages - stride)))[..., :pages].masked_fill(
+        is_left_out[:, :, None], -torch.inf
+    )
+    priority = 1.0 + torch.arange(pages, device=scores.device)
+    return torch.where(is_left_out, priority, scores.log_softmax(3).amax(2))
+
+
+def _sizes(group: int, pages: int) -> dict[str, Any]:
+    block = min(_MAX_BLOCK_P, next_power_of_2(pages, 64))
+    return {
+        "GROUP": group, "BLOCK_Q": next_power_of_2(group), "BLOCK_P": block, "num_warps": 8 if block > 512 else 4,
+        **pdl_options(),
+    }  # fmt: skip
 
 
 @triton.jit
@@ -77,6 +109,14 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     tl.store(last_ptr, new, mask=mask)
 
 
+@triton.jit
+def _add_exponentials(bound, highest, total):  # type: ignore[no-untyped-def]
+    """Add exp(bound - highest) of bounds [Q, N] to total [Q], with the highest [Q] of all bounds so far."""
+    new_highest = tl.maximum(highest, tl.max(bound, axis=1))
+    total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(bound - new_highest[:, None]), axis=1)
+    return new_highest, total
+
+
 @triton.jit(do_not_specialize=["pages"])
 def _share_kernel(  # type: ignore[no-untyped-def]
     bounds, seq_lens, slots, sinks, recent, shares, kv_heads, pages,
@@ -95,9 +135,7 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     for first in tl.range(0, num_pages, BLOCK_P):
         page = first + at
         bound = tl.load(row + page[None, :], mask=(query < GROUP) & (page < num_pages)[None, :], other=float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(bound, axis=1))
-        total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(bound - new_highest[:, None]), axis=1)
-        highest = new_highest
+        highest, total = _add_exponentials(bound, highest, total)
     normalizer = (highest + tl.log(tl.maximum(total, 1e-30)))[:, None]
     for first in tl.range(0, num_pages, BLOCK_P):
         page = first + at
@@ -107,3 +145,31 @@ def _share_kernel(  # type: ignore[no-untyped-def]
         share = largest + tl.log(tl.sum(tl.exp(share - largest[None, :]), axis=0))
         is_kept = (page < first_kept) | (page >= last_kept)
         tl.store(shares + owner * pages + page, tl.where(is_kept, float("inf"), share), mask=page < num_pages)
+
+
+@triton.jit(do_not_specialize=["pages"])
+def _highest_share_kernel(  # type: ignore[no-untyped-def]
+    scores, is_exact, slots, shares, kv_heads, pages, stride,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Find the highest share of the pages of one KV head in its query heads."""
+    pdl_wait(USE_PDL)
+    owner = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + tl.program_id(0) // kv_heads).to(tl.int64)
+    is_exact += (slot * kv_heads + tl.program_id(0) % kv_heads) * pages
+    query, at = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_P)
+    row = scores + (owner * GROUP + query) * stride
+    highest = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    for first in tl.range(0, pages, BLOCK_P):
+        page = first + at
+        left_out = tl.load(is_exact + page, mask=page < pages, other=1) != 0
+        score = tl.load(row + page[None, :], mask=(query < GROUP) & ~left_out[None, :], other=float("-inf"))
+        highest, total = _add_exponentials(score.to(tl.float32), highest, total)
+    normalizer = (highest + tl.log(tl.maximum(total, 1e-30)))[:, None]
+    for first in tl.range(0, pages, BLOCK_P):
+        page = first + at
+        left_out = tl.load(is_exact + page, mask=page < pages, other=1) != 0
+        score = tl.load(row + page[None, :], mask=(query < GROUP) & ~left_out[None, :], other=float("-inf"))
+        share = tl.max(score.to(tl.float32) - normalizer, axis=0)
+        tl.store(shares + owner * pages + page, tl.where(left_out, 1.0 + page, share), mask=page < pages)

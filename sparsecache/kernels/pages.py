@@ -118,7 +118,7 @@ def select_pages(
         _select_kernel[(batch * kv_heads,)](
             scores.contiguous(), seq_lens, slots, limits, listed, positions, counts, kv_heads, pages, width,
             PAGE=page, LEFT_OUT=left_out is not None, NEWEST=newest, BLOCK_P=block,
-            BLOCK_W=max(256, min(1024, next_power_of_2(width))), num_warps=8 if block > 1024 else 4, **pdl_options(),
+            BLOCK_W=max(256, min(1024, next_power_of_2(width))), num_warps=max(4, block // 512), **pdl_options(),
         )  # fmt: skip
         return Selection(positions, counts)
     past = seq_lens[slots]

@@ -14,16 +14,18 @@ def rebuild_rows(
     coefficients: Tensor,
     basis: Tensor,
     values: Tensor | None,
+    places: Tensor,
     rotation: Rotation,
     slots: Tensor,
     positions: Tensor,
     counts: Tensor,
-) -> Tensor:
-    """Return keys and values of positions, undefined beyond the counts: [B, G, N, 2, D].
+) -> tuple[Tensor, Tensor]:
+    """Return keys and values of positions [B, G, N, 2, D], and the places of the exact ones [B, G, N] int32.
 
     coefficients: [slots, T, R]; basis: [slots, G, R, D]; values: [slots, G, T, D], None: those returned are undefined.
+    places: [slots, G, T] int32, -1 for a token that is not exact. Keys and values of exact tokens are undefined.
     rotation: of the positions 0 to T - 1. slots: [B] int64; positions: [B, G, N] int64, the first counts [B, G] (int64)
-    of a KV head below T.
+    of a KV head below T. All that is returned is undefined beyond the counts.
     """
     kv_heads, rank, head_dim = basis.shape[1:]
     batch, _, width = positions.shape
@@ -32,24 +34,50 @@ def rebuild_rows(
         rows = positions.masked_fill(~mask_of_first(counts, width), 0)
         plain = coefficients[slots[:, None, None], rows] @ index_slots(basis, slots)
         keys = rotate_rows(plain, Rotation(*(table[rows] for table in rotation))).to(plain.dtype)
-        return torch.stack((keys, keys if values is None else take_rows(values, slots, rows)), 3)
+        rebuilt = torch.stack((keys, keys if values is None else take_rows(values, slots, rows)), 3)
+        return rebuilt, index_slots(places, slots).gather(2, rows)
     out = torch.empty((batch, kv_heads, width, 2, head_dim), device=positions.device, dtype=basis.dtype)
+    found = torch.empty((batch, kv_heads, width), device=positions.device, dtype=torch.int32)
     half = head_dim // 2
     _rebuild_kernel[(batch * kv_heads, -(-width // _BLOCK_N))](
-        coefficients, basis, coefficients if values is None else values, *rotation, slots, positions.contiguous(),
-        counts.contiguous(), out, kv_heads, coefficients.shape[1], width, rank, half, HAS_VALUES=values is not None,
-        BLOCK_N=_BLOCK_N, BLOCK_R=_BLOCK_R, BLOCK_D=next_power_of_2(half, 16), num_warps=4, **pdl_options(),
+        coefficients, basis, coefficients if values is None else values, places, *rotation, slots,
+        positions.contiguous(), counts.contiguous(), out, found, kv_heads, coefficients.shape[1], width, rank, half,
+        HAS_VALUES=values is not None, BLOCK_N=_BLOCK_N, BLOCK_R=_BLOCK_R, BLOCK_D=next_power_of_2(half, 16),
+        num_warps=8, **pdl_options(),
     )  # fmt: skip
-    return out
+    return out, found
+
+
+def append_exact(
+    k: Tensor, v: Tensor, exact: Tensor, places: Tensor, seq_lens: Tensor, offsets: Tensor, slots: Tensor
+) -> None:
+    """Append one token's key and value to the exact rows of each slot, and set its place.
+
+    k, v: [B, G, 1, D]; exact: [slots, G, E, 2, D]; places: [slots, G, T] int32; seq_lens: [slots] int64, past tokens;
+    offsets: [slots] int64, position less place; slots: [B] int64. A full slot overwrites its last row.
+    """
+    batch, kv_heads, _, head_dim = k.shape
+    capacity, tokens = exact.shape[2], places.shape[2]
+    if use_kernel(k):
+        _append_exact_kernel[(batch * kv_heads,)](
+            k, v, k.stride(0), k.stride(1), exact, places, seq_lens, offsets, slots, kv_heads, capacity, tokens,
+            head_dim, BLOCK_D=next_power_of_2(head_dim), num_warps=1, **pdl_options(),
+        )  # fmt: skip
+        return
+    row = seq_lens[slots].clamp(max=tokens - 1)
+    place = (row - offsets[slots]).clamp(0, capacity - 1)
+    exact[slots, :, place] = torch.cat((k, v), 2)
+    places[slots, :, row] = place[:, None].expand(-1, kv_heads).int()
 
 
 @triton.jit(do_not_specialize=["capacity", "width"])
 def _rebuild_kernel(  # type: ignore[no-untyped-def]
-    coefficients, basis, values, cos, sin, slots, positions, counts, out, kv_heads, capacity, width, rank, half,
+    coefficients, basis, values, places, cos, sin, slots, positions, counts, out, found, kv_heads, capacity, width,
+    rank, half,
     HAS_VALUES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rebuild and rotate a block of keys of one slot and KV head, and copy their values."""
+    """Rebuild and rotate a block of keys of one slot and KV head, and copy their values, but for exact tokens."""
     pdl_wait(USE_PDL)
     head, first_token = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_N
     count = tl.load(counts + head)
@@ -59,6 +87,11 @@ def _rebuild_kernel(  # type: ignore[no-untyped-def]
     token, channel = first_token + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     is_valid = token < count
     position = tl.load(positions + head * width + token, mask=is_valid, other=0)
+    place = tl.load(places + owner * capacity + position, mask=is_valid, other=0)
+    tl.store(found + head * width + token, place, mask=is_valid)
+    is_valid &= place < 0
+    if tl.sum(is_valid.to(tl.int32)) == 0:
+        return
     first = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)  # channels of the first half
     second = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for start in range(0, rank, BLOCK_R):
@@ -83,3 +116,23 @@ def _rebuild_kernel(  # type: ignore[no-untyped-def]
         at_value = values + (owner * capacity + position)[:, None] * (2 * half) + channel[None, :]
         tl.store(target + 2 * half, tl.load(at_value, mask=mask), mask=mask)
         tl.store(target + 3 * half, tl.load(at_value + half, mask=mask), mask=mask)
+
+
+@triton.jit(do_not_specialize=["capacity", "tokens"])
+def _append_exact_kernel(  # type: ignore[no-untyped-def]
+    k, v, row_stride, head_stride, exact, places, seq_lens, offsets, slots, kv_heads, capacity, tokens, head_dim,
+    BLOCK_D: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Append the new token of one slot and KV head."""
+    pdl_wait(USE_PDL)
+    batch, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
+    slot = tl.load(slots + batch).to(tl.int64)
+    owner = slot * kv_heads + kv
+    row = tl.minimum(tl.load(seq_lens + slot), tokens - 1)
+    place = tl.minimum(tl.maximum(row - tl.load(offsets + slot), 0), capacity - 1)
+    channel = tl.arange(0, BLOCK_D)
+    source = batch * row_stride + kv * head_stride + channel
+    target = exact + (owner * capacity + place) * 2 * head_dim + channel
+    tl.store(target, tl.load(k + source, mask=channel < head_dim), mask=channel < head_dim)
+    tl.store(target + head_dim, tl.load(v + source, mask=channel < head_dim), mask=channel < head_dim)
+    tl.store(places + owner * tokens + row, place.to(tl.int32))

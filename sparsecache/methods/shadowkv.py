@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, pad
+from torch.nn.functional import cosine_similarity
 
 from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, StepBytes
 from sparsecache.cache.host import allocate, check_host_memory, copy_into
@@ -28,10 +28,10 @@ from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.decode import CachedRows, attend_gathered
 from sparsecache.kernels.gather import gather_rows
 from sparsecache.kernels.lru_cache import LRUCache
+from sparsecache.kernels.page_shares import highest_page_shares
 from sparsecache.kernels.pages import select_pages
-from sparsecache.kernels.rebuild import rebuild_rows
+from sparsecache.kernels.rebuild import append_exact, rebuild_rows
 from sparsecache.kernels.rotation import Rotation, rotate_rows_back
-from sparsecache.kernels.rows import index_slots, mask_of_first
 from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
 
@@ -125,9 +125,6 @@ class ShadowKVCache(LayerCache):
         self._num_pages = torch.zeros_like(config.seq_lens)  # pages with a mean key
         self._over_budget = torch.zeros_like(config.seq_lens)  # prompt tokens beyond the budget
         self._tail_offset = torch.zeros_like(config.seq_lens)  # position less row in `exact`, from the last pages on
-        self._priority = 2.0 + torch.arange(
-            pages, device=config.device
-        )  # exact pages rank above all shares, the last one first
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         kv_heads, length, head_dim = k.shape
@@ -160,44 +157,31 @@ class ShadowKVCache(LayerCache):
         self._tail_offset[slot].fill_((first - num_outliers) * page)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        past = self.seq_lens[slots]
         positions, counts = self._select(q, slots)
-        rows, cached = self._rows(slots, positions, counts)
-        out = attend_gathered(q, k, v, rows, counts, cached)
-        with self.config.deferred.reading(k, v, slots, past, counts):
-            self._append(k, v, slots, past)
+        rows, exact = self._rows(slots, positions, counts)
+        out = attend_gathered(q, k, v, rows, counts, exact)
+        with self.config.deferred.reading(k, v, slots, counts):
+            append_exact(k, v, self.exact, self.places, self.seq_lens, self._tail_offset, slots)
             self.stats.record(counts, slots)
         return out
 
     def _select(self, q: Tensor, slots: Tensor) -> Selection:
-        is_exact = index_slots(self.is_exact, slots)  # True for pages without a mean key
-        scores = speculated_scores(q, None, self.mean_keys, self._num_pages, slots).values.float()
-        scores = pad(scores, (0, is_exact.shape[2] - scores.shape[3]))  # [B, G, H / G, pages]
-        shares = scores.masked_fill(is_exact[:, :, None], -torch.inf).softmax(3).amax(2)  # [B, G, pages]
-        scores = torch.where(is_exact, self._priority, shares)
-        return select_pages(scores, self.seq_lens, slots, self.method.page, self._width, left_out=self._over_budget)
+        scores = speculated_scores(q, None, self.mean_keys, self._num_pages, slots).values
+        shares = highest_page_shares(scores, self.is_exact, slots)
+        return select_pages(shares, self.seq_lens, slots, self.method.page, self._width, left_out=self._over_budget)
 
     def _rows(self, slots: Tensor, positions: Tensor, counts: Tensor) -> tuple[Tensor, CachedRows]:
         """Return keys and values of the first counts [B, G] positions, [B, G, N, 2, D], and the rows that are exact."""
-        parts = (self._rotation, slots, positions, counts)
-        if not self.method.offload:
-            rows = rebuild_rows(self.coefficients, self.basis, self.values, *parts)
-            index = positions.masked_fill(~mask_of_first(counts, positions.shape[2]), 0)
-            return rows, CachedRows(self.exact, slots, index_slots(self.places, slots).gather(2, index))
-        halves = self.values.view(*self.values.shape[:3], 2, -1)  # fetched as if they were keys and values
-        unused = self.places
-        fixed = LRUCache(self.exact, row_of_token=self.places, token_of_row=unused, lru_order=unused, hits=unused)
-        found = gather_rows(halves, slots, positions, counts, fixed)
-        assert found.cached is not None
-        rows = rebuild_rows(self.coefficients, self.basis, None, *parts)
-        rows[..., 1, :] = found.rows.flatten(3)
-        return rows, found.cached
-
-    def _append(self, k: Tensor, v: Tensor, slots: Tensor, past: Tensor) -> None:
-        row = past.clamp(max=self.config.max_tokens - 1)
-        place = (row - self._tail_offset[slots]).clamp(0, self.exact.shape[2] - 1)
-        self.exact[slots, :, place] = torch.stack((k, v), 3)[:, :, 0]
-        self.places[slots, :, row] = place[:, None].expand(-1, k.shape[1]).int()
+        values = None if self.method.offload else self.values
+        rows, places = rebuild_rows(
+            self.coefficients, self.basis, values, self.places, self._rotation, slots, positions, counts
+        )
+        if self.method.offload:
+            halves = self.values.view(*self.values.shape[:3], 2, -1)  # fetched as if they were keys and values
+            unused = self.places
+            fixed = LRUCache(self.exact, row_of_token=self.places, token_of_row=unused, lru_order=unused, hits=unused)
+            rows[..., 1, :] = gather_rows(halves, slots, positions, counts, fixed).rows.flatten(3)
+        return rows, CachedRows(self.exact, slots, places)
 
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
         item, kv_heads = self.config.dtype.itemsize, self.config.shape.kv_heads

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsecache.kernels.page_shares import choose_queries, page_shares
+from sparsecache.kernels.page_shares import choose_queries, highest_page_shares, page_shares
 from sparsecache.kernels.pages import score_bounds, select_pages, update_newest_page
 
 CASES = {  # slots, KV heads, group, head size, pages allocated, pages scored, slots of the batch
@@ -64,17 +64,14 @@ if torch.cuda.is_available():
     SELECTIONS["long"] = (16, 2049, [32_777, 32_768, 5], [1638, 32_000, 1], 32_000)
 
 
-@pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "not finite"])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "not finite"])
 @pytest.mark.parametrize("case", SELECTIONS.values(), ids=SELECTIONS)
 def test_pages_are_selected_as_by_sorting(case, kind, device, agree, monkeypatch) -> None:
     page, pages, past, budget, width = case
     monkeypatch.setattr("sparsecache.kernels.pages._MAX_BLOCK_S", 64)  # of several blocks, for few pages too
     scores = 100 * torch.randn(3, 2, pages, generator=torch.Generator().manual_seed(3)).to(device)
     if kind == "ties":
-        scores = (scores / 100).round()
-    elif kind == "equal":
-        scores[:] = -0.0
-        scores[:, :, ::2] = 0.0
+        scores = (scores / 100).round()  # zeros of both signs too
     slots = torch.tensor([3, 0, 2], device=device)
     seq_lens = torch.zeros(4, dtype=torch.int64, device=device)
     seq_lens[slots] = torch.tensor(past, device=device)
@@ -114,7 +111,8 @@ def test_queries_are_chosen_by_their_change(similarity, device, gpu_dtype, agree
 
 
 @pytest.mark.parametrize("pages", [1, 300])
-def test_shares_of_pages(pages, device, agree) -> None:
+def test_shares_of_pages(pages, device, agree, monkeypatch) -> None:
+    monkeypatch.setattr("sparsecache.kernels.page_shares._MAX_BLOCK_P", 128)
     generator = torch.Generator().manual_seed(3)
     past = torch.tensor([0, 4 * pages, 2 * pages, 1], device=device)
     sinks, recent = (torch.arange(4 * pages + 1, device=device) // part for part in (40, 60))
@@ -126,3 +124,22 @@ def test_shares_of_pages(pages, device, agree) -> None:
         return shares.isinf(), shares.masked_fill(shares.isinf(), 0)
 
     agree(share, 5 * torch.randn(3, 2, 3, pages, generator=generator).to(device))
+
+
+@pytest.mark.parametrize(("pages", "scored"), [(1, 16), (300, 304), (300, 300)])
+def test_highest_shares_of_pages_that_are_not_exact(pages, scored, device, agree, monkeypatch) -> None:
+    monkeypatch.setattr("sparsecache.kernels.page_shares._MAX_BLOCK_P", 128)
+    generator = torch.Generator().manual_seed(3)
+    scores = 5 * torch.randn(3, 2, 3, scored, generator=generator).to(device)
+    is_exact = (torch.rand(4, 2, pages, generator=generator) < 0.3).to(device)
+    is_exact[:, :, 200:], is_exact[3, 1] = True, True
+    slots = torch.tensor([3, 1, 2], device=device)
+    scores[..., 200:] = torch.nan  # undefined where no page is scored
+
+    def share(is_exact):
+        return highest_page_shares(scores, is_exact, slots)
+
+    agree(share, is_exact)
+    kept = ~is_exact[slots[1], 0]
+    expected = scores[1, 0, :, :pages][:, kept].double().softmax(1).amax(0).log().float()
+    torch.testing.assert_close(share(is_exact)[1, 0, kept], expected, rtol=1e-5, atol=1e-5)
