@@ -1,6 +1,8 @@
-"""The step of LRQK: reduce a new query and key by low-rank factors of the text, and update the factors' bases.
+"""The kernels of LRQK: factorise a prompt; at a step reduce a query and a key, and update the bases of the factors.
 
 Systems of equations are small and positive semidefinite. A small multiple of the unit matrix is added to each.
+
+In one file because all kernels share the solver.
 """
 
 import torch
@@ -22,21 +24,26 @@ def update_factors(
     key_basis: Tensor,
     products: Tensor,
     gram: Tensor,
+    reduced_keys: Tensor,
+    seq_lens: Tensor,
     slots: Tensor,
     iterations: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the reduced query [B, H, 1, R] and key [B, G, 1, R], float32, and update the bases of the slots.
 
-    q: [B, H, 1, D]; k: [B, G, 1, D]; slots: [B] int64, distinct. query_basis, key_basis: [slots, G, R, D] float32, B_Q
-    and B_K. products: [slots, G, D, R] float32, K^T A of some tokens, with their keys K and reduced keys A; gram:
-    [slots, G, R, R] float32, A^T A. By alternating least squares the reduced rows a_q and a_k come to minimise
+    The reduced key is also appended to reduced_keys [slots, G, T, R]; a full slot overwrites its last row. seq_lens:
+    [slots] int64, past tokens, not changed. q: [B, H, 1, D]; k: [B, G, 1, D]; slots: [B] int64, distinct.
+
+    query_basis, key_basis: [slots, G, R, D] float32, B_Q and B_K. products: [slots, G, D, R] float32, K^T A of some
+    tokens, with their keys K and reduced keys A; gram: [slots, G, R, R] float32, A^T A. By alternating least squares
+    the reduced rows a_q and a_k come to minimise
 
         |q - a_q B_Q|^2 + |q K^T - a_q A^T|^2 + |k - a_k B_K|^2 + |q k^T - a_q a_k^T|^2
 
     Then each basis takes the step along the gradient of its own term that lowers this term most.
     """
     if use_kernel(q):
-        return _launch(q, k, query_basis, key_basis, products, gram, slots, iterations)
+        return _launch(q, k, query_basis, key_basis, products, gram, reduced_keys, seq_lens, slots, iterations)
     of_queries, of_keys = index_slots(query_basis, slots), index_slots(key_basis, slots)
     queries = q.view(len(slots), k.shape[1], -1, q.shape[3]).float()  # [B, G, H / G, D]
     key = k.float()
@@ -51,6 +58,8 @@ def update_factors(
         reduced_key = solve(key_gram + reduced_query.mT @ reduced_query, key_right.mT).mT
     query_basis[slots] = _descend(of_queries, reduced_query, queries)
     key_basis[slots] = _descend(of_keys, reduced_key, key)
+    row = seq_lens[slots].clamp(max=reduced_keys.shape[2] - 1)
+    reduced_keys[slots, :, row] = reduced_key[:, :, 0].to(reduced_keys.dtype)
     return reduced_query.flatten(1, 2)[:, :, None], reduced_key
 
 
@@ -68,9 +77,9 @@ def sum_products(
 ) -> None:
     """Set the `products` and the `gram` of slots to those of selected tokens and a new one.
 
-    k: [B, G, 1, D]; reduced_key: [B, G, 1, R]; keys: [S, G, T, D]; reduced_keys: [S, G, T, R]; sources: [B] int64, the
-    first index of each sequence's keys. positions: [B, G, N] int64, the first counts [B, G] (int64) of a KV head valid.
-    slots: [B] int64, distinct; products and gram: as in `update_factors`, written in place.
+    k: [B, G, 1, D]; reduced_key: [B, G, 1, R]; keys: [S, G, T, D]; reduced_keys: [S, G, T, R], in their dtype.
+    sources: [B] int64, the first index of each sequence's keys. positions: [B, G, N] int64, the first counts [B, G]
+    (int64) of a KV head valid. slots: [B] int64, distinct; products and gram: as in `update_factors`, written in place.
     """
     batch, kv_heads, width = positions.shape
     rank, head_dim = reduced_keys.shape[3], keys.shape[3]
@@ -88,6 +97,37 @@ def sum_products(
     reduced = torch.cat((reduced, reduced_key), 2)
     products[slots] = torch.cat((take_rows(keys, sources, rows), k), 2).float().mT @ reduced
     gram[slots] = reduced.mT @ reduced
+
+
+def factorise(
+    query_gram: Tensor, key_gram: Tensor, start: Tensor, iterations: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return W_Q, W_K and the bases B_Q, B_K of the factors Q W_Q and K W_K of a prompt, [G, R, D] each, W transposed.
+
+    By alternating least squares they come to minimise |Q - A_Q B_Q|^2 + |K - A_K B_K|^2 + |Q K^T - A_Q A_K^T|^2, with
+    A_Q = Q W_Q and A_K = K W_K. query_gram, key_gram: Q^T Q and K^T K, [G, D, D] float32; start: [G, R, D] float32, the
+    first W_Q and W_K. Rows of zeros stay so.
+    """
+    if use_kernel(query_gram):
+        kv_heads, rank, head_dim = start.shape
+        found = torch.empty((4, *start.shape), device=start.device, dtype=torch.float32)
+        _factorise_kernel[(kv_heads,)](
+            query_gram.contiguous(), key_gram.contiguous(), start.contiguous(), found, rank, head_dim, iterations,
+            _RIDGE, _LEAST, BLOCK_R=next_power_of_2(rank, 16), BLOCK_D=next_power_of_2(head_dim, 16), num_warps=8,
+        )  # fmt: skip
+        return found[0], found[1], found[2], found[3]
+    query_weight = key_weight = start
+    query_side, key_side = query_weight @ query_gram, key_weight @ key_gram  # A^T X
+    query_basis = solve(query_side @ query_weight.mT, query_side)
+    key_basis = solve(key_side @ key_weight.mT, key_side)
+    for _ in range(iterations):
+        query_weight = solve(key_side @ key_weight.mT + query_basis @ query_basis.mT, key_side + query_basis)
+        query_side = query_weight @ query_gram
+        key_weight = solve(query_side @ query_weight.mT + key_basis @ key_basis.mT, query_side + key_basis)
+        key_side = key_weight @ key_gram
+        query_basis = solve(query_side @ query_weight.mT, query_side)
+        key_basis = solve(key_side @ key_weight.mT, key_side)
+    return query_weight, key_weight, query_basis, key_basis
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
@@ -115,6 +155,8 @@ def _launch(
     key_basis: Tensor,
     products: Tensor,
     gram: Tensor,
+    reduced_keys: Tensor,
+    seq_lens: Tensor,
     slots: Tensor,
     iterations: int,
 ) -> tuple[Tensor, Tensor]:
@@ -125,9 +167,10 @@ def _launch(
     group = heads // kv_heads
     _update_kernel[(batch * kv_heads,)](
         q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), query_basis, key_basis, products, gram, slots,
-        reduced_query, reduced_key, kv_heads, rank, head_dim, _RIDGE, _LEAST, _TINY, ITERATIONS=iterations, GROUP=group,
+        reduced_query, reduced_key, reduced_keys, seq_lens, kv_heads, reduced_keys.shape[2], rank, head_dim,
+        _RIDGE, _LEAST, _TINY, ITERATIONS=iterations, GROUP=group,
         BLOCK_Q=next_power_of_2(group, 16), BLOCK_R=next_power_of_2(rank, 16), BLOCK_D=next_power_of_2(head_dim, 16),
-        num_warps=4, **pdl_options(),
+        num_warps=8, **pdl_options(),  # with four, registers spill
     )  # fmt: skip
     return reduced_query, reduced_key
 
@@ -155,16 +198,63 @@ def _solve(a, x, size, relative_ridge, least_ridge, BLOCK_R: tl.constexpr):  # t
 
 
 @triton.jit
+def _solve_for(left, right, other, x, size, relative_ridge, least_ridge, BLOCK_R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the solution of (left right^T + other other^T + ridge) y = x; all are [R, D]."""
+    a = tl.dot(left, tl.trans(right), input_precision="ieee")
+    a = tl.dot(other, tl.trans(other), a, input_precision="ieee")
+    return _solve(a, x, size, relative_ridge, least_ridge, BLOCK_R)
+
+
+@triton.jit(do_not_specialize=["iterations"])
+def _factorise_kernel(  # type: ignore[no-untyped-def]
+    query_gram, key_gram, start, found, rank, head_dim, iterations, relative_ridge, least_ridge,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Factorise the queries and keys of one KV head, as the reference in `factorise`."""
+    kv, factor, channel = tl.program_id(0), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    in_head = channel < head_dim
+    mask = (factor < rank)[:, None] & in_head[None, :]
+    at_gram = (kv * head_dim + channel)[:, None] * head_dim + channel[None, :]
+    square = in_head[:, None] & in_head[None, :]
+    at = (kv * rank + factor)[:, None] * head_dim + channel[None, :]
+    query_weight = tl.load(start + at, mask=mask, other=0.0)
+    key_weight = query_weight
+    zero = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    query_side = tl.dot(query_weight, tl.load(query_gram + at_gram, mask=square, other=0.0), input_precision="ieee")
+    key_side = tl.dot(key_weight, tl.load(key_gram + at_gram, mask=square, other=0.0), input_precision="ieee")
+    query_basis = _solve_for(query_side, query_weight, zero, query_side, rank, relative_ridge, least_ridge, BLOCK_R)
+    key_basis = _solve_for(key_side, key_weight, zero, key_side, rank, relative_ridge, least_ridge, BLOCK_R)
+    for _ in range(iterations):
+        query_weight = _solve_for(
+            key_side, key_weight, query_basis, key_side + query_basis, rank, relative_ridge, least_ridge, BLOCK_R
+        )
+        query_side = tl.dot(query_weight, tl.load(query_gram + at_gram, mask=square, other=0.0), input_precision="ieee")
+        key_weight = _solve_for(
+            query_side, query_weight, key_basis, query_side + key_basis, rank, relative_ridge, least_ridge, BLOCK_R
+        )
+        key_side = tl.dot(key_weight, tl.load(key_gram + at_gram, mask=square, other=0.0), input_precision="ieee")
+        query_basis = _solve_for(query_side, query_weight, zero, query_side, rank, relative_ridge, least_ridge, BLOCK_R)
+        key_basis = _solve_for(key_side, key_weight, zero, key_side, rank, relative_ridge, least_ridge, BLOCK_R)
+    size = tl.num_programs(0) * rank * head_dim
+    tl.store(found + at, query_weight, mask=mask)
+    tl.store(found + size + at, key_weight, mask=mask)
+    tl.store(found + 2 * size + at, query_basis, mask=mask)
+    tl.store(found + 3 * size + at, key_basis, mask=mask)
+
+
+@triton.jit(do_not_specialize=["capacity"])
 def _update_kernel(  # type: ignore[no-untyped-def]
     q, q_row_stride, q_head_stride, k, k_row_stride, k_head_stride, query_basis, key_basis, products, gram, slots,
-    reduced_query, reduced_key, kv_heads, rank, head_dim, relative_ridge, least_ridge, tiny,
+    reduced_query, reduced_key, reduced_keys, seq_lens, kv_heads, capacity, rank, head_dim,
+    relative_ridge, least_ridge, tiny,
     ITERATIONS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Update the factors of one slot and KV head."""
     pdl_wait(USE_PDL)
     row, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
-    owner = tl.load(slots + row) * kv_heads + kv
+    slot = tl.load(slots + row)
+    owner = slot * kv_heads + kv
     query, factor, channel = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     head, in_head, in_rank = kv * GROUP + query, channel < head_dim, factor < rank
     queries = tl.load(
@@ -207,7 +297,10 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     tl.store(key_basis + at_basis, of_keys - step * gradient, mask=basis_mask)
     at_query = (row * kv_heads * GROUP + head)[None, :] * rank + factor[:, None]
     tl.store(reduced_query + at_query, a_q, mask=(query < GROUP)[None, :] & in_rank[:, None])
-    tl.store(reduced_key + tl.program_id(0) * rank + factor, tl.sum(a_k, axis=1), mask=in_rank)
+    new_key = tl.sum(a_k, axis=1)
+    tl.store(reduced_key + tl.program_id(0) * rank + factor, new_key, mask=in_rank)
+    place = owner * capacity + tl.minimum(tl.load(seq_lens + slot), capacity - 1)
+    tl.store(reduced_keys + place * rank + factor, new_key, mask=in_rank)
 
 
 @triton.jit(do_not_specialize=["capacity", "width"])
@@ -234,11 +327,11 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
         place = source * capacity + tl.load(positions + head * width + token, mask=is_valid, other=0)
         tile = tl.load(
             keys + place[:, None] * head_dim + channel[None, :], mask=is_valid[:, None] & in_head[None, :], other=0.0
-        ).to(tl.float32)
+        )
         factors = tl.load(
             reduced_keys + place[:, None] * rank + factor[None, :],
             mask=is_valid[:, None] & in_rank[None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
+        )  # fmt: skip
         of_keys = tl.dot(tl.trans(tile), factors, of_keys, input_precision="ieee")
         own = tl.dot(tl.trans(factors), factors, own, input_precision="ieee")
     at_products = (owner * head_dim + channel)[:, None] * rank + factor[None, :]

@@ -44,16 +44,16 @@ def mass_count(margin: Tensor, share: float) -> Tensor:
     return needed.sum(-1)
 
 
-def force_include(margin: Tensor, positions: Tensor, past: Tensor, sinks: int, recent: int) -> Tensor:
+def force_include(margin: Tensor, positions: Tensor, past: Tensor, sinks: int, recent: int | Tensor) -> Tensor:
     """Set the margin of the first `sinks` and the last `recent` past tokens to inf.
 
     margin: [B, G, T]; positions: the position of each token, [B, G, T] or broadcastable; past: [B], past tokens per
-    sequence. Tokens at position `past` and beyond keep their margin.
+    sequence; recent: one number, or [B]. Tokens at position `past` and beyond keep their margin.
     """
-    if not sinks and not recent:
+    if isinstance(recent, int) and not sinks and not recent:
         return margin
-    past = past[:, None, None]
-    return margin.masked_fill(((positions < sinks) | (positions >= past - recent)) & (positions < past), torch.inf)
+    past, first_recent = past[:, None, None], (past - recent)[:, None, None]
+    return margin.masked_fill(((positions < sinks) | (positions >= first_recent)) & (positions < past), torch.inf)
 
 
 def count_within(margin: Tensor, alpha: float, budget: Tensor, rule: CountRule, most: Tensor | None = None) -> Tensor:

@@ -32,7 +32,8 @@ class SelectionParams(NamedTuple):
     alpha: tokens less than alpha below a head's best score count as near.
     budgets: [T + 1] int64, the most tokens to select of n past tokens, by n.
     mean: whether all KV heads select equally many, the mean of their counts, rounded up.
-    sinks, recent: the first and the last past tokens come before all others, within the budget.
+    sinks, recent: the first and the last past tokens come before all others, within the budget. recent may be a table
+    as `budgets` is: [T + 1] int64, by past tokens.
     group: how a KV head joins the scores of its query heads, as in `score_margin`.
     top_p: at most as many tokens as make this share of the sum of exp(margin); 1: no limit.
     """
@@ -41,9 +42,14 @@ class SelectionParams(NamedTuple):
     budgets: Tensor
     mean: bool
     sinks: int = 0
-    recent: int = 0
+    recent: int | Tensor = 0
     group: GroupRule = "max"
     top_p: float = 1.0
+
+    def force_include(self, margin: Tensor, position: Tensor, past: Tensor) -> Tensor:
+        """Set the margin [B, G, T] of the first and the last past tokens to inf; position: [T]; past: [B]."""
+        recent = self.recent[past] if isinstance(self.recent, Tensor) else self.recent
+        return force_include(margin, position, past, self.sinks, recent)
 
 
 class Scores(NamedTuple):
@@ -89,7 +95,7 @@ def threshold_select(scores: Scores, seq_lens: Tensor, slots: Tensor, params: Se
         values = values.masked_fill(position >= past[:, None, None, None], -torch.inf)
     margin = score_margin(values.flatten(1, 2), values.shape[1], params.group)
     most = mass_count(margin, params.top_p) if params.top_p < 1 else None
-    margin = force_include(margin, position, past, params.sinks, params.recent)
+    margin = params.force_include(margin, position, past)
     count = count_within(margin, params.alpha, params.budgets[past], "mean" if params.mean else "per_head", most)
     positions = topk_indices(margin, count)
     return Selection(positions.clamp(min=0), (positions >= 0).sum(2))
@@ -104,7 +110,7 @@ def _near_counts(values: Tensor, past: Tensor, params: SelectionParams) -> Tenso
     scores = values.float().masked_fill(position >= past[:, None, None, None], -torch.inf).flatten(1, 2)
     margin = score_margin(scores, values.shape[1], params.group)
     most = mass_count(margin, params.top_p)
-    margin = force_include(margin, position, past, params.sinks, params.recent)
+    margin = params.force_include(margin, position, past)
     return torch.minimum((margin > -params.alpha).sum(2), most).int()
 
 
@@ -126,7 +132,8 @@ def _launch(
         "KV_HEADS": kv_heads, "GROUP": group, "BLOCK_Q": next_power_of_2(group), "JOIN": params.group,
         "SPLITS": splits, "BLOCK_S": next_power_of_2(splits), "BLOCK_T": block,
         # Eight warps count faster. With several sequences, four are scheduled sooner beside the projections.
-        "num_warps": 8 if batch == 1 and block > _MIN_BLOCK else 4, **pdl_options(),
+        "num_warps": 8 if batch == 1 and block > _MIN_BLOCK else 4,
+        "RECENT_TABLE": isinstance(params.recent, Tensor), **pdl_options(),
     }  # fmt: skip
     inputs = (scores, extremes, seq_lens, slots, stride, params.sinks, params.recent)
     alpha = min(params.alpha, 3e38)  # below inf, which is the margin of tokens that are always selected
@@ -210,8 +217,18 @@ def _best_and_lowest(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _first_recent(recent, count, RECENT_TABLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the position of the first of the recent tokens; recent: their number, or a table of it by `count`."""
+    if RECENT_TABLE:
+        number = tl.load(recent + count).to(tl.int32)
+    else:
+        number = recent
+    return count - number
+
+
+@triton.jit
 def _margins(  # type: ignore[no-untyped-def]
-    scores, best, kv, token, end, count, sinks, recent, stride, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr,
+    scores, best, kv, token, end, sinks, first_recent, stride, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr,
     JOIN: tl.constexpr,
 ):  # fmt: skip
     """Return each token's margin, joined over the query heads; inf if always selected."""
@@ -221,19 +238,21 @@ def _margins(  # type: ignore[no-untyped-def]
     inside = (query < GROUP)[:, None] & (token < stride)[None, :]  # a mask in multiples of 16 keeps the loads wide
     score = tl.load(scores + head[:, None] * stride + token[None, :], mask=inside, other=0.0).to(tl.float32)
     margin = _joined(score - best[:, None], valid, JOIN)
-    return tl.where((token < sinks) | (token >= count - recent), float("inf"), margin)
+    return tl.where((token < sinks) | (token >= first_recent), float("inf"), margin)
 
 
 @triton.jit
 def _count_tokens_kernel(  # type: ignore[no-untyped-def]
     scores, extremes, seq_lens, slots, stride, sinks, recent, alpha, near_counts, histograms, finished,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr, JOIN: tl.constexpr, COUNT_NEAR: tl.constexpr, USE_PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, JOIN: tl.constexpr, COUNT_NEAR: tl.constexpr, RECENT_TABLE: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Count the tokens of a split that are within alpha of the best, and all its tokens per bin."""
     pdl_wait(USE_PDL)
     kv, split = tl.program_id(0), tl.program_id(1)
     count = tl.load(seq_lens + tl.load(slots + kv // KV_HEADS)).to(tl.int32)
+    first_recent = _first_recent(recent, count, RECENT_TABLE)
     best, lowest = _best_and_lowest(extremes, kv, GROUP, BLOCK_Q, SPLITS, BLOCK_S, JOIN)
     if split == 0:  # reset the counter of the next kernel
         tl.store(finished + kv, 0)
@@ -242,7 +261,7 @@ def _count_tokens_kernel(  # type: ignore[no-untyped-def]
     start, end = split_range(count, split, BLOCK_T, SPLITS)
     for first in tl.range(start, end, BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
-        margin = _margins(scores, best, kv, token, end, count, sinks, recent, stride, GROUP, BLOCK_Q, JOIN)
+        margin = _margins(scores, best, kv, token, end, sinks, first_recent, stride, GROUP, BLOCK_Q, JOIN)
         near += ((margin > -alpha) & (token < end)).to(tl.int32)
         histogram += tl.histogram(_bin(margin, lowest), 256, mask=token < end)
     if COUNT_NEAR:
@@ -255,7 +274,7 @@ def _select_tokens_kernel(  # type: ignore[no-untyped-def]
     scores, extremes, seq_lens, slots, stride, sinks, recent, budgets, near_counts, histograms, undecided, finished,
     positions, counts, width, MEAN: tl.constexpr, BLOCK_HS: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr, JOIN: tl.constexpr, USE_PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, JOIN: tl.constexpr, RECENT_TABLE: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Write the tokens of a split that are above the threshold bin, and set those in it aside.
 
@@ -265,6 +284,7 @@ def _select_tokens_kernel(  # type: ignore[no-untyped-def]
     kv, split = tl.program_id(0), tl.program_id(1)
     row, head = kv // KV_HEADS, kv % KV_HEADS
     count = tl.load(seq_lens + tl.load(slots + row)).to(tl.int32)
+    first_recent = _first_recent(recent, count, RECENT_TABLE)
     entry = tl.arange(0, BLOCK_HS)
     near = tl.load(near_counts + row * KV_HEADS * SPLITS + entry, mask=entry < KV_HEADS * SPLITS, other=0)
     if MEAN:
@@ -293,7 +313,7 @@ def _select_tokens_kernel(  # type: ignore[no-untyped-def]
         end = start
     for first in tl.range(start, end, BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
-        margin = _margins(scores, best, kv, token, end, count, sinks, recent, stride, GROUP, BLOCK_Q, JOIN)
+        margin = _margins(scores, best, kv, token, end, sinks, first_recent, stride, GROUP, BLOCK_Q, JOIN)
         index = _bin(margin, lowest)
         is_above, is_undecided = (index > threshold_bin) & (token < end), (index == threshold_bin) & (token < end)
         packed = is_above.to(tl.int32) + (is_undecided.to(tl.int32) << 16)  # one scan for two counts: BLOCK_T < 2^15

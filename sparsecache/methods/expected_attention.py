@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.eviction import EvictionMethod
-from sparsecache.kernels.rotation import Rotation, rotate_rows, rotate_rows_back
+from sparsecache.kernels.moments import expected_logits, token_moments
+from sparsecache.kernels.rotation import Rotation, rotate_rows
 
 _MAX_FUTURE = 65536
 
@@ -47,28 +48,17 @@ class ExpectedAttention(EvictionMethod):
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv_heads, length = k.shape[:2]
         sinks = min(self.sinks, length)
-        positions = torch.arange(length + self.future, device=k.device)
-        rotation = self.rope(positions[sinks:length])
-        mean_rotation = Rotation(*(table.mean(0) for table in self.rope(positions[length:])))
-        grouped = q.view(kv_heads, -1, *q.shape[1:])[:, :, sinks:]
-        attention = [  # per KV head, since queries in float32 take much memory
-            _expected_attention(rotate_rows_back(queries, rotation), keys, mean_rotation)
-            for queries, keys in zip(grouped, k[:, sinks:].float(), strict=True)
-        ]
-        scores = (torch.stack(attention) + self.epsilon) * v[:, sinks:].float().norm(dim=-1)
+        if sinks == length:
+            return torch.full((kv_heads, length), torch.inf, device=k.device)
+        positions = torch.arange(sinks, length + self.future, device=k.device)
+        rotation, future = self.rope(positions[: length - sinks]), self.rope(positions[length - sinks :])
+        mean_rotation = Rotation(*(table.mean(0) for table in future))
+        sums, products = token_moments(q[:, sinks:], rotation)
+        mean = sums / (length - sinks)
+        covariance = products / (length - sinks) - mean[:, :, None] * mean[:, None]
+        mean = rotate_rows(mean, mean_rotation)
+        covariance = rotate_rows(rotate_rows(covariance, mean_rotation).mT, mean_rotation)
+        attention = expected_logits(k[:, sinks:], mean, covariance).softmax(-1)
+        norms = torch.linalg.vector_norm(v[:, sinks:], dim=-1, dtype=torch.float32)
+        scores = (attention.view(kv_heads, -1, length - sinks).mean(1) + self.epsilon) * norms
         return torch.cat((scores.new_full((kv_heads, sinks), torch.inf), scores), 1)
-
-
-def _expected_attention(q: Tensor, k: Tensor, mean_rotation: Rotation) -> Tensor:
-    """Return the expected attention to keys k [L, D] of a KV head: [L].
-
-    q: [H / G, L, D], the head's queries before RoPE; mean_rotation: the average rotation, [R] each.
-    """
-    head_dim = k.shape[1]
-    mean = q.mean(1, keepdim=True)
-    centred = q - mean
-    covariance = centred.mT @ centred / q.shape[1]
-    mean = rotate_rows(mean, mean_rotation)
-    covariance = rotate_rows(rotate_rows(covariance, mean_rotation).mT, mean_rotation)
-    scores = (mean @ k.mT)[:, 0] / math.sqrt(head_dim) + ((k @ covariance) * k).sum(2) / (2 * head_dim)
-    return scores.softmax(-1).mean(0)

@@ -24,10 +24,11 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig
+from sparsecache.cache.base import CacheConfig, StepBytes
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
-from sparsecache.cache.storage import FullStorage
-from sparsecache.kernels.factors import solve, sum_products, update_factors
+from sparsecache.cache.storage import FullStorage, stored_token_nbytes
+from sparsecache.kernels.factors import factorise, sum_products, update_factors
+from sparsecache.kernels.moments import token_moments
 from sparsecache.kernels.rows import mask_of_first, take_rows
 from sparsecache.kernels.selection import score_margin
 from sparsecache.kernels.speculation import speculated_scores
@@ -59,23 +60,9 @@ class LRQK(SelectionMethod):
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
         """As SelectionMethod.select; also leaves the selection in `cache.selection`."""
         assert isinstance(cache, LRQKCache)
-        scores = speculated_scores(cache.reduced_query, None, cache.reduced_keys, cache.seq_lens, slots).values
-        past = cache.seq_lens[slots]
-        budget = torch.minimum(cache.budgets[past], past)
-        cache.selection = cache.select_topk(self.priorities(scores.float(), past, budget), slots)
+        scores = speculated_scores(cache.reduced_query, None, cache.reduced_keys, cache.seq_lens, slots)
+        cache.selection = cache.select_near_best(scores, slots)
         return cache.selection
-
-    def priorities(self, scores: Tensor, past: Tensor, budget: Tensor) -> Tensor:
-        """Return each token's distance to the best score of a head, above 0 for recent tokens: [B, G, T].
-
-        scores: [B, G, H / G, T] float32, undefined from past [B] on; budget: [B], tokens.
-        """
-        position = torch.arange(scores.shape[3], device=scores.device)
-        is_past = (position < past[:, None])[:, None]  # [B, 1, T]
-        margin = score_margin(scores.masked_fill(~is_past[:, None], -torch.inf).flatten(1, 2), scores.shape[1])
-        recent = (self.recent * budget.double()).long()
-        is_recent = (position >= (past - recent)[:, None])[:, None] & is_past
-        return torch.where(is_recent, 1.0 + position, margin)
 
     def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
         head_dim = config.shape.head_dim
@@ -103,39 +90,44 @@ class LRQKCache(SelectionCache):
         self.query_basis, self.key_basis = (config.zeros(rank, head_dim, dtype=torch.float32) for _ in range(2))
         self.products = config.zeros(head_dim, rank, dtype=torch.float32)
         self.gram = config.zeros(rank, rank, dtype=torch.float32)
+        attended = torch.minimum(self.budgets, torch.arange(len(self.budgets), device=self.budgets.device))
+        self._params = self._params._replace(recent=(method.recent * attended.double()).long())
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         super().prefill(slot, q, k, v)
-        (kv_heads, length, _), rank = k.shape, self.gram.shape[2]
-        queries = q.view(kv_heads, -1, *q.shape[1:])  # [G, H / G, L, D]
-        keys = k.float()
-        # Per KV head, since queries in float32 take much memory.
-        query_gram = torch.stack([_gram(of_head.float().flatten(0, 1)) for of_head in queries])
-        magnitude = queries.abs().sum((1, 2), dtype=torch.float32) / queries.shape[1] + keys.abs().sum(1)
-        start = torch.eye(k.shape[2], device=k.device)[magnitude.topk(rank, dim=1).indices].mT  # [G, D, R]
-        start = start * (torch.arange(rank, device=k.device) < max(1, length // 2))  # fewer factors for few tokens
-        weights = _factorise(query_gram, _gram(keys), start, self.method.iterations)
+        (kv_heads, length, head_dim), rank = k.shape, self.gram.shape[2]
+        of_queries, of_keys = token_moments(q, absolute=True), token_moments(k, absolute=True)
+        query_sums, query_gram = (x.view(kv_heads, -1, *x.shape[1:]) for x in of_queries)  # by query head
+        magnitude = query_sums.mean(1) + of_keys.sums
+        start = torch.eye(head_dim, device=k.device)[magnitude.topk(rank, dim=1).indices]  # [G, R, D]
+        start[:, max(1, length // 2) :] = 0  # fewer factors for few tokens
+        weights = factorise(query_gram.sum(1), of_keys.products, start, self.method.iterations)
         query_weight, key_weight, self.query_basis[slot], self.key_basis[slot] = weights
-        reduced = keys @ key_weight
+        reduced = k.float() @ key_weight.mT
         self.reduced_keys[slot, :, :length] = reduced
         count = min(self._budget.tokens(length), length)
-        last = queries[:, :, -1].float() @ query_weight  # [G, H / G, R]
-        past = torch.full((1,), length, device=k.device)
-        priorities = self.method.priorities((last @ reduced.mT)[None], past, torch.full_like(past, count))
-        active = priorities[0].topk(count, dim=1).indices[..., None]
-        keys, reduced = (x.gather(1, active.expand(-1, -1, x.shape[2])) for x in (keys, reduced))
-        self.products[slot], self.gram[slot] = keys.mT @ reduced, _gram(reduced)
+        last = q[:, -1].float().view(kv_heads, -1, head_dim) @ query_weight.mT  # [G, H / G, R]
+        margin = score_margin((last @ reduced.mT).flatten(0, 1)[None], kv_heads)[0]
+        margin[:, length - int(self.method.recent * count) :] = torch.inf
+        selected = margin.topk(count, dim=1, sorted=False).indices[..., None]
+        keys, reduced = (x.gather(1, selected.expand(-1, -1, x.shape[2])).float() for x in (k, reduced))
+        self.products[slot], self.gram[slot] = keys.mT @ reduced, reduced.mT @ reduced
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         self.reduced_query, reduced_key = update_factors(
-            q, k, self.query_basis, self.key_basis, self.products, self.gram, slots, self.method.iterations
-        )
+            q, k, self.query_basis, self.key_basis, self.products, self.gram, self.reduced_keys, self.seq_lens, slots,
+            self.method.iterations,
+        )  # fmt: skip
         out = super().attend(q, k, v, slots)
         with self.config.deferred.reading(k, reduced_key, slots, *self.selection):
             self._sum_products(k, reduced_key, slots)
-            row = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
-            self.reduced_keys[slots, :, row] = reduced_key[:, :, 0].to(self.reduced_keys.dtype)
         return out
+
+    def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
+        """As LayerCache.step_nbytes; the products need the keys of the tokens attended to, and their factors, again."""
+        again = stored_token_nbytes(self.method.storage, self.config) / 2 * attended
+        again += self.method.selection_nbytes(self.config, attended)
+        return StepBytes(super().step_nbytes(seq_len, attended, cache_hit).device + again)
 
     def _sum_products(self, k: Tensor, reduced_key: Tensor, slots: Tensor) -> None:
         """Set the products to those of the tokens attended to."""
@@ -149,41 +141,3 @@ class LRQKCache(SelectionCache):
         taken = torch.arange(rows.shape[2], device=k.device).expand_as(rows)
         batch = torch.arange(len(slots), device=k.device)
         sum_products(k, reduced_key, keys, reduced_keys, batch, slots, taken, counts, *sums)
-
-
-def _gram(x: Tensor) -> Tensor:
-    """Return x^T x of x [.., N, C]: [.., C, C]."""
-    return x.mT @ x
-
-
-def _solve_rows(matrix: Tensor, rows: Tensor) -> Tensor:
-    """Return x of x matrix = rows; matrix: [.., R, R], symmetric; rows: [.., N, R]."""
-    return solve(matrix, rows.mT).mT
-
-
-def _basis(gram: Tensor, weight: Tensor) -> Tensor:
-    """Return the basis B with which A B is nearest to X, where A = X W: [G, R, D]; gram: X^T X [G, D, D]."""
-    side = weight.mT @ gram
-    return solve(side @ weight, side)
-
-
-def _factorise(
-    query_gram: Tensor, key_gram: Tensor, start: Tensor, iterations: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return W_Q, W_K [G, D, R] and the bases B_Q, B_K [G, R, D] of the factors Q W_Q and K W_K.
-
-    query_gram, key_gram: Q^T Q and K^T K, [G, D, D] float32; start: [G, D, R], the first W_Q and W_K. Columns of zeros
-    stay so.
-    """
-    query_weight = key_weight = start
-    for _ in range(iterations):
-        query_basis, key_basis = _basis(query_gram, query_weight), _basis(key_gram, key_weight)
-        query_weight = _solve_rows(
-            key_weight.mT @ key_gram @ key_weight + query_basis @ query_basis.mT,
-            key_gram @ key_weight + query_basis.mT,
-        )
-        key_weight = _solve_rows(
-            query_weight.mT @ query_gram @ query_weight + key_basis @ key_basis.mT,
-            query_gram @ query_weight + key_basis.mT,
-        )
-    return query_weight, key_weight, _basis(query_gram, query_weight), _basis(key_gram, key_weight)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsecache.kernels._triton import force_backend
-from sparsecache.kernels.factors import solve, sum_products, update_factors
+from sparsecache.kernels.factors import factorise, solve, sum_products, update_factors
 
 DTYPES = [torch.float16, torch.float32, torch.bfloat16][: 3 if torch.cuda.is_available() else 2]
 CASES = {  # slots, batch, KV heads, query heads per KV head, channels, rank, iterations
@@ -34,11 +34,15 @@ def test_the_kernel_equals_the_reference(case, dtype, device) -> None:
     heads = draw(batch, (group + 2) * kv_heads, 1, head_dim).to(dtype)
     q, k, _ = heads.tensor_split((group * kv_heads, (group + 1) * kv_heads), dim=1)
     order = torch.randperm(slots, generator=generator)[:batch].to(device)
+    seq_lens = torch.arange(28, 28 + slots, device=device)  # of 30: a full slot overwrites its last row
     found = []
     for backend in ("kernels", "reference"):
-        copies = [basis.clone() for basis in bases]
+        copies, reduced_keys = [basis.clone() for basis in bases], tokens.to(dtype, copy=True)
         with force_backend(backend):
-            reduced = update_factors(q, k, *copies, products, gram, order, iterations)
+            reduced = update_factors(q, k, *copies, products, gram, reduced_keys, seq_lens, order, iterations)
+        appended = reduced_keys[order, :, seq_lens[order].clamp(max=29)]
+        assert torch.equal(appended, reduced[1][:, :, 0].to(dtype))
+        assert int((reduced_keys != tokens.to(dtype)).any(3).sum()) == batch * kv_heads
         assert reduced[0].shape == (batch, group * kv_heads, 1, rank) and reduced[1].shape == (batch, kv_heads, 1, rank)
         found.append([*reduced, *copies])
     for kernel, reference in zip(*found, strict=True):
@@ -46,6 +50,19 @@ def test_the_kernel_equals_the_reference(case, dtype, device) -> None:
     free = [slot for slot in range(slots) if slot not in order.tolist()]
     for basis, updated in zip(bases, found[0][2:], strict=True):
         assert torch.equal(basis[free], updated[free]) and not torch.equal(basis[order], updated[order])
+
+
+@pytest.mark.parametrize(("kv_heads", "head_dim", "rank", "iterations"), [(2, 24, 5, 2), (1, 16, 16, 1)])
+def test_the_kernel_factorises_a_prompt_as_the_reference(kv_heads, head_dim, rank, iterations, device, agree) -> None:
+    """Also with factors of zeros."""
+    generator = torch.Generator().manual_seed(head_dim)
+    grams = []
+    for _ in range(2):
+        x = torch.randn(kv_heads, 3 * head_dim, head_dim, generator=generator)
+        grams.append((x.mT @ x).to(device))
+    start = torch.eye(head_dim)[torch.randperm(head_dim, generator=generator)[:rank]].repeat(kv_heads, 1, 1).to(device)
+    start[:, rank - 1] = 0
+    agree(factorise, *grams, start, iterations)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

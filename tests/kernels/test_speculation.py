@@ -222,6 +222,18 @@ def test_the_reference_equals_a_loop(case, options) -> None:
             assert found[row][kv] == sorted(expected)
 
 
+def test_the_number_of_recent_tokens_may_depend_on_the_past(device) -> None:
+    """Each row is selected as with the table's number for all rows."""
+    inputs = _inputs(CASES["around a block"], device, torch.float32, ties=False)
+    params, width = _params((math.inf, 0.2, False, 1, 0), 300, device)
+    table = torch.arange(301, device=device) // 7
+    both = _from_same_scores(inputs, params._replace(recent=table), width)
+    for row, past in enumerate(inputs[3][inputs[4]].tolist()):
+        _, expected = _from_same_scores(inputs, params._replace(recent=past // 7), width)
+        assert all(found[row] == expected[row] for found in both)
+        assert set(range(past - past // 7, past)) <= set(expected[row][0])
+
+
 def test_half_precision_keys_do_not_round_the_query(device) -> None:
     """Nearly all tokens are those that float32 products select."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
