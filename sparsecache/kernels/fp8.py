@@ -136,10 +136,11 @@ def _quantise_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < size
+    if KIND == 1:
+        gain = tl.load(weight + column, mask=mask, other=0.0)  # while the kernel before still runs
     pdl_wait(USE_PDL)
     wide = tl.load(x + row * row_stride + column, mask=mask, other=0.0).to(tl.float32)
     if KIND == 1:
-        gain = tl.load(weight + column, mask=mask, other=0.0)
         wide = wide * (1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps))
         wide = (wide.to(x.dtype.element_ty) * gain).to(tl.float32)
     elif KIND == 2:

@@ -213,32 +213,53 @@ def _pair_rows(pair, pairs, half, KIND: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def _store(  # type: ignore[no-untyped-def]
-    one, two, bias, residual, cos, sin, out, rows, pairs, half, num_rotated, pair, row,
+def _load_operands(  # type: ignore[no-untyped-def]
+    bias, residual, cos, sin, rows, pairs, half, num_rotated, pair, row,
     KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Apply what follows the products one and two [BLOCK_M, BLOCK_N], and store the result."""
+    """Load what `_store` applies: two biases [BLOCK_M], and residual, or cos and sin [BLOCK_M, BLOCK_N].
+
+    Called before the loop over the weight, which then hides the latency of these loads. They stay in their dtype: a
+    conversion would wait for them, and Triton moves values between threads where it converts them.
+    """
     first, second = _pair_rows(pair, pairs, half, KIND)
+    one_bias = tl.zeros(pair.shape, dtype=tl.float32)
+    two_bias = tl.zeros(pair.shape, dtype=tl.float32)
     if BIAS:
-        one += tl.load(bias + first, mask=pair < pairs, other=0.0).to(tl.float32)[:, None]
+        one_bias = tl.load(bias + first, mask=pair < pairs, other=0.0)
         if KIND != 0:
-            two += tl.load(bias + second, mask=pair < pairs, other=0.0).to(tl.float32)[:, None]
+            two_bias = tl.load(bias + second, mask=pair < pairs, other=0.0)
     mask = (pair < pairs)[:, None] & (row < rows)[None, :]
-    if KIND == 0:
-        target = row[None, :] * pairs + pair[:, None]
-        if RESIDUAL:
-            one += tl.load(residual + target, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + target, one, mask=mask)
-    elif KIND == 1:
-        tl.store(out + row[None, :] * pairs + pair[:, None], one / (1.0 + tl.exp(-one)) * two, mask=mask)
-    else:
+    one_tile = tl.zeros(mask.shape, dtype=tl.float32)
+    two_tile = tl.zeros(mask.shape, dtype=tl.float32)
+    if RESIDUAL:
+        one_tile = tl.load(residual + row[None, :] * pairs + pair[:, None], mask=mask, other=0.0)
+    if KIND == 2:
         angle = row[None, :] * 2 * half + (pair % half)[:, None]
         is_rotated = mask & (pair // half < num_rotated)[:, None]
-        c = tl.load(cos + angle, mask=is_rotated, other=1.0).to(tl.float32)
-        s = tl.load(sin + angle, mask=is_rotated, other=0.0).to(tl.float32)
-        target = row[None, :] * 2 * pairs + first[:, None]
-        tl.store(out + target, one * c - two * s, mask=mask)
-        tl.store(out + target + half, two * c + one * s, mask=mask)
+        one_tile = tl.load(cos + angle, mask=is_rotated, other=1.0)
+        two_tile = tl.load(sin + angle, mask=is_rotated, other=0.0)
+    return one_bias, two_bias, one_tile, two_tile
+
+
+@triton.jit
+def _store(one, two, operands, out, rows, pairs, half, pair, row, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Apply what follows the products one and two [BLOCK_M, BLOCK_N], and store the result."""
+    one_bias, two_bias, one_tile, two_tile = operands
+    mask = (pair < pairs)[:, None] & (row < rows)[None, :]
+    one += one_bias.to(tl.float32)[:, None]
+    if KIND == 0:
+        tl.store(out + row[None, :] * pairs + pair[:, None], one + one_tile.to(tl.float32), mask=mask)
+    else:
+        two += two_bias.to(tl.float32)[:, None]
+        if KIND == 1:
+            tl.store(out + row[None, :] * pairs + pair[:, None], one / (1.0 + tl.exp(-one)) * two, mask=mask)
+        else:
+            first, _ = _pair_rows(pair, pairs, half, KIND)
+            target = row[None, :] * 2 * pairs + first[:, None]
+            c, s = one_tile.to(tl.float32), two_tile.to(tl.float32)
+            tl.store(out + target, one * c - two * s, mask=mask)
+            tl.store(out + target + half, two * c + one * s, mask=mask)
 
 
 @triton.jit
@@ -251,6 +272,8 @@ def _linear_one_row_kernel(  # type: ignore[no-untyped-def]
     pdl_wait(USE_PDL)
     pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first, second = _pair_rows(tl.minimum(pair, pairs - 1), pairs, half, KIND)
+    row = tl.arange(0, BLOCK_N)
+    operands = _load_operands(bias, residual, cos, sin, rows, pairs, half, num_rotated, pair, row, KIND, BIAS, RESIDUAL)
     one = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     two = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for start in tl.range(0, size, BLOCK_K):
@@ -262,9 +285,8 @@ def _linear_one_row_kernel(  # type: ignore[no-untyped-def]
         if KIND != 0:
             two += tl.load(weight + second[:, None] * size + k[None, :], mask=mask, other=0.0).to(tl.float32) * x_block
     pdl_launch(USE_PDL)
-    one_sum, two_sum, row = tl.sum(one, axis=1)[:, None], tl.sum(two, axis=1)[:, None], tl.arange(0, BLOCK_N)
-    _store(one_sum, two_sum, bias, residual, cos, sin, out, rows, pairs, half, num_rotated, pair, row,
-           KIND, BIAS, RESIDUAL)  # fmt: skip
+    one_sum, two_sum = tl.sum(one, axis=1)[:, None], tl.sum(two, axis=1)[:, None]
+    _store(one_sum, two_sum, operands, out, rows, pairs, half, pair, row, KIND)
 
 
 @triton.jit
@@ -278,6 +300,7 @@ def _linear_few_rows_kernel(  # type: ignore[no-untyped-def]
     pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first, second = _pair_rows(pair, pairs, half, KIND)
     row = tl.arange(0, BLOCK_N)
+    operands = _load_operands(bias, residual, cos, sin, rows, pairs, half, num_rotated, pair, row, KIND, BIAS, RESIDUAL)
     is_pair = (pair < pairs)[:, None]
     one = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     two = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -293,8 +316,7 @@ def _linear_few_rows_kernel(  # type: ignore[no-untyped-def]
             two_weight = tl.load(weight + second[:, None] * size + k[None, :], mask=mask, other=0.0)
             two = tl.dot(two_weight, x_block, two, input_precision="ieee")
     pdl_launch(USE_PDL)
-    _store(one, two, bias, residual, cos, sin, out, rows, pairs, half, num_rotated, pair, row,
-           KIND, BIAS, RESIDUAL)  # fmt: skip
+    _store(one, two, operands, out, rows, pairs, half, pair, row, KIND)
 
 
 @triton.jit
@@ -308,6 +330,10 @@ def _linear_quantised_kernel(  # type: ignore[no-untyped-def]
     pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first, second = _pair_rows(pair, pairs, half, KIND)
     row = tl.arange(0, BLOCK_N)
+    operands = _load_operands(bias, residual, cos, sin, rows, pairs, half, num_rotated, pair, row, KIND, BIAS, RESIDUAL)
+    x_scale = tl.load(x_scales + row, mask=row < rows, other=0.0)
+    one_scale = tl.load(scales + first, mask=pair < pairs, other=0.0)
+    two_scale = tl.load(scales + second, mask=pair < pairs, other=0.0) if KIND != 0 else one_scale
     one = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     two = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for start in tl.range(0, size, BLOCK_K):
@@ -322,10 +348,6 @@ def _linear_quantised_kernel(  # type: ignore[no-untyped-def]
             two_weight = tl.load(weight + second[None, :] * size + k[:, None], mask=mask, other=0.0)
             two = tl.dot(x_block, two_weight, two)
     pdl_launch(USE_PDL)
-    x_scale = tl.load(x_scales + row, mask=row < rows, other=0.0)[None, :]
-    one = tl.trans(one) * tl.load(scales + first, mask=pair < pairs, other=0.0)[:, None] * x_scale
-    two = tl.trans(two)
-    if KIND != 0:
-        two *= tl.load(scales + second, mask=pair < pairs, other=0.0)[:, None] * x_scale
-    _store(one, two, bias, residual, cos, sin, out, rows, pairs, half, num_rotated, pair, row,
-           KIND, BIAS, RESIDUAL)  # fmt: skip
+    one = tl.trans(one) * one_scale[:, None] * x_scale[None, :]
+    two = tl.trans(two) * two_scale[:, None] * x_scale[None, :]
+    _store(one, two, operands, out, rows, pairs, half, pair, row, KIND)
