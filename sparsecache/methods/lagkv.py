@@ -43,9 +43,10 @@ class LagKV(EvictionMethod):
         scored = max(0, (length - sinks) // self.lag - 1) * self.lag  # tokens that have a next partition
         scores = k.new_full((kv_heads, length), torch.inf, dtype=torch.float32)
         if scored:
-            mean = (self._spread(k, sinks, scored) + self._spread(v, sinks, scored)) / 2
-            ranks = mean.argsort(dim=-1).argsort(dim=-1) / self.lag
-            scores[:, sinks : sinks + scored] = ranks.flatten(1)
+            spread = self._spread(torch.cat((k, v)), sinks, scored)
+            order = (spread[:kv_heads] + spread[kv_heads:]).argsort(dim=-1)
+            ranks = torch.arange(self.lag, device=k.device).expand_as(order) / self.lag
+            scores[:, sinks : sinks + scored] = torch.empty_like(ranks).scatter_(2, order, ranks).flatten(1)
         return torch.cat((scores[:, :sinks], pin_last(scores[:, sinks:], length - sinks - scored)), 1)
 
     def _spread(self, x: Tensor, first: int, count: int) -> Tensor:
