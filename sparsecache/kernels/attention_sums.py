@@ -10,6 +10,7 @@ from sparsecache.kernels.scores import scaled_scores
 
 _BLOCK = 64  # queries whose scores the reference holds at a time
 _BLOCK_M, _BLOCK_N, _WARPS = 64, 128, 4  # queries and keys per iteration
+_NORMALIZER_BLOCK_M, _NORMALIZER_WARPS = 128, 8  # more queries per program read the keys from L2 less often
 _FEW_QUERIES = 256  # up to which the reference is as fast: it fills the GPU, the kernels do not
 
 
@@ -40,11 +41,14 @@ def _launch(q: Tensor, k: Tensor, first: int) -> Tensor:
     inputs = (q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), normalizers)
     scale = math.log2(math.e) / math.sqrt(head_dim)  # scores are exponents of 2
     sizes = {
-        "GROUP": heads // kv_heads, "BLOCK_M": _BLOCK_M, "BLOCK_N": _BLOCK_N,
-        "BLOCK_D": next_power_of_2(head_dim, 16), "num_warps": _WARPS, "num_stages": 2 if q.element_size() > 2 else 3,
+        "GROUP": heads // kv_heads, "BLOCK_N": _BLOCK_N, "BLOCK_D": next_power_of_2(head_dim, 16), "num_stages": 2,
     }  # fmt: skip
-    _normalizer_kernel[(-(-(length - first) // _BLOCK_M), heads)](*inputs, scale, first, length, head_dim, **sizes)
-    _sum_kernel[(-(-length // _BLOCK_N), kv_heads)](*inputs, sums, scale, first, length, head_dim, **sizes)
+    _normalizer_kernel[(-(-(length - first) // _NORMALIZER_BLOCK_M), heads)](
+        *inputs, scale, first, length, head_dim, BLOCK_M=_NORMALIZER_BLOCK_M, num_warps=_NORMALIZER_WARPS, **sizes,
+    )  # fmt: skip
+    _sum_kernel[(-(-length // _BLOCK_N), kv_heads)](
+        *inputs, sums, scale, first, length, head_dim, BLOCK_M=_BLOCK_M, num_warps=_WARPS, **sizes,
+    )  # fmt: skip
     return sums
 
 
@@ -100,7 +104,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     in_head = channel < head_dim
     k_ptr = k + kv * k_head_stride + column[None, :] * k_stride + channel[:, None]
     k_block = tl.load(k_ptr, mask=(column < length)[None, :] & in_head[:, None], other=0.0)
-    received = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    received = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # added over the queries after the loops
     seen_by_all = tl.maximum(first, tl.cdiv(tl.maximum(begin + BLOCK_N - 1 - first, 0), BLOCK_M) * BLOCK_M + first)
     for member in range(GROUP):
         head = kv * GROUP + member
@@ -113,5 +117,5 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
                 normalizer = tl.load(normalizers + head * length + row, mask=row < length, other=float("inf"))
                 scores = _causal_scores(q_block, k_block, row, column, scale, masked)
                 weights = tl.exp2(scores - normalizer[:, None])  # 0 beyond the last query
-                received += tl.sum(weights, axis=0)
-    tl.store(sums + kv * length + column, received, mask=column < length)
+                received += weights
+    tl.store(sums + kv * length + column, tl.sum(received, axis=0), mask=column < length)

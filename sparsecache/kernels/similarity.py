@@ -7,23 +7,25 @@ from torch.nn.functional import normalize
 from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
 
 _BLOCK = 64  # tokens that the reference compares with a whole prompt at a time
-_BLOCK_M, _BLOCK_N = 64, 128  # tokens, and those compared with them, per iteration
+_BLOCK_M, _BLOCK_N, _WARPS = 128, 128, 8  # tokens, and those compared with them, per iteration
+_CHUNK = 8  # iterations between two checks of whether all tokens are done; loads are pipelined within a chunk
 
 
 def latest_similar(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Return each token's latest other token of a cosine similarity above `threshold`, or -1, and the similarity, or 0.
 
-    keys: [G, L, D], finite. Returns [G, L] int64 and float32.
+    keys: [G, L, D], finite; threshold: above 0. Returns [G, L] int64 and float32.
     """
     kv_heads, length, head_dim = keys.shape
     if use_kernel(keys):
         keys = keys if keys.stride(2) == 1 else keys.contiguous()
-        scale = 1 / keys.float().norm(dim=2).clamp(min=1e-12)
+        norms = torch.linalg.vector_norm(keys, dim=2, dtype=torch.float32).clamp_(min=1e-12)
         latest = torch.empty((kv_heads, length), device=keys.device, dtype=torch.int64)
         similarity = torch.empty((kv_heads, length), device=keys.device, dtype=torch.float32)
         _latest_kernel[(-(-length // _BLOCK_M), kv_heads)](
-            keys, keys.stride(0), keys.stride(1), scale, latest, similarity, threshold, length, head_dim,
-            BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_D=next_power_of_2(head_dim, 16), num_warps=4,
+            keys, keys.stride(0), keys.stride(1), norms, latest, similarity, threshold, length, head_dim,
+            BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, CHUNK=_CHUNK, BLOCK_D=next_power_of_2(head_dim, 16), num_warps=_WARPS,
+            num_stages=3 if keys.element_size() == 2 else 1,
         )  # fmt: skip
         return latest, similarity
     unit = normalize(keys.float(), dim=2)
@@ -39,8 +41,8 @@ def latest_similar(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["length"])
 def _latest_kernel(  # type: ignore[no-untyped-def]
-    keys, head_stride, stride, scale, latest, similarity, threshold, length, head_dim,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    keys, head_stride, stride, norms, latest, similarity, threshold, length, head_dim,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compare BLOCK_M tokens with all tokens, from the last on, until each has a similar one."""
     head, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
@@ -50,21 +52,27 @@ def _latest_kernel(  # type: ignore[no-untyped-def]
     of_row = tl.load(
         base + row[:, None] * stride + channel[None, :], mask=(row < length)[:, None] & in_head[None, :], other=0.0
     )
-    row_scale = tl.load(scale + head * length + row, mask=row < length, other=0.0)
+    row_norm = tl.load(norms + head * length + row, mask=row < length, other=1.0)
     found = tl.where(row < length, -1, length)
     nearness = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    start = (length - 1) // BLOCK_N * BLOCK_N
-    while start >= 0:
-        column = start + tl.arange(0, BLOCK_N)
-        mask = (column < length)[None, :] & in_head[:, None]
-        of_column = tl.load(base + column[None, :] * stride + channel[:, None], mask=mask, other=0.0)
-        column_scale = tl.load(scale + head * length + column, mask=column < length, other=0.0)
-        cosine = tl.dot(of_row, of_column, input_precision="ieee") * row_scale[:, None] * column_scale[None, :]
-        is_similar = (cosine > threshold) & (column[None, :] != row[:, None]) & (column < length)[None, :]
-        last = tl.max(tl.where(is_similar, column[None, :], -1), axis=1)
-        of_last = tl.sum(tl.where(column[None, :] == last[:, None], cosine, 0.0), axis=1)
-        is_first = (found < 0) & (last >= 0)
-        found, nearness = tl.where(is_first, last, found), tl.where(is_first, of_last, nearness)
-        start = tl.where(tl.min(found, axis=0) < 0, start - BLOCK_N, -1)
+    blocks = tl.cdiv(length, BLOCK_N)  # still to compare
+    while blocks > 0:
+        count = tl.minimum(blocks, CHUNK)
+        for step in tl.range(0, count):
+            column = (blocks - 1 - step) * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask = (column < length)[None, :] & in_head[:, None]
+            of_column = tl.load(base + column[None, :] * stride + channel[:, None], mask=mask, other=0.0)
+            column_norm = tl.load(norms + head * length + column, mask=column < length, other=1.0)
+            product = tl.dot(of_row, of_column, input_precision="ieee")
+            # Most blocks hold nothing similar. This costs less per product than what follows, and lets rounding pass.
+            least = tl.where(found < 0, 0.999 * threshold * row_norm, 1e30)
+            if tl.max(tl.max(product - least[:, None] * column_norm[None, :], axis=1), axis=0) > 0:
+                cosine = product / row_norm[:, None] / column_norm[None, :]
+                is_similar = (cosine > threshold) & (column[None, :] != row[:, None]) & (column < length)[None, :]
+                last = tl.max(tl.where(is_similar, column[None, :], -1), axis=1)
+                of_last = tl.sum(tl.where(column[None, :] == last[:, None], cosine, 0.0), axis=1)
+                is_first = (found < 0) & (last >= 0)
+                found, nearness = tl.where(is_first, last, found), tl.where(is_first, of_last, nearness)
+        blocks = tl.where(tl.min(found, axis=0) < 0, blocks - count, 0)
     tl.store(latest + head * length + row, found.to(tl.int64), mask=row < length)
     tl.store(similarity + head * length + row, nearness, mask=row < length)
