@@ -35,7 +35,7 @@ from sparsecache.kernels.rotation import Rotation, rotate_rows_back
 from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
 
-_ITERATIONS = 4
+_PRODUCTS = (2, 1, 1)  # with K^T K, before each time that the vectors are made orthonormal
 _RIDGE, _MIN_RIDGE = 1e-14, 1e-300  # a share of the trace, for vectors of a smaller rank; above 0, for zeros
 
 
@@ -133,7 +133,7 @@ class ShadowKVCache(LayerCache):
         num_outliers, num_recent = self.method.exact_pages(count)
         first = max(0, length // page - num_recent)  # the first of the last pages
         num_outliers = min(num_outliers, first)
-        unrotated = rotate_rows_back(k, Rotation(*(table[:length] for table in self._rotation)))
+        unrotated = rotate_rows_back(k, Rotation(*(table[:length] for table in self._rotation))).to(k.dtype)
         self.coefficients[slot, :length], self.basis[slot] = _low_rank(unrotated, self._start)
         copy_into(self.values[slot], v)
 
@@ -193,18 +193,27 @@ class ShadowKVCache(LayerCache):
 def _low_rank(keys: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Return an approximation of keys [G, L, D] of rank R, near the best one: coefficients [L, R], basis [G, R, D].
 
-    The keys of all KV heads are one matrix [L, G D]. start: [G D, R], any vectors.
+    The keys of all KV heads are one matrix [L, G D]. start: [G D, R] float64, any vectors.
     """
     kv_heads, length, head_dim = keys.shape
     channels, rank = start.shape
     matrix = keys.transpose(0, 1).reshape(length, channels)
-    vectors = torch.eye(channels, device=keys.device)
+    vectors = torch.eye(channels, dtype=keys.dtype, device=keys.device)
     if rank < channels:
-        gram, vectors = (matrix.mT @ matrix).double(), start
-        for _ in range(_ITERATIONS):
-            vectors = _orthonormal(gram @ vectors)
-        vectors = vectors.float()
+        gram, vectors = _gram(matrix).double(), start
+        for products in _PRODUCTS:
+            for _ in range(products):
+                vectors = gram @ vectors
+            vectors = _orthonormal(vectors)
+        vectors = vectors.to(keys.dtype)
     return matrix @ vectors, vectors.mT.reshape(rank, kv_heads, head_dim).transpose(0, 1)
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """Return matrix^T matrix in float32. Rounded to half precision, its small eigenvalues would be lost."""
+    if matrix.is_cuda and matrix.dtype != torch.float32:
+        return torch.mm(matrix.mT, matrix, out_dtype=torch.float32)
+    return matrix.float().mT @ matrix.float()
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
