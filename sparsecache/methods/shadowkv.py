@@ -19,7 +19,6 @@ from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, StepBytes
 from sparsecache.cache.host import allocate, check_host_memory, copy_into
@@ -28,12 +27,14 @@ from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.decode import CachedRows, attend_gathered
 from sparsecache.kernels.gather import gather_rows
 from sparsecache.kernels.lru_cache import LRUCache
+from sparsecache.kernels.page_means import page_means
 from sparsecache.kernels.page_shares import highest_page_shares
 from sparsecache.kernels.pages import select_pages
 from sparsecache.kernels.rebuild import append_exact, rebuild_rows
-from sparsecache.kernels.rotation import Rotation, rotate_rows_back
+from sparsecache.kernels.rotation import Rotation
 from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
+from sparsecache.kernels.unrotate import unrotate_keys
 
 _PRODUCTS = (2, 1, 1)  # with K^T K, before each time that the vectors are made orthonormal
 _RIDGE, _MIN_RIDGE = 1e-14, 1e-300  # a share of the trace, for vectors of a smaller rank; above 0, for zeros
@@ -133,14 +134,11 @@ class ShadowKVCache(LayerCache):
         num_outliers, num_recent = self.method.exact_pages(count)
         first = max(0, length // page - num_recent)  # the first of the last pages
         num_outliers = min(num_outliers, first)
-        unrotated = rotate_rows_back(k, Rotation(*(table[:length] for table in self._rotation))).to(k.dtype)
+        unrotated = unrotate_keys(k, self._rotation)
         self.coefficients[slot, :length], self.basis[slot] = _low_rank(unrotated, self._start)
         copy_into(self.values[slot], v)
 
-        paged = k[:, : first * page].reshape(kv_heads, first, page, head_dim).float()
-        mean = paged.mean(2)
-        self.mean_keys[slot, :, :first] = mean
-        least = cosine_similarity(mean[:, :, None], paged, dim=3).amin(2)  # [G, first], of a page's keys
+        self.mean_keys[slot, :, :first], least = page_means(k, page, first)
         outliers = least.topk(num_outliers, dim=1, largest=False).indices
         self.is_exact[slot, :, :first].fill_(False).scatter_(1, outliers, True)
         self.is_exact[slot, :, first:].fill_(True)
@@ -191,13 +189,13 @@ class ShadowKVCache(LayerCache):
 
 
 def _low_rank(keys: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an approximation of keys [G, L, D] of rank R, near the best one: coefficients [L, R], basis [G, R, D].
+    """Return an approximation of keys [L, G, D] of rank R, near the best one: coefficients [L, R], basis [G, R, D].
 
     The keys of all KV heads are one matrix [L, G D]. start: [G D, R] float64, any vectors.
     """
-    kv_heads, length, head_dim = keys.shape
+    length, kv_heads, head_dim = keys.shape
     channels, rank = start.shape
-    matrix = keys.transpose(0, 1).reshape(length, channels)
+    matrix = keys.reshape(length, channels)
     vectors = torch.eye(channels, dtype=keys.dtype, device=keys.device)
     if rank < channels:
         gram, vectors = _gram(matrix).double(), start

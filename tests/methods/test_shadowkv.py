@@ -131,15 +131,15 @@ def _check_error(length: int, rank: int, dtype: torch.dtype, device: torch.devic
     keys = torch.randn(length, 48, generator=generator) * 0.9 ** torch.arange(48)
     keys = (keys @ torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q).to(device, dtype)
     start = torch.randn(48, rank, dtype=torch.float64, generator=generator).to(device)
-    coefficients, basis = _low_rank(keys.view(length, 3, 16).transpose(0, 1), start)
+    coefficients, basis = _low_rank(keys.view(length, 3, 16), start)
     rebuilt = coefficients.double() @ basis.transpose(0, 1).reshape(rank, 48).double()
     least = torch.linalg.svdvals(keys.double())[rank:].square().sum().sqrt()
-    rounding = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
-    assert (rebuilt - keys).norm() <= 1.03 * least + rounding * keys.double().norm()
+    rounding = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype] * keys.double().norm()
+    assert (rebuilt - keys).norm() <= torch.hypot(1.03 * least, rounding)
 
 
 def test_keys_of_zeros_stay_zeros() -> None:
-    coefficients, basis = _low_rank(torch.zeros(2, 30, 4), torch.randn(8, 3, dtype=torch.float64))
+    coefficients, basis = _low_rank(torch.zeros(30, 2, 4), torch.randn(8, 3, dtype=torch.float64))
     assert not coefficients.any() and basis.isfinite().all()
 
 

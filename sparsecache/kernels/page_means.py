@@ -1,0 +1,58 @@
+"""The mean keys of pages, and how much the keys of a page differ from it, as in ShadowKV."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
+
+_MAX_BLOCK_T = 16  # tokens of a page at a time
+
+
+def page_means(k: Tensor, page: int, pages: int) -> tuple[Tensor, Tensor]:
+    """Return the mean keys of the first pages [G, pages, D], and each page's least cosine similarity [G, pages].
+
+    k: [G, L, D], L at least page * pages; page: tokens in a page. The similarity is that of a page's keys to their
+    mean. Both are float32.
+    """
+    kv_heads, _, head_dim = k.shape
+    if not (use_kernel(k) and pages):
+        paged = k[:, : pages * page].reshape(kv_heads, pages, page, head_dim).float()
+        mean = paged.mean(2)
+        return mean, cosine_similarity(mean[:, :, None], paged, dim=3).amin(2)
+    means = torch.empty((kv_heads, pages, head_dim), device=k.device, dtype=torch.float32)
+    least = torch.empty((kv_heads, pages), device=k.device, dtype=torch.float32)
+    _mean_kernel[(pages, kv_heads)](
+        k, k.stride(0), k.stride(1), means, least, pages, head_dim,
+        PAGE=page, BLOCK_T=min(_MAX_BLOCK_T, next_power_of_2(page)), BLOCK_D=next_power_of_2(head_dim), num_warps=1,
+    )  # fmt: skip
+    return means, least
+
+
+@triton.jit(do_not_specialize=["pages"])
+def _mean_kernel(  # type: ignore[no-untyped-def]
+    keys, head_stride, row_stride, means, least, pages, head_dim,
+    PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Find the mean and the least similarity of one page of a KV head."""
+    page, kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    token, channel = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_D)
+    source = keys + kv * head_stride + (page * PAGE + token) * row_stride + channel[None, :]
+    in_head = channel < head_dim
+    mean = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for first in tl.range(0, PAGE, BLOCK_T):
+        mask = (first + token < PAGE) & in_head[None, :]
+        mean += tl.sum(tl.load(source + first * row_stride, mask=mask, other=0.0).to(tl.float32), axis=0)
+    mean /= PAGE
+    norm = tl.maximum(tl.sqrt(tl.sum(mean * mean, axis=0)), 1e-8)
+    lowest = tl.full((BLOCK_T,), float("inf"), dtype=tl.float32)
+    for first in tl.range(0, PAGE, BLOCK_T):
+        is_in_page = first + tl.arange(0, BLOCK_T) < PAGE
+        mask = is_in_page[:, None] & in_head[None, :]
+        key = tl.load(source + first * row_stride, mask=mask, other=0.0).to(tl.float32)
+        norms = tl.maximum(tl.sqrt(tl.sum(key * key, axis=1)), 1e-8)
+        similarity = tl.sum(key * mean[None, :], axis=1) / (norms * norm)
+        lowest = tl.minimum(lowest, tl.where(is_in_page, similarity, float("inf")))
+    owner = kv * pages + page
+    tl.store(means + owner * head_dim + channel, mean, mask=in_head)
+    tl.store(least + owner, tl.min(lowest, axis=0))
