@@ -9,7 +9,8 @@ benchmark.
 GQA: as in the paper, a KV head takes the mean expected attention of its query heads.
 
 Differences: queries are rotated back, since a cache receives rotated ones. KV heads keep equally many tokens; the
-authors' benchmark gives them different counts, as `adakv` does.
+authors' benchmark gives them different counts, as `adakv` does. It also evicts before the question comes; here the
+question is part of the prompt, and `recent` keeps it.
 """
 
 import math
@@ -19,7 +20,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from sparsecache.cache.eviction import EvictionMethod
+from sparsecache.cache.eviction import EvictionMethod, pin_last
 from sparsecache.kernels.moments import expected_logits, token_moments
 from sparsecache.kernels.rotation import Rotation, rotate_rows
 
@@ -35,6 +36,7 @@ class ExpectedAttention(EvictionMethod):
     future: Annotated[int, "future positions whose rotations are averaged, 1 to 65536"] = 512
     sinks: Annotated[int, "first tokens that always stay, 0 or more"] = 4
     epsilon: Annotated[float, "added to the expected attention before it is multiplied by the norm of the value"] = 0.01
+    recent: Annotated[int, "last prompt tokens that always stay, 0 or more"] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +46,8 @@ class ExpectedAttention(EvictionMethod):
             raise ValueError(f"sinks={self.sinks} must be 0 tokens or more.")
         if not 0 <= self.epsilon < math.inf:
             raise ValueError(f"epsilon={self.epsilon} must be 0 or more.")
+        if self.recent < 0:
+            raise ValueError(f"recent={self.recent} must be 0 tokens or more.")
 
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv_heads, length = k.shape[:2]
@@ -61,4 +65,4 @@ class ExpectedAttention(EvictionMethod):
         attention = expected_logits(k[:, sinks:], mean, covariance).softmax(-1)
         norms = torch.linalg.vector_norm(v[:, sinks:], dim=-1, dtype=torch.float32)
         scores = (attention.view(kv_heads, -1, length - sinks).mean(1) + self.epsilon) * norms
-        return torch.cat((scores.new_full((kv_heads, sinks), torch.inf), scores), 1)
+        return torch.cat((scores.new_full((kv_heads, sinks), torch.inf), pin_last(scores, self.recent)), 1)

@@ -5,22 +5,32 @@ all keys of the KV head, by cosine similarity; keys are scaled to length 1 befor
 computed. GQA adds nothing: keys are those of KV heads.
 
 Differences: the paper reads the prompt in blocks and evicts after each one, and while decoding. Here tokens are evicted
-once, at the end of the prompt, as in kvpress, and new tokens stay. The paper states budgets of 2K to 8K tokens; the
-default is this project's.
+once, at the end of the prompt, as in kvpress, and new tokens stay. kvpress evicts before the question comes; here the
+question is part of the prompt, and `recent` keeps it. The paper states budgets of 2K to 8K tokens; the default is this
+project's.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from sparsecache.cache.eviction import EvictionMethod
+from sparsecache.cache.eviction import EvictionMethod, pin_last
 
 
 @dataclass
 class KeyDiff(EvictionMethod):
     """Keeps the prompt tokens with the most distinctive keys, and every new token."""
 
+    recent: Annotated[int, "last prompt tokens that always stay, 0 or more"] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recent < 0:
+            raise ValueError(f"recent={self.recent} must be 0 tokens or more.")
+
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k = k.float()
-        return -cosine_similarity(k, normalize(k, dim=-1).mean(1, keepdim=True), dim=-1)
+        scores = -cosine_similarity(k, normalize(k, dim=-1).mean(1, keepdim=True), dim=-1)
+        return pin_last(scores, self.recent)
