@@ -1,23 +1,21 @@
-"""The kernels of LRQK: factorise a prompt; at a step reduce a query and a key, and update the bases of the factors.
+"""The step of LRQK: reduce a new query and key by low-rank factors of the text, and update the bases of the factors.
 
-Systems of equations are small and positive semidefinite. A small multiple of the unit matrix is added to each.
-
-In one file because all kernels share the solver.
+In one file because the steps share their tensors.
 """
 
 import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, tl, triton, use_kernel
+from sparsecache.kernels.least_squares import LEAST_RIDGE, RIDGE, gauss_jordan, solve
 from sparsecache.kernels.rows import index_slots, mask_of_first, take_rows
 
-_RIDGE = 1e-5  # a share of the mean of the diagonal; with 1e-6 rounding in float32 changes what is selected
-_LEAST = 1e-20  # above 0, so that a matrix of zeros gives zeros
 _BLOCK_N = 64  # tokens that a program adds up at a time
+_ONE_WARP = 32  # the highest rank whose systems fit into the registers of one warp
 _TINY = 1e-6  # the authors' too: it shortens a step whose reduced rows are nearly 0
 
 
-def update_factors(
+def reduce_token(
     q: Tensor,
     k: Tensor,
     query_basis: Tensor,
@@ -29,7 +27,7 @@ def update_factors(
     slots: Tensor,
     iterations: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return the reduced query [B, H, 1, R] and key [B, G, 1, R], float32, and update the bases of the slots.
+    """Return the reduced query [B, H, 1, R] and key [B, G, 1, R] of a new token, float32.
 
     The reduced key is also appended to reduced_keys [slots, G, T, R]; a full slot overwrites its last row. seq_lens:
     [slots] int64, past tokens, not changed. q: [B, H, 1, D]; k: [B, G, 1, D]; slots: [B] int64, distinct.
@@ -39,8 +37,6 @@ def update_factors(
     the reduced rows a_q and a_k come to minimise
 
         |q - a_q B_Q|^2 + |q K^T - a_q A^T|^2 + |k - a_k B_K|^2 + |q k^T - a_q a_k^T|^2
-
-    Then each basis takes the step along the gradient of its own term that lowers this term most.
     """
     if use_kernel(q):
         return _launch(q, k, query_basis, key_basis, products, gram, reduced_keys, seq_lens, slots, iterations)
@@ -56,11 +52,37 @@ def update_factors(
         reduced_query = solve(query_gram + reduced_key.mT @ reduced_key, query_right.mT).mT
         key_right = key_side + product.mT @ reduced_query
         reduced_key = solve(key_gram + reduced_query.mT @ reduced_query, key_right.mT).mT
-    query_basis[slots] = _descend(of_queries, reduced_query, queries)
-    key_basis[slots] = _descend(of_keys, reduced_key, key)
     row = seq_lens[slots].clamp(max=reduced_keys.shape[2] - 1)
     reduced_keys[slots, :, row] = reduced_key[:, :, 0].to(reduced_keys.dtype)
     return reduced_query.flatten(1, 2)[:, :, None], reduced_key
+
+
+def update_bases(
+    q: Tensor,
+    k: Tensor,
+    reduced_query: Tensor,
+    reduced_key: Tensor,
+    query_basis: Tensor,
+    key_basis: Tensor,
+    slots: Tensor,
+) -> None:
+    """Take a step of steepest descent from each basis towards |q - a_q B_Q| = 0 and |k - a_k B_K| = 0.
+
+    It has the length that lowers the square most. Tensors are as in `reduce_token`; the bases change in place.
+    """
+    batch, kv_heads, _, head_dim = k.shape
+    group, rank = q.shape[1] // kv_heads, query_basis.shape[2]
+    if use_kernel(q):
+        _update_kernel[(batch * kv_heads,)](
+            q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), reduced_query, reduced_key, query_basis,
+            key_basis, slots, kv_heads, rank, head_dim, _TINY, GROUP=group, BLOCK_Q=next_power_of_2(group, 16),
+            BLOCK_R=next_power_of_2(rank, 16), BLOCK_D=next_power_of_2(head_dim, 16), num_warps=8, **pdl_options(),
+        )  # fmt: skip
+        return
+    queries = q.view(batch, kv_heads, group, head_dim).float()
+    query_rows = reduced_query.view(batch, kv_heads, group, rank)
+    query_basis[slots] = _descend(index_slots(query_basis, slots), query_rows, queries)
+    key_basis[slots] = _descend(index_slots(key_basis, slots), reduced_key, k.float())
 
 
 def sum_products(
@@ -79,7 +101,7 @@ def sum_products(
 
     k: [B, G, 1, D]; reduced_key: [B, G, 1, R]; keys: [S, G, T, D]; reduced_keys: [S, G, T, R], in their dtype.
     sources: [B] int64, the first index of each sequence's keys. positions: [B, G, N] int64, the first counts [B, G]
-    (int64) of a KV head valid. slots: [B] int64, distinct; products and gram: as in `update_factors`, written in place.
+    (int64) of a KV head valid. slots: [B] int64, distinct; products and gram: as in `reduce_token`, written in place.
     """
     batch, kv_heads, width = positions.shape
     rank, head_dim = reduced_keys.shape[3], keys.shape[3]
@@ -97,48 +119,6 @@ def sum_products(
     reduced = torch.cat((reduced, reduced_key), 2)
     products[slots] = torch.cat((take_rows(keys, sources, rows), k), 2).float().mT @ reduced
     gram[slots] = reduced.mT @ reduced
-
-
-def factorise(
-    query_gram: Tensor, key_gram: Tensor, start: Tensor, iterations: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return W_Q, W_K and the bases B_Q, B_K of the factors Q W_Q and K W_K of a prompt, [G, R, D] each, W transposed.
-
-    By alternating least squares they come to minimise |Q - A_Q B_Q|^2 + |K - A_K B_K|^2 + |Q K^T - A_Q A_K^T|^2, with
-    A_Q = Q W_Q and A_K = K W_K. query_gram, key_gram: Q^T Q and K^T K, [G, D, D] float32; start: [G, R, D] float32, the
-    first W_Q and W_K. Rows of zeros stay so.
-    """
-    if use_kernel(query_gram):
-        kv_heads, rank, head_dim = start.shape
-        found = torch.empty((4, *start.shape), device=start.device, dtype=torch.float32)
-        _factorise_kernel[(kv_heads,)](
-            query_gram.contiguous(), key_gram.contiguous(), start.contiguous(), found, rank, head_dim, iterations,
-            _RIDGE, _LEAST, BLOCK_R=next_power_of_2(rank, 16), BLOCK_D=next_power_of_2(head_dim, 16), num_warps=8,
-        )  # fmt: skip
-        return found[0], found[1], found[2], found[3]
-    query_weight = key_weight = start
-    query_side, key_side = query_weight @ query_gram, key_weight @ key_gram  # A^T X
-    query_basis = solve(query_side @ query_weight.mT, query_side)
-    key_basis = solve(key_side @ key_weight.mT, key_side)
-    for _ in range(iterations):
-        query_weight = solve(key_side @ key_weight.mT + query_basis @ query_basis.mT, key_side + query_basis)
-        query_side = query_weight @ query_gram
-        key_weight = solve(query_side @ query_weight.mT + key_basis @ key_basis.mT, query_side + key_basis)
-        key_side = key_weight @ key_gram
-        query_basis = solve(query_side @ query_weight.mT, query_side)
-        key_basis = solve(key_side @ key_weight.mT, key_side)
-    return query_weight, key_weight, query_basis, key_basis
-
-
-def solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Return x of (matrix + ridge) x = right: [.., R, M]; does not wait for the device.
-
-    matrix: [.., R, R] float32, symmetric, positive semidefinite; right: [.., R, M] float32.
-    """
-    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    ridge = (_RIDGE * mean + _LEAST) * torch.eye(matrix.shape[-1], device=matrix.device)
-    solution: Tensor = torch.linalg.solve_ex(matrix + ridge, right)[0]
-    return solution
 
 
 def _descend(basis: Tensor, reduced: Tensor, rows: Tensor) -> Tensor:
@@ -162,99 +142,38 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, _, head_dim = q.shape
     kv_heads, rank = k.shape[1], gram.shape[2]
-    reduced_query = torch.empty((batch, heads, 1, rank), device=q.device, dtype=torch.float32)
-    reduced_key = torch.empty((batch, kv_heads, 1, rank), device=q.device, dtype=torch.float32)
-    group = heads // kv_heads
-    _update_kernel[(batch * kv_heads,)](
+    group, pairs = heads // kv_heads, batch * kv_heads
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, device=q.device, dtype=torch.float32)
+
+    reduced_query, reduced_key = empty(batch, heads, 1, rank), empty(batch, kv_heads, 1, rank)
+    systems = empty(pairs, 2, rank, rank), empty(pairs, group + 1, rank), empty(pairs, group)
+    block_r = next_power_of_2(rank, 16)
+    sizes = {"GROUP": group, "BLOCK_Q": next_power_of_2(group, 16), "BLOCK_R": block_r, **pdl_options()}
+    _systems_kernel[(pairs,)](
         q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), query_basis, key_basis, products, gram, slots,
-        reduced_query, reduced_key, reduced_keys, seq_lens, kv_heads, reduced_keys.shape[2], rank, head_dim,
-        _RIDGE, _LEAST, _TINY, ITERATIONS=iterations, GROUP=group,
-        BLOCK_Q=next_power_of_2(group, 16), BLOCK_R=next_power_of_2(rank, 16), BLOCK_D=next_power_of_2(head_dim, 16),
-        num_warps=8, **pdl_options(),  # with four, registers spill
+        *systems, kv_heads, rank, head_dim, BLOCK_D=next_power_of_2(head_dim, 16), num_warps=8, **sizes,
+    )  # fmt: skip
+    _reduce_kernel[(pairs,)](
+        *systems, slots, reduced_query, reduced_key, reduced_keys, seq_lens, kv_heads, reduced_keys.shape[2], rank,
+        RIDGE, LEAST_RIDGE, ITERATIONS=iterations,
+        num_warps=1 if block_r <= _ONE_WARP else 4,  # one warp needs no barriers, of which each elimination has many
+        **sizes,
     )  # fmt: skip
     return reduced_query, reduced_key
 
 
 @triton.jit
-def _solve(a, x, size, relative_ridge, least_ridge, BLOCK_R: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the solution of (a + ridge) x = right, by Gauss-Jordan elimination; a: [R, R], right: [R, M].
-
-    Rows from `size` on must be zeros. Positive definite matrices need no pivoting.
-    """
-    row = tl.arange(0, BLOCK_R)
-    is_diagonal = row[:, None] == row[None, :]
-    ridge = relative_ridge * tl.sum(tl.sum(tl.where(is_diagonal, a, 0.0), axis=1), axis=0) / size + least_ridge
-    a = tl.where(is_diagonal, a + tl.where(row < size, ridge, 1.0)[:, None], a)
-    for step in range(size):
-        is_pivot = row == step
-        a_row = tl.sum(tl.where(is_pivot[:, None], a, 0.0), axis=0)
-        x_row = tl.sum(tl.where(is_pivot[:, None], x, 0.0), axis=0)
-        pivot = tl.sum(tl.where(is_pivot, a_row, 0.0), axis=0)
-        a_row, x_row = a_row / pivot, x_row / pivot
-        factor = tl.where(is_pivot, 0.0, tl.sum(tl.where(is_pivot[None, :], a, 0.0), axis=1))
-        a = tl.where(is_pivot[:, None], a_row[None, :], a - factor[:, None] * a_row[None, :])
-        x = tl.where(is_pivot[:, None], x_row[None, :], x - factor[:, None] * x_row[None, :])
-    return x
-
-
-@triton.jit
-def _solve_for(left, right, other, x, size, relative_ridge, least_ridge, BLOCK_R: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the solution of (left right^T + other other^T + ridge) y = x; all are [R, D]."""
-    a = tl.dot(left, tl.trans(right), input_precision="ieee")
-    a = tl.dot(other, tl.trans(other), a, input_precision="ieee")
-    return _solve(a, x, size, relative_ridge, least_ridge, BLOCK_R)
-
-
-@triton.jit(do_not_specialize=["iterations"])
-def _factorise_kernel(  # type: ignore[no-untyped-def]
-    query_gram, key_gram, start, found, rank, head_dim, iterations, relative_ridge, least_ridge,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Factorise the queries and keys of one KV head, as the reference in `factorise`."""
-    kv, factor, channel = tl.program_id(0), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    in_head = channel < head_dim
-    mask = (factor < rank)[:, None] & in_head[None, :]
-    at_gram = (kv * head_dim + channel)[:, None] * head_dim + channel[None, :]
-    square = in_head[:, None] & in_head[None, :]
-    at = (kv * rank + factor)[:, None] * head_dim + channel[None, :]
-    query_weight = tl.load(start + at, mask=mask, other=0.0)
-    key_weight = query_weight
-    zero = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
-    query_side = tl.dot(query_weight, tl.load(query_gram + at_gram, mask=square, other=0.0), input_precision="ieee")
-    key_side = tl.dot(key_weight, tl.load(key_gram + at_gram, mask=square, other=0.0), input_precision="ieee")
-    query_basis = _solve_for(query_side, query_weight, zero, query_side, rank, relative_ridge, least_ridge, BLOCK_R)
-    key_basis = _solve_for(key_side, key_weight, zero, key_side, rank, relative_ridge, least_ridge, BLOCK_R)
-    for _ in range(iterations):
-        query_weight = _solve_for(
-            key_side, key_weight, query_basis, key_side + query_basis, rank, relative_ridge, least_ridge, BLOCK_R
-        )
-        query_side = tl.dot(query_weight, tl.load(query_gram + at_gram, mask=square, other=0.0), input_precision="ieee")
-        key_weight = _solve_for(
-            query_side, query_weight, key_basis, query_side + key_basis, rank, relative_ridge, least_ridge, BLOCK_R
-        )
-        key_side = tl.dot(key_weight, tl.load(key_gram + at_gram, mask=square, other=0.0), input_precision="ieee")
-        query_basis = _solve_for(query_side, query_weight, zero, query_side, rank, relative_ridge, least_ridge, BLOCK_R)
-        key_basis = _solve_for(key_side, key_weight, zero, key_side, rank, relative_ridge, least_ridge, BLOCK_R)
-    size = tl.num_programs(0) * rank * head_dim
-    tl.store(found + at, query_weight, mask=mask)
-    tl.store(found + size + at, key_weight, mask=mask)
-    tl.store(found + 2 * size + at, query_basis, mask=mask)
-    tl.store(found + 3 * size + at, key_basis, mask=mask)
-
-
-@triton.jit(do_not_specialize=["capacity"])
-def _update_kernel(  # type: ignore[no-untyped-def]
+def _systems_kernel(  # type: ignore[no-untyped-def]
     q, q_row_stride, q_head_stride, k, k_row_stride, k_head_stride, query_basis, key_basis, products, gram, slots,
-    reduced_query, reduced_key, reduced_keys, seq_lens, kv_heads, capacity, rank, head_dim,
-    relative_ridge, least_ridge, tiny,
-    ITERATIONS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-    USE_PDL: tl.constexpr,
+    grams, sides, product, kv_heads, rank, head_dim,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Update the factors of one slot and KV head."""
+    """Write the parts of the systems of one slot and KV head that do not depend on reduced rows."""
     pdl_wait(USE_PDL)
-    row, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
-    slot = tl.load(slots + row)
-    owner = slot * kv_heads + kv
+    pair, row, kv = tl.program_id(0), tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
+    owner = tl.load(slots + row) * kv_heads + kv
     query, factor, channel = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     head, in_head, in_rank = kv * GROUP + query, channel < head_dim, factor < rank
     queries = tl.load(
@@ -268,39 +187,90 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     of_keys = tl.load(key_basis + at_basis, mask=basis_mask, other=0.0)
     at_products = (owner * head_dim + channel)[:, None] * rank + factor[None, :]
     of_tokens = tl.load(products + at_products, mask=in_head[:, None] & in_rank[None, :], other=0.0)
-    at_gram = (owner * rank + factor)[:, None] * rank + factor[None, :]
-    query_gram = tl.load(gram + at_gram, mask=in_rank[:, None] & in_rank[None, :], other=0.0)
-
+    square, square_mask = factor[:, None] * rank + factor[None, :], in_rank[:, None] & in_rank[None, :]
+    query_gram = tl.load(gram + owner * rank * rank + square, mask=square_mask, other=0.0)
     query_gram = tl.dot(of_queries, tl.trans(of_queries), query_gram, input_precision="ieee")
     key_gram = tl.dot(of_keys, tl.trans(of_keys), input_precision="ieee")
-    product = tl.sum(queries * key[None, :], axis=1)  # [BLOCK_Q]
-    query_side = tl.dot(queries, tl.trans(of_queries) + of_tokens, input_precision="ieee")
-    query_side = tl.trans(query_side)  # [BLOCK_R, BLOCK_Q]
-    key_side = tl.sum(of_keys * key[None, :], axis=1)[:, None]  # [BLOCK_R, 1]
-    a_k = _solve(key_gram, key_side, rank, relative_ridge, least_ridge, BLOCK_R)
+    query_side = tl.dot(queries, tl.trans(of_queries) + of_tokens, input_precision="ieee")  # [BLOCK_Q, BLOCK_R]
+    tl.store(grams + 2 * pair * rank * rank + square, query_gram, mask=square_mask)
+    tl.store(grams + (2 * pair + 1) * rank * rank + square, key_gram, mask=square_mask)
+    side = sides + pair * (GROUP + 1) * rank + factor
+    tl.store(side[None, :] + query[:, None] * rank, query_side, mask=(query < GROUP)[:, None] & in_rank[None, :])
+    tl.store(side + GROUP * rank, tl.sum(of_keys * key[None, :], axis=1), mask=in_rank)
+    tl.store(product + pair * GROUP + query, tl.sum(queries * key[None, :], axis=1), mask=query < GROUP)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _reduce_kernel(  # type: ignore[no-untyped-def]
+    grams, sides, product, slots, reduced_query, reduced_key, reduced_keys, seq_lens, kv_heads, capacity, rank,
+    relative_ridge, least_ridge,
+    ITERATIONS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Solve the systems of one slot and KV head in turn."""
+    pdl_wait(USE_PDL)
+    pair, row, kv = tl.program_id(0), tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
+    query, factor = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_R)
+    in_rank = factor < rank
+    square, square_mask = factor[:, None] * rank + factor[None, :], in_rank[:, None] & in_rank[None, :]
+    query_gram = tl.load(grams + 2 * pair * rank * rank + square, mask=square_mask, other=0.0)
+    key_gram = tl.load(grams + (2 * pair + 1) * rank * rank + square, mask=square_mask, other=0.0)
+    side = sides + pair * (GROUP + 1) * rank + factor[:, None]
+    mask = in_rank[:, None] & (query < GROUP)[None, :]
+    query_side = tl.load(side + query[None, :] * rank, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_Q]
+    # The key's side in each column: in the shape of the queries' side it needs no other layout.
+    key_side = tl.load(side + GROUP * rank + query[None, :] * 0, mask=in_rank[:, None], other=0.0)
+    weight = tl.load(product + pair * GROUP + query, mask=query < GROUP, other=0.0)
+    a_k = gauss_jordan(key_gram, key_side, rank, relative_ridge, least_ridge, BLOCK_R)
     a_q = query_side
     for _ in tl.static_range(ITERATIONS):
-        query_right = query_side + a_k * product[None, :]
-        a_q = _solve(query_gram + a_k * tl.trans(a_k), query_right, rank, relative_ridge, least_ridge, BLOCK_R)
-        key_right = key_side + tl.sum(a_q * product[None, :], axis=1)[:, None]
-        own = tl.dot(a_q, tl.trans(a_q), input_precision="ieee")
-        a_k = _solve(key_gram + own, key_right, rank, relative_ridge, least_ridge, BLOCK_R)
+        new_key = tl.max(a_k, axis=1)  # all columns are equal
+        query_right = query_side + a_k * weight[None, :]
+        matrix = query_gram + new_key[:, None] * new_key[None, :]
+        a_q = gauss_jordan(matrix, query_right, rank, relative_ridge, least_ridge, BLOCK_R)
+        key_right = key_side + tl.sum(a_q * weight[None, :], axis=1)[:, None]
+        matrix = tl.dot(a_q, tl.trans(a_q), key_gram, input_precision="ieee")
+        a_k = gauss_jordan(matrix, key_right, rank, relative_ridge, least_ridge, BLOCK_R)
+    tl.store(reduced_query + (pair * GROUP + query)[None, :] * rank + factor[:, None], a_q, mask=mask)
+    new_key = tl.max(a_k, axis=1)
+    tl.store(reduced_key + pair * rank + factor, new_key, mask=in_rank)
+    slot = tl.load(slots + row)
+    place = (slot * kv_heads + kv) * capacity + tl.minimum(tl.load(seq_lens + slot), capacity - 1)
+    tl.store(reduced_keys + place * rank + factor, new_key, mask=in_rank)
 
-    gradient = tl.dot(tl.trans(a_q), of_queries, -queries, input_precision="ieee")  # [BLOCK_Q, BLOCK_D]
-    gradient = tl.dot(a_q, gradient, input_precision="ieee")
-    along = tl.dot(tl.trans(a_q), gradient, input_precision="ieee")
+
+@triton.jit
+def _update_kernel(  # type: ignore[no-untyped-def]
+    q, q_row_stride, q_head_stride, k, k_row_stride, k_head_stride, reduced_query, reduced_key, query_basis, key_basis,
+    slots, kv_heads, rank, head_dim, tiny,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Update the bases of one slot and KV head."""
+    pdl_wait(USE_PDL)
+    pair, row, kv = tl.program_id(0), tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
+    owner = tl.load(slots + row) * kv_heads + kv
+    query, factor, channel = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    head, in_head, in_rank = kv * GROUP + query, channel < head_dim, factor < rank
+    queries = tl.load(
+        q + row * q_row_stride + head[:, None] * q_head_stride + channel[None, :],
+        mask=(query < GROUP)[:, None] & in_head[None, :], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    key = tl.load(k + row * k_row_stride + kv * k_head_stride + channel, mask=in_head, other=0.0).to(tl.float32)
+    mask = (query < GROUP)[:, None] & in_rank[None, :]
+    a_q = tl.load(reduced_query + (pair * GROUP + query)[:, None] * rank + factor[None, :], mask=mask, other=0.0)
+    a_k = tl.load(reduced_key + pair * rank + factor, mask=in_rank, other=0.0)[:, None]
+    at_basis = (owner * rank + factor)[:, None] * head_dim + channel[None, :]
+    basis_mask = in_rank[:, None] & in_head[None, :]
+    of_queries = tl.load(query_basis + at_basis, mask=basis_mask, other=0.0)
+    of_keys = tl.load(key_basis + at_basis, mask=basis_mask, other=0.0)
+    gradient = tl.dot(a_q, of_queries, -queries, input_precision="ieee")  # [BLOCK_Q, BLOCK_D]
+    gradient = tl.dot(tl.trans(a_q), gradient, input_precision="ieee")
+    along = tl.dot(a_q, gradient, input_precision="ieee")
     step = tl.sum(tl.sum(gradient * gradient, axis=1), axis=0) / (tl.sum(tl.sum(along * along, axis=1), axis=0) + tiny)
     tl.store(query_basis + at_basis, of_queries - step * gradient, mask=basis_mask)
     gradient = a_k * (tl.sum(a_k * of_keys, axis=0) - key)[None, :]
     along = tl.sum(a_k * gradient, axis=0)
     step = tl.sum(tl.sum(gradient * gradient, axis=1), axis=0) / (tl.sum(along * along, axis=0) + tiny)
     tl.store(key_basis + at_basis, of_keys - step * gradient, mask=basis_mask)
-    at_query = (row * kv_heads * GROUP + head)[None, :] * rank + factor[:, None]
-    tl.store(reduced_query + at_query, a_q, mask=(query < GROUP)[None, :] & in_rank[:, None])
-    new_key = tl.sum(a_k, axis=1)
-    tl.store(reduced_key + tl.program_id(0) * rank + factor, new_key, mask=in_rank)
-    place = owner * capacity + tl.minimum(tl.load(seq_lens + slot), capacity - 1)
-    tl.store(reduced_keys + place * rank + factor, new_key, mask=in_rank)
 
 
 @triton.jit(do_not_specialize=["capacity", "width"])

@@ -27,7 +27,8 @@ from torch import Tensor
 from sparsecache.cache.base import CacheConfig, StepBytes
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.cache.storage import FullStorage, stored_token_nbytes
-from sparsecache.kernels.factors import factorise, sum_products, update_factors
+from sparsecache.kernels.factors import reduce_token, sum_products, update_bases
+from sparsecache.kernels.least_squares import factorise
 from sparsecache.kernels.moments import token_moments
 from sparsecache.kernels.rows import mask_of_first, take_rows
 from sparsecache.kernels.selection import score_margin
@@ -114,12 +115,13 @@ class LRQKCache(SelectionCache):
         self.products[slot], self.gram[slot] = keys.mT @ reduced, reduced.mT @ reduced
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        self.reduced_query, reduced_key = update_factors(
+        self.reduced_query, reduced_key = reduce_token(
             q, k, self.query_basis, self.key_basis, self.products, self.gram, self.reduced_keys, self.seq_lens, slots,
             self.method.iterations,
         )  # fmt: skip
         out = super().attend(q, k, v, slots)
-        with self.config.deferred.reading(k, reduced_key, slots, *self.selection):
+        with self.config.deferred.reading(q, k, self.reduced_query, reduced_key, slots, *self.selection):
+            update_bases(q, k, self.reduced_query, reduced_key, self.query_basis, self.key_basis, slots)
             self._sum_products(k, reduced_key, slots)
         return out
 

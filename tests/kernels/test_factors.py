@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sparsecache.kernels._triton import force_backend
-from sparsecache.kernels.factors import factorise, solve, sum_products, update_factors
+from sparsecache.kernels.factors import reduce_token, sum_products, update_bases
+from sparsecache.kernels.least_squares import factorise, solve
 
 DTYPES = [torch.float16, torch.float32, torch.bfloat16][: 3 if torch.cuda.is_available() else 2]
 CASES = {  # slots, batch, KV heads, query heads per KV head, channels, rank, iterations
@@ -39,7 +40,8 @@ def test_the_kernel_equals_the_reference(case, dtype, device) -> None:
     for backend in ("kernels", "reference"):
         copies, reduced_keys = [basis.clone() for basis in bases], tokens.to(dtype, copy=True)
         with force_backend(backend):
-            reduced = update_factors(q, k, *copies, products, gram, reduced_keys, seq_lens, order, iterations)
+            reduced = reduce_token(q, k, *copies, products, gram, reduced_keys, seq_lens, order, iterations)
+            update_bases(q, k, *reduced, *copies, order)
         appended = reduced_keys[order, :, seq_lens[order].clamp(max=29)]
         assert torch.equal(appended, reduced[1][:, :, 0].to(dtype))
         assert int((reduced_keys != tokens.to(dtype)).any(3).sum()) == batch * kv_heads
