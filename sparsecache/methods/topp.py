@@ -20,7 +20,7 @@ from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.cache.storage import FullStorage
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.speculation import speculated_scores
-from sparsecache.kernels.threshold import Selection
+from sparsecache.kernels.threshold import Scores, Selection
 from sparsecache.kernels.top_p import needed_scores
 
 
@@ -38,8 +38,9 @@ class TopP(SelectionMethod):
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
         kv = cache.full.kv
         if isinstance(kv, FullStorage):
-            values = speculated_scores(q, None, kv.keys, cache.seq_lens, slots).values  # [B, G, H / G, T]
+            scores = speculated_scores(q, None, kv.keys, cache.seq_lens, slots)
         else:
             keys = cache.keys_of(slots)
-            values = scaled_scores(q, keys, keys.shape[3]).view(*keys.shape[:2], -1, keys.shape[2])
-        return cache.select_near_best(needed_scores(values, cache.seq_lens, slots, self.p), slots)
+            dequantised = scaled_scores(q, keys, keys.shape[3])
+            scores = Scores(dequantised.view(*keys.shape[:2], -1, keys.shape[2]), None)
+        return cache.select_near_best(needed_scores(scores, cache.seq_lens, slots, self.p), slots)

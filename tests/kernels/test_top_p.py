@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from sparsecache.kernels import mass
 from sparsecache.kernels._triton import force_backend
+from sparsecache.kernels.threshold import Scores
 from sparsecache.kernels.top_p import needed_scores
 
 CASES = {  # slots, KV heads, group, T, past tokens of the slots of the batch, dtype
@@ -35,7 +37,7 @@ def test_kernel_and_reference_agree(case, p, ties, device) -> None:
     found = []
     for backend in ("kernels", "reference"):
         with force_backend(backend):
-            scores = needed_scores(values, seq_lens, slots, p)
+            scores = needed_scores(Scores(values, None), seq_lens, slots, p)
         is_past = torch.arange(values.shape[3], device=device) < seq_lens[slots][:, None, None]
         found.append(scores.values[:, :, 0, : values.shape[3]].masked_fill(~is_past, -torch.inf))
     kernel, reference = found
@@ -49,7 +51,7 @@ def test_kernel_and_reference_agree(case, p, ties, device) -> None:
 def test_extremes_are_those_of_the_tokens_needed(case, device) -> None:
     values, seq_lens, slots = _inputs(case, device)
     with force_backend("kernels"):
-        scores, extremes = needed_scores(values, seq_lens, slots, 0.7)
+        scores, extremes = needed_scores(Scores(values, None), seq_lens, slots, 0.7)
     for row, past in enumerate(seq_lens[slots].tolist()):
         for head in range(values.shape[1]):
             needed = [score for score in scores[row, head, 0, :past].tolist() if score > -torch.inf]
@@ -57,9 +59,44 @@ def test_extremes_are_those_of_the_tokens_needed(case, device) -> None:
             assert extremes[1, row, head].min() == min(needed, default=torch.inf)
 
 
-def test_equal_tokens_are_needed_from_the_first_on(device) -> None:
+def test_equal_tokens_are_needed_from_the_first_on(device, monkeypatch) -> None:
+    monkeypatch.setattr(mass, "_CHUNK", 32)
+    monkeypatch.setattr(mass, "_BLOCK", 16)
     values = torch.zeros(1, 1, 2, 100, device=device)
     for backend in ("kernels", "reference"):
         with force_backend(backend):
-            found = needed_scores(values, torch.tensor([100], device=device), torch.tensor([0], device=device), 0.495)
+            found = needed_scores(
+                Scores(values, None), torch.tensor([100], device=device), torch.tensor([0], device=device), 0.495
+            )
         assert found.values.isfinite().flatten().tolist()[:100] == [True] * 50 + [False] * 50
+
+
+HARD = {  # score of the first token, and the step that the others are rounded to
+    "a token with most of the attention": (14.0, 0.001),
+    "a token far below the others": (-6e4, 0.001),
+    "many ties": (0.0, 1 / 32),
+}
+
+
+@pytest.mark.parametrize("p", [0.85, 0.99999])
+@pytest.mark.parametrize("hard", HARD.values(), ids=HARD)
+def test_several_chunks_give_what_sums_in_double_precision_give(hard, p, device, monkeypatch) -> None:
+    for name in ("_CHUNK", "_BLOCK"):
+        monkeypatch.setattr(mass, name, 256)
+    past, generator = [700, 256], torch.Generator().manual_seed(5)
+    values = (2 / hard[1] * torch.randn(2, 1, 2, 700, generator=generator)).round() * hard[1]
+    values[..., 0] = hard[0]
+    values = values.half()
+    parts = [values[..., :256].flatten(1, 2)] * 2  # a split of the scores may have no tokens
+    parts[1] = torch.cat((values[:1, ..., 256:], torch.full((1, 1, 2, 444), torch.nan).half())).flatten(1, 2)
+    highest = torch.stack([part.amax(2) for part in parts], 2).nan_to_num(-torch.inf)
+    lowest = torch.stack([part.amin(2) for part in parts], 2).nan_to_num(torch.inf)
+    scores = Scores(values.to(device), torch.stack((highest, lowest)).float().to(device))
+    with force_backend("kernels"):
+        found = needed_scores(scores, torch.tensor(past, device=device), torch.arange(2, device=device), p).values
+    for row, count in enumerate(past):
+        order = values[row, 0, :, :count].double().sort(dim=1, descending=True, stable=True)
+        weights = order.values.softmax(1)
+        is_needed = torch.zeros(2, count, dtype=torch.bool)
+        is_needed.scatter_(1, order.indices, weights.cumsum(1) - weights < p)
+        assert torch.equal(found[row, 0, 0, :count].isfinite().cpu(), is_needed.any(0))

@@ -1,0 +1,249 @@
+"""Find the lowest score that a head needs: the tokens of highest score that make a share of the attention.
+
+The kernels do not sort. The lowest score needed is the head's threshold. The tokens of a head lie in chunks of a fixed
+length:
+
+1. The first kernel sums the weights of the tokens up to each of eight scores. A program handles one chunk. The scores
+   range from the best one down to one below which nothing is needed. The sums tell between which two of them the
+   threshold lies. A second run of the kernel divides this range again.
+2. The second kernel sets aside the tokens in the range that remains, a few percent of all.
+3. The third kernel finds the threshold among these, one program per head.
+
+A weight is exp(score - best score). Sums of chunks are added as integers, so their order does not matter.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, tl, triton
+from sparsecache.kernels.threshold import sortable
+
+_CHUNK = 8192  # tokens; a constant, so that sums round alike in every batch and on every device
+_BLOCK = 1024  # tokens per iteration
+_UNIT = tl.constexpr(1 << 40)  # the integer of weight 1; the sum of 2^22 tokens fits into int64
+
+
+class NeededTokens(NamedTuple):
+    """Which tokens each head needs: those above its threshold, and the first ones at it.
+
+    thresholds: [heads] float32. until: [heads] int32; of the tokens at the threshold those before this position are
+    needed. log_totals: [heads] float32, the log of the sum of exp(score) over all past tokens.
+    """
+
+    thresholds: Tensor
+    until: Tensor
+    log_totals: Tensor
+
+
+def find_needed(scores: Tensor, extremes: Tensor, seq_lens: Tensor, slots: Tensor, p: float) -> NeededTokens:
+    """Find the tokens that each head needs to reach the share p, at most 1, of the attention to past tokens.
+
+    A head needs a token if the tokens of higher score, of equal ones the earlier, have less than the share p of the sum
+    of exp(score). scores: [B, H, T] contiguous, undefined beyond a slot's past tokens; extremes: as in `Scores`;
+    seq_lens: [slots] int64, past tokens, at most T; slots: [B] int64. It has no reference: it needs Triton. What it
+    returns for a slot without past tokens is undefined.
+    """
+    heads, tokens, splits = scores[..., 0].numel(), scores.shape[2], extremes.shape[3]
+    chunks = -(-tokens // _CHUNK)
+
+    def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(size, device=scores.device, dtype=dtype)
+
+    masses, ranges = empty(2, heads, chunks, 8, dtype=torch.int64), empty(2, heads, 16, dtype=torch.float32)
+    undecided, numbers = empty(heads, tokens), empty(heads, chunks)
+    needed = NeededTokens(empty(heads, dtype=torch.float32), empty(heads), empty(heads, dtype=torch.float32))
+    inputs = (scores, extremes, seq_lens, slots, masses, ranges, float(1 - p), scores.shape[1], tokens, chunks)
+    sizes = {
+        "SPLITS": splits, "BLOCK_S": next_power_of_2(splits), "BLOCK_C": next_power_of_2(chunks), "CHUNK": _CHUNK,
+        "BLOCK_T": _BLOCK, **pdl_options(),
+    }  # fmt: skip
+    _mass_kernel[(heads, chunks)](*inputs, ROUND=0, num_warps=4, **sizes)
+    if p < 1:
+        _mass_kernel[(heads, chunks)](*inputs, ROUND=1, num_warps=4, **sizes)
+        _set_aside_kernel[(heads, chunks)](*inputs, undecided, numbers, num_warps=4, **sizes)
+    shift = 0 if scores.dtype == torch.float32 else 13
+    _search_kernel[(heads,)](*inputs, undecided, numbers, *needed, SHIFT=shift, num_warps=8, **sizes)
+    return needed
+
+
+@triton.jit
+def _key(score, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Map scores to integers in the same order. SHIFT: the low bits that are no information."""
+    return sortable(score.to(tl.float32)) >> SHIFT
+
+
+@triton.jit
+def _score(key, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the score of a key; the inverse of `_key`."""
+    bits = (key << SHIFT) | tl.where(key < 0, (1 << SHIFT) - 1, 0)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _highest(extremes, head, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the best score of a head."""
+    split = tl.arange(0, BLOCK_S)
+    return tl.max(tl.load(extremes + head * SPLITS + split, mask=split < SPLITS, other=float("-inf")))
+
+
+@triton.jit
+def _total_and_spare(masses, head, used, chunks, rest, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the mass of all tokens of a head, and the most that tokens which are not needed may have."""
+    chunk = tl.arange(0, BLOCK_C)
+    total = tl.sum(tl.load(masses + (head * chunks + chunk) * 8, mask=chunk < used, other=0))
+    return total, tl.minimum((total.to(tl.float64) * rest).to(tl.int64), total - 1)
+
+
+@triton.jit
+def _narrowed(  # type: ignore[no-untyped-def]
+    masses, ranges, head, used, chunks, spare, ROUND: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Return the scores between which the masses of a round put the threshold, and the mass up to the higher one."""
+    row, chunk, way = ROUND * tl.num_programs(0) + head, tl.arange(0, BLOCK_C)[:, None], tl.arange(0, 16)
+    mask = (chunk < used) & (way < 8)[None, :]
+    mass = tl.sum(tl.load(masses + (row * chunks + chunk) * 8 + way[None, :], mask=mask, other=0), axis=0)
+    score = tl.load(ranges + row * 16 + way, mask=way <= 8, other=0.0)
+    lower = 8 - tl.sum(((mass <= spare) & (way > 0) & (way < 8)).to(tl.int32))
+    low = tl.sum(tl.where(way == lower, score, 0.0))
+    high = tl.sum(tl.where(way == lower - 1, score, 0.0))
+    return low, high, tl.sum(tl.where(way == lower - 1, mass, 0))
+
+
+@triton.jit
+def _mass_kernel(  # type: ignore[no-untyped-def]
+    scores, extremes, seq_lens, slots, masses, ranges, rest, heads, tokens, chunks,
+    ROUND: tl.constexpr, BLOCK_T: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Sum the weights of a chunk's tokens up to each of eight scores of the range that is left, from the highest."""
+    pdl_wait(USE_PDL)
+    head, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHUNK
+    count = tl.minimum(tl.load(seq_lens + tl.load(slots + tl.program_id(0) // heads)), tokens).to(tl.int32)
+    if start >= count:
+        return
+    highest = _highest(extremes, head, SPLITS, BLOCK_S)
+    if ROUND == 0:
+        split = tl.arange(0, BLOCK_S)
+        worst = extremes + (tl.num_programs(0) + head) * SPLITS + split
+        lowest = tl.min(tl.load(worst, mask=split < SPLITS, other=float("inf")))
+        # Tokens of a weight below rest / count have less than the rest, since the total is 1 or more. 0.1: rounding.
+        least = tl.log(tl.maximum(rest, 1e-30)) - tl.log(count.to(tl.float32)) - 0.1
+        low, high = tl.maximum(lowest, highest + least), highest
+    else:
+        used = tl.cdiv(count, CHUNK)
+        _, spare = _total_and_spare(masses, head, used, chunks, rest, BLOCK_C)
+        low, high, _ = _narrowed(masses, ranges, head, used, chunks, spare, 0, BLOCK_C)
+    way = tl.arange(0, 8)[:, None]
+    limit = high - way * ((high - low) * 0.125)
+    if start == 0:  # stored: another kernel might round these differently
+        target = ranges + (ROUND * tl.num_programs(0) + head) * 16
+        tl.store(target + way, limit)
+        tl.store(target + 8, low)
+
+    row, end = scores + head * tokens, tl.minimum(start + CHUNK, count)
+    inside = tl.minimum(tl.cdiv(end, 16) * 16, tokens)  # a mask in multiples of 16 keeps the loads wide
+    mass = tl.zeros((8, BLOCK_T), dtype=tl.float32)
+    offset = tl.arange(0, BLOCK_T)[None, :]
+    for first in tl.range(start, end, BLOCK_T):
+        score = tl.load(row + first + offset, mask=offset < inside - first, other=0.0).to(tl.float32)
+        weight = tl.where(offset < end - first, tl.exp(score - highest), 0.0)
+        mass += (score <= limit).to(tl.float32) * weight  # two instructions per sum
+    target = masses + ((ROUND * tl.num_programs(0) + head) * chunks + tl.program_id(1)) * 8
+    tl.store(target + tl.arange(0, 8), (tl.sum(mass, axis=1) * _UNIT).to(tl.int64))
+
+
+@triton.jit
+def _set_aside_kernel(  # type: ignore[no-untyped-def]
+    scores, extremes, seq_lens, slots, masses, ranges, rest, heads, tokens, chunks, undecided, numbers,
+    BLOCK_T: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Write the positions of a chunk's tokens in the range that is left, at the chunk's start, and their number."""
+    pdl_wait(USE_PDL)
+    head, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHUNK
+    count = tl.minimum(tl.load(seq_lens + tl.load(slots + tl.program_id(0) // heads)), tokens).to(tl.int32)
+    if start >= count:
+        return
+    used = tl.cdiv(count, CHUNK)
+    _, spare = _total_and_spare(masses, head, used, chunks, rest, BLOCK_C)
+    low, high, _ = _narrowed(masses, ranges, head, used, chunks, spare, 1, BLOCK_C)
+    row, target = scores + head * tokens, undecided + head * tokens + start
+    end = tl.minimum(start + CHUNK, count)
+    inside, number = tl.minimum(tl.cdiv(end, 16) * 16, tokens), 0
+    # A thread loads eight neighbouring tokens and writes them in turn, so that only their number is scanned.
+    octet, member = tl.arange(0, BLOCK_T // 8) * 8, tl.arange(0, 8)[None, :]
+    offset = octet[:, None] + member
+    for first in tl.range(start, end, BLOCK_T):
+        score = tl.load(row + first + offset, mask=offset < inside - first, other=0.0).to(tl.float32)
+        is_left = ((score >= low) & (score <= high) & (offset < end - first)).to(tl.int32)
+        size = tl.sum(is_left, axis=1)
+        place = number + tl.cumsum(size, axis=0) - size
+        for each in tl.static_range(8):
+            is_written = tl.sum(tl.where(member == each, is_left, 0), axis=1)
+            tl.store(target + place, first + octet + each, mask=is_written > 0)
+            place += is_written
+        number += tl.sum(size)
+    tl.store(numbers + head * chunks + tl.program_id(1), number)
+
+
+@triton.jit
+def _search_kernel(  # type: ignore[no-untyped-def]
+    scores, extremes, seq_lens, slots, masses, ranges, rest, heads, tokens, chunks, undecided, numbers,
+    thresholds, untils, log_totals, BLOCK_T: tl.constexpr, SHIFT: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Find a head's threshold among the tokens set aside, and the position before which its ties are needed."""
+    pdl_wait(USE_PDL)
+    head = tl.program_id(0).to(tl.int64)
+    count = tl.minimum(tl.load(seq_lens + tl.load(slots + tl.program_id(0) // heads)), tokens).to(tl.int32)
+    if count == 0:
+        return
+    used = tl.cdiv(count, CHUNK)
+    highest = _highest(extremes, head, SPLITS, BLOCK_S)
+    total, spare = _total_and_spare(masses, head, used, chunks, rest, BLOCK_C)
+    tl.store(log_totals + head, highest + tl.log(total.to(tl.float32) / _UNIT))
+    if rest <= 0:  # all tokens are needed
+        tl.store(thresholds + head, float("-inf"))
+        tl.store(untils + head, 0)
+        return
+    low_score, high_score, up_to_high = _narrowed(masses, ranges, head, used, chunks, spare, 1, BLOCK_C)
+    # Tokens up to the key low have the spare mass or less, those up to the key high have more.
+    low, high = _key(low_score, SHIFT).to(tl.int64) - 1, _key(high_score, SHIFT).to(tl.int64)
+    row, way, up_to_range = head * tokens, tl.arange(0, 8)[:, None], up_to_high
+    while high - low > 1:
+        step = (high - low + 7) // 8
+        limit = low + way * step
+        limit_key = tl.minimum(limit, high).to(tl.int32)
+        mass = tl.zeros((8, BLOCK_T), dtype=tl.float32)
+        for chunk in tl.range(0, used):
+            number = tl.load(numbers + head * chunks + chunk)
+            for first in tl.range(0, number, BLOCK_T):
+                offset = first + tl.arange(0, BLOCK_T)[None, :]
+                token = tl.load(undecided + row + chunk * CHUNK + offset, mask=offset < number, other=0)
+                score = tl.load(scores + row + token).to(tl.float32)
+                weight = tl.where(offset < number, tl.exp(score - highest), 0.0)
+                mass += (_key(score, SHIFT) > limit_key).to(tl.float32) * weight
+        sums = up_to_range - (tl.sum(mass, axis=1, keep_dims=True) * _UNIT).to(tl.int64)
+        reached = tl.sum(((sums <= spare) & (way > 0) & (limit < high)).to(tl.int32))
+        next_limit = low + (reached + 1) * step
+        if next_limit < high:
+            high = next_limit
+            up_to_high = tl.sum(tl.where(way == reached + 1, sums, 0))
+        low += reached * step
+
+    until, seen, needed = count, 0, (up_to_high - spare).to(tl.float32) / _UNIT
+    for chunk in tl.range(0, used):
+        number = tl.load(numbers + head * chunks + chunk)
+        for first in tl.range(0, number, BLOCK_T):
+            offset = first + tl.arange(0, BLOCK_T)
+            token = tl.load(undecided + row + chunk * CHUNK + offset, mask=offset < number, other=0)
+            score = tl.load(scores + row + token).to(tl.float32)
+            is_equal = (_key(score, SHIFT) == high.to(tl.int32)) & (offset < number)
+            earlier = seen + tl.cumsum(is_equal.to(tl.int32), axis=0) - 1  # equal scores before this one
+            is_beyond = is_equal & (earlier * tl.exp(score - highest) >= needed)
+            until = tl.minimum(until, tl.min(tl.where(is_beyond, token, count), axis=0))
+            seen += tl.sum(is_equal.to(tl.int32), axis=0)
+    tl.store(thresholds + head, _score(high.to(tl.int32), SHIFT))
+    tl.store(untils + head, until)
