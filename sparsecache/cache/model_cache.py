@@ -58,7 +58,8 @@ class ModelCache:
         return all(cache.graphable for cache in self.layers)
 
     def start_sequence(self, slot: int, prompt_tokens: int) -> None:
-        """Begin a sequence in a free slot, after the prefill of every layer's cache."""
+        """Begin a sequence in a free slot, after the prefill of every layer's cache and the work it deferred."""
+        self.join()
         self._prompt_tokens[slot] = prompt_tokens
         for stats in self._stats.values():
             stats.start_sequence(slot, prompt_tokens)

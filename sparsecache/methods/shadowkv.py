@@ -134,8 +134,9 @@ class ShadowKVCache(LayerCache):
         num_outliers, num_recent = self.method.exact_pages(count)
         first = max(0, length // page - num_recent)  # the first of the last pages
         num_outliers = min(num_outliers, first)
-        unrotated = unrotate_keys(k, self._rotation)
-        self.coefficients[slot, :length], self.basis[slot] = _low_rank(unrotated, self._start)
+        with self.config.deferred.reading(k):  # many short kernels, beside the prompt's later layers
+            unrotated = unrotate_keys(k, self._rotation)
+            self.coefficients[slot, :length], self.basis[slot] = _low_rank(unrotated, self._start)
         copy_into(self.values[slot], v)
 
         self.mean_keys[slot, :, :first], least = page_means(k, page, first)
