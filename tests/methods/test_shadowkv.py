@@ -7,11 +7,23 @@ import pytest
 import torch
 
 from sparsecache.cache.base import Shape
-from sparsecache.kernels.rotation import rotate_rows, rotate_rows_back
+from sparsecache.cache.model_cache import ModelCache
+from sparsecache.kernels.rotation import Rotation, rotate_rows, rotate_rows_back
 from sparsecache.methods.shadowkv import ShadowKV, _low_rank
 from sparsecache.testing.cache_checks import plain_rope
-from tests.methods.stepping import Kept, Text, attend, budget_tokens, check_budget, random_texts, run, shape_of
+from tests.methods.stepping import (
+    Kept,
+    Text,
+    attend,
+    budget_tokens,
+    check_budget,
+    random_text,
+    random_texts,
+    run,
+    shape_of,
+)
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
 BASE = 50.0  # all channels rotate by more than a little over a prompt
 
 
@@ -120,7 +132,7 @@ def test_keys_without_a_gap_in_their_spectrum_are_rebuilt_nearly_as_well_as_poss
     _check_error(length, rank, dtype, torch.device("cpu"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_keys_are_rebuilt_as_well_on_a_gpu(dtype) -> None:
     _check_error(300, 20, dtype, torch.device("cuda"))
@@ -141,6 +153,27 @@ def _check_error(length: int, rank: int, dtype: torch.dtype, device: torch.devic
 def test_keys_of_zeros_stay_zeros() -> None:
     coefficients, basis = _low_rank(torch.zeros(30, 2, 4), torch.randn(8, 3, dtype=torch.float64))
     assert not coefficients.any() and basis.isfinite().all()
+
+
+@needs_gpu
+@torch.inference_mode()
+def test_the_first_step_waits_for_the_basis() -> None:
+    """Also if the stream that finds it is late."""
+    device, shape = torch.device("cuda"), Shape(layers=1, heads=4, kv_heads=2, head_dim=64)
+    method = ShadowKV(rank=16, budget=40, outliers=0.0, recent=0.0, dense_layers=0)
+    method.rope = lambda positions: Rotation(*(table.to(device) for table in plain_rope(64)(positions.cpu())))
+    text = random_text(shape, 90, 1, seed=1)
+    outputs = []
+    for cycles in (0, 1_000_000_000):  # half a second
+        cache = ModelCache(method, shape, [device], 1, 100, 10, torch.float32)
+        torch.cuda.synchronize()
+        with cache.layers[0].config.deferred.after():
+            torch.cuda._sleep(cycles)
+        cache.layers[0].prefill(0, *(part.to(device) for part in text.prompt_of(0)))
+        cache.start_sequence(0, text.prompt)
+        token = (part[None].to(device) for part in text.token_of(0, text.prompt))
+        outputs.append(cache.layers[0].attend(*token, torch.tensor([0], device=device)))
+    torch.testing.assert_close(*outputs)
 
 
 @pytest.mark.parametrize("budget", [0.02, 0.3, 1, 13])
