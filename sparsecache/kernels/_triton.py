@@ -103,3 +103,10 @@ def pdl_launch(USE_PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Allow the next kernel to start. Its own `pdl_wait` still waits for the writes of this one."""
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def sortable(x):  # type: ignore[no-untyped-def]
+    """Map float32 to int32 in the same order, -0.0 to the same as 0.0."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, tl, triton
-from sparsecache.kernels.threshold import sortable
+from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, sortable, tl, triton
 
 _CHUNK = 8192  # tokens; a constant, so that sums round alike in every batch and on every device
 _BLOCK = 1024  # tokens per iteration

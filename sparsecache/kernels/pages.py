@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, tl, triton, use_kernel
+from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, sortable, tl, triton, use_kernel
 from sparsecache.kernels.rows import index_slots, take_rows
-from sparsecache.kernels.threshold import Selection, sortable
+from sparsecache.kernels.threshold import Selection
 
 _BLOCK_P = 32  # pages per program
 _MAX_BLOCK_T = 64  # tokens of a page at a time

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, tl, triton
+from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, sortable, tl, triton
+from sparsecache.kernels.mass import find_needed
 from sparsecache.kernels.selection import (
     GroupRule,
     count_within,
@@ -101,15 +102,20 @@ def threshold_select(scores: Scores, seq_lens: Tensor, slots: Tensor, params: Se
     return Selection(positions.clamp(min=0), (positions >= 0).sum(2))
 
 
-def _near_counts(values: Tensor, past: Tensor, params: SelectionParams) -> Tensor:
+def _near_counts(values: Tensor, seq_lens: Tensor, slots: Tensor, params: SelectionParams) -> Tensor:
     """Return how many tokens each KV head is to select before the mean and the budget, by top_p too: [B, G] int32.
 
-    values: as in Scores; past: [B]. Sizes are fixed and the host reads nothing, but the scores are sorted.
+    values: as in Scores.
     """
-    position = torch.arange(values.shape[3], device=values.device)
+    position, past = torch.arange(values.shape[3], device=values.device), seq_lens[slots]
     scores = values.float().masked_fill(position >= past[:, None, None, None], -torch.inf).flatten(1, 2)
     margin = score_margin(scores, values.shape[1], params.group)
-    most = mass_count(margin, params.top_p)
+    best = margin.amax(2, keepdim=True)
+    extremes = torch.stack((best, best - 1e4))  # tokens below weigh nothing
+    found = find_needed(margin, extremes, seq_lens, slots, params.top_p)
+    threshold, until = found.thresholds.view_as(best), found.until.view_as(best)
+    is_needed = (margin > threshold) | ((margin == threshold) & (position < until))
+    most = (is_needed & (position < past[:, None, None])).sum(2)
     margin = params.force_include(margin, position, past)
     return torch.minimum((margin > -params.alpha).sum(2), most).int()
 
@@ -140,7 +146,7 @@ def _launch(
     by_mass = params.top_p < 1
     if by_mass:  # the first split of a KV head holds its whole count
         near_counts.zero_()
-        near_counts[:, :, 0] = _near_counts(scores, seq_lens[slots], params)
+        near_counts[:, :, 0] = _near_counts(scores, seq_lens, slots, params)
     _count_tokens_kernel[grid](
         *inputs, alpha, near_counts, histograms, finished, COUNT_NEAR=not by_mass, **sizes
     )  # fmt: skip
@@ -164,13 +170,6 @@ def _bin(margin, lowest):  # type: ignore[no-untyped-def]
     scale = 255.0 / tl.maximum(-lowest, 1e-30)
     index = tl.maximum(tl.minimum((margin - lowest) * scale, 255.0), 0.0).to(tl.int32)
     return tl.maximum(tl.minimum(index, 255), 0)  # a NaN score gives any integer
-
-
-@triton.jit
-def sortable(margin):  # type: ignore[no-untyped-def]
-    """Map float32 to int32 in the same order, -0.0 to the same as 0.0."""
-    bits = (margin + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
