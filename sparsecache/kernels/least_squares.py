@@ -10,6 +10,7 @@ from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
 
 RIDGE = 1e-5  # a share of the mean of the diagonal; with 1e-6 rounding in float32 changes what is selected
 LEAST_RIDGE = 1e-20  # above 0, so that a matrix of zeros gives zeros
+_BLOCK_K = 16  # rows of a Gram matrix at a time
 
 
 def factorise(
@@ -26,7 +27,8 @@ def factorise(
         found = torch.empty((4, *start.shape), device=start.device, dtype=torch.float32)
         _factorise_kernel[(kv_heads,)](
             query_gram.contiguous(), key_gram.contiguous(), start.contiguous(), found, rank, head_dim, iterations,
-            RIDGE, LEAST_RIDGE, BLOCK_R=next_power_of_2(rank, 16), BLOCK_D=next_power_of_2(head_dim, 16), num_warps=8,
+            RIDGE, LEAST_RIDGE, BLOCK_R=next_power_of_2(rank, 16), BLOCK_D=next_power_of_2(head_dim, 16),
+            BLOCK_K=_BLOCK_K, num_warps=8,
         )  # fmt: skip
         return found[0], found[1], found[2], found[3]
     query_weight = key_weight = start
@@ -84,38 +86,61 @@ def _solve_for(left, right, other, x, size, relative_ridge, least_ridge, BLOCK_R
     return gauss_jordan(a, x, size, relative_ridge, least_ridge, BLOCK_R)
 
 
+@triton.jit
+def _times(  # type: ignore[no-untyped-def]
+    weight, target, gram, mask, rank, head_dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Store weight [R, D] in target, and return weight gram; gram: [D, D] in global memory, too large for registers."""
+    factor, channel = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    tl.debug_barrier()  # all threads have read what target held
+    tl.store(target + factor[:, None] * head_dim + channel[None, :], weight, mask=mask)
+    tl.debug_barrier()
+    product = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    for first in range(0, head_dim, BLOCK_K):
+        at = first + tl.arange(0, BLOCK_K)
+        left = tl.load(
+            target + factor[:, None] * head_dim + at[None, :],
+            mask=(factor < rank)[:, None] & (at < head_dim)[None, :], other=0.0,
+        )  # fmt: skip
+        right = tl.load(
+            gram + at[:, None] * head_dim + channel[None, :],
+            mask=(at < head_dim)[:, None] & (channel < head_dim)[None, :], other=0.0,
+        )  # fmt: skip
+        product = tl.dot(left, right, product, input_precision="ieee")
+    return product
+
+
 @triton.jit(do_not_specialize=["iterations"])
 def _factorise_kernel(  # type: ignore[no-untyped-def]
     query_gram, key_gram, start, found, rank, head_dim, iterations, relative_ridge, least_ridge,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Factorise the queries and keys of one KV head, as the reference in `factorise`."""
     kv, factor, channel = tl.program_id(0), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    in_head = channel < head_dim
-    mask = (factor < rank)[:, None] & in_head[None, :]
-    at_gram = (kv * head_dim + channel)[:, None] * head_dim + channel[None, :]
-    square = in_head[:, None] & in_head[None, :]
-    at = (kv * rank + factor)[:, None] * head_dim + channel[None, :]
-    query_weight = tl.load(start + at, mask=mask, other=0.0)
+    mask = (factor < rank)[:, None] & (channel < head_dim)[None, :]
+    at = factor[:, None] * head_dim + channel[None, :]
+    query_gram += kv * head_dim * head_dim
+    key_gram += kv * head_dim * head_dim
+    size = tl.num_programs(0) * rank * head_dim
+    of_queries = found + kv * rank * head_dim
+    of_keys = of_queries + size
+    query_weight = tl.load(start + kv * rank * head_dim + at, mask=mask, other=0.0)
     key_weight = query_weight
     zero = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
-    query_side = tl.dot(query_weight, tl.load(query_gram + at_gram, mask=square, other=0.0), input_precision="ieee")
-    key_side = tl.dot(key_weight, tl.load(key_gram + at_gram, mask=square, other=0.0), input_precision="ieee")
+    query_side = _times(query_weight, of_queries, query_gram, mask, rank, head_dim, BLOCK_R, BLOCK_D, BLOCK_K)
+    key_side = _times(key_weight, of_keys, key_gram, mask, rank, head_dim, BLOCK_R, BLOCK_D, BLOCK_K)
     query_basis = _solve_for(query_side, query_weight, zero, query_side, rank, relative_ridge, least_ridge, BLOCK_R)
     key_basis = _solve_for(key_side, key_weight, zero, key_side, rank, relative_ridge, least_ridge, BLOCK_R)
     for _ in range(iterations):
         query_weight = _solve_for(
             key_side, key_weight, query_basis, key_side + query_basis, rank, relative_ridge, least_ridge, BLOCK_R
         )
-        query_side = tl.dot(query_weight, tl.load(query_gram + at_gram, mask=square, other=0.0), input_precision="ieee")
+        query_side = _times(query_weight, of_queries, query_gram, mask, rank, head_dim, BLOCK_R, BLOCK_D, BLOCK_K)
         key_weight = _solve_for(
             query_side, query_weight, key_basis, query_side + key_basis, rank, relative_ridge, least_ridge, BLOCK_R
         )
-        key_side = tl.dot(key_weight, tl.load(key_gram + at_gram, mask=square, other=0.0), input_precision="ieee")
+        key_side = _times(key_weight, of_keys, key_gram, mask, rank, head_dim, BLOCK_R, BLOCK_D, BLOCK_K)
         query_basis = _solve_for(query_side, query_weight, zero, query_side, rank, relative_ridge, least_ridge, BLOCK_R)
         key_basis = _solve_for(key_side, key_weight, zero, key_side, rank, relative_ridge, least_ridge, BLOCK_R)
-    size = tl.num_programs(0) * rank * head_dim
-    tl.store(found + at, query_weight, mask=mask)
-    tl.store(found + size + at, key_weight, mask=mask)
-    tl.store(found + 2 * size + at, query_basis, mask=mask)
-    tl.store(found + 3 * size + at, key_basis, mask=mask)
+    tl.store(of_keys + size + at, query_basis, mask=mask)
+    tl.store(of_keys + 2 * size + at, key_basis, mask=mask)

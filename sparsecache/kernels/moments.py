@@ -46,7 +46,7 @@ def expected_logits(k: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     the queries of each head.
     """
     (kv_heads, length, head_dim), heads = k.shape, len(mean)
-    if use_kernel(k):
+    if use_kernel(k) and k.dtype != torch.float32:  # products of float32 tiles do not fit into registers
         k = k if k.stride(2) == 1 else k.contiguous()
         logits = torch.empty((heads, length), device=k.device, dtype=torch.float32)
         _logits_kernel[(-(-length // _SCORE_BLOCK_T), kv_heads)](
@@ -71,7 +71,7 @@ def _launch(x: Tensor, rotation: Rotation | None, absolute: bool) -> Moments:
         x, x.stride(0), x.stride(1), cos, sin, sums, products, length, head_dim,
         0 if rotation is None else cos.shape[1], ROTATED=rotation is not None, ABSOLUTE=absolute, SPLITS=splits,
         BLOCK_T=_BLOCK_T, BLOCK_D=next_power_of_2(head_dim, 16), num_warps=_WARPS,
-        num_stages=3 if rotation is None else 1,  # a stage of rotations takes half of the shared memory
+        num_stages=1 if rotation is not None or head_dim * x.element_size() > 256 else 3,  # shared memory is scarce
     )  # fmt: skip
     return Moments(sums.sum(0), products.sum(0))
 
@@ -131,9 +131,8 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
         of_head = covariance + (head * head_dim + channel)[:, None] * head_dim + channel[None, :]
         matrix = tl.load(of_head, mask=square, other=0.0)
         high = matrix.to(key.dtype)
-        turned = tl.dot(key, high, input_precision="ieee")
-        if key.dtype != tl.float32:  # the matrix is the sum of two values in the dtype of the keys
-            turned = tl.dot(key, (matrix - high.to(tl.float32)).to(key.dtype), turned)
+        turned = tl.dot(key, high)  # the matrix is the sum of two values in the dtype of the keys
+        turned = tl.dot(key, (matrix - high.to(tl.float32)).to(key.dtype), turned)
         along = tl.load(mean + head * head_dim + channel, mask=in_head, other=0.0)
         score = tl.sum(exact * (turned * square_scale + along[None, :] * scale), axis=1)
         tl.store(logits + head * length + token, score, mask=token < length)

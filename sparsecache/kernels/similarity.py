@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
+from sparsecache.kernels._triton import has_large_shared_memory, next_power_of_2, tl, triton, use_kernel
 
 _BLOCK = 64  # tokens that the reference compares with a whole prompt at a time
-_BLOCK_M, _BLOCK_N, _WARPS = 128, 128, 8  # tokens, and those compared with them, per iteration
+_BLOCK_N = 128  # tokens that others are compared with per iteration
 _CHUNK = 8  # iterations between two checks of whether all tokens are done; loads are pipelined within a chunk
 
 
@@ -19,13 +19,17 @@ def latest_similar(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     kv_heads, length, head_dim = keys.shape
     if use_kernel(keys):
         keys = keys if keys.stride(2) == 1 else keys.contiguous()
+        block_d = next_power_of_2(head_dim, 16)
+        if block_d * keys.element_size() <= 256:
+            block_m, warps, stages = 128, 8, 3 if has_large_shared_memory(keys.device) else 2
+        else:
+            block_m, warps, stages = 64, 4, 1
         norms = torch.linalg.vector_norm(keys, dim=2, dtype=torch.float32).clamp_(min=1e-12)
         latest = torch.empty((kv_heads, length), device=keys.device, dtype=torch.int64)
         similarity = torch.empty((kv_heads, length), device=keys.device, dtype=torch.float32)
-        _latest_kernel[(-(-length // _BLOCK_M), kv_heads)](
+        _latest_kernel[(-(-length // block_m), kv_heads)](
             keys, keys.stride(0), keys.stride(1), norms, latest, similarity, threshold, length, head_dim,
-            BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, CHUNK=_CHUNK, BLOCK_D=next_power_of_2(head_dim, 16), num_warps=_WARPS,
-            num_stages=3 if keys.element_size() == 2 else 1,
+            BLOCK_M=block_m, BLOCK_N=_BLOCK_N, CHUNK=_CHUNK, BLOCK_D=block_d, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return latest, similarity
     unit = normalize(keys.float(), dim=2)
