@@ -20,7 +20,7 @@ from torch import Tensor
 from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, sortable, tl, triton
 
 _CHUNK = 8192  # tokens; a constant, so that sums round alike in every batch and on every device
-_BLOCK = 1024  # tokens per iteration
+_MASS_BLOCK, _BLOCK = 512, 1024  # tokens per iteration; eight sums per token need many registers
 _UNIT = tl.constexpr(1 << 40)  # the integer of weight 1; the sum of 2^22 tokens fits into int64
 
 
@@ -56,14 +56,16 @@ def find_needed(scores: Tensor, extremes: Tensor, seq_lens: Tensor, slots: Tenso
     inputs = (scores, extremes, seq_lens, slots, masses, ranges, float(1 - p), scores.shape[1], tokens, chunks)
     sizes = {
         "SPLITS": splits, "BLOCK_S": next_power_of_2(splits), "BLOCK_C": next_power_of_2(chunks), "CHUNK": _CHUNK,
-        "BLOCK_T": _BLOCK, **pdl_options(),
+        **pdl_options(),
     }  # fmt: skip
-    _mass_kernel[(heads, chunks)](*inputs, ROUND=0, num_warps=4, **sizes)
+    _mass_kernel[(heads, chunks)](*inputs, ROUND=0, BLOCK_T=_MASS_BLOCK, num_warps=4, **sizes)
     if p < 1:
-        _mass_kernel[(heads, chunks)](*inputs, ROUND=1, num_warps=4, **sizes)
-        _set_aside_kernel[(heads, chunks)](*inputs, undecided, numbers, num_warps=4, **sizes)
+        _mass_kernel[(heads, chunks)](*inputs, ROUND=1, BLOCK_T=_MASS_BLOCK, num_warps=4, **sizes)
+        _set_aside_kernel[(heads, chunks)](*inputs, undecided, numbers, BLOCK_T=_BLOCK, num_warps=4, **sizes)
     shift = 0 if scores.dtype == torch.float32 else 13
-    _search_kernel[(heads,)](*inputs, undecided, numbers, *needed, SHIFT=shift, num_warps=8, **sizes)
+    _search_kernel[(heads,)](
+        *inputs, undecided, numbers, *needed, BLOCK_T=_BLOCK, SHIFT=shift, num_warps=8, **sizes
+    )  # fmt: skip
     return needed
 
 
@@ -111,6 +113,14 @@ def _narrowed(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _add_weights(mass, row, number, highest, limit, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add the weights of the first `number` scores of a row to the masses [8, BLOCK_T] up to each limit."""
+    offset = tl.arange(0, BLOCK_T)[None, :]
+    score = tl.load(row + offset, mask=offset < number, other=float("-inf")).to(tl.float32)
+    return mass + (score <= limit).to(tl.float32) * tl.exp(score - highest)  # two instructions per limit
+
+
+@triton.jit
 def _mass_kernel(  # type: ignore[no-untyped-def]
     scores, extremes, seq_lens, slots, masses, ranges, rest, heads, tokens, chunks,
     ROUND: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -142,13 +152,12 @@ def _mass_kernel(  # type: ignore[no-untyped-def]
         tl.store(target + 8, low)
 
     row, end = scores + head * tokens, tl.minimum(start + CHUNK, count)
-    inside = tl.minimum(tl.cdiv(end, 16) * 16, tokens)  # a mask in multiples of 16 keeps the loads wide
+    last = start + (end - start) // BLOCK_T * BLOCK_T  # behind the full blocks, which need no mask
     mass = tl.zeros((8, BLOCK_T), dtype=tl.float32)
-    offset = tl.arange(0, BLOCK_T)[None, :]
-    for first in tl.range(start, end, BLOCK_T):
-        score = tl.load(row + first + offset, mask=offset < inside - first, other=0.0).to(tl.float32)
-        weight = tl.where(offset < end - first, tl.exp(score - highest), 0.0)
-        mass += (score <= limit).to(tl.float32) * weight  # two instructions per sum
+    for first in tl.range(start, last, BLOCK_T):
+        mass = _add_weights(mass, row + first, BLOCK_T, highest, limit, BLOCK_T)
+    if last < end:
+        mass = _add_weights(mass, row + last, end - last, highest, limit, BLOCK_T)
     target = masses + ((ROUND * tl.num_programs(0) + head) * chunks + tl.program_id(1)) * 8
     tl.store(target + tl.arange(0, 8), (tl.sum(mass, axis=1) * _UNIT).to(tl.int64))
 

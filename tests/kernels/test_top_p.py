@@ -60,8 +60,8 @@ def test_extremes_are_those_of_the_tokens_needed(case, device) -> None:
 
 
 def test_equal_tokens_are_needed_from_the_first_on(device, monkeypatch) -> None:
-    monkeypatch.setattr(mass, "_CHUNK", 32)
-    monkeypatch.setattr(mass, "_BLOCK", 16)
+    for name, size in (("_CHUNK", 32), ("_MASS_BLOCK", 16), ("_BLOCK", 16)):
+        monkeypatch.setattr(mass, name, size)
     values = torch.zeros(1, 1, 2, 100, device=device)
     for backend in ("kernels", "reference"):
         with force_backend(backend):
@@ -81,7 +81,7 @@ HARD = {  # score of the first token, and the step that the others are rounded t
 @pytest.mark.parametrize("p", [0.85, 0.99999])
 @pytest.mark.parametrize("hard", HARD.values(), ids=HARD)
 def test_several_chunks_give_what_sums_in_double_precision_give(hard, p, device, monkeypatch) -> None:
-    for name in ("_CHUNK", "_BLOCK"):
+    for name in ("_CHUNK", "_MASS_BLOCK", "_BLOCK"):
         monkeypatch.setattr(mass, name, 256)
     past, generator = [700, 256], torch.Generator().manual_seed(5)
     values = (2 / hard[1] * torch.randn(2, 1, 2, 700, generator=generator)).round() * hard[1]
