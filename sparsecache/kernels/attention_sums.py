@@ -12,6 +12,7 @@ _BLOCK = 64  # queries whose scores the reference holds at a time
 _BLOCK_M, _BLOCK_N, _WARPS = 64, 128, 4  # queries and keys per iteration
 _NORMALIZER_BLOCK_M, _NORMALIZER_WARPS = 128, 8  # more queries per program read the keys from L2 less often
 _FEW_QUERIES = 256  # up to which the reference is as fast: it fills the GPU, the kernels do not
+_MAX_ROW_BYTES = 512  # tiles of wider rows do not fit into shared memory
 
 
 def attention_sums(q: Tensor, k: Tensor, first: int) -> Tensor:
@@ -19,9 +20,9 @@ def attention_sums(q: Tensor, k: Tensor, first: int) -> Tensor:
 
     q: [H, L, D]; k: [G, L, D]. The sum over queries and a KV head's query heads.
     """
-    if use_kernel(q) and k.shape[1] - first > _FEW_QUERIES:
-        return _launch(q, k, first)
     kv_heads, length, head_dim = k.shape
+    if use_kernel(q) and length - first > _FEW_QUERIES and head_dim * q.element_size() <= _MAX_ROW_BYTES:
+        return _launch(q, k, first)
     sums = torch.zeros(kv_heads, length, device=k.device)
     for start in range(first, length, _BLOCK):
         end = min(start + _BLOCK, length)

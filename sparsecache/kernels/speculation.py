@@ -18,8 +18,8 @@ from sparsecache.kernels.rows import index_slots
 from sparsecache.kernels.scores import partial_scores, scaled_scores
 from sparsecache.kernels.threshold import Scores, split_range
 
-_MAX_BLOCK_T, _WARPS, _STAGES = 128, 4, 4  # tokens per iteration
-_TILE_BYTES = 16384  # bytes of keys per iteration
+_MAX_BLOCK_T, _WARPS, _STAGES = 128, 4, 4  # tokens per iteration, more only for narrow keys
+_MIN_TILE_BYTES, _TILE_BYTES = 8192, 16384  # bytes of keys per iteration: fewer do not hide the latency of memory
 _MAX_SPLITS = 64
 _LONG_SPLIT = 1024  # tokens
 _MAX_HALF = tl.constexpr(65504)  # the largest float16
@@ -94,11 +94,13 @@ def _launch(
     scores = torch.empty((batch, kv_heads, group, stride), device=device, dtype=dtype)
     extremes = torch.empty((3 if with_sums else 2, batch, heads, splits), device=device, dtype=torch.float32)
     block_i = next_power_of_2(channels, 16)
+    row_bytes = block_i * keys.element_size()
     _score_kernel[(batch * kv_heads, splits)](
         q, q.stride(0), q.stride(1), q if projection is None else projection, keys, seq_lens, slots, scores, extremes,
         1 / math.sqrt(head_dim), kv_heads, capacity, stride, head_dim, channels, extremes[0].numel(),
         PROJECTED=projection is not None, BLOCK_D=next_power_of_2(head_dim, 16), BLOCK_I=block_i, GROUP=group,
-        BLOCK_Q=next_power_of_2(group, 8), BLOCK_T=min(_MAX_BLOCK_T, _TILE_BYTES // (block_i * keys.element_size())),
+        BLOCK_Q=next_power_of_2(group, 8),
+        BLOCK_T=min(max(_MAX_BLOCK_T, _MIN_TILE_BYTES // row_bytes), _TILE_BYTES // row_bytes),
         SPLITS=splits, WITH_SUMS=with_sums,
         num_warps=_WARPS, num_stages=_STAGES, **pdl_options(),
     )  # fmt: skip

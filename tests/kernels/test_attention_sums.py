@@ -12,7 +12,7 @@ CASES = {  # KV heads, group, head size, tokens, first query
     "last queries": (1, 2, 32, 200, 77),
 }
 if torch.cuda.is_available():
-    CASES |= {"long": (8, 4, 128, 4099, 0), "many last queries": (2, 8, 64, 3001, 1500)}
+    CASES |= {"long": (8, 4, 128, 4099, 0), "many last queries": (2, 8, 64, 3001, 1500), "wide": (1, 4, 256, 900, 0)}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -16,7 +16,7 @@ CASES = {  # KV heads, group, tokens, head size, rotated channels
     "some splits": (1, 2, 1100, 16, 8),
 }
 if torch.cuda.is_available():
-    CASES |= {"long": (8, 4, 4099, 128, 128), "long, 96 channels": (2, 3, 3000, 96, 48)}
+    CASES |= {"long": (8, 4, 4099, 128, 128), "96 channels": (2, 3, 3000, 96, 48), "wide": (1, 4, 900, 256, 64)}
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)

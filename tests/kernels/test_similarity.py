@@ -7,7 +7,7 @@ from sparsecache.kernels.similarity import latest_similar
 
 CASES = {"one token": (2, 1, 16), "around a block": (2, 129, 24), "many": (1, 300, 32)}  # KV heads, tokens, head size
 if torch.cuda.is_available():
-    CASES["long"] = (8, 4099, 128)
+    CASES |= {"long": (8, 4099, 128), "wide": (2, 1500, 256)}
 
 
 def _keys(case) -> torch.Tensor:
