@@ -11,7 +11,7 @@ from sparsecache.kernels.least_squares import LEAST_RIDGE, RIDGE, gauss_jordan, 
 from sparsecache.kernels.rows import index_slots, mask_of_first, take_rows
 
 _BLOCK_N = 64  # tokens that a program adds up at a time
-_ONE_WARP = 32  # the highest rank whose systems fit into the registers of one warp
+_ONE_WARP = 16  # the highest rank whose systems fit into the registers of one warp
 _TINY = 1e-6  # the authors' too: it shortens a step whose reduced rows are nearly 0
 
 

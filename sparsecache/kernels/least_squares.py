@@ -11,6 +11,7 @@ from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
 RIDGE = 1e-5  # a share of the mean of the diagonal; with 1e-6 rounding in float32 changes what is selected
 LEAST_RIDGE = 1e-20  # above 0, so that a matrix of zeros gives zeros
 _BLOCK_K = 16  # rows of a Gram matrix at a time
+_MAX_RANK = 16  # systems of a higher rank do not fit into registers
 
 
 def factorise(
@@ -22,7 +23,7 @@ def factorise(
     A_Q = Q W_Q and A_K = K W_K. query_gram, key_gram: Q^T Q and K^T K, [G, D, D] float32; start: [G, R, D] float32, the
     first W_Q and W_K. Rows of zeros stay so.
     """
-    if use_kernel(query_gram):
+    if use_kernel(query_gram) and start.shape[1] <= _MAX_RANK:
         kv_heads, rank, head_dim = start.shape
         found = torch.empty((4, *start.shape), device=start.device, dtype=torch.float32)
         _factorise_kernel[(kv_heads,)](
