@@ -22,7 +22,7 @@ _BLOCK = 8192  # prompt tokens that are quantised at a time
 class QuantisedStore:
     """Quantised keys and values of slots, and the ring of their last tokens.
 
-    key_codes, value_codes: [S, G, N, W] uint8, W bytes with the codes of D channels, N a multiple of `group`.
+    key_codes, value_codes: [S, G, N, W] int16, W words with the codes of D channels, N a multiple of `group`.
     key_ranges: [S, G, N / group, 2, D] and value_ranges: [S, G, N, 2, ceil(D / group)], minimum and step of each group.
     key_tail, value_tail: [S, G, residual + group, D], the tokens that are not quantised, by position modulo that size.
     capacity: the most tokens of a slot. A slot of n tokens has the first `num_quantised(n)` of them quantised.
@@ -58,11 +58,11 @@ class QuantisedStore:
         def zeros(*size: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros((slots, kv_heads, *size), dtype=dtype, device=device)
 
-        width = -(-head_dim * bits // 8)
+        words = -(-head_dim * bits // 16)
         return cls(
-            key_codes=zeros(rows, width, dtype=torch.uint8),
+            key_codes=zeros(rows, words, dtype=torch.int16),
             key_ranges=zeros(rows // group, 2, head_dim),
-            value_codes=zeros(rows, width, dtype=torch.uint8),
+            value_codes=zeros(rows, words, dtype=torch.int16),
             value_ranges=zeros(rows, 2, -(-head_dim // group)),
             key_tail=zeros(residual + group, head_dim),
             value_tail=zeros(residual + group, head_dim),
@@ -165,7 +165,7 @@ class QuantisedStore:
 def token_nbytes(head_dim: int, bits: int, group: int, dtype: torch.dtype) -> float:
     """Return the bytes of a quantised token's key and value in one KV head, with its share of minima and steps."""
     keys, values = 2 * head_dim / group, 2 * -(-head_dim // group)
-    return 2 * -(-head_dim * bits // 8) + (keys + values) * dtype.itemsize
+    return 4 * -(-head_dim * bits // 16) + (keys + values) * dtype.itemsize
 
 
 def quantise(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -181,19 +181,19 @@ def quantise(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Return codes [.., D] in bytes [.., W]: of the codes in a byte, the first one has the lowest bits."""
-    per_byte = 8 // bits
-    codes = pad(codes, (0, -codes.shape[-1] % per_byte))
-    codes = codes.view(*codes.shape[:-1], -1, per_byte)
-    shifts = torch.arange(0, 8, bits, device=codes.device, dtype=torch.uint8)
-    return (codes << shifts).sum(-1, dtype=torch.uint8)
+    """Return codes [.., D] in words [.., W], int16: code i * W + w is number i, from the lowest bits, of word w."""
+    per_word = 16 // bits
+    codes = pad(codes.to(torch.int16), (0, -codes.shape[-1] % per_word))
+    codes = codes.view(*codes.shape[:-1], per_word, -1)
+    shifts = torch.arange(0, 16, bits, device=codes.device, dtype=torch.int16)
+    return (codes << shifts[:, None]).sum(-2, dtype=torch.int16)
 
 
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Return the codes in bytes [.., W], uint8: [.., 8 / bits * W]."""
-    shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
-    codes: Tensor = (packed[..., None] >> shifts) & (2**bits - 1)
-    return codes.flatten(-2)
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Return the codes in words [.., W], uint8: [.., 16 / bits * W]."""
+    shifts = torch.arange(0, 16, bits, device=words.device, dtype=torch.int16)
+    codes: Tensor = (words[..., None, :] >> shifts[:, None]) & (2**bits - 1)
+    return codes.flatten(-2).to(torch.uint8)
 
 
 def _in_groups(x: Tensor, group: int) -> Tensor:

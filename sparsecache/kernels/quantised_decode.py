@@ -1,8 +1,8 @@
 """Attention of one new token per sequence over quantised tokens, all or selected ones: flash decoding over codes.
 
-The splits are those of `decode`. A program reads codes, minima and steps, and dequantises in registers. Tokens of the
-full-precision tail are read from its ring. All sizes are fixed and the device finds the tokens, so a decode step can be
-a CUDA graph.
+The splits are those of `decode`. In half precision, all tokens are attended to on their codes, without dequantising.
+Selected tokens, and tokens in float32, are dequantised in registers. Tokens of the full-precision tail are read from
+its ring. All sizes are fixed and the device finds the tokens, so a decode step can be a CUDA graph.
 
 In one file because the attention and the append of a token share the layout of codes.
 """
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import (
+    INTERPRETED,
     next_power_of_2,
+    num_sms,
     pdl_launch,
     pdl_options,
     pdl_wait,
@@ -25,8 +27,11 @@ from sparsecache.kernels.decode import attend_rows, merge_kernel, place_split, s
 from sparsecache.kernels.quantisation import QuantisedStore
 from sparsecache.kernels.rows import mask_of_first
 
-_MIN_CHANNELS = 32  # with 16, products of half precision and codes of 2 or 4 bits are wrong (Triton 3.6, H200)
-_TILE, _SELECTED_TILE = 64, 32  # tokens that a program dequantises at a time; a selected token has a range of its own
+_MIN_WORDS = 16  # with 16 channels, products of unpacked codes are wrong (Triton 3.6, H200); 16 words are 32 or more
+_TILE = 32  # tokens that a program attends to at a time
+# On codes, a program is one warp where it can be, so that nothing waits at barriers. Its total takes 64 registers of a
+# thread, and 8 warps take all registers of a multiprocessor. The interpreter gets fewer programs, to be faster.
+_TOTALS_PER_WARP, _WARPS_PER_SM, _MAX_SPLITS = 2048, 2 if INTERPRETED else 8, 128
 
 
 def attend_quantised(q: Tensor, k: Tensor, v: Tensor, store: QuantisedStore, lengths: Tensor, slots: Tensor) -> Tensor:
@@ -73,10 +78,12 @@ def append_quantised(k: Tensor, v: Tensor, store: QuantisedStore, lengths: Tenso
     if not use_kernel(k):
         store.append(k, v, lengths, slots)
         return
+    block_d = 16 // store.bits * next_power_of_2(store.key_codes.shape[3])
     _append_kernel[k.shape[:2]](
         k, v, k.stride(0), k.stride(1), store.key_codes, store.key_ranges, store.value_codes, store.value_ranges,
         store.key_tail, store.value_tail, lengths.contiguous(), slots, store.capacity, store.key_codes.shape[2],
-        store.residual, PER_HEAD=lengths.dim() == 2, num_warps=4, **_sizes(store), **pdl_options(),
+        store.residual, PER_HEAD=lengths.dim() == 2, num_warps=4, **_sizes(store), BLOCK_D=block_d,
+        BLOCK_C=max(1, block_d // store.group), **pdl_options(),
     )  # fmt: skip
 
 
@@ -94,7 +101,17 @@ def _launch(
     batch, heads, _, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    num_splits = split_count(batch, kv_heads, q.device)
+    block_w = next_power_of_2(store.key_codes.shape[3], _MIN_WORDS)
+    block_d = 16 // store.bits * block_w
+    block_c = next_power_of_2(store.value_ranges.shape[4])
+    # Matrix units of some AMD GPUs take subnormal numbers as zeros.
+    on_codes = selected is None and q.dtype != torch.float32 and torch.version.hip is None
+    block_r = max(16, next_power_of_2(group) * (block_c if on_codes else 1))
+    num_warps, num_splits = 4, split_count(batch, kv_heads, q.device)
+    if on_codes:
+        num_warps = max(1, block_r * block_d // _TOTALS_PER_WARP)
+        programs = max(1, _WARPS_PER_SM // num_warps) * num_sms(q.device)
+        num_splits = max(batch, min(_MAX_SPLITS * batch, programs // kv_heads))
     partial_out = torch.empty((heads, num_splits, head_dim), device=q.device, dtype=torch.float32)
     softmax_stats = torch.empty((2, heads, num_splits), device=q.device, dtype=torch.float32)  # maxima, sums
     split_ranges = torch.empty((batch, kv_heads, 2), device=q.device, dtype=torch.int32)  # first split, how many
@@ -108,13 +125,13 @@ def _launch(
         lengths if counts is None else counts.contiguous(), partial_out, softmax_stats, split_ranges,
         1 / math.sqrt(head_dim), batch, num_splits, store.capacity, store.key_codes.shape[2], store.residual,
         heads * num_splits, 0 if selected is None else selected.shape[2], SELECTED=selected is not None,
-        PER_HEAD=lengths.dim() == 2, GROUP=group, BLOCK_Q=next_power_of_2(group, 16), BLOCK_B=next_power_of_2(batch),
-        BLOCK_T=max(_TILE, store.group) if selected is None else _SELECTED_TILE, BLOCK_TAIL=_TILE, num_warps=4,
-        num_stages=3 if selected is None else 2, **_sizes(store), **pdl_options(),
+        ON_CODES=on_codes, PER_HEAD=lengths.dim() == 2, GROUP=group, BLOCK_R=block_r, BLOCK_B=next_power_of_2(batch),
+        BLOCK_T=_TILE, BLOCK_W=block_w, BLOCK_C=block_c, INTERPRETED=INTERPRETED, num_warps=num_warps,
+        num_stages=3 if on_codes else 2, **_sizes(store), **pdl_options(),
     )  # fmt: skip
     merge_kernel[(batch, heads)](
         partial_out, softmax_stats, split_ranges, out, num_splits, head_dim, heads * num_splits,
-        GROUP=group, BATCHED=batch > 1, BLOCK_S=next_power_of_2(-(-num_splits // batch)),
+        GROUP=group, BATCHED=batch > 1, BLOCK_S=min(64, next_power_of_2(-(-num_splits // batch))),
         BLOCK_D=next_power_of_2(head_dim, 16), num_warps=2, **pdl_options(),
     )  # fmt: skip
     return out
@@ -122,12 +139,9 @@ def _launch(
 
 def _sizes(store: QuantisedStore) -> dict[str, int]:
     """Return the sizes of a store that are compiled into the kernels, so that loads are as wide as possible."""
-    head_dim = store.key_tail.shape[3]
-    block_d = next_power_of_2(head_dim, _MIN_CHANNELS)
     return {
-        "BITS": store.bits, "PER_BYTE": 8 // store.bits, "TOKENS": store.group, "HEAD_DIM": head_dim,
-        "WIDTH": store.key_codes.shape[3], "VALUE_GROUPS": store.value_ranges.shape[4], "BLOCK_D": block_d,
-        "BLOCK_C": max(1, block_d // store.group),
+        "BITS": store.bits, "TOKENS": store.group, "HEAD_DIM": store.key_tail.shape[3],
+        "WORDS": store.key_codes.shape[3], "VALUE_GROUPS": store.value_ranges.shape[4],
     }  # fmt: skip
 
 
@@ -137,20 +151,158 @@ def _num_quantised(length, residual, TOKENS: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
-def _load_codes(codes, row, mask, WIDTH: tl.constexpr, BITS: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the codes of rows [N] as float32 [N, 8 / BITS * BLOCK_W]."""
-    byte = tl.arange(0, BLOCK_W)
-    packed = tl.load(
-        codes + row[:, None] * WIDTH + byte[None, :], mask=mask[:, None] & (byte < WIDTH)[None, :], other=0
-    )
-    if BITS == 8:
-        numbers = packed
-    elif BITS == 4:
-        numbers = tl.interleave(packed & 15, packed >> 4)
+def _load_codes(codes, row, mask, WORDS: tl.constexpr, BITS: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the codes of rows [N] as float32 [N, 16 / BITS * BLOCK_W], by plane and word."""
+    word, plane = tl.arange(0, BLOCK_W), tl.arange(0, 16 // BITS)
+    words = tl.load(codes + row[:, None] * WORDS + word[None, :], mask=mask[:, None] & (word < WORDS)[None, :], other=0)
+    numbers = (words[:, None, :] >> (plane * BITS)[None, :, None]) & ((1 << BITS) - 1)
+    return tl.reshape(numbers, (row.shape[0], 16 // BITS * BLOCK_W)).to(tl.float32)
+
+
+@triton.jit
+def _dequantise_values(  # type: ignore[no-untyped-def]
+    numbers, ranges, row, mask, channel, in_head, IN_ORDER: tl.constexpr, TOKENS: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Return the values of codes [N, D]. IN_ORDER: the channels are 0, 1, .., so that a group is loaded once."""
+    ranges += row[:, None] * (2 * VALUE_GROUPS)
+    if IN_ORDER:
+        group = tl.arange(0, BLOCK_C)[None, :]
+        group_mask = mask[:, None] & (group < VALUE_GROUPS)
+        minimum = tl.load(ranges + group, mask=group_mask, other=0.0).to(tl.float32)
+        step = tl.load(ranges + VALUE_GROUPS + group, mask=group_mask, other=0.0).to(tl.float32)
+        grouped = tl.reshape(numbers, (numbers.shape[0], BLOCK_C, numbers.shape[1] // BLOCK_C))
+        return tl.reshape(grouped * step[:, :, None] + minimum[:, :, None], numbers.shape)
+    group = (channel // TOKENS)[None, :]
+    group_mask = mask[:, None] & in_head[None, :]
+    minimum = tl.load(ranges + group, mask=group_mask, other=0.0).to(tl.float32)
+    return numbers * tl.load(ranges + VALUE_GROUPS + group, mask=group_mask, other=0.0).to(tl.float32) + minimum
+
+
+@triton.jit
+def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return one code of each word as a number of `dtype`: in the mantissa, times 2^(its place in its byte)."""
+    per_byte: tl.constexpr = 8 // BITS
+    mask: tl.constexpr = ((1 << BITS) - 1) << (PLANE % per_byte * BITS)
+    if INTERPRETED:  # without inline assembly
+        field = (words >> (PLANE // per_byte * 8)) & mask
+    else:  # of two words in one instruction
+        low: tl.constexpr = "and.b32 $0, $1, $2;"
+        high_byte: tl.constexpr = "{ .reg .b32 high; shr.u32 high, $1, 8; and.b32 $0, high, $2; }"
+        field = tl.inline_asm_elementwise(
+            low if per_byte > PLANE else high_byte, "=r,r,r", [words, tl.full(words.shape, mask, tl.int16)],
+            dtype=tl.int16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return field.to(dtype, bitcast=True)
+
+
+@triton.jit
+def _to_float16(x, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return x in float16. Pairs stay pairs, so that they are multiplied in one instruction."""
+    if INTERPRETED or x.dtype == tl.float16:
+        return x.to(tl.float16)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 low, high; shl.b32 low, $1, 16; and.b32 high, $1, 0xffff0000; cvt.rn.f16x2.f32 $0, high, low; }",
+        "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _concatenate(planes):  # type: ignore[no-untyped-def]
+    """Return 2, 4 or 8 tensors [N, W] side by side: [N, 2 * W], [N, 4 * W] or [N, 8 * W]."""
+    if len(planes) == 2:
+        joined = tl.join(planes[0], planes[1])
+    elif len(planes) == 4:
+        joined = tl.join(tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3]))
     else:
-        even, odd = tl.interleave(packed & 3, packed >> 4 & 3), tl.interleave(packed >> 2 & 3, packed >> 6)
-        numbers = tl.interleave(even, odd)
-    return numbers.to(tl.float32)
+        even = tl.join(tl.join(planes[0], planes[4]), tl.join(planes[2], planes[6]))
+        joined = tl.join(even, tl.join(tl.join(planes[1], planes[5]), tl.join(planes[3], planes[7])))
+    rows: tl.constexpr = planes[0].shape[0]
+    width: tl.constexpr = planes[0].shape[1]
+    joined = tl.permute(tl.reshape(joined, (rows, width, len(planes))), (0, 2, 1))
+    return tl.reshape(joined, (rows, len(planes) * width))
+
+
+@triton.jit
+def _attend_on_codes(  # type: ignore[no-untyped-def]
+    q_block, key_codes, key_ranges, value_codes, value_ranges, start, end, scale, channel, in_head, group,
+    BITS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Attend to the quantised tokens from start to end, whole groups: maximum [R], sum of weights [R], total [R, D].
+
+    Row r of the queries is for the channels of value group `group[r]`; the rest of its total means nothing.
+
+    Codes are not dequantised. As bits of a half-precision number, they are that many times the smallest one. Queries
+    are multiplied by the steps of keys, in float16, which rounds less than bfloat16, with the largest entry of a query
+    near 1. Weights are multiplied by the steps of values. Products of their own add the minima. Of values, half the
+    range is added as well, since what rounding does to a weight then meets a number of half the size.
+    """
+    dtype: tl.constexpr = q_block.dtype
+    planes: tl.constexpr = 16 // BITS
+    block_d: tl.constexpr = planes * BLOCK_W
+    tile: tl.constexpr = BLOCK_T if BLOCK_T < TOKENS else TOKENS
+    block_x: tl.constexpr = 2 * BLOCK_C if BLOCK_C > 8 else 16
+    middle: tl.constexpr = ((1 << BITS) - 1) / 2
+    key_code: tl.constexpr = 2.0**24  # one over the smallest number
+    value_code: tl.constexpr = 2.0**133 if dtype == tl.bfloat16 else 2.0**24
+    # It keeps products of bfloat16, and weights of float16, away from subnormal numbers.
+    weight_factor: tl.constexpr = 2.0**100 if dtype == tl.bfloat16 else 2.0 ** (BITS - 2)
+    word, at_range, place = tl.arange(0, BLOCK_W), tl.arange(0, block_x), tl.arange(0, block_d)
+    in_words, in_ranges = (word < WORDS)[None, :], (at_range < 2 * VALUE_GROUPS)[None, :]
+    place_value = tl.exp2((place // BLOCK_W % (8 // BITS) * BITS).to(tl.float32))
+    queries = q_block.to(tl.float32)
+    size = tl.exp2(tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(queries), axis=1), 1e-30))))
+    small_queries = _to_float16((queries / size[:, None] / place_value[None, :]).to(dtype), INTERPRETED)
+    score_unit = size * (scale * key_code)
+    # A product with it picks, for each row, the steps of its group.
+    pick = tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], weight_factor, 0.0).to(dtype)
+
+    maximum = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
+    weight_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    from_ranges = tl.zeros((BLOCK_R, block_x), dtype=tl.float32)
+    step_sum = tl.zeros((BLOCK_R, 8), dtype=tl.float32)  # equal columns
+    totals = ()
+    for _ in tl.static_range(planes):
+        totals = totals + (tl.zeros((BLOCK_R, BLOCK_W), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    for first in tl.range(start, end, tile):
+        token = first + tl.arange(0, tile)
+        at_codes = token[:, None] * WORDS + word[None, :]
+        at_key_range = key_ranges + first // TOKENS * (2 * HEAD_DIM) + channel
+        minimum = tl.load(at_key_range, mask=in_head, other=0.0)
+        from_minima = tl.dot(q_block, tl.broadcast_to(minimum[:, None], (block_d, 8)))  # equal columns
+        offset = tl.max(from_minima, axis=1) * scale
+        words = tl.load(key_codes + at_codes, mask=in_words, other=0)
+        key_planes = ()
+        for plane in tl.static_range(planes):
+            key_planes = key_planes + (_plane(words, plane, BITS, INTERPRETED, tl.float16),)  # type: ignore[assignment]  # noqa: RUF005
+        step = _to_float16(tl.load(at_key_range + HEAD_DIM, mask=in_head, other=0.0), INTERPRETED)
+        scores = tl.dot(small_queries * step[None, :], tl.trans(_concatenate(key_planes)))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * score_unit + offset)
+        weights = tl.exp2(scores * score_unit[:, None] + (offset - new_maximum)[:, None])
+        rescale = tl.exp2(maximum - new_maximum)
+        maximum = new_maximum
+        weight_sum = weight_sum * rescale + tl.sum(weights, axis=1)
+        ranges = tl.load(
+            value_ranges + token[:, None] * (2 * VALUE_GROUPS) + at_range[None, :], mask=in_ranges, other=0.0
+        )
+        steps = tl.dot(pick, tl.trans(ranges))
+        from_ranges = tl.dot(weights.to(dtype), ranges, from_ranges * rescale[:, None])
+        weights = (weights * steps).to(dtype)
+        step_sum = tl.dot(weights, tl.full((tile, 8), 1.0, dtype), step_sum * rescale[:, None])
+        words = tl.load(value_codes + at_codes, mask=in_words, other=0)
+        new_totals = ()
+        for plane in tl.static_range(planes):
+            values = _plane(words, plane, BITS, INTERPRETED, dtype)
+            total = tl.dot(weights, values, totals[plane] * rescale[:, None])
+            new_totals = new_totals + (total,)  # type: ignore[assignment]  # noqa: RUF005
+        totals = new_totals
+    share = tl.where(at_range[None, :] == group[:, None], 1.0, 0.0)
+    share += tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], middle, 0.0)
+    offset = tl.sum(from_ranges * share, axis=1) - tl.max(step_sum, axis=1) * (middle / weight_factor)
+    total = _concatenate(totals) * (value_code / weight_factor / place_value)[None, :] + offset[:, None]
+    return maximum, weight_sum, total
 
 
 @triton.jit
@@ -159,7 +311,7 @@ def _accumulate(q_block, key, value, mask, scale, maximum, weight_sum, total):  
     scores = tl.dot(q_block, tl.trans(key), input_precision="ieee") * scale
     scores = tl.where(mask[None, :], scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-    weights, rescale = tl.exp(scores - new_maximum[:, None]), tl.exp(maximum - new_maximum)
+    weights, rescale = tl.exp2(scores - new_maximum[:, None]), tl.exp2(maximum - new_maximum)
     weight_sum = weight_sum * rescale + tl.sum(weights, axis=1)
     total = tl.dot(weights.to(value.dtype), value, total * rescale[:, None], input_precision="ieee")
     return new_maximum, weight_sum, total
@@ -170,12 +322,15 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     q, q_row_stride, q_head_stride, new_key, new_value, new_row_stride, new_head_stride, key_codes, key_ranges,
     value_codes, value_ranges, key_tail, value_tail, lengths, slots, indices, counts_ptr, partial_out, softmax_stats,
     split_ranges, scale, batch, num_splits, capacity, code_rows, residual, stats_size, width,
-    SELECTED: tl.constexpr, PER_HEAD: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_TAIL: tl.constexpr, BITS: tl.constexpr, PER_BYTE: tl.constexpr, TOKENS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_GROUPS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr, USE_PDL: tl.constexpr,
+    SELECTED: tl.constexpr, ON_CODES: tl.constexpr, PER_HEAD: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, VALUE_GROUPS: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one split for the query heads of a KV head. The last split takes the new token."""
+    """Attend to one split for the query heads of a KV head. The last split takes the new token.
+
+    ON_CODES: quantised tokens are not dequantised, and a query has a row per value group. Exponents are of base 2.
+    """
     pdl_wait(USE_PDL)
     kv, kv_heads, program, rows = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.arange(0, BLOCK_B)
     in_batch = rows < batch
@@ -197,8 +352,13 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             tl.store(split_range, program)
             tl.store(split_range + 1, splits)
     quantised = _num_quantised(tl.sum(tl.where(rows == row, all_past, 0)), residual, TOKENS)
-    query, channel, channel_group = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
-    in_head = channel < HEAD_DIM
+    lines: tl.constexpr = BLOCK_C if ON_CODES else 1  # per query
+    block_d: tl.constexpr = 16 // BITS * BLOCK_W
+    line, place = tl.arange(0, BLOCK_R), tl.arange(0, block_d)
+    query, channel, in_head = line // lines, place, place < HEAD_DIM
+    if WORDS != BLOCK_W:  # channels are in the order of codes: by plane and word
+        channel = place // BLOCK_W * WORDS + place % BLOCK_W
+        in_head = (place % BLOCK_W < WORDS) & (channel < HEAD_DIM)
     q_mask = (query < GROUP)[:, None] & in_head[None, :]
     head = kv * GROUP + query
     q_block = tl.load(q + row * q_row_stride + head[:, None] * q_head_stride + channel[None, :], mask=q_mask, other=0.0)
@@ -206,72 +366,66 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     ring = residual + TOKENS
     key_tail += slot_head * ring * HEAD_DIM
     value_tail += slot_head * ring * HEAD_DIM
-    key_codes += slot_head * code_rows * WIDTH
-    value_codes += slot_head * code_rows * WIDTH
+    key_codes += slot_head * code_rows * WORDS
+    value_codes += slot_head * code_rows * WORDS
     key_ranges += slot_head * (code_rows // TOKENS) * 2 * HEAD_DIM
     value_ranges += slot_head * code_rows * 2 * VALUE_GROUPS
 
-    maximum = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
-    weight_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    total = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
-    if split == splits - 1:
-        key = tl.load(new_key + row * new_row_stride + kv * new_head_stride + channel, mask=in_head, other=0.0)
-        value = tl.load(new_value + row * new_row_stride + kv * new_head_stride + channel, mask=in_head, other=0.0)
-        maximum = tl.sum(q_block.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
-        weight_sum += 1.0
-        total += value.to(tl.float32)[None, :]
-
+    scale *= 1.4426950408889634  # log2(e)
     start, end = split * length, tl.minimum(split * length + length, count)
-    coded_end = end if SELECTED else tl.minimum(end, quantised)
-    for first in tl.range(start, coded_end, BLOCK_T):
-        token = first + tl.arange(0, BLOCK_T)
-        mask = token < coded_end
+    if ON_CODES:
+        maximum, weight_sum, total = _attend_on_codes(
+            q_block, key_codes, key_ranges, value_codes, value_ranges, start.to(tl.int32),
+            tl.minimum(end, quantised).to(tl.int32), scale, channel, in_head, line % lines, BITS, TOKENS, HEAD_DIM,
+            WORDS, VALUE_GROUPS, BLOCK_R, BLOCK_T, BLOCK_W, BLOCK_C, INTERPRETED,
+        )  # fmt: skip
+        start = tl.maximum(start, quantised)
+    else:
+        maximum = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
+        weight_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        total = tl.zeros((BLOCK_R, block_d), dtype=tl.float32)
+    tile: tl.constexpr = BLOCK_T // 2 if ON_CODES else BLOCK_T  # in full precision a token takes more shared memory
+    for first in tl.range(start, end, tile):
+        token = first + tl.arange(0, tile)
+        mask = token < end
         if SELECTED:
             token = tl.load(indices + (row * kv_heads + kv) * width + token, mask=mask, other=0).to(tl.int32)
-        is_coded = mask & (token < quantised)
-        key = _load_codes(key_codes, token, is_coded, WIDTH, BITS, BLOCK_D // PER_BYTE)
-        if SELECTED:
+        at_tail = (token % ring)[:, None] * HEAD_DIM + channel[None, :]
+        tail_mask = (mask & (token >= quantised))[:, None] & in_head[None, :]
+        key = tl.load(key_tail + at_tail, mask=tail_mask, other=0.0)
+        value = tl.load(value_tail + at_tail, mask=tail_mask, other=0.0)
+        if not ON_CODES:
+            is_coded = mask & (token < quantised)
             at_range = key_ranges + (token // TOKENS)[:, None] * (2 * HEAD_DIM) + channel[None, :]
             range_mask = is_coded[:, None] & in_head[None, :]
             minimum = tl.load(at_range, mask=range_mask, other=0.0).to(tl.float32)
-            key = key * tl.load(at_range + HEAD_DIM, mask=range_mask, other=0.0).to(tl.float32) + minimum
-        else:
-            group = first // TOKENS + tl.arange(0, BLOCK_T // TOKENS)
-            at_range = key_ranges + group[:, None] * (2 * HEAD_DIM) + channel[None, :]
-            range_mask = (group * TOKENS < coded_end)[:, None] & in_head[None, :]
-            minimum = tl.load(at_range, mask=range_mask, other=0.0).to(tl.float32)
             step = tl.load(at_range + HEAD_DIM, mask=range_mask, other=0.0).to(tl.float32)
-            key = tl.reshape(key, (BLOCK_T // TOKENS, TOKENS, BLOCK_D)) * step[:, None, :] + minimum[:, None, :]
-            key = tl.reshape(key, (BLOCK_T, BLOCK_D))
-        value = _load_codes(value_codes, token, is_coded, WIDTH, BITS, BLOCK_D // PER_BYTE)
-        at_range = value_ranges + token[:, None] * (2 * VALUE_GROUPS) + channel_group[None, :]
-        range_mask = is_coded[:, None] & (channel_group < VALUE_GROUPS)[None, :]
-        minimum = tl.load(at_range, mask=range_mask, other=0.0).to(tl.float32)
-        step = tl.load(at_range + VALUE_GROUPS, mask=range_mask, other=0.0).to(tl.float32)
-        value = tl.reshape(value, (BLOCK_T, BLOCK_C, BLOCK_D // BLOCK_C)) * step[:, :, None] + minimum[:, :, None]
-        value = tl.reshape(value, (BLOCK_T, BLOCK_D))
-        if SELECTED:
-            at_tail = (token % ring)[:, None] * HEAD_DIM + channel[None, :]
-            tail_mask = (mask & (token >= quantised))[:, None] & in_head[None, :]
-            key = tl.where(is_coded[:, None], key, tl.load(key_tail + at_tail, mask=tail_mask, other=0.0))
-            value = tl.where(is_coded[:, None], value, tl.load(value_tail + at_tail, mask=tail_mask, other=0.0))
-        maximum, weight_sum, total = _accumulate(
-            q_block, key.to(q_block.dtype), value.to(q_block.dtype), mask, scale, maximum, weight_sum, total
-        )
-    if not SELECTED:
-        for first in tl.range(tl.maximum(start, quantised), end, BLOCK_TAIL):
-            token = first + tl.arange(0, BLOCK_TAIL)
-            mask = token < end
-            at_tail = (token % ring)[:, None] * HEAD_DIM + channel[None, :]
-            tail_mask = mask[:, None] & in_head[None, :]
-            key = tl.load(key_tail + at_tail, mask=tail_mask, other=0.0)
-            value = tl.load(value_tail + at_tail, mask=tail_mask, other=0.0)
-            maximum, weight_sum, total = _accumulate(q_block, key, value, mask, scale, maximum, weight_sum, total)
+            coded = _load_codes(key_codes, token, is_coded, WORDS, BITS, BLOCK_W) * step + minimum
+            key = tl.where(is_coded[:, None], coded.to(key.dtype), key)
+            coded = _dequantise_values(
+                _load_codes(value_codes, token, is_coded, WORDS, BITS, BLOCK_W), value_ranges, token, is_coded,
+                channel, in_head, WORDS == BLOCK_W, TOKENS, VALUE_GROUPS, BLOCK_C,
+            )  # fmt: skip
+            value = tl.where(is_coded[:, None], coded.to(value.dtype), value)
+        maximum, weight_sum, total = _accumulate(q_block, key, value, mask, scale, maximum, weight_sum, total)
+    if split == splits - 1:
+        at_new = row * new_row_stride + kv * new_head_stride + channel
+        key = tl.load(new_key + at_new, mask=in_head, other=0.0).to(tl.float32)
+        value = tl.load(new_value + at_new, mask=in_head, other=0.0).to(tl.float32)
+        score = tl.sum(q_block.to(tl.float32) * key[None, :], axis=1) * scale
+        new_maximum = tl.maximum(maximum, score)
+        weight, rescale = tl.exp2(score - new_maximum), tl.exp2(maximum - new_maximum)
+        maximum = new_maximum
+        weight_sum = weight_sum * rescale + weight
+        total = total * rescale[:, None] + weight[:, None] * value[None, :]
 
     pdl_launch(USE_PDL)
     target = head * num_splits + program
-    tl.store(softmax_stats + target, maximum, mask=query < GROUP)
-    tl.store(softmax_stats + stats_size + target, weight_sum, mask=query < GROUP)
+    stats_mask = (query < GROUP) & (line % lines == 0)
+    tl.store(softmax_stats + target, maximum * 0.6931471805599453, mask=stats_mask)  # the merge is of base e
+    tl.store(softmax_stats + stats_size + target, weight_sum, mask=stats_mask)
+    if ON_CODES:
+        q_mask = q_mask & ((channel // TOKENS)[None, :] == (line % lines)[:, None])
     tl.store(partial_out + target[:, None] * HEAD_DIM + channel[None, :], total, mask=q_mask)
 
 
@@ -293,22 +447,25 @@ def _quantise(x, mask, AXIS: tl.constexpr, BITS: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def _store_codes(codes, numbers, row, WIDTH: tl.constexpr, BITS: tl.constexpr, PER_BYTE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Pack numbers [N, D] into bytes and store them in rows [N]."""
-    size: tl.constexpr = numbers.shape[1] // PER_BYTE
-    shift = tl.arange(0, PER_BYTE) * BITS
-    packed = tl.sum(tl.reshape(numbers, (numbers.shape[0], size, PER_BYTE)) << shift[None, None, :], axis=2)
-    byte = tl.arange(0, size)
-    tl.store(codes + row[:, None] * WIDTH + byte[None, :], packed.to(tl.uint8), mask=(byte < WIDTH)[None, :])
+def _store_codes(codes, numbers, row, WORDS: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Pack numbers [N, D] into words, as `pack`, and store them in rows [N]."""
+    planes: tl.constexpr = 16 // BITS
+    size: tl.constexpr = numbers.shape[1] // planes
+    plane, word = tl.arange(0, planes), tl.arange(0, size)
+    if size != WORDS:
+        channel = tl.reshape(plane[:, None] * WORDS + tl.minimum(word, WORDS - 1)[None, :], (numbers.shape[1],))
+        numbers = tl.gather(numbers, tl.broadcast_to(channel[None, :], numbers.shape), axis=1)
+    packed = tl.reshape(numbers, (numbers.shape[0], planes, size)) << (plane * BITS)[None, :, None]
+    packed = tl.sum(packed, axis=1).to(tl.int16)
+    tl.store(codes + row[:, None] * WORDS + word[None, :], packed, mask=(word < WORDS)[None, :])
 
 
 @triton.jit(do_not_specialize=["capacity", "code_rows", "residual"])
 def _append_kernel(  # type: ignore[no-untyped-def]
     new_key, new_value, new_row_stride, new_head_stride, key_codes, key_ranges, value_codes, value_ranges, key_tail,
     value_tail, lengths, slots, capacity, code_rows, residual,
-    PER_HEAD: tl.constexpr, BITS: tl.constexpr, PER_BYTE: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_GROUPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
-    USE_PDL: tl.constexpr,
+    PER_HEAD: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Store the new token of a sequence and KV head in the ring; quantise the oldest group if the ring is full."""
     pdl_wait(USE_PDL)
@@ -337,7 +494,7 @@ def _append_kernel(  # type: ignore[no-untyped-def]
     values = tl.where(is_new, value[None, :], tl.load(value_tail + at_tail, mask=mask, other=0.0))
 
     numbers, minimum, step = _quantise(keys, in_head[None, :], 0, BITS)
-    _store_codes(key_codes + slot_head * code_rows * WIDTH, numbers, token, WIDTH, BITS, PER_BYTE)
+    _store_codes(key_codes + slot_head * code_rows * WORDS, numbers, token, WORDS, BITS)
     key_ranges += (slot_head * (code_rows // TOKENS) + start // TOKENS) * 2 * HEAD_DIM
     at_range = tl.arange(0, 1)[:, None] + channel[None, :]
     tl.store(key_ranges + at_range, minimum, mask=in_head[None, :])
@@ -347,7 +504,7 @@ def _append_kernel(  # type: ignore[no-untyped-def]
     in_group = tl.reshape(in_head, (1, BLOCK_C, size))
     numbers, minimum, step = _quantise(tl.reshape(values, (TOKENS, BLOCK_C, size)), in_group, 2, BITS)
     numbers = tl.reshape(numbers, (TOKENS, BLOCK_D))
-    _store_codes(value_codes + slot_head * code_rows * WIDTH, numbers, token, WIDTH, BITS, PER_BYTE)
+    _store_codes(value_codes + slot_head * code_rows * WORDS, numbers, token, WORDS, BITS)
     group = tl.arange(0, BLOCK_C)
     value_ranges += slot_head * code_rows * 2 * VALUE_GROUPS
     at_range = (token[:, None] * (2 * VALUE_GROUPS) + group[None, :])[:, :, None]

@@ -45,7 +45,7 @@ def test_equal_numbers_are_kept_exactly() -> None:
 def test_packed_codes_come_back(bits, channels) -> None:
     codes = torch.randint(0, 2**bits, (3, 5, channels), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     packed = pack(codes, bits)
-    assert packed.shape == (3, 5, -(-channels * bits // 8))
+    assert packed.shape == (3, 5, -(-channels * bits // 16))
     assert torch.equal(unpack(packed, bits)[..., :channels], codes)
 
 

@@ -84,6 +84,24 @@ def test_the_kernels_equal_the_references(case, device, dtype) -> None:
     _same(lambda store: attend_selected_quantised(q, k, v, store, held, order, selected, counts), store, dtype)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
+def test_the_kernel_rounds_as_little_as_attention_over_dequantised_tokens(bits, device, dtype) -> None:
+    """Half of the last digit of each number, against float64; with a large, a constant and a small channel."""
+    q, k, v, store, held, order, generator = _draw((bits, 32, 32, 1, 1, 4, 64, 200, [190]), device, dtype)
+    k, v = torch.randn(2, 1, 190, 64, generator=generator).to(device, dtype)
+    k[..., 0], k[..., 1], v[..., 2] = 20 * k[..., 0], 7.0, v[..., 2] / 1000
+    store.store_prompt(0, k, v)
+    new = k[:, None, -1:], v[:, None, -1:]
+    parts = {name: getattr(store, name).double() for name in PARTS if "codes" not in name}
+    double = (x.double() for x in (q, *new))
+    with force_backend("reference"):
+        exact = attend_quantised(*double, replace(store, **parts), held, order)
+    with force_backend("kernels"):
+        out = attend_quantised(q, *new, store, held, order)
+    assert (out.double() - exact).norm() / exact.norm() < torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups_are_quantised_as_tokens_come(device, dtype) -> None:
     """Kernels and references leave what `store_prompt` makes of the whole text, step by step."""
