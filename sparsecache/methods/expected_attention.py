@@ -8,9 +8,9 @@ benchmark.
 
 GQA: as in the paper, a KV head takes the mean expected attention of its query heads.
 
-Differences: queries are rotated back, since a cache receives rotated ones. KV heads keep equally many tokens; the
-authors' benchmark gives them different counts, as `adakv` does. It also evicts before the question comes; here the
-question is part of the prompt, and `recent` keeps it.
+Differences: queries are rotated back, since a cache receives rotated ones; on a GPU they are then rounded to the
+model's dtype. KV heads keep equally many tokens; the authors' benchmark gives them different counts, as `adakv` does.
+It also evicts before the question comes; here the question is part of the prompt, and `recent` keeps it.
 """
 
 import math
