@@ -104,7 +104,7 @@ def _launch(
     block_w = next_power_of_2(store.key_codes.shape[3], _MIN_WORDS)
     block_d = 16 // store.bits * block_w
     block_c = next_power_of_2(store.value_ranges.shape[4])
-    # Matrix units of some AMD GPUs take subnormal numbers as zeros.
+    # Matrix units of some AMD GPUs take subnormal numbers, which most codes are there, as zeros.
     on_codes = selected is None and q.dtype != torch.float32 and torch.version.hip is None
     block_r = max(16, next_power_of_2(group) * (block_c if on_codes else 1))
     num_warps, num_splits = 4, split_count(batch, kv_heads, q.device)
@@ -180,8 +180,8 @@ def _dequantise_values(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return one code of each word as a number of `dtype`: in the mantissa, times 2^(its place in its byte)."""
+def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return one code of each word as bits of a float16 number: in its mantissa, times 2^(its place in its byte)."""
     per_byte: tl.constexpr = 8 // BITS
     mask: tl.constexpr = ((1 << BITS) - 1) << (PLANE % per_byte * BITS)
     if INTERPRETED:  # without inline assembly
@@ -193,7 +193,7 @@ def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.const
             low if per_byte > PLANE else high_byte, "=r,r,r", [words, tl.full(words.shape, mask, tl.int16)],
             dtype=tl.int16, is_pure=True, pack=2,
         )  # fmt: skip
-    return field.to(dtype, bitcast=True)
+    return field.to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -234,10 +234,11 @@ def _attend_on_codes(  # type: ignore[no-untyped-def]
 
     Row r of the queries is for the channels of value group `group[r]`; the rest of its total means nothing.
 
-    Codes are not dequantised. As bits of a half-precision number, they are that many times the smallest one. Queries
-    are multiplied by the steps of keys, in float16, which rounds less than bfloat16, with the largest entry of a query
-    near 1. Weights are multiplied by the steps of values. Products of their own add the minima. Of values, half the
-    range is added as well, since what rounding does to a weight then meets a number of half the size.
+    Codes are not dequantised. As bits of a float16 number, they are that many times the smallest one. Queries are
+    multiplied by the steps of keys, with the largest entry of a query near 1; weights by the steps of values. Products
+    of their own add the minima. Of values, half the range is added as well, since what rounding does to a weight then
+    meets a number of half the size. In float16, products are rounded less than in bfloat16; values
+    that are further apart than 128,000 would be too large.
     """
     dtype: tl.constexpr = q_block.dtype
     planes: tl.constexpr = 16 // BITS
@@ -245,17 +246,15 @@ def _attend_on_codes(  # type: ignore[no-untyped-def]
     tile: tl.constexpr = BLOCK_T if BLOCK_T < TOKENS else TOKENS
     block_x: tl.constexpr = 2 * BLOCK_C if BLOCK_C > 8 else 16
     middle: tl.constexpr = ((1 << BITS) - 1) / 2
-    key_code: tl.constexpr = 2.0**24  # one over the smallest number
-    value_code: tl.constexpr = 2.0**133 if dtype == tl.bfloat16 else 2.0**24
-    # It keeps products of bfloat16, and weights of float16, away from subnormal numbers.
-    weight_factor: tl.constexpr = 2.0**100 if dtype == tl.bfloat16 else 2.0 ** (BITS - 2)
+    code: tl.constexpr = 2.0**24  # one over the smallest number
+    weight_factor: tl.constexpr = 2.0 ** (BITS - 2)  # keeps small weights, multiplied by steps, from losing bits
     word, at_range, place = tl.arange(0, BLOCK_W), tl.arange(0, block_x), tl.arange(0, block_d)
     in_words, in_ranges = (word < WORDS)[None, :], (at_range < 2 * VALUE_GROUPS)[None, :]
     place_value = tl.exp2((place // BLOCK_W % (8 // BITS) * BITS).to(tl.float32))
     queries = q_block.to(tl.float32)
     size = tl.exp2(tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(queries), axis=1), 1e-30))))
     small_queries = _to_float16((queries / size[:, None] / place_value[None, :]).to(dtype), INTERPRETED)
-    score_unit = size * (scale * key_code)
+    score_unit = size * (scale * code)
     # A product with it picks, for each row, the steps of its group.
     pick = tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], weight_factor, 0.0).to(dtype)
 
@@ -276,7 +275,7 @@ def _attend_on_codes(  # type: ignore[no-untyped-def]
         words = tl.load(key_codes + at_codes, mask=in_words, other=0)
         key_planes = ()
         for plane in tl.static_range(planes):
-            key_planes = key_planes + (_plane(words, plane, BITS, INTERPRETED, tl.float16),)  # type: ignore[assignment]  # noqa: RUF005
+            key_planes = key_planes + (_plane(words, plane, BITS, INTERPRETED),)  # type: ignore[assignment]  # noqa: RUF005
         step = _to_float16(tl.load(at_key_range + HEAD_DIM, mask=in_head, other=0.0), INTERPRETED)
         scores = tl.dot(small_queries * step[None, :], tl.trans(_concatenate(key_planes)))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * score_unit + offset)
@@ -289,19 +288,19 @@ def _attend_on_codes(  # type: ignore[no-untyped-def]
         )
         steps = tl.dot(pick, tl.trans(ranges))
         from_ranges = tl.dot(weights.to(dtype), ranges, from_ranges * rescale[:, None])
-        weights = (weights * steps).to(dtype)
-        step_sum = tl.dot(weights, tl.full((tile, 8), 1.0, dtype), step_sum * rescale[:, None])
+        weights = (weights * steps).to(tl.float16)
+        step_sum = tl.dot(weights, tl.full((tile, 8), 1.0, tl.float16), step_sum * rescale[:, None])
         words = tl.load(value_codes + at_codes, mask=in_words, other=0)
         new_totals = ()
         for plane in tl.static_range(planes):
-            values = _plane(words, plane, BITS, INTERPRETED, dtype)
+            values = _plane(words, plane, BITS, INTERPRETED)
             total = tl.dot(weights, values, totals[plane] * rescale[:, None])
             new_totals = new_totals + (total,)  # type: ignore[assignment]  # noqa: RUF005
         totals = new_totals
     share = tl.where(at_range[None, :] == group[:, None], 1.0, 0.0)
     share += tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], middle, 0.0)
     offset = tl.sum(from_ranges * share, axis=1) - tl.max(step_sum, axis=1) * (middle / weight_factor)
-    total = _concatenate(totals) * (value_code / weight_factor / place_value)[None, :] + offset[:, None]
+    total = _concatenate(totals) * (code / weight_factor / place_value)[None, :] + offset[:, None]
     return maximum, weight_sum, total
 
 
