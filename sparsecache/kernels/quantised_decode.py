@@ -107,9 +107,10 @@ def _launch(
     # Matrix units of some AMD GPUs take subnormal numbers, which most codes are there, as zeros.
     on_codes = selected is None and q.dtype != torch.float32 and torch.version.hip is None
     block_r = max(16, next_power_of_2(group) * (block_c if on_codes else 1))
-    num_warps, num_splits = 4, split_count(batch, kv_heads, q.device)
+    num_warps, num_stages, num_splits = 4, 2, split_count(batch, kv_heads, q.device)
     if on_codes:
         num_warps = max(1, block_r * block_d // _TOTALS_PER_WARP)
+        num_stages = 2 if store.bits == 8 else 3  # with 3, tiles of 8 bits would let fewer programs share memory
         programs = max(1, _WARPS_PER_SM // num_warps) * num_sms(q.device)
         num_splits = max(batch, min(_MAX_SPLITS * batch, programs // kv_heads))
     partial_out = torch.empty((heads, num_splits, head_dim), device=q.device, dtype=torch.float32)
@@ -127,7 +128,7 @@ def _launch(
         heads * num_splits, 0 if selected is None else selected.shape[2], SELECTED=selected is not None,
         ON_CODES=on_codes, PER_HEAD=lengths.dim() == 2, GROUP=group, BLOCK_R=block_r, BLOCK_B=next_power_of_2(batch),
         BLOCK_T=_TILE, BLOCK_W=block_w, BLOCK_C=block_c, INTERPRETED=INTERPRETED, num_warps=num_warps,
-        num_stages=3 if on_codes else 2, **_sizes(store), **pdl_options(),
+        num_stages=num_stages, **_sizes(store), **pdl_options(),
     )  # fmt: skip
     merge_kernel[(batch, heads)](
         partial_out, softmax_stats, split_ranges, out, num_splits, head_dim, heads * num_splits,
@@ -237,8 +238,8 @@ def _attend_on_codes(  # type: ignore[no-untyped-def]
     Codes are not dequantised. As bits of a float16 number, they are that many times the smallest one. Queries are
     multiplied by the steps of keys, with the largest entry of a query near 1; weights by the steps of values. Products
     of their own add the minima. Of values, half the range is added as well, since what rounding does to a weight then
-    meets a number of half the size. In float16, products are rounded less than in bfloat16; values
-    that are further apart than 128,000 would be too large.
+    meets a number of half the size. In float16, products are rounded less than in bfloat16; a group whose numbers are
+    further apart than 196,000 would be too large.
     """
     dtype: tl.constexpr = q_block.dtype
     planes: tl.constexpr = 16 // BITS
