@@ -28,7 +28,7 @@ from sparsecache.kernels.quantisation import QuantisedStore
 from sparsecache.kernels.rows import mask_of_first
 
 _MIN_WORDS = 16  # with 16 channels, products of unpacked codes are wrong (Triton 3.6, H200); 16 words are 32 or more
-_TILE = 32  # tokens that a program attends to at a time
+_TILE_BYTES = 64  # of one channel of the tokens that a program attends to at a time: 32 tokens, 16 in float32
 # On codes, a program is one warp where it can be, so that nothing waits at barriers. Its total takes 64 registers of a
 # thread, and 8 warps take all registers of a multiprocessor. The interpreter gets fewer programs, to be faster.
 _TOTALS_PER_WARP, _WARPS_PER_SM, _MAX_SPLITS = 2048, 2 if INTERPRETED else 8, 128
@@ -127,7 +127,7 @@ def _launch(
         1 / math.sqrt(head_dim), batch, num_splits, store.capacity, store.key_codes.shape[2], store.residual,
         heads * num_splits, 0 if selected is None else selected.shape[2], SELECTED=selected is not None,
         ON_CODES=on_codes, PER_HEAD=lengths.dim() == 2, GROUP=group, BLOCK_R=block_r, BLOCK_B=next_power_of_2(batch),
-        BLOCK_T=_TILE, BLOCK_W=block_w, BLOCK_C=block_c, INTERPRETED=INTERPRETED, num_warps=num_warps,
+        BLOCK_T=_TILE_BYTES // q.element_size(), BLOCK_W=block_w, BLOCK_C=block_c, INTERPRETED=INTERPRETED, num_warps=num_warps,
         num_stages=num_stages, **_sizes(store), **pdl_options(),
     )  # fmt: skip
     merge_kernel[(batch, heads)](

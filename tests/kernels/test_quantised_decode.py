@@ -24,7 +24,12 @@ CASES = {  # bits, group, residual, slots, KV heads, query heads per KV head, ch
 if torch.cuda.is_available():  # the interpreter would take minutes for each
     CASES |= {
         f"long, {bits} bits": (bits, 32, 128, 3, 8, 4, 128, 33_000, [32_769, 1, 32_999]) for bits in (2, 4, 8)
-    } | {"one long": (4, 128, 128, 1, 8, 4, 128, 131_073, [131_072])}
+    } | {
+        "one long": (4, 128, 128, 1, 8, 4, 128, 131_073, [131_072]),
+        "two warps": (4, 32, 128, 2, 2, 8, 128, 5000, [4900, 77]),
+        "many channels": (2, 32, 0, 1, 1, 4, 256, 3000, [2900]),
+        "many value groups": (8, 16, 16, 1, 1, 16, 128, 2000, [1999]),
+    }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 PARTS = ("key_codes", "key_ranges", "value_codes", "value_ranges", "key_tail", "value_tail")
 
