@@ -127,8 +127,8 @@ def _launch(
         1 / math.sqrt(head_dim), batch, num_splits, store.capacity, store.key_codes.shape[2], store.residual,
         heads * num_splits, 0 if selected is None else selected.shape[2], SELECTED=selected is not None,
         ON_CODES=on_codes, PER_HEAD=lengths.dim() == 2, GROUP=group, BLOCK_R=block_r, BLOCK_B=next_power_of_2(batch),
-        BLOCK_T=_TILE_BYTES // q.element_size(), BLOCK_W=block_w, BLOCK_C=block_c, INTERPRETED=INTERPRETED, num_warps=num_warps,
-        num_stages=num_stages, **_sizes(store), **pdl_options(),
+        BLOCK_T=_TILE_BYTES // q.element_size(), BLOCK_W=block_w, BLOCK_C=block_c, INTERPRETED=INTERPRETED,
+        num_warps=num_warps, num_stages=num_stages, **_sizes(store), **pdl_options(),
     )  # fmt: skip
     merge_kernel[(batch, heads)](
         partial_out, softmax_stats, split_ranges, out, num_splits, head_dim, heads * num_splits,
