@@ -4,7 +4,8 @@ With few rows, reading the weights takes all the time. The kernels therefore rea
 multiplied element-wise, up to MAX_FUSED_ROWS rows by tensor cores. More rows, such as a prompt's, use torch.
 
 With a weight in fp8 the rows are quantised, unless they are given as an Fp8Matrix. Even one row is then multiplied by
-tensor cores: converting each weight to another type would take longer than reading it.
+tensor cores: converting each weight to another type would take longer than reading it. Hopper's tensor cores add
+products of fp8 with about 14 bits (arXiv 2412.19437, section 3.3.2), so each block of columns is added in float32.
 
 In one file because all kernels share what follows the product.
 """
@@ -45,11 +46,13 @@ _FEW_ROWS_PAIRS = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 
 _FEW_ROWS_FEW_PAIRS = {"BLOCK_M": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4}
 _FEW_ROWS_SMALL_MEMORY = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4}
 _FEW_ROWS_PAIRS_SMALL_MEMORY = {**_FEW_ROWS_PAIRS, "num_stages": 3}
-# In fp8, rows of x take the tensor cores' dimension of 64, so that a program can have fewer rows of the weight.
-_FP8 = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
-_FP8_FEW = {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 7}
-_FP8_FEW_PAIRS = {**_FP8_FEW, "num_stages": 5}
-_FP8_SMALL_MEMORY = {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3}
+# In fp8, BLOCK_M rows, or pairs of rows, of the weight in SPLITS parts fill the tensor cores' dimension of 64.
+_FP8 = {
+    _PLAIN: {"BLOCK_M": 32, "SPLITS": 2, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4},
+    _SWIGLU: {"BLOCK_M": 64, "SPLITS": 1, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+    _ROPE: {"BLOCK_M": 16, "SPLITS": 2, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4},
+}
+_FP8_SMALL_MEMORY = {"num_stages": 3}
 
 
 def linear(x: Matrix, weight: Matrix, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -161,7 +164,7 @@ def _launch(
     if isinstance(weight, Fp8Matrix):
         x = _in_fp8(x)
         factors = x.values, x.scales, weight.values, weight.scales
-        kernel, sizes = _linear_quantised_kernel, _fp8_sizes(kind, pairs, x.device)
+        kernel, sizes = _linear_quantised_kernel, _fp8_sizes(kind, rows, size, x.device)
     else:
         assert isinstance(x, Tensor), "rows in fp8 need a weight in fp8"
         factors = x.contiguous(), weight
@@ -180,12 +183,14 @@ def _launch(
     return out
 
 
-def _fp8_sizes(kind: int, pairs: int, device: torch.device) -> dict[str, int]:
-    if not has_large_shared_memory(device):
-        return _FP8_SMALL_MEMORY
-    if pairs > _FP8_FEW["BLOCK_M"] * num_sms(device):
-        return _FP8
-    return _FP8_FEW if kind == _PLAIN else _FP8_FEW_PAIRS
+def _fp8_sizes(kind: int, rows: int, size: int, device: torch.device) -> dict[str, int]:
+    sizes = _FP8[kind] if has_large_shared_memory(device) else {**_FP8[kind], **_FP8_SMALL_MEMORY}
+    splits = sizes["SPLITS"]
+    return {
+        **sizes,
+        "BLOCK_N": 8 if rows <= 8 and splits > 1 else MAX_FUSED_ROWS,  # times splits: 16 at least
+        "EVEN": size % (splits * sizes["BLOCK_K"]) == 0,
+    }
 
 
 def _few_rows_sizes(kind: int, pairs: int, device: torch.device) -> dict[str, int]:
@@ -322,32 +327,62 @@ def _linear_few_rows_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _linear_quantised_kernel(  # type: ignore[no-untyped-def]
     x, x_scales, weight, scales, bias, residual, cos, sin, out, rows, size, pairs, half, num_rotated,
-    KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, USE_PDL: tl.constexpr,
+    KIND: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute BLOCK_M columns of the output, or pairs of them, for all rows of x, with both in fp8."""
+    """Compute BLOCK_M columns of the output, or pairs of them, for all rows of x, with both in fp8.
+
+    x and the weight are split by columns. A tile of the weight holds its rows of all splits, one split below the other,
+    and a tile of x holds its rows likewise. Their product has the products of equal splits in blocks on its diagonal,
+    which are added. So a program with few rows of the weight fills the tensor cores' dimension of 64.
+    EVEN: splits consist of whole blocks.
+    """
     pdl_wait(USE_PDL)
+    parts: tl.constexpr = 1 if KIND == 0 else 2  # rows of a pair
+    split_size = tl.cdiv(tl.cdiv(size, SPLITS), 16) * 16
     pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, second = _pair_rows(pair, pairs, half, KIND)
     row = tl.arange(0, BLOCK_N)
-    operands = _load_operands(bias, residual, cos, sin, rows, pairs, half, num_rotated, pair, row, KIND, BIAS, RESIDUAL)
+    # The rows of a tile of the weight are ordered by split, part and pair; those of x by split and row. Rows beyond the
+    # last are read as the last, and not stored.
+    tile = tl.arange(0, SPLITS * parts * BLOCK_M)
+    tile_pair = tl.minimum(tl.program_id(0) * BLOCK_M + tile % BLOCK_M, pairs - 1)
+    tile_first, tile_second = _pair_rows(tile_pair, pairs, half, KIND)
+    weight_row = tl.where(tile // BLOCK_M % parts == 0, tile_first, tile_second)
+    x_tile = tl.arange(0, SPLITS * BLOCK_N)
+    x_row = x_tile % BLOCK_N
+    tile_split, x_split = tile // (parts * BLOCK_M), x_tile // BLOCK_N
+    weight_start, x_start = tile_split * split_size, x_split * split_size
+    weight_end, x_end = tl.minimum(size - weight_start, split_size), tl.minimum(size - x_start, split_size)
+
+    operands = _load_operands(
+        bias, residual, cos, sin, rows, pairs, half, num_rotated, pair, row, KIND, BIAS, RESIDUAL
+    )  # fmt: skip
+    first, second = _pair_rows(tl.minimum(pair, pairs - 1), pairs, half, KIND)
     x_scale = tl.load(x_scales + row, mask=row < rows, other=0.0)
-    one_scale = tl.load(scales + first, mask=pair < pairs, other=0.0)
-    two_scale = tl.load(scales + second, mask=pair < pairs, other=0.0) if KIND != 0 else one_scale
-    one = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    two = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for start in tl.range(0, size, BLOCK_K):
+    one_scale = tl.load(scales + first)
+    two_scale = tl.load(scales + second) if parts == 2 else one_scale
+
+    total = tl.zeros((SPLITS * parts * BLOCK_M, SPLITS * BLOCK_N), dtype=tl.float32)
+    weight_ptrs, x_ptrs = weight + (weight_row * size + weight_start)[:, None], x + (x_row * size + x_start)[None, :]
+    for start in tl.range(0, split_size, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        inside = k < size
-        x_mask = (row < rows)[:, None] & inside[None, :]
-        x_block = tl.load(x + row[:, None] * size + k[None, :], mask=x_mask, other=0.0)
-        mask = inside[:, None] & (pair < pairs)[None, :]
-        one_weight = tl.load(weight + first[None, :] * size + k[:, None], mask=mask, other=0.0)
-        one = tl.dot(x_block, one_weight, one)
-        if KIND != 0:
-            two_weight = tl.load(weight + second[None, :] * size + k[:, None], mask=mask, other=0.0)
-            two = tl.dot(x_block, two_weight, two)
+        if EVEN:
+            weight_block = tl.load(weight_ptrs + k[None, :])
+            x_block = tl.load(x_ptrs + k[:, None], mask=(x_row < rows)[None, :], other=0.0)
+        else:
+            weight_block = tl.load(weight_ptrs + k[None, :], mask=k[None, :] < weight_end[:, None], other=0.0)
+            x_mask = (x_row < rows)[None, :] & (k[:, None] < x_end[None, :])
+            x_block = tl.load(x_ptrs + k[:, None], mask=x_mask, other=0.0)
+        total += tl.dot(weight_block, x_block)  # not tl.dot(.., total): blocks are added in float32
     pdl_launch(USE_PDL)
-    one = tl.trans(one) * one_scale[:, None] * x_scale[None, :]
-    two = tl.trans(two) * two_scale[:, None] * x_scale[None, :]
+    if SPLITS > 1:
+        total = tl.where(tile_split[:, None] == x_split[None, :], total, 0.0)
+        total = tl.sum(tl.reshape(total, (SPLITS, parts * BLOCK_M, SPLITS, BLOCK_N)), axis=2)
+        total = tl.sum(total, axis=0)
+    if parts == 2:
+        one, two = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_M, BLOCK_N)), (1, 2, 0)))
+    else:
+        one, two = total, total
+    one = one * one_scale[:, None] * x_scale[None, :]
+    two = two * two_scale[:, None] * x_scale[None, :]
     _store(one, two, operands, out, rows, pairs, half, pair, row, KIND)
