@@ -14,7 +14,7 @@ class MethodRow:
     tokens, batch: prompt tokens of each sequence, and sequences. step_s: seconds of a step. vanilla_step_s: vanilla's.
     roofline_s: the least that the machine allows for the bytes that the method's caches state. kept: the share of past
     tokens that sparse layers attended to. cache_gpu_bytes, cache_host_bytes: allocated for all sequences.
-    prefill_overhead_s: seconds that the method adds to vanilla's seconds of a prompt, prompt_s. graph: whether the step
+    prefill_overhead_s: seconds of a prompt's prefill with the method, less prompt_s, vanilla's. graph: whether the step
     was a CUDA graph. error: why the measurement failed.
     """
 

@@ -1,6 +1,7 @@
 """Measures many methods in one process, over the same weights, prompts and measurement of vanilla.
 
-A prompt is computed once per length. Its queries, keys and values fill the slots of every method and batch size.
+A prompt is computed once per length. Its queries, keys and values fill the slots of every method and batch size. Each
+method also reads it from its tokens, for the time of a prompt.
 """
 
 import gc
@@ -18,29 +19,40 @@ from sparsecache.bench.methods_table import MethodRow
 from sparsecache.bench.models import BenchModel
 from sparsecache.bench.modes import BaselineSeconds, baseline_step_s, baselines_for
 from sparsecache.bench.specs import MethodSpec
-from sparsecache.bench.timing import Measurement
 from sparsecache.bench.workload import Workload
 from sparsecache.engine.base import Request
+from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.prefill_cache import PrefillCache
 from sparsecache.errors import one_line
 
 
 class Prompt:
-    """A prompt of one length. seconds: of its prefill with vanilla, after one that compiles."""
+    """A prompt of one length. computed: its queries, keys and values. vanilla_s: seconds of its prefill by vanilla."""
 
     def __init__(self, model: BenchModel, tokens: int) -> None:
         self.computed = PrefillCache()
+        self._model = model
         self._token_ids = Workload(tokens, 2).requests(model.vocab_size)[0].token_ids
-        decoder = model.decoder(prompts=self.computed)
-        with torch.inference_mode():
-            token_ids = torch.tensor(self._token_ids, device=model.device)
-            for _ in range(2):
-                self.computed.clear()
-                decoder.allocate(1, tokens + 1, 1)
-                began = time.perf_counter()
-                decoder.prefill(token_ids, 0).argmax().item()  # waits for the device
-                self.seconds = time.perf_counter() - began
+        self._seconds: dict[str, float] = {}
+        self._prefill(model.decoder(prompts=self.computed))
+        self.vanilla_s = self.seconds(MethodSpec())
+
+    def seconds(self, spec: MethodSpec) -> float:
+        """Return the seconds of a whole prefill with a method, the second of two, since the first may compile."""
+        if str(spec) not in self._seconds:
+            decoder = self._model.decoder(spec.method, spec.options)
+            self._prefill(decoder)
+            self._seconds[str(spec)] = self._prefill(decoder)
+        return self._seconds[str(spec)]
+
+    @torch.inference_mode()
+    def _prefill(self, decoder: Decoder) -> float:
+        token_ids = torch.tensor(self._token_ids, device=self._model.device)
+        decoder.allocate(1, len(token_ids) + 1, 1)
+        began = time.perf_counter()
+        decoder.prefill(token_ids, 0).argmax().item()  # waits for the device
+        return time.perf_counter() - began
 
     def requests(self, workload: Workload) -> list[Request]:
         """Return a workload's requests, all with this prompt."""
@@ -98,20 +110,19 @@ def _measure_size(
     external_s: Mapping[str, float],
 ) -> Iterator[MethodRow]:
     """Yield a row per method, vanilla first, and per baseline."""
-    vanilla: Measurement | None = None
     vanilla_s: float | None = None
     for spec in specs:
-        row = MethodRow(str(spec), workload.tokens, workload.batch, prompt_s=prompt.seconds)
+        row = MethodRow(str(spec), workload.tokens, workload.batch, prompt_s=prompt.vanilla_s)
         try:
-            row, measured = _measure(model, prompt, workload, spec, rates, row)
+            row = replace(row, prefill_overhead_s=prompt.seconds(spec) - prompt.vanilla_s)
+            timing.free_memory()
+            row = _measure(model, prompt, workload, spec, rates, row)
         except Exception as error:  # the other methods are measured all the same
             row = replace(row, error=_describe(error))
         else:
-            if vanilla is None and spec.method == "vanilla":
-                vanilla, vanilla_s = measured, row.step_s
-            if vanilla is not None:
-                overhead_s = measured.own_prefill_s - vanilla.own_prefill_s
-                row = replace(row, vanilla_step_s=vanilla_s, prefill_overhead_s=overhead_s)
+            if vanilla_s is None and spec.method == "vanilla":
+                vanilla_s = row.step_s
+            row = replace(row, vanilla_step_s=vanilla_s)
         timing.free_memory()
         yield row
     measure_one = partial(baseline_step_s, model, workload)
@@ -122,14 +133,14 @@ def _measure_size(
 
 def _measure(
     model: BenchModel, prompt: Prompt, workload: Workload, spec: MethodSpec, rates: roofline.Rates, row: MethodRow
-) -> tuple[MethodRow, Measurement]:
-    """Return the row with a method's own measurement, and the measurement."""
+) -> MethodRow:
+    """Return the row with the measurement of a method's steps."""
     decoder = model.decoder(spec.method, spec.options, prompt.computed)
     engine = Generator(decoder, workload.batch)
     run = timing.measure_once(engine, workload, prompt.requests(workload), model.devices, lambda: decoder.graphable)
     kept, hit = run.mean_reported("kept"), run.mean_reported("gpu_cache_hit") or 0.0
     nbytes = roofline.decode_step_nbytes(decoder, workload.mean_past, workload.batch, kept, hit)
-    row = replace(
+    return replace(
         row,
         step_s=workload.batch * timing.decode_step_s(run.stats),
         roofline_s=None if nbytes is None else roofline.decode_step_s(model.nbytes, nbytes, rates),
@@ -138,7 +149,6 @@ def _measure(
         cache_host_bytes=run.host_bytes,
         graph=decoder.graphable,
     )
-    return row, run
 
 
 def _describe(error: Exception) -> str:

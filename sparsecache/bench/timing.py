@@ -30,11 +30,6 @@ class Measurement(NamedTuple):
     gpu_bytes: int
     host_bytes: int
 
-    @property
-    def own_prefill_s(self) -> float:
-        """The fewest seconds of a prompt, without those in which it was computed for several methods."""
-        return min(map(_own_prefill_s, self.completions))
-
     def reported(self, key: str) -> list[float]:
         """Return a key's numbers in the sequences' reports."""
         return [value for each in self.completions if (value := each.report.get(key)) is not None]

@@ -5,8 +5,7 @@ import torch
 
 from sparsecache.bench.profiling import profile_steps, row_label
 from sparsecache.bench.results import Result, table
-from sparsecache.bench.timing import Measurement, check_workers
-from sparsecache.engine.base import Completion, EngineStats, Request
+from sparsecache.bench.timing import check_workers
 
 
 def cells(results: list[Result]) -> list[list[str]]:
@@ -30,12 +29,6 @@ def test_notes_are_printed_as_text() -> None:
     assert "imports 1.0 s; weights 0.5 s" in table(
         [Result("start", 2, notes={"stages": {"imports": 1, "weights": 1.5}})]
     )
-
-
-def test_a_methods_own_time_at_a_prompt_leaves_out_what_is_shared() -> None:
-    request = Request(0, [1], 1, ())
-    completions = [Completion(request, prefill_s=seconds, shared_prefill_s=2.0) for seconds in (2.5, 2.25, 3.0)]
-    assert Measurement(EngineStats(), completions, 0, 0).own_prefill_s == 0.25
 
 
 def test_a_time_with_a_dead_worker_is_no_result() -> None:
