@@ -56,16 +56,18 @@ def force_include(margin: Tensor, positions: Tensor, past: Tensor, sinks: int, r
     return margin.masked_fill(((positions < sinks) | (positions >= first_recent)) & (positions < past), torch.inf)
 
 
-def count_within(margin: Tensor, alpha: float, budget: Tensor, rule: CountRule, most: Tensor | None = None) -> Tensor:
+def count_within(
+    margin: Tensor, alpha: float, budget: Tensor, rule: CountRule, max_count: Tensor | None = None
+) -> Tensor:
     """Return how many tokens each KV head selects, [B, G].
 
     These are the tokens within alpha of the best, at most `budget`. margin: [B, G, T], -inf for tokens that must not be
-    selected; budget: [B]; most: [B, G], another upper limit per KV head. rule "mean": all KV heads select the mean of
-    their counts, rounded up (InfiniGen); "per_head": each KV head selects its own count.
+    selected; budget: [B]; max_count: [B, G], another upper limit. rule "mean": all KV heads select the mean of their
+    counts, rounded up (InfiniGen); "per_head": each KV head selects its own count.
     """
     count = (margin > -alpha).sum(-1)
-    if most is not None:
-        count = torch.minimum(count, most)
+    if max_count is not None:
+        count = torch.minimum(count, max_count)
     if rule == "mean":
         count = ((count.sum(1, keepdim=True) + count.shape[1] - 1) // count.shape[1]).expand_as(count)
     return torch.minimum(count, budget[:, None])

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, sortable, tl, triton
-from sparsecache.kernels.mass import find_needed
 from sparsecache.kernels.selection import (
     GroupRule,
     count_within,
@@ -23,6 +22,7 @@ from sparsecache.kernels.selection import (
     score_margin,
     topk_indices,
 )
+from sparsecache.kernels.top_p_tokens import find_top_p
 
 _MIN_BLOCK, _MAX_BLOCK = 512, 2048  # tokens per iteration: a histogram costs nearly the same for few as for many
 
@@ -33,8 +33,8 @@ class SelectionParams(NamedTuple):
     alpha: tokens less than alpha below a head's best score count as near.
     budgets: [T + 1] int64, the most tokens to select of n past tokens, by n.
     mean: whether all KV heads select equally many, the mean of their counts, rounded up.
-    sinks, recent: the first and the last past tokens come before all others, within the budget. recent may be a table
-    as `budgets` is: [T + 1] int64, by past tokens.
+    sinks, recent: how many of the first and the last past tokens come before all others, within the budget. recent may
+    be a table as `budgets`: [T + 1] int64, by past tokens.
     group: how a KV head joins the scores of its query heads, as in `score_margin`.
     top_p: at most as many tokens as make this share of the sum of exp(margin); 1: no limit.
     """
@@ -95,15 +95,15 @@ def threshold_select(scores: Scores, seq_lens: Tensor, slots: Tensor, params: Se
     if len(slots) > 1:
         values = values.masked_fill(position >= past[:, None, None, None], -torch.inf)
     margin = score_margin(values.flatten(1, 2), values.shape[1], params.group)
-    most = mass_count(margin, params.top_p) if params.top_p < 1 else None
+    max_count = mass_count(margin, params.top_p) if params.top_p < 1 else None
     margin = params.force_include(margin, position, past)
-    count = count_within(margin, params.alpha, params.budgets[past], "mean" if params.mean else "per_head", most)
+    count = count_within(margin, params.alpha, params.budgets[past], "mean" if params.mean else "per_head", max_count)
     positions = topk_indices(margin, count)
     return Selection(positions.clamp(min=0), (positions >= 0).sum(2))
 
 
 def _near_counts(values: Tensor, seq_lens: Tensor, slots: Tensor, params: SelectionParams) -> Tensor:
-    """Return how many tokens each KV head is to select before the mean and the budget, by top_p too: [B, G] int32.
+    """Return how many tokens each KV head selects by alpha and top_p, before the mean and the budget: [B, G] int32.
 
     values: as in Scores.
     """
@@ -111,13 +111,13 @@ def _near_counts(values: Tensor, seq_lens: Tensor, slots: Tensor, params: Select
     scores = values.float().masked_fill(position >= past[:, None, None, None], -torch.inf).flatten(1, 2)
     margin = score_margin(scores, values.shape[1], params.group)
     best = margin.amax(2, keepdim=True)
-    extremes = torch.stack((best, best - 1e4))  # tokens below weigh nothing
-    found = find_needed(margin, extremes, seq_lens, slots, params.top_p)
-    threshold, until = found.thresholds.view_as(best), found.until.view_as(best)
-    is_needed = (margin > threshold) | ((margin == threshold) & (position < until))
-    most = (is_needed & (position < past[:, None, None])).sum(2)
+    extremes = torch.stack((best, best - 1e4))  # exp(-1e4) is 0 in float32, so lower tokens do not count
+    top_p = find_top_p(margin, extremes, seq_lens, slots, params.top_p)
+    threshold, tie_end = top_p.thresholds.view_as(best), top_p.tie_ends.view_as(best)
+    is_top_p = (margin > threshold) | ((margin == threshold) & (position < tie_end))
+    num_top_p = (is_top_p & (position < past[:, None, None])).sum(2)
     margin = params.force_include(margin, position, past)
-    return torch.minimum((margin > -params.alpha).sum(2), most).int()
+    return torch.minimum((margin > -params.alpha).sum(2), num_top_p).int()
 
 
 def _launch(
@@ -217,7 +217,7 @@ def _best_and_lowest(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _first_recent(recent, count, RECENT_TABLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the position of the first of the recent tokens; recent: their number, or a table of it by `count`."""
+    """Return the position of the first recent token. recent: the number of them, or a table of it by `count`."""
     if RECENT_TABLE:
         number = tl.load(recent + count).to(tl.int32)
     else:

@@ -3,12 +3,12 @@
 A token is selected if the tokens of higher probability sum to less than p, so the count follows how concentrated the
 attention is. The budget is an upper bound.
 
-GQA: a KV head selects what any of its query heads needs. If the budget is less, those of highest probability in any of
-its query heads are selected.
+GQA: a KV head selects the tokens that any of its query heads selects. If the budget is lower, it selects those of
+highest probability in any of its query heads.
 
 Differences: the paper prunes what another method selected, with a budget of a quarter of the tokens, by 4-bit keys.
-Here all keys are read, so nothing is saved to select: it shows what an adaptive count attains. p is a share of what the
-past tokens get, without the current token, which is always attended to.
+Here all keys are read, so the selection saves nothing: it shows what an adaptive count attains. p is a share of the
+attention to past tokens. The current token does not count and is always attended to.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from sparsecache.cache.storage import FullStorage
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Scores, Selection
-from sparsecache.kernels.top_p import needed_scores
+from sparsecache.kernels.top_p import top_p_scores
 
 
 @dataclass
@@ -43,4 +43,4 @@ class TopP(SelectionMethod):
             keys = cache.keys_of(slots)
             dequantised = scaled_scores(q, keys, keys.shape[3])
             scores = Scores(dequantised.view(*keys.shape[:2], -1, keys.shape[2]), None)
-        return cache.select_near_best(needed_scores(scores, cache.seq_lens, slots, self.p), slots)
+        return cache.select_near_best(top_p_scores(scores, cache.seq_lens, slots, self.p), slots)

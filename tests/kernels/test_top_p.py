@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sparsecache.kernels import mass
+from sparsecache.kernels import top_p_tokens
 from sparsecache.kernels._triton import force_backend
 from sparsecache.kernels.threshold import Scores
-from sparsecache.kernels.top_p import needed_scores
+from sparsecache.kernels.top_p import top_p_scores
 
 CASES = {  # slots, KV heads, group, T, past tokens of the slots of the batch, dtype
     "one token": (2, 1, 2, 16, [1, 0], torch.float32),
@@ -37,7 +37,7 @@ def test_kernel_and_reference_agree(case, p, ties, device) -> None:
     found = []
     for backend in ("kernels", "reference"):
         with force_backend(backend):
-            scores = needed_scores(Scores(values, None), seq_lens, slots, p)
+            scores = top_p_scores(Scores(values, None), seq_lens, slots, p)
         is_past = torch.arange(values.shape[3], device=device) < seq_lens[slots][:, None, None]
         found.append(scores.values[:, :, 0, : values.shape[3]].masked_fill(~is_past, -torch.inf))
     kernel, reference = found
@@ -51,7 +51,7 @@ def test_kernel_and_reference_agree(case, p, ties, device) -> None:
 def test_extremes_are_those_of_the_tokens_needed(case, device) -> None:
     values, seq_lens, slots = _inputs(case, device)
     with force_backend("kernels"):
-        scores, extremes = needed_scores(Scores(values, None), seq_lens, slots, 0.7)
+        scores, extremes = top_p_scores(Scores(values, None), seq_lens, slots, 0.7)
     for row, past in enumerate(seq_lens[slots].tolist()):
         for head in range(values.shape[1]):
             needed = [score for score in scores[row, head, 0, :past].tolist() if score > -torch.inf]
@@ -61,11 +61,11 @@ def test_extremes_are_those_of_the_tokens_needed(case, device) -> None:
 
 def test_equal_tokens_are_needed_from_the_first_on(device, monkeypatch) -> None:
     for name, size in (("_CHUNK", 32), ("_MASS_BLOCK", 16), ("_BLOCK", 16)):
-        monkeypatch.setattr(mass, name, size)
+        monkeypatch.setattr(top_p_tokens, name, size)
     values = torch.zeros(1, 1, 2, 100, device=device)
     for backend in ("kernels", "reference"):
         with force_backend(backend):
-            found = needed_scores(
+            found = top_p_scores(
                 Scores(values, None), torch.tensor([100], device=device), torch.tensor([0], device=device), 0.495
             )
         assert found.values.isfinite().flatten().tolist()[:100] == [True] * 50 + [False] * 50
@@ -82,7 +82,7 @@ HARD = {  # score of the first token, and the step that the others are rounded t
 @pytest.mark.parametrize("hard", HARD.values(), ids=HARD)
 def test_several_chunks_give_what_sums_in_double_precision_give(hard, p, device, monkeypatch) -> None:
     for name in ("_CHUNK", "_MASS_BLOCK", "_BLOCK"):
-        monkeypatch.setattr(mass, name, 256)
+        monkeypatch.setattr(top_p_tokens, name, 256)
     past, generator = [700, 256], torch.Generator().manual_seed(5)
     values = (2 / hard[1] * torch.randn(2, 1, 2, 700, generator=generator)).round() * hard[1]
     values[..., 0] = hard[0]
@@ -93,7 +93,7 @@ def test_several_chunks_give_what_sums_in_double_precision_give(hard, p, device,
     lowest = torch.stack([part.amin(2) for part in parts], 2).nan_to_num(torch.inf)
     scores = Scores(values.to(device), torch.stack((highest, lowest)).float().to(device))
     with force_backend("kernels"):
-        found = needed_scores(scores, torch.tensor(past, device=device), torch.arange(2, device=device), p).values
+        found = top_p_scores(scores, torch.tensor(past, device=device), torch.arange(2, device=device), p).values
     for row, count in enumerate(past):
         order = values[row, 0, :, :count].double().sort(dim=1, descending=True, stable=True)
         weights = order.values.softmax(1)
