@@ -1,4 +1,4 @@
-"""The mean keys of pages, and how much the keys of a page differ from it, as in ShadowKV."""
+"""The mean keys of pages, and how similar the keys of a page are to it, as in ShadowKV."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,14 @@ from torch.nn.functional import cosine_similarity
 
 from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
 
-_MAX_BLOCK_T = 16  # tokens of a page at a time
+_MAX_BLOCK_T = 16  # tokens of a page per iteration
 
 
 def page_means(k: Tensor, page: int, pages: int) -> tuple[Tensor, Tensor]:
-    """Return the mean keys of the first pages [G, pages, D], and each page's least cosine similarity [G, pages].
+    """Return the mean keys of the first pages [G, pages, D], and the pages' lowest similarities [G, pages].
 
-    k: [G, L, D], L at least page * pages; page: tokens in a page. The similarity is that of a page's keys to their
-    mean. Both are float32.
+    A page's similarities are the cosine similarities of its keys to their mean. Both results are float32. k: [G, L, D],
+    L at least page * pages; page: tokens in a page; pages: how many.
     """
     kv_heads, _, head_dim = k.shape
     if not (use_kernel(k) and pages):
@@ -21,20 +21,20 @@ def page_means(k: Tensor, page: int, pages: int) -> tuple[Tensor, Tensor]:
         mean = paged.mean(2)
         return mean, cosine_similarity(mean[:, :, None], paged, dim=3).amin(2)
     means = torch.empty((kv_heads, pages, head_dim), device=k.device, dtype=torch.float32)
-    least = torch.empty((kv_heads, pages), device=k.device, dtype=torch.float32)
+    similarities = torch.empty((kv_heads, pages), device=k.device, dtype=torch.float32)
     _mean_kernel[(pages, kv_heads)](
-        k, k.stride(0), k.stride(1), means, least, pages, head_dim,
+        k, k.stride(0), k.stride(1), means, similarities, pages, head_dim,
         PAGE=page, BLOCK_T=min(_MAX_BLOCK_T, next_power_of_2(page)), BLOCK_D=next_power_of_2(head_dim), num_warps=1,
     )  # fmt: skip
-    return means, least
+    return means, similarities
 
 
 @triton.jit(do_not_specialize=["pages"])
 def _mean_kernel(  # type: ignore[no-untyped-def]
-    keys, head_stride, row_stride, means, least, pages, head_dim,
+    keys, head_stride, row_stride, means, similarities, pages, head_dim,
     PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Find the mean and the least similarity of one page of a KV head."""
+    """Find the mean and the lowest similarity of one page of a KV head."""
     page, kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     token, channel = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_D)
     source = keys + kv * head_stride + (page * PAGE + token) * row_stride + channel[None, :]
@@ -55,4 +55,4 @@ def _mean_kernel(  # type: ignore[no-untyped-def]
         lowest = tl.minimum(lowest, tl.where(is_in_page, similarity, float("inf")))
     owner = kv * pages + page
     tl.store(means + owner * head_dim + channel, mean, mask=in_head)
-    tl.store(least + owner, tl.min(lowest, axis=0))
+    tl.store(similarities + owner, tl.min(lowest, axis=0))

@@ -1,4 +1,4 @@
-"""The shares of pages, as in FreeKV and ShadowKV, and the queries that select pages, as in FreeKV."""
+"""Shares of pages in a softmax, as in FreeKV and ShadowKV, and the queries that select pages, as in FreeKV."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from torch.nn.functional import cosine_similarity, pad
 from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, tl, triton, use_kernel
 from sparsecache.kernels.rows import index_slots
 
-_MAX_BLOCK_P = 2048  # pages at a time
+_MAX_BLOCK_P = 2048  # pages per iteration
 
 
 def choose_queries(q: Tensor, last: Tensor, slots: Tensor, kv_heads: int, similarity: float) -> Tensor:
     """Return each KV head's queries of the previous step, or q if the mean cosine similarity to them is too low.
 
-    q: [B, H, 1, D]; last: [slots, H, D], which q replaces; slots: [B] int64; similarity: the threshold. Returns
-    [B, H, 1, D].
+    q: [B, H, 1, D]; last: [slots, H, D], the queries of the previous step, which q replaces; slots: [B] int64;
+    similarity: the threshold. Returns [B, H, 1, D].
     """
     batch, heads, _, head_dim = q.shape
     group = heads // kv_heads
@@ -36,10 +36,11 @@ def choose_queries(q: Tensor, last: Tensor, slots: Tensor, kv_heads: int, simila
 
 
 def page_shares(bounds: Tensor, seq_lens: Tensor, slots: Tensor, sinks: Tensor, recent: Tensor, page: int) -> Tensor:
-    """Return the logarithm of each page's share of the softmax over pages, summed over query heads: [B, G, pages].
+    """Return the logarithm of each page's softmax share, summed over query heads: [B, G, pages] float32.
 
-    bounds: [B, G, H / G, pages] float32; seq_lens: [slots] int64, past tokens; slots: [B] int64. sinks, recent:
-    [max_tokens + 1] int64, the first and last pages, which get inf, by past tokens. page: tokens in a page.
+    The softmax of a query head is over the pages in use. bounds: [B, G, H / G, pages] float32; seq_lens: [slots] int64,
+    past tokens; slots: [B] int64. sinks, recent: [max_tokens + 1] int64, how many of the first and the last pages get
+    inf, by past tokens. page: tokens in a page.
     """
     batch, kv_heads, group, pages = bounds.shape
     if use_kernel(bounds):
@@ -49,18 +50,18 @@ def page_shares(bounds: Tensor, seq_lens: Tensor, slots: Tensor, sinks: Tensor, 
         )  # fmt: skip
         return shares
     past = seq_lens[slots][:, None]
-    num_pages, number = -(-past // page), torch.arange(pages, device=bounds.device)
-    is_free = (number >= num_pages)[:, None]
+    num_pages, index = -(-past // page), torch.arange(pages, device=bounds.device)
+    is_free = (index >= num_pages)[:, None]
     shares = bounds.masked_fill(is_free[:, None], -torch.inf).log_softmax(3).logsumexp(2)
-    is_kept = (number < sinks[past]) | (number >= num_pages - recent[past])
+    is_kept = (index < sinks[past]) | (index >= num_pages - recent[past])
     return shares.masked_fill(is_kept[:, None], torch.inf)
 
 
 def highest_page_shares(scores: Tensor, is_exact: Tensor, slots: Tensor) -> Tensor:
-    """Return the logarithm of each page's highest share of a query head's softmax over pages: [B, G, pages] float32.
+    """Return the logarithm of each page's softmax share, the highest of the query heads: [B, G, pages] float32.
 
-    scores: [B, G, H / G, N], N pages or more, or as many as are not exact in any slot; slots: [B] int64. is_exact:
-    [slots, G, pages] bool, the pages that the softmax leaves out. They get 1 and more, the last page most.
+    The softmax of a query head is over the pages that are not exact. Exact page i gets 1 + i, more than any other page.
+    scores: [B, G, H / G, N]; all pages from N on must be exact. is_exact: [slots, G, pages] bool; slots: [B] int64.
     """
     batch, kv_heads, group, stride = scores.shape
     pages = is_exact.shape[2]
@@ -70,15 +71,14 @@ def highest_page_shares(scores: Tensor, is_exact: Tensor, slots: Tensor) -> Tens
             scores, is_exact, slots, shares, kv_heads, pages, stride, **_sizes(group, pages)
         )  # fmt: skip
         return shares
-    is_left_out = index_slots(is_exact, slots)
-    scores = pad(scores.float(), (0, max(0, pages - stride)))[..., :pages].masked_fill(
-        is_left_out[:, :, None], -torch.inf
-    )
+    is_exact = index_slots(is_exact, slots)
+    scores = pad(scores.float(), (0, max(0, pages - stride)))[..., :pages].masked_fill(is_exact[:, :, None], -torch.inf)
     priority = 1.0 + torch.arange(pages, device=scores.device)
-    return torch.where(is_left_out, priority, scores.log_softmax(3).amax(2))
+    return torch.where(is_exact, priority, scores.log_softmax(3).amax(2))
 
 
 def _sizes(group: int, pages: int) -> dict[str, Any]:
+    """Return the sizes and options of the kernels that find shares."""
     block = min(_MAX_BLOCK_P, next_power_of_2(pages, 64))
     return {
         "GROUP": group, "BLOCK_Q": next_power_of_2(group), "BLOCK_P": block, "num_warps": 8 if block > 512 else 4,
@@ -91,7 +91,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     q, q_row_stride, q_head_stride, last, slots, chosen, similarity, kv_heads, head_dim,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Choose the queries of one KV head, and keep the new ones."""
+    """Choose the queries of one KV head, and store the new ones in `last`."""
     pdl_wait(USE_PDL)
     row, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     slot = tl.load(slots + row).to(tl.int64)
@@ -111,7 +111,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_exponentials(bound, highest, total):  # type: ignore[no-untyped-def]
-    """Add exp(bound - highest) of bounds [Q, N] to total [Q], with the highest [Q] of all bounds so far."""
+    """Add a tile of bounds [Q, N] to a running softmax: highest [Q] so far, total [Q] of exp(bound - highest)."""
     new_highest = tl.maximum(highest, tl.max(bound, axis=1))
     total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(bound - new_highest[:, None]), axis=1)
     return new_highest, total
@@ -122,23 +122,23 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     bounds, seq_lens, slots, sinks, recent, shares, kv_heads, pages,
     PAGE: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Sum the shares of the pages of one KV head over its query heads."""
+    """Sum the shares of each page over the query heads of one KV head."""
     pdl_wait(USE_PDL)
     owner = tl.program_id(0).to(tl.int64)
     past = tl.load(seq_lens + tl.load(slots + tl.program_id(0) // kv_heads))
     num_pages = tl.minimum(tl.cdiv(past, PAGE), pages).to(tl.int32)
     first_kept, last_kept = tl.load(sinks + past), num_pages - tl.load(recent + past)
-    query, at = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_P)
+    query, offset = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_P)
     row = bounds + (owner * GROUP + query) * pages
     highest = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32)
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     for first in tl.range(0, num_pages, BLOCK_P):
-        page = first + at
+        page = first + offset
         bound = tl.load(row + page[None, :], mask=(query < GROUP) & (page < num_pages)[None, :], other=float("-inf"))
         highest, total = _add_exponentials(bound, highest, total)
     normalizer = (highest + tl.log(tl.maximum(total, 1e-30)))[:, None]
     for first in tl.range(0, num_pages, BLOCK_P):
-        page = first + at
+        page = first + offset
         bound = tl.load(row + page[None, :], mask=(query < GROUP) & (page < num_pages)[None, :], other=float("-inf"))
         share = bound - normalizer
         largest = tl.max(share, axis=0)
@@ -152,24 +152,24 @@ def _highest_share_kernel(  # type: ignore[no-untyped-def]
     scores, is_exact, slots, shares, kv_heads, pages, stride,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Find the highest share of the pages of one KV head in its query heads."""
+    """Find the highest share of each page in the query heads of one KV head."""
     pdl_wait(USE_PDL)
     owner = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + tl.program_id(0) // kv_heads).to(tl.int64)
     is_exact += (slot * kv_heads + tl.program_id(0) % kv_heads) * pages
-    query, at = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_P)
+    query, offset = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_P)
     row = scores + (owner * GROUP + query) * stride
     highest = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32)
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     for first in tl.range(0, pages, BLOCK_P):
-        page = first + at
-        left_out = tl.load(is_exact + page, mask=page < pages, other=1) != 0
-        score = tl.load(row + page[None, :], mask=(query < GROUP) & ~left_out[None, :], other=float("-inf"))
+        page = first + offset
+        exact = tl.load(is_exact + page, mask=page < pages, other=1) != 0
+        score = tl.load(row + page[None, :], mask=(query < GROUP) & ~exact[None, :], other=float("-inf"))
         highest, total = _add_exponentials(score.to(tl.float32), highest, total)
     normalizer = (highest + tl.log(tl.maximum(total, 1e-30)))[:, None]
     for first in tl.range(0, pages, BLOCK_P):
-        page = first + at
-        left_out = tl.load(is_exact + page, mask=page < pages, other=1) != 0
-        score = tl.load(row + page[None, :], mask=(query < GROUP) & ~left_out[None, :], other=float("-inf"))
+        page = first + offset
+        exact = tl.load(is_exact + page, mask=page < pages, other=1) != 0
+        score = tl.load(row + page[None, :], mask=(query < GROUP) & ~exact[None, :], other=float("-inf"))
         share = tl.max(score.to(tl.float32) - normalizer, axis=0)
-        tl.store(shares + owner * pages + page, tl.where(left_out, 1.0 + page, share), mask=page < pages)
+        tl.store(shares + owner * pages + page, tl.where(exact, 1.0 + page, share), mask=page < pages)

@@ -1,4 +1,4 @@
-"""Pages of keys, as in Quest: their bounds, the scores that a query can have in them, and their selection."""
+"""Pages of keys, as in Quest: bounds of their channels, upper bounds of their scores, and the selection of pages."""
 
 import torch
 from torch import Tensor
@@ -9,15 +9,15 @@ from sparsecache.kernels.threshold import Selection
 
 _BLOCK_P = 32  # pages per program
 _MAX_BLOCK_T = 64  # tokens of a page at a time
-_MAX_BLOCK_S = 8192  # pages that a program selects from at a time, less than 2^15
+_MAX_BLOCK_S = 8192  # pages per iteration of a selection; two counts of them fit into one int32
 _LOWEST, _HIGHEST = tl.constexpr(-2139095041), tl.constexpr(2139095040)  # -inf and inf as `sortable` integers
 
 
 def channel_bounds(keys: Tensor, is_used: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
     """Return the lowest and the highest value of each channel in pages: [.., D] each.
 
-    keys: [.., page, D]; is_used: [.., page] bool, the tokens that a page has so far, one at least. mean: return the
-    middle of both instead, less and plus the mean distance of the keys from it.
+    keys: [.., page, D]; is_used: [.., page] bool, the tokens that a page has so far, at least one. mean: instead of the
+    extremes, return their centre less, and plus, the mean distance of the keys from it.
     """
     is_free = ~is_used[..., None]
     lowest, highest = keys.masked_fill(is_free, torch.inf).amin(-2), keys.masked_fill(is_free, -torch.inf).amax(-2)
@@ -32,7 +32,7 @@ def channel_bounds(keys: Tensor, is_used: Tensor, mean: bool) -> tuple[Tensor, T
 def update_newest_page(
     keys: Tensor, lowest: Tensor, highest: Tensor, seq_lens: Tensor, slots: Tensor, page: int, mean: bool
 ) -> None:
-    """Update the bounds of the page of each slot's new token, which is in row seq_lens, or in the last one if full.
+    """Update the bounds of the page of each slot's new token, which is in row seq_lens, or in the last row if full.
 
     keys: [slots, G, T, D]; lowest, highest: [slots, G, P, D], as `channel_bounds` gives them; seq_lens: [slots] int64;
     slots: [B] int64; page: tokens in a page.
@@ -52,9 +52,9 @@ def update_newest_page(
 
 
 def newest_page(past: Tensor, page: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the page of the token after past [B]: its number [B], its rows, and which are in use, [B, 1, page] each.
+    """Return the page of the token at position past [B]: its index [B], its rows and which are used [B, 1, page].
 
-    Rows are below the capacity. If there is no token after past, the page is the last one.
+    Rows are below the capacity. A position beyond the capacity stands for the last one.
     """
     last = past.clamp(max=capacity - 1)
     newest = last // page
@@ -67,9 +67,9 @@ def score_bounds(
 ) -> Tensor:
     """Return an upper bound of q . k over the keys k of each page: [B, G, H / G, pages] float32.
 
-    q: [B, H, 1, D]; lowest, highest: [slots, G, P, D], the extremes of each channel in a page; slots: [B] int64;
+    q: [B, H, 1, D]; lowest, highest: [slots, G, P, D], the bounds of each channel in a page; slots: [B] int64;
     pages: how many pages to score, at most P. The bound is the sum over channels of max(q * lowest, q * highest).
-    join_heads: return the highest bound of a KV head's queries, [B, G, pages].
+    join_heads: return only the highest bound of a KV head's queries, [B, G, pages].
     """
     batch, heads, _, head_dim = q.shape
     kv_heads, capacity = lowest.shape[1:3]
@@ -97,43 +97,46 @@ def select_pages(
     width: int,
     *,
     budgets: Tensor | None = None,
-    left_out: Tensor | None = None,
-    newest: bool = False,
+    num_excluded: Tensor | None = None,
+    force_newest: bool = False,
 ) -> Selection:
-    """Return the past positions of the pages of highest score, as many as the budget allows, ascending.
+    """Select past tokens by pages: those of highest score, up to the budget. Positions ascend.
+
+    The earlier page wins a tie. Of the last page selected, only the latest tokens are selected if not all of them fit
+    into the budget.
 
     scores: [B, G, pages] float32; seq_lens: [slots] int64, past tokens; slots: [B] int64; page: tokens in a page.
-    budgets: [T + 1] int64, the most tokens to select of n past tokens, by n; or left_out: [slots] int64, how many past
-    tokens not to select. width: the highest budget. newest: whether the newest page scores inf. A page that fits in
-    part gives its latest tokens. Ties go to the earlier page. Positions beyond the counts are 0 from the kernel.
+    The budget is given in one of two ways. budgets: [T + 1] int64, the most tokens to select of n past tokens, by n.
+    num_excluded: [slots] int64, how many past tokens not to select. width: the highest budget. force_newest: select the
+    newest page before all others. Positions beyond the counts are 0 from the kernel.
     """
     batch, kv_heads, pages = scores.shape
-    limits = budgets if left_out is None else left_out
+    limits = budgets if num_excluded is None else num_excluded
     assert limits is not None
     if use_kernel(scores):
         positions = torch.empty((batch, kv_heads, width), device=scores.device, dtype=torch.int64)
         counts = torch.empty((batch, kv_heads), device=scores.device, dtype=torch.int64)
-        listed = torch.empty((batch, kv_heads, pages), device=scores.device, dtype=torch.int32)
+        selected = torch.empty((batch, kv_heads, pages), device=scores.device, dtype=torch.int32)
         block = min(_MAX_BLOCK_S, next_power_of_2(pages, 128))
         _select_kernel[(batch * kv_heads,)](
-            scores.contiguous(), seq_lens, slots, limits, listed, positions, counts, kv_heads, pages, width,
-            PAGE=page, LEFT_OUT=left_out is not None, NEWEST=newest, BLOCK_P=block,
+            scores.contiguous(), seq_lens, slots, limits, selected, positions, counts, kv_heads, pages, width,
+            PAGE=page, EXCLUDE=num_excluded is not None, FORCE_NEWEST=force_newest, BLOCK_P=block,
             BLOCK_W=max(256, min(1024, next_power_of_2(width))), num_warps=max(4, block // 512), **pdl_options(),
         )  # fmt: skip
         return Selection(positions, counts)
     past = seq_lens[slots]
-    budget = limits[past] if left_out is None else past - limits[slots]
-    number = torch.arange(pages, device=scores.device)
-    page_tokens = (past[:, None] - page * number).clamp(0, page)  # [B, pages]
-    if newest:
-        scores = scores.masked_fill(number == (past[:, None, None] - 1) // page, torch.inf)
+    budget = limits[past] if num_excluded is None else past - limits[slots]
+    index = torch.arange(pages, device=scores.device)
+    page_tokens = (past[:, None] - page * index).clamp(0, page)  # [B, pages]
+    if force_newest:
+        scores = scores.masked_fill(index == (past[:, None, None] - 1) // page, torch.inf)
     scores = scores.masked_fill((page_tokens == 0)[:, None], -torch.inf)
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     in_order = page_tokens[:, None].expand_as(order).gather(2, order)
     before = in_order.cumsum(2) - in_order
     taken = torch.minimum((budget.clamp(max=width)[:, None, None] - before).clamp(min=0), in_order)
     taken = torch.zeros_like(taken).scatter_(2, order, taken)
-    return _positions_of_runs((page * number + page_tokens)[:, None] - taken, taken, width)
+    return _positions_of_runs((page * index + page_tokens)[:, None] - taken, taken, width)
 
 
 def _positions_of_runs(start: Tensor, count: Tensor, width: int) -> Selection:
@@ -212,78 +215,79 @@ def _bound_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _page_keys(scores, page, num_pages, NEWEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the scores of pages as ordered integers, those of no page below all others."""
+def _page_keys(scores, page, num_pages, FORCE_NEWEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the scores of pages as integers in the same order. Pages from num_pages on are below all others."""
     key = sortable(tl.load(scores + page, mask=page < num_pages, other=0.0))
     key = tl.minimum(tl.maximum(key, _LOWEST), _HIGHEST)  # a NaN counts as inf
-    if NEWEST:
+    if FORCE_NEWEST:
         key = tl.where(page == num_pages - 1, _HIGHEST, key)
     return tl.where(page < num_pages, key, _LOWEST - 1)
 
 
 @triton.jit(do_not_specialize=["pages", "width"])
 def _select_kernel(  # type: ignore[no-untyped-def]
-    scores, seq_lens, slots, limits, listed, positions, counts, kv_heads, pages, width,
-    PAGE: tl.constexpr, LEFT_OUT: tl.constexpr, NEWEST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+    scores, seq_lens, slots, limits, selected, positions, counts, kv_heads, pages, width,
+    PAGE: tl.constexpr, EXCLUDE: tl.constexpr, FORCE_NEWEST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Select the pages of one slot and KV head, list them in `listed`, and write their positions.
+    """Select the pages of one slot and KV head, list them in `selected`, and write their positions.
 
-    A bisection finds the score at which the budget ends: pages from `high` on fit as a whole, those from `low` on
-    suffice. It ends when one page, or one score, is between the two. All pages but the newest have PAGE tokens, and
-    the newest is the last one, so that tokens follow from numbers of pages.
+    A bisection over scores finds where the budget ends. All pages with a score of `high` or more fit into the budget.
+    Those with a score of `low` or more fill it. The bisection ends when one page, or one score, is between the two. All
+    pages but the last have PAGE tokens, so a number of tokens follows from a number of pages.
     """
     pdl_wait(USE_PDL)
     owner = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + tl.program_id(0) // kv_heads)
     past = tl.load(seq_lens + slot)
-    most = past - tl.load(limits + slot) if LEFT_OUT else tl.load(limits + past)
+    budget = past - tl.load(limits + slot) if EXCLUDE else tl.load(limits + past)
     tokens = tl.minimum(past, pages.to(tl.int64) * PAGE).to(tl.int32)
-    most = tl.maximum(tl.minimum(tl.minimum(most, tokens), width), 0).to(tl.int32)
+    budget = tl.maximum(tl.minimum(tl.minimum(budget, tokens), width), 0).to(tl.int32)
     num_pages, at = tl.cdiv(tokens, PAGE), tl.arange(0, BLOCK_P)
     missing = num_pages * PAGE - tokens  # in the newest page
     scores += owner * pages
-    listed += owner * pages
-    newest_key = _page_keys(scores, tl.maximum(num_pages - 1, 0), num_pages, NEWEST)
-    first_keys = _page_keys(scores, at, num_pages, NEWEST)  # stay in registers
+    selected += owner * pages
+    newest_key = _page_keys(scores, tl.maximum(num_pages - 1, 0), num_pages, FORCE_NEWEST)
+    first_keys = _page_keys(scores, at, num_pages, FORCE_NEWEST)  # stay in registers
 
-    low, high, from_low, from_high = _LOWEST + 0, _HIGHEST + 1, tokens, 0  # tokens of the pages from a score on
+    low, high = _LOWEST + 0, _HIGHEST + 1
+    from_low, from_high = tokens, 0  # tokens of the pages with a score of low, or of high, or more
     while (low + 1 < high) & (from_low - from_high > PAGE):
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
         is_from = (first_keys >= middle).to(tl.int32)
         for first in tl.range(BLOCK_P, num_pages, BLOCK_P):
-            is_from += (_page_keys(scores, first + at, num_pages, NEWEST) >= middle).to(tl.int32)
+            is_from += (_page_keys(scores, first + at, num_pages, FORCE_NEWEST) >= middle).to(tl.int32)
         found = tl.sum(is_from) * PAGE - tl.where(newest_key >= middle, missing, 0)
-        suffices = found >= most
-        low, from_low = tl.where(suffices, middle, low), tl.where(suffices, found, from_low)
-        high, from_high = tl.where(suffices, high, middle), tl.where(suffices, from_high, found)
+        fills = found >= budget
+        low, from_low = tl.where(fills, middle, low), tl.where(fills, found, from_low)
+        high, from_high = tl.where(fills, high, middle), tl.where(fills, from_high, found)
 
-    # Of the pages between both, the first ones are listed. The last of them is cut: it loses its first `lost` tokens.
-    num_between = tl.cdiv(most - from_high, PAGE)
-    whole, between, cut, lost = 0, 0, 0, 0
+    # Of the pages with a score between both, the earliest are selected. The last of these loses its first tokens.
+    num_between = tl.cdiv(budget - from_high, PAGE)
+    whole, between, cut_rank, num_cut = 0, 0, 0, 0
     for first in tl.range(0, num_pages, BLOCK_P):
         page = first + at
-        key = _page_keys(scores, page, num_pages, NEWEST)
+        key = _page_keys(scores, page, num_pages, FORCE_NEWEST)
         is_whole, is_between = key >= high, (key >= low) & (key < high)
         packed = tl.cumsum(is_whole.to(tl.int32) + (is_between.to(tl.int32) << 16), axis=0)  # one scan for two counts
         ordinal = between + (packed >> 16)
         rank = whole + (packed & 0xFFFF) + tl.minimum(ordinal, num_between) - 1
         is_between &= ordinal <= num_between
-        tl.store(listed + rank, page, mask=is_whole | is_between)
+        tl.store(selected + rank, page, mask=is_whole | is_between)
         is_cut = is_between & (ordinal == num_between)
         page_tokens = tl.minimum(tokens - page * PAGE, PAGE)
-        cut += tl.sum(tl.where(is_cut, rank, 0))
-        lost += tl.sum(tl.where(is_cut, page_tokens - (most - from_high - (num_between - 1) * PAGE), 0))
+        cut_rank += tl.sum(tl.where(is_cut, rank, 0))
+        num_cut += tl.sum(tl.where(is_cut, page_tokens - (budget - from_high - (num_between - 1) * PAGE), 0))
         last = tl.sum(tl.where(at == BLOCK_P - 1, packed, 0))
         whole += last & 0xFFFF
         between += last >> 16
 
-    tl.debug_barrier()  # other threads listed the pages
+    tl.debug_barrier()  # other threads have listed pages
     for first in tl.range(0, width, BLOCK_W):
         place = first + tl.arange(0, BLOCK_W)
-        token = place + tl.where(place >= cut * PAGE, lost, 0)  # among those of all listed pages
-        position = tl.load(listed + token // PAGE, mask=place < most, other=0) * PAGE + token % PAGE
+        token = place + tl.where(place >= cut_rank * PAGE, num_cut, 0)  # its index in all selected pages
+        position = tl.load(selected + token // PAGE, mask=place < budget, other=0) * PAGE + token % PAGE
         tl.store(
-            positions + owner * width + place, tl.where(place < most, position, 0).to(tl.int64), mask=place < width
+            positions + owner * width + place, tl.where(place < budget, position, 0).to(tl.int64), mask=place < width
         )
-    tl.store(counts + owner, most.to(tl.int64))
+    tl.store(counts + owner, budget.to(tl.int64))

@@ -6,24 +6,24 @@ from torch import Tensor
 from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
 from sparsecache.kernels.rotation import Rotation, rotate_rows_back
 
-_TOKENS = 16  # tokens of one head per program
+_BLOCK_T = 16  # tokens of one head per program
 
 
 def unrotate_keys(k: Tensor, rotation: Rotation) -> Tensor:
-    """Return keys k [G, L, D] without their rotation, token by token and in the dtype of k: [L, G, D].
+    """Return keys k [G, L, D] as they were before RoPE, in the dtype of k: [L, G, D].
 
-    rotation: of the positions 0 to L - 1, or more. Computed in float32, with the scale of the rotation undone too.
+    rotation: of the positions 0 to L - 1, or more. Computed in float32. A scale of the rotation is undone too.
     """
     kv_heads, length, head_dim = k.shape
-    whole = rotation.cos.shape[1] == head_dim  # the kernel does not rotate parts of a head
-    if not (use_kernel(k) and whole):
-        first = Rotation(*(table[:length] for table in rotation))
-        return rotate_rows_back(k, first).to(k.dtype).transpose(0, 1).contiguous()
+    rotates_head = rotation.cos.shape[1] == head_dim  # the kernel does not rotate parts of a head
+    if not (use_kernel(k) and rotates_head):
+        of_prompt = Rotation(*(table[:length] for table in rotation))
+        return rotate_rows_back(k, of_prompt).to(k.dtype).transpose(0, 1).contiguous()
     out = torch.empty((length, kv_heads, head_dim), device=k.device, dtype=k.dtype)
     half = head_dim // 2
-    _unrotate_kernel[(-(-length // _TOKENS), kv_heads)](
+    _unrotate_kernel[(-(-length // _BLOCK_T), kv_heads)](
         k, k.stride(0), k.stride(1), *rotation, out, length, kv_heads, half,
-        BLOCK_T=_TOKENS, BLOCK_D=next_power_of_2(half), num_warps=4,
+        BLOCK_T=_BLOCK_T, BLOCK_D=next_power_of_2(half), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -33,7 +33,7 @@ def _unrotate_kernel(  # type: ignore[no-untyped-def]
     keys, head_stride, row_stride, cos, sin, out, length, kv_heads, half,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rotate back some tokens of a KV head."""
+    """Undo the rotation of a block of tokens of a KV head."""
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     kv, channel = tl.program_id(1), tl.arange(0, BLOCK_D)[None, :]
     mask = (token < length) & (channel < half)

@@ -28,7 +28,7 @@ from sparsecache.methods.quest import Quest, QuestCache
 class FreeKV(Quest):
     """Selects pages by the previous step's query, unless the query has changed much."""
 
-    takes_newest: ClassVar[bool] = False  # `recent` says how many of the last pages are
+    forces_newest: ClassVar[bool] = False  # `recent` sets how many of the last pages are selected
 
     page: Annotated[int, "tokens in a page, 1 to 1024"] = 32
     similarity: Annotated[float, "the previous query selects if its cosine similarity is at least this, -1 to 1"] = 0.8

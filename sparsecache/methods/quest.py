@@ -30,11 +30,11 @@ class Quest(SelectionMethod):
     """Selects the pages whose bounds are highest.
 
     mean_bounds: whether bounds are the middle of the keys' extremes, less and plus their mean distance from it.
-    takes_newest: whether the newest page is selected whatever its score.
+    forces_newest: whether the newest page is always selected.
     """
 
     mean_bounds: ClassVar[bool] = False
-    takes_newest: ClassVar[bool] = True
+    forces_newest: ClassVar[bool] = True
 
     page: Annotated[int, "tokens in a page, 1 to 1024"] = 16
 
@@ -50,7 +50,7 @@ class Quest(SelectionMethod):
         scores = self.page_scores(q, cache, slots, cache.width(slots))
         width = min(cache.max_budget, cache.config.max_tokens)
         return select_pages(
-            scores, cache.seq_lens, slots, self.page, width, budgets=cache.budgets, newest=self.takes_newest
+            scores, cache.seq_lens, slots, self.page, width, budgets=cache.budgets, force_newest=self.forces_newest
         )
 
     def page_scores(self, q: Tensor, cache: "QuestCache", slots: Tensor, width: int) -> Tensor:

@@ -1,9 +1,9 @@
 """ShadowKV: KV Cache in Shadows for High-Throughput Long-Context LLM Inference (ICML'25, arXiv 2410.21465).
 
-Keys before RoPE have a low rank: the prompt's keys of all KV heads together are stored as `rank` coefficients per token
-and a basis. The selected ones are rebuilt from them and rotated. Values may lie in host memory. Pages of `page` tokens
-are selected by the attention of the query to their mean keys. Pages with a key unlike the mean (outliers), the last
-pages of the prompt and all new tokens are stored exactly, and are always attended to.
+Keys before RoPE have a low rank. The prompt's keys of all KV heads together are stored as `rank` coefficients per token
+and a basis. Keys of selected tokens are rebuilt from these and rotated. Values may lie in host memory. Pages of `page`
+tokens are selected by the attention of the query to their mean keys. Outliers are the pages with the key least similar
+to the page's mean. Outliers, the last pages of the prompt and all new tokens are stored exactly and always attended to.
 
 GQA: as in the authors' code, a KV head takes a page's highest attention of its query heads, each after a softmax over
 the pages that are not stored exactly.
@@ -11,7 +11,8 @@ the pages that are not stored exactly.
 Differences: the budget counts all prompt tokens that are attended to. The authors' 2,048 tokens are those of the
 selected pages; 48 outliers and 4 last pages of 8 tokens come on top. Here these have shares of the budget near the
 authors'. Values stay on the device without `offload`. The basis comes from subspace iteration on K^T K, not from a
-singular value decomposition. It is faster and needs no host; the tests hold its error to 1.03 times the least one.
+singular value decomposition. This is faster and does not wait for the host. The tests bound its error to 1.03 times
+the lowest possible one.
 """
 
 from dataclasses import dataclass
@@ -36,14 +37,16 @@ from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
 from sparsecache.kernels.unrotate import unrotate_keys
 
-_PRODUCTS = (2, 1, 1)  # with K^T K, before each time that the vectors are made orthonormal
-_RIDGE, _MIN_RIDGE = 1e-14, 1e-300  # a share of the trace, for vectors of a smaller rank; above 0, for zeros
+_PRODUCTS = (2, 1, 1)  # subspace iteration: products with K^T K before each orthonormalisation
+_RIDGE = 1e-14  # of the trace; for vectors of a smaller rank
+_MIN_RIDGE = 1e-300  # so that vectors of zeros give zeros
 
 
 class _Shared(NamedTuple):
     """What the caches of a device share.
 
-    rotation: of the positions 0 to max_tokens - 1. start: [G D, R] float64, of the subspace iteration.
+    rotation: of the positions 0 to max_tokens - 1. start: [G D, R] float64, random vectors that the subspace iteration
+    starts from.
     """
 
     rotation: Rotation
@@ -78,7 +81,7 @@ class ShadowKV(SparseMethod):
             raise ValueError(f"outliers={self.outliers} and recent={self.recent} must be at most 1 together.")
 
     def exact_pages(self, budget: int) -> tuple[int, int]:
-        """Return how many outlier pages and last pages a budget of so many tokens has."""
+        """Return how many outlier pages and how many last pages a budget in tokens has."""
         return int(self.outliers * budget) // self.page, int(self.recent * budget) // self.page
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "ShadowKVCache":
@@ -101,8 +104,9 @@ class ShadowKVCache(LayerCache):
     """The coefficients and the basis of a prompt's keys, its values, and the exact rows of some tokens.
 
     coefficients: [slots, T, R]; basis: [slots, G, R, D]; values: [slots, G, T, D], on the device or in host memory;
-    mean_keys: [slots, G, pages, D]; is_exact: [slots, G, pages] bool; exact: [slots, G, E, 2, D], keys and values of
-    outliers, then those from the prompt's last pages on; places: [slots, G, T] int32, the row of a token there, or -1.
+    mean_keys: [slots, G, pages, D]. exact: [slots, G, E, 2, D], keys and values of the outliers, then of the tokens
+    from the prompt's last pages on. is_exact: [slots, G, pages] bool, the pages stored there. places: [slots, G, T]
+    int32, a token's row in `exact`, or -1.
     """
 
     def __init__(self, method: ShadowKV, layer: int, config: CacheConfig, shared: _Shared) -> None:
@@ -111,9 +115,9 @@ class ShadowKVCache(LayerCache):
         self.seq_lens, self.stats = config.seq_lens, config.stats
         shape, page, tokens = config.shape, method.page, config.max_tokens
         self._budget = method.layer_budget(layer, shape)
-        most = min(self._budget.maximum(tokens), tokens)
-        self._width = min(tokens, most + config.max_new_tokens)
-        pages, exact_pages = -(-tokens // page), sum(method.exact_pages(most)) + 1
+        max_budget = min(self._budget.maximum(tokens), tokens)
+        self._width = min(tokens, max_budget + config.max_new_tokens)
+        pages, exact_pages = -(-tokens // page), sum(method.exact_pages(max_budget)) + 1  # and a page that is not full
         rank = self._start.shape[1]
         self.coefficients = torch.zeros((config.slots, tokens, rank), dtype=config.dtype, device=config.device)
         self.basis = config.zeros(rank, shape.head_dim)
@@ -125,7 +129,7 @@ class ShadowKVCache(LayerCache):
         self.places = config.zeros(tokens, dtype=torch.int32)
         self._num_pages = torch.zeros_like(config.seq_lens)  # pages with a mean key
         self._over_budget = torch.zeros_like(config.seq_lens)  # prompt tokens beyond the budget
-        self._tail_offset = torch.zeros_like(config.seq_lens)  # position less row in `exact`, from the last pages on
+        self._tail_offset = torch.zeros_like(config.seq_lens)  # position minus place, from the last pages on
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         kv_heads, length, head_dim = k.shape
@@ -134,13 +138,13 @@ class ShadowKVCache(LayerCache):
         num_outliers, num_recent = self.method.exact_pages(count)
         first = max(0, length // page - num_recent)  # the first of the last pages
         num_outliers = min(num_outliers, first)
-        with self.config.deferred.reading(k):  # many short kernels, beside the prompt's later layers
+        with self.config.deferred.reading(k):  # many short kernels, which run in parallel with later layers
             unrotated = unrotate_keys(k, self._rotation)
             self.coefficients[slot, :length], self.basis[slot] = _low_rank(unrotated, self._start)
         copy_into(self.values[slot], v)
 
-        self.mean_keys[slot, :, :first], least = page_means(k, page, first)
-        outliers = least.topk(num_outliers, dim=1, largest=False).indices
+        self.mean_keys[slot, :, :first], similarities = page_means(k, page, first)
+        outliers = similarities.topk(num_outliers, dim=1, largest=False).indices
         self.is_exact[slot, :, :first].fill_(False).scatter_(1, outliers, True)
         self.is_exact[slot, :, first:].fill_(True)
 
@@ -167,19 +171,19 @@ class ShadowKVCache(LayerCache):
     def _select(self, q: Tensor, slots: Tensor) -> Selection:
         scores = speculated_scores(q, None, self.mean_keys, self._num_pages, slots).values
         shares = highest_page_shares(scores, self.is_exact, slots)
-        return select_pages(shares, self.seq_lens, slots, self.method.page, self._width, left_out=self._over_budget)
+        return select_pages(shares, self.seq_lens, slots, self.method.page, self._width, num_excluded=self._over_budget)
 
     def _rows(self, slots: Tensor, positions: Tensor, counts: Tensor) -> tuple[Tensor, CachedRows]:
-        """Return keys and values of the first counts [B, G] positions, [B, G, N, 2, D], and the rows that are exact."""
+        """Return keys and values of the first counts [B, G] positions, [B, G, N, 2, D], and where exact rows lie."""
         values = None if self.method.offload else self.values
         rows, places = rebuild_rows(
             self.coefficients, self.basis, values, self.places, self._rotation, slots, positions, counts
         )
         if self.method.offload:
-            halves = self.values.view(*self.values.shape[:3], 2, -1)  # fetched as if they were keys and values
+            halves = self.values.view(*self.values.shape[:3], 2, -1)  # gathered as if they were a key and a value
             unused = self.places
-            fixed = LRUCache(self.exact, row_of_token=self.places, token_of_row=unused, lru_order=unused, hits=unused)
-            rows[..., 1, :] = gather_rows(halves, slots, positions, counts, fixed).rows.flatten(3)
+            cached = LRUCache(self.exact, row_of_token=self.places, token_of_row=unused, lru_order=unused, hits=unused)
+            rows[..., 1, :] = gather_rows(halves, slots, positions, counts, cached).rows.flatten(3)
         return rows, CachedRows(self.exact, slots, places)
 
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
@@ -190,9 +194,9 @@ class ShadowKVCache(LayerCache):
 
 
 def _low_rank(keys: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an approximation of keys [L, G, D] of rank R, near the best one: coefficients [L, R], basis [G, R, D].
+    """Return an approximation of keys [L, G, D] of rank R: coefficients [L, R] and basis [G, R, D].
 
-    The keys of all KV heads are one matrix [L, G D]. start: [G D, R] float64, any vectors.
+    The keys of all KV heads are one matrix [L, G D]. start: [G D, R] float64, vectors to start from.
     """
     length, kv_heads, head_dim = keys.shape
     channels, rank = start.shape
@@ -209,16 +213,16 @@ def _low_rank(keys: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram(matrix: Tensor) -> Tensor:
-    """Return matrix^T matrix in float32. Rounded to half precision, its small eigenvalues would be lost."""
+    """Return matrix^T matrix in float32, since half precision would lose its small eigenvalues."""
     if matrix.is_cuda and matrix.dtype != torch.float32:
         return torch.mm(matrix.mT, matrix, out_dtype=torch.float32)
     return matrix.float().mT @ matrix.float()
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
-    """Return orthonormal vectors of the same span as the columns of [N, R] float64; those without a length vanish."""
+    """Return orthonormal vectors with the span of the columns of `vectors` [N, R] float64; zeros stay zeros."""
     gram = vectors.mT @ vectors
     ridge = (_RIDGE * gram.trace() + _MIN_RIDGE) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky_ex(gram + ridge)[0]  # unlike `qr` and `eigh` it does not wait for the device
+    factor = torch.linalg.cholesky_ex(gram + ridge)[0]  # does not wait for the device, unlike qr and eigh
     orthonormal: Tensor = torch.linalg.solve_triangular(factor.mT, vectors, upper=True, left=False)
     return orthonormal

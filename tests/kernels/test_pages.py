@@ -77,8 +77,8 @@ def test_pages_are_selected_as_by_sorting(case, kind, device, agree, monkeypatch
     slots = torch.tensor([3, 0, 2], device=device)
     seq_lens = torch.zeros(4, dtype=torch.int64, device=device)
     seq_lens[slots] = torch.tensor(past, device=device)
-    left_out = torch.zeros_like(seq_lens)
-    left_out[slots] = seq_lens[slots] - torch.tensor(budget, device=device).clamp(max=width)
+    num_excluded = torch.zeros_like(seq_lens)
+    num_excluded[slots] = seq_lens[slots] - torch.tensor(budget, device=device).clamp(max=width)
     budgets = torch.zeros(max(past) + 1, dtype=torch.int64, device=device)
     budgets[past] = torch.tensor(budget, device=device)
 
@@ -90,17 +90,17 @@ def test_pages_are_selected_as_by_sorting(case, kind, device, agree, monkeypatch
         assert positions.shape == (3, 2, width)
         return positions.masked_fill(torch.arange(width, device=device) >= counts[..., None], 0), counts
 
-    agree(select, scores, seq_lens, slots, budgets=budgets, newest=kind != "distinct")
-    agree(select, scores, seq_lens, slots, left_out=left_out)
+    agree(select, scores, seq_lens, slots, budgets=budgets, force_newest=kind != "distinct")
+    agree(select, scores, seq_lens, slots, num_excluded=num_excluded)
 
 
 def test_the_best_pages_are_selected_in_the_order_of_the_text() -> None:
     scores = torch.tensor([[[5.0, 1.0, 7.0, 5.0, -9.0]]])  # pages of 4 tokens, the last one has 2
     seq_lens, slots, budgets = torch.tensor([18]), torch.tensor([0]), torch.arange(19)
     budgets[18] = 9
-    positions, counts = select_pages(scores, seq_lens, slots, 4, 12, budgets=budgets, newest=True)
+    positions, counts = select_pages(scores, seq_lens, slots, 4, 12, budgets=budgets, force_newest=True)
     assert positions[0, 0, : int(counts[0, 0])].tolist() == [1, 2, 3, 8, 9, 10, 11, 16, 17]
-    positions, counts = select_pages(scores, seq_lens, slots, 4, 12, left_out=torch.tensor([8]))
+    positions, counts = select_pages(scores, seq_lens, slots, 4, 12, num_excluded=torch.tensor([8]))
     assert positions[0, 0, : int(counts[0, 0])].tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 14, 15]
 
 
