@@ -1,6 +1,6 @@
-"""Moments of a prompt's queries or keys over its tokens, and what keys score by the moments of queries.
+"""Moments of a prompt's queries or keys over its tokens, and the expected logits of keys from moments of queries.
 
-On a GPU the tokens are read once, in their dtype. Products are added in float32.
+On a GPU the tokens are read once, in their dtype. Sums and products are added in float32.
 """
 
 import math
@@ -12,22 +12,27 @@ from torch import Tensor
 from sparsecache.kernels._triton import next_power_of_2, saturating_programs, tl, triton, use_kernel
 from sparsecache.kernels.rotation import Rotation, rotate_rows_back
 
-_BLOCK_T, _SCORE_BLOCK_T, _WARPS = 64, 128, 8  # tokens per iteration and, to score, per program
+_BLOCK_T = 64  # tokens per iteration of the moments
+_LOGITS_BLOCK_T = 128  # tokens per program of the logits
+_WARPS = 8
 _MIN_SPLIT = 512  # tokens
 
 
 class Moments(NamedTuple):
-    """Sums over the tokens of each head: sums [H, D], of the values or of their sizes; products [H, D, D], x^T x."""
+    """Sums over the tokens of each head, float32.
+
+    sums: [H, D], of the values or of their absolute values. products: [H, D, D], x^T x.
+    """
 
     sums: Tensor
     products: Tensor
 
 
 def token_moments(x: Tensor, rotation: Rotation | None = None, absolute: bool = False) -> Moments:
-    """Return sums over the tokens of each head, float32.
+    """Return the moments of x [H, L, D] over its L tokens.
 
-    x: [H, L, D]. rotation: cosines and sines [L, R] that rotated x; the moments are those of x before. absolute:
-    whether to sum the sizes of the values, not the values.
+    rotation: cosines and sines [L, R] that rotated x; the moments are then those of x before its rotation. absolute:
+    sum absolute values instead of values.
     """
     if use_kernel(x):
         return _launch(x, rotation, absolute)
@@ -40,27 +45,28 @@ def token_moments(x: Tensor, rotation: Rotation | None = None, absolute: bool = 
 
 
 def expected_logits(k: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
-    """Return the logarithm of the expected exp(q . k / sqrt(D)) of normally distributed queries q: [H, L] float32.
+    """Return log E[exp(q . k / sqrt(D))] per key k, for normally distributed queries q: [H, L] float32.
 
-    It is mean . k / sqrt(D) + k^T covariance k / 2D. k: [G, L, D]; mean: [H, D] and covariance: [H, D, D], float32, of
-    the queries of each head.
+    This is mean . k / sqrt(D) + k^T covariance k / 2D. k: [G, L, D]. mean: [H, D] float32 and covariance: [H, D, D]
+    float32, of the queries of each head.
     """
     (kv_heads, length, head_dim), heads = k.shape, len(mean)
     if use_kernel(k) and k.dtype != torch.float32:  # products of float32 tiles do not fit into registers
         k = k if k.stride(2) == 1 else k.contiguous()
         logits = torch.empty((heads, length), device=k.device, dtype=torch.float32)
-        _logits_kernel[(-(-length // _SCORE_BLOCK_T), kv_heads)](
+        _logits_kernel[(-(-length // _LOGITS_BLOCK_T), kv_heads)](
             k, k.stride(0), k.stride(1), mean.contiguous(), covariance.contiguous(), logits, 1 / math.sqrt(head_dim),
-            0.5 / head_dim, length, head_dim, GROUP=heads // kv_heads, BLOCK_T=_SCORE_BLOCK_T,
+            0.5 / head_dim, length, head_dim, GROUP=heads // kv_heads, BLOCK_T=_LOGITS_BLOCK_T,
             BLOCK_D=next_power_of_2(head_dim, 16), num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
         return logits
     keys = k.float().repeat_interleave(heads // kv_heads, 0)
-    along = (keys @ mean[:, :, None])[..., 0]
-    return along / math.sqrt(head_dim) + ((keys @ covariance) * keys).sum(2) / (2 * head_dim)
+    by_mean = (keys @ mean[:, :, None])[..., 0]
+    return by_mean / math.sqrt(head_dim) + ((keys @ covariance) * keys).sum(2) / (2 * head_dim)
 
 
 def _launch(x: Tensor, rotation: Rotation | None, absolute: bool) -> Moments:
+    """Launch the kernel of `token_moments`, and add up its splits."""
     heads, length, head_dim = x.shape
     x = x if x.stride(2) == 1 else x.contiguous()
     splits = max(1, min(saturating_programs(x.device) // heads, length // _MIN_SPLIT))
@@ -78,18 +84,18 @@ def _launch(x: Tensor, rotation: Rotation | None, absolute: bool) -> Moments:
 
 @triton.jit(do_not_specialize=["length"])
 def _moments_kernel(  # type: ignore[no-untyped-def]
-    x, head_stride, stride, cos, sin, sums, products, length, head_dim, rotated,
+    x, head_stride, stride, cos, sin, sums, products, length, head_dim, rotated_dim,
     ROTATED: tl.constexpr, ABSOLUTE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the tokens of one split of a head."""
+    """Sum over the tokens of one split of a head. rotated_dim: how many channels are rotated."""
     head, split, channel = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
     in_head = channel < head_dim
     base = x + head * head_stride
     total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     product = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_T) * BLOCK_T
-    half = rotated // 2
-    is_first, is_rotated = channel < half, channel < rotated
+    half = rotated_dim // 2
+    is_first, is_rotated = channel < half, channel < rotated_dim
     partner = tl.where(is_first, channel + half, channel - half)
     for first in tl.range(split * part, tl.minimum(split * part + part, length), BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
@@ -97,15 +103,15 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
         mask = (token < length)[:, None] & in_head[None, :]
         tile = tl.load(row + channel[None, :], mask=mask, other=0.0)
         if ROTATED:
-            turned = (token < length)[:, None] & is_rotated[None, :]
-            other = tl.load(row + partner[None, :], mask=turned, other=0.0).to(tl.float32)
-            at = token[:, None] * rotated + (channel % half)[None, :]
-            c = tl.load(cos + at, mask=turned, other=1.0).to(tl.float32)
-            s = tl.load(sin + at, mask=turned, other=0.0).to(tl.float32)
+            rotated_mask = (token < length)[:, None] & is_rotated[None, :]
+            other = tl.load(row + partner[None, :], mask=rotated_mask, other=0.0).to(tl.float32)
+            at = token[:, None] * rotated_dim + (channel % half)[None, :]
+            c = tl.load(cos + at, mask=rotated_mask, other=1.0).to(tl.float32)
+            s = tl.load(sin + at, mask=rotated_mask, other=0.0).to(tl.float32)
             other = tl.where(is_first[None, :], other, -other)
             tile = ((tile.to(tl.float32) * c + other * s) / (c * c + s * s)).to(tile.dtype)
-        exact = tile.to(tl.float32)
-        total += tl.abs(exact) if ABSOLUTE else exact
+        wide = tile.to(tl.float32)
+        total += tl.abs(wide) if ABSOLUTE else wide
         product = tl.dot(tl.trans(tile), tile, product, input_precision="ieee")
     owner = split * tl.num_programs(0) + head
     tl.store(sums + owner * head_dim + channel, tl.sum(total, axis=0), mask=in_head)
@@ -118,21 +124,21 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
     k, head_stride, stride, mean, covariance, logits, scale, square_scale, length, head_dim,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Score BLOCK_T tokens of a KV head for its query heads."""
+    """Store the expected logits of BLOCK_T tokens of a KV head for each of its query heads."""
     kv, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_head = channel < head_dim
     source = k + kv * head_stride + token.to(tl.int64)[:, None] * stride + channel[None, :]
     key = tl.load(source, mask=(token < length)[:, None] & in_head[None, :], other=0.0)
-    exact = key.to(tl.float32)
+    wide = key.to(tl.float32)
     square = in_head[:, None] & in_head[None, :]
     for member in range(GROUP):
         head = kv * GROUP + member
-        of_head = covariance + (head * head_dim + channel)[:, None] * head_dim + channel[None, :]
-        matrix = tl.load(of_head, mask=square, other=0.0)
+        at_covariance = covariance + (head * head_dim + channel)[:, None] * head_dim + channel[None, :]
+        matrix = tl.load(at_covariance, mask=square, other=0.0)
         high = matrix.to(key.dtype)
-        turned = tl.dot(key, high)  # the matrix is the sum of two values in the dtype of the keys
-        turned = tl.dot(key, (matrix - high.to(tl.float32)).to(key.dtype), turned)
-        along = tl.load(mean + head * head_dim + channel, mask=in_head, other=0.0)
-        score = tl.sum(exact * (turned * square_scale + along[None, :] * scale), axis=1)
+        product = tl.dot(key, high)  # and with the rest: one matrix in the dtype of the keys would lose precision
+        product = tl.dot(key, (matrix - high.to(tl.float32)).to(key.dtype), product)
+        by_mean = tl.load(mean + head * head_dim + channel, mask=in_head, other=0.0)
+        score = tl.sum(wide * (product * square_scale + by_mean[None, :] * scale), axis=1)
         tl.store(logits + head * length + token, score, mask=token < length)

@@ -1,21 +1,21 @@
 """LRQK: Efficient Low Rank Attention for Long-Context Inference in LLMs (NeurIPS'25, arXiv 2510.23649).
 
-The prompt's queries and keys are factorised together, Q = A_Q B_Q and K = A_K B_K of rank `rank`, so that A_Q A_K^T is
-near Q K^T too: alternating least squares. At a step the new query and key get rows of A_Q and A_K that fit the bases,
-their own product and the products with the keys attended to before. Then the bases take one step of steepest descent.
-The reduced query and keys select tokens. The most recent tokens are always selected. Rank and iterations are the
-authors' for LongBench.
+Alternating least squares factorises the prompt's queries and keys together: Q = A_Q B_Q and K = A_K B_K of rank `rank`,
+such that A_Q A_K^T is near Q K^T too. At a step, the new query and key get rows of A_Q and A_K. They fit the bases,
+the product of the two, and the query's products with the keys of the previous step. The reduced query and keys select
+tokens. The most recent tokens are always selected. Then the bases take one step of steepest descent. Rank and
+iterations are the authors' for LongBench.
 
-GQA: the authors repeat keys and factorise, and select, per query head. Here a KV head has one factorisation, of its
-keys and of the queries of all its heads. It selects the tokens that come nearest to the best reduced score of a head.
+GQA: the authors repeat keys, and factorise and select per query head. Here a KV head has one factorisation, of its keys
+and of the queries of all its heads. It selects the tokens that come nearest to the best reduced score of a head.
 
 Differences: every token stays on the device, so what is measured is the selection. The paper keeps tokens in host
-memory, and those attended to on the GPU. Factors start from the channels with most |q| + |k|, one of the starts in the
-authors' code, not from random numbers. The number of iterations is fixed. A prompt has at most half as many factors as
-tokens; the authors attend to everything until there are as many tokens as factors. Recent tokens are a share of the
-budget, near the authors' 64 beside 1,024 others.
+memory, and those attended to on the GPU. Factors start from the channels with the highest |q| + |k|, one of the starts
+in the authors' code, not from random numbers. The number of iterations is fixed. A prompt has at most half as many
+factors as tokens; the authors attend to everything until there are as many tokens as factors. Recent tokens are a share
+of the budget, near the authors' 64 next to 1,024 others.
 
-Since A_Q = Q W_Q and A_K = K W_K throughout, the prompt's factorisation needs no more of Q and K than Q^T Q and K^T K.
+A_Q = Q W_Q and A_K = K W_K throughout, so the prompt's factorisation reads only Q^T Q and K^T K.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ _MAX_ITERATIONS = 16
 
 @dataclass
 class LRQK(SelectionMethod):
-    """Selects tokens by low-rank factors of queries and keys, which follow the text."""
+    """Selects tokens by low-rank factors of queries and keys, which each step updates."""
 
     rank: Annotated[int, "rank of the factors, at most the channels of a head, 1 or more"] = 16
     recent: Annotated[float, "share of the budget that the most recent tokens get, 0 to 1"] = 1 / 16
@@ -71,11 +71,12 @@ class LRQK(SelectionMethod):
 
 
 class LRQKCache(SelectionCache):
-    """All keys and values, the reduced keys, the bases, and products of the tokens attended to in the last step.
+    """All keys and values, the reduced keys, the bases, and the products of the tokens attended to in the last step.
 
     reduced_keys: [slots, G, T, R], A_K. query_basis, key_basis: [slots, G, R, D] float32, B_Q and B_K. products:
-    [slots, G, D, R] float32, K^T A_K of the last step's tokens; gram: [slots, G, R, R] float32, their A_K^T A_K.
-    reduced_query: [B, H, 1, R] float32, of the current step.
+    [slots, G, D, R] float32, K^T A_K of the last step's tokens; gram: [slots, G, R, R] float32, their A_K^T A_K; after
+    a prompt, those of the tokens that its last query selects. reduced_query: [B, H, 1, R] float32, and selection: of
+    the current step.
     """
 
     method: LRQK
@@ -97,18 +98,25 @@ class LRQKCache(SelectionCache):
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         super().prefill(slot, q, k, v)
         (kv_heads, length, head_dim), rank = k.shape, self.gram.shape[2]
-        of_queries, of_keys = token_moments(q, absolute=True), token_moments(k, absolute=True)
-        query_sums, query_gram = (x.view(kv_heads, -1, *x.shape[1:]) for x in of_queries)  # by query head
-        magnitude = query_sums.mean(1) + of_keys.sums
+        query_moments, key_moments = token_moments(q, absolute=True), token_moments(k, absolute=True)
+        query_sums, query_gram = (x.view(kv_heads, -1, *x.shape[1:]) for x in query_moments)  # [G, H / G, ..]
+        magnitude = query_sums.mean(1) + key_moments.sums
         start = torch.eye(head_dim, device=k.device)[magnitude.topk(rank, dim=1).indices]  # [G, R, D]
-        start[:, max(1, length // 2) :] = 0  # fewer factors for few tokens
-        weights = factorise(query_gram.sum(1), of_keys.products, start, self.method.iterations)
-        query_weight, key_weight, self.query_basis[slot], self.key_basis[slot] = weights
-        reduced = k.float() @ key_weight.mT
+        start[:, max(1, length // 2) :] = 0  # at most half as many factors as tokens
+        factors = factorise(query_gram.sum(1), key_moments.products, start, self.method.iterations)
+        query_weight, key_weight, self.query_basis[slot], self.key_basis[slot] = factors
+        reduced = k.float() @ key_weight.mT  # [G, L, R]
         self.reduced_keys[slot, :, :length] = reduced
+        self._select_of_prompt(slot, q[:, -1].float().view(kv_heads, -1, head_dim) @ query_weight.mT, k, reduced)
+
+    def _select_of_prompt(self, slot: int, reduced_query: Tensor, k: Tensor, reduced: Tensor) -> None:
+        """Set the products to those of the prompt tokens that a reduced query [G, H / G, R] selects.
+
+        k: [G, L, D]; reduced: [G, L, R] float32, the reduced keys.
+        """
+        kv_heads, length = k.shape[:2]
         count = min(self._budget.tokens(length), length)
-        last = q[:, -1].float().view(kv_heads, -1, head_dim) @ query_weight.mT  # [G, H / G, R]
-        margin = score_margin((last @ reduced.mT).flatten(0, 1)[None], kv_heads)[0]
+        margin = score_margin((reduced_query @ reduced.mT).flatten(0, 1)[None], kv_heads)[0]  # [G, L]
         margin[:, length - int(self.method.recent * count) :] = torch.inf
         selected = margin.topk(count, dim=1, sorted=False).indices[..., None]
         keys, reduced = (x.gather(1, selected.expand(-1, -1, x.shape[2])).float() for x in (k, reduced))
@@ -126,13 +134,13 @@ class LRQKCache(SelectionCache):
         return out
 
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
-        """As LayerCache.step_nbytes; the products need the keys of the tokens attended to, and their factors, again."""
+        """As LayerCache.step_nbytes. The products read the keys and reduced keys of the attended tokens once more."""
         again = stored_token_nbytes(self.method.storage, self.config) / 2 * attended
         again += self.method.selection_nbytes(self.config, attended)
         return StepBytes(super().step_nbytes(seq_len, attended, cache_hit).device + again)
 
     def _sum_products(self, k: Tensor, reduced_key: Tensor, slots: Tensor) -> None:
-        """Set the products to those of the tokens attended to."""
+        """Set the products to those of the tokens of the current step."""
         (positions, counts), kv = self.selection, self.full.kv
         sums = self.products, self.gram
         if isinstance(kv, FullStorage):
@@ -140,6 +148,6 @@ class LRQKCache(SelectionCache):
             return
         rows = positions.masked_fill(~mask_of_first(counts, positions.shape[2]), 0)
         keys, reduced_keys = self.full.keys_of(slots, rows), take_rows(self.reduced_keys, slots, rows)
-        taken = torch.arange(rows.shape[2], device=k.device).expand_as(rows)
+        in_order = torch.arange(rows.shape[2], device=k.device).expand_as(rows)
         batch = torch.arange(len(slots), device=k.device)
-        sum_products(k, reduced_key, keys, reduced_keys, batch, slots, taken, counts, *sums)
+        sum_products(k, reduced_key, keys, reduced_keys, batch, slots, in_order, counts, *sums)
