@@ -1,16 +1,16 @@
 """Expected Attention: KV Cache Compression by Estimating Attention from Future Queries (2025, arXiv 2510.00636).
 
-Queries before RoPE are taken as normally distributed, with the mean and the covariance of the prompt's. Both are
-rotated by the average rotation of the next `future` positions. A key's expected attention is then the softmax over the
-prompt of q . k / sqrt(D) + k^T C k / 2D. The tokens stay whose expected attention, times the norm of their value, is
-highest. The first `sinks` tokens always stay, and do not count in the statistics. Defaults are those of the authors'
-benchmark.
+Queries before RoPE are modelled as normally distributed, with the mean and the covariance of the prompt's queries. Both
+are rotated by the average rotation of the next `future` positions, which gives the mean m and the covariance C. A key's
+expected attention is the softmax over the prompt of m . k / sqrt(D) + k^T C k / 2D. The tokens stay whose expected
+attention, times the norm of their value, is highest. The first `sinks` tokens always stay, and do not count in the
+statistics. Defaults are those of the authors' benchmark.
 
 GQA: as in the paper, a KV head takes the mean expected attention of its query heads.
 
-Differences: queries are rotated back, since a cache receives rotated ones; on a GPU they are then rounded to the
+Differences: queries are rotated back, since a cache receives rotated queries; on a GPU they are then rounded to the
 model's dtype. KV heads keep equally many tokens; the authors' benchmark gives them different counts, as `adakv` does.
-It also evicts before the question comes; here the question is part of the prompt, and `recent` keeps it.
+The authors' benchmark evicts before the question comes. Here the question is part of the prompt, and `recent` keeps it.
 """
 
 import math

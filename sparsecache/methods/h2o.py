@@ -1,13 +1,13 @@
 """H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models (NeurIPS'23, arXiv 2306.14048).
 
-Half of the budget holds the most recent tokens (the larger half of an odd one), half the heavy hitters: the other
-tokens with the most attention so far. Each step adds the new query's attention to every kept token's sum. When the
-budget is full, the token with the lowest sum that is not recent is evicted; ties go to the earliest.
+Half of the budget, rounded up, holds the most recent tokens. The rest holds the heavy hitters: the other tokens with
+the most attention so far. Each step adds the new query's attention to every kept token's sum. When the budget is full,
+the token with the lowest sum that is not recent is evicted, of equal ones the earliest.
 
-GQA: the paper counts per head. Here a KV head counts for all its query heads and evicts for them all.
+GQA: the paper sums and evicts per head. Here a KV head sums over all its query heads, and evicts for all of them.
 
-Differences: the paper evicts while the prompt is read. Here, as in the authors' code that frees memory, the
-prompt's attention is dense, and tokens are evicted at its end, by the attention of all its queries.
+Differences: the paper evicts while the prompt is read. Here, as in the authors' code that frees memory, the prompt's
+attention is dense. Tokens are evicted at the end of the prompt, by the attention of all its queries.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference (NeurIPS'25, arXiv 2504.15364).
 
-Keys that differ from the others tend to get attention. The prompt tokens stay whose keys are least like the mean of
-all keys of the KV head, by cosine similarity; keys are scaled to length 1 before the mean is taken. No attention is
-computed. GQA adds nothing: keys are those of KV heads.
+Keys that differ from the others tend to get attention. The prompt tokens with the lowest cosine similarity of their key
+to the mean key of the KV head stay. Keys are scaled to length 1 before the mean is taken. No attention is computed. GQA
+changes nothing: keys are those of KV heads.
 
 Differences: the paper reads the prompt in blocks and evicts after each one, and while decoding. Here tokens are evicted
 once, at the end of the prompt, as in kvpress, and new tokens stay. kvpress evicts before the question comes; here the

@@ -1,15 +1,15 @@
 """LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important (arXiv 2504.04704).
 
 The prompt is cut into partitions of `lag` tokens. Channels of keys, and of values, are scaled by their range in the
-next partition. The standard deviation over a token's channels, as a softmax over its partition, is the token's score.
-Within a partition the tokens of highest score stay. The first `sinks` tokens always stay, and so do the last
-partition, which has no next one, and the tokens after it. No attention is computed. GQA adds nothing: keys and values
-are those of KV heads.
+next partition. The standard deviation over a token's channels, as a softmax over its partition, gives a score of the
+key and one of the value; the token's score is their sum. The tokens of highest score in each partition stay. The first
+`sinks` tokens always stay, and so do the last partition, which has no next one, and the tokens after it. No attention
+is computed. GQA changes nothing: keys and values are those of KV heads.
 
-Differences: the paper also compresses what is decoded. Here tokens are evicted once, at the end of the prompt, as in
-kvpress. The budget is of the whole prompt, so partitions give up more where the sinks and the last partition take much
-of it. A smaller budget than these keeps sinks first, then the last tokens. Defaults are the authors'; the budget is
-this project's.
+Differences: the paper also compresses decoded tokens. Here tokens are evicted once, at the end of the prompt, as in
+kvpress. The budget counts the whole prompt, so partitions keep fewer tokens where the sinks and the last partition take
+much of it. A budget smaller than these keeps sinks first, then the last tokens. Defaults are the authors'; the budget
+is this project's.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsecache.cache.eviction import EvictionMethod, pin_last
 
-_LEAST_RANGE = 1e-6  # a constant channel would divide by 0
+_MIN_RANGE = 1e-6  # so that a constant channel does not divide by 0
 
 
 @dataclass
@@ -50,8 +50,8 @@ class LagKV(EvictionMethod):
         return torch.cat((scores[:, :sinks], pin_last(scores[:, sinks:], length - sinks - scored)), 1)
 
     def _spread(self, x: Tensor, first: int, count: int) -> Tensor:
-        """Return the spread of each token's channels from `first` on: [G, partitions, lag]; x: [G, L, D]."""
+        """Return the scores of `count` tokens of x [N, L, D] from `first` on: [N, partitions, lag]."""
         parts = x[:, first : first + count + self.lag].float().view(len(x), -1, self.lag, x.shape[2])
         low, high = parts[:, 1:].amin(2, keepdim=True), parts[:, 1:].amax(2, keepdim=True)
-        scaled: Tensor = (parts[:, :-1] - low) / (high - low).clamp(min=_LEAST_RANGE)
+        scaled: Tensor = (parts[:, :-1] - low) / (high - low).clamp(min=_MIN_RANGE)
         return scaled.std(-1).softmax(-1)

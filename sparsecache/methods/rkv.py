@@ -2,17 +2,17 @@
 
 When the budget is full, the token of lowest score is evicted: its importance times `weight`, less its redundancy times
 1 - `weight`. Importance is the attention of the last `window` queries, pooled over `kernel` neighbours. Redundancy is
-the mean cosine similarity of the token's key with the others, as a softmax over the tokens. A token is exempt from its
-similarity with each token of which it is the most recent similar one, so the last of many similar tokens stays. The
-last `window` tokens always stay.
+the mean cosine similarity of the token's key with the others, as a softmax over the tokens. A token's similarity with
+another one does not count if the token is the most recent one similar to the other: the other exempts it. So the last
+of many similar tokens stays. The last `window` tokens always stay.
 
 GQA: as in the authors' code, a KV head takes the highest score of its query heads before the softmax.
 
-Differences: the paper evicts every 128 steps; here one is evicted at each step, so that no step exceeds the
+Differences: the paper evicts every 128 steps. Here one token is evicted at each step, so that no step exceeds the
 budget. Votes are pooled at the end of the prompt only: later the cache is unordered, as in the authors' code. When a
-token is evicted, the tokens that exempted it exempt none until a similar one comes. In the authors' code, a token that
-is similar to no other exempts the first one. Their default `weight` is 0.07 in the code and 0.1 in the paper. The
-authors decode long answers to short prompts; the budget is this project's.
+token is evicted, the tokens that exempted it exempt none until a similar token comes. In the authors' code, a token
+that is similar to no other exempts the first token. Their default `weight` is 0.07 in the code and 0.1 in the paper.
+The authors decode long answers to short prompts; the budget is this project's.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class RKV(SparseMethod):
 
 
 class RKVCache(BoundedKVCache):
-    """Scores are sums of similarities with the other tokens, except those that exempt a token."""
+    """Scores are sums of similarities with the other tokens, without those that do not count."""
 
     def __init__(self, method: RKV, layer: int, config: CacheConfig) -> None:
         super().__init__(method, layer, config)
@@ -99,9 +99,9 @@ class RKVCache(BoundedKVCache):
 
 
 def _redundancy(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums of similarities, the row that each token exempts or -1, and their similarity: [G, L] each.
+    """Return sums of similarities, the token that each token exempts or -1, and the two's similarity: [G, L] each.
 
-    keys: [G, L, D], in the order of the text. No L x L tensor is built.
+    keys: [G, L, D], in the order of the text. Does not build an L x L tensor.
     """
     unit = normalize(keys.float(), dim=-1)
     sums = (unit * (unit.sum(1, keepdim=True) - unit)).sum(2)  # similarities of each token with all others

@@ -1,7 +1,7 @@
 """StreamingLLM: Efficient Streaming Language Models with Attention Sinks (ICLR'24, arXiv 2309.17453).
 
-Keeps the first tokens, which serve as attention sinks, and the most recent ones. All others are evicted. Scores
-play no part, so all KV heads keep the same tokens and GQA adds nothing.
+Keeps the first tokens, which serve as attention sinks, and the most recent ones. All others are evicted. There are no
+scores, so all KV heads keep the same tokens and GQA changes nothing.
 
 Differences: the paper numbers positions inside the cache, so that a text can be endless. Here keys keep the rotation
 of their positions in the text, as in every method that is compared; the prompt's attention is dense. The budget
