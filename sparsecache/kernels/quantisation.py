@@ -24,8 +24,8 @@ class QuantisedStore:
 
     key_codes, value_codes: [S, G, N, W] int16, W words with the codes of D channels, N a multiple of `group`.
     key_ranges: [S, G, N / group, 2, D] and value_ranges: [S, G, N, 2, ceil(D / group)], minimum and step of each group.
-    key_tail, value_tail: [S, G, residual + group, D], the tokens that are not quantised, by position modulo that size.
-    capacity: the most tokens of a slot. A slot of n tokens has the first `num_quantised(n)` of them quantised.
+    key_tail, value_tail: [S, G, residual + group, D], the tokens that are not quantised, by position modulo the size of
+    the ring. capacity: maximum number of tokens of a slot. The first `num_quantised(n)` tokens of n are quantised.
     """
 
     key_codes: Tensor
@@ -52,7 +52,7 @@ class QuantisedStore:
         device: torch.device,
         dtype: torch.dtype,
     ) -> "QuantisedStore":
-        """Return an empty store. residual: the fewest last tokens in full precision, a multiple of group."""
+        """Return an empty store. residual: minimum number of last tokens in full precision, a multiple of group."""
         rows = max(group, (capacity - residual) // group * group)
 
         def zeros(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -73,7 +73,7 @@ class QuantisedStore:
         )
 
     def num_quantised(self, lengths: Tensor) -> Tensor:
-        """Return how many of the first tokens are quantised in sequences of so many tokens."""
+        """Return how many of the first tokens are quantised, for sequences of `lengths` tokens."""
         return (lengths - self.residual).clamp(min=0) // self.group * self.group
 
     def store_prompt(self, slot: int, k: Tensor, v: Tensor, counts: Tensor | None = None) -> None:
@@ -84,7 +84,7 @@ class QuantisedStore:
             block = slice(start, min(end, start + _BLOCK // self.group * self.group))
             self._quantise(slot, slice(None), block, k[:, block], v[:, block])
         counts = torch.full((len(k),), length, device=k.device) if counts is None else counts
-        token = counts[:, None] - ring + torch.arange(ring, device=k.device)  # the last ones; below 0: none
+        token = counts[:, None] - ring + torch.arange(ring, device=k.device)  # the last positions; below 0: none
         source, target = token.clamp(min=0), token % ring
         for tail, x in ((self.key_tail[slot], k), (self.value_tail[slot], v)):
             index = source[..., None].expand(-1, -1, x.shape[2])
@@ -101,9 +101,9 @@ class QuantisedStore:
         self.value_ranges[slot, heads, block] = ranges.squeeze(4).movedim(0, 2)
 
     def append(self, k: Tensor, v: Tensor, lengths: Tensor, slots: Tensor) -> None:
-        """Append one token k, v [B, G, 1, D] to each slot; quantise the oldest group of a ring that is full.
+        """Append one token k, v [B, G, 1, D] to each slot. Quantise the oldest group of a full ring.
 
-        lengths: as in `keys`. A full slot overwrites its last token.
+        lengths: as in `keys`. A full slot overwrites its last token. Waits for the device.
         """
         past = self.past(lengths, slots)
         full = past + 1 - self.num_quantised(past) == self.key_tail.shape[2]
@@ -127,8 +127,8 @@ class QuantisedStore:
     def keys(self, lengths: Tensor, slots: Tensor, rows: Tensor | int) -> Tensor:
         """Return the keys of tokens, dequantised where they are quantised: [B, G, N, D].
 
-        lengths: the tokens of each slot, int64, [S] or per KV head [S, G]; slots: [B] int64. rows: [B, G, N] int64, or
-        N, which stands for the first N.
+        lengths: number of tokens of each slot, int64, [S] or per KV head [S, G]; slots: [B] int64. rows: [B, G, N]
+        int64, or an int N for the first N.
         """
         rows = self._rows(slots, rows)
         is_quantised = rows < self.num_quantised(self.past(lengths, slots))[..., None]
@@ -138,7 +138,7 @@ class QuantisedStore:
         return self._read(codes, minimum, step, self.key_tail, slots, rows, is_quantised)
 
     def values(self, lengths: Tensor, slots: Tensor, rows: Tensor | int) -> Tensor:
-        """Return the values of tokens; as `keys`."""
+        """Return the values of tokens, as `keys` does."""
         rows = self._rows(slots, rows)
         is_quantised = rows < self.num_quantised(self.past(lengths, slots))[..., None]
         index = rows * is_quantised

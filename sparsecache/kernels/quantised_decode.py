@@ -1,8 +1,8 @@
 """Attention of one new token per sequence over quantised tokens, all or selected ones: flash decoding over codes.
 
-The splits are those of `decode`. In half precision, all tokens are attended to on their codes, without dequantising.
-Selected tokens, and tokens in float32, are dequantised in registers. Tokens of the full-precision tail are read from
-its ring. All sizes are fixed and the device finds the tokens, so a decode step can be a CUDA graph.
+The splits are those of `decode`. In half precision, attention over all tokens reads their codes without dequantising
+them. Selected tokens, and tokens in float32, are dequantised in registers. Tokens of the full-precision tail are read
+from its ring. All sizes are fixed and the device finds the tokens, so a decode step can be a CUDA graph.
 
 In one file because the attention and the append of a token share the layout of codes.
 """
@@ -28,9 +28,9 @@ from sparsecache.kernels.quantisation import QuantisedStore
 from sparsecache.kernels.rows import mask_of_first
 
 _MIN_WORDS = 16  # with 16 channels, products of unpacked codes are wrong (Triton 3.6, H200); 16 words are 32 or more
-_TILE_BYTES = 64  # of one channel of the tokens that a program attends to at a time: 32 tokens, 16 in float32
-# On codes, a program is one warp where it can be, so that nothing waits at barriers. Its total takes 64 registers of a
-# thread, and 8 warps take all registers of a multiprocessor. The interpreter gets fewer programs, to be faster.
+_TILE_BYTES = 64  # of one channel of a tile of tokens: 32 tokens in half precision, 16 in float32
+# On codes, a program is one warp if its total fits, so that nothing waits at barriers. The total takes 64 registers of
+# a thread, and 8 warps take all registers of a multiprocessor. The interpreter gets fewer programs, to be faster.
 _TOTALS_PER_WARP, _WARPS_PER_SM, _MAX_SPLITS = 2048, 2 if INTERPRETED else 8, 128
 
 
@@ -74,7 +74,7 @@ def attend_selected_quantised(
 
 
 def append_quantised(k: Tensor, v: Tensor, store: QuantisedStore, lengths: Tensor, slots: Tensor) -> None:
-    """Append one token to each slot, as `QuantisedStore.append`, without the host."""
+    """Append one token to each slot, as `QuantisedStore.append` does. On a GPU it does not wait for the host."""
     if not use_kernel(k):
         store.append(k, v, lengths, slots)
         return
@@ -104,13 +104,13 @@ def _launch(
     block_w = next_power_of_2(store.key_codes.shape[3], _MIN_WORDS)
     block_d = 16 // store.bits * block_w
     block_c = next_power_of_2(store.value_ranges.shape[4])
-    # Matrix units of some AMD GPUs take subnormal numbers, which most codes are there, as zeros.
+    # Matrix units of some AMD GPUs treat subnormal numbers as zeros, and most codes are subnormal there.
     on_codes = selected is None and q.dtype != torch.float32 and torch.version.hip is None
     block_r = max(16, next_power_of_2(group) * (block_c if on_codes else 1))
     num_warps, num_stages, num_splits = 4, 2, split_count(batch, kv_heads, q.device)
     if on_codes:
         num_warps = max(1, block_r * block_d // _TOTALS_PER_WARP)
-        num_stages = 2 if store.bits == 8 else 3  # with 3, tiles of 8 bits would let fewer programs share memory
+        num_stages = 2 if store.bits == 8 else 3  # with 3, fewer programs of 8 bits fit into shared memory
         programs = max(1, _WARPS_PER_SM // num_warps) * num_sms(q.device)
         num_splits = max(batch, min(_MAX_SPLITS * batch, programs // kv_heads))
     partial_out = torch.empty((heads, num_splits, head_dim), device=q.device, dtype=torch.float32)
@@ -139,7 +139,7 @@ def _launch(
 
 
 def _sizes(store: QuantisedStore) -> dict[str, int]:
-    """Return the sizes of a store that are compiled into the kernels, so that loads are as wide as possible."""
+    """Return the sizes of a store that are compiled into the kernels, so that their loads are wide."""
     return {
         "BITS": store.bits, "TOKENS": store.group, "HEAD_DIM": store.key_tail.shape[3],
         "WORDS": store.key_codes.shape[3], "VALUE_GROUPS": store.value_ranges.shape[4],
@@ -153,7 +153,7 @@ def _num_quantised(length, residual, TOKENS: tl.constexpr):  # type: ignore[no-u
 
 @triton.jit
 def _load_codes(codes, row, mask, WORDS: tl.constexpr, BITS: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the codes of rows [N] as float32 [N, 16 / BITS * BLOCK_W], by plane and word."""
+    """Return the codes of rows [N] as float32 [N, 16 / BITS * BLOCK_W], ordered by plane, then by word."""
     word, plane = tl.arange(0, BLOCK_W), tl.arange(0, 16 // BITS)
     words = tl.load(codes + row[:, None] * WORDS + word[None, :], mask=mask[:, None] & (word < WORDS)[None, :], other=0)
     numbers = (words[:, None, :] >> (plane * BITS)[None, :, None]) & ((1 << BITS) - 1)
@@ -165,7 +165,7 @@ def _dequantise_values(  # type: ignore[no-untyped-def]
     numbers, ranges, row, mask, channel, in_head, IN_ORDER: tl.constexpr, TOKENS: tl.constexpr,
     VALUE_GROUPS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Return the values of codes [N, D]. IN_ORDER: the channels are 0, 1, .., so that a group is loaded once."""
+    """Return the values of codes [N, D]. IN_ORDER: channels are 0, 1, .., so a group's range is loaded once."""
     ranges += row[:, None] * (2 * VALUE_GROUPS)
     if IN_ORDER:
         group = tl.arange(0, BLOCK_C)[None, :]
@@ -182,12 +182,12 @@ def _dequantise_values(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return one code of each word as bits of a float16 number: in its mantissa, times 2^(its place in its byte)."""
+    """Return one code per word as float16 bits: a subnormal number of code * 2^(bit offset in its byte) * 2^-24."""
     per_byte: tl.constexpr = 8 // BITS
     mask: tl.constexpr = ((1 << BITS) - 1) << (PLANE % per_byte * BITS)
-    if INTERPRETED:  # without inline assembly
+    if INTERPRETED:  # the interpreter has no inline assembly
         field = (words >> (PLANE // per_byte * 8)) & mask
-    else:  # of two words in one instruction
+    else:  # two words per instruction
         low: tl.constexpr = "and.b32 $0, $1, $2;"
         high_byte: tl.constexpr = "{ .reg .b32 high; shr.u32 high, $1, 8; and.b32 $0, high, $2; }"
         field = tl.inline_asm_elementwise(
@@ -199,7 +199,7 @@ def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.const
 
 @triton.jit
 def _to_float16(x, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return x in float16. Pairs stay pairs, so that they are multiplied in one instruction."""
+    """Return x in float16. Values are converted in pairs, so that a pair is then multiplied by one instruction."""
     if INTERPRETED or x.dtype == tl.float16:
         return x.to(tl.float16)
     return tl.inline_asm_elementwise(
@@ -233,13 +233,15 @@ def _attend_on_codes(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Attend to the quantised tokens from start to end, whole groups: maximum [R], sum of weights [R], total [R, D].
 
-    Row r of the queries is for the channels of value group `group[r]`; the rest of its total means nothing.
+    Row r of the queries is for the channels of value group `group[r]`. Other channels of its total are meaningless.
 
-    Codes are not dequantised. As bits of a float16 number, they are that many times the smallest one. Queries are
-    multiplied by the steps of keys, with the largest entry of a query near 1; weights by the steps of values. Products
-    of their own add the minima. Of values, half the range is added as well, since what rounding does to a weight then
-    meets a number of half the size. In float16, products are rounded less than in bfloat16; a group whose numbers are
-    further apart than 196,000 would be too large.
+    Codes are not dequantised. The bits of a code, read as float16, are the code times the smallest float16 number. The
+    steps of keys are multiplied into the queries, which are scaled so that their largest entry is near 1. The steps of
+    values are multiplied into the weights. The minima are added by products of their own.
+
+    A value is the middle of its group's range, plus step * (code - middle code). So the rounding of a weight times a
+    step is multiplied by at most half the range. These products are float16, which rounds less than bfloat16. They
+    overflow if the numbers of a group lie further apart than 196,000.
     """
     dtype: tl.constexpr = q_block.dtype
     planes: tl.constexpr = 16 // BITS
@@ -247,21 +249,21 @@ def _attend_on_codes(  # type: ignore[no-untyped-def]
     tile: tl.constexpr = BLOCK_T if BLOCK_T < TOKENS else TOKENS
     block_x: tl.constexpr = 2 * BLOCK_C if BLOCK_C > 8 else 16
     middle: tl.constexpr = ((1 << BITS) - 1) / 2
-    code: tl.constexpr = 2.0**24  # one over the smallest number
-    weight_factor: tl.constexpr = 2.0 ** (BITS - 2)  # keeps small weights, multiplied by steps, from losing bits
-    word, at_range, place = tl.arange(0, BLOCK_W), tl.arange(0, block_x), tl.arange(0, block_d)
+    code_scale: tl.constexpr = 2.0**24  # 1 / the smallest float16 number
+    weight_factor: tl.constexpr = 2.0 ** (BITS - 2)  # so that small weights times steps do not become subnormal
+    word, at_range, column = tl.arange(0, BLOCK_W), tl.arange(0, block_x), tl.arange(0, block_d)
     in_words, in_ranges = (word < WORDS)[None, :], (at_range < 2 * VALUE_GROUPS)[None, :]
-    place_value = tl.exp2((place // BLOCK_W % (8 // BITS) * BITS).to(tl.float32))
+    plane_scale = tl.exp2((column // BLOCK_W % (8 // BITS) * BITS).to(tl.float32))
     queries = q_block.to(tl.float32)
-    size = tl.exp2(tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(queries), axis=1), 1e-30))))
-    small_queries = _to_float16((queries / size[:, None] / place_value[None, :]).to(dtype), INTERPRETED)
-    score_unit = size * (scale * code)
-    # A product with it picks, for each row, the steps of its group.
-    pick = tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], weight_factor, 0.0).to(dtype)
+    query_scale = tl.exp2(tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(queries), axis=1), 1e-30))))
+    scaled_queries = _to_float16((queries / query_scale[:, None] / plane_scale[None, :]).to(dtype), INTERPRETED)
+    score_unit = query_scale * (scale * code_scale)
+    # The product with it gives each row the steps of its group.
+    step_selector = tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], weight_factor, 0.0).to(dtype)
 
     maximum = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
     weight_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    from_ranges = tl.zeros((BLOCK_R, block_x), dtype=tl.float32)
+    range_sums = tl.zeros((BLOCK_R, block_x), dtype=tl.float32)
     step_sum = tl.zeros((BLOCK_R, 8), dtype=tl.float32)  # equal columns
     totals = ()
     for _ in tl.static_range(planes):
@@ -278,7 +280,7 @@ def _attend_on_codes(  # type: ignore[no-untyped-def]
         for plane in tl.static_range(planes):
             key_planes = key_planes + (_plane(words, plane, BITS, INTERPRETED),)  # type: ignore[assignment]  # noqa: RUF005
         step = _to_float16(tl.load(at_key_range + HEAD_DIM, mask=in_head, other=0.0), INTERPRETED)
-        scores = tl.dot(small_queries * step[None, :], tl.trans(_concatenate(key_planes)))
+        scores = tl.dot(scaled_queries * step[None, :], tl.trans(_concatenate(key_planes)))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * score_unit + offset)
         weights = tl.exp2(scores * score_unit[:, None] + (offset - new_maximum)[:, None])
         rescale = tl.exp2(maximum - new_maximum)
@@ -287,8 +289,8 @@ def _attend_on_codes(  # type: ignore[no-untyped-def]
         ranges = tl.load(
             value_ranges + token[:, None] * (2 * VALUE_GROUPS) + at_range[None, :], mask=in_ranges, other=0.0
         )
-        steps = tl.dot(pick, tl.trans(ranges))
-        from_ranges = tl.dot(weights.to(dtype), ranges, from_ranges * rescale[:, None])
+        steps = tl.dot(step_selector, tl.trans(ranges))
+        range_sums = tl.dot(weights.to(dtype), ranges, range_sums * rescale[:, None])
         weights = (weights * steps).to(tl.float16)
         step_sum = tl.dot(weights, tl.full((tile, 8), 1.0, tl.float16), step_sum * rescale[:, None])
         words = tl.load(value_codes + at_codes, mask=in_words, other=0)
@@ -298,16 +300,16 @@ def _attend_on_codes(  # type: ignore[no-untyped-def]
             total = tl.dot(weights, values, totals[plane] * rescale[:, None])
             new_totals = new_totals + (total,)  # type: ignore[assignment]  # noqa: RUF005
         totals = new_totals
-    share = tl.where(at_range[None, :] == group[:, None], 1.0, 0.0)
-    share += tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], middle, 0.0)
-    offset = tl.sum(from_ranges * share, axis=1) - tl.max(step_sum, axis=1) * (middle / weight_factor)
-    total = _concatenate(totals) * (code / weight_factor / place_value)[None, :] + offset[:, None]
+    range_weights = tl.where(at_range[None, :] == group[:, None], 1.0, 0.0)
+    range_weights += tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], middle, 0.0)
+    offset = tl.sum(range_sums * range_weights, axis=1) - tl.max(step_sum, axis=1) * (middle / weight_factor)
+    total = _concatenate(totals) * (code_scale / weight_factor / plane_scale)[None, :] + offset[:, None]
     return maximum, weight_sum, total
 
 
 @triton.jit
 def _accumulate(q_block, key, value, mask, scale, maximum, weight_sum, total):  # type: ignore[no-untyped-def]
-    """Add a tile of keys and values [T, D] to a running softmax."""
+    """Add a tile of keys and values [T, D] to a running softmax: maximum [R], sum of weights [R], total [R, D]."""
     scores = tl.dot(q_block, tl.trans(key), input_precision="ieee") * scale
     scores = tl.where(mask[None, :], scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
@@ -340,7 +342,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     counts = all_past
     if SELECTED:
         counts = tl.load(counts_ptr + rows * kv_heads + kv, mask=in_batch, other=0).to(tl.int32)
-    # A split of all tokens begins with a group of keys.
+    # Lengths of splits are multiples of a group, so that a split of all tokens begins with a group of keys.
     row, slot, count, split, splits, length = place_split(
         program, counts, row_slots, in_batch, rows, batch, num_splits, BLOCK_B, TOKENS
     )
@@ -351,14 +353,14 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             split_range = split_ranges + (row * kv_heads + kv) * 2
             tl.store(split_range, program)
             tl.store(split_range + 1, splits)
-    quantised = _num_quantised(tl.sum(tl.where(rows == row, all_past, 0)), residual, TOKENS)
-    lines: tl.constexpr = BLOCK_C if ON_CODES else 1  # per query
+    num_quantised = _num_quantised(tl.sum(tl.where(rows == row, all_past, 0)), residual, TOKENS)
+    rows_per_query: tl.constexpr = BLOCK_C if ON_CODES else 1
     block_d: tl.constexpr = 16 // BITS * BLOCK_W
-    line, place = tl.arange(0, BLOCK_R), tl.arange(0, block_d)
-    query, channel, in_head = line // lines, place, place < HEAD_DIM
+    block_row, column = tl.arange(0, BLOCK_R), tl.arange(0, block_d)
+    query, channel, in_head = block_row // rows_per_query, column, column < HEAD_DIM
     if WORDS != BLOCK_W:  # channels are in the order of codes: by plane and word
-        channel = place // BLOCK_W * WORDS + place % BLOCK_W
-        in_head = (place % BLOCK_W < WORDS) & (channel < HEAD_DIM)
+        channel = column // BLOCK_W * WORDS + column % BLOCK_W
+        in_head = (column % BLOCK_W < WORDS) & (channel < HEAD_DIM)
     q_mask = (query < GROUP)[:, None] & in_head[None, :]
     head = kv * GROUP + query
     q_block = tl.load(q + row * q_row_stride + head[:, None] * q_head_stride + channel[None, :], mask=q_mask, other=0.0)
@@ -376,26 +378,26 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     if ON_CODES:
         maximum, weight_sum, total = _attend_on_codes(
             q_block, key_codes, key_ranges, value_codes, value_ranges, start.to(tl.int32),
-            tl.minimum(end, quantised).to(tl.int32), scale, channel, in_head, line % lines, BITS, TOKENS, HEAD_DIM,
-            WORDS, VALUE_GROUPS, BLOCK_R, BLOCK_T, BLOCK_W, BLOCK_C, INTERPRETED,
+            tl.minimum(end, num_quantised).to(tl.int32), scale, channel, in_head, block_row % rows_per_query, BITS,
+            TOKENS, HEAD_DIM, WORDS, VALUE_GROUPS, BLOCK_R, BLOCK_T, BLOCK_W, BLOCK_C, INTERPRETED,
         )  # fmt: skip
-        start = tl.maximum(start, quantised)
+        start = tl.maximum(start, num_quantised)
     else:
         maximum = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
         weight_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
         total = tl.zeros((BLOCK_R, block_d), dtype=tl.float32)
-    tile: tl.constexpr = BLOCK_T // 2 if ON_CODES else BLOCK_T  # in full precision a token takes more shared memory
+    tile: tl.constexpr = BLOCK_T // 2 if ON_CODES else BLOCK_T  # a token in full precision takes more shared memory
     for first in tl.range(start, end, tile):
         token = first + tl.arange(0, tile)
         mask = token < end
         if SELECTED:
             token = tl.load(indices + (row * kv_heads + kv) * width + token, mask=mask, other=0).to(tl.int32)
         at_tail = (token % ring)[:, None] * HEAD_DIM + channel[None, :]
-        tail_mask = (mask & (token >= quantised))[:, None] & in_head[None, :]
+        tail_mask = (mask & (token >= num_quantised))[:, None] & in_head[None, :]
         key = tl.load(key_tail + at_tail, mask=tail_mask, other=0.0)
         value = tl.load(value_tail + at_tail, mask=tail_mask, other=0.0)
         if not ON_CODES:
-            is_coded = mask & (token < quantised)
+            is_coded = mask & (token < num_quantised)
             at_range = key_ranges + (token // TOKENS)[:, None] * (2 * HEAD_DIM) + channel[None, :]
             range_mask = is_coded[:, None] & in_head[None, :]
             minimum = tl.load(at_range, mask=range_mask, other=0.0).to(tl.float32)
@@ -421,21 +423,21 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
 
     pdl_launch(USE_PDL)
     target = head * num_splits + program
-    stats_mask = (query < GROUP) & (line % lines == 0)
-    tl.store(softmax_stats + target, maximum * 0.6931471805599453, mask=stats_mask)  # the merge is of base e
+    stats_mask = (query < GROUP) & (block_row % rows_per_query == 0)
+    tl.store(softmax_stats + target, maximum * 0.6931471805599453, mask=stats_mask)  # the merge uses base e
     tl.store(softmax_stats + stats_size + target, weight_sum, mask=stats_mask)
     if ON_CODES:
-        q_mask = q_mask & ((channel // TOKENS)[None, :] == (line % lines)[:, None])
+        q_mask = q_mask & ((channel // TOKENS)[None, :] == (block_row % rows_per_query)[:, None])
     tl.store(partial_out + target[:, None] * HEAD_DIM + channel[None, :], total, mask=q_mask)
 
 
 @triton.jit
 def _quantise(x, mask, AXIS: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the codes of x, and the minimum and step along an axis, which has size 1 in them. As `quantise`."""
+    """Return the codes of x, and the minima and steps of its groups along an axis, as `quantise` does."""
     numbers = x.to(tl.float32)
     minimum = tl.min(tl.where(mask, numbers, float("inf")), axis=AXIS, keep_dims=True)
     maximum = tl.max(tl.where(mask, numbers, float("-inf")), axis=AXIS, keep_dims=True)
-    is_any = minimum <= maximum  # there is a channel in the group
+    is_any = minimum <= maximum  # False for a group of padding
     minimum, maximum = tl.where(is_any, minimum, 0.0), tl.where(is_any, maximum, 0.0)
     top: tl.constexpr = (1 << BITS) - 1
     step = tl.div_rn(maximum - minimum, tl.full(minimum.shape, top, tl.float32)).to(x.dtype)
@@ -448,7 +450,7 @@ def _quantise(x, mask, AXIS: tl.constexpr, BITS: tl.constexpr):  # type: ignore[
 
 @triton.jit
 def _store_codes(codes, numbers, row, WORDS: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Pack numbers [N, D] into words, as `pack`, and store them in rows [N]."""
+    """Pack numbers [N, D] into words, as `pack` does, and store them in rows [N]."""
     planes: tl.constexpr = 16 // BITS
     size: tl.constexpr = numbers.shape[1] // planes
     plane, word = tl.arange(0, planes), tl.arange(0, size)
@@ -487,7 +489,7 @@ def _append_kernel(  # type: ignore[no-untyped-def]
     if past + 1 - start < ring:
         return
     token = start + tl.arange(0, TOKENS)
-    mask = (token < past)[:, None] & in_head[None, :]  # the new token may be in the group: it is not read back
+    mask = (token < past)[:, None] & in_head[None, :]  # the new token, which may be in the group, is not read back
     at_tail = (token % ring)[:, None] * HEAD_DIM + channel[None, :]
     is_new = (token == past)[:, None]
     keys = tl.where(is_new, key[None, :], tl.load(key_tail + at_tail, mask=mask, other=0.0))
