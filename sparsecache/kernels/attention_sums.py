@@ -1,4 +1,4 @@
-"""How much attention each prompt token receives in total, without a tensor of L x L scores."""
+"""Sum the attention that each prompt token receives, without an L x L tensor of scores."""
 
 import math
 
@@ -8,17 +8,17 @@ from torch import Tensor
 from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
 from sparsecache.kernels.scores import scaled_scores
 
-_BLOCK = 64  # queries whose scores the reference holds at a time
+_BLOCK = 64  # queries per iteration of the reference
 _BLOCK_M, _BLOCK_N, _WARPS = 64, 128, 4  # queries and keys per iteration
 _NORMALIZER_BLOCK_M, _NORMALIZER_WARPS = 128, 8  # more queries per program read the keys from L2 less often
-_FEW_QUERIES = 256  # up to which the reference is as fast: it fills the GPU, the kernels do not
+_FEW_QUERIES = 256  # with so few, the reference is as fast: the kernels do not fill the GPU
 _MAX_ROW_BYTES = 512  # tiles of wider rows do not fit into shared memory
 
 
 def attention_sums(q: Tensor, k: Tensor, first: int) -> Tensor:
     """Return the attention that each prompt token receives from queries `first` to the last: [G, L] float32.
 
-    q: [H, L, D]; k: [G, L, D]. The sum over queries and a KV head's query heads.
+    q: [H, L, D]; k: [G, L, D]. The sum is over queries, and over the query heads of a KV head.
     """
     kv_heads, length, head_dim = k.shape
     if use_kernel(q) and length - first > _FEW_QUERIES and head_dim * q.element_size() <= _MAX_ROW_BYTES:
@@ -34,6 +34,7 @@ def attention_sums(q: Tensor, k: Tensor, first: int) -> Tensor:
 
 
 def _launch(q: Tensor, k: Tensor, first: int) -> Tensor:
+    """Launch the kernels of `attention_sums`."""
     heads, length, head_dim = q.shape
     kv_heads = k.shape[0]
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
@@ -57,7 +58,7 @@ def _launch(q: Tensor, k: Tensor, first: int) -> Tensor:
 def _causal_scores(  # type: ignore[no-untyped-def]
     q_block, k_block, row, column, scale, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Return scores [BLOCK_M, BLOCK_N], -inf where a token is later than the query if MASKED."""
+    """Return scores [BLOCK_M, BLOCK_N]. MASKED: set those of tokens later than the query to -inf."""
     scores = tl.dot(q_block, k_block, input_precision="ieee") * scale
     if MASKED:
         scores = tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
@@ -71,16 +72,16 @@ def _normalizer_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Store the logarithm to base 2 of the softmax's denominator for BLOCK_M queries of a head."""
     head, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
-    last_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
-    row = first + last_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # programs with the most tokens start first
+    row = first + block * BLOCK_M + tl.arange(0, BLOCK_M)
     in_head = channel < head_dim
     q_ptr = q + head * q_head_stride + row[:, None] * q_stride + channel[None, :]
     q_block = tl.load(q_ptr, mask=(row < length)[:, None] & in_head[None, :], other=0.0)
     keys = k + head // GROUP * k_head_stride
     maximum = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    end = tl.minimum(first + last_block * BLOCK_M + BLOCK_M, length)
-    earlier = (first + last_block * BLOCK_M) // BLOCK_N * BLOCK_N  # blocks of tokens that all queries see need no mask
+    end = tl.minimum(first + block * BLOCK_M + BLOCK_M, length)
+    earlier = (first + block * BLOCK_M) // BLOCK_N * BLOCK_N  # blocks of tokens that all queries see need no mask
     for masked in tl.static_range(2):
         for start in tl.range(earlier if masked else 0, end if masked else earlier, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
@@ -98,20 +99,20 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     q, q_head_stride, q_stride, k, k_head_stride, k_stride, normalizers, sums, scale, first, length, head_dim,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store what BLOCK_N tokens of a KV head receive from all queries of its query heads."""
+    """Store the attention that BLOCK_N tokens of a KV head receive from all queries of its query heads."""
     kv, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
-    begin = tl.program_id(0) * BLOCK_N  # the first tokens, which most queries see, first
+    begin = tl.program_id(0) * BLOCK_N  # programs with the most queries start first
     column = begin + tl.arange(0, BLOCK_N)
     in_head = channel < head_dim
     k_ptr = k + kv * k_head_stride + column[None, :] * k_stride + channel[:, None]
     k_block = tl.load(k_ptr, mask=(column < length)[None, :] & in_head[:, None], other=0.0)
     received = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # added over the queries after the loops
     seen_by_all = tl.maximum(first, tl.cdiv(tl.maximum(begin + BLOCK_N - 1 - first, 0), BLOCK_M) * BLOCK_M + first)
-    for member in range(GROUP):
-        head = kv * GROUP + member
+    for group_head in range(GROUP):
+        head = kv * GROUP + group_head
         for masked in tl.static_range(2):
-            begin_of_rows = first + tl.maximum(begin - first, 0) // BLOCK_M * BLOCK_M if masked else seen_by_all
-            for start in tl.range(begin_of_rows, tl.minimum(seen_by_all, length) if masked else length, BLOCK_M):
+            first_row = first + tl.maximum(begin - first, 0) // BLOCK_M * BLOCK_M if masked else seen_by_all
+            for start in tl.range(first_row, tl.minimum(seen_by_all, length) if masked else length, BLOCK_M):
                 row = start + tl.arange(0, BLOCK_M)
                 q_ptr = q + head * q_head_stride + row[:, None] * q_stride + channel[None, :]
                 q_block = tl.load(q_ptr, mask=(row < length)[:, None] & in_head[None, :], other=0.0)

@@ -93,9 +93,9 @@ def replace_rows(tokens: KeptTokens, slots: Tensor, eviction: Eviction, more: tu
     """Replace the evicted rows, and set the number of tokens. more: further tensors with a row per token."""
     row, last, over = eviction
     heads = torch.arange(row.shape[1], device=row.device)
-    to, of = (slots[:, None], heads, row), (slots[:, None], heads, last)
+    destination, source = (slots[:, None], heads, row), (slots[:, None], heads, last)
     for rows in (*tokens[:4], *more):
-        rows[to] = rows[of]
+        rows[destination] = rows[source]
     tokens.num_tokens[slots] = torch.where(over, last, last + 1)
 
 
@@ -113,9 +113,10 @@ def evict_least_attended(
     """Score the tokens by the attention of a step, and evict the lowest one of each KV head above its budget.
 
     The new token's key and value are in the row num_tokens; the rest of its state begins here. The last tokens are
-    never evicted. Of equal scores the earliest is.
+    never evicted. Of tokens with equal scores the earliest is evicted.
+
     q: [B, H, 1, D]; seq_lens: [slots] int64, past tokens; slots: [B] int64. budgets, recent: [max_tokens + 1] int64,
-    the most tokens to keep and the last ones to spare, by tokens. accumulate: whether the attention is added to the
+    how many tokens to keep, and how many of the last are never evicted, by tokens. accumulate: add the attention to the
     scores. shared: whether it is summed over all KV heads, which must hold the same tokens in the same rows.
     """
     if use_kernel(q):
@@ -234,7 +235,7 @@ def _evict_kernel(  # type: ignore[no-untyped-def]
     owner = slot * kv_heads + kv
     new_row = tl.minimum(tl.load(num_tokens + owner), capacity - 1).to(tl.int32)
     past = tl.minimum(tl.load(seq_lens + slot), last_position)
-    most, spared = tl.load(budgets + past + 1), past + 1 - tl.load(recent + past + 1)
+    budget, first_recent = tl.load(budgets + past + 1), past + 1 - tl.load(recent + past + 1)
 
     head, split = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_S)
     first_head = row * kv_heads * GROUP if SHARED else tl.program_id(0) * GROUP
@@ -261,16 +262,17 @@ def _evict_kernel(  # type: ignore[no-untyped-def]
         new_score += tl.where(is_new, score, 0.0)
         position = tl.load(positions + owner * capacity + at, mask=at < new_row, other=0)
         position = tl.where(is_new, past, position)
-        priority = tl.where(position >= spared, float("inf"), score)
+        priority = tl.where(position >= first_recent, float("inf"), score)
         lowest, earliest, lowest_row = keep_lower(priority, position, at, is_used, lowest, earliest, lowest_row)
     chosen = first_lowest(lowest, earliest, lowest_row)
-    is_over = new_row + 1 > most
+    is_over = new_row + 1 > budget
     target = tl.where(is_over, chosen, new_row)
     tl.debug_barrier()  # another thread stored the score of this row
     tl.store(scores + owner * capacity + target, tl.sum(new_score, axis=0))
     tl.store(positions + owner * capacity + target, past)
     tl.store(num_tokens + owner, tl.where(is_over, new_row, new_row + 1).to(tl.int64))
     channel = tl.arange(0, BLOCK_D)
-    of, to = (owner * capacity + new_row) * head_dim + channel, (owner * capacity + target) * head_dim + channel
-    tl.store(keys + to, tl.load(keys + of, mask=channel < head_dim), mask=channel < head_dim)
-    tl.store(values + to, tl.load(values + of, mask=channel < head_dim), mask=channel < head_dim)
+    source = (owner * capacity + new_row) * head_dim + channel
+    destination = (owner * capacity + target) * head_dim + channel
+    tl.store(keys + destination, tl.load(keys + source, mask=channel < head_dim), mask=channel < head_dim)
+    tl.store(values + destination, tl.load(values + source, mask=channel < head_dim), mask=channel < head_dim)

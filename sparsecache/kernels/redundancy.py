@@ -1,8 +1,11 @@
 """Evict a token per KV head at a decode step by importance and redundancy, as in R-KV.
 
-The first kernel compares the rows of a split with the new key and with the last queries. The second one updates the
-sums of similarities, and finds the row of lowest score. The third one takes the similarities of this row from the sums,
-and moves the new token there.
+The first kernel compares the rows of a split with the new key and with the last queries. The second one adds the
+similarities with the new token to the sums, and finds the row of lowest score. The third one subtracts the similarities
+with this row from the sums, and moves the new token there.
+
+A token's redundancy follows from the sum of its similarities with the other tokens. Each token exempts the latest token
+similar to it: their similarity does not count in the sum of that token.
 
 In one file because the kernels and their reference change the same state in the same order.
 """
@@ -34,17 +37,18 @@ from sparsecache.kernels.eviction import (
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.threshold import split_range
 
-_KEPT = 2.0  # above any score
+_KEPT = 2.0  # priority of recent tokens, above any score
 _MIN_SPLIT, _BLOCK_T = 128, 64  # rows
 _BLOCK = 2048  # rows times queries
 
 
 class Redundancy(NamedTuple):
-    """What R-KV keeps beside the tokens, whose scores are sums of similarities but those that exempt a token.
+    """What R-KV stores in addition to the tokens. The tokens' scores are their sums of similarities.
 
-    exempted: [slots, G, rows] int64, the row of the token that a token exempts, -1 for none; similarity: [slots, G,
-    rows] float32, with that token. queries: [slots, G, H / G, window, D], the last ones, by position % window.
-    threshold: the cosine similarity above which tokens are similar. weight: of importance; redundancy has 1 - weight.
+    exempted: [slots, G, rows] int64, the row of the token that a token exempts, -1 for none. similarity: [slots, G,
+    rows] float32, the similarity with that token. queries: [slots, G, H / G, window, D], the last ones, by position %
+    window. threshold: tokens with a higher cosine similarity are similar. weight: of importance; redundancy has
+    1 - weight.
     """
 
     exempted: Tensor
@@ -57,10 +61,10 @@ class Redundancy(NamedTuple):
 def evict_redundant(
     q: Tensor, tokens: KeptTokens, state: Redundancy, seq_lens: Tensor, slots: Tensor, budgets: Tensor
 ) -> None:
-    """Count the new token, and evict the token of lowest score of each KV head above its budget.
+    """Add the new token to the sums, and evict the token of lowest score of each KV head above its budget.
 
     The new token's key and value are in the row num_tokens. q: [B, H, 1, D], its queries; seq_lens: [slots] int64, past
-    tokens; slots: [B] int64; budgets: [max_tokens + 1] int64, the most tokens to keep, by tokens.
+    tokens; slots: [B] int64; budgets: [max_tokens + 1] int64, how many tokens to keep, by tokens.
     """
     if use_kernel(q):
         _launch(q, tokens, state, seq_lens, slots, budgets)
@@ -83,8 +87,9 @@ def _add(unit: Tensor, tokens: KeptTokens, state: Redundancy, slots: Tensor, new
     exempted, similarity, rows = state.exempted[slots], state.similarity[slots], _rows(unit)
     found = _similarities(unit, new).masked_fill(rows >= new, 0)
     is_similar = found > state.threshold
-    back = similarity.masked_fill(~is_similar | (exempted < 0), 0)  # what the new token exempts from now on
-    sums = tokens.scores[slots].scatter_add(2, exempted.clamp(min=0), back)
+    # Tokens similar to the new one exempt it from now on, so the similarities that they exempted before count again.
+    restored = similarity.masked_fill(~is_similar | (exempted < 0), 0)
+    sums = tokens.scores[slots].scatter_add(2, exempted.clamp(min=0), restored)
     latest, row = tokens.positions[slots].masked_fill(~is_similar, -1).max(2, keepdim=True)
     to_row = found.gather(2, row).masked_fill(latest < 0, 0)
     sums = (sums + found).scatter_add(2, row, -to_row)
@@ -109,7 +114,7 @@ def _priorities(
 
 
 def _remove(unit: Tensor, tokens: KeptTokens, state: Redundancy, slots: Tensor, eviction: Eviction) -> None:
-    """Take the similarities of the evicted rows from the sums, before the last row replaces them."""
+    """Subtract the similarities with the evicted rows from the sums, before the last row replaces them."""
     row, last, over = (part[..., None] for part in eviction)
     exempted, sums, rows = state.exempted[slots], tokens.scores[slots], _rows(unit)
     found = _similarities(unit, row).masked_fill(~over | (rows > last) | (rows == row), 0)
@@ -177,7 +182,7 @@ def _compare_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, WINDOW: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compare the rows of a split with the new key and the last queries, of which the new one is kept."""
+    """Compare the rows of a split with the new key and the last queries, and store the new query."""
     pdl_wait(USE_PDL)
     pair, row, kv, split = tl.program_id(0), tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
@@ -235,7 +240,8 @@ def _score_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Add the new token of a KV head to the sums of similarities, and find the row of lowest score.
 
-    evicted: that row, or -1, the new token's row, and the row that the lowest one exempts. evicted_key: its unit key.
+    evicted: [3] per KV head, that row or -1 if nothing is evicted, the new token's row, and the row that the evicted
+    token exempts. evicted_key: the evicted token's key, scaled to length 1.
     """
     pdl_wait(USE_PDL)
     pair = tl.program_id(0).to(tl.int64)
@@ -244,27 +250,27 @@ def _score_kernel(  # type: ignore[no-untyped-def]
     base = owner * capacity
     new_row = tl.minimum(tl.load(num_tokens + owner), capacity - 1).to(tl.int32)
     past = tl.minimum(tl.load(seq_lens + slot), last_position)
-    most, first_recent = tl.load(budgets + past + 1), past + 1 - WINDOW
+    budget, first_recent = tl.load(budgets + past + 1), past + 1 - WINDOW
     at = tl.arange(0, BLOCK_R)
 
-    latest, of_latest = tl.full((BLOCK_R,), -1, tl.int64), tl.zeros((BLOCK_R,), dtype=tl.float32)
-    latest_row, unlike = tl.full((BLOCK_R,), -1, tl.int32), tl.zeros((BLOCK_R,), dtype=tl.float32)
+    latest, latest_cosine = tl.full((BLOCK_R,), -1, tl.int64), tl.zeros((BLOCK_R,), dtype=tl.float32)
+    latest_row, dissimilar = tl.full((BLOCK_R,), -1, tl.int32), tl.zeros((BLOCK_R,), dtype=tl.float32)
     for first in tl.range(0, new_row, BLOCK_R):
         row = first + at
         cosine = tl.load(found + pair * capacity + row, mask=row < new_row, other=0.0)
         is_similar = (cosine > threshold) & (row < new_row)
-        exempts = tl.load(exempted + base + row, mask=is_similar, other=-1)
-        back = tl.load(similarity + base + row, mask=is_similar, other=0.0)
-        tl.atomic_add(scores + base + exempts, back, mask=is_similar & (exempts >= 0), sem="relaxed")
+        exempted_row = tl.load(exempted + base + row, mask=is_similar, other=-1)
+        restored = tl.load(similarity + base + row, mask=is_similar, other=0.0)
+        tl.atomic_add(scores + base + exempted_row, restored, mask=is_similar & (exempted_row >= 0), sem="relaxed")
         position = tl.load(positions + base + row, mask=is_similar, other=-1)
         is_later = position > latest
-        latest, of_latest = tl.where(is_later, position, latest), tl.where(is_later, cosine, of_latest)
+        latest, latest_cosine = tl.where(is_later, position, latest), tl.where(is_later, cosine, latest_cosine)
         latest_row = tl.where(is_later, row, latest_row)
-        unlike += tl.where(is_similar, 0.0, cosine)
+        dissimilar += tl.where(is_similar, 0.0, cosine)
     is_latest = (latest == tl.max(latest, axis=0)) & (latest_row >= 0)
-    new_exempts = tl.max(tl.where(is_latest, latest_row, -1), axis=0)
-    to_exempted = tl.sum(tl.where(is_latest, of_latest, 0.0), axis=0)
-    new_sum = tl.sum(unlike, axis=0)
+    new_exempted_row = tl.max(tl.where(is_latest, latest_row, -1), axis=0)
+    exempted_cosine = tl.sum(tl.where(is_latest, latest_cosine, 0.0), axis=0)
+    new_sum = tl.sum(dissimilar, axis=0)
     tl.debug_barrier()  # the sums of other threads are complete
 
     number = (new_row + 1).to(tl.float32)
@@ -274,11 +280,13 @@ def _score_kernel(  # type: ignore[no-untyped-def]
         is_new, is_used = row == new_row, row <= new_row
         cosine = tl.load(found + pair * capacity + row, mask=row < new_row, other=0.0)
         sums = tl.load(scores + base + row, mask=row < new_row, other=0.0, cache_modifier=".cg")
-        sums = tl.where(is_new, new_sum, sums + cosine - tl.where(row == new_exempts, to_exempted, 0.0))
+        sums = tl.where(is_new, new_sum, sums + cosine - tl.where(row == new_exempted_row, exempted_cosine, 0.0))
         is_similar = (cosine > threshold) & (row < new_row)
         tl.store(scores + base + row, sums, mask=is_used)
-        tl.store(exempted + base + row, tl.where(is_new, new_exempts, new_row).to(tl.int64), mask=is_similar | is_new)
-        tl.store(similarity + base + row, tl.where(is_new, to_exempted, cosine), mask=is_similar | is_new)
+        tl.store(
+            exempted + base + row, tl.where(is_new, new_exempted_row, new_row).to(tl.int64), mask=is_similar | is_new
+        )
+        tl.store(similarity + base + row, tl.where(is_new, exempted_cosine, cosine), mask=is_similar | is_new)
         mean = tl.where(is_used, sums / number, -3e38)
         new_highest = tl.maximum(highest, mean)
         total = total * tl.exp(highest - new_highest) + tl.where(is_used, tl.exp(mean - new_highest), 0.0)
@@ -312,7 +320,7 @@ def _score_kernel(  # type: ignore[no-untyped-def]
         priority = tl.where(is_recent, 2.0 + position.to(tl.float32), score)
         lowest, earliest, lowest_row = keep_lower(priority, position, row, is_used, lowest, earliest, lowest_row)
     chosen = first_lowest(lowest, earliest, lowest_row)
-    is_over = new_row + 1 > most
+    is_over = new_row + 1 > budget
     tl.store(positions + base + new_row, past)
     tl.store(num_tokens + owner, tl.where(is_over, new_row, new_row + 1).to(tl.int64))
     tl.store(evicted + pair * 3, tl.where(is_over, chosen, -1))
@@ -329,11 +337,11 @@ def _remove_kernel(  # type: ignore[no-untyped-def]
     keys, values, positions, scores, exempted, similarity, slots, evicted, evicted_key, kv_heads, capacity, head_dim,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Take the evicted token's similarities from the sums of a split, and move the new token to its row."""
+    """Subtract the similarities with the evicted token from the sums of a split, and move the new token to its row."""
     pdl_wait(USE_PDL)
     pair = tl.program_id(0).to(tl.int64)
     victim, new_row = tl.load(evicted + pair * 3), tl.load(evicted + pair * 3 + 1)
-    of_victim = tl.load(evicted + pair * 3 + 2)
+    victim_exempted_row = tl.load(evicted + pair * 3 + 2)
     if victim >= 0:
         slot = tl.load(slots + tl.program_id(0) // kv_heads).to(tl.int64)
         base = (slot * kv_heads + tl.program_id(0) % kv_heads) * capacity
@@ -347,13 +355,15 @@ def _remove_kernel(  # type: ignore[no-untyped-def]
             key = tl.load(keys + offset, mask=mask[:, None] & (channel < head_dim), other=0.0)
             exact = key.to(tl.float32)
             cosine = tl.sum(exact * unit, axis=1) * _inverse_norm(exact)
-            sums = tl.load(scores + base + row, mask=mask, other=0.0) - tl.where(row == of_victim, 0.0, cosine)
-            exempts = tl.load(exempted + base + row, mask=mask, other=-1)
-            exempts = tl.where(exempts == victim, -1, tl.where(exempts == new_row, victim, exempts))
+            sums = tl.load(scores + base + row, mask=mask, other=0.0) - tl.where(
+                row == victim_exempted_row, 0.0, cosine
+            )
+            exempted_row = tl.load(exempted + base + row, mask=mask, other=-1)
+            exempted_row = tl.where(exempted_row == victim, -1, tl.where(exempted_row == new_row, victim, exempted_row))
             is_new = row == new_row
             target = base + tl.where(is_new, victim, row)
             tl.store(scores + target, sums, mask=mask)
-            tl.store(exempted + target, exempts, mask=mask)
+            tl.store(exempted + target, exempted_row, mask=mask)
             is_moved = mask & is_new
             tl.store(similarity + target, tl.load(similarity + base + row, mask=is_moved, other=0.0), mask=is_moved)
             tl.store(positions + target, tl.load(positions + base + row, mask=is_moved, other=0), mask=is_moved)

@@ -1,4 +1,4 @@
-"""The latest similar token of each token of a prompt, by its key, without an L x L tensor."""
+"""Find each prompt token's latest similar token, by their keys, without an L x L tensor."""
 
 import torch
 from torch import Tensor
@@ -6,15 +6,16 @@ from torch.nn.functional import normalize
 
 from sparsecache.kernels._triton import has_large_shared_memory, next_power_of_2, tl, triton, use_kernel
 
-_BLOCK = 64  # tokens that the reference compares with a whole prompt at a time
-_BLOCK_N = 128  # tokens that others are compared with per iteration
+_BLOCK = 64  # tokens per iteration of the reference
+_BLOCK_N = 128  # tokens per iteration of the kernel
 _CHUNK = 8  # iterations between two checks of whether all tokens are done; loads are pipelined within a chunk
 
 
 def latest_similar(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return each token's latest other token of a cosine similarity above `threshold`, or -1, and the similarity, or 0.
+    """Return the latest token similar to each token, or -1, and the two's cosine similarity, or 0.
 
-    keys: [G, L, D], finite; threshold: above 0. Returns [G, L] int64 and float32.
+    Two different tokens are similar if the cosine similarity of their keys is above `threshold`. keys: [G, L, D],
+    finite; threshold: above 0. Returns [G, L] int64 and [G, L] float32.
     """
     kv_heads, length, head_dim = keys.shape
     if use_kernel(keys):
@@ -48,7 +49,7 @@ def _latest_kernel(  # type: ignore[no-untyped-def]
     keys, head_stride, stride, norms, latest, similarity, threshold, length, head_dim,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compare BLOCK_M tokens with all tokens, from the last on, until each has a similar one."""
+    """Compare BLOCK_M tokens with all tokens, from the last one back, until each has a similar token."""
     head, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_head = channel < head_dim
@@ -58,8 +59,8 @@ def _latest_kernel(  # type: ignore[no-untyped-def]
     )
     row_norm = tl.load(norms + head * length + row, mask=row < length, other=1.0)
     found = tl.where(row < length, -1, length)
-    nearness = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    blocks = tl.cdiv(length, BLOCK_N)  # still to compare
+    found_cosine = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    blocks = tl.cdiv(length, BLOCK_N)  # not compared yet
     while blocks > 0:
         count = tl.minimum(blocks, CHUNK)
         for step in tl.range(0, count):
@@ -68,15 +69,15 @@ def _latest_kernel(  # type: ignore[no-untyped-def]
             of_column = tl.load(base + column[None, :] * stride + channel[:, None], mask=mask, other=0.0)
             column_norm = tl.load(norms + head * length + column, mask=column < length, other=1.0)
             product = tl.dot(of_row, of_column, input_precision="ieee")
-            # Most blocks hold nothing similar. This costs less per product than what follows, and lets rounding pass.
-            least = tl.where(found < 0, 0.999 * threshold * row_norm, 1e30)
-            if tl.max(tl.max(product - least[:, None] * column_norm[None, :], axis=1), axis=0) > 0:
+            # Most blocks hold no similar token. This test is cheaper than the one below. 0.999 allows for rounding.
+            min_product = tl.where(found < 0, 0.999 * threshold * row_norm, 1e30)
+            if tl.max(tl.max(product - min_product[:, None] * column_norm[None, :], axis=1), axis=0) > 0:
                 cosine = product / row_norm[:, None] / column_norm[None, :]
                 is_similar = (cosine > threshold) & (column[None, :] != row[:, None]) & (column < length)[None, :]
                 last = tl.max(tl.where(is_similar, column[None, :], -1), axis=1)
-                of_last = tl.sum(tl.where(column[None, :] == last[:, None], cosine, 0.0), axis=1)
+                last_cosine = tl.sum(tl.where(column[None, :] == last[:, None], cosine, 0.0), axis=1)
                 is_first = (found < 0) & (last >= 0)
-                found, nearness = tl.where(is_first, last, found), tl.where(is_first, of_last, nearness)
+                found, found_cosine = tl.where(is_first, last, found), tl.where(is_first, last_cosine, found_cosine)
         blocks = tl.where(tl.min(found, axis=0) < 0, blocks - count, 0)
     tl.store(latest + head * length + row, found.to(tl.int64), mask=row < length)
-    tl.store(similarity + head * length + row, nearness, mask=row < length)
+    tl.store(similarity + head * length + row, found_cosine, mask=row < length)
