@@ -24,7 +24,7 @@ from sparsecache.runner.settings import Settings
 
 _MAX_BYTES = 2**20
 _MAX_RUNS = 1000
-_SHOWN = 3  # runs that have the same problem
+_SHOWN = 3  # runs named per problem
 _VALUES = str | bool | int | float
 
 
@@ -103,7 +103,7 @@ def check_runs(runs: list[Run], shared: list[str], pred_dir: Path) -> dict[Run, 
     """Returns the settings of every run.
 
     Raises UsageError for options that longbench_pred.py or the method does not take, and for two runs that would share
-    a folder: each problem once, with the first runs that have it.
+    a folder. It states each problem once, with the first runs that have it.
     """
     settings, problems, folders = dict[Run, Settings](), dict[str, list[str]](), dict[Path, Run]()
     for run in runs:
@@ -122,7 +122,7 @@ def check_runs(runs: list[Run], shared: list[str], pred_dir: Path) -> dict[Run, 
 
 
 def _first(runs: list[str]) -> str:
-    """The first runs and the number of the others."""
+    """Names the first runs, and the number of the others."""
     others = len(runs) - _SHOWN
     return ", ".join(runs[:_SHOWN]) + (f" and {others} more" if others > 0 else "")
 

@@ -1,7 +1,7 @@
 """Measures many methods in one process, over the same weights, prompts and measurement of vanilla.
 
 A prompt is computed once per length. Its queries, keys and values fill the slots of every method and batch size. Each
-method also reads it from its tokens, for the time of a prompt.
+method also computes the whole prompt from its tokens, to measure the time of a prompt.
 """
 
 import gc
@@ -28,7 +28,7 @@ from sparsecache.errors import one_line
 
 
 class Prompt:
-    """A prompt of one length. computed: its queries, keys and values. vanilla_s: seconds of its prefill by vanilla."""
+    """A prompt of one length. computed: its queries, keys and values. vanilla_s: seconds of vanilla's prefill of it."""
 
     def __init__(self, model: BenchModel, tokens: int) -> None:
         self.computed = PrefillCache()
@@ -39,7 +39,7 @@ class Prompt:
         self.vanilla_s = self.seconds(MethodSpec())
 
     def seconds(self, spec: MethodSpec) -> float:
-        """Return the seconds of a whole prefill with a method, the second of two, since the first may compile."""
+        """Return the seconds of a whole prefill with a method. The second of two counts: the first may compile."""
         if str(spec) not in self._seconds:
             decoder = self._model.decoder(spec.method, spec.options)
             self._prefill(decoder)
@@ -48,6 +48,7 @@ class Prompt:
 
     @torch.inference_mode()
     def _prefill(self, decoder: Decoder) -> float:
+        """Return the seconds of a prefill in new caches."""
         token_ids = torch.tensor(self._token_ids, device=self._model.device)
         decoder.allocate(1, len(token_ids) + 1, 1)
         began = time.perf_counter()

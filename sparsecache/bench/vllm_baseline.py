@@ -25,7 +25,7 @@ _WORKER = Path(__file__).with_name("vllm_worker.py")
 _FIND = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _MAX_RUNS, _MAX_SECONDS = 3, 8.0  # as in timing.measure
-_FREE_BYTES = 12 * 2**30  # GPU memory that vLLM does not get: it takes more than it is told
+_FREE_BYTES = 12 * 2**30  # GPU memory that vLLM does not get: it uses more than its limit
 
 Seconds = dict[str, float]
 """Seconds by name: "vllm bf16", "vllm fp8"."""

@@ -35,7 +35,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_ARRAY = 4096  # elements; longer arrays are the vocabulary, which transformers reads
 _MAX_DIMENSIONS = 4  # a ggml tensor has no more
 _UNQUANTISED_TYPES = {0: np.float32, 1: np.float16}  # by ggml type
-_VALUES_AT_A_TIME = 2**18  # that a thread dequantises: they fit a core's cache
+_BLOCK_VALUES = 2**18  # values that a thread dequantises at once; they fit into a core's cache
 
 # The architectures that this project's engine decodes, and llama.cpp's tensor names with transformers' names.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -263,7 +263,7 @@ def _dequantise(raw: Any, ggml_type: int) -> Any:
     kind = GGMLQuantizationType(ggml_type)
     values_per_block, block_nbytes = GGML_QUANT_SIZES[kind]
     values = np.empty(len(raw) // block_nbytes * values_per_block, dtype=np.float32)
-    blocks = max(1, _VALUES_AT_A_TIME // values_per_block)
+    blocks = max(1, _BLOCK_VALUES // values_per_block)
 
     def dequantise(start: int) -> None:
         part = dequantize(raw[start * block_nbytes : (start + blocks) * block_nbytes], kind)

@@ -56,8 +56,8 @@ def pdl_options() -> dict[str, Any]:
     """Return launch options that enable programmatic dependent launch, on Hopper and later GPUs.
 
     With it a kernel may start while the kernel before it still runs. Each such kernel must call `pdl_wait` before it
-    reads or writes memory that another kernel uses. It may read a norm's weights before, since no
-    kernel of this package writes them.
+    reads or writes memory that another kernel uses. It may read a norm's weights before, since no kernel of this
+    package writes them.
     """
     nvidia = AVAILABLE and not INTERPRETED and torch.version.hip is None
     supported = nvidia and torch.cuda.get_device_capability() >= (9, 0)

@@ -137,7 +137,7 @@ def _quantise_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     mask = column < size
     if KIND == 1:
-        gain = tl.load(weight + column, mask=mask, other=0.0)  # while the kernel before still runs
+        gain = tl.load(weight + column, mask=mask, other=0.0)  # before the wait: no kernel writes weights
     pdl_wait(USE_PDL)
     wide = tl.load(x + row * row_stride + column, mask=mask, other=0.0).to(tl.float32)
     if KIND == 1:

@@ -77,9 +77,9 @@ def add_linear(target: Tensor, x: Matrix, weight: Matrix, bias: Tensor | None = 
 
 
 def swiglu(x: Matrix, weight: Matrix, bias: Tensor | None = None) -> Matrix:
-    """Return silu(gate) * up, where gate and up are the halves of x weight^T + bias: [N, I], in fp8 as the weight is.
+    """Return silu(gate) * up, where gate and up are the halves of x weight^T + bias: [N, I].
 
-    x: [N, K]; weight: [2 * I, K], the gate first; bias: [2 * I].
+    The result is an Fp8Matrix if the weight is one. x: [N, K]; weight: [2 * I, K], the gate first; bias: [2 * I].
     """
     in_fp8 = isinstance(weight, Fp8Matrix)
     if _is_fused(x):
@@ -90,7 +90,7 @@ def swiglu(x: Matrix, weight: Matrix, bias: Tensor | None = None) -> Matrix:
 
 
 def norm_for(weight: Matrix, x: Tensor, gain: Tensor, eps: float) -> Matrix:
-    """Return rms_norm(x, gain, eps) for a product with a weight, in fp8 as the weight is."""
+    """Return rms_norm(x, gain, eps) for a product with a weight: an Fp8Matrix if the weight is one."""
     return quantise_normed(x, gain, eps) if isinstance(weight, Fp8Matrix) else rms_norm(x, gain, eps)
 
 
@@ -184,11 +184,12 @@ def _launch(
 
 
 def _fp8_sizes(kind: int, rows: int, size: int, device: torch.device) -> dict[str, int]:
+    """Return the block sizes and options of the fp8 kernel for x of rows [rows, size]."""
     sizes = _FP8[kind] if has_large_shared_memory(device) else {**_FP8[kind], **_FP8_SMALL_MEMORY}
     splits = sizes["SPLITS"]
     return {
         **sizes,
-        "BLOCK_N": 8 if rows <= 8 and splits > 1 else MAX_FUSED_ROWS,  # times splits: 16 at least
+        "BLOCK_N": 8 if rows <= 8 and splits > 1 else MAX_FUSED_ROWS,  # BLOCK_N * SPLITS must be 16 or more
         "EVEN": size % (splits * sizes["BLOCK_K"]) == 0,
     }
 
@@ -224,8 +225,8 @@ def _load_operands(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Load what `_store` applies: two biases [BLOCK_M], and residual, or cos and sin [BLOCK_M, BLOCK_N].
 
-    Called before the loop over the weight, which then hides the latency of these loads. They stay in their dtype: a
-    conversion would wait for them, and Triton moves values between threads where it converts them.
+    Called before the loop over the weight, which then hides the latency of these loads. The values stay in their dtype:
+    a conversion, and the change of layout that Triton adds to it, would wait for the loads here.
     """
     first, second = _pair_rows(pair, pairs, half, KIND)
     one_bias = tl.zeros(pair.shape, dtype=tl.float32)
@@ -332,9 +333,9 @@ def _linear_quantised_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Compute BLOCK_M columns of the output, or pairs of them, for all rows of x, with both in fp8.
 
-    x and the weight are split by columns. A tile of the weight holds its rows of all splits, one split below the other,
-    and a tile of x holds its rows likewise. Their product has the products of equal splits in blocks on its diagonal,
-    which are added. So a program with few rows of the weight fills the tensor cores' dimension of 64.
+    With splits, a program with few rows of the weight fills the tensor cores' dimension of 64. The columns of x and of
+    the weight are cut into SPLITS parts. A tile of the weight stacks its rows of all splits, and a tile of x does so
+    too. The blocks on the diagonal of their product are the products of equal splits. These blocks are added.
     EVEN: splits consist of whole blocks.
     """
     pdl_wait(USE_PDL)
@@ -342,8 +343,8 @@ def _linear_quantised_kernel(  # type: ignore[no-untyped-def]
     split_size = tl.cdiv(tl.cdiv(size, SPLITS), 16) * 16
     pair = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.arange(0, BLOCK_N)
-    # The rows of a tile of the weight are ordered by split, part and pair; those of x by split and row. Rows beyond the
-    # last are read as the last, and not stored.
+    # The rows of a tile of the weight are ordered by split, part and pair, those of x by split and row. Instead of rows
+    # beyond the last, the last row is read. Their products are not stored.
     tile = tl.arange(0, SPLITS * parts * BLOCK_M)
     tile_pair = tl.minimum(tl.program_id(0) * BLOCK_M + tile % BLOCK_M, pairs - 1)
     tile_first, tile_second = _pair_rows(tile_pair, pairs, half, KIND)
@@ -373,7 +374,7 @@ def _linear_quantised_kernel(  # type: ignore[no-untyped-def]
             weight_block = tl.load(weight_ptrs + k[None, :], mask=k[None, :] < weight_end[:, None], other=0.0)
             x_mask = (x_row < rows)[None, :] & (k[:, None] < x_end[None, :])
             x_block = tl.load(x_ptrs + k[:, None], mask=x_mask, other=0.0)
-        total += tl.dot(weight_block, x_block)  # not tl.dot(.., total): blocks are added in float32
+        total += tl.dot(weight_block, x_block)  # unlike tl.dot(.., total), this adds blocks in float32
     pdl_launch(USE_PDL)
     if SPLITS > 1:
         total = tl.where(tile_split[:, None] == x_split[None, :], total, 0.0)

@@ -38,7 +38,7 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < size
-    gain = tl.load(weight + column, mask=mask, other=0.0)  # while the kernel before still runs
+    gain = tl.load(weight + column, mask=mask, other=0.0)  # before the wait: no kernel writes weights
     pdl_wait(USE_PDL)
     wide = tl.load(x + row * row_stride + column, mask=mask, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps)

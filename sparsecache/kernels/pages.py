@@ -9,7 +9,7 @@ from sparsecache.kernels.threshold import Selection
 
 _BLOCK_P = 32  # pages per program
 _MAX_BLOCK_T = 64  # tokens of a page at a time
-_MAX_BLOCK_S = 8192  # pages per iteration of a selection; two counts of them fit into one int32
+_MAX_BLOCK_S = 8192  # pages per iteration of a selection; below 2^15, so that one int32 holds two counts
 _LOWEST, _HIGHEST = tl.constexpr(-2139095041), tl.constexpr(2139095040)  # -inf and inf as `sortable` integers
 
 

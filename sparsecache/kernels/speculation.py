@@ -18,7 +18,7 @@ from sparsecache.kernels.rows import index_slots
 from sparsecache.kernels.scores import partial_scores, scaled_scores
 from sparsecache.kernels.threshold import Scores, split_range
 
-_MAX_BLOCK_T, _WARPS, _STAGES = 128, 4, 4  # tokens per iteration, more only for narrow keys
+_MAX_BLOCK_T, _WARPS, _STAGES = 128, 4, 4  # tokens per iteration, unless their keys have less than _MIN_TILE_BYTES
 _MIN_TILE_BYTES, _TILE_BYTES = 8192, 16384  # bytes of keys per iteration: fewer do not hide the latency of memory
 _MAX_SPLITS = 64
 _LONG_SPLIT = 1024  # tokens
