@@ -60,12 +60,9 @@ class SelectionCache(LayerCache):
             return self.config.max_tokens
         return max(1, min(int(self.seq_lens[slots].max()), self.config.max_tokens))
 
-    def select_topk(self, scores: Tensor, slots: Tensor, within: float = math.inf) -> Selection:
-        """Return the past positions of highest score within the budget; scores: [B, G, T] float32, T as `width`.
-
-        within: how far below the best score a selected token's may be, exclusive.
-        """
-        return select_topk(scores, self.seq_lens, slots, self.budgets, self.max_budget, within)
+    def select_topk(self, scores: Tensor, slots: Tensor) -> Selection:
+        """Return the past positions of highest score within the budget; scores: [B, G, T] float32, T as `width`."""
+        return select_topk(scores, self.seq_lens, slots, self.budgets, self.max_budget)
 
     def select_near_best(self, scores: Scores, slots: Tensor) -> Selection:
         """Return the past positions nearest to the best score of one of a KV head's queries, within the budget."""
@@ -73,7 +70,7 @@ class SelectionCache(LayerCache):
         return threshold_select(scores, self.seq_lens, slots, self._params, width)
 
     def select_by_keys(self, q: Tensor, slots: Tensor) -> Selection:
-        """Return what `select_near_best` does by the true scores of q [B, H, 1, D], of keys as they are stored."""
+        """Return the selection of `select_near_best` by the true scores of q [B, H, 1, D] and the keys as stored."""
         kv = self.full.kv
         if isinstance(kv, FullStorage):
             return self.select_near_best(speculated_scores(q, None, kv.keys, self.seq_lens, slots), slots)

@@ -67,20 +67,3 @@ def test_one_slot_and_one_token() -> None:
     seq_lens, slots = torch.tensor([1]), torch.tensor([0])
     positions, counts = select_topk(torch.zeros(1, 3, 1), seq_lens, slots, torch.tensor([1, 1]), 1)
     assert positions.tolist() == [[[0]] * 3] and counts.tolist() == [[1] * 3]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_scores_as_far_below_the_best_as_within_or_further_are_left_out(backend) -> None:
-    scores = torch.tensor([[[0.25, 1.0, 0.5, 0.75, 9.0], [0.0, -3.0, 0.5, 0.0, 9.0]]], device=DEVICE)
-    lengths, slots = (torch.tensor([number], device=DEVICE) for number in (4, 0))
-    for amount, within, expected in (
-        (1.0, 0.5, [[1, 3], [2]]),
-        (2, 2.0, [[1, 3], [0, 2]]),
-        (1.0, 0.75, [[1, 2, 3], [0, 2, 3]]),
-    ):
-        budget = Budget(amount)
-        with force_backend(backend):
-            table = budget.table(4, DEVICE)
-            positions, counts = select_topk(scores, lengths, slots, table, budget.tokens(4), within=within)
-        found = [sorted(positions[0, head, : counts[0, head]].tolist()) for head in range(2)]
-        assert found == expected
