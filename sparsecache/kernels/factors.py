@@ -207,7 +207,7 @@ def _systems_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["capacity"])
 def _reduce_kernel(  # type: ignore[no-untyped-def]
     grams, sides, qk, slots, reduced_query, reduced_key, reduced_keys, seq_lens, kv_heads, capacity, rank,
-    relative_ridge, least_ridge,
+    relative_ridge, min_ridge,
     ITERATIONS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Solve the linear systems of one slot and KV head for the reduced queries and for the reduced key, in turn."""
@@ -224,16 +224,16 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
     # The key's side is repeated in every column. With the shape of the queries' side it needs no other layout.
     key_side = tl.load(side + GROUP * rank + query[None, :] * 0, mask=in_rank[:, None], other=0.0)
     qk_row = tl.load(qk + pair * GROUP + query, mask=query < GROUP, other=0.0)
-    a_k = gauss_jordan(key_gram, key_side, rank, relative_ridge, least_ridge, BLOCK_R)
+    a_k = gauss_jordan(key_gram, key_side, rank, relative_ridge, min_ridge, BLOCK_R)
     a_q = query_side
     for _ in tl.static_range(ITERATIONS):
         a_k_row = tl.max(a_k, axis=1)  # all columns are equal
         query_right = query_side + a_k * qk_row[None, :]
         matrix = query_gram + a_k_row[:, None] * a_k_row[None, :]
-        a_q = gauss_jordan(matrix, query_right, rank, relative_ridge, least_ridge, BLOCK_R)
+        a_q = gauss_jordan(matrix, query_right, rank, relative_ridge, min_ridge, BLOCK_R)
         key_right = key_side + tl.sum(a_q * qk_row[None, :], axis=1)[:, None]
         matrix = tl.dot(a_q, tl.trans(a_q), key_gram, input_precision="ieee")
-        a_k = gauss_jordan(matrix, key_right, rank, relative_ridge, least_ridge, BLOCK_R)
+        a_k = gauss_jordan(matrix, key_right, rank, relative_ridge, min_ridge, BLOCK_R)
     tl.store(reduced_query + (pair * GROUP + query)[None, :] * rank + factor[:, None], a_q, mask=mask)
     a_k_row = tl.max(a_k, axis=1)
     tl.store(reduced_key + pair * rank + factor, a_k_row, mask=in_rank)

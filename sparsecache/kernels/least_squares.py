@@ -58,14 +58,14 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 @triton.jit
-def gauss_jordan(a, x, size, relative_ridge, least_ridge, BLOCK_R: tl.constexpr):  # type: ignore[no-untyped-def]
+def gauss_jordan(a, x, size, relative_ridge, min_ridge, BLOCK_R: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the solution y of (a + ridge) y = x by Gauss-Jordan elimination, [R, M].
 
     a: [R, R]; x: [R, M]. Rows and columns from `size` on must be zeros. A positive definite matrix needs no pivoting.
     """
     row = tl.arange(0, BLOCK_R)
     is_diagonal = row[:, None] == row[None, :]
-    ridge = relative_ridge * tl.sum(tl.sum(tl.where(is_diagonal, a, 0.0), axis=1), axis=0) / size + least_ridge
+    ridge = relative_ridge * tl.sum(tl.sum(tl.where(is_diagonal, a, 0.0), axis=1), axis=0) / size + min_ridge
     a = tl.where(is_diagonal, a + tl.where(row < size, ridge, 1.0)[:, None], a)
     for step in range(size):
         is_pivot = row == step
@@ -80,11 +80,11 @@ def gauss_jordan(a, x, size, relative_ridge, least_ridge, BLOCK_R: tl.constexpr)
 
 
 @triton.jit
-def _solve_for(left, right, other, x, size, relative_ridge, least_ridge, BLOCK_R: tl.constexpr):  # type: ignore[no-untyped-def]
+def _solve_for(left, right, other, x, size, relative_ridge, min_ridge, BLOCK_R: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the solution y of (left right^T + other other^T + ridge) y = x. All are [R, D]."""
     a = tl.dot(left, tl.trans(right), input_precision="ieee")
     a = tl.dot(other, tl.trans(other), a, input_precision="ieee")
-    return gauss_jordan(a, x, size, relative_ridge, least_ridge, BLOCK_R)
+    return gauss_jordan(a, x, size, relative_ridge, min_ridge, BLOCK_R)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _store_and_multiply(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["iterations"])
 def _factorise_kernel(  # type: ignore[no-untyped-def]
-    query_gram, key_gram, start, factors, rank, head_dim, iterations, relative_ridge, least_ridge,
+    query_gram, key_gram, start, factors, rank, head_dim, iterations, relative_ridge, min_ridge,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Factorise the queries and keys of one KV head as the reference in `factorise` does."""
@@ -135,22 +135,22 @@ def _factorise_kernel(  # type: ignore[no-untyped-def]
         query_weight, at_query_weight, query_gram, mask, rank, head_dim, BLOCK_R, BLOCK_D, BLOCK_K
     )
     key_side = _store_and_multiply(key_weight, at_key_weight, key_gram, mask, rank, head_dim, BLOCK_R, BLOCK_D, BLOCK_K)
-    query_basis = _solve_for(query_side, query_weight, zero, query_side, rank, relative_ridge, least_ridge, BLOCK_R)
-    key_basis = _solve_for(key_side, key_weight, zero, key_side, rank, relative_ridge, least_ridge, BLOCK_R)
+    query_basis = _solve_for(query_side, query_weight, zero, query_side, rank, relative_ridge, min_ridge, BLOCK_R)
+    key_basis = _solve_for(key_side, key_weight, zero, key_side, rank, relative_ridge, min_ridge, BLOCK_R)
     for _ in range(iterations):
         query_weight = _solve_for(
-            key_side, key_weight, query_basis, key_side + query_basis, rank, relative_ridge, least_ridge, BLOCK_R
+            key_side, key_weight, query_basis, key_side + query_basis, rank, relative_ridge, min_ridge, BLOCK_R
         )
         query_side = _store_and_multiply(
             query_weight, at_query_weight, query_gram, mask, rank, head_dim, BLOCK_R, BLOCK_D, BLOCK_K
         )
         key_weight = _solve_for(
-            query_side, query_weight, key_basis, query_side + key_basis, rank, relative_ridge, least_ridge, BLOCK_R
+            query_side, query_weight, key_basis, query_side + key_basis, rank, relative_ridge, min_ridge, BLOCK_R
         )
         key_side = _store_and_multiply(
             key_weight, at_key_weight, key_gram, mask, rank, head_dim, BLOCK_R, BLOCK_D, BLOCK_K
         )
-        query_basis = _solve_for(query_side, query_weight, zero, query_side, rank, relative_ridge, least_ridge, BLOCK_R)
-        key_basis = _solve_for(key_side, key_weight, zero, key_side, rank, relative_ridge, least_ridge, BLOCK_R)
+        query_basis = _solve_for(query_side, query_weight, zero, query_side, rank, relative_ridge, min_ridge, BLOCK_R)
+        key_basis = _solve_for(key_side, key_weight, zero, key_side, rank, relative_ridge, min_ridge, BLOCK_R)
     tl.store(at_key_weight + size + at, query_basis, mask=mask)
     tl.store(at_key_weight + 2 * size + at, key_basis, mask=mask)

@@ -132,12 +132,12 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
     key = tl.load(source, mask=(token < length)[:, None] & in_head[None, :], other=0.0)
     wide = key.to(tl.float32)
     square = in_head[:, None] & in_head[None, :]
-    for member in range(GROUP):
-        head = kv * GROUP + member
+    for group_head in range(GROUP):
+        head = kv * GROUP + group_head
         at_covariance = covariance + (head * head_dim + channel)[:, None] * head_dim + channel[None, :]
         matrix = tl.load(at_covariance, mask=square, other=0.0)
         high = matrix.to(key.dtype)
-        product = tl.dot(key, high)  # and with the rest: one matrix in the dtype of the keys would lose precision
+        product = tl.dot(key, high)  # the matrix is the sum of two in the dtype of the keys; one would lose precision
         product = tl.dot(key, (matrix - high.to(tl.float32)).to(key.dtype), product)
         by_mean = tl.load(mean + head * head_dim + channel, mask=in_head, other=0.0)
         score = tl.sum(wide * (product * square_scale + by_mean[None, :] * scale), axis=1)

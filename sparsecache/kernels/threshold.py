@@ -197,7 +197,8 @@ def _best_and_lowest(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Return what to subtract from the scores of each query head [BLOCK_Q], and a lower bound of all margins.
 
-    It is the best score. For "softmax" it is more: the weight of a head in the sum of probabilities, too.
+    A head's best score is subtracted. JOIN "softmax" also subtracts the log of the sum of exp(score - best score), and
+    the log of the sum over the heads of the inverse of that sum.
     """
     query, split = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_S)
     mask = (query < GROUP)[:, None] & (split < SPLITS)[None, :]

@@ -90,20 +90,20 @@ def _best_score(extremes, head, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):  #
 
 
 @triton.jit
-def _total_and_limit(masses, head, used, chunks, excluded_share, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
+def _total_and_limit(masses, head, num_chunks, chunks, excluded_share, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the mass of all tokens of a head, and the highest mass that tokens left out may have together."""
     chunk = tl.arange(0, BLOCK_C)
-    total = tl.sum(tl.load(masses + (head * chunks + chunk) * 8, mask=chunk < used, other=0))
+    total = tl.sum(tl.load(masses + (head * chunks + chunk) * 8, mask=chunk < num_chunks, other=0))
     return total, tl.minimum((total.to(tl.float64) * excluded_share).to(tl.int64), total - 1)
 
 
 @triton.jit
 def _narrow_range(  # type: ignore[no-untyped-def]
-    masses, ranges, head, used, chunks, max_excluded, ROUND: tl.constexpr, BLOCK_C: tl.constexpr
+    masses, ranges, head, num_chunks, chunks, max_excluded, ROUND: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """Return the two limits of a round that enclose the threshold, and the mass up to the higher one."""
     row, chunk, index = ROUND * tl.num_programs(0) + head, tl.arange(0, BLOCK_C)[:, None], tl.arange(0, 16)
-    mask = (chunk < used) & (index < 8)[None, :]
+    mask = (chunk < num_chunks) & (index < 8)[None, :]
     mass = tl.sum(tl.load(masses + (row * chunks + chunk) * 8 + index[None, :], mask=mask, other=0), axis=0)
     score = tl.load(ranges + row * 16 + index, mask=index <= 8, other=0.0)
     lower = 8 - tl.sum(((mass <= max_excluded) & (index > 0) & (index < 8)).to(tl.int32))
@@ -142,9 +142,9 @@ def _mass_kernel(  # type: ignore[no-untyped-def]
         min_log_weight = tl.log(tl.maximum(excluded_share, 1e-30)) - tl.log(count.to(tl.float32)) - 0.1
         low, high = tl.maximum(lowest, highest + min_log_weight), highest
     else:
-        used = tl.cdiv(count, CHUNK)
-        _, max_excluded = _total_and_limit(masses, head, used, chunks, excluded_share, BLOCK_C)
-        low, high, _ = _narrow_range(masses, ranges, head, used, chunks, max_excluded, 0, BLOCK_C)
+        num_chunks = tl.cdiv(count, CHUNK)
+        _, max_excluded = _total_and_limit(masses, head, num_chunks, chunks, excluded_share, BLOCK_C)
+        low, high, _ = _narrow_range(masses, ranges, head, num_chunks, chunks, max_excluded, 0, BLOCK_C)
     index = tl.arange(0, 8)[:, None]
     limit = high - index * ((high - low) * 0.125)
     if start == 0:  # stored, since another kernel might round them differently
@@ -175,9 +175,9 @@ def _set_aside_kernel(  # type: ignore[no-untyped-def]
     count = tl.minimum(tl.load(seq_lens + tl.load(slots + tl.program_id(0) // heads)), tokens).to(tl.int32)
     if start >= count:
         return
-    used = tl.cdiv(count, CHUNK)
-    _, max_excluded = _total_and_limit(masses, head, used, chunks, excluded_share, BLOCK_C)
-    low, high, _ = _narrow_range(masses, ranges, head, used, chunks, max_excluded, 1, BLOCK_C)
+    num_chunks = tl.cdiv(count, CHUNK)
+    _, max_excluded = _total_and_limit(masses, head, num_chunks, chunks, excluded_share, BLOCK_C)
+    low, high, _ = _narrow_range(masses, ranges, head, num_chunks, chunks, max_excluded, 1, BLOCK_C)
     row, target = scores + head * tokens, undecided + head * tokens + start
     end = tl.minimum(start + CHUNK, count)
     load_end, number = tl.minimum(tl.cdiv(end, 16) * 16, tokens), 0  # a mask in multiples of 16 keeps the loads wide
@@ -209,15 +209,17 @@ def _search_kernel(  # type: ignore[no-untyped-def]
     count = tl.minimum(tl.load(seq_lens + tl.load(slots + tl.program_id(0) // heads)), tokens).to(tl.int32)
     if count == 0:
         return
-    used = tl.cdiv(count, CHUNK)
+    num_chunks = tl.cdiv(count, CHUNK)
     highest = _best_score(extremes, head, SPLITS, BLOCK_S)
-    total, max_excluded = _total_and_limit(masses, head, used, chunks, excluded_share, BLOCK_C)
+    total, max_excluded = _total_and_limit(masses, head, num_chunks, chunks, excluded_share, BLOCK_C)
     tl.store(log_totals + head, highest + tl.log(total.to(tl.float32) / _UNIT))
     if excluded_share <= 0:  # all tokens are top-p tokens
         tl.store(thresholds + head, float("-inf"))
         tl.store(tie_ends + head, 0)
         return
-    low_score, high_score, mass_to_high = _narrow_range(masses, ranges, head, used, chunks, max_excluded, 1, BLOCK_C)
+    low_score, high_score, mass_to_high = _narrow_range(
+        masses, ranges, head, num_chunks, chunks, max_excluded, 1, BLOCK_C
+    )
     # The mass up to the key `low` may be left out, that up to the key `high` may not.
     low, high = _key(low_score, SHIFT).to(tl.int64) - 1, _key(high_score, SHIFT).to(tl.int64)
     row, index, mass_to_range = head * tokens, tl.arange(0, 8)[:, None], mass_to_high
@@ -226,7 +228,7 @@ def _search_kernel(  # type: ignore[no-untyped-def]
         limit = low + index * step
         limit_key = tl.minimum(limit, high).to(tl.int32)
         mass = tl.zeros((8, BLOCK_T), dtype=tl.float32)
-        for chunk in tl.range(0, used):
+        for chunk in tl.range(0, num_chunks):
             number = tl.load(num_undecided + head * chunks + chunk)
             for first in tl.range(0, number, BLOCK_T):
                 offset = first + tl.arange(0, BLOCK_T)[None, :]
@@ -244,7 +246,7 @@ def _search_kernel(  # type: ignore[no-untyped-def]
 
     # Of the tokens at the threshold, the earliest are top-p tokens, until their mass is tie_mass.
     tie_end, seen, tie_mass = count, 0, (mass_to_high - max_excluded).to(tl.float32) / _UNIT
-    for chunk in tl.range(0, used):
+    for chunk in tl.range(0, num_chunks):
         number = tl.load(num_undecided + head * chunks + chunk)
         for first in tl.range(0, number, BLOCK_T):
             offset = first + tl.arange(0, BLOCK_T)

@@ -74,7 +74,7 @@ class FreeKV(Quest):
 class FreeKVCache(QuestCache):
     """As QuestCache, and last_queries [slots, H, D], the query of each slot's latest token.
 
-    sinks, recent: [max_tokens + 1] int64, the first and the last pages that are always selected, by past tokens.
+    sinks, recent: [max_tokens + 1] int64, how many of the first and the last pages are always selected, by past tokens.
     """
 
     method: FreeKV

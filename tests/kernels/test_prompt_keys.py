@@ -1,4 +1,4 @@
-"""Keys of a prompt without RoPE, and mean keys of pages: the kernels against the references, and these against RoPE."""
+"""Keys of a prompt before RoPE, and mean keys of pages: kernels against references, and references against RoPE."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The tokens that make a share of the attention: the kernels against sorting, and the share that they make."""
+"""The top-p tokens of heads: the kernels against sorting, and their extremes."""
 
 import pytest
 import torch
@@ -48,18 +48,18 @@ def test_kernel_and_reference_agree(case, p, ties, device) -> None:
 
 
 @cases
-def test_extremes_are_those_of_the_tokens_needed(case, device) -> None:
+def test_extremes_are_those_of_the_top_p_tokens(case, device) -> None:
     values, seq_lens, slots = _inputs(case, device)
     with force_backend("kernels"):
         scores, extremes = top_p_scores(Scores(values, None), seq_lens, slots, 0.7)
     for row, past in enumerate(seq_lens[slots].tolist()):
         for head in range(values.shape[1]):
-            needed = [score for score in scores[row, head, 0, :past].tolist() if score > -torch.inf]
-            assert extremes[0, row, head].max() == max(needed, default=-torch.inf)
-            assert extremes[1, row, head].min() == min(needed, default=torch.inf)
+            top_p = [score for score in scores[row, head, 0, :past].tolist() if score > -torch.inf]
+            assert extremes[0, row, head].max() == max(top_p, default=-torch.inf)
+            assert extremes[1, row, head].min() == min(top_p, default=torch.inf)
 
 
-def test_equal_tokens_are_needed_from_the_first_on(device, monkeypatch) -> None:
+def test_of_equal_tokens_the_earliest_are_top_p_tokens(device, monkeypatch) -> None:
     for name, size in (("_CHUNK", 32), ("_MASS_BLOCK", 16), ("_BLOCK", 16)):
         monkeypatch.setattr(top_p_tokens, name, size)
     values = torch.zeros(1, 1, 2, 100, device=device)
@@ -97,6 +97,6 @@ def test_several_chunks_give_what_sums_in_double_precision_give(hard, p, device,
     for row, count in enumerate(past):
         order = values[row, 0, :, :count].double().sort(dim=1, descending=True, stable=True)
         weights = order.values.softmax(1)
-        is_needed = torch.zeros(2, count, dtype=torch.bool)
-        is_needed.scatter_(1, order.indices, weights.cumsum(1) - weights < p)
-        assert torch.equal(found[row, 0, 0, :count].isfinite().cpu(), is_needed.any(0))
+        is_top_p = torch.zeros(2, count, dtype=torch.bool)
+        is_top_p.scatter_(1, order.indices, weights.cumsum(1) - weights < p)
+        assert torch.equal(found[row, 0, 0, :count].isfinite().cpu(), is_top_p.any(0))
