@@ -36,7 +36,7 @@ class ModelCache:
             for device in dict.fromkeys(devices)
         }
         self._prompt_tokens: dict[int, int] = {}
-        self._ending: list[Tensor] = []
+        self._ending_slots: list[Tensor] = []
         self.layers: list[LayerCache] = []
         self._streams = {device: SideStream(device, high_priority=True) for device in self._stats}
         self.layer_stats = [self._stats[device].layers[devices[:at].count(device)] for at, device in enumerate(devices)]
@@ -67,15 +67,15 @@ class ModelCache:
     def end_step(self, slots: Tensor) -> None:
         """End a decode step of slots [B], after every layer; the work is on side streams until `join`."""
         for device, stats in self._stats.items():
-            self._ending.append(slots.to(device))  # a copy's memory must not be reused before `join`
+            self._ending_slots.append(slots.to(device))  # a copy's memory must not be reused before `join`
             with self._streams[device].after():
-                stats.end_step(self._ending[-1], any(self._sparse[device]))
+                stats.end_step(self._ending_slots[-1], any(self._sparse[device]))
 
     def join(self) -> None:
         """Let the current streams wait for the end of the step."""
         for stream in self._streams.values():
             stream.join()
-        self._ending.clear()
+        self._ending_slots.clear()
 
     def report(self, slot: int, discard_last_step: bool = False) -> dict[str, Any]:
         """Return what the method reports of a sequence, before `free_slot`.

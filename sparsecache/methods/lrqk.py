@@ -107,9 +107,9 @@ class LRQKCache(SelectionCache):
         query_weight, key_weight, self.query_basis[slot], self.key_basis[slot] = factors
         reduced = k.float() @ key_weight.mT  # [G, L, R]
         self.reduced_keys[slot, :, :length] = reduced
-        self._select_of_prompt(slot, q[:, -1].float().view(kv_heads, -1, head_dim) @ query_weight.mT, k, reduced)
+        self._init_products(slot, q[:, -1].float().view(kv_heads, -1, head_dim) @ query_weight.mT, k, reduced)
 
-    def _select_of_prompt(self, slot: int, reduced_query: Tensor, k: Tensor, reduced: Tensor) -> None:
+    def _init_products(self, slot: int, reduced_query: Tensor, k: Tensor, reduced: Tensor) -> None:
         """Set the products to those of the prompt tokens that a reduced query [G, H / G, R] selects.
 
         k: [G, L, D]; reduced: [G, L, R] float32, the reduced keys.
@@ -130,7 +130,7 @@ class LRQKCache(SelectionCache):
         out = super().attend(q, k, v, slots)
         with self.config.deferred.reading(q, k, self.reduced_query, reduced_key, slots, *self.selection):
             update_bases(q, k, self.reduced_query, reduced_key, self.query_basis, self.key_basis, slots)
-            self._sum_products(k, reduced_key, slots)
+            self._update_products(k, reduced_key, slots)
         return out
 
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
@@ -139,7 +139,7 @@ class LRQKCache(SelectionCache):
         again += self.method.selection_nbytes(self.config, attended)
         return StepBytes(super().step_nbytes(seq_len, attended, cache_hit).device + again)
 
-    def _sum_products(self, k: Tensor, reduced_key: Tensor, slots: Tensor) -> None:
+    def _update_products(self, k: Tensor, reduced_key: Tensor, slots: Tensor) -> None:
         """Set the products to those of the tokens of the current step."""
         (positions, counts), kv = self.selection, self.full.kv
         sums = self.products, self.gram

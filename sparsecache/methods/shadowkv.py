@@ -132,8 +132,7 @@ class ShadowKVCache(LayerCache):
         self._tail_offset = torch.zeros_like(config.seq_lens)  # position minus place, from the last pages on
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        kv_heads, length, head_dim = k.shape
-        page = self.method.page
+        length, page = k.shape[1], self.method.page
         count = min(self._budget.tokens(length), length)
         num_outliers, num_recent = self.method.exact_pages(count)
         first = max(0, length // page - num_recent)  # the first of the last pages
@@ -147,7 +146,14 @@ class ShadowKVCache(LayerCache):
         outliers = similarities.topk(num_outliers, dim=1, largest=False).indices
         self.is_exact[slot, :, :first].fill_(False).scatter_(1, outliers, True)
         self.is_exact[slot, :, first:].fill_(True)
+        self._store_exact(slot, k, v, outliers, first)
+        self._num_pages[slot].fill_(first)
+        self._over_budget[slot].fill_(length - count)
+        self._tail_offset[slot].fill_((first - num_outliers) * page)
 
+    def _store_exact(self, slot: int, k: Tensor, v: Tensor, outliers: Tensor, first: int) -> None:
+        """Store exact rows of k, v [G, L, D]: those of the pages outliers [G, N], then those from page `first` on."""
+        (kv_heads, length, head_dim), page = k.shape, self.method.page
         tail = torch.arange(first * page, length, device=k.device).expand(kv_heads, -1)
         positions = outliers[..., None] * page + torch.arange(page, device=k.device)
         positions = torch.cat((positions.flatten(1), tail), 1)  # [G, E]
@@ -155,9 +161,6 @@ class ShadowKVCache(LayerCache):
         self.exact[slot, :, : positions.shape[1]] = torch.stack((k.gather(1, index), v.gather(1, index)), 2)
         rows = torch.arange(positions.shape[1], dtype=torch.int32, device=k.device)
         self.places[slot].fill_(-1).scatter_(1, positions, rows.expand_as(positions))
-        self._num_pages[slot].fill_(first)
-        self._over_budget[slot].fill_(length - count)
-        self._tail_offset[slot].fill_((first - num_outliers) * page)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         positions, counts = self._select(q, slots)

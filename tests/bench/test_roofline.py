@@ -58,7 +58,7 @@ def test_no_method_reads_less_than_what_it_attends_to(model, method) -> None:
     assert (sparse > 0) == (load_method(method).kind not in ("full", "quantised"))
     assert all_tokens.device >= vanilla
     assert few.device >= 0.1 * vanilla
-    reads = 2 if method == "lrqk" else 1  # of a token attended to: its key, and here as many factors, again
+    reads = 2 if method == "lrqk" else 1  # lrqk reads an attended token's key again, and here as many factors
     assert all_tokens.device - few.device == pytest.approx(0.9 * PAST * sparse * reads * TOKEN)
 
 

@@ -61,7 +61,7 @@ if torch.cuda.is_available():
 
 @pytest.mark.parametrize("case", PROMPTS.values(), ids=PROMPTS)
 def test_the_kernel_factorises_a_prompt_as_the_reference(case, device) -> None:
-    """Also with factors of zeros."""
+    """The last factor starts as zeros, and stays so."""
     kv_heads, head_dim, rank, iterations = case
     generator = torch.Generator().manual_seed(head_dim)
     tokens = [torch.randn(kv_heads, 3 * head_dim, head_dim, generator=generator) for _ in range(2)]

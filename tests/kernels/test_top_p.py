@@ -32,7 +32,7 @@ def _inputs(case, device, ties: bool = False):
 @cases
 @pytest.mark.parametrize(("p", "ties"), [(0.3, False), (0.85, True), (1.0, True)])
 def test_kernel_and_reference_agree(case, p, ties, device) -> None:
-    """But for one token per query head, at which the sums may round to either side of the share."""
+    """They may differ by one token per query head, at which sums round to either side of the share."""
     values, seq_lens, slots = _inputs(case, device, ties)
     found = []
     for backend in ("kernels", "reference"):

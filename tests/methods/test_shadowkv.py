@@ -158,7 +158,7 @@ def test_keys_of_zeros_stay_zeros() -> None:
 @needs_gpu
 @torch.inference_mode()
 def test_the_first_step_waits_for_the_basis() -> None:
-    """Also if the stream that finds it is late."""
+    """The second run delays the stream that finds the basis."""
     device, shape = torch.device("cuda"), Shape(layers=1, heads=4, kv_heads=2, head_dim=64)
     method = ShadowKV(rank=16, budget=40, outliers=0.0, recent=0.0, dense_layers=0)
     method.rope = lambda positions: Rotation(*(table.to(device) for table in plain_rope(64)(positions.cpu())))

@@ -44,7 +44,7 @@ def test_with_a_count_the_sinks_and_a_window_are_kept() -> None:
 
 
 def test_positions_as_priorities_evict_the_same_tokens() -> None:
-    """What a method of one's own would do, without the kernel."""
+    """A method of one's own can evict by `step_scores`, without the kernel."""
 
     class Scored(DecodingEvictionCache):
         prompt_scores = StreamingCache.prompt_scores
