@@ -39,7 +39,7 @@ from sparsecache.kernels.threshold import split_range
 
 _KEPT = 2.0  # priority of recent tokens, above any score
 _MIN_SPLIT, _BLOCK_T = 128, 64  # rows
-_BLOCK = 2048  # rows times queries
+_BLOCK = 2048  # rows times queries per iteration
 
 
 class Redundancy(NamedTuple):
@@ -91,11 +91,11 @@ def _add(unit: Tensor, tokens: KeptTokens, state: Redundancy, slots: Tensor, new
     restored = similarity.masked_fill(~is_similar | (exempted < 0), 0)
     sums = tokens.scores[slots].scatter_add(2, exempted.clamp(min=0), restored)
     latest, row = tokens.positions[slots].masked_fill(~is_similar, -1).max(2, keepdim=True)
-    to_row = found.gather(2, row).masked_fill(latest < 0, 0)
-    sums = (sums + found).scatter_add(2, row, -to_row)
+    exempted_cosine = found.gather(2, row).masked_fill(latest < 0, 0)
+    sums = (sums + found).scatter_add(2, row, -exempted_cosine)
     sums.scatter_(2, new, found.masked_fill(is_similar, 0).sum(2, keepdim=True))
     state.exempted[slots] = torch.where(is_similar, new, exempted).scatter(2, new, row.masked_fill(latest < 0, -1))
-    state.similarity[slots] = torch.where(is_similar, found, similarity).scatter(2, new, to_row)
+    state.similarity[slots] = torch.where(is_similar, found, similarity).scatter(2, new, exempted_cosine)
     return sums
 
 
@@ -118,9 +118,9 @@ def _remove(unit: Tensor, tokens: KeptTokens, state: Redundancy, slots: Tensor, 
     row, last, over = (part[..., None] for part in eviction)
     exempted, sums, rows = state.exempted[slots], tokens.scores[slots], _rows(unit)
     found = _similarities(unit, row).masked_fill(~over | (rows > last) | (rows == row), 0)
-    of_row = exempted.gather(2, row)
-    exempted_by_row = found.gather(2, of_row.clamp(min=0)).masked_fill(of_row < 0, 0)
-    tokens.scores[slots] = (sums - found).scatter_add(2, of_row.clamp(min=0), exempted_by_row)
+    row_exempted = exempted.gather(2, row)
+    exempted_by_row = found.gather(2, row_exempted.clamp(min=0)).masked_fill(row_exempted < 0, 0)
+    tokens.scores[slots] = (sums - found).scatter_add(2, row_exempted.clamp(min=0), exempted_by_row)
     exempted = exempted.masked_fill((exempted == row) & over, -1)
     state.exempted[slots] = torch.where((exempted == last) & over, row, exempted)
 

@@ -107,10 +107,11 @@ class LRQKCache(SelectionCache):
         query_weight, key_weight, self.query_basis[slot], self.key_basis[slot] = factors
         reduced = k.float() @ key_weight.mT  # [G, L, R]
         self.reduced_keys[slot, :, :length] = reduced
-        self._init_products(slot, q[:, -1].float().view(kv_heads, -1, head_dim) @ query_weight.mT, k, reduced)
+        reduced_query = q[:, -1].float().view(kv_heads, -1, head_dim) @ query_weight.mT
+        self._init_products(slot, reduced_query, k, reduced)
 
     def _init_products(self, slot: int, reduced_query: Tensor, k: Tensor, reduced: Tensor) -> None:
-        """Set the products to those of the prompt tokens that a reduced query [G, H / G, R] selects.
+        """Set a slot's products to those of the prompt tokens that a reduced query [G, H / G, R] selects.
 
         k: [G, L, D]; reduced: [G, L, R] float32, the reduced keys.
         """
@@ -135,9 +136,9 @@ class LRQKCache(SelectionCache):
 
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
         """As LayerCache.step_nbytes. The products read the keys and reduced keys of the attended tokens once more."""
-        again = stored_token_nbytes(self.method.storage, self.config) / 2 * attended
-        again += self.method.selection_nbytes(self.config, attended)
-        return StepBytes(super().step_nbytes(seq_len, attended, cache_hit).device + again)
+        read_again = stored_token_nbytes(self.method.storage, self.config) / 2 * attended
+        read_again += self.method.selection_nbytes(self.config, attended)
+        return StepBytes(super().step_nbytes(seq_len, attended, cache_hit).device + read_again)
 
     def _update_products(self, k: Tensor, reduced_key: Tensor, slots: Tensor) -> None:
         """Set the products to those of the tokens of the current step."""
