@@ -47,8 +47,16 @@ def test_rows_equal_those_of_the_store(case, backend, device) -> None:
     ("group", "head_dim", "width", "size"),
     [(4, 32, 1, 40), (4, 32, 130, None), (4, 32, 90, 131), (1, 128, 130, 40), (8, 64, 130, 40), (8, 64, 70, None)],
 )
-def test_attention_over_gathered_rows(group, head_dim, width, size, device, dtype, agree) -> None:
+def test_attention_over_gathered_rows(group, head_dim, width, size, device, gpu_dtype, agree) -> None:
     """Equal to attention over the rows in the store; `size` is that of the LRU cache."""
+    _check_attention(group, head_dim, width, size, device, gpu_dtype, agree)
+
+
+def test_attention_over_gathered_rows_in_half_precision(device, agree) -> None:
+    _check_attention(4, 32, 70, 40, device, torch.float16, agree)
+
+
+def _check_attention(group, head_dim, width, size, device, dtype, agree) -> None:
     slots, kv_heads, capacity, batch = 3, 2, 200, 2
     generator = torch.Generator().manual_seed(1)
 

@@ -64,7 +64,7 @@ def test_swiglu(rows, size, width, draw, agree) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 1, 32), (3, 2, 20), (0, 1, 64)])
-@pytest.mark.parametrize(("rows", "size"), [(1, 64), (1, 1300), (5, 300), (16, 257), (MAX_FUSED_ROWS + 3, 40)])
+@pytest.mark.parametrize(("rows", "size"), [(1, 1300), (5, 300), (16, 257), (MAX_FUSED_ROWS + 3, 40)])
 def test_linear_rope(rows, size, heads, kv_heads, head_dim, draw, agree) -> None:
     """Heads beyond num_rotated (values) are not rotated. A slice of the weight projects the queries and keys alone."""
     x, count, rotation = draw(rows, size), heads + 2 * kv_heads, _rotation(rows, head_dim, draw)

@@ -82,31 +82,34 @@ def _sorted(positions: list[int]) -> list[int]:
     return sorted(positions)
 
 
-def _from_same_scores(inputs, params, width: int) -> tuple[Tokens, Tokens]:
-    """What the kernels, and the reference, select by the scores that the kernel makes."""
-    seq_lens, slots = inputs[3:]
+def _same_scores(inputs, **options) -> tuple[Scores, Scores]:
+    """Return the scores that the kernel makes, for the selection by kernels and for that by the reference."""
     with force_backend("kernels"):
-        scores = speculated_scores(*inputs)
-    both = (scores, scores._replace(extremes=None))
-    return tuple(_selected(each, seq_lens, slots, params, width) for each in both)
+        scores = speculated_scores(*inputs, **options)
+    return scores, scores._replace(extremes=None)
 
 
-def _from_own_scores(inputs, params, width: int) -> tuple[Tokens, Tokens]:
-    """What the kernels, and the reference, select by their own scores."""
+def _own_scores(inputs) -> tuple[Scores, Scores]:
+    """Return the scores that the kernel makes, and those that the reference makes."""
     found = []
     for backend in ("kernels", "reference"):
         with force_backend(backend):
-            scores = speculated_scores(*inputs)
-        found.append(_selected(scores, *inputs[3:], params, width))
+            found.append(speculated_scores(*inputs))
     return tuple(found)
 
 
+def _both_selected(scores, inputs, params, width: int) -> tuple[Tokens, Tokens]:
+    """Return what the kernels, and the reference, select by two results of `_same_scores` or `_own_scores`."""
+    return tuple(_selected(each, *inputs[3:], params, width) for each in scores)
+
+
 @cases
-@all_options
-def test_ties_at_the_threshold_go_to_the_lowest_positions(case, options, device, dtype) -> None:
-    inputs = _inputs(case, device, dtype, ties=True)
-    kernel, reference = _from_same_scores(inputs, *_params(options, case[5], device))
-    assert kernel == reference
+def test_ties_at_the_threshold_go_to_the_lowest_positions(case, device, gpu_dtype) -> None:
+    inputs = _inputs(case, device, gpu_dtype, ties=True)
+    scores = _same_scores(inputs)
+    for name, options in OPTIONS.items():
+        kernel, reference = _both_selected(scores, inputs, *_params(options, case[5], device))
+        assert kernel == reference, name
 
 
 @cases
@@ -136,7 +139,7 @@ def test_scores_beyond_half_precision_stay_finite(device) -> None:
     with force_backend("kernels"):
         scores, _ = speculated_scores(*inputs)
     assert scores[0, ..., : seq_lens[slots[0]]].abs().max() == torch.finfo(torch.float16).max
-    kernel, reference = _from_same_scores(inputs, *_params(OPTIONS["plain"], 300, device))
+    kernel, reference = _both_selected(_same_scores(inputs), inputs, *_params(OPTIONS["plain"], 300, device))
     assert kernel == reference
     assert all(head for row in kernel for head in row)
 
@@ -162,16 +165,17 @@ def test_uninitialized_memory_is_not_read(device, monkeypatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
     for case in (CASES["around a block"], CASES["very unequal"]):
         inputs = _inputs(case, device, torch.float32, ties=True)
-        kernel, reference = _from_same_scores(inputs, *_params(OPTIONS["plain"], case[5], device))
+        kernel, reference = _both_selected(_same_scores(inputs), inputs, *_params(OPTIONS["plain"], case[5], device))
         assert kernel == reference
 
 
 @cases
-@all_options
-def test_random_scores(case, options, device) -> None:
+def test_random_scores(case, device) -> None:
     inputs = _inputs(case, device, torch.float32, ties=False)
-    kernel, reference = _from_own_scores(inputs, *_params(options, case[5], device))
-    assert kernel == reference
+    scores = _own_scores(inputs)
+    for name in ("plain", "per KV head", "a count"):  # the others select all tokens, or none but the best
+        kernel, reference = _both_selected(scores, inputs, *_params(OPTIONS[name], case[5], device))
+        assert kernel == reference, name
 
 
 @pytest.mark.parametrize(
@@ -184,11 +188,8 @@ def test_other_ways_to_join_query_heads(case, joined, device) -> None:
     inputs = _inputs(case, device, torch.float32, ties=False)
     params, width = _params((math.inf, 0.3, False, 2, 3), case[5], device)
     params = params._replace(group=joined[0], top_p=joined[1])
-    seq_lens, slots = inputs[3:]
-    with force_backend("kernels"):
-        scores = speculated_scores(*inputs, with_sums=joined[0] == "softmax")
-    both = (scores, scores._replace(extremes=None))
-    kernel, reference = (_selected(each, seq_lens, slots, params, width) for each in both)
+    scores = _same_scores(inputs, with_sums=joined[0] == "softmax")
+    kernel, reference = _both_selected(scores, inputs, params, width)
     pairs = [(set(a), set(b)) for row in zip(kernel, reference, strict=True) for a, b in zip(*row, strict=True)]
     assert sum(len(a ^ b) for a, b in pairs) <= 0.02 * sum(len(b) for _, b in pairs)
     assert bool(max(case[6])) == all(b for _, b in pairs)
@@ -227,9 +228,10 @@ def test_the_number_of_recent_tokens_may_depend_on_the_past(device) -> None:
     inputs = _inputs(CASES["around a block"], device, torch.float32, ties=False)
     params, width = _params((math.inf, 0.2, False, 1, 0), 300, device)
     table = torch.arange(301, device=device) // 7
-    both = _from_same_scores(inputs, params._replace(recent=table), width)
+    scores = _same_scores(inputs)
+    both = _both_selected(scores, inputs, params._replace(recent=table), width)
     for row, past in enumerate(inputs[3][inputs[4]].tolist()):
-        _, expected = _from_same_scores(inputs, params._replace(recent=past // 7), width)
+        expected = _selected(scores[1], *inputs[3:], params._replace(recent=past // 7), width)
         assert all(found[row] == expected[row] for found in both)
         assert set(range(past - past // 7, past)) <= set(expected[row][0])
 
@@ -238,7 +240,7 @@ def test_half_precision_keys_do_not_round_the_query(device) -> None:
     """Nearly all tokens are those that float32 products select."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     inputs = _inputs(CASES["very unequal"], device, dtype, ties=False)
-    kernel, reference = _from_own_scores(inputs, *_params(OPTIONS["plain"], 1300, device))
+    kernel, reference = _both_selected(_own_scores(inputs), inputs, *_params(OPTIONS["plain"], 1300, device))
     pairs = [(set(a), set(b)) for row in zip(kernel, reference, strict=True) for a, b in zip(*row, strict=True)]
     assert sum(len(a ^ b) for a, b in pairs) <= 0.01 * sum(len(b) for _, b in pairs)
 
@@ -247,7 +249,7 @@ def test_half_precision_keys_do_not_round_the_query(device) -> None:
 def test_any_number_of_splits(splits, device, monkeypatch) -> None:
     monkeypatch.setattr(speculation, "_split_count", lambda *_: splits)
     inputs = _inputs(CASES["very unequal"], device, torch.float32, ties=True)
-    kernel, reference = _from_same_scores(inputs, *_params(OPTIONS["a count"], 1300, device))
+    kernel, reference = _both_selected(_same_scores(inputs), inputs, *_params(OPTIONS["a count"], 1300, device))
     assert kernel == reference
 
 
