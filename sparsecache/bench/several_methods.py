@@ -44,6 +44,8 @@ class Prompt:
             decoder = self._model.decoder(spec.method, spec.options)
             self._prefill(decoder)
             self._seconds[str(spec)] = self._prefill(decoder)
+            del decoder
+            timing.free_memory()
         return self._seconds[str(spec)]
 
     @torch.inference_mode()
@@ -116,7 +118,6 @@ def _measure_size(
         row = MethodRow(str(spec), workload.tokens, workload.batch, prompt_s=prompt.vanilla_s)
         try:
             row = replace(row, prefill_overhead_s=prompt.seconds(spec) - prompt.vanilla_s)
-            timing.free_memory()
             row = _measure(model, prompt, workload, spec, rates, row)
         except Exception as error:  # the other methods are measured all the same
             row = replace(row, error=_describe(error))
