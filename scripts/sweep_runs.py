@@ -116,15 +116,9 @@ def check_runs(runs: list[Run], shared: list[str], pred_dir: Path) -> dict[Run, 
         except UsageError as error:
             problems.setdefault(str(error), []).append(str(run))
     if problems:
-        described = " ".join(f"{_first(of)}: {problem}" for problem, of in problems.items())
+        described = " ".join(f"{listed(of, _SHOWN, whole=True)}: {problem}" for problem, of in problems.items())
         raise UsageError(f"{sum(map(len, problems.values()))} of {len(runs)} runs cannot start. {described}")
     return settings
-
-
-def _first(runs: list[str]) -> str:
-    """Names the first runs, and the number of the others."""
-    others = len(runs) - _SHOWN
-    return ", ".join(runs[:_SHOWN]) + (f" and {others} more" if others > 0 else "")
 
 
 def _settings(run: Run, shared: list[str], pred_dir: Path) -> Settings:

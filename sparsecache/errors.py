@@ -19,11 +19,14 @@ def short(value: object, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def listed(names: Iterable[str], most: int = 10, none: str = "nothing") -> str:
-    """Returns the first `most` names for a message, separated by commas, and the number of the others."""
+def listed(names: Iterable[str], most: int = 10, none: str = "nothing", whole: bool = False) -> str:
+    """Returns the first `most` names for a message, separated by commas, and the number of the others.
+
+    whole: whether long names are given in full.
+    """
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(short(name) for name in names[:most]) or none) + more
+    return (", ".join(name if whole else short(name) for name in names[:most]) or none) + more
 
 
 def one_line(error: BaseException) -> str:
