@@ -169,6 +169,22 @@ def _launch(
 
 
 @triton.jit
+def _load_token(  # type: ignore[no-untyped-def]
+    q, q_row_stride, q_head_stride, k, k_row_stride, k_head_stride, row, kv, head_dim,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return the queries [BLOCK_Q, BLOCK_D] and the key [BLOCK_D] of a sequence and KV head, in float32."""
+    query, channel = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    head, in_head = kv * GROUP + query, channel < head_dim
+    queries = tl.load(
+        q + row * q_row_stride + head[:, None] * q_head_stride + channel[None, :],
+        mask=(query < GROUP)[:, None] & in_head[None, :], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    key = tl.load(k + row * k_row_stride + kv * k_head_stride + channel, mask=in_head, other=0.0).to(tl.float32)
+    return queries, key
+
+
+@triton.jit
 def _systems_kernel(  # type: ignore[no-untyped-def]
     q, q_row_stride, q_head_stride, k, k_row_stride, k_head_stride, query_basis, key_basis, products, gram, slots,
     grams, sides, qk, kv_heads, rank, head_dim,
@@ -179,12 +195,10 @@ def _systems_kernel(  # type: ignore[no-untyped-def]
     pair, row, kv = tl.program_id(0), tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     owner = tl.load(slots + row) * kv_heads + kv
     query, factor, channel = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    head, in_head, in_rank = kv * GROUP + query, channel < head_dim, factor < rank
-    queries = tl.load(
-        q + row * q_row_stride + head[:, None] * q_head_stride + channel[None, :],
-        mask=(query < GROUP)[:, None] & in_head[None, :], other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    key = tl.load(k + row * k_row_stride + kv * k_head_stride + channel, mask=in_head, other=0.0).to(tl.float32)
+    in_head, in_rank = channel < head_dim, factor < rank
+    queries, key = _load_token(
+        q, q_row_stride, q_head_stride, k, k_row_stride, k_head_stride, row, kv, head_dim, GROUP, BLOCK_Q, BLOCK_D
+    )  # fmt: skip
     at_basis = (owner * rank + factor)[:, None] * head_dim + channel[None, :]
     basis_mask = in_rank[:, None] & in_head[None, :]
     b_q = tl.load(query_basis + at_basis, mask=basis_mask, other=0.0)
@@ -253,12 +267,10 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     pair, row, kv = tl.program_id(0), tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     owner = tl.load(slots + row) * kv_heads + kv
     query, factor, channel = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    head, in_head, in_rank = kv * GROUP + query, channel < head_dim, factor < rank
-    queries = tl.load(
-        q + row * q_row_stride + head[:, None] * q_head_stride + channel[None, :],
-        mask=(query < GROUP)[:, None] & in_head[None, :], other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    key = tl.load(k + row * k_row_stride + kv * k_head_stride + channel, mask=in_head, other=0.0).to(tl.float32)
+    in_head, in_rank = channel < head_dim, factor < rank
+    queries, key = _load_token(
+        q, q_row_stride, q_head_stride, k, k_row_stride, k_head_stride, row, kv, head_dim, GROUP, BLOCK_Q, BLOCK_D
+    )  # fmt: skip
     mask = (query < GROUP)[:, None] & in_rank[None, :]
     a_q = tl.load(reduced_query + (pair * GROUP + query)[:, None] * rank + factor[None, :], mask=mask, other=0.0)
     a_k = tl.load(reduced_key + pair * rank + factor, mask=in_rank, other=0.0)[:, None]
