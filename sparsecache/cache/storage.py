@@ -13,8 +13,9 @@ from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.host import allocate, copy_into
 from sparsecache.kernels.decode import attend_and_append, attend_selected
 from sparsecache.kernels.quantisation import Bits, QuantisedStore, token_nbytes
-from sparsecache.kernels.quantised_decode import append_quantised, attend_quantised, attend_selected_quantised
+from sparsecache.kernels.quantised_decode import attend_quantised, attend_selected_quantised
 from sparsecache.kernels.rows import index_slots, take_rows
+from sparsecache.kernels.store_quantised import append_quantised
 
 Storage = Literal["full", "int8", "int4", "int2"]
 GROUP, RESIDUAL = 32, 128  # KIVI's settings for LongBench

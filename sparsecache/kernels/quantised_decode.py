@@ -3,8 +3,6 @@
 The splits are those of `decode`. In half precision, attention over all tokens reads their codes without dequantising
 them. Selected tokens, and tokens in float32, are dequantised in registers. Tokens of the full-precision tail are read
 from its ring. All sizes are fixed and the device finds the tokens, so a decode step can be a CUDA graph.
-
-In one file because the attention and the append of a token share the layout of codes.
 """
 
 import math
@@ -23,9 +21,11 @@ from sparsecache.kernels._triton import (
     triton,
     use_kernel,
 )
+from sparsecache.kernels.attention_on_codes import attend_on_codes
 from sparsecache.kernels.decode import attend_rows, merge_kernel, place_split, split_count
 from sparsecache.kernels.quantisation import QuantisedStore
 from sparsecache.kernels.rows import mask_of_first
+from sparsecache.kernels.store_quantised import append_quantised, compiled_sizes, num_quantised
 
 _MIN_WORDS = 16  # with 16 channels, products of unpacked codes are wrong (Triton 3.6, H200); 16 words are 32 or more
 _TILE_BYTES = 64  # of one channel of a tile of tokens: 32 tokens in half precision, 16 in float32
@@ -73,20 +73,6 @@ def attend_selected_quantised(
     return attend_rows(q, k, v, store.keys(lengths, slots, rows), store.values(lengths, slots, rows), mask)
 
 
-def append_quantised(k: Tensor, v: Tensor, store: QuantisedStore, lengths: Tensor, slots: Tensor) -> None:
-    """Append one token to each slot, as `QuantisedStore.append` does. On a GPU it does not wait for the host."""
-    if not use_kernel(k):
-        store.append(k, v, lengths, slots)
-        return
-    block_d = 16 // store.bits * next_power_of_2(store.key_codes.shape[3])
-    _append_kernel[k.shape[:2]](
-        k, v, k.stride(0), k.stride(1), store.key_codes, store.key_ranges, store.value_codes, store.value_ranges,
-        store.key_tail, store.value_tail, lengths.contiguous(), slots, store.capacity, store.key_codes.shape[2],
-        store.residual, PER_HEAD=lengths.dim() == 2, num_warps=4, **_sizes(store), BLOCK_D=block_d,
-        BLOCK_C=max(1, block_d // store.group), **pdl_options(),
-    )  # fmt: skip
-
-
 def _launch(
     q: Tensor,
     k: Tensor,
@@ -128,7 +114,7 @@ def _launch(
         heads * num_splits, 0 if selected is None else selected.shape[2], SELECTED=selected is not None,
         ON_CODES=on_codes, PER_HEAD=lengths.dim() == 2, GROUP=group, BLOCK_R=block_r, BLOCK_B=next_power_of_2(batch),
         BLOCK_T=_TILE_BYTES // q.element_size(), BLOCK_W=block_w, BLOCK_C=block_c, INTERPRETED=INTERPRETED,
-        num_warps=num_warps, num_stages=num_stages, **_sizes(store), **pdl_options(),
+        num_warps=num_warps, num_stages=num_stages, **compiled_sizes(store), **pdl_options(),
     )  # fmt: skip
     merge_kernel[(batch, heads)](
         partial_out, softmax_stats, split_ranges, out, num_splits, head_dim, heads * num_splits,
@@ -136,19 +122,6 @@ def _launch(
         BLOCK_D=next_power_of_2(head_dim, 16), num_warps=2, **pdl_options(),
     )  # fmt: skip
     return out
-
-
-def _sizes(store: QuantisedStore) -> dict[str, int]:
-    """Return the sizes of a store that are compiled into the kernels, so that their loads are wide."""
-    return {
-        "BITS": store.bits, "TOKENS": store.group, "HEAD_DIM": store.key_tail.shape[3],
-        "WORDS": store.key_codes.shape[3], "VALUE_GROUPS": store.value_ranges.shape[4],
-    }  # fmt: skip
-
-
-@triton.jit
-def _num_quantised(length, residual, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
-    return tl.maximum(length - residual, 0) // TOKENS * TOKENS
 
 
 @triton.jit
@@ -178,133 +151,6 @@ def _dequantise_values(  # type: ignore[no-untyped-def]
     group_mask = mask[:, None] & in_head[None, :]
     minimum = tl.load(ranges + group, mask=group_mask, other=0.0).to(tl.float32)
     return numbers * tl.load(ranges + VALUE_GROUPS + group, mask=group_mask, other=0.0).to(tl.float32) + minimum
-
-
-@triton.jit
-def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return one code per word as float16 bits: a subnormal number of code * 2^(bit offset in its byte) * 2^-24."""
-    per_byte: tl.constexpr = 8 // BITS
-    mask: tl.constexpr = ((1 << BITS) - 1) << (PLANE % per_byte * BITS)
-    if INTERPRETED:  # the interpreter has no inline assembly
-        field = (words >> (PLANE // per_byte * 8)) & mask
-    else:  # two words per instruction
-        low: tl.constexpr = "and.b32 $0, $1, $2;"
-        high_byte: tl.constexpr = "{ .reg .b32 high; shr.u32 high, $1, 8; and.b32 $0, high, $2; }"
-        field = tl.inline_asm_elementwise(
-            low if per_byte > PLANE else high_byte, "=r,r,r", [words, tl.full(words.shape, mask, tl.int16)],
-            dtype=tl.int16, is_pure=True, pack=2,
-        )  # fmt: skip
-    return field.to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _to_float16(x, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return x in float16. Values are converted in pairs, so that a pair is then multiplied by one instruction."""
-    if INTERPRETED or x.dtype == tl.float16:
-        return x.to(tl.float16)
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 low, high; shl.b32 low, $1, 16; and.b32 high, $1, 0xffff0000; cvt.rn.f16x2.f32 $0, high, low; }",
-        "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@triton.jit
-def _concatenate(planes):  # type: ignore[no-untyped-def]
-    """Return 2, 4 or 8 tensors [N, W] side by side: [N, 2 * W], [N, 4 * W] or [N, 8 * W]."""
-    if len(planes) == 2:
-        joined = tl.join(planes[0], planes[1])
-    elif len(planes) == 4:
-        joined = tl.join(tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3]))
-    else:
-        even = tl.join(tl.join(planes[0], planes[4]), tl.join(planes[2], planes[6]))
-        joined = tl.join(even, tl.join(tl.join(planes[1], planes[5]), tl.join(planes[3], planes[7])))
-    rows: tl.constexpr = planes[0].shape[0]
-    width: tl.constexpr = planes[0].shape[1]
-    joined = tl.permute(tl.reshape(joined, (rows, width, len(planes))), (0, 2, 1))
-    return tl.reshape(joined, (rows, len(planes) * width))
-
-
-@triton.jit
-def _attend_on_codes(  # type: ignore[no-untyped-def]
-    q_block, key_codes, key_ranges, value_codes, value_ranges, start, end, scale, channel, in_head, group,
-    BITS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Attend to the quantised tokens from start to end, whole groups: maximum [R], sum of weights [R], total [R, D].
-
-    Row r of the queries is for the channels of value group `group[r]`. Other channels of its total are meaningless.
-
-    Codes are not dequantised. The bits of a code, read as float16, are the code times the smallest float16 number. The
-    steps of keys are multiplied into the queries, which are scaled so that their largest entry is near 1. The steps of
-    values are multiplied into the weights. The minima are added by products of their own.
-
-    A value is the middle of its group's range, plus step * (code - middle code). So the rounding of a weight times a
-    step is multiplied by at most half the range. These products are float16, which rounds less than bfloat16. They
-    overflow if the numbers of a group lie further apart than 196,000.
-    """
-    dtype: tl.constexpr = q_block.dtype
-    planes: tl.constexpr = 16 // BITS
-    block_d: tl.constexpr = planes * BLOCK_W
-    tile: tl.constexpr = BLOCK_T if BLOCK_T < TOKENS else TOKENS
-    block_x: tl.constexpr = 2 * BLOCK_C if BLOCK_C > 8 else 16
-    middle: tl.constexpr = ((1 << BITS) - 1) / 2
-    code_scale: tl.constexpr = 2.0**24  # 1 / the smallest float16 number
-    weight_factor: tl.constexpr = 2.0 ** (BITS - 2)  # so that small weights times steps do not become subnormal
-    word, at_range, column = tl.arange(0, BLOCK_W), tl.arange(0, block_x), tl.arange(0, block_d)
-    in_words, in_ranges = (word < WORDS)[None, :], (at_range < 2 * VALUE_GROUPS)[None, :]
-    plane_scale = tl.exp2((column // BLOCK_W % (8 // BITS) * BITS).to(tl.float32))
-    queries = q_block.to(tl.float32)
-    query_scale = tl.exp2(tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(queries), axis=1), 1e-30))))
-    scaled_queries = _to_float16((queries / query_scale[:, None] / plane_scale[None, :]).to(dtype), INTERPRETED)
-    score_unit = query_scale * (scale * code_scale)
-    # The product with it gives each row the steps of its group.
-    step_selector = tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], weight_factor, 0.0).to(dtype)
-
-    maximum = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
-    weight_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    range_sums = tl.zeros((BLOCK_R, block_x), dtype=tl.float32)
-    step_sum = tl.zeros((BLOCK_R, 8), dtype=tl.float32)  # equal columns
-    totals = ()
-    for _ in tl.static_range(planes):
-        totals = totals + (tl.zeros((BLOCK_R, BLOCK_W), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-    for first in tl.range(start, end, tile):
-        token = first + tl.arange(0, tile)
-        at_codes = token[:, None] * WORDS + word[None, :]
-        at_key_range = key_ranges + first // TOKENS * (2 * HEAD_DIM) + channel
-        minimum = tl.load(at_key_range, mask=in_head, other=0.0)
-        from_minima = tl.dot(q_block, tl.broadcast_to(minimum[:, None], (block_d, 8)))  # equal columns
-        offset = tl.max(from_minima, axis=1) * scale
-        words = tl.load(key_codes + at_codes, mask=in_words, other=0)
-        key_planes = ()
-        for plane in tl.static_range(planes):
-            key_planes = key_planes + (_plane(words, plane, BITS, INTERPRETED),)  # type: ignore[assignment]  # noqa: RUF005
-        step = _to_float16(tl.load(at_key_range + HEAD_DIM, mask=in_head, other=0.0), INTERPRETED)
-        scores = tl.dot(scaled_queries * step[None, :], tl.trans(_concatenate(key_planes)))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * score_unit + offset)
-        weights = tl.exp2(scores * score_unit[:, None] + (offset - new_maximum)[:, None])
-        rescale = tl.exp2(maximum - new_maximum)
-        maximum = new_maximum
-        weight_sum = weight_sum * rescale + tl.sum(weights, axis=1)
-        ranges = tl.load(
-            value_ranges + token[:, None] * (2 * VALUE_GROUPS) + at_range[None, :], mask=in_ranges, other=0.0
-        )
-        steps = tl.dot(step_selector, tl.trans(ranges))
-        range_sums = tl.dot(weights.to(dtype), ranges, range_sums * rescale[:, None])
-        weights = (weights * steps).to(tl.float16)
-        step_sum = tl.dot(weights, tl.full((tile, 8), 1.0, tl.float16), step_sum * rescale[:, None])
-        words = tl.load(value_codes + at_codes, mask=in_words, other=0)
-        new_totals = ()
-        for plane in tl.static_range(planes):
-            values = _plane(words, plane, BITS, INTERPRETED)
-            total = tl.dot(weights, values, totals[plane] * rescale[:, None])
-            new_totals = new_totals + (total,)  # type: ignore[assignment]  # noqa: RUF005
-        totals = new_totals
-    range_weights = tl.where(at_range[None, :] == group[:, None], 1.0, 0.0)
-    range_weights += tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], middle, 0.0)
-    offset = tl.sum(range_sums * range_weights, axis=1) - tl.max(step_sum, axis=1) * (middle / weight_factor)
-    total = _concatenate(totals) * (code_scale / weight_factor / plane_scale)[None, :] + offset[:, None]
-    return maximum, weight_sum, total
 
 
 @triton.jit
@@ -353,7 +199,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             split_range = split_ranges + (row * kv_heads + kv) * 2
             tl.store(split_range, program)
             tl.store(split_range + 1, splits)
-    num_quantised = _num_quantised(tl.sum(tl.where(rows == row, all_past, 0)), residual, TOKENS)
+    num_coded = num_quantised(tl.sum(tl.where(rows == row, all_past, 0)), residual, TOKENS)
     rows_per_query: tl.constexpr = BLOCK_C if ON_CODES else 1
     block_d: tl.constexpr = 16 // BITS * BLOCK_W
     block_row, column = tl.arange(0, BLOCK_R), tl.arange(0, block_d)
@@ -376,12 +222,12 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     scale *= 1.4426950408889634  # log2(e)
     start, end = split * length, tl.minimum(split * length + length, count)
     if ON_CODES:
-        maximum, weight_sum, total = _attend_on_codes(
+        maximum, weight_sum, total = attend_on_codes(
             q_block, key_codes, key_ranges, value_codes, value_ranges, start.to(tl.int32),
-            tl.minimum(end, num_quantised).to(tl.int32), scale, channel, in_head, block_row % rows_per_query, BITS,
+            tl.minimum(end, num_coded).to(tl.int32), scale, channel, in_head, block_row % rows_per_query, BITS,
             TOKENS, HEAD_DIM, WORDS, VALUE_GROUPS, BLOCK_R, BLOCK_T, BLOCK_W, BLOCK_C, INTERPRETED,
         )  # fmt: skip
-        start = tl.maximum(start, num_quantised)
+        start = tl.maximum(start, num_coded)
     else:
         maximum = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
         weight_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
@@ -393,11 +239,11 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         if SELECTED:
             token = tl.load(indices + (row * kv_heads + kv) * width + token, mask=mask, other=0).to(tl.int32)
         at_tail = (token % ring)[:, None] * HEAD_DIM + channel[None, :]
-        tail_mask = (mask & (token >= num_quantised))[:, None] & in_head[None, :]
+        tail_mask = (mask & (token >= num_coded))[:, None] & in_head[None, :]
         key = tl.load(key_tail + at_tail, mask=tail_mask, other=0.0)
         value = tl.load(value_tail + at_tail, mask=tail_mask, other=0.0)
         if not ON_CODES:
-            is_coded = mask & (token < num_quantised)
+            is_coded = mask & (token < num_coded)
             at_range = key_ranges + (token // TOKENS)[:, None] * (2 * HEAD_DIM) + channel[None, :]
             range_mask = is_coded[:, None] & in_head[None, :]
             minimum = tl.load(at_range, mask=range_mask, other=0.0).to(tl.float32)
@@ -429,87 +275,3 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     if ON_CODES:
         q_mask = q_mask & ((channel // TOKENS)[None, :] == (block_row % rows_per_query)[:, None])
     tl.store(partial_out + target[:, None] * HEAD_DIM + channel[None, :], total, mask=q_mask)
-
-
-@triton.jit
-def _quantise(x, mask, AXIS: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the codes of x, and the minima and steps of its groups along an axis, as `quantise` does."""
-    numbers = x.to(tl.float32)
-    minimum = tl.min(tl.where(mask, numbers, float("inf")), axis=AXIS, keep_dims=True)
-    maximum = tl.max(tl.where(mask, numbers, float("-inf")), axis=AXIS, keep_dims=True)
-    is_any = minimum <= maximum  # False for a group of padding
-    minimum, maximum = tl.where(is_any, minimum, 0.0), tl.where(is_any, maximum, 0.0)
-    top: tl.constexpr = (1 << BITS) - 1
-    step = tl.div_rn(maximum - minimum, tl.full(minimum.shape, top, tl.float32)).to(x.dtype)
-    divisor = tl.where(step == 0, 1.0, step.to(tl.float32))
-    steps = tl.div_rn(numbers - minimum, tl.broadcast_to(divisor, x.shape))
-    steps = tl.where(mask, tl.minimum(tl.maximum(steps, 0.0), top), 0.0)
-    # Adding and subtracting 1.5 * 2^23 rounds to the nearest even number.
-    return ((steps + 12582912.0) - 12582912.0).to(tl.int32), minimum, step
-
-
-@triton.jit
-def _store_codes(codes, numbers, row, WORDS: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Pack numbers [N, D] into words, as `pack` does, and store them in rows [N]."""
-    planes: tl.constexpr = 16 // BITS
-    size: tl.constexpr = numbers.shape[1] // planes
-    plane, word = tl.arange(0, planes), tl.arange(0, size)
-    if size != WORDS:
-        channel = tl.reshape(plane[:, None] * WORDS + tl.minimum(word, WORDS - 1)[None, :], (numbers.shape[1],))
-        numbers = tl.gather(numbers, tl.broadcast_to(channel[None, :], numbers.shape), axis=1)
-    packed = tl.reshape(numbers, (numbers.shape[0], planes, size)) << (plane * BITS)[None, :, None]
-    packed = tl.sum(packed, axis=1).to(tl.int16)
-    tl.store(codes + row[:, None] * WORDS + word[None, :], packed, mask=(word < WORDS)[None, :])
-
-
-@triton.jit(do_not_specialize=["capacity", "code_rows", "residual"])
-def _append_kernel(  # type: ignore[no-untyped-def]
-    new_key, new_value, new_row_stride, new_head_stride, key_codes, key_ranges, value_codes, value_ranges, key_tail,
-    value_tail, lengths, slots, capacity, code_rows, residual,
-    PER_HEAD: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr,
-    VALUE_GROUPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, USE_PDL: tl.constexpr,
-):  # fmt: skip
-    """Store the new token of a sequence and KV head in the ring; quantise the oldest group if the ring is full."""
-    pdl_wait(USE_PDL)
-    row, kv, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    slot = tl.load(slots + row)
-    past = tl.minimum(tl.load(lengths + (slot * kv_heads + kv if PER_HEAD else slot)), capacity - 1).to(tl.int32)
-    ring, channel = residual + TOKENS, tl.arange(0, BLOCK_D)
-    slot_head, in_head = slot.to(tl.int64) * kv_heads + kv, channel < HEAD_DIM
-    at_new = row * new_row_stride + kv * new_head_stride + channel
-    key, value = (
-        tl.load(new_key + at_new, mask=in_head, other=0.0),
-        tl.load(new_value + at_new, mask=in_head, other=0.0),
-    )
-    key_tail += slot_head * ring * HEAD_DIM
-    value_tail += slot_head * ring * HEAD_DIM
-    tl.store(key_tail + past % ring * HEAD_DIM + channel, key, mask=in_head)
-    tl.store(value_tail + past % ring * HEAD_DIM + channel, value, mask=in_head)
-    start = _num_quantised(past, residual, TOKENS)
-    if past + 1 - start < ring:
-        return
-    token = start + tl.arange(0, TOKENS)
-    mask = (token < past)[:, None] & in_head[None, :]  # the new token, which may be in the group, is not read back
-    at_tail = (token % ring)[:, None] * HEAD_DIM + channel[None, :]
-    is_new = (token == past)[:, None]
-    keys = tl.where(is_new, key[None, :], tl.load(key_tail + at_tail, mask=mask, other=0.0))
-    values = tl.where(is_new, value[None, :], tl.load(value_tail + at_tail, mask=mask, other=0.0))
-
-    numbers, minimum, step = _quantise(keys, in_head[None, :], 0, BITS)
-    _store_codes(key_codes + slot_head * code_rows * WORDS, numbers, token, WORDS, BITS)
-    key_ranges += (slot_head * (code_rows // TOKENS) + start // TOKENS) * 2 * HEAD_DIM
-    at_range = tl.arange(0, 1)[:, None] + channel[None, :]
-    tl.store(key_ranges + at_range, minimum, mask=in_head[None, :])
-    tl.store(key_ranges + HEAD_DIM + at_range, step, mask=in_head[None, :])
-
-    size: tl.constexpr = BLOCK_D // BLOCK_C
-    in_group = tl.reshape(in_head, (1, BLOCK_C, size))
-    numbers, minimum, step = _quantise(tl.reshape(values, (TOKENS, BLOCK_C, size)), in_group, 2, BITS)
-    numbers = tl.reshape(numbers, (TOKENS, BLOCK_D))
-    _store_codes(value_codes + slot_head * code_rows * WORDS, numbers, token, WORDS, BITS)
-    group = tl.arange(0, BLOCK_C)
-    value_ranges += slot_head * code_rows * 2 * VALUE_GROUPS
-    at_range = (token[:, None] * (2 * VALUE_GROUPS) + group[None, :])[:, :, None]
-    group_mask = (group < VALUE_GROUPS)[None, :, None]
-    tl.store(value_ranges + at_range, minimum, mask=group_mask)
-    tl.store(value_ranges + VALUE_GROUPS + at_range, step, mask=group_mask)

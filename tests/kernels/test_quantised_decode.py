@@ -8,7 +8,7 @@ import torch
 from sparsecache.kernels._triton import force_backend
 from sparsecache.kernels.attention import attention
 from sparsecache.kernels.quantisation import QuantisedStore
-from sparsecache.kernels.quantised_decode import append_quantised, attend_quantised, attend_selected_quantised
+from sparsecache.kernels.quantised_decode import attend_quantised, attend_selected_quantised
 
 DTYPES = [torch.float16, torch.float32, torch.bfloat16][: 3 if torch.cuda.is_available() else 1]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -105,26 +105,6 @@ def test_the_kernel_rounds_as_little_as_attention_over_dequantised_tokens(bits, 
     with force_backend("kernels"):
         out = attend_quantised(q, *new, store, held, order)
     assert (out.double() - exact).norm() / exact.norm() < torch.finfo(dtype).eps
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_groups_are_quantised_as_tokens_come(device, dtype) -> None:
-    """Kernels and references leave what `store_prompt` makes of the whole text, step by step."""
-    for bits, group, residual in ((2, 16, 16), (4, 16, 0), (8, 32, 32)):
-        store, whole = (QuantisedStore.allocate(2, 2, 100, 24, bits, group, residual, device, dtype) for _ in range(2))
-        generator = torch.Generator().manual_seed(5)
-        k, v = torch.randn(2, 2, 79, 24, generator=generator).to(device, dtype)
-        store.store_prompt(1, k[:, :40], v[:, :40])
-        whole.store_prompt(1, k, v)
-        for past in range(40, 79):
-            lengths, slots = torch.tensor([3, past], device=device), torch.tensor([1], device=device)
-            with force_backend("kernels" if past % 2 else "reference"):
-                append_quantised(k[None, :, past : past + 1], v[None, :, past : past + 1], store, lengths, slots)
-        count = int(store.num_quantised(torch.tensor(79)))
-        for name in PARTS:
-            found, expected = getattr(store, name)[1], getattr(whole, name)[1]
-            rows = expected.shape[1] if "tail" in name else count if expected.shape[1] % group == 0 else count // group
-            assert torch.equal(found[:, :rows], expected[:, :rows]), name
 
 
 @cases
