@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig
+from sparsecache.kernels.skewed_sums import skewed_sums
 from sparsecache.methods.infinigen.skewing import skew
 
 _BLOCK = 4096  # prompt tokens that are skewed at a time
@@ -26,14 +27,10 @@ class PartialKeys:
 
         The channels with the largest sum over tokens of |q| (heads summed) + |k| are chosen, after skewing.
         """
-        sums = [self._channel_sums(x).view(len(k), -1, k.shape[2]).sum(1) for x in (q, k)]  # [G, D] each
+        sums = [skewed_sums(x, self._matrices).view(len(k), -1, k.shape[2]).sum(1) for x in (q, k)]  # [G, D] each
         order = (sums[0] + sums[1]).sort(dim=-1, descending=True, stable=True).indices
         chosen = order[:, : self._channels].sort(-1).values  # [G, I]
         self.projection[slot] = self._matrices.gather(2, chosen[:, None].expand(-1, k.shape[2], -1))
         for start in range(0, k.shape[1], _BLOCK):
             block = k[:, start : start + _BLOCK]
             self.keys[slot, :, start : start + block.shape[1]] = skew(block, self.projection[slot])
-
-    def _channel_sums(self, x: Tensor) -> Tensor:
-        """Return the sum over tokens of |x| skewed: [heads of x, D]."""
-        return torch.stack([skew(part, self._matrices).abs().sum(1) for part in torch.split(x, _BLOCK, 1)]).sum(0)
