@@ -15,7 +15,7 @@ from sparsecache.kernels.decode import attend_and_append, attend_selected
 from sparsecache.kernels.quantisation import Bits, QuantisedStore, token_nbytes
 from sparsecache.kernels.quantised_decode import attend_quantised, attend_selected_quantised
 from sparsecache.kernels.rows import index_slots, take_rows
-from sparsecache.kernels.store_quantised import append_quantised
+from sparsecache.kernels.store_quantised import append_quantised, store_prompt_quantised
 
 Storage = Literal["full", "int8", "int4", "int2"]
 GROUP, RESIDUAL = 32, 128  # KIVI's settings for LongBench
@@ -101,7 +101,7 @@ class QuantisedStorage(KVStorage):
         self._whole_nbytes = config.token_nbytes
 
     def store(self, slot: int, k: Tensor, v: Tensor, counts: Tensor | None = None) -> None:
-        self.quantised.store_prompt(slot, k, v, counts)
+        store_prompt_quantised(k, v, self.quantised, slot, counts)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, slots: Tensor) -> Tensor:
         return attend_quantised(q, k, v, self.quantised, lengths, slots)

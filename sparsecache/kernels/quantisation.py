@@ -78,11 +78,15 @@ class QuantisedStore:
 
     def store_prompt(self, slot: int, k: Tensor, v: Tensor, counts: Tensor | None = None) -> None:
         """Store the first counts [G] tokens, by default all, of k and v [G, L, D] in a slot."""
-        length, ring = k.shape[1], self.key_tail.shape[2]
-        end = max(0, length - self.residual) // self.group * self.group
+        end = max(0, k.shape[1] - self.residual) // self.group * self.group
         for start in range(0, end, _BLOCK // self.group * self.group):
             block = slice(start, min(end, start + _BLOCK // self.group * self.group))
             self._quantise(slot, slice(None), block, k[:, block], v[:, block])
+        self.store_tail(slot, k, v, counts)
+
+    def store_tail(self, slot: int, k: Tensor, v: Tensor, counts: Tensor | None = None) -> None:
+        """Store in the ring the last of the first counts [G] tokens, by default of all, of k and v [G, L, D]."""
+        length, ring = k.shape[1], self.key_tail.shape[2]
         counts = torch.full((len(k),), length, device=k.device) if counts is None else counts
         token = counts[:, None] - ring + torch.arange(ring, device=k.device)  # the last positions; below 0: none
         source, target = token.clamp(min=0), token % ring

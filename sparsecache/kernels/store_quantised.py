@@ -1,4 +1,4 @@
-"""Storing keys and values of one new token per sequence in a `QuantisedStore`.
+"""Storing keys and values in a `QuantisedStore`: a prompt, or one new token per sequence.
 
 A program quantises one group of tokens in one KV head. The append has fixed sizes and the device finds the tokens, so
 a decode step can be a CUDA graph.
@@ -26,6 +26,27 @@ def append_quantised(k: Tensor, v: Tensor, store: QuantisedStore, lengths: Tenso
         store.key_tail, store.value_tail, lengths.contiguous(), slots, store.capacity, store.key_codes.shape[2],
         store.residual, PER_HEAD=lengths.dim() == 2, **_launch_options(store), **pdl_options(),
     )  # fmt: skip
+
+
+def store_prompt_quantised(
+    k: Tensor, v: Tensor, store: QuantisedStore, slot: int, counts: Tensor | None = None
+) -> None:
+    """Store a prompt in a slot, as `QuantisedStore.store_prompt` does.
+
+    k, v: [G, L, D], L at most the capacity; counts: [G] int64, how many of the first tokens each KV head stores, by
+    default all.
+    """
+    if not use_kernel(k):
+        store.store_prompt(slot, k, v, counts)
+        return
+    groups = max(0, k.shape[1] - store.residual) // store.group
+    if groups:
+        k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+        _prompt_kernel[(groups, len(k))](
+            k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1), store.key_codes, store.key_ranges,
+            store.value_codes, store.value_ranges, slot, store.key_codes.shape[2], **_launch_options(store),
+        )  # fmt: skip
+    store.store_tail(slot, k, v, counts)
 
 
 def compiled_sizes(store: QuantisedStore) -> dict[str, int]:
@@ -143,4 +164,24 @@ def _append_kernel(  # type: ignore[no-untyped-def]
     _store_group(
         keys, values, slot_head, start, in_head, key_codes, key_ranges, value_codes, value_ranges, code_rows,
         BITS, TOKENS, HEAD_DIM, WORDS, VALUE_GROUPS, BLOCK_D, BLOCK_C,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["slot", "code_rows"])
+def _prompt_kernel(  # type: ignore[no-untyped-def]
+    k, k_head_stride, k_stride, v, v_head_stride, v_stride, key_codes, key_ranges, value_codes, value_ranges, slot,
+    code_rows,
+    BITS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Quantise one group of a prompt's tokens in one KV head, from k and v [G, L, D]."""
+    start, kv = tl.program_id(0) * TOKENS, tl.program_id(1).to(tl.int64)
+    token, channel = start + tl.arange(0, TOKENS), tl.arange(0, BLOCK_D)
+    in_head = channel < HEAD_DIM
+    row, mask = token.to(tl.int64)[:, None], in_head[None, :]
+    keys = tl.load(k + kv * k_head_stride + row * k_stride + channel[None, :], mask=mask, other=0.0)
+    values = tl.load(v + kv * v_head_stride + row * v_stride + channel[None, :], mask=mask, other=0.0)
+    _store_group(
+        keys, values, slot * tl.num_programs(1) + kv, start, in_head, key_codes, key_ranges, value_codes, value_ranges,
+        code_rows, BITS, TOKENS, HEAD_DIM, WORDS, VALUE_GROUPS, BLOCK_D, BLOCK_C,
     )  # fmt: skip

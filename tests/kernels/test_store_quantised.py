@@ -5,10 +5,28 @@ import torch
 
 from sparsecache.kernels._triton import force_backend
 from sparsecache.kernels.quantisation import QuantisedStore
-from sparsecache.kernels.store_quantised import append_quantised
+from sparsecache.kernels.store_quantised import append_quantised, store_prompt_quantised
 
 DTYPES = [torch.float16, torch.float32, torch.bfloat16][: 3 if torch.cuda.is_available() else 1]
 PARTS = ("key_codes", "key_ranges", "value_codes", "value_ranges", "key_tail", "value_tail")
+PROMPTS = [(2, 16, 16, 24, 79), (4, 32, 0, 16, 64), (8, 32, 32, 40, 31)]  # bits, group, residual, channels, tokens
+if torch.cuda.is_available():
+    PROMPTS += [(bits, 32, 128, 128, 33_000) for bits in (2, 4, 8)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_prompt_is_stored_alike_by_kernel_and_reference(device, dtype) -> None:
+    for bits, group, residual, head_dim, length in PROMPTS:
+        sizes = (2, 2, length + 20, head_dim, bits, group, residual)
+        stores = [QuantisedStore.allocate(*sizes, device, dtype) for _ in range(2)]
+        generator = torch.Generator().manual_seed(bits)
+        k, v = torch.randn(2, length, 2, head_dim, generator=generator).transpose(1, 2).to(device, dtype)
+        k[..., 0], v[:, 1] = 7.0, 0.0  # groups of equal numbers
+        for store, backend in zip(stores, ("kernels", "reference"), strict=True):
+            with force_backend(backend):
+                store_prompt_quantised(k, v, store, 1, torch.tensor([length, length - 5], device=device))
+        for name in PARTS:
+            assert torch.equal(*(getattr(store, name) for store in stores)), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
