@@ -1,4 +1,15 @@
-"""Find each prompt token's latest similar token, by their keys, without an L x L tensor."""
+"""Sum each prompt token's cosine similarities with the others, without an L x L tensor.
+
+A token exempts the latest token similar to it, by their keys: this similarity does not count in the sum of that token.
+The sum with all others follows from the sum of all normalised keys. So only the search for similar tokens compares
+pairs, and it compares most pairs once. A first pass compares each block of tokens with its own and later ones, from the
+last one back, until each token of the block has a similar one. Until then a token is also an earlier candidate for
+those that it is compared with. A second pass compares tokens without a later similar one with those earlier tokens that
+the first pass did not.
+
+The results do not depend on the order in which programs run: candidates are integers whose maximum is taken, and sums
+that several programs add to are integers in fixed point.
+"""
 
 import torch
 from torch import Tensor
@@ -7,77 +18,187 @@ from torch.nn.functional import normalize
 from sparsecache.kernels._triton import has_large_shared_memory, next_power_of_2, tl, triton, use_kernel
 
 _BLOCK = 64  # tokens per iteration of the reference
-_BLOCK_N = 128  # tokens per iteration of the kernel
-_CHUNK = 8  # iterations between two checks of whether all tokens are done; loads are pipelined within a chunk
+_CHUNK = 4  # iterations between two checks of whether all tokens are done; loads are pipelined within a chunk
+_WINDOW = tl.constexpr(256)  # blocks that are looked at at once to find the next one to compare
+_ONE = 1 << 32  # 1 in fixed point
 
 
-def latest_similar(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return the latest token similar to each token, or -1, and the two's cosine similarity, or 0.
+def similarity_sums(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums of cosine similarities, the token that each token exempts or -1, and the two's similarity or 0.
 
-    Two different tokens are similar if the cosine similarity of their keys is above `threshold`. keys: [G, L, D],
-    finite; threshold: above 0. Returns [G, L] int64 and [G, L] float32.
+    A token exempts the latest other token whose similarity is above `threshold`. The sum of a token has its
+    similarities with all others, without those that exempt it. keys: [G, L, D], finite; threshold: above 0. Returns
+    [G, L] each: float32, int64, float32.
     """
-    kv_heads, length, head_dim = keys.shape
     if use_kernel(keys):
-        keys = keys if keys.stride(2) == 1 else keys.contiguous()
-        block_d = next_power_of_2(head_dim, 16)
-        if block_d * keys.element_size() <= 256:
-            block_m, warps, stages = 128, 8, 3 if has_large_shared_memory(keys.device) else 2
-        else:
-            block_m, warps, stages = 64, 4, 1
-        norms = torch.linalg.vector_norm(keys, dim=2, dtype=torch.float32).clamp_(min=1e-12)
-        latest = torch.empty((kv_heads, length), device=keys.device, dtype=torch.int64)
-        similarity = torch.empty((kv_heads, length), device=keys.device, dtype=torch.float32)
-        _latest_kernel[(-(-length // block_m), kv_heads)](
-            keys, keys.stride(0), keys.stride(1), norms, latest, similarity, threshold, length, head_dim,
-            BLOCK_M=block_m, BLOCK_N=_BLOCK_N, CHUNK=_CHUNK, BLOCK_D=block_d, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        return latest, similarity
+        return _launch(keys, threshold)
     unit = normalize(keys.float(), dim=2)
-    rows = torch.arange(length, device=keys.device)
+    rows = torch.arange(keys.shape[1], device=keys.device)
     parts = []
     for block, at in zip(torch.split(unit, _BLOCK, 1), torch.split(rows, _BLOCK), strict=True):
         found = (block @ unit.mT).masked_fill_(rows == at[:, None], 0)  # [G, block, L]
         latest = rows.expand_as(found).masked_fill(found <= threshold, -1).amax(2, keepdim=True)
-        parts.append((latest[..., 0], found.gather(2, latest.clamp(min=0)).masked_fill(latest < 0, 0)[..., 0]))
-    latest, similarity = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return latest, similarity
+        similarity = found.gather(2, latest.clamp(min=0)).masked_fill(latest < 0, 0)
+        parts.append((found.sum(2), latest[..., 0], similarity[..., 0]))
+    sums, latest, similarity = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return sums.scatter_add(1, latest.clamp(min=0), -similarity), latest, similarity
+
+
+def _launch(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    kv_heads, length, head_dim = keys.shape
+    keys = keys if keys.stride(2) == 1 else keys.contiguous()
+    block_d = next_power_of_2(head_dim, 16)
+    fits = block_d * keys.element_size() <= 256 and has_large_shared_memory(keys.device)
+    block, warps, stages = (128, 4, 2) if fits else (64, 4, 1)
+    blocks = -(-length // block)
+
+    def empty(*size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((kv_heads, *size), device=keys.device, dtype=dtype)
+
+    norms, partial = empty(blocks * block, dtype=torch.float32), empty(blocks, block_d, dtype=torch.float32)
+    min_norms = empty(blocks, dtype=torch.float32)
+    later, earlier, compared = (empty(size, dtype=torch.int32) for size in (length, length, blocks))
+    latest, fixed = (empty(length, dtype=torch.int64) for _ in range(2))
+    similarity = empty(length, dtype=torch.float32)
+    inputs, grid = (keys, keys.stride(0), keys.stride(1)), (kv_heads, blocks)
+    sizes = {"HEAD_DIM": head_dim, "BLOCK": block, "BLOCK_D": block_d, "num_warps": warps}
+    _norm_kernel[grid](*inputs, norms, min_norms, partial, earlier, fixed, length, **sizes)
+    total = partial.sum(1)
+    for is_second in (False, True):
+        _search_kernel[grid](
+            *inputs, norms, min_norms, later, earlier, compared, threshold, length,
+            SECOND=is_second, CHUNK=_CHUNK, num_stages=stages, **sizes,
+        )  # fmt: skip
+    _sum_kernel[grid](
+        *inputs, norms, total, later, earlier, latest, similarity, fixed, length, ONE=_ONE, **sizes
+    )
+    return fixed * (1 / _ONE), latest, similarity
+
+
+@triton.jit
+def _load_keys(  # type: ignore[no-untyped-def]
+    base, stride, row, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Return the keys of rows [BLOCK, BLOCK_D], 0 where a mask is False."""
+    channel = tl.arange(0, BLOCK_D)
+    ptr = base + row[:, None] * stride + channel[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(ptr, mask=mask[:, None], other=0.0)
+    return tl.load(ptr, mask=mask[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["length"])
-def _latest_kernel(  # type: ignore[no-untyped-def]
-    keys, head_stride, stride, norms, latest, similarity, threshold, length, head_dim,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+def _norm_kernel(  # type: ignore[no-untyped-def]
+    keys, head_stride, stride, norms, min_norms, partial, earlier, fixed, length,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compare BLOCK_M tokens with all tokens, from the last one back, until each has a similar token."""
-    head, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_head = channel < head_dim
-    base = keys + head * head_stride
-    of_row = tl.load(
-        base + row[:, None] * stride + channel[None, :], mask=(row < length)[:, None] & in_head[None, :], other=0.0
-    )
-    row_norm = tl.load(norms + head * length + row, mask=row < length, other=1.0)
-    found = tl.where(row < length, -1, length)
-    found_cosine = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    blocks = tl.cdiv(length, BLOCK_N)  # not compared yet
-    while blocks > 0:
-        count = tl.minimum(blocks, CHUNK)
-        for step in tl.range(0, count):
-            column = (blocks - 1 - step) * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask = (column < length)[None, :] & in_head[:, None]
-            of_column = tl.load(base + column[None, :] * stride + channel[:, None], mask=mask, other=0.0)
-            column_norm = tl.load(norms + head * length + column, mask=column < length, other=1.0)
-            product = tl.dot(of_row, of_column, input_precision="ieee")
-            # Most blocks hold no similar token. This test is cheaper than the one below. 0.999 allows for rounding.
-            min_product = tl.where(found < 0, 0.999 * threshold * row_norm, 1e30)
-            if tl.max(tl.max(product - min_product[:, None] * column_norm[None, :], axis=1), axis=0) > 0:
-                cosine = product / row_norm[:, None] / column_norm[None, :]
-                is_similar = (cosine > threshold) & (column[None, :] != row[:, None]) & (column < length)[None, :]
-                last = tl.max(tl.where(is_similar, column[None, :], -1), axis=1)
-                last_cosine = tl.sum(tl.where(column[None, :] == last[:, None], cosine, 0.0), axis=1)
-                is_first = (found < 0) & (last >= 0)
-                found, found_cosine = tl.where(is_first, last, found), tl.where(is_first, last_cosine, found_cosine)
-        blocks = tl.where(tl.min(found, axis=0) < 0, blocks - count, 0)
-    tl.store(latest + head * length + row, found.to(tl.int64), mask=row < length)
-    tl.store(similarity + head * length + row, found_cosine, mask=row < length)
+    """Store the norms of BLOCK keys and the sum of the normalised ones, and initialise what programs add to."""
+    head, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < length
+    key = _load_keys(keys + head * head_stride, stride, row.to(tl.int64), mask, HEAD_DIM, BLOCK_D).to(tl.float32)
+    norm = tl.maximum(tl.sqrt(tl.sum(key * key, axis=1)), 1e-12)
+    norm = tl.where(mask, norm, 1e18)  # no token is similar to those beyond the last one
+    place = head * tl.num_programs(1) + tl.program_id(1)
+    tl.store(norms + place * BLOCK + tl.arange(0, BLOCK), norm)
+    tl.store(min_norms + place, tl.min(norm, axis=0))
+    tl.store(partial + place * BLOCK_D + tl.arange(0, BLOCK_D), tl.sum(key / norm[:, None], axis=0))
+    tl.store(earlier + head * length + row, tl.full((BLOCK,), -1, tl.int32), mask=mask)
+    tl.store(fixed + head * length + row, tl.zeros((BLOCK,), dtype=tl.int64), mask=mask)
+
+
+@triton.jit
+def _next_uncompared(compared, left, token):  # type: ignore[no-untyped-def]
+    """Return 1 + the last of the first `left` blocks that the first pass did not compare with `token`, or 0."""
+    found = 0
+    for first in tl.range(0, left, _WINDOW):
+        block = first + tl.arange(0, _WINDOW)
+        since = tl.load(compared + block, mask=block < left, other=0)
+        found = tl.maximum(found, tl.max(tl.where(since > token, block + 1, 0), axis=0))
+    return found
+
+
+@triton.jit(do_not_specialize=["length"])
+def _search_kernel(  # type: ignore[no-untyped-def]
+    keys, head_stride, stride, norms, min_norms, later, earlier, compared, threshold, length,
+    HEAD_DIM: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Find the latest similar token of BLOCK tokens: the first pass among later tokens, the second among earlier ones.
+
+    later, earlier: [G, L], the latest similar token of either kind, or -1. compared: [G, blocks], the first of the
+    tokens that the first pass compared with all tokens of a block.
+    """
+    head, block, offset = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+    blocks = tl.num_programs(1)
+    base, later, earlier = keys + head * head_stride, later + head * length, earlier + head * length
+    norms, min_norms, compared = norms + head * blocks * BLOCK, min_norms + head * blocks, compared + head * blocks
+    row = block * BLOCK + offset
+    mask = row < length
+    done = 0x7FFFFFFF
+    if SECOND:
+        has_later = tl.load(later + row, mask=mask, other=0) >= 0
+        found = tl.where(has_later, done, tl.load(earlier + row, mask=mask, other=done))
+        left, last = block + 1, 0  # the blocks from `last` to before `left` are to be compared
+    else:
+        found = tl.where(mask, -1, done)
+        left, last = blocks, block
+    of_row = _load_keys(base, stride, row.to(tl.int64), mask, HEAD_DIM, BLOCK_D)
+    min_product = threshold * tl.load(norms + row)
+    while left > last:
+        if SECOND:
+            left = _next_uncompared(compared, left, block * BLOCK)
+        is_open = tl.min(found, axis=0) < left * BLOCK
+        first = tl.where(is_open, tl.maximum(left - CHUNK, last), left)
+        for step in tl.range(0, left - first):
+            start = (left - 1 - step) * BLOCK
+            min_norm = tl.load(min_norms + left - 1 - step)
+            tile = base + start.to(tl.int64) * stride
+            of_column = _load_keys(tile, stride, offset, offset < length - start, HEAD_DIM, BLOCK_D)
+            product = tl.dot(of_row, of_column.T, input_precision="ieee")
+            # Tokens that found one in a later block are done.
+            min_open = tl.where(found < start + BLOCK, min_product, 1e18)
+            # Most blocks hold no similar token. A lower bound of the norms needs no norm per column to find that out.
+            if tl.max(tl.max(product, axis=1) - min_open * min_norm * 0.999, axis=0) > 0:
+                column = start + offset
+                is_similar = product > min_open[:, None] * tl.load(norms + column)[None, :]
+                if SECOND:
+                    is_similar = is_similar & (column[None, :] < row[:, None])
+                else:
+                    is_similar = is_similar & (column[None, :] > row[:, None])
+                best = tl.max(tl.where(is_similar, column[None, :], -1), axis=1)
+                found = tl.maximum(found, best)
+                if not SECOND:
+                    if tl.max(best, axis=0) >= 0:
+                        candidate = tl.max(tl.where(is_similar, row[:, None], -1), axis=0)
+                        tl.atomic_max(earlier + column, candidate, mask=candidate >= 0, sem="relaxed")
+        left = tl.where(is_open, first, last)
+    if SECOND:
+        tl.store(earlier + row, found, mask=mask & (found != done))
+    else:
+        tl.store(later + row, found, mask=mask)
+        since = tl.where(mask & (found >= 0), found // BLOCK * BLOCK, 0)
+        tl.store(compared + block, tl.max(since, axis=0))
+
+
+@triton.jit(do_not_specialize=["length"])
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    keys, head_stride, stride, norms, total, later, earlier, latest, similarity, fixed, length,
+    HEAD_DIM: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add up the similarities of BLOCK tokens, and subtract what they exempt from the sums."""
+    head, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask, at = row < length, head * length + row
+    base, norms = keys + head * head_stride, norms + head * tl.num_programs(1) * BLOCK
+    key = _load_keys(base, stride, row.to(tl.int64), mask, HEAD_DIM, BLOCK_D).to(tl.float32)
+    unit = key / tl.load(norms + row)[:, None]
+    all_keys = tl.load(total + head * BLOCK_D + tl.arange(0, BLOCK_D))
+    sums = tl.sum(unit * (all_keys[None, :] - unit), axis=1)
+    tl.atomic_add(fixed + at, (sums.to(tl.float64) * ONE).to(tl.int64), mask=mask, sem="relaxed")
+    found = tl.load(later + at, mask=mask, other=-1)
+    found = tl.where(found >= 0, found, tl.load(earlier + at, mask=mask, other=-1))
+    is_exempted, target = found >= 0, tl.maximum(found, 0)
+    key = _load_keys(base, stride, target.to(tl.int64), is_exempted, HEAD_DIM, BLOCK_D).to(tl.float32)
+    cosine = tl.sum(unit * (key / tl.load(norms + target)[:, None]), axis=1)
+    tl.store(latest + at, found.to(tl.int64), mask=mask)
+    tl.store(similarity + at, cosine, mask=mask)
+    exempted = (cosine.to(tl.float64) * ONE).to(tl.int64)
+    tl.atomic_add(fixed + head * length + target, -exempted, mask=is_exempted, sem="relaxed")

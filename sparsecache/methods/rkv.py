@@ -20,14 +20,14 @@ from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool1d, normalize
+from torch.nn.functional import max_pool1d
 
 from sparsecache.cache.base import CacheConfig, MethodKind
 from sparsecache.cache.eviction import BoundedKVCache, check_voting, pin_last
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.redundancy import Redundancy, evict_redundant
 from sparsecache.kernels.scores import scaled_scores
-from sparsecache.kernels.similarity import latest_similar
+from sparsecache.kernels.similarity import similarity_sums
 
 _SIMILAR = 0.5  # cosine similarity above which tokens are similar
 _MAX_WINDOW = 64  # each query of it is kept, and read at every step
@@ -75,7 +75,7 @@ class RKVCache(BoundedKVCache):
         length, window = k.shape[1], self._method.window
         count = min(self._budget.tokens(length), length)
         state = self.scores, self.redundancy.exempted, self.redundancy.similarity
-        for stored, found in zip(state, _redundancy(self.keys[slot, :, :count]), strict=True):
+        for stored, found in zip(state, similarity_sums(self.keys[slot, :, :count], _SIMILAR), strict=True):
             stored[slot, :, :count] = found
         last = torch.arange(max(0, length - window), length, device=q.device)
         self.redundancy.queries[slot][:, :, last % window] = q[:, last].view(len(k), -1, len(last), q.shape[2])
@@ -88,7 +88,7 @@ class RKVCache(BoundedKVCache):
             logits = scaled_scores(q[:, before:], k[:, :before], head_dim)
             votes = logits.view(kv_heads, -1, *logits.shape[1:]).amax(1).softmax(-1).mean(1)
             importance = max_pool1d(votes, method.kernel, 1, method.kernel // 2)
-            redundancy = (_redundancy(k)[0] / length).softmax(-1)
+            redundancy = (similarity_sums(k, _SIMILAR)[0] / length).softmax(-1)
             scores[:, :before] = method.mix(importance, redundancy[:, :before])
         order = pin_last(scores, length - before).sort(dim=-1, descending=True, stable=True).indices
         kept = order[:, :count].sort(dim=-1).values  # in the order of the text
@@ -96,14 +96,3 @@ class RKVCache(BoundedKVCache):
 
     def evict(self, q: Tensor, slots: Tensor) -> None:
         evict_redundant(q, self.tokens, self.redundancy, self.seq_lens, slots, self.budgets)
-
-
-def _redundancy(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums of similarities, the token that each token exempts or -1, and the two's similarity: [G, L] each.
-
-    keys: [G, L, D], in the order of the text. Does not build an L x L tensor.
-    """
-    unit = normalize(keys.float(), dim=-1)
-    sums = (unit * (unit.sum(1, keepdim=True) - unit)).sum(2)  # similarities of each token with all others
-    exempted, similarity = latest_similar(keys, _SIMILAR)
-    return sums.scatter_add(1, exempted.clamp(min=0), -similarity), exempted, similarity
