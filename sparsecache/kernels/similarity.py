@@ -69,9 +69,7 @@ def _launch(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
             *inputs, norms, min_norms, later, earlier, compared, threshold, length,
             SECOND=is_second, CHUNK=_CHUNK, num_stages=stages, **sizes,
         )  # fmt: skip
-    _sum_kernel[grid](
-        *inputs, norms, total, later, earlier, latest, similarity, fixed, length, ONE=_ONE, **sizes
-    )
+    _sum_kernel[grid](*inputs, norms, total, later, earlier, latest, similarity, fixed, length, ONE=_ONE, **sizes)
     return fixed * (1 / _ONE), latest, similarity
 
 

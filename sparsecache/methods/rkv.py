@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from sparsecache.cache.base import CacheConfig, MethodKind
-from sparsecache.cache.eviction import BoundedKVCache, check_voting, pin_last
+from sparsecache.cache.eviction import BoundedKVCache, check_voting
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.redundancy import Redundancy, evict_redundant
 from sparsecache.kernels.scores import scaled_scores
@@ -81,18 +81,24 @@ class RKVCache(BoundedKVCache):
         self.redundancy.queries[slot][:, :, last % window] = q[:, last].view(len(k), -1, len(last), q.shape[2])
 
     def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        kv_heads, length, head_dim = k.shape
-        before, method = max(0, length - self._method.window), self._method
-        scores = torch.zeros(kv_heads, length, device=k.device)
-        if before:
-            logits = scaled_scores(q[:, before:], k[:, :before], head_dim)
-            votes = logits.view(kv_heads, -1, *logits.shape[1:]).amax(1).softmax(-1).mean(1)
-            importance = max_pool1d(votes, method.kernel, 1, method.kernel // 2)
-            redundancy = (similarity_sums(k, _SIMILAR)[0] / length).softmax(-1)
-            scores[:, :before] = method.mix(importance, redundancy[:, :before])
-        order = pin_last(scores, length - before).sort(dim=-1, descending=True, stable=True).indices
-        kept = order[:, :count].sort(dim=-1).values  # in the order of the text
+        kv_heads, length, _ = k.shape
+        window = min(count, self._method.window)
+        kept = torch.arange(length - window, length, device=k.device).expand(kv_heads, -1)
+        if count > window:
+            best = self._scores_before_window(q, k).topk(count - window, sorted=False).indices
+            kept = torch.cat((best.sort(dim=-1).values, kept), 1)  # in the order of the text
         return kept, torch.zeros_like(kept, dtype=torch.float32)
+
+    def _scores_before_window(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return the scores of a prompt's tokens before the window: [G, L - window]."""
+        kv_heads, length, head_dim = k.shape
+        method = self._method
+        before = length - method.window
+        logits = scaled_scores(q[:, before:], k[:, :before], head_dim)
+        votes = logits.view(kv_heads, -1, *logits.shape[1:]).amax(1).softmax(-1).mean(1)
+        importance = max_pool1d(votes, method.kernel, 1, method.kernel // 2)
+        redundancy = (similarity_sums(k, _SIMILAR)[0] / length).softmax(-1)
+        return method.mix(importance, redundancy[:, :before])
 
     def evict(self, q: Tensor, slots: Tensor) -> None:
         evict_redundant(q, self.tokens, self.redundancy, self.seq_lens, slots, self.budgets)
