@@ -30,8 +30,15 @@ _LONGEST_FILES = [  # first, so that the other process does not wait for one of 
     "test_real_model.py",
 ]
 
+# Threads on shared cores wait for each other. The variable is for processes that tests start, and for pytest's workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are first imported: their tests run them on the CPU
+
+
+def pytest_runtest_setup() -> None:
+    torch.set_num_threads(1)  # a test may have set more
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

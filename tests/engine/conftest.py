@@ -24,12 +24,7 @@ from sparsecache.methods.vanilla import Vanilla
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 CPU = torch.device("cpu")
-NEW_TOKENS = 64
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+NEW_TOKENS = 40
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,8 @@ def runs(
     folder = tmp_path_factory.mktemp("training")
     arguments = ["--out", folder / "tiny", "--state", folder / "state.pt", "--minutes", 0.4, "--run_minutes", 0.2]
     small = ["--tiny", "--device", "cpu", "--workers", 1, "--batch_tokens", 2048]
-    one_thread = {"OMP_NUM_THREADS": "1"}
     command = [repo / "examples" / "train_demo" / "train.py", *arguments, *small]
-    return folder / "tiny", [run_python(*command, env=one_thread) for _ in range(2)]
+    return folder / "tiny", [run_python(*command) for _ in range(2)]
 
 
 def test_the_second_run_continues_and_the_loss_falls(runs: Runs) -> None:

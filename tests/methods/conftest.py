@@ -15,11 +15,6 @@ from sparsecache.testing.random_checkpoint import make_random_checkpoint
 from tests.methods.presses import kvpress  # noqa: F401 (a fixture)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a checkpoint of a family, made once."""

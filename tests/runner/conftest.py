@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from longbench_pred import main
@@ -18,11 +17,6 @@ from sparsecache.engine.loading import Checkpoint
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 Rows = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -261,7 +261,6 @@ def test_the_cache_folder_is_the_one_that_is_named(monkeypatch, tmp_path) -> Non
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A checkpoint with a sparse layer."""
-    torch.set_num_threads(1)
     return make_random_checkpoint(
         tmp_path_factory.mktemp("calibrated") / "tiny",
         num_hidden_layers=2,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from sparsecache.runner.run import run as predict
@@ -56,7 +55,6 @@ def started(monkeypatch, script) -> list[str]:
 @pytest.fixture
 def sweep(script, tiny, tmp_path, monkeypatch, started) -> Sweep:
     """Runs scripts/sweep.py in this process over a file of this text, in which {model} is a tiny checkpoint."""
-    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
 
     def run(text: str, *arguments: str) -> Result:
