@@ -54,6 +54,28 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _functions_of_kernels_are_prepared_once() -> Iterator[None]:
+    """Triton's interpreter prepares a function at each call from a kernel, which takes half of its time."""
+    if "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    prepare_and_call = InterpretedFunction.__call__
+    prepared = set()
+
+    def call(function: Any, *arguments: Any, **options: Any) -> Any:
+        if function.fn in prepared:
+            return function.rewrite()(*arguments, **options)
+        prepared.add(function.fn)
+        return prepare_and_call(function, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "__call__", call)
+        yield
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of this repository."""
