@@ -4,13 +4,13 @@ A real tensor on `torch.device("cpu", 1)` forgets the number. Inside `FakeDevice
 device, or moved to it, is a wrapper that keeps it. An operation over two devices raises, as it does with CUDA.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ class FakeDevices(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        found = [leaf for leaf in _leaves((args, *kwargs.values())) if isinstance(leaf, Tensor)]
         here = {_device(tensor) for tensor in found if tensor.dim() or isinstance(tensor, _Tagged)}
         target = kwargs.get("device")
         crosses = func.overloadpacket in (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.copy_)
@@ -44,12 +44,12 @@ class FakeDevices(TorchDispatchMode):
             kwargs["device"] = CPU
         if crosses and target is not None and here and here != {target}:
             self.crossings.append((*here, target))
-        out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        out = func(*_map(_inner, args), **{name: _map(_inner, value) for name, value in kwargs.items()})
         place = target if target is not None else (_device(found[0]) if found else CPU)
         if place.index is None:
             return out
         with torch.inference_mode(False):  # else a tensor that was made outside that mode could not be viewed inside
-            return tree_map(lambda x: _Tagged(x, place) if isinstance(x, Tensor) else x, out)
+            return _map(lambda x: _Tagged(x, place) if isinstance(x, Tensor) else x, out)
 
 
 class _Literals(TorchFunctionMode):
@@ -81,6 +81,19 @@ class _Tagged(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"{func} on a fake device outside FakeDevices.")
+
+
+def _map(function: Callable[[Any], Any], x: Any) -> Any:
+    """Map the leaves of lists and tuples, several times as fast as torch's pytrees."""
+    return type(x)(_map(function, each) for each in x) if isinstance(x, list | tuple) else function(x)
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    if isinstance(x, list | tuple):
+        for each in x:
+            yield from _leaves(each)
+    else:
+        yield x
 
 
 def _inner(x: Any) -> Any:

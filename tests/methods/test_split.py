@@ -21,7 +21,7 @@ from tests.methods.fake_devices import FakeDevices
 LAYERS = 5
 DEVICES = [torch.device("cpu", number) for number in range(3)]
 PROMPTS = (40, 5, 33)
-NEW_TOKENS = 6
+NEW_TOKENS = 4
 MORE = {"infinigen": [{"offload": True, "gpu_cache": 3, "budget": 4, "sinks": 1, "recent": 1}]}
 CASES = [
     pytest.param(name, options, id=f"{name} {options}")
