@@ -32,17 +32,18 @@ from sparsecache.cli import option_pairs, report_usage_errors
 from sparsecache.engine.base import Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families import family_names, load_family
+from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
+from sparsecache.engine.weights import Weights
 from sparsecache.errors import UsageError, listed
 from sparsecache.methods import load_method, make_method, method_options, option_errors, parse_options
-from sparsecache.methods.vanilla import Vanilla
 from sparsecache.testing.cache_checks import CPU, check_counts, check_free_empty_slot, check_shapes, require
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 PROMPT_LENGTHS = (90, 5, 33, 14)
-NEW_TOKENS = (24, 12, 20, 7)  # different ones, so that batches lose rows
+NEW_TOKENS = (20, 9, 15, 5)  # different ones, so that batches lose rows
 Options = dict[str, Any]
 Check = tuple[str, Callable[[], None]]
 # Built-in methods that a budget of everything does not make lossless, or that have none.
@@ -101,9 +102,7 @@ class MethodUnderTest:
 
 def make_decoder(checkpoint: Path, method: CacheMethod) -> Decoder:
     """Return a decoder of a checkpoint over a method, calibrated if it needs to be."""
-    found = Checkpoint(checkpoint)
-    architecture = load_family(found.model_type).architecture(found.config)
-    weights = found.load(architecture, CPU, torch.float32)
+    found, architecture, weights = _read(checkpoint)
     decoder = Decoder(architecture, weights, Rope(found.config, CPU), method)
     method.check(decoder.shape)
     text = method.calibration_text()
@@ -112,6 +111,14 @@ def make_decoder(checkpoint: Path, method: CacheMethod) -> Decoder:
             token_ids = found.tokenizer(text)["input_ids"][:300]
             decoder.calibrate(torch.tensor(token_ids), lambda layers: None)
     return decoder
+
+
+@cache
+def _read(checkpoint: Path) -> tuple[Checkpoint, Architecture, Weights]:
+    """Read what all decoders of a checkpoint share. None of them changes it."""
+    found = Checkpoint(checkpoint)
+    architecture = load_family(found.model_type).architecture(found.config)
+    return found, architecture, found.load(architecture, CPU, torch.float32)
 
 
 def prompts() -> list[list[int]]:
@@ -175,7 +182,7 @@ def check_independence(new_engine: Callable[[int], Generator]) -> None:
     new_engine: makes an engine of so many slots.
     """
     alone = {at: texts(new_engine(1), [at])[at] for at in range(len(PROMPT_LENGTHS))}
-    for slots, orders in ((1, ([3, 0, 1, 1, 2],)), (3, ([0, 1, 2, 3], [3, 1, 1, 0, 2]))):
+    for slots, orders in ((1, ([3, 0, 1],)), (3, ([0, 1, 2, 3], [3, 1, 1, 0, 2]))):
         engine = new_engine(slots)
         for order in orders:
             same = texts(engine, order) == {at: alone[at] for at in order}
@@ -204,7 +211,7 @@ def check_free_slots(decoder: Decoder) -> None:
                 step = decoder.step(tokens[at].expand(len(rows)), positions, slots)
                 found.append(step[rows.index(1)])
             cache.free_slot(1)
-        for _ in range(40 if len(rows) > 1 else 0):
+        for _ in range(24 if len(rows) > 1 else 0):
             decoder.step(tokens[:2], torch.tensor([39, 39]), torch.tensor([2, 0]))
         found.append(decoder.prefill(prompt, 2))
         found.append(decoder.step(tokens[:1], torch.tensor([len(prompt)]), torch.tensor([2]))[0])
@@ -218,9 +225,10 @@ def check_free_slots(decoder: Decoder) -> None:
 def check_tight_changes(subject: MethodUnderTest, checkpoint: Path) -> None:
     """Options that drop tokens change the text; without that the other checks show little."""
     if subject.tight:
-        made = [Vanilla(), subject.make(subject.tight)]
-        whole, found = (texts(Generator(make_decoder(checkpoint, each), 1), [0, 2]) for each in made)
-        require(found != whole, f"with {subject.tight} the text is that of the full cache")
+        found = texts(Generator(make_decoder(checkpoint, subject.make(subject.tight)), 2), [0, 2])
+        full = _reference_texts(checkpoint)
+        changed = any(text != full[at] for at, text in found.items())
+        require(changed, f"with {subject.tight} the text is that of the full cache")
 
 
 def check_budget(subject: MethodUnderTest, checkpoint: Path) -> None:
