@@ -5,70 +5,75 @@ import math
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
+from sparsecache.kernels._triton import has_large_shared_memory, next_power_of_2, tl, triton, use_kernel
 from sparsecache.kernels.scores import scaled_scores
 
 _BLOCK = 64  # queries per iteration of the reference
-_BLOCK_M, _BLOCK_N, _WARPS = 64, 128, 4  # queries and keys per iteration
-_NORMALIZER_BLOCK_M, _NORMALIZER_WARPS = 128, 8  # more queries per program read the keys from L2 less often
+_NORMALIZER_BLOCK_M, _NORMALIZER_BLOCK_N, _NORMALIZER_WARPS = 128, 128, 8  # queries per program, keys per iteration
+_BLOCK_M = 64  # queries per iteration of the sums
 _FEW_QUERIES = 256  # with so few, the reference is as fast: the kernels do not fill the GPU
 _MAX_ROW_BYTES = 512  # tiles of wider rows do not fit into shared memory
+_LOG2_E = math.log2(math.e)
 
 
-def attention_sums(q: Tensor, k: Tensor, first: int) -> Tensor:
+def attention_sums(q: Tensor, k: Tensor, first: int, logsumexp: Tensor | None = None) -> Tensor:
     """Return the attention that each prompt token receives from queries `first` to the last: [G, L] float32.
 
-    q: [H, L, D]; k: [G, L, D]. The sum is over queries, and over the query heads of a KV head.
+    q: [H, L, D]; k: [G, L, D]. The sum is over queries, and over the query heads of a KV head. logsumexp: [H, L]
+    float32, the logarithm of each query's sum of exp(score) over the tokens up to its own; computed if None.
     """
     kv_heads, length, head_dim = k.shape
     if use_kernel(q) and length - first > _FEW_QUERIES and head_dim * q.element_size() <= _MAX_ROW_BYTES:
-        return _launch(q, k, first)
+        return _launch(q, k, first, logsumexp)
     sums = torch.zeros(kv_heads, length, device=k.device)
     for start in range(first, length, _BLOCK):
         end = min(start + _BLOCK, length)
         scores = scaled_scores(q[:, start:end], k[:, :end], head_dim)  # [H, block, end]
         is_later = torch.ones(end - start, end, device=k.device, dtype=torch.bool).triu(start + 1)
-        received = scores.masked_fill_(is_later, -torch.inf).softmax(-1).sum(1)  # [H, end]
-        sums[:, :end] += received.view(kv_heads, -1, end).sum(1)
+        scores.masked_fill_(is_later, -torch.inf)
+        weights = scores.softmax(-1) if logsumexp is None else (scores - logsumexp[:, start:end, None]).exp()
+        sums[:, :end] += weights.sum(1).view(kv_heads, -1, end).sum(1)
     return sums
 
 
-def _launch(q: Tensor, k: Tensor, first: int) -> Tensor:
+def _launch(q: Tensor, k: Tensor, first: int, logsumexp: Tensor | None) -> Tensor:
     """Launch the kernels of `attention_sums`."""
     heads, length, head_dim = q.shape
     kv_heads = k.shape[0]
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
-    normalizers = torch.empty((heads, length), device=q.device, dtype=torch.float32)
-    sums = torch.empty((kv_heads, length), device=q.device, dtype=torch.float32)
-    inputs = (q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), normalizers)
-    scale = math.log2(math.e) / math.sqrt(head_dim)  # scores are exponents of 2
-    sizes = {
-        "GROUP": heads // kv_heads, "BLOCK_N": _BLOCK_N, "BLOCK_D": next_power_of_2(head_dim, 16), "num_stages": 2,
-    }  # fmt: skip
-    _normalizer_kernel[(-(-(length - first) // _NORMALIZER_BLOCK_M), heads)](
-        *inputs, scale, first, length, head_dim, BLOCK_M=_NORMALIZER_BLOCK_M, num_warps=_NORMALIZER_WARPS, **sizes,
-    )  # fmt: skip
-    _sum_kernel[(-(-length // _BLOCK_N), kv_heads)](
-        *inputs, sums, scale, first, length, head_dim, BLOCK_M=_BLOCK_M, num_warps=_WARPS, **sizes,
-    )  # fmt: skip
-    return sums
+    # Rows of a multiple of 64 values, so that loads of a tile are aligned.
+    normalizers = torch.empty((heads, -(-length // _BLOCK_M) * _BLOCK_M), device=q.device, dtype=torch.float32)
+    sums = torch.empty((heads, length), device=q.device, dtype=torch.float32)
+    scale = _LOG2_E / math.sqrt(head_dim)  # scores are exponents of 2
+    inputs = (q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), normalizers, normalizers.stride(0))
+    sizes = {"GROUP": heads // kv_heads, "BLOCK_D": next_power_of_2(head_dim, 16)}
+    if logsumexp is None:
+        _normalizer_kernel[(-(-(length - first) // _NORMALIZER_BLOCK_M), heads)](
+            *inputs, scale, first, length, head_dim, BLOCK_M=_NORMALIZER_BLOCK_M, BLOCK_N=_NORMALIZER_BLOCK_N,
+            num_warps=_NORMALIZER_WARPS, num_stages=2, **sizes,
+        )  # fmt: skip
+    else:
+        torch.mul(logsumexp, _LOG2_E, out=normalizers[:, :length])
+    tile = _sum_tile(q)
+    _sum_kernel[(heads, -(-length // tile["BLOCK_N"]))](
+        *inputs, sums, scale, first, length, head_dim, BLOCK_M=_BLOCK_M, **tile, **sizes
+    )
+    return sums.view(kv_heads, -1, length).sum(1)
 
 
-@triton.jit
-def _causal_scores(  # type: ignore[no-untyped-def]
-    q_block, k_block, row, column, scale, MASKED: tl.constexpr
-):  # fmt: skip
-    """Return scores [BLOCK_M, BLOCK_N]. MASKED: set those of tokens later than the query to -inf."""
-    scores = tl.dot(q_block, k_block, input_precision="ieee") * scale
-    if MASKED:
-        scores = tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
-    return scores
+def _sum_tile(q: Tensor) -> dict[str, int]:
+    """Return the keys per program of `_sum_kernel`, and its launch options."""
+    half, row_nbytes = q.element_size() == 2, q.shape[2] * q.element_size()
+    if half and row_nbytes <= 256 and has_large_shared_memory(q.device):
+        # With 128 registers two programs share a multiprocessor.
+        return {"BLOCK_N": 256, "num_warps": 8, "STAGES": 3, "maxnreg": 128}
+    return {"BLOCK_N": 128, "num_warps": 4 if half else 8, "STAGES": 2}
 
 
 @triton.jit(do_not_specialize=["first", "length"])
 def _normalizer_kernel(  # type: ignore[no-untyped-def]
-    q, q_head_stride, q_stride, k, k_head_stride, k_stride, normalizers, scale, first, length, head_dim,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, q_head_stride, q_stride, k, k_head_stride, k_stride, normalizers, normalizer_stride, scale, first, length,
+    head_dim, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Store the logarithm to base 2 of the softmax's denominator for BLOCK_M queries of a head."""
     head, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
@@ -87,37 +92,56 @@ def _normalizer_kernel(  # type: ignore[no-untyped-def]
             column = start + tl.arange(0, BLOCK_N)
             k_ptr = keys + column[None, :] * k_stride + channel[:, None]
             k_block = tl.load(k_ptr, mask=((column < length) | (not masked))[None, :] & in_head[:, None], other=0.0)
-            scores = _causal_scores(q_block, k_block, row, column, scale, masked)
+            scores = tl.dot(q_block, k_block, input_precision="ieee") * scale
+            if masked:
+                scores = tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
             new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
             total = total * tl.exp2(maximum - new_maximum) + tl.sum(tl.exp2(scores - new_maximum[:, None]), axis=1)
             maximum = new_maximum
-    tl.store(normalizers + head * length + row, maximum + tl.log2(total), mask=row < length)
+    tl.store(normalizers + head * normalizer_stride + row, maximum + tl.log2(total), mask=row < length)
 
 
 @triton.jit(do_not_specialize=["first", "length"])
 def _sum_kernel(  # type: ignore[no-untyped-def]
-    q, q_head_stride, q_stride, k, k_head_stride, k_stride, normalizers, sums, scale, first, length, head_dim,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, q_head_stride, q_stride, k, k_head_stride, k_stride, normalizers, normalizer_stride, sums, scale, first, length,
+    head_dim, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Store the attention that BLOCK_N tokens of a KV head receive from all queries of its query heads."""
-    kv, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
-    begin = tl.program_id(0) * BLOCK_N  # programs with the most queries start first
+    """Store the attention that BLOCK_N tokens receive from all queries of a query head."""
+    head, channel = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    begin = tl.program_id(1) * BLOCK_N  # programs with the most queries start first
     column = begin + tl.arange(0, BLOCK_N)
     in_head = channel < head_dim
-    k_ptr = k + kv * k_head_stride + column[None, :] * k_stride + channel[:, None]
-    k_block = tl.load(k_ptr, mask=(column < length)[None, :] & in_head[:, None], other=0.0)
-    received = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # added over the queries after the loops
-    seen_by_all = tl.maximum(first, tl.cdiv(tl.maximum(begin + BLOCK_N - 1 - first, 0), BLOCK_M) * BLOCK_M + first)
-    for group_head in range(GROUP):
-        head = kv * GROUP + group_head
-        for masked in tl.static_range(2):
-            first_row = first + tl.maximum(begin - first, 0) // BLOCK_M * BLOCK_M if masked else seen_by_all
-            for start in tl.range(first_row, tl.minimum(seen_by_all, length) if masked else length, BLOCK_M):
-                row = start + tl.arange(0, BLOCK_M)
-                q_ptr = q + head * q_head_stride + row[:, None] * q_stride + channel[None, :]
-                q_block = tl.load(q_ptr, mask=(row < length)[:, None] & in_head[None, :], other=0.0)
-                normalizer = tl.load(normalizers + head * length + row, mask=row < length, other=float("inf"))
-                scores = _causal_scores(q_block, k_block, row, column, scale, masked)
-                weights = tl.exp2(scores - normalizer[:, None])  # 0 beyond the last query
-                received += weights
-    tl.store(sums + kv * length + column, tl.sum(received, axis=0), mask=column < length)
+    k_ptr = k + head // GROUP * k_head_stride + column[:, None] * k_stride + channel[None, :]
+    k_block = tl.load(k_ptr, mask=(column < length)[:, None] & in_head[None, :], other=0.0)
+    queries = q + head * q_head_stride
+    offsets = tl.arange(0, BLOCK_M)[None, :] * q_stride + channel[:, None]
+    normalizers += head * normalizer_stride
+    received = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    # Tiles of queries: those on the diagonal, then those that all keys precede; the last one may be incomplete.
+    num_tiles, num_complete = tl.cdiv(length, BLOCK_M), length // BLOCK_M
+    first_tile = tl.maximum(begin, first) // BLOCK_M
+    first_after = tl.minimum(tl.cdiv(tl.maximum(begin + BLOCK_N - 1, first), BLOCK_M), num_tiles)
+    num_diagonal = first_after - first_tile
+    num_masked = num_diagonal + num_tiles - tl.maximum(num_complete, first_after)
+    for masked in tl.static_range(2):
+        # Stages of a loop, unlike those of a kernel, also pipeline loads that no product reads.
+        for index in tl.range(
+            0 if masked else first_after, num_masked if masked else num_complete, num_stages=1 if masked else STAGES
+        ):
+            tile = tl.where(index < num_diagonal, first_tile + index, num_complete) if masked else index
+            row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            q_ptr = queries + (tile * BLOCK_M).to(tl.int64) * q_stride + offsets
+            if masked:
+                counts = (row >= first) & (row < length)
+                q_block = tl.load(q_ptr, mask=counts[None, :] & in_head[:, None], other=0.0)
+                normalizer = tl.load(normalizers + row, mask=counts, other=float("inf"))  # a weight of 0
+            else:
+                q_block = tl.load(q_ptr, mask=in_head[:, None], other=0.0)
+                normalizer = tl.load(normalizers + row)
+            scores = tl.dot(k_block, q_block, input_precision="ieee")
+            weights = tl.exp2(scores * scale - normalizer[None, :])
+            if masked:
+                weights = tl.where(column[:, None] <= row[None, :], weights, 0.0)
+            received += tl.sum(weights, axis=1)
+    tl.store(sums + head * length + column, received, mask=column < length)
