@@ -84,12 +84,15 @@ class LayerCache(ABC):
     speculation_source: which hidden state of the previous layer `speculate` receives; None: it is not called.
         "input": that layer's normed attention input. "residual": its residual stream after attention.
     estimates_rest: whether the output includes one estimate for all tokens that are not attended to.
+    uses_logsumexp: whether `prefill_with_logsumexp` needs less time than `prefill`. An engine calls it instead if its
+        attention over the prompt computes the log-sum-exp.
     """
 
     sparse: ClassVar[bool] = True
     graphable: bool = True
     estimates_rest: bool = False
     speculation_source: SpeculationSource | None = None
+    uses_logsumexp: ClassVar[bool] = False
 
     @abstractmethod
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -98,6 +101,14 @@ class LayerCache(ABC):
         q: [H, L, D]; k, v: [G, L, D], rotated, not to be modified. The engine computes the attention over the prompt,
         which is dense and exact.
         """
+
+    def prefill_with_logsumexp(self, slot: int, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor) -> None:
+        """Store a prompt as `prefill` does, by the log-sum-exp of its attention.
+
+        logsumexp: [H, L] float32, the logarithm of each query's sum of exp(q k / sqrt(D)) over the tokens up to its
+        own.
+        """
+        self.prefill(slot, q, k, v)
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:

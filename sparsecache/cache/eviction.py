@@ -122,9 +122,15 @@ class BoundedKVCache(LayerCache):
         """
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        length = k.shape[1]
-        count = min(self._budget.tokens(length), length)
-        kept, scores = self.prompt_scores(q, k, count)
+        self.store_prompt(slot, k, v, *self.prompt_scores(q, k, self.prompt_count(k.shape[1])))
+
+    def prompt_count(self, length: int) -> int:
+        """Return how many of a prompt's `length` tokens a KV head keeps."""
+        return min(self._budget.tokens(length), length)
+
+    def store_prompt(self, slot: int, k: Tensor, v: Tensor, kept: Tensor, scores: Tensor) -> None:
+        """Store the positions kept [G, count] of a prompt k, v [G, L, D], with their scores [G, count]."""
+        count = kept.shape[1]
         self.keys[slot, :, :count], self.values[slot, :, :count] = _rows(k, kept), _rows(v, kept)
         self.positions[slot, :, :count], self.scores[slot, :, :count] = kept, scores
         self.num_tokens[slot].fill_(count)

@@ -3,7 +3,7 @@
 The caches of a ModelCache hold keys and values. Nothing here depends on the cache method.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,15 +15,21 @@ from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import LayerWeights, Weights
 from sparsecache.kernels._triton import uses_kernels
-from sparsecache.kernels.attention import padded_prompt_length, prompt_attention, warm_attention_plan
+from sparsecache.kernels.attention import (
+    padded_prompt_length,
+    prompt_attention,
+    prompt_attention_with_logsumexp,
+    warm_attention_plan,
+)
 from sparsecache.kernels.fp8 import Matrix, to_tensor
 from sparsecache.kernels.linear import add_linear, linear, linear_rope, norm_for, swiglu
 from sparsecache.kernels.norm import rms_norm
 from sparsecache.kernels.rotation import Rotation, rotate, split_and_rotate
 
 _CHUNK = 8192  # tokens of a prompt in one SwiGLU
-OnQKV = Callable[[int, Tensor, Tensor, Tensor], None]
-"""A callback that receives a layer and its q [H, L, D], k and v [G, L, D] of a prompt."""
+OnQKV = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], None]
+"""A callback that receives a layer, its q [H, L, D], k and v [G, L, D] of a prompt, and the log-sum-exp of its
+attention [H, L], None where it was not asked for or is not computed."""
 
 
 class Decoder:
@@ -71,18 +77,30 @@ class Decoder:
         Attention over the prompt is dense and exact. No L x L tensor is built.
         """
         cache = self._model_cache()
-        hidden = self._forward_prompt(token_ids, lambda layer, q, k, v: cache.layers[layer].prefill(slot, q, k, v))
+
+        def store(layer: int, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor | None) -> None:
+            if logsumexp is None:
+                cache.layers[layer].prefill(slot, q, k, v)
+            else:
+                cache.layers[layer].prefill_with_logsumexp(slot, q, k, v, logsumexp)
+
+        logsumexp_layers = [index for index, layer in enumerate(cache.layers) if layer.uses_logsumexp]
+        hidden = self._forward_prompt(token_ids, store, logsumexp_layers)
         cache.start_sequence(slot, len(token_ids))
         return self._lm_head(hidden)[0]
 
     def warm_attention_plan(self, tokens: int) -> None:
         """Let cuDNN plan the attention over a prompt of this length on the host, unless it is planned.
 
-        It runs the attention of one layer once, over arbitrary values.
+        Requires `allocate`. It runs the attention of one layer once, over arbitrary values.
         """
+        for with_logsumexp in {layer.uses_logsumexp for layer in self._model_cache().layers}:
+            self._warm_attention_plan(tokens, with_logsumexp)
+
+    def _warm_attention_plan(self, tokens: int, with_logsumexp: bool) -> None:
         shape = self.shape
         for device in self.devices:
-            warm_attention_plan(tokens, shape.heads, shape.kv_heads, shape.head_dim, device, self.dtype)
+            warm_attention_plan(tokens, shape.heads, shape.kv_heads, shape.head_dim, device, self.dtype, with_logsumexp)
 
     def calibrate(self, token_ids: Tensor, on_layer: Callable[[int], None]) -> None:
         """Run a text, token_ids: [L], and pass each layer's queries and keys to the method. Caches nothing.
@@ -90,7 +108,7 @@ class Decoder:
         on_layer: called with 1 after each layer.
         """
 
-        def calibrate_layer(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        def calibrate_layer(layer: int, q: Tensor, k: Tensor, *_: Tensor | None) -> None:
             self._method.calibrate(layer, q.view(self.shape.kv_heads, -1, *q.shape[1:]), k)
             on_layer(1)
 
@@ -172,8 +190,12 @@ class Decoder:
         per_token = 2 * hidden + 2 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         return self.dtype.itemsize * (tokens * per_token + 2 * min(tokens, _CHUNK) * (intermediate + 2 * hidden))
 
-    def _forward_prompt(self, token_ids: Tensor, on_qkv: OnQKV) -> Tensor:
-        """Return the last token's hidden state [1, hidden]; on_qkv: receives each layer's q, k and v."""
+    def _forward_prompt(self, token_ids: Tensor, on_qkv: OnQKV, logsumexp_layers: Sequence[int] = ()) -> Tensor:
+        """Return the last token's hidden state [1, hidden].
+
+        on_qkv: receives each layer's q, k and v, and the log-sum-exp of `logsumexp_layers`. The last layer has none,
+        since its attention is computed for the last token alone.
+        """
         positions = torch.arange(len(token_ids), device=self.device)
         rotation = self._rope.cos_sin(positions, positions[-1:] + 1, self.dtype)
         x = self._weights.embedding[token_ids]  # [L, hidden]
@@ -181,7 +203,8 @@ class Decoder:
             x, cos, sin = _to_layer_device(layer, x, *rotation)
             rotation = Rotation(cos, sin)
             is_last = index == len(self._weights.layers) - 1
-            heads = self._prompt_attention(index, x, rotation, on_qkv, num_queries=1 if is_last else len(x))
+            with_logsumexp = index in logsumexp_layers and not is_last
+            heads = self._prompt_attention(index, x, rotation, on_qkv, 1 if is_last else len(x), with_logsumexp)
             x = x[-len(heads) :]
             # In chunks, since the hidden layer of the SwiGLU takes several times the memory of x.
             for rows, head_rows in zip(torch.split(x, _CHUNK), torch.split(heads, _CHUNK), strict=True):
@@ -189,13 +212,23 @@ class Decoder:
                 add_linear(rows, self._mlp_hidden(rows, layer), layer.down, layer.down_bias)
         return x
 
-    def _prompt_attention(self, index: int, x: Tensor, rotation: Rotation, on_qkv: OnQKV, num_queries: int) -> Tensor:
-        """Return a layer's attention over a prompt x [L, hidden] for its last 1 or L tokens: [num_queries, H * D]."""
+    def _prompt_attention(
+        self, index: int, x: Tensor, rotation: Rotation, on_qkv: OnQKV, num_queries: int, with_logsumexp: bool
+    ) -> Tensor:
+        """Return a layer's attention over a prompt x [L, hidden] for its last 1 or L tokens: [num_queries, H * D].
+
+        with_logsumexp: pass the log-sum-exp to `on_qkv`, if the attention computes it. Requires num_queries == L.
+        """
         length, layer = len(x), self._weights.layers[index]
         heads = self._heads(norm_for(layer.qkv, x, layer.input_norm, self._eps), layer)
         q, k, v = split_and_rotate(heads, rotation, self.shape.kv_heads, padded_prompt_length(x))  # [H or G, L', D]
         del heads
-        on_qkv(index, q[:, :length], k[:, :length], v[:, :length])
+        prompt = q[:, :length], k[:, :length], v[:, :length]
+        if with_logsumexp:
+            out, logsumexp = prompt_attention_with_logsumexp(q, k, v)
+            on_qkv(index, *prompt, None if logsumexp is None else logsumexp[:, :length])
+            return out[:, :length].transpose(0, 1).flatten(1)
+        on_qkv(index, *prompt, None)
         if num_queries < length:
             q, k, v = q[:, length - num_queries : length], k[:, :length], v[:, :length]
         return prompt_attention(q, k, v)[:, :num_queries].transpose(0, 1).flatten(1)

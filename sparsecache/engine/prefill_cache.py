@@ -97,11 +97,11 @@ class PrefillCachingDecoder(Decoder):
             return found
         self._synchronize()
         began, layers = time.perf_counter(), LayerQKV()
-        hidden = self._forward_prompt(token_ids, lambda layer, q, k, v: layers.append((q, k, v)))
+        hidden = self._forward_prompt(token_ids, lambda layer, q, k, v, _: layers.append((q, k, v)))
         logits = self._lm_head(hidden)[0]
         if next_tokens is not None:
             with suppress(Exception):  # reading that prompt reports the error
-                super().warm_attention_plan(next_tokens)
+                self._warm_attention_plan(next_tokens, with_logsumexp=False)
         self._synchronize()
         prompt = CachedPrompt(layers, logits, time.perf_counter() - began)
         self._prompts.add(token_ids, prompt)

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -14,7 +15,8 @@ _ROUNDING = 512  # tokens: prompts are padded to a multiple of this, so that few
 _MAX_WARMED = 32768  # tokens: running attention to build a plan takes longer than the plan itself beyond this length
 _WITH_CUDNN = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_planned: set[tuple[object, ...]] = set()  # H, G, padded length, D, device, dtype of the plans in this process
+# H, G, padded length, D, device, dtype and whether with log-sum-exp, of the plans in this process
+_planned: set[tuple[object, ...]] = set()
 
 
 def attention(
@@ -80,24 +82,57 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     causal = q.shape[1] > 1
     if not (_uses_cudnn(q.device, q.dtype) and causal):
         return attention(q[None], k[None], v[None], causal=causal)[0]
-    _planned.add((len(q), len(k), *q.shape[1:], q.device, q.dtype))
+    _planned.add((len(q), len(k), *q.shape[1:], q.device, q.dtype, False))
     with sdpa_kernel(_WITH_CUDNN, set_priority=True):
         return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=len(q) > len(k))[0]
 
 
+def prompt_attention_with_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the causal attention of a prompt [H, L, D], and its log-sum-exp [H, L] float32 where cuDNN computes both.
+
+    The log-sum-exp of a query is the logarithm of the sum of exp(score) over the tokens up to its own. q: [H, L, D];
+    k, v: [G, L, D].
+    """
+    batch = q[None], k[None], v[None]
+    if not (_uses_cudnn(q.device, q.dtype) and _cudnn_supports(*batch)):
+        return prompt_attention(q, k, v), None
+    _planned.add((len(q), len(k), *q.shape[1:], q.device, q.dtype, True))
+    # scaled_dot_product_attention calls this operator too, but returns the output alone.
+    out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *batch, None, compute_log_sumexp=True, is_causal=True
+    )
+    return out[0], logsumexp.reshape(q.shape[:2])
+
+
+def _cudnn_supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether cuDNN computes the causal attention of q [B, H, L, D] over k and v [B, G, L, D]."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        parameters = SDPAParams(q, k, v, None, 0.0, True, q.shape[1] > k.shape[1])
+        return can_use_cudnn_attention(parameters)
+
+
 def warm_attention_plan(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    with_logsumexp: bool = False,
 ) -> None:
     """Build the cuDNN plan of prompt_attention for a prompt of `tokens`, unless it exists.
 
-    A later prompt of this padded length then does not wait for the plan.
+    A later prompt of this padded length then does not wait for the plan. with_logsumexp: the plan of
+    prompt_attention_with_logsumexp instead.
     """
     length = _padded(tokens)
-    plan = (heads, kv_heads, length, head_dim, device, dtype)
+    plan = (heads, kv_heads, length, head_dim, device, dtype, with_logsumexp)
     if tokens > _MAX_WARMED or plan in _planned or not _uses_cudnn(device, dtype):
         return
     qkv = torch.empty((heads + 2 * kv_heads, length, head_dim), device=device, dtype=dtype)
-    prompt_attention(*qkv.tensor_split((heads, heads + kv_heads)))
+    attend = prompt_attention_with_logsumexp if with_logsumexp else prompt_attention
+    attend(*qkv.tensor_split((heads, heads + kv_heads)))
+    _planned.add(plan)  # also if cuDNN does not support the shape
 
 
 def _padded(tokens: int) -> int:

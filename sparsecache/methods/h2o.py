@@ -36,10 +36,14 @@ class H2OCache(AttentionEvictionCache):
 
     accumulate: ClassVar[bool] = True
     shared: ClassVar[bool] = False
+    uses_logsumexp: ClassVar[bool] = True
 
-    def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def prefill_with_logsumexp(self, slot: int, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor) -> None:
+        self.store_prompt(slot, k, v, *self.prompt_scores(q, k, self.prompt_count(k.shape[1]), logsumexp))
+
+    def prompt_scores(self, q: Tensor, k: Tensor, count: int, logsumexp: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kv_heads, length = k.shape[:2]
-        received = attention_sums(q, k, first=0)
+        received = attention_sums(q, k, first=0, logsumexp=logsumexp)
         recent = torch.arange(length - (count + 1) // 2, length, device=k.device)
         others = length - len(recent)
         rising = received[:, :others].sort(dim=-1, stable=True).indices

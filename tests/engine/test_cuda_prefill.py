@@ -12,6 +12,7 @@ from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.generator import Generator
 from sparsecache.kernels import attention
 from sparsecache.methods import load_method, make_method, method_names, method_options, parse_options
+from sparsecache.methods.h2o import H2O
 from sparsecache.methods.infinigen import InfiniGen
 from sparsecache.testing.contract import MethodUnderTest
 
@@ -112,6 +113,23 @@ def test_a_prompt_uses_the_plan_that_was_made_for_it(
         before = len(attention_calls)
         decoder.warm_attention_plan(tokens)
         assert len(attention_calls) == before
+
+
+def test_a_method_that_uses_the_logsumexp_uses_the_plans_made_for_it(
+    make_checkpoint: Any, make_decoder: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_planned", set())
+    folder = make_checkpoint("llama", num_hidden_layers=4)
+    decoder = make_decoder(folder, H2O(budget=50, dense_layers=1), torch.bfloat16, GPU)
+    decoder.allocate(1, 601, 1)
+    assert decoder.cache is not None
+    with torch.inference_mode():
+        decoder.warm_attention_plan(600)
+        plans = set(attention._planned)
+        decoder.prefill(torch.randint(3, 1024, (600,), device=GPU), 0)
+    assert {plan[-1] for plan in plans} == {False, True}
+    assert attention._planned == plans
+    assert all(cache.num_tokens[0].tolist() == [50] * decoder.shape.kv_heads for cache in decoder.cache.layers[1:])
 
 
 def test_no_matrix_of_all_scores_of_a_prompt_is_built(

@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsecache.kernels.attention import attention, attention_over_rows
+from sparsecache.kernels.attention import (
+    attention,
+    attention_over_rows,
+    prompt_attention,
+    prompt_attention_with_logsumexp,
+)
 
 
 def _loop(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -123,3 +128,23 @@ def test_a_mask_of_all_rows_equals_no_mask() -> None:
     for all_rows in (None, torch.ones(3, 2, 9, dtype=torch.bool)):
         torch.testing.assert_close(attention_over_rows(q, k, v, all_rows), attention(q, k, v))
     torch.testing.assert_close(attention_over_rows(q, k, v, mask[:, :, 0]), attention(q, k, v, mask=mask))
+
+
+def test_prompt_attention_on_a_cpu_has_no_logsumexp() -> None:
+    q, k, v, _ = (x[0] for x in _inputs(1, 2, 2, 9, 9, 8))
+    out, logsumexp = prompt_attention_with_logsumexp(q, k, v)
+    assert logsumexp is None
+    assert torch.equal(out, prompt_attention(q, k, v))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("kv_heads", "group", "length", "head_dim"), [(8, 4, 1024, 128), (3, 1, 700, 64)])
+def test_logsumexp_is_that_of_dense_scores(kv_heads, group, length, head_dim, dtype) -> None:
+    q, k, v, _ = (x[0] for x in _inputs(1, kv_heads, group, length, length, head_dim))
+    q, k, v = (x.to("cuda", dtype) for x in (3 * q, k, v))
+    out, logsumexp = prompt_attention_with_logsumexp(q, k, v)
+    torch.testing.assert_close(out, prompt_attention(q, k, v))
+    scores = q.float() @ k.float().repeat_interleave(group, 0).mT / head_dim**0.5
+    expected = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(logsumexp, expected, rtol=1e-4, atol=1e-3)

@@ -1,11 +1,13 @@
 """H2O against accumulated attention, added up one query, head and token at a time."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from sparsecache.cache.eviction import attention_sums
+from sparsecache.cache.model_cache import ModelCache
 from sparsecache.methods.h2o import H2O
 from tests.methods.stepping import (
     Kept,
@@ -74,6 +76,24 @@ def test_of_equals_the_earliest_leaves() -> None:
         return [[[0, 1, 2, 3, *range(past - 11, past)]] * 2 for past in range(20, 35)]
 
     check_against(truth, H2O(budget=15, dense_layers=0), shape, [replace(text, q=q, k=k)])
+
+
+def test_the_logsumexp_of_the_attention_gives_the_same_tokens_and_scores() -> None:
+    shape = shape_of(2, layers=1)
+    text = random_text(shape, 90, 0, seed=3)
+    q, k, v = text.prompt_of(0)
+    scores = q @ k.repeat_interleave(2, 0).mT / q.shape[2] ** 0.5
+    logsumexp = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf).logsumexp(-1)
+    found, expected = (
+        ModelCache(H2O(budget=20, dense_layers=0), shape, [q.device], 2, 100, 5, q.dtype).layers[0] for _ in "ab"
+    )
+    expected.prefill(1, q, k, v)
+    found.prefill_with_logsumexp(1, q, k, v, logsumexp)
+    for name in ("positions", "num_tokens", "keys", "values"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    torch.testing.assert_close(found.scores, expected.scores)
+    found.prefill_with_logsumexp(1, q, k, v, logsumexp + math.log(2))
+    torch.testing.assert_close(found.scores, expected.scores / 2)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])

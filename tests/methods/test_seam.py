@@ -1,4 +1,5 @@
-"""What the decoder hands to a method: hidden states to speculate from and queries and keys to calibrate with.
+"""What the decoder hands to a method: hidden states to speculate from, log-sum-exps, and queries and keys to calibrate
+with.
 
 Each is compared with what transformers computes.
 """
@@ -13,9 +14,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from sparsecache.cache.base import SpeculationSource
 from sparsecache.cache.full import FullCache
+from sparsecache.engine import decoder as decoder_module
 from sparsecache.engine.base import Request
 from sparsecache.engine.families import family_names
 from sparsecache.engine.generator import Generator
+from sparsecache.kernels.attention import prompt_attention
 from sparsecache.methods.vanilla import Vanilla
 
 every_family = pytest.mark.parametrize("model_type", family_names())
@@ -60,6 +63,30 @@ class _Calibrating(Vanilla):
 
     def make_cache(self, layer, config):
         raise AssertionError("calibration needs no cache")
+
+
+class _Normalizing(Vanilla):
+    """Records what the caches of layers 1 and 2 receive of a prompt."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
+
+    def make_cache(self, layer, config):
+        return _NormalizingCache(self, layer, config) if layer else FullCache(config)
+
+
+class _NormalizingCache(FullCache):
+    uses_logsumexp = True
+
+    def __init__(self, method, layer, config) -> None:
+        super().__init__(config)
+        self.method, self.layer = method, layer
+
+    def prefill(self, slot, q, k, v) -> None:
+        self.method.calls.append((self.layer, q, k, None))
+
+    def prefill_with_logsumexp(self, slot, q, k, v, logsumexp) -> None:
+        self.method.calls.append((self.layer, q, k, logsumexp))
 
 
 @dataclass(frozen=True)
@@ -162,3 +189,35 @@ def test_speculation_changes_no_text_and_without_a_source_there_is_none(decoder)
         assert done.error is None and bool(method.queries) == (source is not None)
         texts.append(done.token_ids)
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 20
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_cache_receives_the_logsumexp_that_its_layers_attention_computes(decoder, monkeypatch, is_known) -> None:
+    """On a CPU attention computes none; the last layer attends with one query alone."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        return prompt_attention(q, k, v), _logsumexp(q, k) if is_known else None
+
+    monkeypatch.setattr(decoder_module, "prompt_attention_with_logsumexp", attend)
+    method = _Normalizing()
+    ours = decoder("llama", method)
+    prompt = torch.tensor([0, *range(40, 60)])
+    with torch.inference_mode():
+        ours.allocate(1, 40, 10)
+        logits = ours.prefill(prompt, 0)
+        plain = decoder("llama", Vanilla())
+        plain.allocate(1, 40, 10)
+        torch.testing.assert_close(logits, plain.prefill(prompt, 0))
+    (first, q, k, logsumexp), (last, *_, none) = method.calls
+    assert (first, last, none) == (1, 2, None)
+    if is_known:
+        assert logsumexp is not None
+        torch.testing.assert_close(logsumexp, _logsumexp(q, k))
+    else:
+        assert logsumexp is None
+
+
+def _logsumexp(q: Tensor, k: Tensor) -> Tensor:
+    """Return the log-sum-exp [H, L] of the causal scores of q [H, L, D] and k [G, L, D]."""
+    scores = q @ k.repeat_interleave(len(q) // len(k), 0).mT / q.shape[2] ** 0.5
+    return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf).logsumexp(-1)
