@@ -151,14 +151,15 @@ def run_colors(runs: int) -> list[str]:
 
 
 def line_style(number: int, group: int = 0) -> dict[str, Any]:
-    """Return the color, marker and dashes of series `number`; another `group` of the series has other dashes.
+    """Return the color, marker and dashes of series `number`.
 
-    The first twelve series differ also in grayscale.
+    Where colors repeat, and for another `group` of the series, dashes differ. The first twelve series differ also in
+    grayscale.
     """
     return {
         "color": SERIES[number % len(SERIES)],
         "marker": _MARKERS[number % len(_MARKERS)],
-        "linestyle": _DASHES[(number // len(_MARKERS) + group) % len(_DASHES)],
+        "linestyle": _DASHES[(number // len(SERIES) + group) % len(_DASHES)],
         "markerfacecolor": "white" if group % 2 else SERIES[number % len(SERIES)],
     }
 
