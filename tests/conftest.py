@@ -1,5 +1,6 @@
 """What tests of several folders share: the repository, real data where there is some, fresh interpreters."""
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -20,14 +21,23 @@ _REPO = Path(__file__).resolve().parent.parent
 
 _LONGEST_FILES = [  # first, so that the other process does not wait for one of them at the end
     "runner/test_workers.py",
-    "bench/test_modes.py",
-    "kernels/test_gather.py",
-    "kernels/test_speculation.py",
     "methods/test_contract.py",
-    "methods/test_split.py",
-    "runner/test_connection.py",
+    "bench/test_modes.py",
     "examples/test_training.py",
     "test_real_model.py",
+    "demo/test_baseline.py",
+    "longbench/test_hub.py",
+    "runner/test_connection.py",
+    "runner/test_kills.py",
+    "kernels/test_decode.py",
+    "kernels/test_gather.py",
+    "kernels/test_linear.py",
+    "kernels/test_speculation.py",
+    "methods/test_split.py",
+    "engine/test_parity.py",
+    "api/test_api.py",
+    "scripts/test_sweep.py",
+    "test_packaging.py",
 ]
 
 # Threads on shared cores wait for each other. The variable is for processes that tests start, and for pytest's workers.
@@ -35,6 +45,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are first imported: their tests run them on the CPU
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # else each full collection would search all imported modules, for tenths of a second
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries report at exit what was not freed
 
 
 def pytest_runtest_setup() -> None:
