@@ -1,8 +1,10 @@
 """A real instruct model from PyPI: its texts are those of transformers."""
 
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,18 @@ from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope
 from sparsecache.methods.vanilla import Vanilla
 
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 PROJECT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 QUESTIONS = ["What is the capital of France?", "中国的首都是哪里？", "Write the numbers 1 22 333 backwards."]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_file_is_parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file four times to load a model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        yield
 
 
 @pytest.fixture(scope="module")
