@@ -49,14 +49,24 @@ def _splitter(name: Any) -> Any:
 
 
 def _sentencepiece(header: GGUFHeader, hf_tokenizer: Any) -> Tokenizer:
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-
     from sparsecache.engine.sentencepiece_model import SentencePieceEncoder
 
     stated = {key.removeprefix("tokenizer.ggml."): value for key, value in header.metadata.items()}
+    model = sentencepiece_model(stated)
+    encoder = SentencePieceEncoder(model, hf_tokenizer.added_tokens_decoder, stated, hf_tokenizer.bos_token)
+    return Tokenizer(header.path, encoder, hf_tokenizer)
+
+
+def sentencepiece_model(stated: dict[str, Any]) -> Any:
+    """Return sentencepiece's ModelProto of a vocabulary. stated: the fields `tokenizer.ggml.NAME` by name."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
     model = ModelProto()
     for piece, score, kind in zip(stated["tokens"], stated["scores"], stated["token_type"], strict=True):
         model.pieces.add(piece=piece, score=score, type=kind)  # GGUF numbers the types as sentencepiece does
+    if "unknown_token_id" in stated and ModelProto.SentencePiece.UNKNOWN not in stated["token_type"]:
+        # Files of Gemma 3 call it a control token. sentencepiece before 0.2.3 refuses a model without an unknown one.
+        model.pieces[stated["unknown_token_id"]].type = ModelProto.SentencePiece.UNKNOWN
     model.trainer_spec.model_type = model.trainer_spec.BPE
     model.trainer_spec.byte_fallback = True
     model.trainer_spec.bos_id = stated.get("bos_token_id", -1)
@@ -65,5 +75,4 @@ def _sentencepiece(header: GGUFHeader, hf_tokenizer: Any) -> Tokenizer:
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = stated.get("add_space_prefix", True)
     model.normalizer_spec.remove_extra_whitespaces = stated.get("remove_extra_whitespaces", False)
-    encoder = SentencePieceEncoder(model, hf_tokenizer.added_tokens_decoder, stated, hf_tokenizer.bos_token)
-    return Tokenizer(header.path, encoder, hf_tokenizer)
+    return model

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from sparsecache.engine.gguf_tokenizer import _splitter
+from sparsecache.engine.gguf_tokenizer import _splitter, sentencepiece_model
 from sparsecache.engine.tokenization import load_tokenizer
 from sparsecache.errors import UsageError
 
@@ -122,8 +122,9 @@ def test_a_broken_model_is_one_sentence(content, write_model) -> None:
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("add_bos", [None, False])
-def test_the_vocabulary_of_a_gguf_file_gives_the_ids_of_sentencepiece(add_bos, tmp_path) -> None:
+@pytest.mark.parametrize(("add_bos", "unknown"), [(None, 2), (False, 2), (None, 3)])
+def test_the_vocabulary_of_a_gguf_file_gives_the_ids_of_sentencepiece(add_bos, unknown, tmp_path) -> None:
+    """unknown: the type of <unk>. Files of Gemma 3 state 3, that of a control token."""
     gguf = pytest.importorskip("gguf")
     truth = spm.SentencePieceProcessor(model_proto=train("llama"))
     size = truth.get_piece_size()
@@ -136,9 +137,10 @@ def test_the_vocabulary_of_a_gguf_file_gives_the_ids_of_sentencepiece(add_bos, t
     writer.add_tokenizer_model("llama")
     writer.add_token_list([truth.id_to_piece(at) for at in range(size)])
     writer.add_token_scores([truth.get_score(at) for at in range(size)])
-    writer.add_token_types([2, 3, 3, *(6 if truth.is_byte(at) else 1 for at in range(3, size))])
+    writer.add_token_types([unknown, 3, 3, *(6 if truth.is_byte(at) else 1 for at in range(3, size))])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
     if add_bos is not None:
         writer.add_add_bos_token(add_bos)
     writer.write_header_to_file()
@@ -151,6 +153,13 @@ def test_the_vocabulary_of_a_gguf_file_gives_the_ids_of_sentencepiece(add_bos, t
         assert ours.encode(text, add_special_tokens=False) == ids, text
         assert ours.encode(text) == (ids if add_bos is False else [1, *ids])
         assert ours.decode(ids) == truth.decode(ids)
+    assert ours.encode("<unk>", add_special_tokens=False) == [0] and ours.decode([0, 0]) == "<unk><unk>"
+
+
+@pytest.mark.parametrize(("kinds", "expected"), [([3, 3, 1], [3, 2, 1]), ([3, 3, 2], [3, 3, 2])])
+def test_the_unknown_token_of_a_gguf_file_has_the_type_that_sentencepiece_needs(kinds, expected) -> None:
+    stated = {"tokens": ["<s>", "<unk>", "a"], "scores": [0.0] * 3, "token_type": kinds, "unknown_token_id": 1}
+    assert [piece.type for piece in sentencepiece_model(stated).pieces] == expected
 
 
 def test_byte_level_splits_of_gguf_files_are_those_of_the_published_tokenizers() -> None:
