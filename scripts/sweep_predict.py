@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,17 +89,20 @@ def predict_apart(settings: dict[Run, Settings], jobs: int, threads: int) -> Ite
     """
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # the processes inherit it
-    pool = ThreadPoolExecutor(jobs)
+    pool, predict = ThreadPoolExecutor(jobs), partial(_predict, {})
     try:
-        yield from zip(settings, pool.map(_predict, settings.values()), strict=True)
+        yield from zip(settings, pool.map(predict, settings.values()), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _predict(settings: Settings) -> Outcome:
-    """Predicts a run in a process of its own, with its output in a log, unless it is finished."""
+def _predict(contexts: dict[str, "RunContext"], settings: Settings) -> Outcome:
+    """Predicts a run in a process of its own, with its output in a log, unless it is finished.
+
+    contexts: of each model's first run, by model; empty before the first run of all.
+    """
     try:
-        if _is_finished(settings):
+        if _is_finished(settings, contexts):
             return Outcome(0)
     except UsageError as error:
         return Outcome(2, reason=str(error))
@@ -113,17 +117,22 @@ def _predict(settings: Settings) -> Outcome:
     return Outcome(code, time.perf_counter() - start, errors[-1] if errors else "", log)
 
 
-def _is_finished(settings: Settings) -> bool:
+def _is_finished(settings: Settings, contexts: dict[str, "RunContext"]) -> bool:
     """Whether all rows of a run are finished. Raises UsageError for settings that do not fit, or another run's folder.
 
-    Runs on Ray, which need the cluster for it, and those that must start anyway are left to their own process.
+    The tokenizer of a model is read once. Runs on Ray, which need the cluster for it, and those that must start anyway
+    are left to their own process.
     """
     if settings.overwrite or settings.verify or settings.on_ray:
         return False
-    from sparsecache.runner.run import is_finished  # imports transformers
+    from sparsecache.runner.context import RunContext  # imports transformers
+    from sparsecache.runner.run import is_finished
 
     with _one_at_a_time:
-        return is_finished(settings)
+        first = contexts.get(settings.model)
+        context = RunContext(settings) if first is None else first.with_method(settings)
+        contexts.setdefault(settings.model, context)
+        return is_finished(settings, context)
 
 
 def start_process(settings: Settings, log: Path) -> int:

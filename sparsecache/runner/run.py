@@ -58,12 +58,14 @@ def run(settings: Settings, make_context: Callable[[Settings], RunContext] = Run
         return Run(settings, make_context(settings), cluster=cluster).execute()
 
 
-def is_finished(settings: Settings) -> bool:
+def is_finished(settings: Settings, context: RunContext | None = None) -> bool:
     """Whether every wanted row of a run is finished, made as these settings would make it. Reads no weights.
+
+    context: of these settings, if there is one already.
 
     Raises UsageError as `run`: for settings that do not fit the checkpoint, and for a folder of another run.
     """
-    return Run(settings, RunContext(settings)).is_finished()
+    return Run(settings, context or RunContext(settings)).is_finished()
 
 
 def check_recorded(settings: Settings) -> None:

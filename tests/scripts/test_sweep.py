@@ -115,6 +115,15 @@ def test_a_separate_run_is_a_process_of_its_own(script, tiny, tmp_path, capfd) -
     assert len(record["sessions"]) == 1 and record["identity"]["options"]["budget"] == 0.1
 
 
+def test_separate_runs_of_a_model_read_its_tokenizer_once_to_see_what_is_finished(sweep, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.import_module("sweep_predict"), "start_process", lambda *_: 0)
+    loading, loaded = importlib.import_module("sparsecache.engine.loading"), []
+    original = loading.load_tokenizer
+    monkeypatch.setattr(loading, "load_tokenizer", lambda path: loaded.append(path) or original(path))
+    sweep(FILE, "--separate")
+    assert len(loaded) == 1
+
+
 def test_models_of_the_command_line_stand_in_for_those_of_the_file(sweep, tiny) -> None:
     told = sweep(FILE.replace('models = ["{model}"]', 'models = ["demo"]'), "--dry_run", "--model", str(tiny))
     assert told.exit_code == 0 and told.stdout.count(f"--model {tiny} ") == 2 and "demo" not in told.stdout
