@@ -130,8 +130,10 @@ class Decoder:
             self._speculate(index + 1, "residual", x, rotation, slots)
             x = linear(self._mlp_hidden(x, layer), layer.down, layer.down_bias, residual=x)
         caches.end_step(all_slots)  # on a side stream, while the head runs
-        logits = self._lm_head(x)
-        caches.join()
+        try:
+            logits = self._lm_head(x)
+        finally:  # the capture of a failed step cannot end while a stream is not joined
+            caches.join()
         return logits
 
     def _speculate(

@@ -59,6 +59,12 @@ class PrefillCache:
         self._prompts[_key(token_ids)] = prompt
         self.nbytes += prompt.nbytes
 
+    def shrink(self, limit_nbytes: float) -> None:
+        """Set the limit, and drop the latest prompts until the others are within it."""
+        self.limit_nbytes = limit_nbytes
+        while self.nbytes > limit_nbytes:
+            self.nbytes -= self._prompts.popitem()[1].nbytes
+
     def clear(self, limit_nbytes: float = math.inf) -> None:
         """Drop all prompts, and set the limit."""
         self._prompts.clear()

@@ -202,7 +202,7 @@ class GraphedSteps:
         inputs = free.to(self._decoder.device)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-        with _no_garbage_collection(), torch.cuda.graph(graph, pool=pool):
+        with _out_of_memory_named(), _no_garbage_collection(), torch.cuda.graph(graph, pool=pool):
             logits = self._run(inputs)
         return _Graph(graph, inputs, logits, (TokenReadback(size, inputs.device), TokenReadback(size, inputs.device)))
 
@@ -212,6 +212,20 @@ class GraphedSteps:
         inputs[0] = most_likely(logits)
         inputs[1] += 1
         return logits
+
+
+@contextmanager
+def _out_of_memory_named() -> Iterator[None]:
+    """Raise OutOfMemoryError in place of a CUDA error that means it, so that fewer slots are tried.
+
+    The memory of a graph is not torch's, and a step that fails may make the end of its capture fail.
+    """
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        if "out of memory" not in str(error) and not isinstance(error.__context__, torch.OutOfMemoryError):
+            raise
+        raise torch.OutOfMemoryError("CUDA out of memory while a decode step was captured.") from error
 
 
 @contextmanager

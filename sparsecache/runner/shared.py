@@ -243,8 +243,8 @@ class _SharedPrediction:
             following = len(lists[at + 1]) if at + 1 < len(lists) else None
             try:
                 reader.cache_prompt(torch.tensor(token_ids, device=reader.device), following)
-            except torch.OutOfMemoryError:
-                prompts.limit_nbytes = prompts.nbytes
+            except torch.OutOfMemoryError:  # what is free changed since the start; the runs need memory, too
+                prompts.shrink(prompts.nbytes / 2)
                 torch.cuda.empty_cache()
             except Exception as error:  # each run that reads the prompt itself reports it
                 self._on_progress(f"A prompt could not be read: {one_line(error)}")
@@ -299,7 +299,7 @@ class _SharedPrediction:
                 run.error = str(error)
             except Exception as error:  # a run's method must not end the other runs
                 raise_if_interrupted()
-                run.error = f"{type(error).__name__}: {one_line(error)}"
+                run.error = _sentence(error)
                 traceback.print_exc(file=log)
         if run.error:
             self._on_progress(f"{run.name} failed: {run.error}")
@@ -373,6 +373,18 @@ def _gpu_works() -> bool:
     except Exception:
         return False
     return True
+
+
+def _sentence(error: Exception) -> str:
+    """What a user is told of a run's error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "Out of memory. Pass a smaller --limit_memory or --batch_size, or end other programs on the device. Then "
+            "rerun the command; finished rows are kept."
+        )
+    # The further lines of an error of CUDA are advice for debugging.
+    text = str(error).splitlines()[0] if isinstance(error, torch.AcceleratorError) else one_line(error)
+    return f"{type(error).__name__}: {text}"
 
 
 def _log(settings: Settings) -> Path:

@@ -14,6 +14,7 @@ from sparsecache.cache.full import FullCache
 from sparsecache.cache.stats import SequenceStats
 from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.generator import Generator
+from sparsecache.engine.steps import _out_of_memory_named
 from sparsecache.methods.vanilla import Vanilla
 
 BAD = 13  # tokens of a prompt that fails
@@ -179,3 +180,35 @@ def test_out_of_memory_shrinks_the_batch_and_goes_on(
     assert ("out of memory" in capfd.readouterr().err) == (where != "allocate")
     engine.reserve(40)  # the next dataset may fit again
     assert allocated[-1] == 5 or where == "allocate"
+
+
+def test_a_step_that_fails_at_its_end_still_joins_its_streams(folder, make_engine, make_prompts, monkeypatch) -> None:
+    """Otherwise the capture of a step without memory for its logits fails with an error that hides why."""
+    engine = make_engine(folder, 1)
+    decoder, joined = engine._decoder, []
+    decoder.allocate(1, 9, 4)
+    decoder.prefill(torch.tensor(make_prompts(5)[0]), 0)
+    monkeypatch.setattr(decoder.cache, "join", lambda: joined.append(True))
+    monkeypatch.setattr(decoder, "_lm_head", _raise(torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.step(torch.tensor([3]), torch.tensor([5]), torch.tensor([0]))
+    assert joined
+
+
+def test_an_error_of_a_capture_that_means_too_little_memory_is_named_so() -> None:
+    unjoined = torch.AcceleratorError("CUDA error: capturing stream has unjoined work\nSearch for it")
+    for error in (torch.AcceleratorError("CUDA error: out of memory\nSearch for it"), unjoined):
+        unjoined.__context__ = torch.OutOfMemoryError("CUDA out of memory.")  # what failed in the captured step
+        with pytest.raises(torch.OutOfMemoryError, match="while a decode step was captured"), _out_of_memory_named():
+            raise error
+    other = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(torch.AcceleratorError) as raised, _out_of_memory_named():
+        raise other
+    assert raised.value is other
+
+
+def _raise(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail

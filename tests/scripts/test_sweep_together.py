@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from longbench_pred import main as predict_command
@@ -172,6 +173,43 @@ def test_a_run_that_fails_leaves_the_others_in_the_table(sweep, tmp_path: Path) 
     ]
     missing = [line for line in lines if line.startswith("Not in the table: ")]
     assert len(missing) == 2 and "tiny broken, which failed" in missing[0] and "must be 0 to 3" in missing[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("OutOfMemoryError", "Out of memory. Pass a smaller --limit_memory or --batch_size"),
+        ("AcceleratorError", "AcceleratorError: CUDA error: busy\n"),
+    ],
+)
+def test_an_error_of_the_gpu_is_told_without_advice_for_debugging(error, told, sweep) -> None:
+    raised = f'__import__("torch").{error}("CUDA error: busy\\nCompile with X")'
+    Path("broken.py").write_text(
+        BROKEN.replace('RuntimeError("no such cache")', raised)
+        .replace("make_cache", "calibration_text")
+        .replace("layer, config", "")
+    )
+    done = sweep('[[methods]]\nmethod = ["broken.py", "vanilla"]')
+    assert done.exit_code == 1 and f"tiny, broken failed: {told}" in done.stderr
+    assert "Compile" not in done.output and "Compile with X" in Path("pred/logs/tiny-broken.log").read_text()
+
+
+def test_prompts_leave_room_for_the_runs_if_memory_is_short(sweep, alone, tmp_path: Path, monkeypatch) -> None:
+    """Another program takes memory after the second of four prompts."""
+    original, read = Decoder._forward_prompt, []
+
+    def prompt(decoder: Decoder, token_ids: Any, *others: Any) -> Any:
+        read.append(len(token_ids))
+        if len(read) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(decoder, token_ids, *others)
+
+    monkeypatch.setattr(Decoder, "_forward_prompt", prompt)
+    done = sweep(METHODS.replace(', "infinigen"', ""))
+    assert done.exit_code == 0 and "1 of 4 prompts read" in done.stderr, done.output
+    assert len(read) == 4 + 2 * 3  # one is left, and each of two runs reads the others
+    assert alone(NAMES[1], tmp_path / "alone").exit_code == 0
+    assert rows(tmp_path / "pred" / "tiny" / NAMES[1]) == rows(tmp_path / "alone" / "tiny" / NAMES[1])
 
 
 def test_after_an_error_that_ends_the_gpu_no_further_run_starts(sweep, monkeypatch) -> None:
