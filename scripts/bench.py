@@ -95,7 +95,7 @@ _MAX_TOKENS = 2**26  # tokens of a whole batch: beyond the memory of any machine
 @click.option(
     "--workload",
     type=click.Path(path_type=Path),
-    help="CSV of a replay, with the columns dataset, prompt_tokens and new_tokens.",
+    help="Lengths of a replay: a CSV with the columns dataset, prompt_tokens and new_tokens, or the folder of a run.",
 )
 @click.option("--rows", type=click.IntRange(1, 10**6), default=100, show_default=True, help="Prompts of a replay.")
 @click.option(
@@ -211,7 +211,10 @@ def _check(mode: str, workload: Path | None, workloads: list[Workload]) -> None:
     if context.params["workers"] > 1 and (method := given.keys() & {"method", "options"}):
         raise UsageError(f"A replay with --workers is of vanilla: leave out {given[min(method)]}.")
     if mode == "replay" and workload is None:
-        raise UsageError("A replay needs --workload: a CSV with the columns dataset, prompt_tokens, new_tokens.")
+        raise UsageError(
+            "A replay needs --workload: the folder of a run, or a CSV with the columns dataset, prompt_tokens and "
+            "new_tokens."
+        )
     if mode == "startup" and len(workloads) > 1:
         raise UsageError(f"A start-up has one prompt, not {len(workloads)}: give one number of --tokens.")
 

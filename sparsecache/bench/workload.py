@@ -1,4 +1,4 @@
-"""Workloads: random prompts of given lengths, and a stratified sample of a benchmark's lengths."""
+"""Workloads: random prompts of given lengths, and a stratified sample of a benchmark's or a run's lengths."""
 
 import csv
 import io
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from sparsecache.engine.base import Request
 from sparsecache.errors import UsageError, short
 from sparsecache.files import open_regular
+from sparsecache.longbench.records import read_rows
 from sparsecache.runner.pending import STEP_BYTES
 
 _TOKEN_BYTES = 4  # of a prompt's text, about
@@ -51,7 +52,9 @@ def sample_requests(file: Path, rows: int, vocab_size: int) -> list[Request]:
 
 
 def sample_lengths(file: Path, rows: int) -> list[Workload]:
-    """Return about `rows` rows of a workload file: each dataset's share, spread evenly over its prompt lengths.
+    """Return about `rows` rows of a workload: each dataset's share, spread evenly over its prompt lengths.
+
+    file: a CSV, or the folder of a run, whose predictions have their lengths.
 
     The order is that of a run with workers (runner/pending.py): longest first by prompt and max_new_tokens, since a run
     does not know the answers' lengths. A small file gives fewer rows. A file with more datasets than `rows` gives one
@@ -59,12 +62,12 @@ def sample_lengths(file: Path, rows: int) -> list[Workload]:
     """
     by_dataset: dict[str, list[_Row]] = {}
     try:
-        for dataset, row in _read(file):
+        for dataset, row in _read_run(file) if file.is_dir() else _read(file):
             by_dataset.setdefault(dataset, []).append(row)
     except (UsageError, OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise UsageError(
             f"{file} is not a workload ({short(error, 200)}). Give a CSV with the columns dataset, prompt_tokens, "
-            f"new_tokens."
+            f"new_tokens, or the folder of a run."
         ) from error
     total = sum(map(len, by_dataset.values()))
     if not total or not all(row.is_valid() for part in by_dataset.values() for row in part):
@@ -100,3 +103,9 @@ def _read(file: Path) -> Iterator[tuple[str, _Row]]:
         for row in csv.DictReader(text):
             max_new_tokens = int(row.get("max_new_tokens") or 0)
             yield row["dataset"], _Row(int(row["prompt_tokens"]), int(row["new_tokens"]), max_new_tokens)
+
+
+def _read_run(folder: Path) -> Iterator[tuple[str, _Row]]:
+    for file in sorted(folder.glob("*.jsonl")):
+        for row in read_rows(file, ("prompt_tokens", "new_tokens")):
+            yield file.stem, _Row(row["prompt_tokens"], row["new_tokens"], 0)

@@ -1,6 +1,7 @@
-"""Samples of a workload file: shares of datasets, lengths, order, and files that are refused."""
+"""Samples of a workload file or a run: shares of datasets, lengths, order, and files that are refused."""
 
 import csv
+import json
 
 import pytest
 
@@ -36,6 +37,17 @@ def test_what_may_have_long_answers_comes_first(tmp_path) -> None:
 def test_a_file_saved_by_a_spreadsheet_is_read(tmp_path) -> None:
     (tmp_path / "w.csv").write_text("dataset,prompt_tokens,new_tokens\r\na,7,2\r\n", encoding="utf-8-sig")
     assert sample_lengths(tmp_path / "w.csv", 10) == [Workload(7, 2)]
+
+
+def test_the_lengths_of_a_run_are_a_workload(tmp_path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    for dataset, lengths in {"qasper": [(30, 4), (20, 5)], "trec": [(70, 2)]}.items():
+        rows = [{"_id": f"{n}", "pred": "x", "answers": ["x"], "prompt_tokens": n, "new_tokens": k} for n, k in lengths]
+        (tmp_path / f"{dataset}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert sample_lengths(tmp_path, 10) == [Workload(70, 2), Workload(30, 4), Workload(20, 5)]
+    (tmp_path / "trec.jsonl").write_text('{"pred": "x", "answers": ["x"], "all_classes": null, "length": 3}\n')
+    with pytest.raises(UsageError, match=r"is not a workload .*trec\.jsonl, line 1: .*prompt_tokens"):
+        sample_lengths(tmp_path, 10)
 
 
 @pytest.mark.parametrize("rows", ["", "x,-4,0\n", "x,4,-1\n", f"x,{10**12},3\n", f"x,3,{10**12}\n"], ids=repr)
