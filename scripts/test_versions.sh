@@ -8,7 +8,7 @@ install_environment test
 python="$VENV/bin/python"
 
 # The releases of sparsecache/versions.py, with what they need beside the environment's packages.
-oldest=(transformers==5.10.1 tokenizers==0.22.2 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9)
+oldest=(transformers==5.10.1 tokenizers==0.22.2 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 sentencepiece==0.2.1)
 newest=(transformers==5.24.0 tokenizers==0.23.3)
 tests=(tests/tokenization tests/longbench/test_prompts.py tests/engine/test_parity.py)
 
