@@ -50,7 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class BenchModel:
-    """A model in memory: its name, its transformers configuration, its weights, and calibrations by method."""
+    """A model in memory: its name, its transformers configuration, its weights, and calibrations by name."""
 
     name: str
     config: Any
@@ -95,10 +95,11 @@ class BenchModel:
         parts = (self.architecture, self.weights, Rope(self.config, self.device), instance)
         decoder = Decoder(*parts) if prompts is None else PrefillCachingDecoder(*parts, prompts)
         if text is not None:
-            self._calibrate(decoder, method, instance)
+            self._calibrate(decoder, instance)
         return decoder
 
-    def _calibrate(self, decoder: Decoder, name: str, method: CacheMethod) -> None:
+    def _calibrate(self, decoder: Decoder, method: CacheMethod) -> None:
+        name = method.calibration_name
         if name in self.calibrations:
             method.restore(self.calibrations[name], self.architecture.shape)
             return

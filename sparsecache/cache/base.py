@@ -6,7 +6,7 @@ uses the device of its layer only, so a method needs no code for models that are
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -160,13 +160,15 @@ class CacheMethod(ABC):
     The constructor's annotated arguments are the options of `-o key=value`; all need defaults. It raises ValueError, in
     a full sentence, for a value out of range. Layers share state through the instance.
 
-    kind: what the method does with past tokens; --list_methods groups by it. calibration_version: increase it when
-    `calibrate` computes something else from the same text.
+    kind: what the method does with past tokens; --list_methods groups by it. absent_options: why the method lacks an
+    option of other methods, and what to use instead, by option; the error for such an option says so.
+    calibration_version: increase it when `calibrate` computes something else from the same text.
     uses_rope: whether the method needs `rope`, the rotation of a position. The engine sets `rope` before `make_cache`,
     and refuses a model whose rotation depends on more than the position, or is not known.
     """
 
     kind: ClassVar[MethodKind] = "full"
+    absent_options: ClassVar[Mapping[str, str]] = {}
     calibration_version: ClassVar[int] = 1
     uses_rope = False
     rope: RotationOf
@@ -177,6 +179,11 @@ class CacheMethod(ABC):
     @abstractmethod
     def make_cache(self, layer: int, config: CacheConfig) -> LayerCache:
         """Return the cache of one layer. Called once per layer, in order, at each allocation."""
+
+    @property
+    def calibration_name(self) -> str:
+        """The name of the calibration. Methods of one name share its result, per checkpoint and text."""
+        return f"{type(self).__module__}.{type(self).__qualname__} {self.calibration_version}"
 
     def calibration_text(self) -> str | None:
         """Return a text whose queries and keys the method needs before the first prompt; None: it needs none.

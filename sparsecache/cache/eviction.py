@@ -17,6 +17,12 @@ from sparsecache.kernels.attention_sums import attention_sums as attention_sums 
 from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.eviction import KeptTokens, evict_least_attended, find_lowest, replace_rows
 
+NO_STORAGE: dict[str, str] = {
+    "storage": "a new token takes the row of an evicted one, but keys are quantised in groups of neighbours. Use a "
+    "method that evicts once, such as snapkv."
+}
+"""`absent_options` of the methods that evict at each step."""
+
 _PINNED = 1e30  # above any score
 _MAX_KERNEL = 1023  # pooling takes time in proportion
 

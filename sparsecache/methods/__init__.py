@@ -129,6 +129,8 @@ def parse_options(method: str, options: dict[str, str]) -> dict[str, Any]:
     known = method_options(kind)
     given = {}
     for key, text in options.items():
+        if key not in known and key in kind.absent_options:
+            raise UsageError(f"Method {method} has no option {key!r}: {kind.absent_options[key]} {_HINT}")
         if key not in known:
             near = get_close_matches(key, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""

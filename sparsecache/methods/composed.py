@@ -5,18 +5,20 @@
     --method composed -o evict=snapkv,budget=0.5 -o select=quest,budget=256,storage=int4
 
 A selection sees the kept tokens and all new ones as one text. A share in its budget is of these tokens, and positions
-are counted in it. A layer that is dense for one of the two methods has only the other one.
+are counted in it. A layer that is dense for one of the two methods has only the other one. The storage and the
+calibration are those of the selection. Calibration files are shared with runs of the selection alone.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, MethodKind, Shape, StepBytes
+from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, MethodKind, ProjectQuery, Shape, StepBytes
 from sparsecache.cache.eviction import EvictionMethod
-from sparsecache.cache.selection import SelectionMethod
+from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
 from sparsecache.errors import UsageError
 from sparsecache.methods import check_method_name, load_method, make_method, parse_options
@@ -27,6 +29,9 @@ class Composed(CacheMethod):
     """Evicts prompt tokens by one method, and selects among the others by another."""
 
     kind: ClassVar[MethodKind] = "eviction"
+    absent_options: ClassVar[Mapping[str, str]] = {
+        "storage": "give it to `select`, as in select=quest,budget=256,storage=int4."
+    }
 
     evict: Annotated[str, "method that evicts after the prompt, with its options, as in name,key=value"] = (
         "snapkv,budget=0.5"
@@ -44,20 +49,46 @@ class Composed(CacheMethod):
             )
         if evict.storage != "full":
             raise ValueError(f"evict={self.evict} stores nothing; give storage={evict.storage} to `select`.")
-        if not isinstance(select, SelectionMethod) or select.shares_selection:
+        if evict.calibration_text() is not None:
+            raise ValueError(f"evict={self.evict} needs a calibration; only `select` gets one.")
+        if not isinstance(select, SparseMethod) or select.kind != "selection":
+            raise ValueError(f"select={self.select} must select tokens at each step, as quest does.{_hint(select)}")
+        if getattr(select, "shares_selection", False):
             raise ValueError(
-                f"select={self.select} must select in every layer, as quest does; layers keep different tokens."
+                f"select={self.select} lets a layer select for later layers, but an eviction keeps other tokens in "
+                f"each layer. Give a method that selects in every layer, as quest does."
             )
-        if select.calibration_text() is not None:
-            raise ValueError(f"select={self.select} needs a calibration, which is not passed on to it.")
         if select.uses_rope:
-            raise ValueError(f"select={self.select} needs positions in the text; a selection counts kept tokens only.")
+            raise ValueError(
+                f"select={self.select} needs each token's position in the text, but an eviction keeps other tokens in "
+                f"each KV head. Give a method that needs no positions, as quest."
+            )
         self._evict, self._select = evict, select
+        evict.storage = getattr(select, "storage", "full")  # of layers that are dense for the selection alone
         self.uses_rope = evict.uses_rope
 
     def check(self, shape: Shape) -> None:
-        self._evict.check(shape)
-        self._select.check(shape)
+        for option, part in (("evict", self._evict), ("select", self._select)):
+            try:
+                part.check(shape)
+            except ValueError as error:
+                raise ValueError(f"{option}={getattr(self, option)}: {error}") from error
+
+    @property
+    def calibration_name(self) -> str:
+        return self._select.calibration_name
+
+    def calibration_text(self) -> str | None:
+        return self._select.calibration_text()
+
+    def calibrate(self, layer: int, q: Tensor, k: Tensor) -> None:
+        self._select.calibrate(layer, q, k)
+
+    def calibration(self) -> dict[str, Tensor]:
+        return self._select.calibration()
+
+    def restore(self, calibration: dict[str, Tensor], shape: Shape) -> None:
+        self._select.restore(calibration, shape)
 
     def make_cache(self, layer: int, config: CacheConfig) -> LayerCache:
         if self.uses_rope:
@@ -80,7 +111,7 @@ class ComposedCache(LayerCache):
     num_evicted: [slots] int64, the evicted tokens of each prompt; num_tokens: [slots] int64, the tokens of `selection`.
     """
 
-    def __init__(self, evict: EvictionMethod, select: SelectionMethod, layer: int, config: CacheConfig) -> None:
+    def __init__(self, evict: EvictionMethod, select: SparseMethod, layer: int, config: CacheConfig) -> None:
         self._evict, self.config = evict, config
         self._budget = evict.layer_budget(layer, config.shape)
         self._rows = min(config.max_tokens, self._budget.maximum(config.max_tokens) + config.max_new_tokens)
@@ -88,6 +119,7 @@ class ComposedCache(LayerCache):
         inner = replace(config, seq_lens=self.num_tokens, max_tokens=self._rows)
         self.selection = select.make_sparse_cache(layer, inner)
         self.graphable, self.estimates_rest = self.selection.graphable, self.selection.estimates_rest
+        self.speculation_source = self.selection.speculation_source
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         length = k.shape[1]
@@ -97,16 +129,30 @@ class ComposedCache(LayerCache):
         self.selection.prefill(slot, q[:, length - count :], k.gather(1, index), v.gather(1, index))
         self.num_evicted[slot].fill_(length - count)
 
+    def speculate(self, hidden: Tensor, project_query: ProjectQuery, slots: Tensor) -> None:
+        self._count_tokens()
+        self.selection.speculate(hidden, project_query, slots)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        torch.sub(self.config.seq_lens, self.num_evicted, out=self.num_tokens).clamp_(0, self._rows)
+        if self.speculation_source is None:  # otherwise the count may be in use on another stream
+            self._count_tokens()
         return self.selection.attend(q, k, v, slots)
+
+    def _count_tokens(self) -> None:
+        torch.sub(self.config.seq_lens, self.num_evicted, out=self.num_tokens).clamp_(0, self._rows)
 
     def free_slot(self, slot: int) -> None:
         self.num_evicted[slot].zero_()
         self.selection.free_slot(slot)
 
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
-        return self.selection.step_nbytes(min(seq_len, self._budget.tokens(int(seq_len))), attended)
+        kept = min(seq_len, self._budget.tokens(int(seq_len)))
+        return self.selection.step_nbytes(kept, attended, cache_hit)
+
+
+def _hint(select: CacheMethod) -> str:
+    """Return what to give instead of a method that does not select."""
+    return " Quantise with storage=int2 of such a method." if select.kind == "quantised" else ""
 
 
 def _make(option: str, text: str) -> CacheMethod:

@@ -12,11 +12,12 @@ which is not in the paper: a gate is the share of the last queries' attention th
 the recent ones.
 
 Differences: the prompt's attention is dense; the paper's streaming heads have their pattern there too. There is no
-budget and there are no dense layers: layers without a streaming head keep and attend to everything. Defaults are those
-of the authors' LongBench runs.
+budget and there are no dense layers: layers without a streaming head keep and attend to everything, and count in
+`kept`. Defaults are those of the authors' LongBench runs.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -42,6 +43,10 @@ class DuoAttention(CacheMethod):
     """Keeps everything in retrieval heads, the first and the last tokens in streaming heads."""
 
     kind: ClassVar[MethodKind] = "eviction"
+    absent_options: ClassVar[Mapping[str, str]] = {
+        "storage": "in streaming heads a new token takes the row of an old one, but keys are quantised in groups of "
+        "neighbours. Use kivi, or a method that evicts once, such as snapkv."
+    }
 
     gates: Annotated[str | None, "file of gates: a line per layer, tabs between KV heads; none: estimated"] = None
     sparsity: Annotated[float, "share of the KV heads that are streaming heads, 0 to 1"] = 0.5
@@ -91,10 +96,10 @@ class DuoAttention(CacheMethod):
         return torch.zeros(gates.numel(), dtype=torch.bool).index_fill_(0, order, True).view_as(gates)
 
     def make_cache(self, layer: int, config: CacheConfig) -> LayerCache:
-        is_streaming = self.streaming_heads(config.shape)[layer]
+        is_streaming = self.streaming_heads(config.shape)
         if not is_streaming.any():
             return FullCache(config)
-        return DuoAttentionCache(is_streaming, self.sinks, self.recent, config)
+        return DuoAttentionCache(is_streaming[layer], self.sinks, self.recent, config)
 
     def report(self, stats: SequenceStats) -> dict[str, Any]:
         sparse = stats.sparse_layers > 0
@@ -141,7 +146,8 @@ class DuoAttentionCache(LayerCache):
             kept = torch.cat((kept[: self._sinks], kept[length - self._recent :]))
         for x, full, ring in ((k, self.full_keys, self.keys), (v, self.full_values, self.values)):
             full[slot, :, :length] = x[self.retrieval]
-            ring[slot][:, self._ring_rows(kept)] = x[self.streaming][:, kept]
+            if len(self.streaming):
+                ring[slot][:, self._ring_rows(kept)] = x[self.streaming][:, kept]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         past = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
@@ -152,10 +158,11 @@ class DuoAttentionCache(LayerCache):
         if len(self.retrieval):
             arguments = _heads(self.retrieval, grouped, k, v)
             parts.append(attend_and_append(*arguments, self.full_keys, self.full_values, self.seq_lens, slots))
-        q, k, v = _heads(self.streaming, grouped, k, v)
-        parts.append(attend_and_append(q, k, v, self.keys, self.values, lengths, slots))
-        row = self._ring_rows(past)
-        self.keys[slots, :, row], self.values[slots, :, row] = k[:, :, 0], v[:, :, 0]
+        if len(self.streaming):
+            q, k, v = _heads(self.streaming, grouped, k, v)
+            parts.append(attend_and_append(q, k, v, self.keys, self.values, lengths, slots))
+            row = self._ring_rows(past)
+            self.keys[slots, :, row], self.values[slots, :, row] = k[:, :, 0], v[:, :, 0]
         out = torch.cat([part.view(len(slots), -1, *grouped.shape[2:]) for part in parts], 1)
         return out[:, self._back].view(len(slots), -1, 1, grouped.shape[3])
 

@@ -2,7 +2,8 @@
 
 As Quest, but pages are selected by the previous step's query, so that they could be fetched ahead. If the cosine
 similarity of a query to the previous one is below `similarity`, the current query selects. The first and the most
-recent pages are always selected. The defaults are those of the authors' LongBench v2 runs.
+recent pages are always selected. The defaults are those of the authors' LongBench v2 runs; the budget, theirs is 2,048
+tokens, is this project's.
 
 GQA: as in the paper, a KV head takes the mean similarity of its query heads, and the mean of their softmax over pages.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, MethodKind
-from sparsecache.cache.eviction import AttentionEvictionCache, attention_sums
+from sparsecache.cache.eviction import NO_STORAGE, AttentionEvictionCache, attention_sums
 from sparsecache.cache.sparse import SparseMethod
 
 
@@ -26,6 +26,7 @@ class H2O(SparseMethod):
     """Keeps the tokens that received the most attention, and the most recent ones."""
 
     kind: ClassVar[MethodKind] = "eviction"
+    absent_options = NO_STORAGE
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "H2OCache":
         return H2OCache(self, layer, config)

@@ -9,9 +9,11 @@ GQA: as in the paper, a KV head is quantised once for all its query heads.
 Differences: keys and values leave the full-precision tail together, by whole groups, so it holds `residual` to
 `residual + group` - 1 tokens. In the authors' code the tail of the values has exactly `residual` tokens, that of the
 keys fewer. Minima and steps have the dtype of the model. The prompt's attention is exact. Defaults are the authors' for
-LongBench; 4 and 8 bits are theirs too.
+LongBench with Llama-2; 4 and 8 bits are theirs too. For models with GQA the authors recommend 4 bits
+(docs/long_bench.md of their code).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -29,6 +31,7 @@ class KIVI(CacheMethod):
     """Keeps and attends to everything, in few bits."""
 
     kind: ClassVar[MethodKind] = "quantised"
+    absent_options: ClassVar[Mapping[str, str]] = {"storage": "its option bits sets the storage: 2, 4 or 8."}
 
     bits: Annotated[int, "bits per value: 2, 4 or 8"] = 2
     group: Annotated[int, "tokens per group of keys, and channels per group of values: 16, 32, 64 or 128"] = GROUP

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from sparsecache.cache.base import CacheConfig, MethodKind
-from sparsecache.cache.eviction import BoundedKVCache, check_voting
+from sparsecache.cache.eviction import NO_STORAGE, BoundedKVCache, check_voting
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.redundancy import Redundancy, evict_redundant
 from sparsecache.kernels.scores import scaled_scores
@@ -38,6 +38,7 @@ class RKV(SparseMethod):
     """Keeps tokens that get attention and whose keys are unlike the others'."""
 
     kind: ClassVar[MethodKind] = "eviction"
+    absent_options = NO_STORAGE
 
     window: Annotated[int, "observation window: last tokens, which vote and always stay, 1 to 64"] = 8
     kernel: Annotated[int, "pooling kernel: neighbouring positions that votes are pooled over, an odd number"] = 7

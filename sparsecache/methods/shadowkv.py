@@ -15,6 +15,7 @@ singular value decomposition. This is faster and does not wait for the host. The
 the lowest possible one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -58,6 +59,10 @@ class ShadowKV(SparseMethod):
     """Selects pages by their mean keys, and rebuilds the selected keys from a low rank."""
 
     kind: ClassVar[MethodKind] = "selection"
+    absent_options: ClassVar[Mapping[str, str]] = {
+        "storage": "it stores keys by their rank, set by the option rank, and values in the model's dtype. Use "
+        "offload=true to save GPU memory, or a method that selects from quantised keys, such as quest."
+    }
     budget_excludes_generated: ClassVar[bool] = True
     uses_rope = True
 

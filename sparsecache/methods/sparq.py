@@ -3,7 +3,8 @@
 The `channels` channels in which the query is largest score all past tokens; the softmax divides by
 sqrt(D * |q| of these channels / |q| of all), |q| the sum of absolute values. The most recent tokens and those of
 highest score make the budget. Attention over these is weighted by their share of the approximate attention; the mean
-value of all tokens gets the rest. The defaults are those of the authors' long-context runs.
+value of all tokens gets the rest. The defaults are those of the authors' long-context runs; the budget is this
+project's.
 
 GQA: as in the paper, a KV head adds the absolute values of its query heads to choose channels, and their approximate
 attention to choose tokens.

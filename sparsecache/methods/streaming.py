@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, MethodKind
-from sparsecache.cache.eviction import BoundedKVCache
+from sparsecache.cache.eviction import NO_STORAGE, BoundedKVCache
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.oldest import evict_oldest
 
@@ -25,6 +25,7 @@ class Streaming(SparseMethod):
     """Keeps the first and the last tokens."""
 
     kind: ClassVar[MethodKind] = "eviction"
+    absent_options = NO_STORAGE
 
     budget: Annotated[float, "most past tokens kept, sinks included: a share of them up to 1, else a count"] = 0.2
     sinks: Annotated[int, "first tokens that are always kept, 0 or more"] = 4

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, MethodKind
-from sparsecache.cache.eviction import AttentionEvictionCache, attention_sums, pin_last
+from sparsecache.cache.eviction import NO_STORAGE, AttentionEvictionCache, attention_sums, pin_last
 from sparsecache.cache.sparse import SparseMethod
 
 
@@ -25,6 +25,7 @@ class TOVA(SparseMethod):
     """Keeps the tokens that the latest query attends to most."""
 
     kind: ClassVar[MethodKind] = "eviction"
+    absent_options = NO_STORAGE
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "TOVACache":
         return TOVACache(self, layer, config)

@@ -1,7 +1,8 @@
 """Vanilla: the full cache, every past token attended to. The baseline of all comparisons."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from sparsecache.cache.base import CacheConfig, CacheMethod
 from sparsecache.cache.full import FullCache
@@ -12,6 +13,8 @@ from sparsecache.cache.stats import SequenceStats
 @dataclass
 class Vanilla(CacheMethod):
     """Keeps and attends to everything."""
+
+    absent_options: ClassVar[Mapping[str, str]] = {"storage": "it is the baseline in full precision. Use kivi."}
 
     offload: Annotated[bool, "keep keys and values in pinned host memory, read whole at every step"] = False
 

@@ -87,8 +87,7 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def _key(method: CacheMethod, token_ids: list[int], fingerprint: str, dtype: str, shape: Shape) -> str:
-    name = f"{type(method).__module__}.{type(method).__qualname__}"
-    parts = (name, str(method.calibration_version), fingerprint, dtype, str(shape), " ".join(map(str, token_ids)))
+    parts = (method.calibration_name, fingerprint, dtype, str(shape), " ".join(map(str, token_ids)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -37,9 +37,15 @@ SHADOWKV: list[dict[str, Any]] = [  # a low rank, and pages of all kinds
     {"rank": 20, "budget": 40.0, "outliers": 0.3, "recent": 0.3},
     {"rank": 20, "budget": 40.0, "outliers": 0.3, "recent": 0.3, "offload": True},
 ]
+COMPOSED: list[dict[str, Any]] = [  # calibrated selections, and one that speculates on other streams
+    {"select": "loki,budget=4,dense_layers=1"},
+    {"select": "infinigen,budget=4,dense_layers=1"},
+    {"select": "infinigen,budget=4,dense_layers=1,offload=true"},
+]
 SETTINGS = [
     *TIGHT,
     *QUANTISED,
+    *(("composed", options) for options in COMPOSED),
     ("vanilla", {"offload": True}),
     *(("infinigen", options) for options in INFINIGEN),
     *(("shadowkv", options) for options in SHADOWKV),

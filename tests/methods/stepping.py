@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheMethod, Shape
+from sparsecache.cache.base import CacheMethod, ProjectQuery, Shape
 from sparsecache.cache.model_cache import ModelCache
 
 CPU = torch.device("cpu")
@@ -124,7 +124,10 @@ def run(method: CacheMethod, shape: Shape, texts: list[Text]) -> list[Found]:
         slots = torch.randperm(SLOTS, generator=noise)
         for layer, layer_cache in enumerate(cache.layers):
             rows = [_token(texts, active, slot, layer, shape, noise) for slot in slots.tolist()]
-            out = layer_cache.attend(*(torch.stack(part) for part in zip(*rows, strict=True)), slots)
+            q, k, v = (torch.stack(part) for part in zip(*rows, strict=True))
+            if layer_cache.speculation_source is not None:  # the hidden state is the query
+                layer_cache.speculate(q, ProjectQuery(lambda hidden, normed: hidden, ()), slots)
+            out = layer_cache.attend(q, k, v, slots)
             for row, slot in enumerate(slots.tolist()):
                 if slot in active:
                     of_text = found[active[slot][0]]

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsecache.cache.base import CacheMethod
+from sparsecache.cache.base import CacheMethod, Shape
 from sparsecache.errors import UsageError
+from sparsecache.kernels.quantisation import QuantisedStore
 from sparsecache.methods import make_method, parse_options
 from sparsecache.methods.composed import Composed
+from tests.methods.partial_keys import calibration_qk
 from tests.methods.presses import kept_by_method
-from tests.methods.stepping import Text, random_text, run, shape_of
+from tests.methods.stepping import Text, make_cache, random_text, run, shape_of
 
 PARTS = {"evict": "snapkv,budget=0.5,window=4,dense_layers=0", "select": "oracle,budget=6,dense_layers=0"}
 
@@ -20,29 +22,48 @@ def _make(name: str, **options: str) -> CacheMethod:
 
 
 def _left(text: Text) -> Text:
-    """Return the text that SnapKV leaves in one layer: every KV head keeps as many tokens, not the same."""
-    kept = kept_by_method(_make("snapkv", budget="0.5", window="4", dense_layers="0"), *text.prompt_of(0))
+    """Return the text that SnapKV leaves: in a layer every KV head keeps as many tokens, not the same."""
+    snapkv = _make("snapkv", budget="0.5", window="4", dense_layers="0")
+    kept = [kept_by_method(snapkv, *text.prompt_of(layer)) for layer in range(len(text.k))]
     new = range(text.prompt, text.prompt + text.new)
 
-    def of_heads(x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([x[0, head, [*of_head, *new]] for head, of_head in enumerate(kept)])[None]
+    def left(x: torch.Tensor) -> torch.Tensor:
+        of_layers = (
+            torch.stack([x[at, head, [*own, *new]] for head, own in enumerate(of)]) for at, of in enumerate(kept)
+        )
+        return torch.stack(list(of_layers))
 
-    evicted = text.prompt - len(kept[0])
-    return replace(text, q=text.q[:, :, evicted:], k=of_heads(text.k), v=of_heads(text.v), prompt=len(kept[0]))
+    count = len(kept[0][0])
+    return replace(text, q=text.q[:, :, text.prompt - count :], k=left(text.k), v=left(text.v), prompt=count)
+
+
+def _calibrated(method: CacheMethod, shape: Shape) -> CacheMethod:
+    if method.calibration_text() is not None:
+        for layer, (q, k) in enumerate(calibration_qk(shape)):
+            method.calibrate(layer, q, k)
+    return method
 
 
 @pytest.mark.parametrize(
-    "select", ["oracle,budget=6", "oracle,budget=0.3", "quest,budget=6,page=4", "sparq,budget=9", "freekv,page=2"]
+    "select",
+    [
+        *("oracle,budget=6", "oracle,budget=0.3", "quest,budget=6,page=4", "sparq,budget=9", "freekv,page=2"),
+        *("loki,budget=6,channels=3", "doublesparse,budget=0.3,channels=2"),
+        *("infinigen,budget=6,partial_weight_ratio=0.5", "infinigen,budget=0.3,skew=false,sinks=1"),
+    ],
 )
 def test_a_selection_sees_what_the_eviction_left_and_new_tokens_as_a_text(select) -> None:
-    shape = shape_of(2, layers=1)
+    shape = shape_of(2, layers=2)
     texts = [random_text(shape, prompt, new, seed) for seed, (prompt, new) in enumerate([(40, 9), (5, 12), (31, 4)])]
-    found = run(Composed(PARTS["evict"], f"{select},dense_layers=0"), shape, texts)
     name, *options = select.split(",")
-    alone = _make(name, **dict(pair.split("=") for pair in options), dense_layers="0")
+    dense = "1" if name == "infinigen" else "0"
+    composed = _calibrated(Composed(PARTS["evict"], f"{select},dense_layers={dense}"), shape)
+    alone = _calibrated(_make(name, **dict(pair.split("=") for pair in options), dense_layers=dense), shape)
+    found = run(composed, shape, texts)
     for each, expected in zip(found, run(alone, shape, [_left(text) for text in texts]), strict=True):
-        torch.testing.assert_close(torch.stack(each.outputs[0]), torch.stack(expected.outputs[0]))
-        assert each.attended == expected.attended
+        for outputs, others in zip(each.outputs, expected.outputs, strict=True):
+            torch.testing.assert_close(torch.stack(outputs), torch.stack(others))
+        assert each.attended[1] == expected.attended[1]
 
 
 def test_kept_is_a_share_of_all_past_tokens() -> None:
@@ -73,15 +94,46 @@ def test_storage_belongs_to_the_selection() -> None:
     torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("dense", [(0, 2), (2, 0), (1, 1)])
+def test_all_layers_have_the_storage_of_the_selection(dense) -> None:
+    """Also those that are dense for the selection alone."""
+    method = Composed(f"snapkv,dense_layers={dense[0]}", f"quest,storage=int4,dense_layers={dense[1]}")
+    cache = make_cache(method, replace(shape_of(2, layers=3), head_dim=32), 2, 400, 10)
+    for layer in cache.layers:
+        holder = getattr(layer, "selection", layer)
+        kv = getattr(holder, "kv", None) or holder.full.kv
+        assert isinstance(kv.quantised, QuantisedStore) and kv.quantised.bits == 4
+
+
+def test_a_calibration_is_that_of_the_selection_and_not_that_of_another_one() -> None:
+    loki, doublesparse = (Composed(PARTS["evict"], select) for select in ("loki,budget=6", "doublesparse,budget=6"))
+    assert loki.calibration_name == _make("loki").calibration_name != doublesparse.calibration_name
+    shape = shape_of(2)
+    loki.restore(_calibrated(_make("loki"), shape).calibration(), shape)
+    assert loki.calibration().keys() == {"projection"}
+    with pytest.raises(ValueError, match="its projection has the shape None"):
+        loki.restore({}, shape)
+
+
+@pytest.mark.parametrize("part", ["evict", "select"])
+def test_an_option_that_does_not_fit_the_model_names_its_part(part) -> None:
+    options = {"evict": "snapkv,dense_layers=9", "select": "quest,dense_layers=9"}
+    with pytest.raises(ValueError, match=rf"^{part}={options[part]}: dense_layers=9 must be 0 to 3, the layers of"):
+        Composed(**{part: options[part]}).check(shape_of(2, layers=3))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"evict": "adakv"}, "evict=adakv must evict once after the prompt and keep as many tokens in all KV heads"),
         ({"evict": "h2o"}, "evict=h2o must evict once"),
         ({"evict": "snapkv,storage=int4"}, "evict=snapkv,storage=int4 stores nothing; give storage=int4 to `select`"),
-        ({"select": "vanilla"}, "select=vanilla must select in every layer"),
-        ({"select": "tidaldecode"}, "select=tidaldecode must select in every layer"),
-        ({"select": "loki"}, "select=loki needs a calibration"),
+        ({"select": "vanilla"}, "select=vanilla must select tokens at each step, as quest does."),
+        ({"select": "snapkv"}, "select=snapkv must select tokens at each step, as quest does."),
+        ({"select": "kivi"}, "select=kivi must select tokens at each step, as quest does. Quantise with storage=int2"),
+        ({"select": "tidaldecode"}, "select=tidaldecode lets a layer select for later layers, but an eviction keeps"),
+        ({"select": "shadowkv"}, "select=shadowkv needs each token's position in the text, but an eviction keeps"),
+        ({"select": "loki,channels=1.5"}, "select=loki,channels=1.5: Method loki refuses its options: channels=1.5"),
         ({"select": "qest"}, "select=qest: There is no method 'qest'. Did you mean 'quest'"),
         ({"select": "quest,pages=3"}, "select=quest,pages=3: Method quest has no option 'pages'. Did you mean 'page'"),
         ({"select": "quest,page"}, "page='' is not a whole number"),

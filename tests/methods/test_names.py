@@ -108,6 +108,18 @@ def test_vanilla_is_found_and_has_no_options() -> None:
         parse_options("vanilla", {"budget": "64"})
 
 
+def test_a_method_has_a_storage_or_says_why_not_and_what_to_use() -> None:
+    for method in method_names():
+        if "storage" in method_options(load_method(method)):
+            assert not load_method(method).absent_options
+            continue
+        with pytest.raises(
+            UsageError, match=rf"^Method {method} has no option 'storage': \w.*\. longbench_pred"
+        ) as raised:
+            parse_options(method, {"storage": "int4"})
+        assert "Its options" not in str(raised.value)
+
+
 def test_options_are_converted_and_completed(add_method) -> None:
     add_method("sieve.py", GOOD.format(name="Sieve"))
     assert parse_options("sieve", {}) == DEFAULTS

@@ -56,6 +56,10 @@ class InfiniGen(SparseMethod):
     """Speculates on partial keys and attends to the tokens near the best speculated score."""
 
     kind: ClassVar[MethodKind] = "selection"
+    absent_options: ClassVar[Mapping[str, str]] = {
+        "storage": "it fetches keys and values in the model's dtype. Use offload=true to save GPU memory, or a method "
+        "that selects from quantised keys, such as loki or quest."
+    }
     min_dense_layers: ClassVar[int] = 1  # layer 0 has no predecessor
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER}
 
