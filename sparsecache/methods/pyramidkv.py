@@ -4,8 +4,7 @@ SnapKV with a budget per layer. Every layer keeps the last `window` tokens of th
 falls linearly from the first sparse layer to the last one, which gets `1 / beta` of the mean. The mean over the
 sparse layers is the budget. Where the first layer would get more than there is, the surplus goes to the last layers.
 
-GQA: as in `snapkv`. Defaults are those of the authors' LongBench runs; the budget is this project's. The authors also
-run SnapKV with a window of 8; `snapkv` here has SnapKV's own 32.
+GQA: as in `snapkv`. Defaults are those of the authors' LongBench runs; the budget is this project's.
 
 Differences: counts are rounded to the nearest, not down, so that they add up to the budget. A budget of at most
 `window` tokens is the same in all layers. Dense layers are not part of the pyramid.
