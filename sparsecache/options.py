@@ -1,12 +1,15 @@
 """Options of methods: read from a constructor's signature, converted from text, and shown."""
 
+import hashlib
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from sparsecache.errors import short
+from sparsecache.errors import UsageError, short
+from sparsecache.files import read_file
 
 _WORDS: dict[Any, str] = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 LARGEST = 2**31 - 1
@@ -14,10 +17,40 @@ LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
+class Names:
+    """Marks text that names something whose content may change, as in `Annotated[str, Names(...)]`.
+
+    words: what the text must be, for messages; identity: from the text to what tells the present content from others,
+    wherever it lies. A run records that instead of the text.
+    """
+
+    words: str
+    identity: Callable[[str], str]
+
+
+def _file_identity(path: str) -> str:
+    """Returns a hash of a file. A method refuses a file that it cannot read, unless it does not use it."""
+    try:
+        return f"sha256:{digest(read_file(path))}"
+    except UsageError:
+        return "a file that is not read"
+
+
+def digest(*parts: bytes) -> str:
+    """Returns 16 hexadecimal digits that differ for different parts."""
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+FilePath = Annotated[str, Names("the path of a file", _file_identity)]
+"""The type of an option that names a file."""
+
+
+@dataclass(frozen=True)
 class Option:
     """One option: its type, default and meaning.
 
-    kind: float, int, bool, str, or a Literal of texts; optional: whether `none` may be given too.
+    kind: float, int, bool, str, or a Literal of texts; optional: whether `none` may be given too; names: for text that
+    names a file or a method.
     """
 
     name: str
@@ -25,12 +58,14 @@ class Option:
     optional: bool
     default: Any
     meaning: str
+    names: Names | None = None
 
     @property
     def allowed(self) -> str:
         """Returns the allowed values, in words."""
         choices = ", ".join(map(show, get_args(self.kind)))
-        return (_WORDS.get(self.kind) or f"one of {choices}") + (" or none" if self.optional else "")
+        words = self.names.words if self.names else _WORDS.get(self.kind) or f"one of {choices}"
+        return words + (" or none" if self.optional else "")
 
     def __str__(self) -> str:
         return f"{self.name}={show(self.default)}"
@@ -47,6 +82,10 @@ class Option:
             raise ValueError(f"{self.name}={short(text)!r} is out of range: at most {LARGEST}.{self._hint}")
         return value
 
+    def identity(self, value: Any) -> Any:
+        """Returns what a run records of `value`: itself, or the identity of what it names."""
+        return value if value is None or self.names is None else self.names.identity(value)
+
     @property
     def _hint(self) -> str:
         return f" {self.name}: {self.meaning} (default {show(self.default)})." if self.meaning else ""
@@ -56,6 +95,8 @@ class Option:
             return {"true": True, "false": False}[text.lower()]
         if get_origin(self.kind) is Literal:
             return {show(choice): choice for choice in get_args(self.kind)}[text]
+        if self.names and not text:
+            raise ValueError
         value = self.kind(text)
         if isinstance(value, float) and math.isnan(value):
             raise ValueError
@@ -70,8 +111,8 @@ def show(value: Any) -> str:
 def constructor_options(kind: type) -> dict[str, Option]:
     """Returns the arguments of a constructor, annotated `Annotated[type, "one-line meaning"]`, as options.
 
-    The type is one of those of Option, or `type | None`. Raises TypeError, naming the class, for an argument without
-    an annotation or a default, or of another type.
+    The type is one of those of Option, FilePath, or one of these `| None`. Raises TypeError, naming the class, for an
+    argument without an annotation or a default, or of another type.
     """
     parameters = inspect.signature(kind, eval_str=True).parameters
     return {
@@ -82,16 +123,24 @@ def constructor_options(kind: type) -> dict[str, Option]:
 
 
 def _option(owner: type, parameter: inspect.Parameter) -> Option:
-    annotation, meaning = parameter.annotation, ""
-    if annotation is parameter.empty or parameter.default is parameter.empty:
+    if parameter.annotation is parameter.empty or parameter.default is parameter.empty:
         raise TypeError(f"{owner.__name__}.__init__: option {parameter.name} needs an annotation and a default.")
-    if get_origin(annotation) is Annotated:
-        annotation, meaning = get_args(annotation)[:2]
+    annotation, marks = _without_marks(parameter.annotation)
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    values = [kind for kind in kinds if kind is not NoneType]
-    if len(values) != 1 or (values[0] not in _WORDS and get_origin(values[0]) is not Literal):
+    values = [_without_marks(kind) for kind in kinds if kind is not NoneType]
+    kind = values[0][0] if len(values) == 1 else None
+    if kind not in _WORDS and get_origin(kind) is not Literal:
         raise TypeError(
             f"{owner.__name__}.__init__: option {parameter.name} is of type {annotation}, which -o cannot give. Types: "
-            f"float, int, bool, str, Literal of texts, and each of these | None."
+            f"float, int, bool, str, FilePath, Literal of texts, and each of these | None."
         )
-    return Option(parameter.name, values[0], NoneType in kinds, parameter.default, meaning)
+    marks = [*values[0][1], *marks]
+    meaning = next((mark for mark in marks if isinstance(mark, str)), "")
+    names = next((mark for mark in marks if isinstance(mark, Names)), None)
+    return Option(parameter.name, kind, NoneType in kinds, parameter.default, meaning, names)
+
+
+def _without_marks(annotation: Any) -> tuple[Any, list[Any]]:
+    """Returns the type of `Annotated[type, marks]`, and the marks."""
+    kind, *marks = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    return kind, marks

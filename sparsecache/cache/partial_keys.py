@@ -16,6 +16,7 @@ from sparsecache.cache.calibration import check_matrices, read_calibration_text
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
+from sparsecache.options import FilePath
 
 _BLOCK = 4096  # prompt tokens that are projected at a time
 
@@ -28,7 +29,7 @@ class PartialKeyMethod(SelectionMethod):
     """
 
     channels: Annotated[float, "channels that score tokens: a share of them up to 1, else a count"] = 0.25
-    calibration_file: Annotated[str | None, "text file that the projections are made of; none: bundled"] = None
+    calibration_file: Annotated[FilePath | None, "text file that the projections are made of; none: bundled"] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

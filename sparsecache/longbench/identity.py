@@ -1,5 +1,6 @@
 """Says in words how two runs' identities differ: values by name, never hashes or whole tables."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ HASHED = {
     "data": "the data",
 }
 """What stands for each value that is a hash or a long text."""
+_CONTENT = re.compile(r"(@|sha256:)[0-9a-f]{16}")
+"""The hash of a file that an option names."""
 
 
 def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
@@ -23,6 +26,7 @@ def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[s
 
     A key that `old` lacks is a difference: an earlier version did not record it.
     """
+    old = _with_calibration_content(old)
     for key, value in new.items():
         if key not in old:
             yield f"{HASHED.get(key, key)}: not recorded"
@@ -44,9 +48,31 @@ def _differences(key: str, old: Any, new: Any, of: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys([*old, *new]):
             if old.get(name) != new.get(name) or (name in old) != (name in new):
-                yield f"{name}{of}: {_value(old, name)}, now {_value(new, name)}"
+                yield _file_difference(name, old.get(name), new.get(name)) or (
+                    f"{name}{of}: {_value(old, name)}, now {_value(new, name)}"
+                )
     else:
-        yield f"{key}{of}: {_shown(old)}, now {_shown(new)}"
+        yield _file_difference(key, old, new) or f"{key}{of}: {_shown(old)}, now {_shown(new)}"
+
+
+def _with_calibration_content(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity whose option calibration_file is the hash of the file, which earlier versions recorded apart."""
+    options, text = identity.get("options"), identity.get("calibration_sha256")
+    if not (isinstance(text, str) and isinstance(options, dict) and options.get("calibration_file")):
+        return identity
+    return {**identity, "options": {**options, "calibration_file": f"sha256:{text[:16]}"}}
+
+
+def _file_difference(name: str, old: Any, new: Any) -> str | None:
+    """The difference of an option that names a file; None if more than the file's content differs, or no file."""
+    if not (isinstance(old, str) and isinstance(new, str) and _CONTENT.search(new)):
+        return None
+    if _CONTENT.sub("", old) == _CONTENT.sub("", new):
+        return f"the content of the file that {name} names: not the same"
+    names_file = _CONTENT.match(new) or "." in old.partition(",")[0]
+    if names_file and not _CONTENT.search(old):
+        return f"the content of the file that {name} names: not recorded by an earlier version"
+    return None
 
 
 def _protocol(text: str) -> Any:
@@ -62,4 +88,8 @@ def _value(table: dict[str, Any], name: str) -> str:
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return short(value, _SHOWN)
+    return short(_CONTENT.sub(_without_hash, value) if isinstance(value, str) else value, _SHOWN)
+
+
+def _without_hash(found: re.Match[str]) -> str:
+    return "" if found[1] == "@" else "a file"

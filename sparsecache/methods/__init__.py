@@ -1,6 +1,5 @@
 """Cache methods. A method is named by its file here, by a path to a .py file, or by a module's dotted name."""
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -12,10 +11,10 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from sparsecache.errors import UsageError, one_line
-from sparsecache.options import Option, constructor_options
+from sparsecache.options import Names, Option, constructor_options, digest
 
 if TYPE_CHECKING:
     from sparsecache.cache.base import CacheMethod
@@ -51,13 +50,12 @@ def check_method_name(method: str) -> None:
         _external_file(method)
         return
     if method not in method_names():
-        near = get_close_matches(method, method_names(), 1)
+        near = get_close_matches(method, method_names(), 3)
         if Path(f"{method}.py").is_file():
             near = [f"{method}.py"]
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(
-            f"There is no method {method!r}.{hint} Methods: {', '.join(method_names())}, a path to a .py file, or the "
-            f"dotted name of an installed module."
+            f"There is no method {method!r}{_did_you_mean(near)} Give a method of longbench_pred.py --list_methods, "
+            f"the path of a .py file, or the dotted name of an installed module."
         )
 
 
@@ -70,7 +68,31 @@ def method_identity(method: str) -> str:
         return method
     file = _external_file(method)
     files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
-    return f"{short_name(method)}@{_digest(*(each.read_bytes() for each in files))}"
+    return f"{short_name(method)}@{digest(*(each.read_bytes() for each in files))}"
+
+
+def options_identity(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run records of a method's options: their values, for one that names a file a hash of its content.
+
+    options: all of them, as parse_options returns them. The method must have accepted them.
+    """
+    known = method_options(load_method(method))
+    return {key: known[key].identity(value) for key, value in options.items()}
+
+
+def _text_identity(text: str) -> str:
+    """Return a method with its options, `name,key=value`, with the identities of the method and of its options."""
+    name, *pairs = text.split(",")
+    known = method_options(load_method(name))
+    parts = [method_identity(name)]
+    for key, _, value in (pair.partition("=") for pair in pairs):
+        is_none = known[key].convert(value) is None
+        parts.append(f"{key}={value if is_none else known[key].identity(value)}")
+    return ",".join(parts)
+
+
+MethodText = Annotated[str, Names("a method with its options", _text_identity)]
+"""The type of an option that names another method, with its options: `name,key=value`."""
 
 
 def load_method(method: str) -> "type[CacheMethod]":
@@ -116,8 +138,7 @@ def option_errors(method: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        hint = "" if _HINT in str(error) else f" {_HINT}"  # a method that names others quotes their errors
-        raise UsageError(f"Method {method} refuses its options: {error}{hint}") from error
+        raise UsageError(f"Method {method} refuses its options: {_with_hint(str(error))}") from error
 
 
 def parse_options(method: str, options: dict[str, str]) -> dict[str, Any]:
@@ -130,16 +151,15 @@ def parse_options(method: str, options: dict[str, str]) -> dict[str, Any]:
     given = {}
     for key, text in options.items():
         if key not in known and key in kind.absent_options:
-            raise UsageError(f"Method {method} has no option {key!r}: {kind.absent_options[key]} {_HINT}")
+            raise UsageError(f"Method {method} has no option {key!r}: {_with_hint(kind.absent_options[key])}")
         if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            near = _did_you_mean(get_close_matches(key, known, 1))
             listed = ", ".join(map(str, known.values())) or "none"
-            raise UsageError(f"Method {method} has no option {key!r}.{hint} Its options: {listed}. {_HINT}")
+            raise UsageError(f"Method {method} has no option {key!r}{near} Its options: {listed}.")
         try:
             given[key] = known[key].convert(text)
         except ValueError as error:
-            raise UsageError(f"Method {method}: {error} {_HINT}") from error
+            raise UsageError(f"Method {method}: {_with_hint(str(error))}") from error
     defaults = {key: option.default for key, option in known.items()}
     preset = str(given.get("preset", defaults.get("preset")))
     return {**defaults, **getattr(kind, "presets", {}).get(preset, {}), **given}
@@ -189,7 +209,7 @@ def _external_file(method: str) -> Path:
     if found is None or found.origin is None or not Path(found.origin).is_file():
         raise UsageError(
             f"--method {method}: no module of this name is installed. Give an installed module, the path of a .py "
-            f"file, or one of {', '.join(method_names())}."
+            f"file, or a method of longbench_pred.py --list_methods."
         )
     return Path(found.origin)
 
@@ -214,7 +234,7 @@ def _import_file(path: Path) -> ModuleType:
     could be of an earlier version.
     """
     source = path.read_bytes()
-    name = f"sparsecache_external_{_digest(str(path).encode(), source)}_{path.stem}"
+    name = f"sparsecache_external_{digest(str(path).encode(), source)}_{path.stem}"
     if name not in sys.modules:
         module = sys.modules[name] = ModuleType(name)  # dataclasses look it up there
         module.__file__ = str(path)
@@ -226,6 +246,11 @@ def _import_file(path: Path) -> ModuleType:
     return sys.modules[name]
 
 
-def _digest(*parts: bytes) -> str:
-    """Return 16 hexadecimal digits that differ for different parts."""
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+def _did_you_mean(near: list[str]) -> str:
+    """Return how a message goes on after a name that does not exist."""
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+
+
+def _with_hint(message: str) -> str:
+    """Return a message that says where options are shown, unless it has a second sentence that says what to do."""
+    return message if ". " in message or "? " in message else f"{message} {_HINT}"

@@ -21,7 +21,7 @@ from sparsecache.cache.eviction import EvictionMethod
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
 from sparsecache.errors import UsageError
-from sparsecache.methods import check_method_name, load_method, make_method, parse_options
+from sparsecache.methods import MethodText, check_method_name, load_method, make_method, parse_options
 
 
 @dataclass
@@ -33,10 +33,10 @@ class Composed(CacheMethod):
         "storage": "give it to `select`, as in select=quest,budget=256,storage=int4."
     }
 
-    evict: Annotated[str, "method that evicts after the prompt, with its options, as in name,key=value"] = (
+    evict: Annotated[MethodText, "method that evicts after the prompt, with its options, as in name,key=value"] = (
         "snapkv,budget=0.5"
     )
-    select: Annotated[str, "method that selects at each step, with its options, as in name,key=value"] = (
+    select: Annotated[MethodText, "method that selects at each step, with its options, as in name,key=value"] = (
         "quest,budget=0.2"
     )
 

@@ -16,7 +16,6 @@ budget and there are no dense layers: layers without a streaming head keep and a
 `kept`. Defaults are those of the authors' LongBench runs.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -32,10 +31,12 @@ from sparsecache.errors import UsageError
 from sparsecache.files import read_file
 from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.scores import scaled_scores
+from sparsecache.options import FilePath
 
 _SINKS, _RECENT, _QUERIES = 128, 256, 256  # tokens, of which gates are estimated
 _MAX_BYTES = 2**24  # of a file of gates
 _BLOCK = 64  # queries whose attention is held at a time
+_SLACK = 0.01  # the authors' gates reach 0.0014 below 0
 
 
 @dataclass
@@ -48,11 +49,11 @@ class DuoAttention(CacheMethod):
         "neighbours. Use kivi, or a method that evicts once, such as snapkv."
     }
 
-    gates: Annotated[str | None, "file of gates: a line per layer, tabs between KV heads; none: estimated"] = None
+    gates: Annotated[FilePath | None, "file of gates: a line per layer, tabs between KV heads; none: estimated"] = None
     sparsity: Annotated[float, "share of the KV heads that are streaming heads, 0 to 1"] = 0.5
     sinks: Annotated[int, "first tokens that streaming heads keep, 0 or more"] = 64
     recent: Annotated[int, "last tokens that streaming heads keep, 1 or more"] = 256
-    calibration_file: Annotated[str | None, "text file that gates are estimated from; none: bundled"] = None
+    calibration_file: Annotated[FilePath | None, "text file that gates are estimated from; none: bundled"] = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:
@@ -210,6 +211,6 @@ def _read_gates(path: str) -> list[Tensor]:
             f"gates={path} cannot be read ({str(error).rstrip('.')}). Give a file with a line per layer and a number "
             f"per KV head."
         ) from error
-    if not all(math.isfinite(number) for of_layer in gates for number in of_layer):
-        raise ValueError(f"gates={path} has numbers that are not finite.")
+    if wrong := [number for of_layer in gates for number in of_layer if not -_SLACK <= number <= 1 + _SLACK]:
+        raise ValueError(f"gates={path} has the gate {wrong[0]:g}. Gates must be numbers from 0 to 1.")
     return [torch.tensor(of_layer) for of_layer in gates]

@@ -43,6 +43,8 @@ class FreeKV(Quest):
         for name in ("sinks", "recent"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be a share of the budget, 0 to 1.")
+        if self.sinks + self.recent > 1:
+            raise ValueError(f"sinks={self.sinks} and recent={self.recent} must be at most 1 together.")
         if not -1 <= self.similarity <= 1:
             raise ValueError(f"similarity={self.similarity} must be -1 to 1.")
 

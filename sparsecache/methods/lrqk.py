@@ -24,7 +24,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig, StepBytes
+from sparsecache.cache.base import CacheConfig, Shape, StepBytes
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.cache.storage import FullStorage, stored_token_nbytes
 from sparsecache.kernels.factors import reduce_token, sum_products, update_bases
@@ -36,13 +36,14 @@ from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
 
 _MAX_ITERATIONS = 16
+_RANK = 16  # the default; a model whose heads have fewer channels takes as many
 
 
 @dataclass
 class LRQK(SelectionMethod):
     """Selects tokens by low-rank factors of queries and keys, which each step updates."""
 
-    rank: Annotated[int, "rank of the factors, at most the channels of a head, 1 or more"] = 16
+    rank: Annotated[int, "rank of the factors, 1 to the channels of a head"] = _RANK
     recent: Annotated[float, "share of the budget that the most recent tokens get, 0 to 1"] = 1 / 16
     iterations: Annotated[int, "iterations of alternating least squares, per prompt and per step, 1 to 16"] = 2
 
@@ -54,6 +55,12 @@ class LRQK(SelectionMethod):
             raise ValueError(f"iterations={self.iterations} must be 1 to {_MAX_ITERATIONS}.")
         if not 0 <= self.recent <= 1:
             raise ValueError(f"recent={self.recent} must be a share of the budget, 0 to 1.")
+
+    def check(self, shape: Shape) -> None:
+        super().check(shape)
+        if self.rank > max(shape.head_dim, _RANK):
+            channels = f"{shape.head_dim}, the channels of a head of this model"
+            raise ValueError(f"rank={self.rank} must be at most {channels}.")
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "LRQKCache":
         return LRQKCache(self, layer, config)

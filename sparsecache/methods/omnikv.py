@@ -43,6 +43,8 @@ class OmniKV(SharedSelectionMethod):
             )
         except ValueError:
             raise ValueError(f"filter_layers={self.filter_layers} must be numbers of layers, as in 8,18.") from None
+        if self._further is not None and self._further != sorted(set(self._further)):
+            raise ValueError(f"filter_layers={self.filter_layers} must be in ascending order, each layer once.")
 
     def check(self, shape: Shape) -> None:
         super().check(shape)

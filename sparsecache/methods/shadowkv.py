@@ -22,7 +22,7 @@ from typing import Annotated, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, StepBytes
+from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, Shape, StepBytes
 from sparsecache.cache.host import allocate, check_host_memory, copy_into
 from sparsecache.cache.selection import check_page_size
 from sparsecache.cache.sparse import SparseMethod
@@ -38,6 +38,7 @@ from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
 from sparsecache.kernels.unrotate import unrotate_keys
 
+_RANK = 160  # the default; a model whose KV heads have fewer channels together takes as many
 _PRODUCTS = (2, 1, 1)  # subspace iteration: products with K^T K before each orthonormalisation
 _RIDGE = 1e-14  # of the trace; for vectors of a smaller rank
 _MIN_RIDGE = 1e-300  # so that vectors of zeros give zeros
@@ -67,7 +68,7 @@ class ShadowKV(SparseMethod):
     uses_rope = True
 
     budget: Annotated[float, "prompt tokens attended to, new ones not counted: a share up to 1, else a count"] = 0.2
-    rank: Annotated[int, "rank of the keys of all KV heads together: coefficients per token, 1 or more"] = 160
+    rank: Annotated[int, "rank of the keys of all KV heads together, 1 to their channels"] = _RANK
     page: Annotated[int, "tokens in a page, 1 to 1024"] = 8
     outliers: Annotated[float, "share of the budget for pages with keys unlike their mean, 0 to 1, rounded down"] = 0.15
     recent: Annotated[float, "share of the budget for the prompt's last pages, 0 to 1, rounded down"] = 0.015
@@ -84,6 +85,12 @@ class ShadowKV(SparseMethod):
                 raise ValueError(f"{name}={getattr(self, name)} must be a share of the budget, 0 to 1.")
         if self.outliers + self.recent > 1:
             raise ValueError(f"outliers={self.outliers} and recent={self.recent} must be at most 1 together.")
+
+    def check(self, shape: Shape) -> None:
+        super().check(shape)
+        channels = shape.kv_heads * shape.head_dim
+        if self.rank > max(channels, _RANK):
+            raise ValueError(f"rank={self.rank} must be at most {channels}, this model's channels of all KV heads.")
 
     def exact_pages(self, budget: int) -> tuple[int, int]:
         """Return how many outlier pages and how many last pages a budget in tokens has."""

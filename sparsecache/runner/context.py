@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sparsecache.cache import CacheMethod
+from sparsecache.cache.base import Shape
 from sparsecache.engine.base import Engine
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.devices import find_device, find_devices
@@ -29,7 +30,7 @@ from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.reasoning import END, START
 from sparsecache.longbench.tasks import Task
 from sparsecache.longbench.wrapping import CLOCK
-from sparsecache.methods import make_method, method_identity, option_errors, parse_options
+from sparsecache.methods import make_method, method_identity, option_errors, options_identity, parse_options
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.options import show
 from sparsecache.runner.calibration import Calibrations, calibrate
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from sparsecache.engine.general.model import CachedModel
     from sparsecache.engine.reference import TransformersEngine
 
-_NO_TEXT = "The calibration text is empty. Name another one, of about 2,000 tokens."
+_OTHER_TEXT = "Name another file with -o calibration_file, of about 2,000 tokens."
 
 
 class LoadedModel(NamedTuple):
@@ -62,8 +63,7 @@ class RunContext:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.model: Model = find_model(settings.model)
-        self.options: dict[str, Any] = parse_options(settings.method, settings.options)
-        self.method = self.make_method()
+        self._set_method()
         # With workers, each finds its own GPUs.
         self.device = torch.device(settings.device) if settings.on_ray else find_device(settings.device)
         self.devices = (
@@ -75,6 +75,7 @@ class RunContext:
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
         self.window = self._window()
         self.calibration_text: str | None = None
+        self._calibration_ids: list[int] = []
         self._calibrations: Calibrations | None = None
         self._served_layers: tuple[int, int] | None = None  # layers that the method serves, all layers
         self._one_slot_reason: str | None = None  # why prompts are decoded one at a time, whatever --batch_size says
@@ -98,10 +99,19 @@ class RunContext:
         self.prompter.wrapper  # noqa: B018 (made once for all)
         other = copy.copy(self)
         other.settings = settings
-        other.options = parse_options(settings.method, settings.options)
-        other.method = other.make_method()
+        other._set_method()
         other._check_method()
         return other
+
+    def _set_method(self) -> None:
+        """Makes the method, and its identity at once: files that it read may change while it decodes."""
+        settings = self.settings
+        self.options: dict[str, Any] = parse_options(settings.method, settings.options)
+        self.method = self.make_method()
+        self._method_identity = {
+            "method": method_identity(settings.method),
+            "options": options_identity(settings.method, self.options),
+        }
 
     def make_method(self) -> CacheMethod:
         """Returns a new instance of the method; subclasses may override it."""
@@ -230,10 +240,8 @@ class RunContext:
 
     def _calibrate(self, method: CacheMethod, decoder: "Decoder | CachedModel") -> None:
         if self.calibration_text is not None:
-            token_ids = self.checkpoint.tokenizer(self.calibration_text, verbose=False)["input_ids"]
-            if not token_ids:
-                raise UsageError(_NO_TEXT)
-            token_ids = token_ids[: self.window]
+            self._check_calibration(decoder.shape)
+            token_ids = self._calibration_ids[: self.window]
             weights = self.checkpoint.fingerprint + (" in fp8" if self.dtype_name == "fp8" else "")
             calibrate(method, decoder, token_ids, weights, self._calibrations)
 
@@ -267,8 +275,7 @@ class RunContext:
         """Returns what rows of one file must share, besides data and tasks."""
         return {
             "checkpoint": self.checkpoint.fingerprint,
-            "method": method_identity(self.settings.method),
-            "options": self.options,
+            **self._method_identity,
             "engine": self.settings.engine,
             "dtype": self.dtype_name,
             "window": self.window,
@@ -391,14 +398,29 @@ class RunContext:
 
     def _check_method(self) -> None:
         """Compares the method with the model's shape, and reads its calibration text."""
+        # The shape of another engine's model is known once it is loaded.
+        shape = self._architecture().shape if self.settings.engine == "sparsecache" else None
         with option_errors(self.settings.method):
-            if self.settings.engine == "sparsecache":  # otherwise the shape is known once the model is loaded
-                self.method.check(self._architecture().shape)
+            if shape is not None:
+                self.method.check(shape)
                 if self.method.uses_rope:
                     Rope(self.checkpoint.config, torch.device("cpu")).rotation_of()
             self.calibration_text = self.method.calibration_text()
-        if self.calibration_text is not None and not self.calibration_text.strip():
-            raise UsageError(_NO_TEXT)
+        if self.calibration_text is None:
+            return
+        if not self.calibration_text.strip():
+            raise UsageError(f"The calibration text is empty. {_OTHER_TEXT}")
+        self._calibration_ids = self.checkpoint.tokenizer(self.calibration_text, verbose=False)["input_ids"]
+        if shape is not None:
+            self._check_calibration(shape)
+
+    def _check_calibration(self, shape: Shape) -> None:
+        """Raises UsageError for a calibration text from which a matrix over a head's channels is not determined."""
+        if len(self._calibration_ids) < shape.head_dim:
+            raise UsageError(
+                f"The calibration text has {len(self._calibration_ids)} tokens, fewer than the {shape.head_dim} "
+                f"channels of a head of this model. {_OTHER_TEXT}"
+            )
 
     def _check_family(self) -> None:
         family = load_family(self.checkpoint.model_type)

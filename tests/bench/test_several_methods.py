@@ -175,7 +175,7 @@ def test_options_go_to_the_methods_that_have_them() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ("decode --methods quset", "There is no method 'quset'. Did you mean 'quest'?"),
+        ("decode --methods quset", "There is no method 'quset'; did you mean 'quest'?"),
         ("decode --methods quest,", "There is no method ''"),
         ("decode --methods all --method quest", "--method has no effect with --methods: leave one of them out."),
         ("decode --methods all --profile", "--profile has no effect with --methods"),

@@ -143,6 +143,10 @@ def test_estimated_gates_are_restored() -> None:
             restored.restore(wrong, shape)
 
 
+def test_gates_just_below_0_are_read_as_the_authors_have_them(gates_file) -> None:
+    DuoAttention(gates=gates_file([[-0.0014, 1.0]])).check(Shape(1, 2, 2, 6))
+
+
 def test_a_named_pipe_of_gates_is_refused_at_once(tmp_path) -> None:
     os.mkfifo(tmp_path / "gates")
     with pytest.raises(ValueError, match=r"^gates=.* cannot be read \(.* it is a named pipe, not a regular file\)\."):
@@ -154,10 +158,12 @@ def test_a_named_pipe_of_gates_is_refused_at_once(tmp_path) -> None:
     [
         (None, r"^gates=.* cannot be read \(.*No such file.*\)\. Give a file with a line per layer"),
         ("0.1\tx\n", r"^gates=.* cannot be read \(could not convert"),
-        ("0.1\tnan\n", r"^gates=.* has numbers that are not finite\.$"),
+        ("0.1\tnan\n", r"^gates=.* has the gate nan\. Gates must be numbers from 0 to 1\.$"),
+        ("0.1\t-5\n", r"^gates=.* has the gate -5\."),
+        ("99\t0.1\n", r"^gates=.* has the gate 99\."),
         ("", r"^gates=.* has 0 lines of 0 numbers\. This model needs 3 lines, one per layer, of 4 numbers"),
-        ("1\t2\n3\t4\n", r"^gates=.* has 2 lines of 2 numbers\. This model needs 3 lines"),
-        ("1 2 3 4\n1 2 3\n1 2 3 4\n", r"^gates=.* has 3 lines of 3 or 4 numbers\."),
+        ("1\t0\n.3\t.4\n", r"^gates=.* has 2 lines of 2 numbers\. This model needs 3 lines"),
+        ("1 1 0 0\n1 1 0\n1 1 0 0\n", r"^gates=.* has 3 lines of 3 or 4 numbers\."),
     ],
 )
 def test_a_bad_file_of_gates_is_refused(text, message, tmp_path) -> None:

@@ -180,7 +180,7 @@ def test_a_module_that_is_no_method_is_refused() -> None:
 
 def test_a_name_without_its_ending_is_understood(write, tmp_path) -> None:
     (tmp_path / "here" / "mine.py").write_text(SOURCE.format(step=1))
-    with pytest.raises(UsageError, match=r"There is no method 'mine'\. Did you mean 'mine\.py'\?"):
+    with pytest.raises(UsageError, match=r"There is no method 'mine'; did you mean 'mine\.py'\?"):
         check_method_name("mine")
 
 
@@ -204,7 +204,7 @@ def test_a_run_by_path_records_the_identity_and_follows_the_file(write, checkpoi
     assert predict(str(path), "-o", "budget=20").exit_code == 0  # the same file by another path: the same run
     write("mine.py", SOURCE.format(step=2))
     told = predict(str(path), "-o", "budget=20")
-    assert told.exit_code == 2 and "mine@" in told.stderr
+    assert told.exit_code == 2 and "the content of the file that method names: not the same" in told.stderr
     told = predict("no_such.py")
     assert told.exit_code == 2 and told.stderr.startswith("Error: --method no_such.py: there is no such .py file.")
 

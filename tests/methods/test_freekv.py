@@ -85,6 +85,7 @@ def test_the_query_before_of_the_first_step_is_the_prompts_last() -> None:
     ("options", "told"),
     [
         ({"sinks": -0.1}, r"^sinks=-0\.1 must be a share of the budget, 0 to 1\.$"),
+        ({"sinks": 1.0, "recent": 1.0}, r"^sinks=1\.0 and recent=1\.0 must be at most 1 together\.$"),
         ({"recent": 1.1}, r"^recent=1\.1 must be a share of the budget, 0 to 1\.$"),
         ({"recent": math.nan}, r"^recent=nan must be a share"),
         ({"similarity": math.nan}, r"^similarity=nan must be -1 to 1\.$"),

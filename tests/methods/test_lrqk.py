@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsecache.cache.base import Shape
 from sparsecache.methods.lrqk import LRQK
 from tests.methods.stepping import (
     Kept,
@@ -140,3 +141,11 @@ def test_no_step_exceeds_the_budget(budget) -> None:
 def test_options_out_of_range_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         LRQK(**options)
+
+
+def test_a_rank_above_the_channels_of_a_head_is_refused() -> None:
+    """The default is taken as far as it goes."""
+    with pytest.raises(ValueError, match=r"^rank=65 must be at most 64, the channels of a head of this model\.$"):
+        LRQK(rank=65).check(Shape(4, 2, 2, 64))
+    LRQK(rank=64).check(Shape(4, 2, 2, 64))
+    LRQK().check(Shape(4, 2, 2, 8))

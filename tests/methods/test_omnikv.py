@@ -40,5 +40,8 @@ def test_a_layer_that_cannot_select_is_refused(given) -> None:
 
 
 def test_what_is_no_list_of_layers_is_refused() -> None:
+    for given in ("5,5,4", "4,4", "5,4"):
+        with pytest.raises(ValueError, match=rf"^filter_layers={given} must be in ascending order, each layer once\.$"):
+            OmniKV(filter_layers=given)
     with pytest.raises(ValueError, match=r"^filter_layers=a,2 must be numbers of layers, as in 8,18\.$"):
         OmniKV(filter_layers="a,2")

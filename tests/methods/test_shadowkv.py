@@ -206,3 +206,11 @@ def test_values_in_host_memory_are_the_same() -> None:
 def test_options_out_of_range_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         ShadowKV(**options)
+
+
+def test_a_rank_above_the_channels_of_all_kv_heads_is_refused() -> None:
+    """The default is taken as far as it goes: small models have 128 channels."""
+    with pytest.raises(ValueError, match=r"^rank=257 must be at most 256, this model's channels of all KV heads\.$"):
+        ShadowKV(rank=257).check(Shape(4, 4, 4, 64))
+    ShadowKV(rank=256).check(Shape(4, 4, 4, 64))
+    ShadowKV().check(Shape(4, 4, 2, 64))

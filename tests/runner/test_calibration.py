@@ -364,14 +364,15 @@ def test_an_empty_text_is_refused_before_anything_is_loaded(text, tiny, tmp_path
         RunContext(Settings(model=str(tiny), method="infinigen", options=options, device="cpu"))
 
 
-def test_a_text_without_tokens_is_refused(tiny, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("method", "engine"), [("infinigen", "sparsecache"), ("duoattention", "sparsecache"), ("loki", "transformers")]
+)
+def test_a_text_of_fewer_tokens_than_a_head_has_channels_is_refused(method, engine, tiny, tmp_path) -> None:
     (tmp_path / "text.txt").write_text("x")
-    options = {"dense_layers": "1", "calibration_file": str(tmp_path / "text.txt")}
-    context = RunContext(Settings(model=str(tiny), method="infinigen", options=options, device="cpu"))
-    context.checkpoint.tokenizer  # noqa: B018 (cached, to be replaced)
-    context.checkpoint.__dict__["tokenizer"] = lambda text, verbose: {"input_ids": []}
-    with pytest.raises(UsageError, match="calibration text is empty"):
-        context._calibrate(context.method, _Decoder())  # type: ignore[arg-type]
+    options = {"calibration_file": str(tmp_path / "text.txt")}
+    settings = Settings(model=str(tiny), method=method, options=options, device="cpu", engine=engine)
+    with pytest.raises(UsageError, match=r"text has 2 tokens, fewer than the 16 channels of a head of this model\."):
+        RunContext(settings).engine(1)
 
 
 def test_the_text_is_part_of_what_a_run_is(tiny, tmp_path) -> None:
@@ -380,6 +381,6 @@ def test_the_text_is_part_of_what_a_run_is(tiny, tmp_path) -> None:
         options = {"calibration_file": str(tmp_path / "text.txt")}
         return RunContext(Settings(model=str(tiny), method="infinigen", options=options, device="cpu")).identity()
 
-    first, second, third = identity("one text"), identity("another"), identity("one text")
+    first, second, third = (identity(f"{text} " * 20) for text in ("one text", "another", "one text"))
     assert first == third and first != second
     assert first["calibration_sha256"] != second["calibration_sha256"]

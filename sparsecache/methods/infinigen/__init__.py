@@ -30,6 +30,7 @@ from sparsecache.cache.stats import SequenceStats
 from sparsecache.kernels.selection import CountRule, GroupRule
 from sparsecache.methods.infinigen.cache import DeviceStreams, InfiniGenCache
 from sparsecache.methods.infinigen.skewing import check_skewing_matrices, skewing_matrix
+from sparsecache.options import FilePath
 
 _CHANNELS = 32
 _MAX_TOKENS = 2**31 - 1  # kernels count in int32
@@ -89,7 +90,7 @@ class InfiniGen(SparseMethod):
     recent: Annotated[int, "last tokens that are always selected, within the budget, 0 or more"] = 0
     offload: Annotated[bool, "keep keys and values of the sparse layers in pinned host memory"] = False
     gpu_cache: Annotated[int, "with offload: fetched tokens kept on the GPU per layer and KV head, 0 or more"] = 0
-    calibration_file: Annotated[str | None, "text file that the skewing matrices are made of; none: bundled"] = None
+    calibration_file: Annotated[FilePath | None, "text file that skewing matrices are made of; none: bundled"] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
