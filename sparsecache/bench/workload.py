@@ -1,4 +1,4 @@
-"""Workloads: random prompts of given lengths, and a stratified sample of a benchmark's or a run's lengths."""
+"""Workloads: random prompts of given lengths, or of a sample of the lengths of a benchmark or a run."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparsecache.engine.base import Request
-from sparsecache.errors import UsageError, short
+from sparsecache.errors import UsageError, one_line, short
 from sparsecache.files import open_regular
 from sparsecache.longbench.records import read_rows
 from sparsecache.runner.pending import STEP_BYTES
@@ -52,21 +52,23 @@ def sample_requests(file: Path, rows: int, vocab_size: int) -> list[Request]:
 
 
 def sample_lengths(file: Path, rows: int) -> list[Workload]:
-    """Return about `rows` rows of a workload: each dataset's share, spread evenly over its prompt lengths.
+    """Return a stratified sample of about `rows` rows of a workload.
 
-    file: a CSV, or the folder of a run, whose predictions have their lengths.
+    file: a CSV, or the folder of a run, whose finished rows have their lengths. A dataset keeps its share of the rows.
+    They are spread evenly over its prompt lengths.
 
     The order is that of a run with workers (runner/pending.py): longest first by prompt and max_new_tokens, since a run
     does not know the answers' lengths. A small file gives fewer rows. A file with more datasets than `rows` gives one
-    row per dataset. Raises UsageError for a file without the columns.
+    row per dataset. Raises UsageError for a file without the columns, and for a prediction without its lengths.
     """
     by_dataset: dict[str, list[_Row]] = {}
     try:
         for dataset, row in _read_run(file) if file.is_dir() else _read(file):
             by_dataset.setdefault(dataset, []).append(row)
     except (UsageError, OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+        problem = f"it has no column {error}" if isinstance(error, KeyError) else one_line(error).rstrip(".")
         raise UsageError(
-            f"{file} is not a workload ({short(error, 200)}). Give a CSV with the columns dataset, prompt_tokens, "
+            f"{file} is not a workload ({short(problem, 200)}). Give a CSV with the columns dataset, prompt_tokens, "
             f"new_tokens, or the folder of a run."
         ) from error
     total = sum(map(len, by_dataset.values()))
@@ -107,5 +109,10 @@ def _read(file: Path) -> Iterator[tuple[str, _Row]]:
 
 def _read_run(folder: Path) -> Iterator[tuple[str, _Row]]:
     for file in sorted(folder.glob("*.jsonl")):
-        for row in read_rows(file, ("prompt_tokens", "new_tokens")):
-            yield file.stem, _Row(row["prompt_tokens"], row["new_tokens"], 0)
+        for number, row in enumerate(read_rows(file), 1):
+            if "error" in row:  # it has no answer, so no lengths
+                continue
+            prompt_tokens, new_tokens = row.get("prompt_tokens"), row.get("new_tokens")
+            if type(prompt_tokens) is not int or type(new_tokens) is not int:
+                raise UsageError(f"{file}, row {number}: prompt_tokens and new_tokens must be whole numbers")
+            yield file.stem, _Row(prompt_tokens, new_tokens, 0)

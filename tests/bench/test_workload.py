@@ -39,14 +39,22 @@ def test_a_file_saved_by_a_spreadsheet_is_read(tmp_path) -> None:
     assert sample_lengths(tmp_path / "w.csv", 10) == [Workload(7, 2)]
 
 
-def test_the_lengths_of_a_run_are_a_workload(tmp_path) -> None:
+def test_the_lengths_of_a_run_are_a_workload_without_its_error_rows(tmp_path) -> None:
     (tmp_path / "run.json").write_text("{}")
     for dataset, lengths in {"qasper": [(30, 4), (20, 5)], "trec": [(70, 2)]}.items():
         rows = [{"_id": f"{n}", "pred": "x", "answers": ["x"], "prompt_tokens": n, "new_tokens": k} for n, k in lengths]
         (tmp_path / f"{dataset}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with (tmp_path / "trec.jsonl").open("a") as file:
+        file.write('{"_id": "e", "error": "out of memory", "answers": ["x"], "prompt_tokens": 9}\n')
     assert sample_lengths(tmp_path, 10) == [Workload(70, 2), Workload(30, 4), Workload(20, 5)]
-    (tmp_path / "trec.jsonl").write_text('{"pred": "x", "answers": ["x"], "all_classes": null, "length": 3}\n')
-    with pytest.raises(UsageError, match=r"is not a workload .*trec\.jsonl, line 1: .*prompt_tokens"):
+
+
+@pytest.mark.parametrize(
+    "lengths", ["", ', "prompt_tokens": "30", "new_tokens": 4', ', "prompt_tokens": 30, "new_tokens": null']
+)
+def test_a_prediction_without_its_lengths_is_refused(lengths, tmp_path) -> None:
+    (tmp_path / "trec.jsonl").write_text(f'{{"pred": "x", "answers": ["x"]{lengths}}}\n')
+    with pytest.raises(UsageError, match=r"is not a workload \(.*trec\.jsonl, row 1: prompt_tokens and new"):
         sample_lengths(tmp_path, 10)
 
 
