@@ -20,7 +20,7 @@ from tqdm import tqdm
 from sparsecache.cache import CacheMethod, Shape
 from sparsecache.engine.decoder import Decoder
 from sparsecache.errors import UsageError, one_line
-from sparsecache.files import cache_folder
+from sparsecache.files import cache_folder, open_regular
 
 if TYPE_CHECKING:
     from sparsecache.engine.general.model import CachedModel
@@ -52,7 +52,7 @@ def calibrate(
         try:
             tensors = _load(file, key)
             method.restore(tensors, decoder.shape)
-        except (ValueError, OSError, SafetensorError) as error:
+        except (UsageError, ValueError, OSError, SafetensorError) as error:
             problem = one_line(error).rstrip(".")
             raise UsageError(
                 f"The calibration in {file} cannot be used: {problem}. Delete the file; the next run calibrates again."
@@ -92,6 +92,7 @@ def _key(method: CacheMethod, token_ids: list[int], fingerprint: str, dtype: str
 
 
 def _load(file: Path, key: str) -> dict[str, Tensor]:
+    open_regular(file).close()  # safetensors would wait for the writer of a named pipe
     with safe_open(file, framework="pt") as opened:
         if (opened.metadata() or {}).get("key") != key:
             raise ValueError("it belongs to another checkpoint, text or version.")

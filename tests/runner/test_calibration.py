@@ -193,6 +193,15 @@ def test_a_file_that_does_not_fit_is_refused_and_left_alone(spoil, said, files) 
     assert _calibrate()[1] == [TEXT]
 
 
+def test_a_named_pipe_is_refused_without_waiting_for_its_writer(files) -> None:
+    _calibrate()
+    (file,) = files()
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UsageError, match=r"named pipe, not a regular file\. Delete the file"):
+        _calibrate()
+
+
 def test_a_file_that_may_not_be_read_is_refused(files, monkeypatch) -> None:
     _calibrate()
 
