@@ -1,11 +1,11 @@
-"""The part of attention over quantised tokens that multiplies by their codes, without dequantising them."""
+"""Attention over quantised tokens that multiplies by their codes instead of dequantising them."""
 
 from sparsecache.kernels._triton import tl, triton
 
 
 @triton.jit
 def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return one code per word as float16 bits: a subnormal number of code * 2^(bit offset in its byte) * 2^-24."""
+    """Return one code per word as the bits of a float16: code * 2^(bit offset in its byte) * 2^-24, a subnormal."""
     per_byte: tl.constexpr = 8 // BITS
     mask: tl.constexpr = ((1 << BITS) - 1) << (PLANE % per_byte * BITS)
     if INTERPRETED:  # the interpreter has no inline assembly
@@ -22,7 +22,7 @@ def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.const
 
 @triton.jit
 def _to_float16(x, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return x in float16. Values are converted in pairs, so that a pair is then multiplied by one instruction."""
+    """Return x in float16. Converting values in pairs lets one instruction multiply a pair."""
     if INTERPRETED or x.dtype == tl.float16:
         return x.to(tl.float16)
     return tl.inline_asm_elementwise(
@@ -54,17 +54,18 @@ def attend_on_codes(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the quantised tokens from start to end, whole groups: maximum [R], sum of weights [R], total [R, D].
+    """Attend to the quantised tokens from start to end; return maximum [R], sum of weights [R], total [R, D].
 
-    Row r of the queries is for the channels of value group `group[r]`. Other channels of its total are meaningless.
+    start, end: multiples of TOKENS, so that groups are whole. group: [R]. Row r of the queries is for the channels of
+    value group `group[r]`; other channels of its total are meaningless.
 
     Codes are not dequantised. The bits of a code, read as float16, are the code times the smallest float16 number. The
-    steps of keys are multiplied into the queries, which are scaled so that their largest entry is near 1. The steps of
-    values are multiplied into the weights. The minima are added by products of their own.
+    queries are scaled so that their largest entry is near 1, and multiplied by the steps of the keys. The weights are
+    multiplied by the steps of the values. Separate products add the minima.
 
     A value is the middle of its group's range, plus step * (code - middle code). So the rounding of a weight times a
     step is multiplied by at most half the range. These products are float16, which rounds less than bfloat16. They
-    overflow if the numbers of a group lie further apart than 196,000.
+    overflow if the range of a group is wider than 196,000.
     """
     dtype: tl.constexpr = q_block.dtype
     planes: tl.constexpr = 16 // BITS

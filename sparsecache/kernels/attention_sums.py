@@ -11,7 +11,7 @@ from sparsecache.kernels.scores import scaled_scores
 _BLOCK = 64  # queries per iteration of the reference
 _NORMALIZER_BLOCK_M, _NORMALIZER_BLOCK_N, _NORMALIZER_WARPS = 128, 128, 8  # queries per program, keys per iteration
 _BLOCK_M = 64  # queries per iteration of the sums
-_FEW_QUERIES = 256  # with so few, the reference is as fast: the kernels do not fill the GPU
+_FEW_QUERIES = 256  # up to this many, the kernels do not fill the GPU, and the reference is as fast
 _MAX_ROW_BYTES = 512  # tiles of wider rows do not fit into shared memory
 _LOG2_E = math.log2(math.e)
 
@@ -37,7 +37,7 @@ def attention_sums(q: Tensor, k: Tensor, first: int, logsumexp: Tensor | None = 
 
 
 def _launch(q: Tensor, k: Tensor, first: int, logsumexp: Tensor | None) -> Tensor:
-    """Launch the kernels of `attention_sums`."""
+    """Return `attention_sums` by its kernels."""
     heads, length, head_dim = q.shape
     kv_heads = k.shape[0]
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
@@ -65,7 +65,7 @@ def _sum_tile(q: Tensor) -> dict[str, int]:
     """Return the keys per program of `_sum_kernel`, and its launch options."""
     half, row_nbytes = q.element_size() == 2, q.shape[2] * q.element_size()
     if half and row_nbytes <= 256 and has_large_shared_memory(q.device):
-        # With 128 registers two programs share a multiprocessor.
+        # With at most 128 registers per thread, two programs share a multiprocessor.
         return {"BLOCK_N": 256, "num_warps": 8, "STAGES": 3, "maxnreg": 128}
     return {"BLOCK_N": 128, "num_warps": 4 if half else 8, "STAGES": 2}
 
@@ -107,7 +107,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     head_dim, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Store the attention that BLOCK_N tokens receive from all queries of a query head."""
+    """Store the attention that BLOCK_N tokens receive from the queries of a head, from `first` on."""
     head, channel = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     begin = tl.program_id(1) * BLOCK_N  # programs with the most queries start first
     column = begin + tl.arange(0, BLOCK_N)
@@ -118,7 +118,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     offsets = tl.arange(0, BLOCK_M)[None, :] * q_stride + channel[:, None]
     normalizers += head * normalizer_stride
     received = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    # Tiles of queries: those on the diagonal, then those that all keys precede; the last one may be incomplete.
+    # Tiles of queries, by position: those on the diagonal, then those after all keys. The last one may be incomplete.
     num_tiles, num_complete = tl.cdiv(length, BLOCK_M), length // BLOCK_M
     first_tile = tl.maximum(begin, first) // BLOCK_M
     first_after = tl.minimum(tl.cdiv(tl.maximum(begin + BLOCK_N - 1, first), BLOCK_M), num_tiles)

@@ -1,8 +1,9 @@
-"""Attention of one new token per sequence over quantised tokens, all or selected ones: flash decoding over codes.
+"""Attention of one new token per sequence over quantised tokens: all of them, or selected ones.
 
-The splits are those of `decode`. In half precision, attention over all tokens reads their codes without dequantising
-them. Selected tokens, and tokens in float32, are dequantised in registers. Tokens of the full-precision tail are read
-from its ring. All sizes are fixed and the device finds the tokens, so a decode step can be a CUDA graph.
+It is flash decoding, with the splits of `decode`. In half precision, attention over all tokens multiplies by their
+codes without dequantising them. Selected tokens, and tokens in float32, are dequantised in registers. Tokens of the
+full-precision tail are read from its ring. All sizes are fixed and lengths are read on the device, so a decode step can
+be a CUDA graph.
 """
 
 import math
@@ -29,8 +30,8 @@ from sparsecache.kernels.store_quantised import append_quantised, compiled_sizes
 
 _MIN_WORDS = 16  # with 16 channels, products of unpacked codes are wrong (Triton 3.6, H200); 16 words are 32 or more
 _TILE_BYTES = 64  # of one channel of a tile of tokens: 32 tokens in half precision, 16 in float32
-# On codes, a program is one warp if its total fits, so that nothing waits at barriers. The total takes 64 registers of
-# a thread, and 8 warps take all registers of a multiprocessor. The interpreter gets fewer programs, to be faster.
+# On codes, a program is one warp if its total fits, so that no warp waits at a barrier. The total takes 64 registers of
+# a thread, and 8 warps take all registers of a multiprocessor. The interpreter runs fewer programs, which is faster.
 _TOTALS_PER_WARP, _WARPS_PER_SM, _MAX_SPLITS = 2048, 2 if INTERPRETED else 8, 128
 
 
@@ -104,7 +105,7 @@ def _launch(
     split_ranges = torch.empty((batch, kv_heads, 2), device=q.device, dtype=torch.int32)  # first split, how many
     out = torch.empty((batch, heads, 1, head_dim), device=q.device, dtype=q.dtype)
     lengths = lengths.contiguous()
-    # An unused pointer argument takes any tensor.
+    # Unused pointer arguments need a tensor; `lengths` takes their place.
     indices = lengths if selected is None else selected.contiguous()
     _attend_kernel[(kv_heads, num_splits)](
         q, q.stride(0), q.stride(1), k, v, k.stride(0), k.stride(1), store.key_codes, store.key_ranges,

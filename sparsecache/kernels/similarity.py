@@ -1,14 +1,18 @@
 """Sum each prompt token's cosine similarities with the others, without an L x L tensor.
 
-A token exempts the latest token similar to it, by their keys: this similarity does not count in the sum of that token.
-The sum with all others follows from the sum of all normalised keys. So only the search for similar tokens compares
-pairs, and it compares most pairs once. A first pass compares each block of tokens with its own and later ones, from the
-last one back, until each token of the block has a similar one. Until then a token is also an earlier candidate for
-those that it is compared with. A second pass compares tokens without a later similar one with those earlier tokens that
-the first pass did not.
+Two tokens are similar if the cosine similarity of their keys is above a threshold. A token exempts the latest other
+token that is similar to it: their similarity does not count in the sum of the exempted token.
 
-The results do not depend on the order in which programs run: candidates are integers whose maximum is taken, and sums
-that several programs add to are integers in fixed point.
+The sum over all others follows from the sum of all normalised keys. Only the search for similar tokens compares pairs,
+in two passes, and most pairs at most once.
+
+1. Each block of tokens is compared with itself and later blocks, from the last one back, until each token of the block
+   has found a later similar token. A pair that is found also makes the earlier token a candidate of the later one.
+2. Tokens without a later similar token are compared with earlier blocks, from the nearest one back, until each has
+   found a similar token. Blocks of which pass 1 compared all tokens with them are left out.
+
+Results do not depend on the order in which programs run. Candidates are integers whose maximum is taken. Sums that
+several programs add to are integers in fixed point.
 """
 
 import torch
@@ -18,17 +22,20 @@ from torch.nn.functional import normalize
 from sparsecache.kernels._triton import has_large_shared_memory, next_power_of_2, tl, triton, use_kernel
 
 _BLOCK = 64  # tokens per iteration of the reference
-_CHUNK = 4  # iterations between two checks of whether all tokens are done; loads are pipelined within a chunk
-_WINDOW = tl.constexpr(256)  # blocks that are looked at at once to find the next one to compare
+_CHUNK = 4  # iterations between two checks whether all tokens are done; loads are pipelined within a chunk
+_WINDOW = tl.constexpr(256)  # blocks that are searched at once for the next one to compare
 _ONE = 1 << 32  # 1 in fixed point
 
 
 def similarity_sums(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums of cosine similarities, the token that each token exempts or -1, and the two's similarity or 0.
+    """Return sums of cosine similarities, exempted tokens, and the similarities to these: [G, L] each.
 
-    A token exempts the latest other token whose similarity is above `threshold`. The sum of a token has its
-    similarities with all others, without those that exempt it. keys: [G, L, D], finite; threshold: above 0. Returns
-    [G, L] each: float32, int64, float32.
+    keys: [G, L, D], finite; threshold: above 0. A token exempts the latest other token whose similarity to it is above
+    `threshold`. The results, per token:
+
+    - float32: the sum of its similarities with all other tokens, except those that exempt it;
+    - int64: the token that it exempts, or -1;
+    - float32: its similarity to that token, or 0.
     """
     if use_kernel(keys):
         return _launch(keys, threshold)
@@ -90,7 +97,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     keys, head_stride, stride, norms, min_norms, partial, earlier, fixed, length,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store the norms of BLOCK keys and the sum of the normalised ones, and initialise what programs add to."""
+    """Store the norms of BLOCK keys and the sum of the normalised keys; initialise `earlier` and `fixed`."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = row < length
     key = _load_keys(keys + head * head_stride, stride, row.to(tl.int64), mask, HEAD_DIM, BLOCK_D).to(tl.float32)
@@ -106,7 +113,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _next_uncompared(compared, left, token):  # type: ignore[no-untyped-def]
-    """Return 1 + the last of the first `left` blocks that the first pass did not compare with `token`, or 0."""
+    """Return 1 + the last of the first `left` blocks that the first pass did not compare with `token`; 0 if none."""
     found = 0
     for first in tl.range(0, left, _WINDOW):
         block = first + tl.arange(0, _WINDOW)
@@ -120,10 +127,10 @@ def _search_kernel(  # type: ignore[no-untyped-def]
     keys, head_stride, stride, norms, min_norms, later, earlier, compared, threshold, length,
     HEAD_DIM: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Find the latest similar token of BLOCK tokens: the first pass among later tokens, the second among earlier ones.
+    """Find the latest similar token of each of BLOCK tokens: among later ones, or if SECOND among earlier ones.
 
-    later, earlier: [G, L], the latest similar token of either kind, or -1. compared: [G, blocks], the first of the
-    tokens that the first pass compared with all tokens of a block.
+    later, earlier: [G, L] int32, the latest similar token after and before each token, or -1. compared: [G, blocks]
+    int32; the first pass compared all tokens of a block with all tokens from this one on.
     """
     head, block, offset = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
     blocks = tl.num_programs(1)
@@ -152,9 +159,9 @@ def _search_kernel(  # type: ignore[no-untyped-def]
             tile = base + start.to(tl.int64) * stride
             of_column = _load_keys(tile, stride, offset, offset < length - start, HEAD_DIM, BLOCK_D)
             product = tl.dot(of_row, of_column.T, input_precision="ieee")
-            # Tokens that found one in a later block are done.
+            # A token that found a similar one in a later block is done. 1e18 is above any norm.
             min_open = tl.where(found < start + BLOCK, min_product, 1e18)
-            # Most blocks hold no similar token. A lower bound of the norms needs no norm per column to find that out.
+            # Most blocks hold no similar token. The smallest norm of the block shows that without a norm per column.
             if tl.max(tl.max(product, axis=1) - min_open * min_norm * 0.999, axis=0) > 0:
                 column = start + offset
                 is_similar = product > min_open[:, None] * tl.load(norms + column)[None, :]
@@ -182,7 +189,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     keys, head_stride, stride, norms, total, later, earlier, latest, similarity, fixed, length,
     HEAD_DIM: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add up the similarities of BLOCK tokens, and subtract what they exempt from the sums."""
+    """Add the similarities of BLOCK tokens to their sums, and subtract from others' sums what these tokens exempt."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask, at = row < length, head * length + row
     base, norms = keys + head * head_stride, norms + head * tl.num_programs(1) * BLOCK

@@ -1,4 +1,7 @@
-"""Sums over a prompt's tokens of |skewed query| or |skewed key| per channel. InfiniGen chooses channels by them."""
+"""Sum |skewed queries| or |skewed keys| over a prompt's tokens, per channel.
+
+InfiniGen chooses the channels of its partial keys by these sums.
+"""
 
 import torch
 from torch import Tensor
@@ -15,8 +18,8 @@ def skewed_sums(x: Tensor, matrices: Tensor) -> Tensor:
     """Return the sum over tokens of |x A|, float32: [H, D].
 
     x: [H, L, D], queries or keys; matrices: [G, D, D] float32, an orthogonal A per KV head. For x in half precision,
-    the kernel multiplies by two matrices of that dtype: A rounded, and the rest rounded. The entries of their sum are
-    less than 2^-17 off those of A.
+    the kernel splits A into two matrices of that dtype: A rounded, and the remainder rounded. Each entry of their sum
+    differs from that of A by less than 2^-17.
     """
     if use_kernel(x) and x.dtype != torch.float32 and x.shape[2] <= _MAX_CHANNELS:
         return _launch(x, matrices)

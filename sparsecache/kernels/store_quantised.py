@@ -1,7 +1,7 @@
-"""Storing keys and values in a `QuantisedStore`: a prompt, or one new token per sequence.
+"""Store keys and values in a `QuantisedStore`: a prompt, or one new token per sequence.
 
-A program quantises one group of tokens in one KV head. The append has fixed sizes and the device finds the tokens, so
-a decode step can be a CUDA graph.
+A program quantises one group of tokens in one KV head. An append has fixed sizes and reads lengths on the device, so a
+decode step can be a CUDA graph.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from sparsecache.kernels.quantisation import QuantisedStore
 
 
 def append_quantised(k: Tensor, v: Tensor, store: QuantisedStore, lengths: Tensor, slots: Tensor) -> None:
-    """Append one token to each slot, as `QuantisedStore.append` does, but do not wait for the device.
+    """Append one token to each slot, as `QuantisedStore.append` does, without waiting for the device.
 
     k, v: [B, G, 1, D]; lengths: tokens before it, int64, [slots] or per KV head [slots, G], not changed; slots: [B]
     int64, distinct. A full slot overwrites its last token.
@@ -33,8 +33,8 @@ def store_prompt_quantised(
 ) -> None:
     """Store a prompt in a slot, as `QuantisedStore.store_prompt` does.
 
-    k, v: [G, L, D], L at most the capacity; counts: [G] int64, how many of the first tokens each KV head stores, by
-    default all.
+    k, v: [G, L, D], L at most the capacity; counts: [G] int64, how many of the first tokens each KV head stores; None:
+    all.
     """
     if not use_kernel(k):
         store.store_prompt(slot, k, v, counts)
@@ -50,7 +50,7 @@ def store_prompt_quantised(
 
 
 def compiled_sizes(store: QuantisedStore) -> dict[str, int]:
-    """Return the sizes of a store that are compiled into the kernels, so that their loads are wide."""
+    """Return the sizes of a store that are compile-time constants of the kernels, so that loads are wide."""
     return {
         "BITS": store.bits, "TOKENS": store.group, "HEAD_DIM": store.key_tail.shape[3],
         "WORDS": store.key_codes.shape[3], "VALUE_GROUPS": store.value_ranges.shape[4],
