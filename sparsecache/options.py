@@ -18,10 +18,10 @@ LARGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Names:
-    """Marks text that names something whose content may change, as in `Annotated[str, Names(...)]`.
+    """Marks an option whose text names a file or a method, as in `Annotated[str, Names(...)]`.
 
-    words: what the text must be, for messages; identity: from the text to what tells the present content from others,
-    wherever it lies. A run records that instead of the text.
+    words: what the text must be, for messages. identity: returns what a run records instead of the text. It differs for
+    another content, and is the same for equal content at another path.
     """
 
     words: str
@@ -29,7 +29,7 @@ class Names:
 
 
 def _file_identity(path: str) -> str:
-    """Returns a hash of a file. A method refuses a file that it cannot read, unless it does not use it."""
+    """Returns a hash of a file, or a fixed text for one that cannot be read: a method that uses it refuses it."""
     try:
         return f"sha256:{digest(read_file(path))}"
     except UsageError:

@@ -103,7 +103,7 @@ class LayerCache(ABC):
         """
 
     def prefill_with_logsumexp(self, slot: int, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor) -> None:
-        """Store a prompt as `prefill` does, by the log-sum-exp of its attention.
+        """Store a prompt as `prefill` does, given the log-sum-exp of its attention.
 
         logsumexp: [H, L] float32, the logarithm of each query's sum of exp(q k / sqrt(D)) over the tokens up to its
         own.
@@ -160,8 +160,8 @@ class CacheMethod(ABC):
     The constructor's annotated arguments are the options of `-o key=value`; all need defaults. It raises ValueError, in
     a full sentence, for a value out of range. Layers share state through the instance.
 
-    kind: what the method does with past tokens; --list_methods groups by it. absent_options: why the method lacks an
-    option of other methods, and what to use instead, by option; the error for such an option says so.
+    kind: what the method does with past tokens; --list_methods groups by it. absent_options: by option of other methods
+    that this one lacks, the reason and what to use instead, which the error for such an option says.
     calibration_version: increase it when `calibrate` computes something else from the same text.
     uses_rope: whether the method needs `rope`, the rotation of a position. The engine sets `rope` before `make_cache`,
     and refuses a model whose rotation depends on more than the position, or is not known.
@@ -182,7 +182,7 @@ class CacheMethod(ABC):
 
     @property
     def calibration_name(self) -> str:
-        """The name of the calibration. Methods of one name share its result, per checkpoint and text."""
+        """The name of the calibration. Methods of one name share results, per checkpoint and text."""
         return f"{type(self).__module__}.{type(self).__qualname__} {self.calibration_version}"
 
     def calibration_text(self) -> str | None:

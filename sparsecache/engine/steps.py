@@ -202,7 +202,7 @@ class GraphedSteps:
         inputs = free.to(self._decoder.device)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-        with _out_of_memory_named(), _no_garbage_collection(), torch.cuda.graph(graph, pool=pool):
+        with _raise_out_of_memory(), _no_garbage_collection(), torch.cuda.graph(graph, pool=pool):
             logits = self._run(inputs)
         return _Graph(graph, inputs, logits, (TokenReadback(size, inputs.device), TokenReadback(size, inputs.device)))
 
@@ -215,10 +215,11 @@ class GraphedSteps:
 
 
 @contextmanager
-def _out_of_memory_named() -> Iterator[None]:
-    """Raise OutOfMemoryError in place of a CUDA error that means it, so that fewer slots are tried.
+def _raise_out_of_memory() -> Iterator[None]:
+    """Turn a CUDA error that lack of memory caused into OutOfMemoryError.
 
-    The memory of a graph is not torch's, and a step that fails may make the end of its capture fail.
+    The engine then tries fewer slots. CUDA, not torch, allocates the memory of a graph. A step that runs out of memory
+    may also make the end of its capture fail.
     """
     try:
         yield

@@ -72,7 +72,7 @@ def method_identity(method: str) -> str:
 
 
 def options_identity(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return what a run records of a method's options: their values, for one that names a file a hash of its content.
+    """Return what a run records of a method's options: their values, and of named files a hash of the content.
 
     options: all of them, as parse_options returns them. The method must have accepted them.
     """

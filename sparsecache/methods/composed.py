@@ -1,12 +1,13 @@
-"""Composed: a method that evicts after the prompt, then one that selects from what is left at each step.
+"""Composed: one method evicts after the prompt; another selects from the remaining tokens at each step.
 
-`evict` names a method of the kind of SnapKV, `select` one of the kind of Quest, each with its own options after commas:
+`evict` names a method that evicts once, such as `snapkv`. `select` names a method that selects at each step, such as
+`quest`. The options of each follow its name after commas:
 
     --method composed -o evict=snapkv,budget=0.5 -o select=quest,budget=256,storage=int4
 
-A selection sees the kept tokens and all new ones as one text. A share in its budget is of these tokens, and positions
-are counted in it. A layer that is dense for one of the two methods has only the other one. The storage and the
-calibration are those of the selection. Calibration files are shared with runs of the selection alone.
+The kept and the new tokens form one shorter text for the selection. A share in its budget is a share of this text.
+Positions, and so pages, are counted in it. In a layer that is dense for one of the two methods, only the other acts.
+Storage and calibration are those of the selection. Runs of the selection alone use the same calibration files.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from sparsecache.methods import MethodText, check_method_name, load_method, make
 
 @dataclass
 class Composed(CacheMethod):
-    """Evicts prompt tokens by one method, and selects among the others by another."""
+    """Evicts prompt tokens by one method, and selects among the remaining tokens by another."""
 
     kind: ClassVar[MethodKind] = "eviction"
     absent_options: ClassVar[Mapping[str, str]] = {
@@ -48,9 +49,15 @@ class Composed(CacheMethod):
                 f"snapkv does."
             )
         if evict.storage != "full":
-            raise ValueError(f"evict={self.evict} stores nothing; give storage={evict.storage} to `select`.")
+            raise ValueError(
+                f"evict={self.evict} has a storage, but `select` stores the tokens. Give storage={evict.storage} to "
+                f"`select`."
+            )
         if evict.calibration_text() is not None:
-            raise ValueError(f"evict={self.evict} needs a calibration; only `select` gets one.")
+            raise ValueError(
+                f"evict={self.evict} needs a calibration, but only `select` can have one. Give a method without one, "
+                f"such as snapkv."
+            )
         if not isinstance(select, SparseMethod) or select.kind != "selection":
             raise ValueError(f"select={self.select} must select tokens at each step, as quest does.{_hint(select)}")
         if getattr(select, "shares_selection", False):
@@ -64,7 +71,7 @@ class Composed(CacheMethod):
                 f"each KV head. Give a method that needs no positions, as quest."
             )
         self._evict, self._select = evict, select
-        evict.storage = getattr(select, "storage", "full")  # of layers that are dense for the selection alone
+        evict.storage = getattr(select, "storage", "full")  # for layers that are dense in `select` only
         self.uses_rope = evict.uses_rope
 
     def check(self, shape: Shape) -> None:
@@ -106,9 +113,10 @@ class Composed(CacheMethod):
 
 
 class ComposedCache(LayerCache):
-    """The cache of a selection method, which holds the kept tokens of the prompt and all new ones.
+    """The cache of a selection method that holds the kept tokens of the prompt and all new ones.
 
-    num_evicted: [slots] int64, the evicted tokens of each prompt; num_tokens: [slots] int64, the tokens of `selection`.
+    selection: that cache. num_evicted: [slots] int64, evicted tokens of each prompt. num_tokens: [slots] int64, past
+    tokens in `selection`, which reads them as its sequence lengths.
     """
 
     def __init__(self, evict: EvictionMethod, select: SparseMethod, layer: int, config: CacheConfig) -> None:
@@ -134,11 +142,12 @@ class ComposedCache(LayerCache):
         self.selection.speculate(hidden, project_query, slots)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        if self.speculation_source is None:  # otherwise the count may be in use on another stream
+        if self.speculation_source is None:  # else `speculate` counted them, and a side stream may still read the count
             self._count_tokens()
         return self.selection.attend(q, k, v, slots)
 
     def _count_tokens(self) -> None:
+        """Update `num_tokens`, in place: `selection` holds the same tensor."""
         torch.sub(self.config.seq_lens, self.num_evicted, out=self.num_tokens).clamp_(0, self._rows)
 
     def free_slot(self, slot: int) -> None:

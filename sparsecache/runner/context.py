@@ -415,7 +415,10 @@ class RunContext:
             self._check_calibration(shape)
 
     def _check_calibration(self, shape: Shape) -> None:
-        """Raises UsageError for a calibration text from which a matrix over a head's channels is not determined."""
+        """Raises UsageError for a calibration text of fewer tokens than a head has channels.
+
+        It does not determine a matrix over these channels.
+        """
         if len(self._calibration_ids) < shape.head_dim:
             raise UsageError(
                 f"The calibration text has {len(self._calibration_ids)} tokens, fewer than the {shape.head_dim} "

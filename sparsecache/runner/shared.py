@@ -299,7 +299,7 @@ class _SharedPrediction:
                 run.error = str(error)
             except Exception as error:  # a run's method must not end the other runs
                 raise_if_interrupted()
-                run.error = _sentence(error)
+                run.error = _message(error)
                 traceback.print_exc(file=log)
         if run.error:
             self._on_progress(f"{run.name} failed: {run.error}")
@@ -375,14 +375,14 @@ def _gpu_works() -> bool:
     return True
 
 
-def _sentence(error: Exception) -> str:
-    """What a user is told of a run's error."""
+def _message(error: Exception) -> str:
+    """Returns the message that a user sees for a run's error."""
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "Out of memory. Pass a smaller --limit_memory or --batch_size, or end other programs on the device. Then "
             "rerun the command; finished rows are kept."
         )
-    # The further lines of an error of CUDA are advice for debugging.
+    # Later lines of a CUDA error are advice for debugging.
     text = str(error).splitlines()[0] if isinstance(error, torch.AcceleratorError) else one_line(error)
     return f"{type(error).__name__}: {text}"
 

@@ -14,7 +14,7 @@ from sparsecache.cache.full import FullCache
 from sparsecache.cache.stats import SequenceStats
 from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.generator import Generator
-from sparsecache.engine.steps import _out_of_memory_named
+from sparsecache.engine.steps import _raise_out_of_memory
 from sparsecache.methods.vanilla import Vanilla
 
 BAD = 13  # tokens of a prompt that fails
@@ -199,10 +199,10 @@ def test_an_error_of_a_capture_that_means_too_little_memory_is_named_so() -> Non
     unjoined = torch.AcceleratorError("CUDA error: capturing stream has unjoined work\nSearch for it")
     for error in (torch.AcceleratorError("CUDA error: out of memory\nSearch for it"), unjoined):
         unjoined.__context__ = torch.OutOfMemoryError("CUDA out of memory.")  # what failed in the captured step
-        with pytest.raises(torch.OutOfMemoryError, match="while a decode step was captured"), _out_of_memory_named():
+        with pytest.raises(torch.OutOfMemoryError, match="while a decode step was captured"), _raise_out_of_memory():
             raise error
     other = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    with pytest.raises(torch.AcceleratorError) as raised, _out_of_memory_named():
+    with pytest.raises(torch.AcceleratorError) as raised, _raise_out_of_memory():
         raise other
     assert raised.value is other
 

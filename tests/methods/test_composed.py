@@ -128,7 +128,10 @@ def test_an_option_that_does_not_fit_the_model_names_its_part(part) -> None:
     [
         ({"evict": "adakv"}, "evict=adakv must evict once after the prompt and keep as many tokens in all KV heads"),
         ({"evict": "h2o"}, "evict=h2o must evict once"),
-        ({"evict": "snapkv,storage=int4"}, "evict=snapkv,storage=int4 stores nothing; give storage=int4 to `select`"),
+        (
+            {"evict": "snapkv,storage=int4"},
+            "evict=snapkv,storage=int4 has a storage, but `select` stores the tokens. Give storage=int4 to `select`",
+        ),
         ({"select": "vanilla"}, "select=vanilla must select tokens at each step, as quest does."),
         ({"select": "snapkv"}, "select=snapkv must select tokens at each step, as quest does."),
         ({"select": "kivi"}, "select=kivi must select tokens at each step, as quest does. Quantise with storage=int2"),
