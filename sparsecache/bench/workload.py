@@ -72,6 +72,8 @@ def sample_lengths(file: Path, rows: int) -> list[Workload]:
             f"new_tokens, or the folder of a run."
         ) from error
     total = sum(map(len, by_dataset.values()))
+    if not total and file.is_dir():
+        raise UsageError(f"{file} has no finished predictions. Give the folder of a run, which holds DATASET.jsonl.")
     if not total or not all(row.is_valid() for part in by_dataset.values() for row in part):
         raise UsageError(
             f"{file} needs rows with prompt_tokens of 1 or more and new_tokens of 0 or more, both up to "

@@ -58,6 +58,14 @@ def test_a_prediction_without_its_lengths_is_refused(lengths, tmp_path) -> None:
         sample_lengths(tmp_path, 10)
 
 
+def test_a_folder_without_predictions_is_refused(tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trec.jsonl").write_text('{"_id": "e", "error": "out of memory", "answers": ["x"]}\n')
+    for folder in (tmp_path, tmp_path / "run"):
+        with pytest.raises(UsageError, match="has no finished predictions"):
+            sample_lengths(folder, 10)
+
+
 @pytest.mark.parametrize("rows", ["", "x,-4,0\n", "x,4,-1\n", f"x,{10**12},3\n", f"x,3,{10**12}\n"], ids=repr)
 def test_lengths_out_of_range_are_refused(rows, tmp_path) -> None:
     (tmp_path / "w.csv").write_text(f"dataset,prompt_tokens,new_tokens\n{rows}")
