@@ -43,35 +43,9 @@ class Composed(CacheMethod):
 
     def __post_init__(self) -> None:
         evict, select = _make("evict", self.evict), _make("select", self.select)
-        if not isinstance(evict, EvictionMethod) or type(evict).keep is not EvictionMethod.keep:
-            raise ValueError(
-                f"evict={self.evict} must evict once after the prompt and keep as many tokens in all KV heads, as "
-                f"snapkv does."
-            )
-        if evict.storage != "full":
-            raise ValueError(
-                f"evict={self.evict} has a storage, but `select` stores the tokens. Give storage={evict.storage} to "
-                f"`select`."
-            )
-        if evict.calibration_text() is not None:
-            raise ValueError(
-                f"evict={self.evict} needs a calibration, but only `select` can have one. Give a method without one, "
-                f"such as snapkv."
-            )
-        if not isinstance(select, SparseMethod) or select.kind != "selection":
-            raise ValueError(f"select={self.select} must select tokens at each step, as quest does.{_hint(select)}")
-        if getattr(select, "shares_selection", False):
-            raise ValueError(
-                f"select={self.select} lets a layer select for later layers, but an eviction keeps other tokens in "
-                f"each layer. Give a method that selects in every layer, as quest does."
-            )
-        if select.uses_rope:
-            raise ValueError(
-                f"select={self.select} needs each token's position in the text, but an eviction keeps other tokens in "
-                f"each KV head. Give a method that needs no positions, as quest."
-            )
-        self._evict, self._select = evict, select
-        evict.storage = getattr(select, "storage", "full")  # for layers that are dense in `select` only
+        self._evict = _checked_eviction(self.evict, evict)
+        self._select = _checked_selection(self.select, select)
+        self._evict.storage = getattr(select, "storage", "full")  # for layers that are dense in `select` only
         self.uses_rope = evict.uses_rope
 
     def check(self, shape: Shape) -> None:
@@ -108,6 +82,7 @@ class Composed(CacheMethod):
 
     def report(self, stats: SequenceStats) -> dict[str, Any]:
         report = self._select.report(stats)
+        # If the eviction dropped tokens, all steps are capped; else the selection counts over the whole text.
         report["capped_steps"] = max(report["capped_steps"], self._evict.report(stats)["capped_steps"])
         return report
 
@@ -157,6 +132,42 @@ class ComposedCache(LayerCache):
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
         kept = min(seq_len, self._budget.tokens(int(seq_len)))
         return self.selection.step_nbytes(kept, attended, cache_hit)
+
+
+def _checked_eviction(text: str, method: CacheMethod) -> EvictionMethod:
+    """Return the method of the option `evict`. Raises ValueError if it does not fit."""
+    if not isinstance(method, EvictionMethod) or type(method).keep is not EvictionMethod.keep:
+        raise ValueError(
+            f"evict={text} must evict once after the prompt and keep equally many tokens in all KV heads, as snapkv "
+            f"does."
+        )
+    if method.storage != "full":
+        raise ValueError(
+            f"evict={text} has a storage, but `select` stores the tokens. Give storage={method.storage} to `select`."
+        )
+    if method.calibration_text() is not None:
+        raise ValueError(
+            f"evict={text} needs a calibration, but only `select` can have one. Give a method without one, such as "
+            f"snapkv."
+        )
+    return method
+
+
+def _checked_selection(text: str, method: CacheMethod) -> SparseMethod:
+    """Return the method of the option `select`. Raises ValueError if it does not fit."""
+    if not isinstance(method, SparseMethod) or method.kind != "selection":
+        raise ValueError(f"select={text} must select tokens at each step, as quest does.{_hint(method)}")
+    if getattr(method, "shares_selection", False):
+        raise ValueError(
+            f"select={text} lets a layer select for later layers, but layers keep different tokens after an eviction. "
+            f"Give a method that selects in every layer, as quest does."
+        )
+    if method.uses_rope:
+        raise ValueError(
+            f"select={text} needs each token's position in the text, but KV heads keep different tokens after an "
+            f"eviction. Give a method that needs no positions, such as quest."
+        )
+    return method
 
 
 def _hint(select: CacheMethod) -> str:

@@ -47,8 +47,8 @@ class H2OCache(AttentionEvictionCache):
         received = attention_sums(q, k, first=0, logsumexp=logsumexp)
         recent = torch.arange(length - (count + 1) // 2, length, device=k.device)
         others = length - len(recent)
-        rising = received[:, :others].sort(dim=-1, stable=True).indices
-        kept = torch.cat((rising[:, others - count // 2 :], recent.expand(kv_heads, -1)), 1)
+        ascending = received[:, :others].sort(dim=-1, stable=True).indices
+        kept = torch.cat((ascending[:, others - count // 2 :], recent.expand(kv_heads, -1)), 1)
         return kept, received.gather(1, kept)
 
     def recent_tokens(self, budgets: Tensor) -> Tensor:

@@ -126,7 +126,10 @@ def test_an_option_that_does_not_fit_the_model_names_its_part(part) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"evict": "adakv"}, "evict=adakv must evict once after the prompt and keep as many tokens in all KV heads"),
+        (
+            {"evict": "adakv"},
+            "evict=adakv must evict once after the prompt and keep equally many tokens in all KV heads",
+        ),
         ({"evict": "h2o"}, "evict=h2o must evict once"),
         (
             {"evict": "snapkv,storage=int4"},
@@ -135,8 +138,8 @@ def test_an_option_that_does_not_fit_the_model_names_its_part(part) -> None:
         ({"select": "vanilla"}, "select=vanilla must select tokens at each step, as quest does."),
         ({"select": "snapkv"}, "select=snapkv must select tokens at each step, as quest does."),
         ({"select": "kivi"}, "select=kivi must select tokens at each step, as quest does. Quantise with storage=int2"),
-        ({"select": "tidaldecode"}, "select=tidaldecode lets a layer select for later layers, but an eviction keeps"),
-        ({"select": "shadowkv"}, "select=shadowkv needs each token's position in the text, but an eviction keeps"),
+        ({"select": "tidaldecode"}, "select=tidaldecode lets a layer select for later layers, but layers keep"),
+        ({"select": "shadowkv"}, "select=shadowkv needs each token's position in the text, but KV heads keep"),
         ({"select": "loki,channels=1.5"}, "select=loki,channels=1.5: Method loki refuses its options: channels=1.5"),
         ({"select": "qest"}, "select=qest: There is no method 'qest'; did you mean 'quest'?"),
         ({"select": "quest,pages=3"}, "select=quest,pages=3: Method quest has no option 'pages'; did you mean 'page'?"),
