@@ -133,9 +133,9 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
             row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             q_ptr = queries + (tile * BLOCK_M).to(tl.int64) * q_stride + offsets
             if masked:
-                counts = (row >= first) & (row < length)
-                q_block = tl.load(q_ptr, mask=counts[None, :] & in_head[:, None], other=0.0)
-                normalizer = tl.load(normalizers + row, mask=counts, other=float("inf"))  # a weight of 0
+                is_query = (row >= first) & (row < length)
+                q_block = tl.load(q_ptr, mask=is_query[None, :] & in_head[:, None], other=0.0)
+                normalizer = tl.load(normalizers + row, mask=is_query, other=float("inf"))  # a weight of 0
             else:
                 q_block = tl.load(q_ptr, mask=in_head[:, None], other=0.0)
                 normalizer = tl.load(normalizers + row)

@@ -146,7 +146,7 @@ def _search_kernel(  # type: ignore[no-untyped-def]
     else:
         found = tl.where(mask, -1, done)
         left, last = blocks, block
-    of_row = _load_keys(base, stride, row.to(tl.int64), mask, HEAD_DIM, BLOCK_D)
+    row_keys = _load_keys(base, stride, row.to(tl.int64), mask, HEAD_DIM, BLOCK_D)
     min_product = threshold * tl.load(norms + row)
     while left > last:
         if SECOND:
@@ -157,8 +157,8 @@ def _search_kernel(  # type: ignore[no-untyped-def]
             start = (left - 1 - step) * BLOCK
             min_norm = tl.load(min_norms + left - 1 - step)
             tile = base + start.to(tl.int64) * stride
-            of_column = _load_keys(tile, stride, offset, offset < length - start, HEAD_DIM, BLOCK_D)
-            product = tl.dot(of_row, of_column.T, input_precision="ieee")
+            column_keys = _load_keys(tile, stride, offset, offset < length - start, HEAD_DIM, BLOCK_D)
+            product = tl.dot(row_keys, column_keys.T, input_precision="ieee")
             # A token that found a similar one in a later block is done. 1e18 is above any norm.
             min_open = tl.where(found < start + BLOCK, min_product, 1e18)
             # Most blocks hold no similar token. The smallest norm of the block shows that without a norm per column.
