@@ -200,7 +200,7 @@ def _external_file(method: str) -> Path:
     if method.endswith(".py") or "/" in method:
         path = Path(method)
         if not (path.is_file() and path.suffix == ".py"):
-            raise UsageError(f"--method {method}: there is no such .py file. Give the path of a method's file.")
+            raise UsageError(f"Method {method}: there is no such .py file. Give the path of a method's file.")
         return path.resolve()
     try:
         found = importlib.util.find_spec(method)  # imports the packages that the module lies in
@@ -208,7 +208,7 @@ def _external_file(method: str) -> Path:
         found = None
     if found is None or found.origin is None or not Path(found.origin).is_file():
         raise UsageError(
-            f"--method {method}: no module of this name is installed. Give an installed module, the path of a .py "
+            f"Method {method}: no module of this name is installed. Give an installed module, the path of a .py "
             f"file, or a method of longbench_pred.py --list_methods."
         )
     return Path(found.origin)
@@ -223,7 +223,7 @@ def _import_external(method: str) -> ModuleType:
         where = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = f", line {where[-1].lineno}" if where else ""
         raise UsageError(
-            f"--method {method} cannot be imported ({type(error).__name__}: {one_line(error)}{line}). Correct the file."
+            f"Method {method} cannot be imported ({type(error).__name__}: {one_line(error)}{line}). Correct the file."
         ) from error
 
 

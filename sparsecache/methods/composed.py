@@ -10,7 +10,8 @@ Positions, and so pages, are counted in it. In a layer that is dense for one of 
 Storage and calibration are those of the selection. Runs of the selection alone use the same calibration files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -49,18 +50,18 @@ class Composed(CacheMethod):
         self.uses_rope = evict.uses_rope
 
     def check(self, shape: Shape) -> None:
-        for option, part in (("evict", self._evict), ("select", self._select)):
-            try:
-                part.check(shape)
-            except ValueError as error:
-                raise ValueError(f"{option}={getattr(self, option)}: {error}") from error
+        with _part_named("evict", self.evict):
+            self._evict.check(shape)
+        with _part_named("select", self.select):
+            self._select.check(shape)
 
     @property
     def calibration_name(self) -> str:
         return self._select.calibration_name
 
     def calibration_text(self) -> str | None:
-        return self._select.calibration_text()
+        with _part_named("select", self.select):
+            return self._select.calibration_text()
 
     def calibrate(self, layer: int, q: Tensor, k: Tensor) -> None:
         self._select.calibrate(layer, q, k)
@@ -132,6 +133,15 @@ class ComposedCache(LayerCache):
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
         kept = min(seq_len, self._budget.tokens(int(seq_len)))
         return self.selection.step_nbytes(kept, attended, cache_hit)
+
+
+@contextmanager
+def _part_named(option: str, text: str) -> Iterator[None]:
+    """Name the option in a method's ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}={text}: {error}") from error
 
 
 def _checked_eviction(text: str, method: CacheMethod) -> EvictionMethod:

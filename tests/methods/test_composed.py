@@ -123,6 +123,13 @@ def test_an_option_that_does_not_fit_the_model_names_its_part(part) -> None:
         Composed(**{part: options[part]}).check(shape_of(2, layers=3))
 
 
+def test_a_calibration_file_that_cannot_be_read_names_its_part() -> None:
+    with pytest.raises(
+        ValueError, match=r"^select=loki,calibration_file=no\.txt: calibration_file=no\.txt cannot be read"
+    ):
+        Composed(select="loki,calibration_file=no.txt").calibration_text()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -122,7 +122,7 @@ def test_a_file_that_cannot_be_imported_is_refused_with_the_line(name, write) ->
     path = write(name, source)
     check_method_name(str(path))
     for _ in range(2):  # no half of the module stays behind
-        with pytest.raises(UsageError, match=rf"^--method .*{name} cannot be imported \({message}"):
+        with pytest.raises(UsageError, match=rf"^Method .*{name} cannot be imported \({message}"):
             load_method(str(path))
 
 
@@ -206,7 +206,7 @@ def test_a_run_by_path_records_the_identity_and_follows_the_file(write, checkpoi
     told = predict(str(path), "-o", "budget=20")
     assert told.exit_code == 2 and "the content of the file that method names: not the same" in told.stderr
     told = predict("no_such.py")
-    assert told.exit_code == 2 and told.stderr.startswith("Error: --method no_such.py: there is no such .py file.")
+    assert told.exit_code == 2 and told.stderr.startswith("Error: Method no_such.py: there is no such .py file.")
 
 
 def _lowest_norms(text: Text, layer: int, budget: float) -> list[Kept]:
