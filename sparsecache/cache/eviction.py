@@ -47,7 +47,7 @@ class PromptEvictionCache(LayerCache):
         length = k.shape[1]
         count = min(self.budget.tokens(length), length)
         width = min(self.method.max_head_tokens(count, self.config.shape), length)
-        order, counts = self.method.keep(self.method.score(q, k, v), count)
+        order, counts = self.method.rank_prompt(q, k, v, count)
         kept = _in_text_order(order[:, :width], counts, length)
         self.kv.store(slot, _rows(k, kept), _rows(v, kept), counts)
         self.num_evicted[slot] = length - counts
@@ -92,6 +92,19 @@ class EvictionMethod(StoredMethod):
         """
         order = scores.sort(dim=-1, descending=True, stable=True).indices
         return order, torch.full((len(order),), count, device=order.device)
+
+    def rank_prompt(self, q: Tensor, k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return what `keep` does for the scores of a prompt q [H, L, D], k and v [G, L, D].
+
+        Raises ValueError if the scores are not [G, L].
+        """
+        scores = self.score(q, k, v)
+        if scores.shape != k.shape[:2]:
+            raise ValueError(
+                f"score returned {list(scores.shape)}. It must return a score per KV head and prompt token, "
+                f"{list(k.shape[:2])}."
+            )
+        return self.keep(scores, count)
 
     def max_head_tokens(self, count: int, shape: Shape) -> int:
         """Return the most tokens of a long prompt that one KV head keeps where the mean is `count`."""

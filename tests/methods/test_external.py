@@ -15,7 +15,17 @@ from sparsecache.engine.base import Request
 from sparsecache.engine.generator import Generator
 from sparsecache.errors import UsageError
 from sparsecache.methods import check_method_name, load_method, make_method, method_identity, parse_options, short_name
-from tests.methods.stepping import Kept, Text, budget_tokens, check_against, random_texts, shape_of
+from tests.methods.stepping import (
+    Kept,
+    Text,
+    budget_tokens,
+    check_against,
+    make_cache,
+    prefill,
+    random_text,
+    random_texts,
+    shape_of,
+)
 
 SOURCE = '''
 """Keeps the first prompt tokens."""
@@ -232,3 +242,16 @@ def test_a_method_by_path_decodes(write, decoder) -> None:
     with torch.inference_mode():
         (done,) = Generator(decoder("llama", method), 1).generate([Request(0, list(range(40)), 5, ())])
     assert done.error is None and done.report["kept"] < 0.2
+
+
+@pytest.mark.parametrize("composed", [False, True], ids=["alone", "composed"])
+def test_scores_of_another_shape_are_refused(composed, write) -> None:
+    path = write("mine.py", SOURCE.format(step=1).replace("k.shape[1]", "k.shape[1] - 3"))
+    name = "composed" if composed else str(path)
+    options = {"budget": "5", "dense_layers": "0"}
+    if composed:
+        options = {"evict": f"{path},budget=5,dense_layers=0", "select": "quest,budget=3,dense_layers=0"}
+    shape = shape_of(2)
+    cache = make_cache(make_method(name, parse_options(name, options)), shape, 1, 60, 4)
+    with pytest.raises(ValueError, match=r"score returned \[2, 37\]\. It must return .* token, \[2, 40\]\."):
+        prefill(cache, 0, random_text(shape, 40, 4, seed=1))
