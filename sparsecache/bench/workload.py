@@ -58,8 +58,9 @@ def sample_lengths(file: Path, rows: int) -> list[Workload]:
     They are spread evenly over its prompt lengths.
 
     The order is that of a run with workers (runner/pending.py): longest first by prompt and max_new_tokens, since a run
-    does not know the answers' lengths. A small file gives fewer rows. A file with more datasets than `rows` gives one
-    row per dataset. Raises UsageError for a file without the columns, and for a prediction without its lengths.
+    does not know the answers' lengths. Rows of a run have no max_new_tokens: their prompts alone decide. A small file
+    gives fewer rows. A file with more datasets than `rows` gives one row per dataset. Raises UsageError for a file
+    without the columns, and for a prediction without its lengths.
     """
     by_dataset: dict[str, list[_Row]] = {}
     try:
