@@ -156,7 +156,7 @@ class LLM:
 
     def _generation(self, done: Completion) -> Generation:
         return Generation(
-            text="" if done.error else self._context.decode(done.token_ids),
+            text="" if done.error else self._context.detokenizer.decode(done.token_ids),
             token_ids=done.token_ids,
             prompt_tokens=len(done.request.token_ids),
             finish_reason=done.finish_reason,

@@ -27,6 +27,7 @@ from sparsecache.longbench.run_record import RUN_FILE
 from sparsecache.longbench.sessions import workers_lines
 from sparsecache.longbench.tasks import OWN, Task, find_ruler_tasks, load_tasks, make_own_tasks, own_table
 from sparsecache.runner.context import RunContext
+from sparsecache.runner.description import context_warnings, describe, describe_engine
 from sparsecache.runner.folders import check_same_checkpoint
 from sparsecache.runner.pending import PendingDataset, Row, WantedDataset, in_order, longest_first, longest_per_dataset
 from sparsecache.runner.progress import Progress
@@ -211,13 +212,13 @@ class Run:
 
     def announce(self, datasets: list[PendingDataset]) -> None:
         """Prints warnings, the settings, and how many rows are missing."""
-        for warning in self.context.warnings():
+        for warning in context_warnings(self.context):
             print(f"Warning: {warning}", file=sys.stderr)
         if self.settings.quiet:
             return
         missing = sum(dataset.num_missing for dataset in datasets)
         wanted = sum(dataset.num_wanted for dataset in datasets)
-        for line in self.context.describe():
+        for line in describe(self.context):
             print(line)
         data = [*([self.settings.data_source] if self.wanted.sources.keys() - {"ruler"} else [])]
         data += [f"RULER with seed {self.settings.ruler_seed}"] if "ruler" in self.wanted.sources else []
@@ -227,7 +228,7 @@ class Run:
     def _predict(self, datasets: list[PendingDataset], engine: Engine) -> None:
         self.begin_session()
         if not self.settings.quiet:
-            for line in self.context.describe_loaded():
+            for line in describe_engine(self.context):
                 print(line, flush=True)
         if self._expected:
             self._session["verify"] = verify(engine, self._expected, self.context.dtype, self.settings.method)
@@ -278,7 +279,8 @@ class Run:
         if not task.answer_template or done.reasoning is not None or completion.error is not None:
             return completion
         try:
-            prompt = self.context.prompter.build_answer(task, done.row, self.context.decode(completion.token_ids))
+            reasoning = self.context.detokenizer.decode(completion.token_ids)
+            prompt = self.context.prompter.build_answer(task, done.row, reasoning)
         except UsageError:
             raise
         except Exception as error:  # one row must not end the run
@@ -289,7 +291,7 @@ class Run:
     def write(self, completion: Completion) -> None:
         """Writes the row of its last completion."""
         done: RowStep = completion.key
-        record = finished_row(done.row, done.prompt, completion, self.context.decode, done.reasoning)
+        record = finished_row(done.row, done.prompt, completion, self.context.detokenizer.decode, done.reasoning)
         if "error" in record:
             raise_if_interrupted()
         done.dataset.file.append(record)

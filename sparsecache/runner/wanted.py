@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from sparsecache.errors import UsageError
 from sparsecache.longbench.data import Source, load_rows, open_source
+from sparsecache.longbench.prompts import Prompter
 from sparsecache.longbench.scores import load_metric
 from sparsecache.longbench.tasks import Task
 from sparsecache.ruler.source import RulerSource
@@ -35,15 +37,35 @@ def load_wanted(settings: Settings, context: RunContext) -> WantedRows:
     datasets = []
     tasks = [settings.limited(task) for task in own]
     for task in tasks:
-        context.check_ruler_length(task)
+        _check_ruler_length(task, context.window)
     for task in tasks:
         rows = load_rows(sources[task.benchmark], task, e)
         available = len(rows.dataset)
         datasets.append(WantedDataset(task, task.file_stem(e), rows, min(limit or available, available)))
     for dataset in datasets:
         load_metric(dataset.task.metric, dataset.task.source)
-        context.check_lengths(dataset.task)
+        _check_max_length(dataset.task, settings.max_length, context.prompter)
     return WantedRows(own, sources, datasets)
+
+
+def _check_ruler_length(task: Task, window: int) -> None:
+    """Raises UsageError for a task of RULER that is longer than the window."""
+    if task.length is not None and task.length > window:
+        raise UsageError(
+            f"--ruler_length {task.length} is longer than the window of {window} tokens. Pass at most "
+            f"--ruler_length {window}, or a larger --window if the checkpoint has one."
+        )
+
+
+def _check_max_length(task: Task, max_length: int | None, prompter: Prompter) -> None:
+    """Raises UsageError if the window leaves no tokens for a prompt of this dataset, or fewer than --max_length."""
+    capacity = prompter.capacity(task)
+    if max_length is not None and max_length > capacity and task.length is None:
+        raise UsageError(
+            f"--max_length {max_length} is too long: of the window of {prompter.window} tokens, {task.name} leaves "
+            f"{capacity} for the raw prompt, after {task.max_new_tokens} new tokens and the chat wrapper. Pass at "
+            f"most --max_length {capacity}, or a larger --window."
+        )
 
 
 def _sources(settings: Settings, context: RunContext, tasks: list[Task]) -> dict[str, Source]:

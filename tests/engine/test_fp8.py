@@ -256,7 +256,7 @@ def test_fp8_needs_a_gpu_and_this_engine(folder, monkeypatch) -> None:
 
 def test_a_run_in_fp8_is_another_run(folder, monkeypatch) -> None:
     """Its dtype is in the identity. A checkpoint in fp8 is decoded in it on a GPU, and dequantised on a CPU."""
-    monkeypatch.setattr("sparsecache.runner.context.check_fp8_devices", lambda devices: None)
+    monkeypatch.setattr("sparsecache.runner.checks.check_fp8_devices", lambda devices: None)
     context = RunContext(Settings(str(folder), dtype="fp8", device="cpu"))
     assert context.identity()["dtype"] == "fp8"
     assert isinstance(context.load_model().weights.layers[0].qkv, Fp8Matrix)

@@ -10,7 +10,7 @@ from sparsecache.engine.base import Completion, Request
 from sparsecache.errors import UsageError
 from sparsecache.longbench.prompts import Prompt
 from sparsecache.longbench.scores import score_run
-from sparsecache.runner.context import RunContext
+from sparsecache.runner.detokenizer import Detokenizer
 from sparsecache.runner.rows import finished_row
 from sparsecache.runner.settings import Settings
 
@@ -147,11 +147,10 @@ class Marks:
         return "".join(chr(token_id) for token_id in token_ids if token_id != 1)
 
 
-def test_marks_that_are_special_tokens_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = object.__new__(RunContext)
-    context.checkpoint = type("Checkpoint", (), {"tokenizer": Marks()})()  # type: ignore[assignment]
-    assert context.decode([*b"no", 1, *b"yes"]) == "no</think>yes"
-    assert context.decode([*b"yes"]) == "yes"
+def test_marks_that_are_special_tokens_are_not_lost() -> None:
+    detokenizer = Detokenizer(Marks())
+    assert detokenizer.decode([*b"no", 1, *b"yes"]) == "no</think>yes"
+    assert detokenizer.decode([*b"yes"]) == "yes"
 
 
 def test_evaluate_takes_own_tasks(tiny, tmp_path, own) -> None:
