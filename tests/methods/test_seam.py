@@ -1,7 +1,6 @@
-"""What the decoder hands to a method: hidden states to speculate from, log-sum-exps, and queries and keys to calibrate
-with.
+"""The decoder gives a method the tensors that transformers computes.
 
-Each is compared with what transformers computes.
+These are hidden states to speculate from, log-sum-exps, and queries and keys to calibrate with.
 """
 
 from dataclasses import dataclass
