@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from sparsecache.kernels.rows import index_slots
@@ -26,6 +27,9 @@ def scaled_scores(q: Tensor, k: Tensor, head_dim: int) -> Tensor:
     """
     *batch, heads, queries, channels = q.shape
     kv_heads, length = k.shape[-3:-1]
-    grouped = q.float().reshape(*batch, kv_heads, heads // kv_heads * queries, channels)
-    scores: Tensor = grouped @ k.float().mT / math.sqrt(head_dim)
-    return scores.view(*batch, heads, queries, length)
+    grouped = q.reshape(*batch, kv_heads, heads // kv_heads * queries, channels)
+    if q.is_cuda and not batch and q.dtype == k.dtype in (torch.bfloat16, torch.float16):
+        scores = torch.bmm(grouped, k.mT, out_dtype=torch.float32)  # makes no copy of the keys in float32
+    else:
+        scores = grouped.float() @ k.float().mT
+    return (scores / math.sqrt(head_dim)).view(*batch, heads, queries, length)
