@@ -132,8 +132,8 @@ def _search_kernel(  # type: ignore[no-untyped-def]
     later, earlier: [G, L] int32, the latest similar token after and before each token, or -1. compared: [G, blocks]
     int32; the first pass compared all tokens of a block with all tokens from this one on.
     """
-    head, block, offset = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
-    blocks = tl.num_programs(1)
+    head, offset, blocks = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), tl.num_programs(1)
+    block = blocks - 1 - tl.program_id(1) if SECOND else tl.program_id(1)  # programs with the most pairs start first
     base, later, earlier = keys + head * head_stride, later + head * length, earlier + head * length
     norms, min_norms, compared = norms + head * blocks * BLOCK, min_norms + head * blocks, compared + head * blocks
     row = block * BLOCK + offset
