@@ -48,84 +48,167 @@ def _concatenate(planes):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _rows(x):  # type: ignore[no-untyped-def]
+    """Return the rows of x [N, A, B] along its first axis as a tuple of N tensors. N is a power of two."""
+    if x.shape[0] == 1:
+        rows = (tl.reshape(x, (x.shape[1], x.shape[2])),)
+    elif x.shape[0] == 2:
+        rows = tl.split(tl.permute(x, (1, 2, 0)))
+    else:
+        half: tl.constexpr = x.shape[0] // 2
+        first, second = tl.split(tl.permute(tl.reshape(x, (2, half, x.shape[1], x.shape[2])), (1, 2, 3, 0)))
+        rows = _rows(first) + _rows(second)
+    return rows
+
+
+@triton.jit
 def attend_on_codes(  # type: ignore[no-untyped-def]
-    q_block, key_codes, key_ranges, value_codes, value_ranges, start, end, scale, channel, in_head, group,
-    BITS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    q, q_head_stride, key_codes, key_ranges, value_codes, value_ranges, start, end, scale, channel, in_head,
+    GROUP: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attend to the quantised tokens from start to end; return maximum [R], sum of weights [R], total [R, D].
 
-    start, end: multiples of TOKENS, so that groups are whole. group: [R]. Row r of the queries is for the channels of
-    value group `group[r]`; other channels of its total are meaningless.
+    start, end: multiples of TOKENS, so that groups are whole.
+    q: pointer to the first of the GROUP query heads of a KV head, which are the first of R rows. channel, in_head: the
+    channels in the order of their codes, and which exist. Other pointers are those of the KV head in a slot.
 
     Codes are not dequantised. The bits of a code, read as float16, are the code times the smallest float16 number. The
     queries are scaled so that their largest entry is near 1, and multiplied by the steps of the keys. The weights are
     multiplied by the steps of the values. Separate products add the minima.
 
+    Codes are the left operands of all products, since a tensor core product has 16 rows but only 8 columns. A query has
+    SLOTS columns. In a product with keys they are for the steps of the tiles of an iteration, and in one with values
+    for the steps of consecutive value groups. So BLOCK_C / SLOTS blocks of planes have weights of their own.
+
     A value is the middle of its group's range, plus step * (code - middle code). So the rounding of a weight times a
     step is multiplied by at most half the range. These products are float16, which rounds less than bfloat16. They
     overflow if the range of a group is wider than 196,000.
     """
-    dtype: tl.constexpr = q_block.dtype
+    dtype: tl.constexpr = q.dtype.element_ty
     planes: tl.constexpr = 16 // BITS
+    blocks: tl.constexpr = BLOCK_C // SLOTS
+    planes_per_block: tl.constexpr = planes // blocks
     block_d: tl.constexpr = planes * BLOCK_W
+    block_q: tl.constexpr = BLOCK_N // SLOTS
     tile: tl.constexpr = BLOCK_T if BLOCK_T < TOKENS else TOKENS
+    key_slots: tl.constexpr = SLOTS if SLOTS < TILES else TILES  # tiles whose steps share a product
+    copies: tl.constexpr = 16 if TILES == 1 else 8  # rows of equal minima, so that offsets need not be broadcast
     block_x: tl.constexpr = 2 * BLOCK_C if BLOCK_C > 8 else 16
+    selected: tl.constexpr = 16 if blocks * BLOCK_N < 16 else blocks * BLOCK_N
     middle: tl.constexpr = ((1 << BITS) - 1) / 2
     code_scale: tl.constexpr = 2.0**24  # 1 / the smallest float16 number
     weight_factor: tl.constexpr = 2.0 ** (BITS - 2)  # so that small weights times steps do not become subnormal
-    word, at_range, column = tl.arange(0, BLOCK_W), tl.arange(0, block_x), tl.arange(0, block_d)
-    in_words, in_ranges = (word < WORDS)[None, :], (at_range < 2 * VALUE_GROUPS)[None, :]
-    plane_scale = tl.exp2((column // BLOCK_W % (8 // BITS) * BITS).to(tl.float32))
-    queries = q_block.to(tl.float32)
-    query_scale = tl.exp2(tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(queries), axis=1), 1e-30))))
-    scaled_queries = _to_float16((queries / query_scale[:, None] / plane_scale[None, :]).to(dtype), INTERPRETED)
-    score_unit = query_scale * (scale * code_scale)
-    # The product with it gives each row the steps of its group.
-    step_selector = tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], weight_factor, 0.0).to(dtype)
+    word, at_range, column = tl.arange(0, BLOCK_W), tl.arange(0, block_x), tl.arange(0, BLOCK_N)
+    in_words, in_ranges = word < WORDS, at_range < 2 * VALUE_GROUPS
+    plane_scale = tl.exp2((tl.arange(0, block_d) // BLOCK_W % (8 // BITS) * BITS).to(tl.float32))
+    q_mask = in_head[:, None] & (column // SLOTS < GROUP)[None, :]
+    q_columns = tl.load(q + (column // SLOTS)[None, :] * q_head_stride + channel[:, None], mask=q_mask, other=0.0)
+    queries = q_columns.to(tl.float32)
+    query_scale = tl.exp2(tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(queries), axis=0), 1e-30))))
+    scaled_queries = _to_float16((queries / query_scale[None, :] / plane_scale[:, None]).to(dtype), INTERPRETED)
+    query_planes = _rows(tl.reshape(scaled_queries, (planes, BLOCK_W, BLOCK_N)))
+    score_unit = tl.max(tl.reshape(query_scale, (block_q, SLOTS)), axis=1) * (scale * code_scale)
 
-    maximum = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
-    weight_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    range_sums = tl.zeros((BLOCK_R, block_x), dtype=tl.float32)
-    step_sum = tl.zeros((BLOCK_R, 8), dtype=tl.float32)  # equal columns
-    totals = ()
+    maximum = tl.full((block_q,), float("-inf"), dtype=tl.float32)
+    weight_sums = tl.zeros((tile, block_q), dtype=tl.float32)
+    range_sums = tl.zeros((block_x, BLOCK_N), dtype=tl.float32)
+    step_sums, totals = (), ()
+    # The product of it and a token's ranges is the step of each column of each block.
+    at_column = tl.arange(0, selected)
+    group = at_column // BLOCK_N * SLOTS + at_column % SLOTS
+    step_selector = tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], weight_factor, 0.0).to(dtype)
+    for _ in tl.static_range(blocks):
+        step_sums = step_sums + (tl.zeros((16, BLOCK_N), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for _ in tl.static_range(planes):
-        totals = totals + (tl.zeros((BLOCK_R, BLOCK_W), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-    for first in tl.range(start, end, tile):
-        token = first + tl.arange(0, tile)
-        at_codes = token[:, None] * WORDS + word[None, :]
-        at_key_range = key_ranges + first // TOKENS * (2 * HEAD_DIM) + channel
-        minimum = tl.load(at_key_range, mask=in_head, other=0.0)
-        from_minima = tl.dot(q_block, tl.broadcast_to(minimum[:, None], (block_d, 8)))  # equal columns
-        offset = tl.max(from_minima, axis=1) * scale
-        words = tl.load(key_codes + at_codes, mask=in_words, other=0)
-        key_planes = ()
-        for plane in tl.static_range(planes):
-            key_planes = key_planes + (_plane(words, plane, BITS, INTERPRETED),)  # type: ignore[assignment]  # noqa: RUF005
-        step = _to_float16(tl.load(at_key_range + HEAD_DIM, mask=in_head, other=0.0), INTERPRETED)
-        scores = tl.dot(scaled_queries * step[None, :], tl.trans(_concatenate(key_planes)))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * score_unit + offset)
-        weights = tl.exp2(scores * score_unit[:, None] + (offset - new_maximum)[:, None])
+        totals = totals + (tl.zeros((BLOCK_W, BLOCK_N), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    for first in tl.range(start, end, TILES * tile):
+        # Tiles after the end repeat the last one. Their scores are -inf.
+        begins = tl.minimum(first + tl.arange(0, TILES) * tile, end - tile)
+        at_minima = key_ranges + (begins // TOKENS * (2 * HEAD_DIM))[:, None] + channel[None, :]
+        minima = tl.load(at_minima, mask=in_head[None, :], other=0.0)
+        minima = tl.reshape(tl.broadcast_to(minima[:, None, :], (TILES, copies, block_d)), (TILES * copies, block_d))
+        offsets = tl.reshape(tl.dot(minima, q_columns) * scale, (TILES * copies, block_q, SLOTS))
+        offsets = _rows(tl.reshape(tl.max(offsets, axis=2), (TILES, copies, block_q)))  # equal over slots
+        scores = ()
+        for index in tl.static_range(TILES):
+            if index % key_slots == 0:
+                begins = tl.minimum(first + (index + tl.arange(0, SLOTS) % key_slots) * tile, end - tile)
+                at_steps = key_ranges + (begins // TOKENS * (2 * HEAD_DIM))[None, :] + (channel + HEAD_DIM)[:, None]
+                step = tl.load(at_steps, mask=in_head[:, None], other=0.0)
+                step_planes = _rows(tl.reshape(step, (planes, BLOCK_W, SLOTS)))
+                stepped_queries = ()
+                for plane in tl.static_range(planes):
+                    step = tl.broadcast_to(
+                        _to_float16(step_planes[plane], INTERPRETED)[:, None, :], (BLOCK_W, block_q, SLOTS)
+                    )
+                    stepped_queries = stepped_queries + (query_planes[plane] * tl.reshape(step, (BLOCK_W, BLOCK_N)),)  # type: ignore[assignment]  # noqa: RUF005
+            token = tl.minimum(first + index * tile, end - tile) + tl.arange(0, tile)
+            words = tl.load(key_codes + token[:, None] * WORDS + word[None, :], mask=in_words[None, :], other=0)
+            products = tl.zeros((tile, BLOCK_N), dtype=tl.float32)
+            for plane in tl.static_range(planes):
+                products = tl.dot(_plane(words, plane, BITS, INTERPRETED), stepped_queries[plane], products)
+            products = tl.reshape(products, (tile, block_q, SLOTS))
+            # A maximum of a number and -inf is no instruction. After `tl.split`, exponentials were computed twice.
+            is_slot = (tl.arange(0, SLOTS) == index % key_slots)[None, None, :]
+            products = tl.max(tl.where(is_slot, products, float("-inf")), axis=2)
+            offset = (
+                offsets[index] if index == 0 else tl.where(first + index * tile < end, offsets[index], float("-inf"))
+            )
+            offset = tl.reshape(tl.broadcast_to(offset[None, :, :], (tile // copies, copies, block_q)), (tile, block_q))
+            score = products * score_unit[None, :] + offset
+            scores = scores + (score,)  # type: ignore[assignment]  # noqa: RUF005
+        largest = scores[0]  # type: ignore[misc]
+        for index in tl.static_range(1, TILES):
+            largest = tl.maximum(largest, scores[index])
+        new_maximum = tl.maximum(maximum, tl.max(largest, axis=0))
         rescale = tl.exp2(maximum - new_maximum)
         maximum = new_maximum
-        weight_sum = weight_sum * rescale + tl.sum(weights, axis=1)
-        ranges = tl.load(
-            value_ranges + token[:, None] * (2 * VALUE_GROUPS) + at_range[None, :], mask=in_ranges, other=0.0
-        )
-        steps = tl.dot(step_selector, tl.trans(ranges))
-        range_sums = tl.dot(weights.to(dtype), ranges, range_sums * rescale[:, None])
-        weights = (weights * steps).to(tl.float16)
-        step_sum = tl.dot(weights, tl.full((tile, 8), 1.0, tl.float16), step_sum * rescale[:, None])
-        words = tl.load(value_codes + at_codes, mask=in_words, other=0)
-        new_totals = ()
+        weight_sums *= rescale[None, :]
+        rescale = tl.reshape(tl.broadcast_to(rescale[:, None], (block_q, SLOTS)), (1, BLOCK_N))
+        range_sums *= rescale
+        new_step_sums, new_totals = (), ()
+        for block in tl.static_range(blocks):
+            new_step_sums = new_step_sums + (step_sums[block] * rescale,)  # type: ignore[assignment]  # noqa: RUF005
         for plane in tl.static_range(planes):
-            values = _plane(words, plane, BITS, INTERPRETED)
-            total = tl.dot(weights, values, totals[plane] * rescale[:, None])
-            new_totals = new_totals + (total,)  # type: ignore[assignment]  # noqa: RUF005
-        totals = new_totals
-    range_weights = tl.where(at_range[None, :] == group[:, None], 1.0, 0.0)
-    range_weights += tl.where(at_range[None, :] == (VALUE_GROUPS + group)[:, None], middle, 0.0)
-    offset = tl.sum(range_sums * range_weights, axis=1) - tl.max(step_sum, axis=1) * (middle / weight_factor)
-    total = _concatenate(totals) * (code_scale / weight_factor / plane_scale)[None, :] + offset[:, None]
-    return maximum, weight_sum, total
+            new_totals = new_totals + (totals[plane] * rescale,)  # type: ignore[assignment]  # noqa: RUF005
+        step_sums, totals = new_step_sums, new_totals
+        for index in tl.static_range(TILES):
+            token = tl.minimum(first + index * tile, end - tile) + tl.arange(0, tile)
+            weights = tl.exp2(scores[index] - maximum[None, :])
+            weight_sums += weights
+            # Words and ranges are loaded transposed, since operands of products are pipelined only if not transposed.
+            at_ranges = value_ranges + token[None, :] * (2 * VALUE_GROUPS) + at_range[:, None]
+            ranges = tl.load(at_ranges, mask=in_ranges[:, None], other=0.0)
+            columns = tl.broadcast_to(weights.to(dtype)[:, :, None], (tile, block_q, SLOTS))
+            range_sums = tl.dot(ranges, tl.reshape(columns, (tile, BLOCK_N)), range_sums)
+            steps = tl.dot(step_selector, ranges).to(tl.float16)
+            steps = _rows(tl.reshape(steps, (selected // BLOCK_N, BLOCK_N, tile)))
+            columns = tl.broadcast_to(weights.to(tl.float16)[:, :, None], (tile, block_q, SLOTS))
+            columns = tl.reshape(columns, (tile, BLOCK_N))
+            words = tl.load(value_codes + token[None, :] * WORDS + word[:, None], mask=in_words[:, None], other=0)
+            new_step_sums, new_totals = (), ()
+            for block in tl.static_range(blocks):
+                weighted_steps = columns * tl.trans(steps[block])
+                step_sum = tl.dot(tl.full((16, tile), 1.0, tl.float16), weighted_steps, step_sums[block])  # equal rows
+                new_step_sums = new_step_sums + (step_sum,)  # type: ignore[assignment]  # noqa: RUF005
+                for plane in tl.static_range(block * planes_per_block, (block + 1) * planes_per_block):
+                    total = tl.dot(_plane(words, plane, BITS, INTERPRETED), weighted_steps, totals[plane])
+                    new_totals = new_totals + (total,)  # type: ignore[assignment]  # noqa: RUF005
+            step_sums, totals = new_step_sums, new_totals
+    parts = ()
+    for plane in tl.static_range(planes):
+        if plane % planes_per_block == 0:
+            group = plane // planes_per_block * SLOTS + column % SLOTS
+            range_weights = tl.where(at_range[:, None] == group[None, :], 1.0, 0.0)
+            range_weights += tl.where(at_range[:, None] == (VALUE_GROUPS + group)[None, :], middle, 0.0)
+            step_sum = tl.max(step_sums[plane // planes_per_block], axis=0)
+            offset = tl.sum(range_sums * range_weights, axis=0) - step_sum * (middle / weight_factor)
+        part = totals[plane] * (code_scale / weight_factor / 2 ** (plane % (8 // BITS) * BITS)) + offset[None, :]
+        parts = parts + (tl.trans(part),)  # type: ignore[assignment]  # noqa: RUF005
+    query = tl.minimum(tl.arange(0, BLOCK_R), block_q - 1)
+    weight_sum = tl.gather(tl.sum(weight_sums, axis=0), query, axis=0)
+    column_of_channel = (query * SLOTS)[:, None] + (channel // TOKENS % SLOTS)[None, :]
+    total = tl.gather(_concatenate(parts), column_of_channel, axis=0)
+    return tl.gather(maximum, query, axis=0), weight_sum, total

@@ -30,9 +30,8 @@ from sparsecache.kernels.store_quantised import append_quantised, compiled_sizes
 
 _MIN_WORDS = 16  # with 16 channels, products of unpacked codes are wrong (Triton 3.6, H200); 16 words are 32 or more
 _TILE_BYTES = 64  # of one channel of a tile of tokens: 32 tokens in half precision, 16 in float32
-# On codes, a program is one warp if its total fits, so that no warp waits at a barrier. The total takes 64 registers of
-# a thread, and 8 warps take all registers of a multiprocessor. The interpreter runs fewer programs, which is faster.
-_TOTALS_PER_WARP, _WARPS_PER_SM, _MAX_SPLITS = 2048, 2 if INTERPRETED else 8, 128
+_TOTALS_PER_WARP, _MAX_SPLITS = 2048, 192
+_PROGRAMS = {2: 12, 4: 8}  # of one warp with two tiles, per multiprocessor (measured)
 
 
 def attend_quantised(q: Tensor, k: Tensor, v: Tensor, store: QuantisedStore, lengths: Tensor, slots: Tensor) -> Tensor:
@@ -89,17 +88,14 @@ def _launch(
     kv_heads = k.shape[1]
     group = heads // kv_heads
     block_w = next_power_of_2(store.key_codes.shape[3], _MIN_WORDS)
-    block_d = 16 // store.bits * block_w
     block_c = next_power_of_2(store.value_ranges.shape[4])
     # Matrix units of some AMD GPUs treat subnormal numbers as zeros, and most codes are subnormal there.
     on_codes = selected is None and q.dtype != torch.float32 and torch.version.hip is None
-    block_r = max(16, next_power_of_2(group) * (block_c if on_codes else 1))
-    num_warps, num_stages, num_splits = 4, 2, split_count(batch, kv_heads, q.device)
+    num_splits = split_count(batch, kv_heads, q.device)
+    options = {"BLOCK_N": 8, "SLOTS": 1, "TILES": 1, "num_warps": 4, "num_stages": 2}
     if on_codes:
-        num_warps = max(1, block_r * block_d // _TOTALS_PER_WARP)
-        num_stages = 2 if store.bits == 8 else 3  # with 3, fewer programs of 8 bits fit into shared memory
-        programs = max(1, _WARPS_PER_SM // num_warps) * num_sms(q.device)
-        num_splits = max(batch, min(_MAX_SPLITS * batch, programs // kv_heads))
+        options, programs = _options_on_codes(store, group, block_w, block_c)
+        num_splits = max(batch, min(_MAX_SPLITS * batch, programs * num_sms(q.device) // kv_heads))
     partial_out = torch.empty((heads, num_splits, head_dim), device=q.device, dtype=torch.float32)
     softmax_stats = torch.empty((2, heads, num_splits), device=q.device, dtype=torch.float32)  # maxima, sums
     split_ranges = torch.empty((batch, kv_heads, 2), device=q.device, dtype=torch.int32)  # first split, how many
@@ -113,9 +109,9 @@ def _launch(
         lengths if counts is None else counts.contiguous(), partial_out, softmax_stats, split_ranges,
         1 / math.sqrt(head_dim), batch, num_splits, store.capacity, store.key_codes.shape[2], store.residual,
         heads * num_splits, 0 if selected is None else selected.shape[2], SELECTED=selected is not None,
-        ON_CODES=on_codes, PER_HEAD=lengths.dim() == 2, GROUP=group, BLOCK_R=block_r, BLOCK_B=next_power_of_2(batch),
-        BLOCK_T=_TILE_BYTES // q.element_size(), BLOCK_W=block_w, BLOCK_C=block_c, INTERPRETED=INTERPRETED,
-        num_warps=num_warps, num_stages=num_stages, **compiled_sizes(store), **pdl_options(),
+        ON_CODES=on_codes, PER_HEAD=lengths.dim() == 2, GROUP=group, BLOCK_R=max(16, next_power_of_2(group)),
+        BLOCK_B=next_power_of_2(batch), BLOCK_T=_TILE_BYTES // q.element_size(), BLOCK_W=block_w, BLOCK_C=block_c,
+        INTERPRETED=INTERPRETED, **options, **compiled_sizes(store), **pdl_options(),
     )  # fmt: skip
     merge_kernel[(batch, heads)](
         partial_out, softmax_stats, split_ranges, out, num_splits, head_dim, heads * num_splits,
@@ -123,6 +119,27 @@ def _launch(
         BLOCK_D=next_power_of_2(head_dim, 16), num_warps=2, **pdl_options(),
     )  # fmt: skip
     return out
+
+
+def _options_on_codes(store: QuantisedStore, group: int, block_w: int, block_c: int) -> tuple[dict[str, int], int]:
+    """Return the sizes and launch options of attention on codes, and its programs per multiprocessor.
+
+    A program is one warp if its totals fit, so that nothing waits at barriers. The programs of a multiprocessor run at
+    the same time: their number is what registers and shared memory allow.
+    """
+    queries = next_power_of_2(group)
+    slots = block_c
+    if store.key_codes.shape[3] == block_w:  # a plane is whole value groups, or a value group is whole planes
+        slots = min(block_c, max(1, 8 // queries, block_w // store.group))
+    columns = max(8, queries * slots)
+    totals = columns * block_w * 16 // store.bits
+    options = {"BLOCK_N": columns, "SLOTS": slots, "TILES": 1, "num_stages": 2}
+    options["num_warps"] = max(1, totals // _TOTALS_PER_WARP)
+    programs = max(1, 8 // options["num_warps"])
+    if store.bits in _PROGRAMS and totals <= _TOTALS_PER_WARP // 2:
+        options["TILES"], programs = 2, _PROGRAMS[store.bits]
+        options["maxnreg"] = min(255, 65536 // (32 * programs) // 8 * 8)  # registers of a thread
+    return options, 2 if INTERPRETED else programs  # fewer, so that the interpreter is faster
 
 
 @triton.jit
@@ -172,13 +189,14 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     value_codes, value_ranges, key_tail, value_tail, lengths, slots, indices, counts_ptr, partial_out, softmax_stats,
     split_ranges, scale, batch, num_splits, capacity, code_rows, residual, stats_size, width,
     SELECTED: tl.constexpr, ON_CODES: tl.constexpr, PER_HEAD: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, VALUE_GROUPS: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr, USE_PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BITS: tl.constexpr,
+    TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr,
+    INTERPRETED: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Attend to one split for the query heads of a KV head. The last split takes the new token.
 
-    ON_CODES: quantised tokens are not dequantised, and a query has a row per value group. Exponents are of base 2.
+    ON_CODES: quantised tokens are not dequantised. Exponents are of base 2.
     """
     pdl_wait(USE_PDL)
     kv, kv_heads, program, rows = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.arange(0, BLOCK_B)
@@ -201,16 +219,16 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             tl.store(split_range, program)
             tl.store(split_range + 1, splits)
     num_coded = num_quantised(tl.sum(tl.where(rows == row, all_past, 0)), residual, TOKENS)
-    rows_per_query: tl.constexpr = BLOCK_C if ON_CODES else 1
     block_d: tl.constexpr = 16 // BITS * BLOCK_W
-    block_row, column = tl.arange(0, BLOCK_R), tl.arange(0, block_d)
-    query, channel, in_head = block_row // rows_per_query, column, column < HEAD_DIM
+    query, column = tl.arange(0, BLOCK_R), tl.arange(0, block_d)
+    channel, in_head = column, column < HEAD_DIM
     if WORDS != BLOCK_W:  # channels are in the order of codes: by plane and word
         channel = column // BLOCK_W * WORDS + column % BLOCK_W
         in_head = (column % BLOCK_W < WORDS) & (channel < HEAD_DIM)
     q_mask = (query < GROUP)[:, None] & in_head[None, :]
     head = kv * GROUP + query
-    q_block = tl.load(q + row * q_row_stride + head[:, None] * q_head_stride + channel[None, :], mask=q_mask, other=0.0)
+    q += row * q_row_stride + kv * GROUP * q_head_stride
+    q_block = tl.load(q + query[:, None] * q_head_stride + channel[None, :], mask=q_mask, other=0.0)
     slot_head = slot * kv_heads + kv
     ring = residual + TOKENS
     key_tail += slot_head * ring * HEAD_DIM
@@ -224,9 +242,9 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     start, end = split * length, tl.minimum(split * length + length, count)
     if ON_CODES:
         maximum, weight_sum, total = attend_on_codes(
-            q_block, key_codes, key_ranges, value_codes, value_ranges, start.to(tl.int32),
-            tl.minimum(end, num_coded).to(tl.int32), scale, channel, in_head, block_row % rows_per_query, BITS,
-            TOKENS, HEAD_DIM, WORDS, VALUE_GROUPS, BLOCK_R, BLOCK_T, BLOCK_W, BLOCK_C, INTERPRETED,
+            q, q_head_stride, key_codes, key_ranges, value_codes, value_ranges, start.to(tl.int32),
+            tl.minimum(end, num_coded).to(tl.int32), scale, channel, in_head, GROUP, BITS, TOKENS, HEAD_DIM, WORDS,
+            VALUE_GROUPS, BLOCK_R, BLOCK_N, BLOCK_T, BLOCK_W, BLOCK_C, SLOTS, TILES, INTERPRETED,
         )  # fmt: skip
         start = tl.maximum(start, num_coded)
     else:
@@ -270,9 +288,6 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
 
     pdl_launch(USE_PDL)
     target = head * num_splits + program
-    stats_mask = (query < GROUP) & (block_row % rows_per_query == 0)
-    tl.store(softmax_stats + target, maximum * 0.6931471805599453, mask=stats_mask)  # the merge uses base e
-    tl.store(softmax_stats + stats_size + target, weight_sum, mask=stats_mask)
-    if ON_CODES:
-        q_mask = q_mask & ((channel // TOKENS)[None, :] == (block_row % rows_per_query)[:, None])
+    tl.store(softmax_stats + target, maximum * 0.6931471805599453, mask=query < GROUP)  # the merge uses base e
+    tl.store(softmax_stats + stats_size + target, weight_sum, mask=query < GROUP)
     tl.store(partial_out + target[:, None] * HEAD_DIM + channel[None, :], total, mask=q_mask)

@@ -20,6 +20,8 @@ CASES = {  # bits, group, residual, slots, KV heads, query heads per KV head, ch
     "full": (8, 16, 32, 2, 2, 4, 32, 130, [130, 129]),
     "very unequal": (2, 32, 64, 4, 1, 8, 64, 400, [399, 3, 170]),
     "wide groups": (4, 64, 0, 1, 1, 1, 80, 200, [127]),
+    "odd number of groups": (2, 32, 32, 1, 1, 4, 128, 240, [230]),
+    "eight heads per KV head": (4, 32, 0, 1, 1, 8, 128, 110, [100]),
 }
 if torch.cuda.is_available():  # the interpreter would take minutes for each
     CASES |= {
