@@ -99,7 +99,8 @@ class LayerCache(ABC):
         """Store a prompt in a free slot.
 
         q: [H, L, D]; k, v: [G, L, D], rotated, not to be modified. The engine computes the attention over the prompt,
-        which is dense and exact.
+        which is dense and exact. On a GPU that runs in parallel: a side stream is current here. So write into the
+        cache's tensors instead of replacing them, and join streams of your own before returning.
         """
 
     def prefill_with_logsumexp(self, slot: int, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor) -> None:

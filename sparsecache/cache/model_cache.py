@@ -1,6 +1,7 @@
 """The caches of all layers of a model, and the sequence lengths and statistics that they share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, Shape
 from sparsecache.cache.memory import measure_memory
 from sparsecache.cache.stats import DeviceStats, SequenceStats, mean_share
-from sparsecache.cache.streams import SideStream
+from sparsecache.cache.streams import PromptStream, SideStream
 
 
 class ModelCache:
@@ -37,8 +38,10 @@ class ModelCache:
         }
         self._prompt_tokens: dict[int, int] = {}
         self._ending_slots: list[Tensor] = []
+        self._devices = list(devices)
         self.layers: list[LayerCache] = []
         self._streams = {device: SideStream(device, high_priority=True) for device in self._stats}
+        self._prompt_streams = {device: PromptStream(device) for device in self._stats}
         self.layer_stats = [self._stats[device].layers[devices[:at].count(device)] for at, device in enumerate(devices)]
         for layer, device in enumerate(devices):
             config = CacheConfig(
@@ -57,9 +60,33 @@ class ModelCache:
         """Return whether a decode step of the caches may be captured in a CUDA graph."""
         return all(cache.graphable for cache in self.layers)
 
+    @contextmanager
+    def prompt(self, slot: int, tokens: int) -> Iterator[None]:
+        """Begin a sequence in a free slot by the block, which stores each layer's prompt of so many tokens.
+
+        Every layer is stored inside `prefilling`. After an error in the block no sequence begins, and the current
+        streams wait for what was stored.
+        """
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):  # after an error that ends CUDA for the process, which is raised below
+                self._join_prompt()
+            raise
+        self.start_sequence(slot, tokens)
+
+    @contextmanager
+    def prefilling(self, layer: int, *tensors: Tensor) -> Iterator[None]:
+        """Run the block, which stores a layer's prompt, on a side stream; it reads the tensors, q, k and v.
+
+        It runs in parallel with the model until the next layer of the device is stored, or the sequence starts.
+        """
+        with self._prompt_streams[self._devices[layer]].storing(*tensors):
+            yield
+
     def start_sequence(self, slot: int, prompt_tokens: int) -> None:
         """Begin a sequence in a free slot, after the prefill of every layer's cache and the work it deferred."""
-        self.join()
+        self._join_prompt()
         self._prompt_tokens[slot] = prompt_tokens
         for stats in self._stats.values():
             stats.start_sequence(slot, prompt_tokens)
@@ -76,6 +103,12 @@ class ModelCache:
         for stream in self._streams.values():
             stream.join()
         self._ending_slots.clear()
+
+    def _join_prompt(self) -> None:
+        """Let the current streams wait for the storing of a prompt, and drop the tensors that it read."""
+        for stream in self._prompt_streams.values():
+            stream.join()
+        self.join()
 
     def report(self, slot: int, discard_last_step: bool = False) -> dict[str, Any]:
         """Return what the method reports of a sequence, before `free_slot`.

@@ -16,6 +16,11 @@ class SideStream:
         self._device = device
         self._stream: Any = make(device, priority=-high_priority) if device.type == "cuda" else None
 
+    @property
+    def is_parallel(self) -> bool:
+        """Return whether work on this stream may run in parallel with the current stream's."""
+        return self._stream is not None
+
     @contextmanager
     def reading(self, *tensors: Tensor) -> Iterator[None]:
         """Run the block on this stream, after the work on the current stream so far; it reads the tensors.
@@ -51,6 +56,37 @@ class SideStream:
         """Let the current stream wait for all work on this one."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+class PromptStream:
+    """A side stream on which the layers of a prompt are stored, in parallel with attention and MLP of the model.
+
+    Its priority is the default, the lowest that there is: the model's own operations decide when the prompt ends. On a
+    CPU its work runs immediately.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = SideStream(device, high_priority=False)
+        self._tensors: tuple[Tensor, ...] = ()
+
+    @contextmanager
+    def storing(self, *tensors: Tensor) -> Iterator[None]:
+        """Run the block on this stream, after the work on the current stream so far; it reads the tensors of a layer.
+
+        The current stream waits for the previous block first, and the tensors of that block are dropped. So those of
+        one layer are kept at a time, however far the host is ahead of the device. After `record_stream` the allocator
+        would instead keep those of all layers until the device has read them.
+        """
+        self.join()
+        if self._stream.is_parallel:
+            self._tensors = tensors
+        with self._stream.after():
+            yield
+
+    def join(self) -> None:
+        """Let the current stream wait for the latest block, and drop its tensors."""
+        self._stream.join()
+        self._tensors = ()
 
 
 def record_event(device: torch.device) -> Any:

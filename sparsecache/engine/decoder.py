@@ -80,14 +80,16 @@ class Decoder:
 
         def store(layer: int, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor | None) -> None:
             if logsumexp is None:
-                cache.layers[layer].prefill(slot, q, k, v)
+                with cache.prefilling(layer, q, k, v):
+                    cache.layers[layer].prefill(slot, q, k, v)
             else:
-                cache.layers[layer].prefill_with_logsumexp(slot, q, k, v, logsumexp)
+                with cache.prefilling(layer, q, k, v, logsumexp):
+                    cache.layers[layer].prefill_with_logsumexp(slot, q, k, v, logsumexp)
 
         logsumexp_layers = [index for index, layer in enumerate(cache.layers) if layer.uses_logsumexp]
-        hidden = self._forward_prompt(token_ids, store, logsumexp_layers)
-        cache.start_sequence(slot, len(token_ids))
-        return self._lm_head(hidden)[0]
+        with cache.prompt(slot, len(token_ids)):
+            hidden = self._forward_prompt(token_ids, store, logsumexp_layers)
+            return self._lm_head(hidden)[0]
 
     def warm_attention_plan(self, tokens: int) -> None:
         """Let cuDNN plan the attention over a prompt of this length on the host, unless it is planned.
@@ -189,7 +191,8 @@ class Decoder:
         """Return an estimate of the peak bytes of a prefill, without weights and caches."""
         shape = self.shape
         hidden, intermediate = self._weights.embedding.shape[1], len(self._weights.layers[0].gate_up)
-        per_token = 2 * hidden + 2 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        # q, k and v three times: as projected, rotated, and those of the previous layer while they are stored.
+        per_token = 2 * hidden + 3 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         return self.dtype.itemsize * (tokens * per_token + 2 * min(tokens, _CHUNK) * (intermediate + 2 * hidden))
 
     def _forward_prompt(self, token_ids: Tensor, on_qkv: OnQKV, logsumexp_layers: Sequence[int] = ()) -> Tensor:

@@ -120,9 +120,10 @@ class PrefillCachingDecoder(Decoder):
         if prompt is None:
             return super().prefill(token_ids, slot)
         cache = self._model_cache()
-        for layer_cache, (q, k, v) in zip(cache.layers, prompt.layers, strict=True):
-            layer_cache.prefill(slot, q, k, v)
-        cache.start_sequence(slot, len(token_ids))
+        with cache.prompt(slot, len(token_ids)):
+            for layer, (q, k, v) in enumerate(prompt.layers):
+                with cache.prefilling(layer, q, k, v):
+                    cache.layers[layer].prefill(slot, q, k, v)
         return prompt.logits.clone()  # the generator masks stop ids in place
 
     def _synchronize(self) -> None:

@@ -149,7 +149,7 @@ class ShadowKVCache(LayerCache):
         num_outliers, num_recent = self.method.exact_pages(count)
         first = max(0, length // page - num_recent)  # the first of the last pages
         num_outliers = min(num_outliers, first)
-        with self.config.deferred.reading(k):  # many short kernels, which run in parallel with later layers
+        with self.config.deferred.after():  # many short kernels, which run in parallel with those below
             unrotated = unrotate_keys(k, self._rotation)
             self.coefficients[slot, :length], self.basis[slot] = _low_rank(unrotated, self._start)
         copy_into(self.values[slot], v)
@@ -162,6 +162,7 @@ class ShadowKVCache(LayerCache):
         self._num_pages[slot].fill_(first)
         self._over_budget[slot].fill_(length - count)
         self._tail_offset[slot].fill_((first - num_outliers) * page)
+        self.config.deferred.join()  # k is not needed any more
 
     def _store_exact(self, slot: int, k: Tensor, v: Tensor, outliers: Tensor, first: int) -> None:
         """Store exact rows of k, v [G, L, D]: those of the pages outliers [G, N], then those from page `first` on."""

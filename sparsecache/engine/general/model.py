@@ -89,7 +89,8 @@ class CachedModel:
         hidden = getattr(config, "hidden_size", 0)
         experts = getattr(config, "num_experts_per_tok", None) or 1
         intermediate = experts * (getattr(config, "intermediate_size", None) or 4 * hidden)
-        return self.dtype.itemsize * tokens * (4 * hidden + 3 * intermediate + 6 * shape.heads * shape.head_dim)
+        attention = (7 * shape.heads + 2 * shape.kv_heads) * shape.head_dim  # with q, k and v that are being stored
+        return self.dtype.itemsize * tokens * (4 * hidden + 3 * intermediate + attention)
 
     def warm_attention_plan(self, tokens: int) -> None:
         """Do nothing: transformers' attention needs no plan."""
@@ -97,9 +98,8 @@ class CachedModel:
     def prefill(self, token_ids: Tensor, slot: int) -> Tensor:
         """Prefill a prompt, token_ids: [L], into a free slot; return the last token's logits [V]."""
         reset_dynamic_rope(self._model)
-        with handle_attention(partial(self._store, slot)):
+        with self._model_cache().prompt(slot, len(token_ids)), handle_attention(partial(self._store, slot)):
             logits = self._forward(token_ids[None], self._sequences.start(slot))
-        self._model_cache().start_sequence(slot, len(token_ids))
         return logits[0]
 
     def step(self, token_ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
@@ -130,9 +130,10 @@ class CachedModel:
     def _store(self, slot: int, call: AttentionCall) -> None:
         index = self._index.get(call.module)
         if index is not None:
-            q = self._query(index, call.q)
-            with current_device(q.device):
-                self._model_cache().layers[index].prefill(slot, q[0], call.k[0].contiguous(), call.v[0].contiguous())
+            cache = self._model_cache()
+            q, k, v = self._query(index, call.q)[0], call.k[0].contiguous(), call.v[0].contiguous()
+            with current_device(q.device), cache.prefilling(index, q, k, v):
+                cache.layers[index].prefill(slot, q, k, v)
 
     def _attend(self, slots_on: dict[torch.device, Tensor], call: AttentionCall) -> Tensor | None:
         index = self._index.get(call.module)
