@@ -42,6 +42,12 @@ class DeviceStreams:
         self.rows_in_transfer: Tensor | None = None  # a prompt's rows that are being copied to the host
         self.last_cache: LayerCache | None = None  # the device's last layer, after which the streams join
 
+    def end_transfer(self) -> None:
+        """Let the current stream wait for the rows of a prompt that are being copied to the host, and drop them."""
+        if self.rows_in_transfer is not None:
+            self.transfer.join()
+            self.rows_in_transfer = None
+
     def join(self) -> None:
         """Let the current stream wait for all side streams that were used; a graph must not wait for another one."""
         for stream in (self.speculation, self.storing, *([self.transfer] if self.offload else [])):
@@ -91,14 +97,15 @@ class InfiniGenCache(LayerCache):
             return
         # Only one layer's rows are on the device at a time, however far the host is ahead.
         streams = self._streams
-        streams.transfer.join()
-        streams.rows_in_transfer = None
+        streams.end_transfer()
         streams.rows_in_transfer = torch.stack((k, v), 2)  # [G, L, 2, D]
         with streams.transfer.after():  # copied while the next layer computes
             copy_into(rows, streams.rows_in_transfer)
         if streams.last_cache is self:
-            streams.transfer.join()
-            streams.rows_in_transfer = None
+            streams.end_transfer()
+
+    def free_slot(self, slot: int) -> None:
+        self._streams.end_transfer()  # of a prompt that failed before the last layer
 
     def speculate(self, hidden: Tensor, project_query: ProjectQuery, slots: Tensor) -> None:
         """Select past tokens by the speculated query; with offload, fetch them."""
