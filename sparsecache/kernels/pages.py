@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, sortable, tl, triton, use_kernel
+from sparsecache.kernels.page_bounds import channel_bounds
 from sparsecache.kernels.rows import index_slots, take_rows
 from sparsecache.kernels.threshold import Selection
 
@@ -11,22 +12,6 @@ _BLOCK_P = 32  # pages per program
 _MAX_BLOCK_T = 64  # tokens of a page at a time
 _MAX_BLOCK_S = 8192  # pages per iteration of a selection; below 2^15, so that one int32 holds two counts
 _LOWEST, _HIGHEST = tl.constexpr(-2139095041), tl.constexpr(2139095040)  # -inf and inf as `sortable` integers
-
-
-def channel_bounds(keys: Tensor, is_used: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
-    """Return the lowest and the highest value of each channel in pages: [.., D] each.
-
-    keys: [.., page, D]; is_used: [.., page] bool, the tokens that a page has so far, at least one. mean: instead of the
-    extremes, return their centre less, and plus, the mean distance of the keys from it.
-    """
-    is_free = ~is_used[..., None]
-    lowest, highest = keys.masked_fill(is_free, torch.inf).amin(-2), keys.masked_fill(is_free, -torch.inf).amax(-2)
-    if not mean:
-        return lowest, highest
-    centre = (lowest.float() + highest.float()) / 2
-    distances = (keys - centre.unsqueeze(-2)).abs().masked_fill(is_free, 0)
-    distance = distances.sum(-2) / is_used.sum(-1, keepdim=True)
-    return centre - distance, centre + distance
 
 
 def update_newest_page(

@@ -14,14 +14,13 @@ takes whole pages. The current token is attended to on top of the budget.
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.selection import SelectionCache, SelectionMethod, check_page_size
 from sparsecache.cache.storage import FullStorage
-from sparsecache.kernels.pages import channel_bounds, newest_page, score_bounds, select_pages, update_newest_page
+from sparsecache.kernels.page_bounds import channel_bounds, store_page_bounds
+from sparsecache.kernels.pages import newest_page, score_bounds, select_pages, update_newest_page
 from sparsecache.kernels.threshold import Selection
 
 
@@ -73,13 +72,7 @@ class QuestCache(SelectionCache):
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         super().prefill(slot, q, k, v)
-        kv_heads, length, head_dim = k.shape
-        page = self.method.page
-        pages = -(-length // page)
-        keys = pad(k, (0, 0, 0, pages * page - length)).view(kv_heads, pages, page, head_dim)
-        position = torch.arange(pages * page, device=k.device).view(pages, page)
-        bounds = channel_bounds(keys, position < length, self.method.mean_bounds)
-        self.lowest[slot, :, :pages], self.highest[slot, :, :pages] = bounds
+        store_page_bounds(k, self.lowest[slot], self.highest[slot], self.method.page, self.method.mean_bounds)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         out = super().attend(q, k, v, slots)

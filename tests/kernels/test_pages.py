@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparsecache.kernels.page_bounds import channel_bounds, store_page_bounds
 from sparsecache.kernels.page_shares import choose_queries, highest_page_shares, page_shares
 from sparsecache.kernels.pages import score_bounds, select_pages, update_newest_page
 
@@ -34,6 +35,19 @@ def test_no_key_of_a_page_scores_above_its_bound() -> None:
     alike = keys[:, :, :, :1].expand(-1, -1, -1, 4, -1)  # pages of equal keys: the bound is the score
     bounds = score_bounds(q, alike.amin(3), alike.amax(3), torch.arange(2), 5)
     torch.testing.assert_close(bounds, torch.einsum("bghd,bgpd->bghp", q.view(2, 3, 2, 8), keys[:, :, :, 0]))
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize(("length", "page"), [(1, 4), (4, 4), (15, 4), (40, 8), (41, 8)])
+def test_a_prompts_bounds_are_those_of_its_pages(length, page, mean) -> None:
+    keys = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(3))[:, :length].bfloat16()  # not contiguous
+    stored = torch.zeros(2, 2, 13, 6, dtype=torch.bfloat16)
+    store_page_bounds(keys, stored[0], stored[1], page, mean)
+    for at in range(-(-length // page)):
+        tokens = keys[:, at * page : (at + 1) * page]
+        bounds = torch.stack(channel_bounds(tokens, torch.ones(tokens.shape[1], dtype=torch.bool), mean))
+        torch.testing.assert_close(stored[:, :, at], bounds.bfloat16())
+    assert not stored[:, :, -(-length // page) :].any()
 
 
 UPDATES = {  # tokens in a page, capacity, past tokens of the slots of the batch
