@@ -224,7 +224,7 @@ def pin_last(scores: Tensor, count: int) -> Tensor:
     count = min(count, scores.shape[1])
     if not count:
         return scores
-    rising = _PINNED * (1 + torch.arange(count, device=scores.device) / count)
+    rising = _PINNED * torch.arange(1, count + 1, dtype=torch.float32, device=scores.device)
     return torch.cat((scores[:, :-count], rising.expand(len(scores), -1)), 1)
 
 

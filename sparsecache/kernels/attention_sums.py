@@ -29,10 +29,13 @@ def attention_sums(q: Tensor, k: Tensor, first: int, logsumexp: Tensor | None = 
     for start in range(first, length, _BLOCK):
         end = min(start + _BLOCK, length)
         scores = scaled_scores(q[:, start:end], k[:, :end], head_dim)  # [H, block, end]
-        is_later = torch.ones(end - start, end, device=k.device, dtype=torch.bool).triu(start + 1)
-        scores.masked_fill_(is_later, -torch.inf)
+        is_later = torch.ones(end - start, end - start, device=k.device, dtype=torch.bool).triu(1)
+        scores[:, :, start:].masked_fill_(is_later, -torch.inf)  # tokens before the block are seen by all its queries
         weights = scores.softmax(-1) if logsumexp is None else (scores - logsumexp[:, start:end, None]).exp()
-        sums[:, :end] += weights.sum(1).view(kv_heads, -1, end).sum(1)
+        received = weights.sum(1).view(kv_heads, -1, end).sum(1)
+        if (start, end) == (first, length):
+            return received
+        sums[:, :end].add_(received)  # `+=` would copy the result to itself
     return sums
 
 

@@ -32,4 +32,4 @@ def scaled_scores(q: Tensor, k: Tensor, head_dim: int) -> Tensor:
         scores = torch.bmm(grouped, k.mT, out_dtype=torch.float32)  # makes no copy of the keys in float32
     else:
         scores = grouped.float() @ k.float().mT
-    return (scores / math.sqrt(head_dim)).view(*batch, heads, queries, length)
+    return scores.div_(math.sqrt(head_dim)).view(*batch, heads, queries, length)
