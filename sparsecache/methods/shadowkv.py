@@ -217,7 +217,6 @@ def _low_rank(keys: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     length, kv_heads, head_dim = keys.shape
     channels, rank = start.shape
     matrix = keys.reshape(length, channels)
-    vectors = torch.eye(channels, dtype=keys.dtype, device=keys.device)
     if rank < channels:
         gram, vectors = _gram(matrix).double(), start
         for products in _PRODUCTS:
@@ -225,6 +224,8 @@ def _low_rank(keys: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
                 vectors = gram @ vectors
             vectors = _orthonormal(vectors)
         vectors = vectors.to(keys.dtype)
+    else:
+        vectors = torch.eye(channels, dtype=keys.dtype, device=keys.device)
     return matrix @ vectors, vectors.mT.reshape(rank, kv_heads, head_dim).transpose(0, 1)
 
 
@@ -238,7 +239,7 @@ def _gram(matrix: Tensor) -> Tensor:
 def _orthonormal(vectors: Tensor) -> Tensor:
     """Return orthonormal vectors with the span of the columns of `vectors` [N, R] float64; zeros stay zeros."""
     gram = vectors.mT @ vectors
-    ridge = (_RIDGE * gram.trace() + _MIN_RIDGE) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky_ex(gram + ridge)[0]  # does not wait for the device, unlike qr and eigh
+    gram.diagonal().add_(_RIDGE * gram.trace() + _MIN_RIDGE)
+    factor = torch.linalg.cholesky_ex(gram)[0]  # does not wait for the device, unlike qr and eigh
     orthonormal: Tensor = torch.linalg.solve_triangular(factor.mT, vectors, upper=True, left=False)
     return orthonormal
