@@ -59,6 +59,14 @@ def test_budgets_fall_from_layer_to_layer_and_add_up(budget, dense_layers) -> No
     assert mean.table(50, torch.device("cpu")).tolist() == [mean.tokens(past) for past in range(51)]
 
 
+@pytest.mark.parametrize(("budget", "window"), [(0.05, 8), (0.33, 1), (1.0, 8), (3, 8), (64, 32), (1000, 8)])
+def test_the_tokens_of_one_length_are_those_of_the_table(budget, window) -> None:
+    method = PyramidKV(budget=budget, window=window, dense_layers=0)
+    for layer in range(9):
+        tokens = method.layer_budget(layer, SHAPE)
+        assert tokens.table(1500, torch.device("cpu")).tolist() == [tokens.tokens(past) for past in range(1501)]
+
+
 def test_the_last_layer_gets_a_share_of_the_mean() -> None:
     first, last = (_budgets(PyramidKV(budget=208, dense_layers=0), 5000)[layer] for layer in (0, -1))
     assert (first, last) == (8 + 390, 8 + 10)  # 200 voted in the mean, 200 / beta in the last layer
