@@ -16,6 +16,7 @@ from sparsecache.cache.storage import make_storage
 from sparsecache.kernels.attention_sums import attention_sums as attention_sums  # exported for methods
 from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.eviction import KeptTokens, evict_least_attended, find_lowest, replace_rows
+from sparsecache.kernels.highest import highest_positions
 
 NO_STORAGE: dict[str, str] = {
     "storage": "a new token takes the row of an evicted one, but keys are quantised in groups of neighbours. Use a "
@@ -47,10 +48,9 @@ class PromptEvictionCache(LayerCache):
         length = k.shape[1]
         count = min(self.budget.tokens(length), length)
         width = min(self.method.max_head_tokens(count, self.config.shape), length)
-        order, counts = self.method.rank_prompt(q, k, v, count)
-        kept = _in_text_order(order[:, :width], counts, length)
+        kept, counts = self.method.select_prompt(q, k, v, count, width)
         self.kv.store(slot, _rows(k, kept), _rows(v, kept), counts)
-        self.num_evicted[slot] = length - counts
+        self.num_evicted[slot] = length - (count if counts is None else counts)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         num_tokens = (self.seq_lens[:, None] - self.num_evicted).clamp(min=0)  # [slots, G]
@@ -93,10 +93,12 @@ class EvictionMethod(StoredMethod):
         order = scores.sort(dim=-1, descending=True, stable=True).indices
         return order, torch.full((len(order),), count, device=order.device)
 
-    def rank_prompt(self, q: Tensor, k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return what `keep` does for the scores of a prompt q [H, L, D], k and v [G, L, D].
+    def select_prompt(self, q: Tensor, k: Tensor, v: Tensor, count: int, width: int) -> tuple[Tensor, Tensor | None]:
+        """Return the prompt tokens that each KV head keeps, and how many: [G] or, where these are all, None.
 
-        Raises ValueError if the scores are not [G, L].
+        They ascend: [G, width], and those beyond a KV head's count are the last token. q: [H, L, D]; k, v: [G, L, D].
+        count: mean tokens to keep; width: the most that a KV head may keep. Raises ValueError if the scores are not
+        [G, L].
         """
         scores = self.score(q, k, v)
         if scores.shape != k.shape[:2]:
@@ -104,7 +106,10 @@ class EvictionMethod(StoredMethod):
                 f"score returned {list(scores.shape)}. It must return a score per KV head and prompt token, "
                 f"{list(k.shape[:2])}."
             )
-        return self.keep(scores, count)
+        if type(self).keep is EvictionMethod.keep:
+            return highest_positions(scores, count), None
+        order, counts = self.keep(scores, count)
+        return _in_text_order(order[:, :width], counts, length=k.shape[1]), counts
 
     def max_head_tokens(self, count: int, shape: Shape) -> int:
         """Return the most tokens of a long prompt that one KV head keeps where the mean is `count`."""

@@ -108,7 +108,7 @@ class ComposedCache(LayerCache):
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         length = k.shape[1]
         count = min(self._budget.tokens(length), length)
-        kept = self._evict.rank_prompt(q, k, v, count)[0][:, :count].sort(dim=1).values
+        kept, _ = self._evict.select_prompt(q, k, v, count, count)
         index = kept[..., None].expand(-1, -1, k.shape[2])
         self.selection.prefill(slot, q[:, length - count :], k.gather(1, index), v.gather(1, index))
         self.num_evicted[slot].fill_(length - count)

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsecache.cache.base import CacheConfig, MethodKind
 from sparsecache.cache.eviction import NO_STORAGE, AttentionEvictionCache, attention_sums, pin_last
 from sparsecache.cache.sparse import SparseMethod
+from sparsecache.kernels.highest import highest_positions
 
 
 @dataclass
@@ -39,8 +40,7 @@ class TOVACache(AttentionEvictionCache):
 
     def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
         received = attention_sums(q, k, first=k.shape[1] - 1).sum(0, keepdim=True)
-        scores = pin_last(received, 1)
-        kept = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].expand(len(k), -1)
+        kept = highest_positions(pin_last(received, 1), count).expand(len(k), -1)
         return kept, received.expand(len(k), -1).gather(1, kept)
 
     def recent_tokens(self, budgets: Tensor) -> Tensor:
