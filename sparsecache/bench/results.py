@@ -14,6 +14,7 @@ from sparsecache.bench.methods_table import MethodRow
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import write_atomically
 from sparsecache.longbench.tables import Cell, Document, Table, number, records, render, words
+from sparsecache.runner.provenance import short_commit
 from sparsecache.versions import installed_versions
 
 
@@ -92,12 +93,15 @@ def save_plot(results: Sequence[Result], path: Path) -> None:
 
 
 def save(results: Iterable[Result | MethodRow], path: Path, **facts: Any) -> None:
-    """Write results, the machine and the command line as JSON."""
+    """Write results, the machine, the commit and the command line as JSON."""
     machine = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **installed_versions(),
     }
-    content = {"argv": sys.argv, "machine": machine, **facts, "results": [asdict(result) for result in results]}
+    content = {
+        "argv": sys.argv, "commit": short_commit(), "machine": machine, **facts,
+        "results": [asdict(result) for result in results],
+    }  # fmt: skip
     write_atomically(path, json.dumps(content, indent=1) + "\n")

@@ -46,15 +46,22 @@ def now() -> str:
 @cache  # a process may record many runs
 def _commit() -> str | None:
     """Returns the commit of this code, with "+" if the tree has changes or new files; None outside a clone."""
+    commit = _git("rev-parse", "HEAD")
+    return f"{commit}+" if commit and _git("status", "--porcelain") else commit
+
+
+def short_commit() -> str | None:
+    """Returns the short hash of this code's commit, with "-dirty" if a file of it is changed; None outside a clone."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    return f"{commit}-dirty" if commit and _git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def _git(*arguments: str) -> str | None:
+    """Returns what git prints about this code; None outside a clone, or if git fails or is missing."""
     if not (_PROJECT / ".git").exists():
         return None
     try:
-        commit = _git("rev-parse", "HEAD")
-        return f"{commit}+" if _git("status", "--porcelain") else commit
+        output = subprocess.run(["git", *arguments], cwd=_PROJECT, capture_output=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _git(*arguments: str) -> str:
-    output = subprocess.run(["git", *arguments], cwd=_PROJECT, capture_output=True, text=True, timeout=10, check=True)
-    return output.stdout.strip()
+    return output.decode(errors="replace").strip()

@@ -1,11 +1,15 @@
 """What is printed of a result, and of a profile."""
 
+import json
+import subprocess
+
 import pytest
 import torch
 
 from sparsecache.bench.profiling import profile_steps, row_label
-from sparsecache.bench.results import Result, table
+from sparsecache.bench.results import Result, save, table
 from sparsecache.bench.timing import check_workers
+from sparsecache.runner import provenance
 
 
 def cells(results: list[Result]) -> list[list[str]]:
@@ -29,6 +33,34 @@ def test_notes_are_printed_as_text() -> None:
     assert "imports 1.0 s; weights 0.5 s" in table(
         [Result("start", 2, notes={"stages": {"imports": 1, "weights": 1.5}})]
     )
+
+
+def test_the_json_names_the_commit_and_whether_files_are_changed(tmp_path, monkeypatch) -> None:
+    def git(*arguments: str) -> str:
+        run = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        return subprocess.run(run, cwd=project, check=True, capture_output=True, text=True).stdout.strip()
+
+    def saved_commit() -> str | None:
+        save([Result("decode", 0.004)], tmp_path / "results.json", mode="decode")
+        content = json.loads((tmp_path / "results.json").read_text())
+        assert content["mode"] == "decode" and content["results"][0]["seconds"] == 0.004
+        return content["commit"]
+
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.setattr(provenance, "_PROJECT", project)
+    assert saved_commit() is None
+    git("init", "-q")
+    assert saved_commit() is None  # no commit yet
+    (project / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-qm", "one")
+    (project / "results.json").write_text("{}")  # a new file is no change
+    assert saved_commit() == git("rev-parse", "--short", "HEAD")
+    (project / "code.py").write_text("2")
+    assert saved_commit() == git("rev-parse", "--short", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert saved_commit() is None  # git is missing
 
 
 def test_a_time_with_a_dead_worker_is_no_result() -> None:
