@@ -51,7 +51,7 @@ class LagKV(EvictionMethod):
 
     def _spread(self, x: Tensor, first: int, count: int) -> Tensor:
         """Return the scores of `count` tokens of x [N, L, D] from `first` on: [N, partitions, lag]."""
-        parts = x[:, first : first + count + self.lag].float().view(len(x), -1, self.lag, x.shape[2])
-        low, high = parts[:, 1:].amin(2, keepdim=True), parts[:, 1:].amax(2, keepdim=True)
-        scaled: Tensor = (parts[:, :-1] - low) / (high - low).clamp(min=_MIN_RANGE)
+        parts = x[:, first : first + count + self.lag].view(len(x), -1, self.lag, x.shape[2])
+        low, high = parts[:, 1:].amin(2, keepdim=True).float(), parts[:, 1:].amax(2, keepdim=True).float()
+        scaled: Tensor = (parts[:, :-1] - low).div_((high - low).clamp_(min=_MIN_RANGE))
         return scaled.std(-1).softmax(-1)
