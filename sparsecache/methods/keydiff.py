@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from sparsecache.cache.eviction import EvictionMethod, pin_last
 
@@ -31,6 +31,6 @@ class KeyDiff(EvictionMethod):
             raise ValueError(f"recent={self.recent} must be 0 tokens or more.")
 
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k = k.float()
-        scores = -cosine_similarity(k, normalize(k, dim=-1).mean(1, keepdim=True), dim=-1)
-        return pin_last(scores, self.recent)
+        unit = normalize(k.float(), dim=-1)
+        mean = normalize(unit.mean(1, keepdim=True), dim=-1)
+        return pin_last(-(unit @ mean.mT)[..., 0], self.recent)
