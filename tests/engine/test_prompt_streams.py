@@ -15,6 +15,8 @@ from sparsecache.engine.base import Request, SlotDecoder
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.prefill_cache import PrefillCache, PrefillCachingDecoder
+from sparsecache.kernels.attention import prompt_attention
+from sparsecache.kernels.scores import scaled_scores
 from sparsecache.methods import load_method, make_method, method_names, method_options, parse_options
 from sparsecache.testing.contract import MethodUnderTest
 from sparsecache.testing.families import WINDOW, Family, make_engine
@@ -60,6 +62,27 @@ def test_a_prompt_and_the_steps_around_it_do_not_race(
         decoder.cache = None
     assert fake.races == []
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def _with_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """As prompt_attention_with_logsumexp on a GPU."""
+    scores = scaled_scores(q, k, q.shape[2])
+    is_later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    return prompt_attention(q, k, v), scores.masked_fill_(is_later, -torch.inf).logsumexp(-1)
+
+
+@torch.inference_mode()
+def test_the_logsumexp_of_a_prompt_does_not_race(
+    make_tight_decoder: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make_tight_decoder("h2o")
+    expected = _run(decoder)
+    monkeypatch.setattr("sparsecache.engine.decoder.prompt_attention_with_logsumexp", _with_logsumexp)
+    with FakeStreams(monkeypatch) as fake:
+        found = _run(decoder)
+        decoder.cache = None
+    assert fake.races == []
+    torch.testing.assert_close(found, expected)
 
 
 def _caching(decoder: Decoder) -> PrefillCachingDecoder:
