@@ -18,7 +18,7 @@ from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
 from sparsecache.options import FilePath
 
-_BLOCK = 4096  # prompt tokens that are projected at a time
+_BLOCK = 16384  # prompt tokens that are projected at a time
 
 
 @dataclass

@@ -7,7 +7,7 @@ from sparsecache.cache.base import CacheConfig
 from sparsecache.kernels.skewed_sums import skewed_sums
 from sparsecache.methods.infinigen.skewing import skew
 
-_BLOCK = 4096  # prompt tokens that are skewed at a time
+_BLOCK = 16384  # prompt tokens that are skewed at a time
 
 
 class PartialKeys:
