@@ -55,8 +55,9 @@ class ExpectedAttention(EvictionMethod):
         if sinks == length:
             return torch.full((kv_heads, length), torch.inf, device=k.device)
         positions = torch.arange(sinks, length + self.future, device=k.device)
-        rotation, future = self.rope(positions[: length - sinks]), self.rope(positions[length - sinks :])
-        mean_rotation = Rotation(*(table.mean(0) for table in future))
+        tables = self.rope(positions)
+        rotation = Rotation(*(table[: length - sinks] for table in tables))
+        mean_rotation = Rotation(*(table[length - sinks :].mean(0) for table in tables))
         sums, products = token_moments(q[:, sinks:], rotation)
         mean = sums / (length - sinks)
         covariance = products / (length - sinks) - mean[:, :, None] * mean[:, None]
