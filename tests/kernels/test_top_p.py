@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsecache.kernels import top_p_tokens
+from sparsecache.kernels import top_p_split, top_p_tokens
 from sparsecache.kernels._triton import force_backend
 from sparsecache.kernels.threshold import Scores
 from sparsecache.kernels.top_p import top_p_scores
@@ -19,6 +19,27 @@ if torch.cuda.is_available():
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+@pytest.fixture(params=["whole", "split"])
+def path(request, monkeypatch) -> str:
+    """Force one program per head, or several."""
+    monkeypatch.setattr(top_p_tokens, "_forced_path", request.param)
+    return request.param
+
+
+def _set_small_blocks(monkeypatch, chunk: int, mass_block: int, block: int) -> None:
+    """Let a few hundred tokens make several chunks and blocks."""
+    for module, name, size in (
+        (top_p_split, "_CHUNK", chunk),
+        (top_p_split, "_MASS_BLOCK", mass_block),
+        (top_p_split, "_BLOCK", block),
+        (top_p_tokens, "_CHUNK", chunk),
+        (top_p_tokens, "_MASS_BLOCK", mass_block),
+        (top_p_tokens, "_LIST_BLOCK", block),
+        (top_p_tokens, "_SEARCH_BLOCK", block),
+    ):
+        monkeypatch.setattr(module, name, size)
+
+
 def _inputs(case, device, ties: bool = False):
     slots, kv_heads, group, tokens, past, dtype = case
     generator = torch.Generator().manual_seed(3)
@@ -31,7 +52,7 @@ def _inputs(case, device, ties: bool = False):
 
 @cases
 @pytest.mark.parametrize(("p", "ties"), [(0.3, False), (0.85, True), (1.0, True)])
-def test_kernel_and_reference_agree(case, p, ties, device) -> None:
+def test_kernel_and_reference_agree(case, p, ties, device, path) -> None:
     """They may differ by one token per query head, at which sums round to either side of the share."""
     values, seq_lens, slots = _inputs(case, device, ties)
     found = []
@@ -48,7 +69,7 @@ def test_kernel_and_reference_agree(case, p, ties, device) -> None:
 
 
 @cases
-def test_extremes_are_those_of_the_top_p_tokens(case, device) -> None:
+def test_extremes_are_those_of_the_top_p_tokens(case, device, path) -> None:
     values, seq_lens, slots = _inputs(case, device)
     with force_backend("kernels"):
         scores, extremes = top_p_scores(Scores(values, None), seq_lens, slots, 0.7)
@@ -59,9 +80,8 @@ def test_extremes_are_those_of_the_top_p_tokens(case, device) -> None:
             assert extremes[1, row, head].min() == min(top_p, default=torch.inf)
 
 
-def test_of_equal_tokens_the_earliest_are_top_p_tokens(device, monkeypatch) -> None:
-    for name, size in (("_CHUNK", 32), ("_MASS_BLOCK", 16), ("_BLOCK", 16)):
-        monkeypatch.setattr(top_p_tokens, name, size)
+def test_of_equal_tokens_the_earliest_are_top_p_tokens(device, path, monkeypatch) -> None:
+    _set_small_blocks(monkeypatch, 32, 16, 16)
     values = torch.zeros(1, 1, 2, 100, device=device)
     for backend in ("kernels", "reference"):
         with force_backend(backend):
@@ -80,9 +100,8 @@ HARD = {  # score of the first token, and the step that the others are rounded t
 
 @pytest.mark.parametrize("p", [0.85, 0.99999])
 @pytest.mark.parametrize("hard", HARD.values(), ids=HARD)
-def test_several_chunks_give_what_sums_in_double_precision_give(hard, p, device, monkeypatch) -> None:
-    for name in ("_CHUNK", "_MASS_BLOCK", "_BLOCK"):
-        monkeypatch.setattr(top_p_tokens, name, 256)
+def test_several_chunks_give_what_sums_in_double_precision_give(hard, p, device, path, monkeypatch) -> None:
+    _set_small_blocks(monkeypatch, 256, 256, 256)
     past, generator = [700, 256], torch.Generator().manual_seed(5)
     values = (2 / hard[1] * torch.randn(2, 1, 2, 700, generator=generator)).round() * hard[1]
     values[..., 0] = hard[0]
@@ -100,3 +119,46 @@ def test_several_chunks_give_what_sums_in_double_precision_give(hard, p, device,
         is_top_p = torch.zeros(2, count, dtype=torch.bool)
         is_top_p.scatter_(1, order.indices, weights.cumsum(1) - weights < p)
         assert torch.equal(found[row, 0, 0, :count].isfinite().cpu(), is_top_p.any(0))
+
+
+EQUAL = {  # tokens, past tokens, dtype, scale, step that scores are rounded to
+    "half precision": (1_041, [1_041, 1_000], torch.float16, 3.0, 1e-4),
+    "around zero": (515, [515, 257], torch.float16, 0.2, 1e-6),
+    "single precision": (300, [300, 1], torch.float32, 3.0, 1e-7),
+    "ties": (771, [771, 64], torch.float16, 2.0, 0.5),
+    "equal scores": (333, [333, 2], torch.float16, 0.0, 1.0),
+}
+if torch.cuda.is_available():
+    EQUAL |= {f"long, {past}": (32_784, [past, 32_784], torch.float16, 3.0, 1e-4) for past in (8_191, 20_001, 32_784)}
+
+
+@pytest.mark.parametrize("p", [0.3, 0.85, 0.999, 1.0])
+@pytest.mark.parametrize("case", EQUAL.values(), ids=EQUAL)
+def test_both_paths_find_the_same(case, p, device, monkeypatch) -> None:
+    """Sums of weights are exact, so neither chunks nor blocks change the result, not even by one token."""
+    tokens, past, dtype, scale, step = case
+    generator = torch.Generator().manual_seed(7)
+    values = scale * torch.randn(2, 3, tokens, generator=generator)
+    values = ((values / step).round() * step).to(device, dtype)
+    seq_lens, slots = torch.tensor(past, device=device), torch.arange(2, device=device)
+    best = [values[row, :, :count].float().aminmax(dim=1) for row, count in enumerate(past)]
+    extremes = torch.stack([torch.stack([each.max for each in best]), torch.stack([each.min for each in best])])[
+        ..., None
+    ]
+    found = {}
+    for path, blocks in (("whole", None), ("split", None), ("whole", (128, 64, 32)), ("split", (256, 16, 64))):
+        monkeypatch.setattr(top_p_tokens, "_forced_path", path)
+        if blocks is not None:
+            _set_small_blocks(monkeypatch, *blocks)
+        found[path, blocks] = top_p_tokens.find_top_p(values, extremes, seq_lens, slots, p)
+    first, *others = found.values()
+    for other in others:
+        for left, right in zip(first, other, strict=True):
+            assert torch.equal(left, right)
+
+
+def test_short_rows_and_many_heads_have_one_program_per_head(device) -> None:
+    sms = top_p_tokens.num_sms(device)
+    assert not top_p_tokens._is_split(1, 32_768, device)
+    assert not top_p_tokens._is_split(sms, 131_072, device)
+    assert top_p_tokens._is_split(sms - 1, 131_072, device)
