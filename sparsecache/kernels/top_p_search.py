@@ -11,7 +11,6 @@ _COARSE = tl.constexpr(1 << 20)  # a lane adds 16 weights at most: in this unit 
 _FINE = tl.constexpr(1 << 21)  # units of 1 / UNIT per unit of 1 / _COARSE
 _ROUND_COARSE = tl.constexpr(12.0)  # the spacing of float32 from 8 to 16 is 1 / _COARSE
 _ROUND_FINE = tl.constexpr(12.0 / (1 << 21))  # the spacing of float32 around it is 1 / UNIT
-_LANES = tl.constexpr(64)  # sums of so many lanes fit into int32
 
 
 @triton.jit
@@ -75,9 +74,9 @@ def _weight_parts(score, highest):  # type: ignore[no-untyped-def]
 @triton.jit
 def _sum_lanes(coarse, fine, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sum both parts of weights [8, BLOCK_T], at most 16 to a lane: [8] int64."""
-    LANES: tl.constexpr = _LANES if BLOCK_T > _LANES else BLOCK_T
-    shape: tl.constexpr = (8, BLOCK_T // LANES, LANES)
-    # Sums of 64 lanes stay in int32, for which a warp has one instruction.
+    # Sums of 64 lanes fit into int32, which a warp sums by one instruction.
+    lanes: tl.constexpr = 64 if BLOCK_T > 64 else BLOCK_T
+    shape: tl.constexpr = (8, BLOCK_T // lanes, lanes)
     coarse = tl.sum(tl.reshape((coarse * _COARSE).to(tl.int32), shape), axis=2).to(tl.int64)
     fine = tl.sum(tl.reshape((fine * UNIT).to(tl.int32), shape), axis=2).to(tl.int64)
     return tl.sum(coarse * _FINE + fine, axis=1)
@@ -108,13 +107,13 @@ def sums_up_to(row, start, end, highest, limit, BLOCK_T: tl.constexpr):  # type:
 
 @triton.jit
 def set_aside(  # type: ignore[no-untyped-def]
-    row, start, end, tokens, low, high, target, number, BLOCK_T: tl.constexpr, SHIFT: tl.constexpr
+    row, start, end, tokens, low, high, target, BLOCK_T: tl.constexpr, SHIFT: tl.constexpr
 ):  # fmt: skip
-    """List the tokens from start to end in a range of scores, after the first `number` of target; return their number.
+    """List the tokens from start to end in a range of scores, and return their number.
 
     An entry has the key of a token in its high 32 bits, and the position in its low ones.
     """
-    load_end = tl.minimum(tl.cdiv(end, 16) * 16, tokens)  # a mask in multiples of 16 keeps the loads wide
+    load_end, number = tl.minimum(tl.cdiv(end, 16) * 16, tokens), 0  # a mask in multiples of 16 keeps the loads wide
     # A thread loads eight neighbouring tokens and writes them in turn, so that only their number is scanned.
     first_of_eight, in_eight = tl.arange(0, BLOCK_T // 8) * 8, tl.arange(0, 8)[None, :]
     offset = first_of_eight[:, None] + in_eight
@@ -139,8 +138,7 @@ def _listed(chunk, numbers, number, CHUNK: tl.constexpr, BY_CHUNK: tl.constexpr)
     """Return how many entries a chunk of a head's list has."""
     if BY_CHUNK:
         return tl.load(numbers + chunk)
-    else:
-        return tl.minimum(number - chunk * CHUNK, CHUNK)
+    return tl.minimum(number - chunk * CHUNK, CHUNK)
 
 
 @triton.jit

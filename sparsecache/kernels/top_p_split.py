@@ -128,7 +128,7 @@ def _set_aside_kernel(  # type: ignore[no-untyped-def]
     max_excluded = max_excluded_mass(_total(masses, head, num_chunks, chunks, BLOCK_C), excluded_share)
     low, high, _ = _range_of(masses, ranges, tl.num_programs(0), head, num_chunks, chunks, max_excluded, 1, BLOCK_C)
     row, target, end = scores + head * tokens, entries + head * tokens + start, tl.minimum(start + CHUNK, count)
-    number = set_aside(row, start, end, tokens, low, high, target, 0, BLOCK_T, SHIFT)
+    number = set_aside(row, start, end, tokens, low, high, target, BLOCK_T, SHIFT)
     tl.store(numbers + head * chunks + tl.program_id(1), number)
 
 

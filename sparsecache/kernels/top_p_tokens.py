@@ -111,7 +111,7 @@ def _find_kernel(  # type: ignore[no-untyped-def]
     max_excluded = max_excluded_mass(total, excluded_share)
     low, high, mass_to_high = narrow_range(mass, limit, low, max_excluded)
     target = entries + head * tokens
-    number = set_aside(row, 0, count, tokens, low, high, target, 0, LIST_BLOCK, SHIFT)
+    number = set_aside(row, 0, count, tokens, low, high, target, LIST_BLOCK, SHIFT)
     tl.debug_barrier()  # all threads must have written
     find_threshold(
         target, target, number, tl.cdiv(number, CHUNK), count, highest, low, high, mass_to_high, max_excluded,
