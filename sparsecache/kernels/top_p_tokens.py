@@ -30,8 +30,8 @@ from sparsecache.kernels.top_p_search import (
 from sparsecache.kernels.top_p_split import find_split
 
 _CHUNK = 8192  # tokens; at most 16 * _MASS_BLOCK
-_MASS_BLOCK, _LIST_BLOCK, _SEARCH_BLOCK = 512, 4096, 1024  # tokens per iteration of steps 1, 2 and 3
-_WARPS = 8
+_MASS_BLOCK, _LIST_BLOCK, _SEARCH_BLOCK = 512, 2048, 512  # tokens per iteration of steps 1 to 3
+_WARPS = 8  # with these blocks, two programs share a multiprocessor by the registers they need
 _LONG_ROW = 32_768  # tokens; with more, one program per head is too slow unless there is a head per multiprocessor
 
 _forced_path: Literal["whole", "split"] | None = None  # for tests: one program per head, or several
