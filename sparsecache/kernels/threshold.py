@@ -22,7 +22,7 @@ from sparsecache.kernels.selection import (
     score_margin,
     topk_indices,
 )
-from sparsecache.kernels.top_p_tokens import find_top_p
+from sparsecache.kernels.top_p_tokens import TopPTokens, find_top_p
 
 _MIN_BLOCK, _MAX_BLOCK = 512, 2048  # tokens per iteration: a histogram costs nearly the same for few as for many
 
@@ -61,10 +61,14 @@ class Scores(NamedTuple):
     long as the longest of the B sequences.
     extremes: [2, B, H, splits] float32 from the kernel, the highest and lowest score per head and split; else None.
     For group "softmax" [3, B, H, splits]: also the sum of exp(score - highest) per head and split.
+    top_p: from the kernels of `top_p_scores`, the top-p tokens of each of the B * H query heads. If set, a KV head
+    selects by the highest log probability of its query heads, and a query head has one of its top-p tokens alone. The
+    group must be "max", and the parameters' own top_p 1.
     """
 
     values: Tensor
     extremes: Tensor | None
+    top_p: TopPTokens | None = None
 
 
 class Selection(NamedTuple):
@@ -86,9 +90,9 @@ def threshold_select(scores: Scores, seq_lens: Tensor, slots: Tensor, params: Se
     width: positions to allocate, at least the smaller of the largest budget and the capacity. The reference returns
     positions only as wide as the largest count.
     """
-    values, extremes = scores
+    values, extremes, _ = scores
     if extremes is not None:
-        return _launch(values, extremes, seq_lens, slots, params, width)
+        return _launch(values, extremes, scores.top_p, seq_lens, slots, params, width)
     past = seq_lens[slots]
     longest = min(int(past.max()), values.shape[3])
     values, position = values[..., :longest].float(), torch.arange(longest, device=values.device)
@@ -121,7 +125,13 @@ def _near_counts(values: Tensor, seq_lens: Tensor, slots: Tensor, params: Select
 
 
 def _launch(
-    scores: Tensor, extremes: Tensor, seq_lens: Tensor, slots: Tensor, params: SelectionParams, width: int
+    scores: Tensor,
+    extremes: Tensor,
+    top_p: TopPTokens | None,
+    seq_lens: Tensor,
+    slots: Tensor,
+    params: SelectionParams,
+    width: int,
 ) -> Selection:
     batch, kv_heads, group, stride = scores.shape
     splits, device = extremes.shape[3], scores.device
@@ -139,9 +149,10 @@ def _launch(
         "SPLITS": splits, "BLOCK_S": next_power_of_2(splits), "BLOCK_T": block,
         # Eight warps count faster. With several sequences, four are scheduled sooner beside the projections.
         "num_warps": 8 if batch == 1 and block > _MIN_BLOCK else 4,
-        "RECENT_TABLE": isinstance(params.recent, Tensor), **pdl_options(),
+        "RECENT_TABLE": isinstance(params.recent, Tensor), "TOP_P": top_p is not None, **pdl_options(),
     }  # fmt: skip
-    inputs = (scores, extremes, seq_lens, slots, stride, params.sinks, params.recent)
+    unused = (extremes, seq_lens, extremes)  # in place of the top-p tokens
+    inputs = (scores, extremes, *(top_p or unused), seq_lens, slots, stride, params.sinks, params.recent)
     alpha = min(params.alpha, 3e38)  # below inf, which is the margin of tokens that are always selected
     by_mass = params.top_p < 1
     if by_mass:  # the first split of a KV head holds its whole count
@@ -192,13 +203,14 @@ def _joined(margin, mask, JOIN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _best_and_lowest(  # type: ignore[no-untyped-def]
-    extremes, kv, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-    JOIN: tl.constexpr,
+    extremes, thresholds, log_totals, kv, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr, JOIN: tl.constexpr, TOP_P: tl.constexpr,
 ):  # fmt: skip
-    """Return what to subtract from the scores of each query head [BLOCK_Q], and a lower bound of all margins.
+    """Return what to subtract from the scores of each query head [BLOCK_Q], and from all margins; their lower bound.
 
     A head's best score is subtracted. JOIN "softmax" also subtracts the log of the sum of exp(score - best score), and
-    the log of the sum over the heads of the inverse of that sum.
+    the log of the sum over the heads of the inverse of that sum. TOP_P subtracts the log of the sum of exp(score), and
+    then the best log probability of the KV head.
     """
     query, split = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_S)
     mask = (query < GROUP)[:, None] & (split < SPLITS)[None, :]
@@ -207,13 +219,21 @@ def _best_and_lowest(  # type: ignore[no-untyped-def]
     of_split = tl.load(source, mask=mask, other=float("-inf"))
     best = tl.max(of_split, axis=1)
     worst = tl.min(tl.load(source + size, mask=mask, other=float("inf")), axis=1)
-    if JOIN == "softmax":
-        sums = tl.load(source + 2 * size, mask=mask, other=0.0)  # 0 for an empty split
-        total = tl.sum(tl.where(sums > 0, sums * tl.exp(of_split - best[:, None]), 0.0), axis=1)
-        best += tl.log(total) + tl.log(tl.sum(tl.where(query < GROUP, 1 / total, 0.0), axis=0))
-    best = tl.where(query < GROUP, best, 0.0)
-    lowest = tl.max(tl.where(query < GROUP, worst - best, float("-inf")))  # margins are not joined to less
-    return best, lowest
+    if TOP_P:
+        log_total = tl.load(log_totals + kv * GROUP + query, mask=query < GROUP, other=0.0)
+        threshold = tl.load(thresholds + kv * GROUP + query, mask=query < GROUP, other=0.0)
+        highest = tl.max(tl.where(query < GROUP, best - log_total, float("-inf")))
+        # A token may be a top-p token of any one head, so the lowest of all heads counts.
+        worst = tl.maximum(worst, threshold) - log_total
+        best, lowest = log_total, tl.min(tl.where(query < GROUP, worst, float("inf"))) - highest
+    else:
+        if JOIN == "softmax":
+            sums = tl.load(source + 2 * size, mask=mask, other=0.0)  # 0 for an empty split
+            total = tl.sum(tl.where(sums > 0, sums * tl.exp(of_split - best[:, None]), 0.0), axis=1)
+            best += tl.log(total) + tl.log(tl.sum(tl.where(query < GROUP, 1 / total, 0.0), axis=0))
+        best, highest = tl.where(query < GROUP, best, 0.0), 0.0
+        lowest = tl.max(tl.where(query < GROUP, worst - best, float("-inf")))  # margins are not joined to less
+    return best, highest, lowest
 
 
 @triton.jit
@@ -228,32 +248,44 @@ def _first_recent(recent, count, RECENT_TABLE: tl.constexpr):  # type: ignore[no
 
 @triton.jit
 def _margins(  # type: ignore[no-untyped-def]
-    scores, best, kv, token, end, sinks, first_recent, stride, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr,
-    JOIN: tl.constexpr,
+    scores, thresholds, tie_ends, best, highest, kv, token, end, sinks, first_recent, stride,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, JOIN: tl.constexpr, TOP_P: tl.constexpr,
 ):  # fmt: skip
-    """Return each token's margin, joined over the query heads; inf if always selected."""
+    """Return each token's margin, joined over the query heads; inf if always selected.
+
+    best, highest: of `_best_and_lowest`. With TOP_P the margin is -inf if no query head needs the token.
+    """
     query = tl.arange(0, BLOCK_Q)
     head = (kv * GROUP + query).to(tl.int64)
     valid = (query < GROUP)[:, None] & (token < end)[None, :]
     inside = (query < GROUP)[:, None] & (token < stride)[None, :]  # a mask in multiples of 16 keeps the loads wide
     score = tl.load(scores + head[:, None] * stride + token[None, :], mask=inside, other=0.0).to(tl.float32)
+    if TOP_P:
+        threshold = tl.load(thresholds + head, mask=query < GROUP, other=0.0)[:, None]
+        tie_end = tl.load(tie_ends + head, mask=query < GROUP, other=0)[:, None]
+        valid = valid & ((score > threshold) | ((score == threshold) & (token[None, :] < tie_end)))
     margin = _joined(score - best[:, None], valid, JOIN)
+    if TOP_P:
+        margin -= highest
     return tl.where((token < sinks) | (token >= first_recent), float("inf"), margin)
 
 
 @triton.jit
 def _count_tokens_kernel(  # type: ignore[no-untyped-def]
-    scores, extremes, seq_lens, slots, stride, sinks, recent, alpha, near_counts, histograms, finished,
+    scores, extremes, thresholds, tie_ends, log_totals, seq_lens, slots, stride, sinks, recent, alpha, near_counts,
+    histograms, finished,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr, JOIN: tl.constexpr, COUNT_NEAR: tl.constexpr, RECENT_TABLE: tl.constexpr,
-    USE_PDL: tl.constexpr,
+    TOP_P: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Count the tokens of a split that are within alpha of the best, and all its tokens per bin."""
     pdl_wait(USE_PDL)
     kv, split = tl.program_id(0), tl.program_id(1)
     count = tl.load(seq_lens + tl.load(slots + kv // KV_HEADS)).to(tl.int32)
     first_recent = _first_recent(recent, count, RECENT_TABLE)
-    best, lowest = _best_and_lowest(extremes, kv, GROUP, BLOCK_Q, SPLITS, BLOCK_S, JOIN)
+    best, highest, lowest = _best_and_lowest(
+        extremes, thresholds, log_totals, kv, GROUP, BLOCK_Q, SPLITS, BLOCK_S, JOIN, TOP_P
+    )
     if split == 0:  # reset the counter of the next kernel
         tl.store(finished + kv, 0)
     near = tl.zeros((BLOCK_T,), dtype=tl.int32)
@@ -261,7 +293,10 @@ def _count_tokens_kernel(  # type: ignore[no-untyped-def]
     start, end = split_range(count, split, BLOCK_T, SPLITS)
     for first in tl.range(start, end, BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
-        margin = _margins(scores, best, kv, token, end, sinks, first_recent, stride, GROUP, BLOCK_Q, JOIN)
+        margin = _margins(
+            scores, thresholds, tie_ends, best, highest, kv, token, end, sinks, first_recent, stride,
+            GROUP, BLOCK_Q, JOIN, TOP_P,
+        )  # fmt: skip
         near += ((margin > -alpha) & (token < end)).to(tl.int32)
         histogram += tl.histogram(_bin(margin, lowest), 256, mask=token < end)
     if COUNT_NEAR:
@@ -271,10 +306,11 @@ def _count_tokens_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _select_tokens_kernel(  # type: ignore[no-untyped-def]
-    scores, extremes, seq_lens, slots, stride, sinks, recent, budgets, near_counts, histograms, undecided, finished,
-    positions, counts, width, MEAN: tl.constexpr, BLOCK_HS: tl.constexpr,
+    scores, extremes, thresholds, tie_ends, log_totals, seq_lens, slots, stride, sinks, recent, budgets, near_counts,
+    histograms, undecided, finished, positions, counts, width, MEAN: tl.constexpr, BLOCK_HS: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr, JOIN: tl.constexpr, RECENT_TABLE: tl.constexpr, USE_PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, JOIN: tl.constexpr, RECENT_TABLE: tl.constexpr, TOP_P: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Write the tokens of a split that are above the threshold bin, and set those in it aside.
 
@@ -306,14 +342,19 @@ def _select_tokens_kernel(  # type: ignore[no-untyped-def]
     written = tl.sum(tl.where(bins[None, :] > threshold_bin, earlier, 0))  # tokens that earlier splits write
     set_aside = tl.sum(tl.where(bins[None, :] == threshold_bin, earlier, 0))
 
-    best, lowest = _best_and_lowest(extremes, kv, GROUP, BLOCK_Q, SPLITS, BLOCK_S, JOIN)
+    best, highest, lowest = _best_and_lowest(
+        extremes, thresholds, log_totals, kv, GROUP, BLOCK_Q, SPLITS, BLOCK_S, JOIN, TOP_P
+    )
     target, values = positions + kv.to(tl.int64) * width, undecided + kv.to(tl.int64) * 2 * stride
     start, end = split_range(count, split, BLOCK_T, SPLITS)
     if wanted == 0:  # nothing is selected, so skip the loop
         end = start
     for first in tl.range(start, end, BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
-        margin = _margins(scores, best, kv, token, end, sinks, first_recent, stride, GROUP, BLOCK_Q, JOIN)
+        margin = _margins(
+            scores, thresholds, tie_ends, best, highest, kv, token, end, sinks, first_recent, stride,
+            GROUP, BLOCK_Q, JOIN, TOP_P,
+        )  # fmt: skip
         index = _bin(margin, lowest)
         is_above, is_undecided = (index > threshold_bin) & (token < end), (index == threshold_bin) & (token < end)
         packed = is_above.to(tl.int32) + (is_undecided.to(tl.int32) << 16)  # one scan for two counts: BLOCK_T < 2^15

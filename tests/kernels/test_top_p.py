@@ -1,11 +1,13 @@
 """The top-p tokens of heads: the kernels against sorting, and their extremes."""
 
+import math
+
 import pytest
 import torch
 
 from sparsecache.kernels import top_p_split, top_p_tokens
 from sparsecache.kernels._triton import force_backend
-from sparsecache.kernels.threshold import Scores
+from sparsecache.kernels.threshold import Scores, SelectionParams, threshold_select
 from sparsecache.kernels.top_p import top_p_scores
 
 CASES = {  # slots, KV heads, group, T, past tokens of the slots of the batch, dtype
@@ -50,6 +52,18 @@ def _inputs(case, device, ties: bool = False):
     return (values.round() if ties else values).to(device, dtype), seq_lens, order
 
 
+def _log_probs(scores, seq_lens, slots):
+    """Return each KV head's log probabilities of the top-p tokens of its query heads, else -inf: [B, G, T]."""
+    values, _, top_p = scores
+    is_past = torch.arange(values.shape[3], device=values.device) < seq_lens[slots][:, None, None, None]
+    if top_p is None:
+        return values.masked_fill(~is_past, -torch.inf)[:, :, 0]
+    shape, position = (*values.shape[:3], 1), torch.arange(values.shape[3], device=values.device)
+    threshold, tie_end, log_total = (each.view(shape) for each in top_p)
+    is_top_p = (values.float() > threshold) | ((values.float() == threshold) & (position < tie_end))
+    return (values.float() - log_total).masked_fill(~(is_top_p & is_past), -torch.inf).amax(2)
+
+
 @cases
 @pytest.mark.parametrize(("p", "ties"), [(0.3, False), (0.85, True), (1.0, True)])
 def test_kernel_and_reference_agree(case, p, ties, device, path) -> None:
@@ -59,8 +73,7 @@ def test_kernel_and_reference_agree(case, p, ties, device, path) -> None:
     for backend in ("kernels", "reference"):
         with force_backend(backend):
             scores = top_p_scores(Scores(values, None), seq_lens, slots, p)
-        is_past = torch.arange(values.shape[3], device=device) < seq_lens[slots][:, None, None]
-        found.append(scores.values[:, :, 0, : values.shape[3]].masked_fill(~is_past, -torch.inf))
+        found.append(_log_probs(scores, seq_lens, slots))
     kernel, reference = found
     differ = kernel.isinf() != reference.isinf()
     assert int(differ.sum(2).max()) <= (values.shape[2] if p < 1 else 0)
@@ -69,15 +82,30 @@ def test_kernel_and_reference_agree(case, p, ties, device, path) -> None:
 
 
 @cases
-def test_extremes_are_those_of_the_top_p_tokens(case, device, path) -> None:
-    values, seq_lens, slots = _inputs(case, device)
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("budget", [0.1, 1.0])
+@pytest.mark.parametrize("p", [0.7, 1.0])
+def test_the_top_p_tokens_of_highest_probability_are_selected(case, p, budget, sinks, device) -> None:
+    """Against a sort of the log probabilities. The lower position wins a tie."""
+    values, seq_lens, slots = _inputs(case, device, ties=True)
+    capacity = values.shape[3]
+    budgets = (budget * torch.arange(capacity + 1, device=device)).ceil().long()
+    params = SelectionParams(math.inf, budgets, mean=False, sinks=sinks)
     with force_backend("kernels"):
-        scores, extremes = top_p_scores(Scores(values, None), seq_lens, slots, 0.7)
+        scores = top_p_scores(Scores(values, None), seq_lens, slots, p)
+        positions, counts = threshold_select(scores, seq_lens, slots, params, capacity)
+    log_probs = _log_probs(scores, seq_lens, slots)
+    is_forced = (
+        torch.arange(capacity, device=device)
+        < torch.minimum(seq_lens[slots], torch.tensor(sinks, device=device))[:, None]
+    )
+    log_probs = log_probs.masked_fill(is_forced[:, None], torch.inf)
+    order = log_probs.sort(dim=2, descending=True, stable=True).indices
     for row, past in enumerate(seq_lens[slots].tolist()):
         for head in range(values.shape[1]):
-            top_p = [score for score in scores[row, head, 0, :past].tolist() if score > -torch.inf]
-            assert extremes[0, row, head].max() == max(top_p, default=-torch.inf)
-            assert extremes[1, row, head].min() == min(top_p, default=torch.inf)
+            expected = min(int((log_probs[row, head] > -torch.inf).sum()), int(budgets[past]))
+            found = positions[row, head, : int(counts[row, head])].tolist()
+            assert sorted(found) == sorted(order[row, head, :expected].tolist())
 
 
 def test_of_equal_tokens_the_earliest_are_top_p_tokens(device, path, monkeypatch) -> None:
@@ -85,10 +113,9 @@ def test_of_equal_tokens_the_earliest_are_top_p_tokens(device, path, monkeypatch
     values = torch.zeros(1, 1, 2, 100, device=device)
     for backend in ("kernels", "reference"):
         with force_backend(backend):
-            found = top_p_scores(
-                Scores(values, None), torch.tensor([100], device=device), torch.tensor([0], device=device), 0.495
-            )
-        assert found.values.isfinite().flatten().tolist()[:100] == [True] * 50 + [False] * 50
+            seq_lens, slots = torch.tensor([100], device=device), torch.tensor([0], device=device)
+            found = _log_probs(top_p_scores(Scores(values, None), seq_lens, slots, 0.495), seq_lens, slots)
+        assert found.isfinite().flatten().tolist() == [True] * 50 + [False] * 50
 
 
 HARD = {  # score of the first token, and the step that the others are rounded to
@@ -111,14 +138,15 @@ def test_several_chunks_give_what_sums_in_double_precision_give(hard, p, device,
     highest = torch.stack([part.amax(2) for part in parts], 2).nan_to_num(-torch.inf)
     lowest = torch.stack([part.amin(2) for part in parts], 2).nan_to_num(torch.inf)
     scores = Scores(values.to(device), torch.stack((highest, lowest)).float().to(device))
+    seq_lens, slots = torch.tensor(past, device=device), torch.arange(2, device=device)
     with force_backend("kernels"):
-        found = top_p_scores(scores, torch.tensor(past, device=device), torch.arange(2, device=device), p).values
+        found = _log_probs(top_p_scores(scores, seq_lens, slots, p), seq_lens, slots)
     for row, count in enumerate(past):
         order = values[row, 0, :, :count].double().sort(dim=1, descending=True, stable=True)
         weights = order.values.softmax(1)
         is_top_p = torch.zeros(2, count, dtype=torch.bool)
         is_top_p.scatter_(1, order.indices, weights.cumsum(1) - weights < p)
-        assert torch.equal(found[row, 0, 0, :count].isfinite().cpu(), is_top_p.any(0))
+        assert torch.equal(found[row, 0, :count].isfinite().cpu(), is_top_p.any(0))
 
 
 EQUAL = {  # tokens, past tokens, dtype, scale, step that scores are rounded to
