@@ -100,12 +100,14 @@ def test_the_top_p_tokens_of_highest_probability_are_selected(case, p, budget, s
         < torch.minimum(seq_lens[slots], torch.tensor(sinks, device=device))[:, None]
     )
     log_probs = log_probs.masked_fill(is_forced[:, None], torch.inf)
+    wanted = torch.minimum((log_probs > -torch.inf).sum(2), budgets[seq_lens[slots]][:, None])
+    assert torch.equal(counts, wanted)
+    rank = torch.arange(capacity, device=device).expand_as(log_probs)
     order = log_probs.sort(dim=2, descending=True, stable=True).indices
-    for row, past in enumerate(seq_lens[slots].tolist()):
-        for head in range(values.shape[1]):
-            expected = min(int((log_probs[row, head] > -torch.inf).sum()), int(budgets[past]))
-            found = positions[row, head, : int(counts[row, head])].tolist()
-            assert sorted(found) == sorted(order[row, head, :expected].tolist())
+    expected = torch.zeros_like(log_probs, dtype=torch.bool).scatter(2, order, rank < wanted[..., None])
+    found = positions.masked_fill(rank >= wanted[..., None], capacity)  # a column more for those that do not count
+    selected = torch.zeros(*log_probs.shape[:2], capacity + 1, dtype=torch.bool, device=device)
+    assert torch.equal(selected.scatter(2, found, torch.ones_like(found, dtype=torch.bool))[..., :capacity], expected)
 
 
 def test_of_equal_tokens_the_earliest_are_top_p_tokens(device, path, monkeypatch) -> None:
