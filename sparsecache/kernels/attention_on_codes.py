@@ -4,7 +4,7 @@ from sparsecache.kernels._triton import tl, triton
 
 
 @triton.jit
-def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+def code_plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return one code per word as the bits of a float16: code * 2^(bit offset in its byte) * 2^-24, a subnormal."""
     per_byte: tl.constexpr = 8 // BITS
     mask: tl.constexpr = ((1 << BITS) - 1) << (PLANE % per_byte * BITS)
@@ -148,7 +148,7 @@ def attend_on_codes(  # type: ignore[no-untyped-def]
             words = tl.load(key_codes + token[:, None] * WORDS + word[None, :], mask=in_words[None, :], other=0)
             products = tl.zeros((tile, BLOCK_N), dtype=tl.float32)
             for plane in tl.static_range(planes):
-                products = tl.dot(_plane(words, plane, BITS, INTERPRETED), stepped_queries[plane], products)
+                products = tl.dot(code_plane(words, plane, BITS, INTERPRETED), stepped_queries[plane], products)
             products = tl.reshape(products, (tile, block_q, SLOTS))
             # A maximum of a number and -inf is no instruction. After `tl.split`, exponentials were computed twice.
             is_slot = (tl.arange(0, SLOTS) == index % key_slots)[None, None, :]
@@ -194,7 +194,7 @@ def attend_on_codes(  # type: ignore[no-untyped-def]
                 step_sum = tl.dot(tl.full((16, tile), 1.0, tl.float16), weighted_steps, step_sums[block])  # equal rows
                 new_step_sums = new_step_sums + (step_sum,)  # type: ignore[assignment]  # noqa: RUF005
                 for plane in tl.static_range(block * planes_per_block, (block + 1) * planes_per_block):
-                    total = tl.dot(_plane(words, plane, BITS, INTERPRETED), weighted_steps, totals[plane])
+                    total = tl.dot(code_plane(words, plane, BITS, INTERPRETED), weighted_steps, totals[plane])
                     new_totals = new_totals + (total,)  # type: ignore[assignment]  # noqa: RUF005
             step_sums, totals = new_step_sums, new_totals
     parts = ()

@@ -14,10 +14,15 @@ def partial_scores(q: Tensor, projection: Tensor, keys: Tensor, slots: Tensor) -
     q: [B, H, 1, D]; projection: [S, G, D, I] float32, from the query to partial channels; keys: [S, G, T, I], partial;
     slots: [B] int64.
     """
+    return scaled_scores(partial_query(q, projection, slots), index_slots(keys, slots), q.shape[3])[:, :, 0]
+
+
+def partial_query(q: Tensor, projection: Tensor, slots: Tensor) -> Tensor:
+    """Return the partial channels of a query: [B, H, 1, I] float32; arguments as in `partial_scores`."""
     batch, heads, _, head_dim = q.shape
-    projection, keys = index_slots(projection, slots), index_slots(keys, slots)
+    projection = index_slots(projection, slots)
     partial_q = q.float().view(batch, projection.shape[1], -1, head_dim) @ projection  # [B, G, H / G, I]
-    return scaled_scores(partial_q.view(batch, heads, 1, -1), keys, head_dim)[:, :, 0]
+    return partial_q.view(batch, heads, 1, -1)
 
 
 def scaled_scores(q: Tensor, k: Tensor, head_dim: int) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 
 from sparsecache.kernels import speculation
 from sparsecache.kernels._triton import force_backend
-from sparsecache.kernels.speculation import append_speculated, speculated_scores
+from sparsecache.kernels.append_speculated import append_speculated
+from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Scores, SelectionParams, threshold_select
 
 CASES = {  # slots, KV heads, group, head size, partial channels, capacity, tokens in the slots of the batch

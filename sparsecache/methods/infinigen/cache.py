@@ -13,9 +13,10 @@ from torch import Tensor
 from sparsecache.cache.base import CacheConfig, LayerCache, ProjectQuery, StepBytes
 from sparsecache.cache.host import allocate, copy_into
 from sparsecache.cache.streams import SideStream, record_event, wait_event
+from sparsecache.kernels.append_speculated import append_speculated
 from sparsecache.kernels.decode import attend_selected
 from sparsecache.kernels.gather import GatheredRows, gather_rows
-from sparsecache.kernels.speculation import append_speculated, speculated_scores
+from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection, SelectionParams, threshold_select
 from sparsecache.methods.infinigen.gpu_cache import clear_slot, make_gpu_cache
 from sparsecache.methods.infinigen.partial_keys import PartialKeys

@@ -9,8 +9,8 @@ from torch import Tensor
 from sparsecache.cache.base import CacheConfig, Shape
 from sparsecache.cache.stats import LayerStats
 from sparsecache.cache.streams import SideStream
+from sparsecache.kernels.append_speculated import append_speculated
 from sparsecache.kernels.scores import partial_scores, scaled_scores
-from sparsecache.kernels.speculation import append_speculated
 from sparsecache.methods.infinigen import partial_keys
 from sparsecache.methods.infinigen.partial_keys import PartialKeys
 from sparsecache.methods.infinigen.skewing import skewing_matrix
