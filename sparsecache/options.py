@@ -49,8 +49,8 @@ FilePath = Annotated[str, Names("the path of a file", _file_identity)]
 class Option:
     """One option: its type, default and meaning.
 
-    kind: float, int, bool, str, or a Literal of texts; optional: whether `none` may be given too; names: for text that
-    names a file or a method.
+    kind: float, int, bool, str, or a Literal of texts or whole numbers; optional: whether `none` may be given too;
+    names: for text that names a file or a method.
     """
 
     name: str
@@ -132,7 +132,7 @@ def _option(owner: type, parameter: inspect.Parameter) -> Option:
     if kind not in _WORDS and get_origin(kind) is not Literal:
         raise TypeError(
             f"{owner.__name__}.__init__: option {parameter.name} is of type {annotation}, which -o cannot give. Types: "
-            f"float, int, bool, str, FilePath, Literal of texts, and each of these | None."
+            f"float, int, bool, str, FilePath, Literal of texts or whole numbers, and each of these | None."
         )
     marks = [*values[0][1], *marks]
     meaning = next((mark for mark in marks if isinstance(mark, str)), "")

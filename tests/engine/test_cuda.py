@@ -25,6 +25,8 @@ INFINIGEN: list[dict[str, Any]] = [  # over tight options
     {"offload": True, "alpha": torch.inf, "budget": 0.2},
     {"offload": True, "gpu_cache": 20, "budget": 0.2},
     {"alpha": torch.inf, "group": "softmax", "top_p": 0.9, "budget": 0.3},
+    {"partial_bits": 4, "partial_weight_ratio": 1.0, "group": "softmax", "budget": 0.3},
+    {"partial_bits": 8, "partial_weight_ratio": 0.5, "offload": True, "budget": 0.2},
 ]
 QUANTISED: list[tuple[str, dict[str, Any]]] = [  # enough tokens for a tail and groups before it
     ("kivi", {"bits": 4, "group": 32, "residual": 32}),

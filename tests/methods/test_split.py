@@ -22,7 +22,13 @@ LAYERS = 5
 DEVICES = [torch.device("cpu", number) for number in range(3)]
 PROMPTS = (40, 5, 33)
 NEW_TOKENS = 4
-MORE = {"infinigen": [{"offload": True, "gpu_cache": 3, "budget": 4, "sinks": 1, "recent": 1}]}
+MORE = {
+    "infinigen": [
+        {"offload": True, "gpu_cache": 3, "budget": 4, "sinks": 1, "recent": 1},
+        {"offload": True, "budget": 4, "partial_bits": 4, "partial_weight_ratio": 1.0},
+        {"budget": 4, "partial_bits": 8, "partial_weight_ratio": 0.5},
+    ]
+}
 CASES = [
     pytest.param(name, options, id=f"{name} {options}")
     for name in method_names()

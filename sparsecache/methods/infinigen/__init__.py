@@ -3,6 +3,9 @@
 The next layer's query is speculated from this layer's hidden state, and scored against a few channels of the next
 layer's keys. Tokens with the highest scores are selected, and fetched if the cache is in host memory.
 
+A partial key is 16 bits per channel, or a code of 8 or 4 bits (`partial_bits`). Where all channels speculate, partial
+keys are the keys or their codes: nothing is skewed, and no calibration is needed.
+
 GQA: the paper has one KV head per query head. Here a token's score for a KV head is how near it comes to the best
 score of one of the head's queries. A KV head has one skewing matrix and one set of partial channels.
 
@@ -39,6 +42,7 @@ PAPER: dict[str, Any] = {
     "alpha": 5.0,
     "top_p": 1.0,
     "partial_weight_ratio": 0.3,
+    "partial_bits": 16,
     "budget": 0.2,
     "fetch": "mean",
     "group": "max",
@@ -74,13 +78,18 @@ class InfiniGen(SparseMethod):
     partial_weight_ratio: Annotated[
         float | None, "share of the channels that speculate, above 0 to 1; none: 32 channels"
     ] = None
+    partial_bits: Annotated[
+        Literal[16, 8, 4], "bits of a partial key's channel: 16 in the model's dtype, 8 or 4 as a code"
+    ] = 16
     budget: Annotated[float, "most past tokens selected: a share of them up to 1, else a count"] = 0.05
     fetch: Annotated[CountRule, "one count per layer, the mean over its KV heads, or a count per head"] = "mean"
     group: Annotated[
         GroupRule, "how a KV head joins its query heads: the largest score margin, or the mean probability"
     ] = "max"
     dense_layers: Annotated[int, "first layers that attend to all past tokens, 1 or more"] = 2
-    skew: Annotated[bool, "rotate queries and keys so that few channels carry more of the score"] = True
+    skew: Annotated[
+        bool, "rotate queries and keys so that few channels carry more of the score; without effect on all channels"
+    ] = True
     guess: Annotated[
         SpeculationSource,
         "what the query is speculated from: the attention input of the previous layer (the paper), or its residual "
@@ -108,6 +117,8 @@ class InfiniGen(SparseMethod):
             )
         if self.partial_weight_ratio is not None and not 0 < self.partial_weight_ratio <= 1:
             raise ValueError(f"partial_weight_ratio={self.partial_weight_ratio} must be above 0 and at most 1.")
+        if self.partial_bits not in (16, 8, 4):
+            raise ValueError(f"partial_bits={self.partial_bits} must be 16, 8 or 4.")
         for name in ("sinks", "recent", "gpu_cache"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 tokens or more.")
@@ -117,10 +128,16 @@ class InfiniGen(SparseMethod):
 
     def check(self, shape: Shape) -> None:
         super().check(shape)
-        if self.channels(shape) < 1:
+        channels = self.channels(shape)
+        if channels < 1:
             raise ValueError(
                 f"partial_weight_ratio={self.partial_weight_ratio} leaves none of {shape.head_dim} channels; give "
                 f"{1 / shape.head_dim:g} to 1."
+            )
+        if self.partial_bits == 4 and channels % 2:
+            raise ValueError(
+                f"partial_bits=4 stores two channels in a byte, but {channels} of {shape.head_dim} channels speculate. "
+                f"Give a partial_weight_ratio of an even number of channels, or partial_bits=8."
             )
 
     def channels(self, shape: Shape) -> int:
@@ -144,8 +161,10 @@ class InfiniGen(SparseMethod):
         self._caches.append(cache)
         return cache
 
-    def _skewing_matrices(self, layer: int, shape: Shape) -> Tensor:
-        """Return the matrices of a layer, [G, D, D]."""
+    def _skewing_matrices(self, layer: int, shape: Shape) -> Tensor | None:
+        """Return the matrices of a layer, [G, D, D]; None if all channels speculate."""
+        if self.channels(shape) == shape.head_dim:
+            return None
         if not self.skew:
             return torch.eye(shape.head_dim).expand(shape.kv_heads, -1, -1)
         if len(self._matrices) != shape.layers:
@@ -153,7 +172,8 @@ class InfiniGen(SparseMethod):
         return self._matrices[layer]
 
     def calibration_text(self) -> str | None:
-        return read_calibration_text(self.calibration_file) if self.skew else None
+        is_needed = self.skew and self.partial_weight_ratio != 1
+        return read_calibration_text(self.calibration_file) if is_needed else None
 
     def calibrate(self, layer: int, q: Tensor, k: Tensor) -> None:
         self._matrices[layer:] = [skewing_matrix(q).cpu()]

@@ -71,9 +71,9 @@ class InfiniGenCache(LayerCache):
     """
 
     def __init__(
-        self, method: "InfiniGen", config: CacheConfig, matrices: Tensor, budgets: Tensor, streams: DeviceStreams
+        self, method: "InfiniGen", config: CacheConfig, matrices: Tensor | None, budgets: Tensor, streams: DeviceStreams
     ) -> None:
-        """matrices: [G, D, D], the layer's skewing matrices; budgets: [max_tokens + 1] int64."""
+        """matrices: [G, D, D], the layer's skewing matrices, or None; budgets: [max_tokens + 1] int64."""
         self.config = config
         self.speculation_source = method.guess
         self._offload, self._streams = method.offload, streams
@@ -81,7 +81,7 @@ class InfiniGenCache(LayerCache):
             method.alpha, budgets, method.fetch == "mean", method.sinks, method.recent, method.group, method.top_p
         )
         self._width = min(config.max_tokens, int(budgets[-1]))
-        self._partial = PartialKeys(matrices, method.channels(config.shape), config)
+        self._partial = PartialKeys(matrices, method.channels(config.shape), config, method.partial_bits)
         size = (config.slots, config.shape.kv_heads, config.max_tokens, 2, config.shape.head_dim)
         self.store = allocate(size, config.dtype, config.device, method.offload)
         self._gpu_cache = make_gpu_cache(method.gpu_cache, config) if method.gpu_cache else None
@@ -178,6 +178,6 @@ class InfiniGenCache(LayerCache):
 
     def step_nbytes(self, seq_len: float, attended: float, cache_hit: float = 0.0) -> StepBytes:
         kv_heads = self.config.shape.kv_heads
-        partial = seq_len * kv_heads * self._partial.keys.shape[3] * self.config.dtype.itemsize
+        partial = seq_len * kv_heads * self._partial.token_nbytes
         read = attended * self.config.token_nbytes
         return StepBytes(partial + read, (1 - cache_hit) * read if self._offload else 0.0)

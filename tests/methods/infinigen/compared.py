@@ -107,10 +107,14 @@ class ComparedRun:
     def _slow(self, matrices: Tensor | None, rounding: float) -> SlowInfiniGen:
         shape, options = self.shape, self.options
         ratio = options.get("partial_weight_ratio") or 32 / shape.head_dim
+        channels = min(shape.head_dim, int(ratio * shape.head_dim + 1e-6))
+        if matrices is None or channels == shape.head_dim:  # all channels are not skewed
+            matrices = torch.eye(shape.head_dim).expand(shape.kv_heads, -1, -1)
         return SlowInfiniGen(
-            matrices=[torch.eye(shape.head_dim)] * shape.kv_heads if matrices is None else list(matrices),
+            matrices=list(matrices),
             group=shape.heads // shape.kv_heads,
-            channels=min(shape.head_dim, int(ratio * shape.head_dim + 1e-6)),
+            channels=channels,
+            bits=options.get("partial_bits", 16),
             alpha=options.get("alpha", math.inf),
             budget=options.get("budget", 0.05),
             rounding=rounding,

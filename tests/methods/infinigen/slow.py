@@ -16,7 +16,10 @@ Positions = list[list[int]]  # per KV head, ascending
 
 
 class Token(NamedTuple):
-    """A token in a KV head: key, value [D] and the partial channels of the skewed key [I], float64."""
+    """A token in a KV head: key, value [D] and the partial channels of the skewed key [I], float64.
+
+    With codes, `partial` is what they stand for.
+    """
 
     key: Tensor
     value: Tensor
@@ -81,8 +84,9 @@ def _tokens_of_mass(masses: list[float], share: float) -> int:
 class SlowInfiniGen:
     """One layer of one sequence.
 
-    matrices: [D, D] per KV head; group: query heads per KV head; channels: how many speculate; budget: a share or a
-    count; rounding: how far the scores of another, who computes in float32, may be off.
+    matrices: [D, D] per KV head; group: query heads per KV head; channels: how many speculate; bits: of a partial key's
+    channel, codes if less than 16; budget: a share or a count; rounding: how far the scores of another, who computes in
+    float32, may be off.
     """
 
     matrices: list[Tensor]
@@ -95,12 +99,15 @@ class SlowInfiniGen:
     recent: int = 0
     group_rule: str = "max"
     top_p: float = 1.0
+    bits: int = 16
     rounding: float = 0.0
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Take a prompt; q: [H, L, D]; k, v: [G, L, D]."""
         kv_heads, length, self.head_dim = k.shape
         self.partial_channels = [self._partial_channels(kv, q, k) for kv in range(kv_heads)]
+        partial = [torch.stack([self._partial(kv, key) for key in k[kv]]) for kv in range(kv_heads)]  # [L, I] each
+        self.ranges = [(of_head.amin(0).float(), of_head.amax(0).float()) for of_head in partial]
         self.tokens = [
             [self._token(kv, k[kv, t], v[kv, t]) for t in range(length)] for kv in range(kv_heads)
         ]  # [G][past]
@@ -135,14 +142,25 @@ class SlowInfiniGen:
         return sorted(range(self.head_dim), key=lambda channel: (-sums[channel], channel))[: self.channels]
 
     def _token(self, kv: int, key: Tensor, value: Tensor) -> Token:
-        partial = (key.double() @ self.matrices[kv].double())[self.partial_channels[kv]]
-        return Token(key.double(), value.double(), partial)
+        partial = self._partial(kv, key)
+        return Token(key.double(), value.double(), partial if self.bits == 16 else self._coded(kv, partial.float()))
+
+    def _partial(self, kv: int, x: Tensor) -> Tensor:
+        return (x.double() @ self.matrices[kv].double())[self.partial_channels[kv]]
+
+    def _coded(self, kv: int, partial: Tensor) -> Tensor:
+        """Return what the codes of partial channels [I] stand for, in float32 up to the code: as near, as rounded."""
+        low, high = self.ranges[kv]
+        center, largest = (low + high) / 2, 2**self.bits - 1
+        step = ((high - low) * (1 / largest)).clamp(min=torch.finfo(torch.float32).tiny)
+        code = ((partial - center) / step + 2 ** (self.bits - 1)).floor().clamp(0, largest)
+        return center.double() + (code.double() - largest / 2) * step.double()
 
     def _select(self, query: Tensor, found: Positions) -> Positions:
         scores = []
         for h in range(len(query)):
             kv = h // self.group
-            partial = (query[h].double() @ self.matrices[kv].double())[self.partial_channels[kv]]
+            partial = self._partial(kv, query[h])
             scores.append([float(partial @ token.partial) / math.sqrt(self.head_dim) for token in self.tokens[kv]])
         return slow_select(
             scores,

@@ -40,10 +40,13 @@ def test_every_step_equals_the_reference(options: dict[str, Any], dtype: torch.d
         {"alpha": 4.0, "budget": 0.5, "partial_weight_ratio": 0.25},
         {"alpha": math.inf, "budget": 0.5, "group": "softmax", "top_p": 0.8},
         {"alpha": 4.0, "budget": 0.5, "top_p": 0.6, "fetch": "per_head", "sinks": 1},
+        {"alpha": 4.0, "budget": 0.5, "partial_weight_ratio": 1.0},
+        {"alpha": 4.0, "budget": 0.5, "partial_weight_ratio": 1.0, "partial_bits": 8},
+        {"alpha": math.inf, "budget": 0.3, "partial_weight_ratio": 1.0, "partial_bits": 4, "group": "softmax"},
     ],
     ids=str,
 )
-def test_skewed_keys_too(options: dict[str, Any]) -> None:
+def test_random_keys_too(options: dict[str, Any]) -> None:
     run = ComparedRun(SHAPE, (45, 12), options, device=GPU)
     for _ in range(7):
         run.step()
@@ -73,6 +76,22 @@ def test_skewing_matrices_made_on_the_gpu_are_those_of_the_cpu() -> None:
     torch.testing.assert_close(gpu @ gpu.mT, torch.eye(64).expand_as(gpu), rtol=0, atol=1e-5)
     agreement = (cpu * gpu).sum(1).abs()  # singular vectors have no sign
     torch.testing.assert_close(agreement, torch.ones_like(agreement), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_codes_of_a_prompt_made_on_the_gpu_are_those_of_the_cpu(bits: int, dtype: torch.dtype) -> None:
+    q, k = (3 * torch.randn(heads, 5000, 64) for heads in (8, 2))
+    made = []
+    for device in (CPU, GPU):
+        run = ComparedRun(
+            SHAPE, (2,), {"partial_bits": bits, "partial_weight_ratio": 1.0}, device=device, dtype=dtype,
+            new_tokens=5000, compare=False,
+        )  # fmt: skip
+        partial = run.layer(1)._partial
+        partial.prefill(0, q.to(device, dtype), k.to(device, dtype))
+        made.append([x[0].cpu() for x in partial.keys[:3]])
+    assert all(torch.equal(cpu, gpu) for cpu, gpu in zip(*made, strict=True))
 
 
 @pytest.mark.parametrize("length", [7, 20_000])

@@ -46,8 +46,10 @@ def _compare_logits(first: Decoder, second: Decoder, prompt: list[int], steps: i
         {"dense_layers": 1},
         {"dense_layers": 2, "fetch": "per_head", "skew": False},
         {"dense_layers": 1, "offload": True, "gpu_cache": 5, "guess": "residual", "partial_weight_ratio": 0.25},
+        {"dense_layers": 1, "partial_bits": 8, "partial_weight_ratio": 0.5},
+        {"dense_layers": 1, "offload": True, "partial_bits": 4, "partial_weight_ratio": 1.0},
     ],
-    ids=["defaults", "per head, unskewed", "offloaded"],
+    ids=["defaults", "per head, unskewed", "offloaded", "8 bits", "4 bits"],
 )
 def test_without_limits_the_logits_are_those_of_vanilla(options, model_type, decoder) -> None:
     ours = decoder(model_type, InfiniGen(budget=1.0, alpha=math.inf, **options))
@@ -118,6 +120,8 @@ def test_prefill_and_decode_use_the_plain_attention_functions_of_the_kernels(dec
         {"offload": True, "gpu_cache": 6},
         {"sinks": 2, "recent": 2, "guess": "residual"},
         {"offload": True, "gpu_cache": 9, "fetch": "per_head", "budget": 0.3},
+        {"partial_bits": 4, "partial_weight_ratio": 1.0, "offload": True},
+        {"partial_bits": 8, "partial_weight_ratio": 0.5},
     ],
     ids=str,
 )

@@ -39,6 +39,7 @@ def _error(options: dict[str, str], shape: Shape = SHAPE) -> str:
         ("partial_weight_ratio", "1.01", "above 0 and at most 1"),
         ("partial_weight_ratio", "nan", "above 0 to 1"),
         ("partial_weight_ratio", "0.03", "0.03125 to 1"),  # none of 32 channels
+        ("partial_bits", "2", "one of 16, 8, 4"),
         ("dense_layers", "0", "1 or more"),
         ("dense_layers", "4", "1 to 3"),
         ("dense_layers", "-2", "1 or more"),
@@ -71,6 +72,7 @@ def test_alpha_and_another_way_to_join_query_heads_are_refused_together() -> Non
 def test_a_preset_replaces_defaults_and_given_options_replace_the_preset() -> None:
     defaults, paper = (parse_options("infinigen", options) for options in ({}, {"preset": "paper"}))
     published = {"alpha": 5.0, "partial_weight_ratio": 0.3, "budget": 0.2, "fetch": "mean", "guess": "input"}
+    published |= {"partial_bits": 16, "group": "max"}
     assert published.items() <= paper.items() and paper.keys() == defaults.keys()
     given = parse_options("infinigen", {"alpha": "4", "preset": "paper", "budget": "256"})
     assert given == {**paper, "alpha": 4.0, "budget": 256.0}
@@ -88,7 +90,8 @@ def test_the_class_itself_refuses_nan_too(name) -> None:
     "options",
     [{"alpha": 0.0}, {"alpha": math.inf}, {"budget": 1.0}, {"budget": 2.0}, {"budget": 1e-9}, {"budget": 1e20},
      {"dense_layers": 3}, {"partial_weight_ratio": 1.0},
-     {"partial_weight_ratio": 1 / 32}, {"offload": True, "gpu_cache": 0},
+     {"partial_weight_ratio": 1 / 32}, {"partial_bits": 8},
+     {"partial_bits": 4, "partial_weight_ratio": 1 / 16}, {"offload": True, "gpu_cache": 0},
      {"offload": True, "gpu_cache": 10**30}, {"sinks": 99, "recent": 99}],
     ids=str,
 )  # fmt: skip
@@ -108,12 +111,42 @@ def test_the_channels_are_the_ratio_times_the_head_size(ratio, head_dim, channel
     method.check(shape)
     cache = ModelCache(method, shape, [CPU] * 2, 1, 9, 9, torch.float32).layers[1]
     assert isinstance(cache, InfiniGenCache)
-    assert cache._partial.projection.shape[-1] == cache._partial.keys.shape[-1] == channels
+    partial = cache._partial
+    assert isinstance(partial.keys, torch.Tensor) and partial.keys.shape[-1] == channels
+    assert (partial.projection is None) == (channels == head_dim), "all channels need no projection"
+    assert partial.projection is None or partial.projection.shape[-1] == channels
 
 
 def test_a_skewed_method_without_calibration_raises() -> None:
     with pytest.raises(RuntimeError, match="must be calibrated"):
-        ModelCache(InfiniGen(), SHAPE, [CPU] * 3, 1, 9, 9, torch.float32)
+        ModelCache(InfiniGen(partial_weight_ratio=0.5), SHAPE, [CPU] * 3, 1, 9, 9, torch.float32)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_all_channels_need_no_calibration(bits) -> None:
+    method = InfiniGen(partial_weight_ratio=1.0, partial_bits=bits)
+    assert method.skew and method.calibration_text() is None
+    ModelCache(method, SHAPE, [CPU] * 3, 1, 9, 9, torch.float32)
+
+
+@pytest.mark.parametrize(("bits", "nbytes"), [(16, 32), (8, 16), (4, 8)])
+def test_a_step_reads_partial_keys_in_their_bits(bits, nbytes) -> None:
+    method = InfiniGen(partial_weight_ratio=0.5, partial_bits=bits, skew=False, dense_layers=1)
+    cache = ModelCache(method, SHAPE, [CPU] * 3, 1, 64, 9, torch.bfloat16).layers[1]
+    assert isinstance(cache, InfiniGenCache)
+    selected = 5 * 2 * 2 * SHAPE.head_dim * 2  # tokens, KV heads, key and value, bytes
+    assert cache.step_nbytes(60, 5).device == 60 * 2 * nbytes + selected
+    rows = cache._partial.keys if bits == 16 else cache._partial.keys.codes
+    assert rows.nbytes == 64 * 2 * nbytes
+
+
+def test_two_channels_in_a_byte_need_an_even_number() -> None:
+    error = _error({"partial_bits": "4", "partial_weight_ratio": "0.09375"})  # 3 of 32 channels
+    assert "3 of 32 channels" in error and "partial_bits=8" in error
+    for options in ({"partial_bits": "8", "partial_weight_ratio": "0.09375"}, {"partial_bits": "4"}):
+        make_method("infinigen", parse_options("infinigen", options)).check(SHAPE)
+    with pytest.raises(ValueError, match=r"^partial_bits=5 must be 16, 8 or 4\.$"):
+        InfiniGen(partial_bits=5)  # type: ignore[arg-type]
 
 
 def test_caches_that_a_method_makes_anew_know_nothing_of_the_old_ones() -> None:
@@ -133,3 +166,4 @@ def test_the_bundled_calibration_text_is_there() -> None:
     text = InfiniGen().calibration_text()
     assert text is not None and len(text) > 4000
     assert InfiniGen(skew=False).calibration_text() is None
+    assert InfiniGen(preset="paper", **PAPER).calibration_text() == text

@@ -20,7 +20,9 @@ every_shape = pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
 SLOT, SLOTS, CAPACITY = 2, 3, 20
 
 
-def _partial(heads: int, kv_heads: int, head_dim: int, channels: int, skewed: bool = True) -> PartialKeys:
+def _partial(
+    heads: int, kv_heads: int, head_dim: int, channels: int, skewed: bool = True, bits: int = 16
+) -> PartialKeys:
     queries = torch.randn(kv_heads, heads // kv_heads, 99, head_dim)
     matrices = skewing_matrix(queries) if skewed else torch.eye(head_dim).expand(kv_heads, -1, -1)
     seq_lens, counts = torch.zeros(SLOTS, dtype=torch.int64), torch.zeros(SLOTS, kv_heads, dtype=torch.int64)
@@ -28,11 +30,12 @@ def _partial(heads: int, kv_heads: int, head_dim: int, channels: int, skewed: bo
         Shape(2, heads, kv_heads, head_dim), SLOTS, CAPACITY, 9, torch.device("cpu"), torch.float32, seq_lens,
         LayerStats(counts), SideStream(torch.device("cpu"), high_priority=False),
     )  # fmt: skip
-    return PartialKeys(matrices, channels, config)
+    return PartialKeys(matrices, channels, config, bits)
 
 
 def _channels(partial: PartialKeys, kv: int) -> list[int]:
     """Return the channels that a KV head's projection consists of, in its order."""
+    assert partial._matrices is not None and partial.projection is not None
     matrix, projection = partial._matrices[kv], partial.projection[SLOT, kv]
     return [int((matrix == projection[:, [at]]).all(0).nonzero().item()) for at in range(projection.shape[1])]
 
@@ -78,14 +81,14 @@ def test_a_long_prompt_is_taken_block_by_block(monkeypatch) -> None:
     monkeypatch.setattr(partial_keys, "_BLOCK", 8)
     blocks = _partial(4, 2, 16, 4, skewed=False)
     blocks.prefill(SLOT, q, k)
+    assert whole.projection is not None and blocks.projection is not None
     assert torch.equal(whole.projection, blocks.projection) and torch.equal(whole.keys, blocks.keys)
     assert whole.keys[SLOT, :, :19].any(-1).all()
 
 
 @every_shape
-@pytest.mark.parametrize("share", [1, 4], ids=["all channels", "a quarter"])
+@pytest.mark.parametrize("share", [2, 4])
 def test_scores_are_those_of_the_chosen_channels(heads, kv_heads, head_dim, share) -> None:
-    """Of all channels they are the true scores q k / sqrt(D): the rotation cancels out."""
     partial = _partial(heads, kv_heads, head_dim, head_dim // share)
     q, k = torch.randn(heads, 7, head_dim), torch.randn(kv_heads, 7, head_dim)
     query = torch.randn(1, heads, 1, head_dim)
@@ -98,9 +101,53 @@ def test_scores_are_those_of_the_chosen_channels(heads, kv_heads, head_dim, shar
         partial_k, partial_q = k[kv] @ matrix, query[0, head, 0] @ matrix
         torch.testing.assert_close(partial.keys[SLOT, kv, :7], partial_k)
         torch.testing.assert_close(found[head], partial_k @ partial_q / math.sqrt(head_dim), rtol=1e-4, atol=1e-4)
-        if share == 1:
-            exact = k[kv] @ query[0, head, 0] / math.sqrt(head_dim)
-            torch.testing.assert_close(found[head], exact, rtol=1e-4, atol=1e-4)
+
+
+@every_shape
+def test_all_channels_are_those_of_the_keys_themselves(heads, kv_heads, head_dim) -> None:
+    """Skewing would not change the scores: the rotation cancels out."""
+    partial = _partial(heads, kv_heads, head_dim, head_dim)
+    q, k = torch.randn(heads, 7, head_dim), torch.randn(kv_heads, 7, head_dim)
+    partial.prefill(SLOT, q, k)
+    assert partial.projection is None and torch.equal(partial.keys[SLOT, :, :7], k)
+    assert not partial.keys[SLOT, :, 7:].any() and not partial.keys[:SLOT].any()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("share", [1, 2])
+def test_codes_stand_for_the_nearest_values_in_the_range_of_the_prompt(bits, head_dim, share) -> None:
+    partial = _partial(4, 2, head_dim, head_dim // share, bits=bits)
+    exact = _partial(4, 2, head_dim, head_dim // share)
+    exact._matrices = partial._matrices
+    length = 13
+    q, k = 3 * torch.randn(4, length, head_dim), 3 * torch.randn(2, length, head_dim) + torch.randn(head_dim)
+    for slot in range(SLOTS):
+        partial.prefill(slot, q * (slot + 1), k * (slot + 1))
+        exact.prefill(slot, q * (slot + 1), k * (slot + 1))
+    for slot in range(SLOTS):
+        values = exact.keys[slot, :, :length].double()
+        low, high = values.amin(1), values.amax(1)
+        step, center = (high - low) / (2**bits - 1), (high + low) / 2
+        torch.testing.assert_close(partial.keys.step[slot].double(), step, rtol=1e-5, atol=0)
+        torch.testing.assert_close(partial.keys.center[slot].double(), center, rtol=1e-5, atol=1e-5)
+        found = partial.keys.decode(torch.tensor([slot]), length)[0].double() + center[:, None]
+        assert ((found - values).abs() <= step[:, None] * 0.5001).all()
+        assert not partial.keys.codes[slot, :, length:].any()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_codes_of_a_long_prompt_are_made_block_by_block(bits, dtype, monkeypatch) -> None:
+    q, k = (3 * torch.randn(heads, 19, 16) for heads in (4, 2))
+    for channels in (16, 4):
+        whole, blocks = (_partial(4, 2, 16, channels, skewed=False, bits=bits) for _ in range(2))
+        whole.prefill(SLOT, q.to(dtype), k.to(dtype))
+        with monkeypatch.context() as patch:
+            patch.setattr(partial_keys, "_BLOCK", 8)
+            blocks.prefill(SLOT, q.to(dtype), k.to(dtype))
+        assert all(torch.equal(a, b) for a, b in zip(whole.keys[:3], blocks.keys[:3], strict=True))
+        assert whole.keys.codes[SLOT, :, :19].any()
 
 
 def test_a_new_token_takes_the_row_of_its_position_and_no_other() -> None:

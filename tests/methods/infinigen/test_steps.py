@@ -9,7 +9,7 @@ import torch
 from sparsecache.cache.base import Shape
 from sparsecache.cache.model_cache import ModelCache
 from sparsecache.kernels._triton import INTERPRETED, force_backend
-from sparsecache.methods.infinigen import InfiniGen
+from sparsecache.methods.infinigen import PAPER, InfiniGen
 from sparsecache.methods.infinigen.cache import InfiniGenCache
 from tests.methods.infinigen.compared import CPU, SHAPES, ComparedRun, GivenQuery, small_numbers
 
@@ -24,7 +24,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"alpha": 2.0, "budget": 3, "sinks": 10**30, "recent": 10**30},
     {"alpha": math.inf, "budget": 0.5, "group": "softmax", "top_p": 0.8, "fetch": "per_head"},
     {"alpha": 3.0, "budget": 0.5, "top_p": 0.6, "sinks": 1},
-]
+    {**PAPER, "dense_layers": 1},
+    {"alpha": 4.0, "budget": 0.5, "partial_weight_ratio": 1.0},
+    {"alpha": 4.0, "budget": 0.5, "partial_weight_ratio": 1.0, "partial_bits": 8, "fetch": "per_head"},
+    {"alpha": math.inf, "budget": 0.3, "partial_weight_ratio": 1.0, "partial_bits": 4, "group": "softmax", "top_p": 0.9,
+     "fetch": "per_head"},
+    {"alpha": 3.0, "budget": 0.5, "partial_weight_ratio": 0.5, "partial_bits": 4, "skew": False},
+    {"alpha": 3.0, "budget": 0.5, "partial_weight_ratio": 0.25, "partial_bits": 8},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -46,9 +53,10 @@ def test_ties_too(heads, kv_heads, head_dim, fetch) -> None:
             run.step()
 
 
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_selects_the_same_where_it_is_exact(dtype) -> None:
-    options = {"skew": False, "budget": 7, "alpha": 1.0, "offload": True, "gpu_cache": 4}
+def test_half_precision_selects_the_same_where_it_is_exact(dtype, ratio) -> None:
+    options = {"skew": False, "budget": 7, "alpha": 1.0, "offload": True, "gpu_cache": 4, "partial_weight_ratio": ratio}
     run = ComparedRun(SHAPES["gqa2-64"], (40, 13), options, draw=small_numbers(3), dtype=dtype)
     for _ in range(7):
         run.step()
@@ -63,6 +71,10 @@ def test_half_precision_selects_the_same_where_it_is_exact(dtype) -> None:
         (Shape(layers=2, heads=4, kv_heads=2, head_dim=64), {"alpha": 2.0, "budget": 0.4}),
         (SHAPES["gqa4-128"], {"alpha": 4.0, "budget": 7, "fetch": "per_head", "sinks": 1, "recent": 2}),
         (SHAPES["gqa3-32"], {"alpha": math.inf, "budget": 0.3, "offload": True, "skew": False}),
+        (SHAPES["gqa3-32"], {"alpha": 2.0, "budget": 0.4, "partial_weight_ratio": 1.0}),
+        (SHAPES["gqa2-64"], {"alpha": math.inf, "budget": 0.3, "partial_weight_ratio": 1.0, "partial_bits": 4}),
+        (SHAPES["gqa3-32"], {"alpha": 4.0, "budget": 0.4, "partial_bits": 4, "skew": False, "offload": True}),
+        (SHAPES["mha-32"], {"alpha": 4.0, "budget": 0.4, "partial_weight_ratio": 1.0, "partial_bits": 8}),
     ],
     ids=str,
 )
