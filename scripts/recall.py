@@ -5,7 +5,7 @@
 Every step attends to all tokens, so that all options see the same steps, those of the full cache. What the options
 select is only recorded. Each measure is a mean over decode steps and KV heads, then over prompts:
 
-    recall     share of the selection that is among as many tokens of highest true score, joined by the run's `group`
+    recall     share of the selection that is among as many tokens of highest true score, joined as in the run
                (with `max` the selection of `oracle`)
     attention  true attention on the selection and the current token
     best       the same on those tokens of highest true score
@@ -127,7 +127,7 @@ class RecordingInfiniGen(InfiniGen):
         cache = super().make_cache(layer, config)
         if not isinstance(cache, InfiniGenCache):
             return cache
-        self._recording.append(RecordingCache(cache, config, self.group))
+        self._recording.append(RecordingCache(cache, config, self.joined_by))
         return self._recording[-1]
 
     def report(self, stats: SequenceStats) -> dict[str, Any]:

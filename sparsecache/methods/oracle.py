@@ -3,7 +3,7 @@
 It reads every key to select, so it saves nothing. It shows what perfect speculation would select.
 
 GQA: a token's score for a KV head is how near it comes to the best score of one of the head's queries, as in
-`infinigen`.
+`infinigen` with `group=max`.
 """
 
 from dataclasses import dataclass

@@ -90,7 +90,7 @@ def test_a_replay_is_shared_by_workers(repo, tiny, tmp_path, run_python) -> None
         ("decode --method infinigen --vary budget=1,2 --vary budget=3", "--vary gives budget twice, 1,2 and 3: leave"),
         ("decode --method infinigen -o alpha=-1", "alpha=-1"),
         ("decode --method infinigen -o dense_layers=40", "refuses its options: dense_layers=40 must be"),
-        ("decode --method infinigen -o calibration_file=/no", "refuses its options: calibration_file=/no"),
+        ("decode --method loki -o calibration_file=/no", "refuses its options: calibration_file=/no"),
         ("decode --method quset", "There is no method 'quset'; did you mean 'quest'?"),
         ("decode --method ./no.py", "there is no such .py file"),
         ("decode -o alpha", "is not of the form KEY=VALUE"),

@@ -35,7 +35,7 @@ def test_vanilla_reads_every_token_once(model) -> None:
 
 
 def test_infinigen_reads_partial_keys_selected_tokens_and_query_weights(model) -> None:
-    options = {"partial_weight_ratio": "0.25", "dense_layers": "1", "skew": "false"}
+    options = {"partial_bits": "16", "partial_weight_ratio": "0.25", "dense_layers": "1", "skew": "false"}
     sparse, selected = 3, 0.1 * PAST * TOKEN
     partial, query = PAST * TOKEN / 2 * 0.25, 64 * 64 * FLOAT
     for batch in (1, 2):

@@ -50,8 +50,8 @@ def _calibrated(method: CacheMethod, shape: Shape) -> CacheMethod:
     [
         *("oracle,budget=6", "oracle,budget=0.3", "quest,budget=6,page=4", "sparq,budget=9", "freekv,page=2"),
         *("loki,budget=6,channels=3", "doublesparse,budget=0.3,channels=2"),
-        *("infinigen,budget=6,partial_weight_ratio=0.5", "infinigen,budget=0.3,skew=false,sinks=1"),
-        "infinigen,budget=6,partial_bits=4,partial_weight_ratio=1.0",
+        *("infinigen,budget=6,partial_bits=16,partial_weight_ratio=0.5", "infinigen,budget=0.3,sinks=1"),
+        "infinigen,budget=6,partial_bits=8,partial_weight_ratio=0.5,group=max",
     ],
 )
 def test_a_selection_sees_what_the_eviction_left_and_new_tokens_as_a_text(select) -> None:

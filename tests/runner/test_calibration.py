@@ -283,7 +283,7 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def predict(tiny, tmp_path) -> Callable[..., Result]:
-    """One row of the sample by InfiniGen, into a run of its own."""
+    """One row of the sample by InfiniGen with half of the channels, into a run of its own."""
 
     def run(name: str, *options: str) -> Result:
         return CliRunner().invoke(
@@ -291,7 +291,7 @@ def predict(tiny, tmp_path) -> Callable[..., Result]:
             [
                 *("--model", str(tiny), "--datasets", "qasper", "--data", "sample", "--sample_rows", "1"),
                 *("--sample_tokens", "256", "--device", "cpu", "--pred_dir", str(tmp_path / "pred"), "--name", name),
-                *("--method", "infinigen", "-o", "dense_layers=1"),
+                *("--method", "infinigen", "-o", "dense_layers=1", "-o", "partial_weight_ratio=0.5"),
                 *(part for option in options for part in ("-o", option)),
             ],
         )
@@ -368,7 +368,7 @@ def test_a_text_that_cannot_be_read_is_refused_before_weights_are_read(content, 
 @pytest.mark.parametrize("text", ["", " \n\t"], ids=repr)
 def test_an_empty_text_is_refused_before_anything_is_loaded(text, tiny, tmp_path) -> None:
     (tmp_path / "text.txt").write_text(text)
-    options = {"dense_layers": "1", "calibration_file": str(tmp_path / "text.txt")}
+    options = {"dense_layers": "1", "partial_weight_ratio": "0.5", "calibration_file": str(tmp_path / "text.txt")}
     with pytest.raises(UsageError, match="calibration text is empty"):
         RunContext(Settings(model=str(tiny), method="infinigen", options=options, device="cpu"))
 
@@ -379,6 +379,8 @@ def test_an_empty_text_is_refused_before_anything_is_loaded(text, tiny, tmp_path
 def test_a_text_of_fewer_tokens_than_a_head_has_channels_is_refused(method, engine, tiny, tmp_path) -> None:
     (tmp_path / "text.txt").write_text("x")
     options = {"calibration_file": str(tmp_path / "text.txt")}
+    if method == "infinigen":
+        options["partial_weight_ratio"] = "0.5"
     settings = Settings(model=str(tiny), method=method, options=options, device="cpu", engine=engine)
     with pytest.raises(UsageError, match=r"text has 2 tokens, fewer than the 16 channels of a head of this model\."):
         RunContext(settings).engine(1)
@@ -387,7 +389,7 @@ def test_a_text_of_fewer_tokens_than_a_head_has_channels_is_refused(method, engi
 def test_the_text_is_part_of_what_a_run_is(tiny, tmp_path) -> None:
     def identity(text: str) -> dict[str, Any]:
         (tmp_path / "text.txt").write_text(text)
-        options = {"calibration_file": str(tmp_path / "text.txt")}
+        options = {"calibration_file": str(tmp_path / "text.txt"), "partial_weight_ratio": "0.5"}
         return RunContext(Settings(model=str(tiny), method="infinigen", options=options, device="cpu")).identity()
 
     first, second, third = (identity(f"{text} " * 20) for text in ("one text", "another", "one text"))

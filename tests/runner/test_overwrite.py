@@ -59,7 +59,8 @@ def test_a_calibration_that_cannot_be_used_keeps_the_old_rows(
     folder = make_random_checkpoint(tmp_path / "model")
     (tmp_path / "text.txt").write_text("The lighthouse keeper counted the ships. " * 9)
     command = ["--model", str(folder), "--data", "sample", "--datasets", "trec", "--sample_rows", "1", "--method"]
-    command += ["infinigen", "-o", f"calibration_file={tmp_path / 'text.txt'}", "--sample_tokens", "256"]
+    command += ["infinigen", "-o", f"calibration_file={tmp_path / 'text.txt'}", "-o", "partial_weight_ratio=0.5"]
+    command += ["--sample_tokens", "256"]
     command += ["--pred_dir", str(tmp_path / "pred"), "--name", "run"]
     assert CliRunner().invoke(main, command).exit_code == 0
     (rows,) = (tmp_path / "pred").rglob("trec.jsonl")

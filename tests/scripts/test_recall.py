@@ -20,6 +20,7 @@ from sparsecache.synthetic.rows import make_rows
 
 ALL = {"method": "infinigen", "budget": 1.0, "alpha": math.inf, "dense_layers": 1}
 FEW = {"method": "infinigen", "budget": 16, "alpha": math.inf, "dense_layers": 1, "offload": True, "gpu_cache": 16}
+FEW |= {"group": "max"}  # as the reference below
 
 
 def recorded(folder: Path, beginning: str) -> list[dict[str, Any]]:
@@ -100,9 +101,11 @@ def test_an_exact_speculation_selects_what_the_oracle_would(sweep, tiny: Path, t
             weights[name] = torch.zeros_like(weights[name])
     save_file(weights, silent / "model.safetensors", metadata={"format": "pt"})
     few = {key: value for key, value in FEW.items() if key not in ("offload", "gpu_cache")}
-    done, folder = sweep("recall", silent, few | {"guess": "residual", "partial_weight_ratio": [1.0, 0.125]})
+    few |= {"guess": "residual", "partial_bits": 16}
+    done, folder = sweep("recall", silent, few | {"partial_weight_ratio": [1.0, 0.125]})
     assert done.exit_code == 0, done.output
-    for row in recorded(folder, "infinigen-budget=16-alpha=inf-dense_layers=1-guess=residual-partial_weight_ratio=1.0"):
+    name = "infinigen-budget=16-alpha=inf-dense_layers=1-group=max-guess=residual-partial_bits=16"
+    for row in recorded(folder, f"{name}-partial_weight_ratio=1.0"):
         assert row["selection_measures"]["recall"] == pytest.approx([1, 1], abs=0.02)  # ties apart
         assert row["selection_measures"]["attention"] == pytest.approx(row["selection_measures"]["best"], abs=1e-3)
     facts = list(csv.DictReader((folder / "out" / "recall.csv").open()))

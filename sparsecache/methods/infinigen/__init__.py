@@ -1,20 +1,20 @@
 """InfiniGen: speculate one layer ahead which past tokens matter, and attend to those (OSDI'24, arXiv 2406.19707).
 
-The next layer's query is speculated from this layer's hidden state, and scored against a few channels of the next
-layer's keys. Tokens with the highest scores are selected, and fetched if the cache is in host memory.
+The next layer's query is speculated from this layer's hidden state, and scored against partial keys of the next layer:
+all channels of its keys in 4 bits, or a few in 16. Tokens with the highest scores are selected, and fetched if the
+cache is in host memory.
 
-A partial key is 16 bits per channel, or a code of 8 or 4 bits (`partial_bits`). Where all channels speculate, partial
+A channel of a partial key has 16 bits, or a code of 8 or 4 bits (`partial_bits`). Where all channels speculate, partial
 keys are the keys or their codes: nothing is skewed, and no calibration is needed.
 
-GQA: the paper has one KV head per query head. Here a token's score for a KV head is how near it comes to the best
-score of one of the head's queries. A KV head has one skewing matrix and one set of partial channels.
+GQA: the paper has one KV head per query head. Here a token's score for a KV head is its mean probability over the
+head's queries, or with `group=max` how near it comes to the best score of one of them. A KV head has one skewing matrix
+and one set of partial channels.
 
-Query heads can also be joined by their mean probability (`group`).
-
-Differences: keys are rotated by RoPE, so the skewing matrix is made and applied after it. The defaults are those that
-kept the accuracy of a real model (docs/accuracy.md): the query is speculated from the residual stream after attention
-instead of the attention input, the budget alone limits the selection, and 32 channels speculate. `preset=paper` sets
-the paper's options.
+Differences: keys are rotated by RoPE, so the skewing matrix is made and applied after it. The paper has no codes. By
+default the query is speculated from the residual stream after attention instead of the attention input, the budget
+alone limits the selection, and all channels speculate in 4 bits, which takes the bytes of a quarter of them in 16 bits.
+`preset=paper` sets the paper's options.
 """
 
 import math
@@ -35,7 +35,6 @@ from sparsecache.methods.infinigen.cache import DeviceStreams, InfiniGenCache
 from sparsecache.methods.infinigen.skewing import check_skewing_matrices, skewing_matrix
 from sparsecache.options import FilePath
 
-_CHANNELS = 32
 _MAX_TOKENS = 2**31 - 1  # kernels count in int32
 
 PAPER: dict[str, Any] = {
@@ -76,16 +75,18 @@ class InfiniGen(SparseMethod):
         float, "select at most as many tokens as make this share of the speculated attention, above 0 to 1"
     ] = 1.0
     partial_weight_ratio: Annotated[
-        float | None, "share of the channels that speculate, above 0 to 1; none: 32 channels"
+        float | None, "share of the channels that speculate, above 0 to 1; none: all channels"
     ] = None
     partial_bits: Annotated[
         Literal[16, 8, 4], "bits of a partial key's channel: 16 in the model's dtype, 8 or 4 as a code"
-    ] = 16
+    ] = 4
     budget: Annotated[float, "most past tokens selected: a share of them up to 1, else a count"] = 0.05
     fetch: Annotated[CountRule, "one count per layer, the mean over its KV heads, or a count per head"] = "mean"
     group: Annotated[
-        GroupRule, "how a KV head joins its query heads: the largest score margin, or the mean probability"
-    ] = "max"
+        GroupRule | None,
+        "how a KV head joins its query heads: the largest score margin, or the mean probability; none: softmax with "
+        "alpha=inf, else max",
+    ] = None
     dense_layers: Annotated[int, "first layers that attend to all past tokens, 1 or more"] = 2
     skew: Annotated[
         bool, "rotate queries and keys so that few channels carry more of the score; without effect on all channels"
@@ -110,7 +111,7 @@ class InfiniGen(SparseMethod):
             raise ValueError(f"alpha={self.alpha} must be 0 or more (inf: no limit but the budget).")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (1: no limit).")
-        if self.group != "max" and not math.isinf(self.alpha):
+        if self.joined_by != "max" and not math.isinf(self.alpha):
             raise ValueError(
                 f"alpha={self.alpha} limits the distance to a query head's best score, which group={self.group} does "
                 f"not know: give alpha=inf too, and limit tokens by budget or top_p."
@@ -140,10 +141,15 @@ class InfiniGen(SparseMethod):
                 f"Give a partial_weight_ratio of an even number of channels, or partial_bits=8."
             )
 
+    @property
+    def joined_by(self) -> GroupRule:
+        """Return how a KV head joins its query heads: `group`, or the default for `alpha`."""
+        return self.group or ("softmax" if math.isinf(self.alpha) else "max")
+
     def channels(self, shape: Shape) -> int:
         """Return how many channels of a key speculate."""
         if self.partial_weight_ratio is None:
-            return min(_CHANNELS, shape.head_dim)
+            return shape.head_dim
         return math.floor(self.partial_weight_ratio * shape.head_dim + 1e-6)
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> InfiniGenCache:
@@ -172,7 +178,7 @@ class InfiniGen(SparseMethod):
         return self._matrices[layer]
 
     def calibration_text(self) -> str | None:
-        is_needed = self.skew and self.partial_weight_ratio != 1
+        is_needed = self.skew and self.partial_weight_ratio not in (None, 1.0)
         return read_calibration_text(self.calibration_file) if is_needed else None
 
     def calibrate(self, layer: int, q: Tensor, k: Tensor) -> None:

@@ -69,6 +69,25 @@ def test_alpha_and_another_way_to_join_query_heads_are_refused_together() -> Non
     make_method("infinigen", parse_options("infinigen", {"group": "softmax"}))
 
 
+@pytest.mark.parametrize(
+    ("options", "joined"),
+    [
+        ({}, "softmax"),
+        ({"alpha": 5.0}, "max"),
+        ({"group": "max"}, "max"),
+        ({"group": "softmax"}, "softmax"),
+        ({"preset": "paper", **PAPER}, "max"),
+        ({"preset": "paper", **PAPER, "alpha": math.inf}, "max"),
+    ],
+    ids=str,
+)
+def test_query_heads_are_joined_by_their_probability_if_alpha_allows_it(options, joined) -> None:
+    method = InfiniGen(**options)
+    assert method.joined_by == joined
+    cache = ModelCache(InfiniGen(**{**options, "skew": False}), SHAPE, [CPU] * 3, 1, 9, 9, torch.float32).layers[2]
+    assert isinstance(cache, InfiniGenCache) and cache._params.group == joined
+
+
 def test_a_preset_replaces_defaults_and_given_options_replace_the_preset() -> None:
     defaults, paper = (parse_options("infinigen", options) for options in ({}, {"preset": "paper"}))
     published = {"alpha": 5.0, "partial_weight_ratio": 0.3, "budget": 0.2, "fetch": "mean", "guess": "input"}
@@ -103,11 +122,11 @@ def test_the_ends_of_the_ranges_are_allowed(options) -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "head_dim", "channels"),
-    [(None, 128, 32), (None, 64, 32), (None, 32, 32), (None, 16, 16), (0.3, 128, 38), (0.2, 64, 12), (0.29, 100, 29)],
+    [(None, 128, 128), (None, 16, 16), (1.0, 64, 64), (0.25, 128, 32), (0.3, 128, 38), (0.2, 64, 12), (0.29, 100, 29)],
 )
 def test_the_channels_are_the_ratio_times_the_head_size(ratio, head_dim, channels) -> None:
     shape = Shape(2, 2, 1, head_dim)
-    method = InfiniGen(partial_weight_ratio=ratio, skew=False, dense_layers=1)
+    method = InfiniGen(partial_weight_ratio=ratio, partial_bits=16, skew=False, dense_layers=1)
     method.check(shape)
     cache = ModelCache(method, shape, [CPU] * 2, 1, 9, 9, torch.float32).layers[1]
     assert isinstance(cache, InfiniGenCache)
@@ -122,9 +141,10 @@ def test_a_skewed_method_without_calibration_raises() -> None:
         ModelCache(InfiniGen(partial_weight_ratio=0.5), SHAPE, [CPU] * 3, 1, 9, 9, torch.float32)
 
 
+@pytest.mark.parametrize("ratio", [1.0, None])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_all_channels_need_no_calibration(bits) -> None:
-    method = InfiniGen(partial_weight_ratio=1.0, partial_bits=bits)
+def test_all_channels_need_no_calibration(bits, ratio) -> None:
+    method = InfiniGen(partial_weight_ratio=ratio, partial_bits=bits)
     assert method.skew and method.calibration_text() is None
     ModelCache(method, SHAPE, [CPU] * 3, 1, 9, 9, torch.float32)
 
@@ -163,7 +183,7 @@ def test_caches_that_a_method_makes_anew_know_nothing_of_the_old_ones() -> None:
 
 
 def test_the_bundled_calibration_text_is_there() -> None:
-    text = InfiniGen().calibration_text()
+    text = InfiniGen(partial_weight_ratio=0.25).calibration_text()
     assert text is not None and len(text) > 4000
-    assert InfiniGen(skew=False).calibration_text() is None
+    assert InfiniGen(partial_weight_ratio=0.25, skew=False).calibration_text() is None
     assert InfiniGen(preset="paper", **PAPER).calibration_text() == text

@@ -9,10 +9,12 @@ import torch
 from sparsecache.cache.base import Shape
 from sparsecache.cache.model_cache import ModelCache
 from sparsecache.kernels._triton import INTERPRETED, force_backend
+from sparsecache.methods import parse_options
 from sparsecache.methods.infinigen import PAPER, InfiniGen
 from sparsecache.methods.infinigen.cache import InfiniGenCache
 from tests.methods.infinigen.compared import CPU, SHAPES, ComparedRun, GivenQuery, small_numbers
 
+DEFAULTS: dict[str, Any] = {"partial_bits": 4, "partial_weight_ratio": None, "group": None}
 OPTIONS: list[dict[str, Any]] = [
     {"alpha": 4.0, "budget": 0.5},
     {"alpha": 4.0, "budget": 0.5, "fetch": "per_head", "partial_weight_ratio": 0.25},
@@ -25,6 +27,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"alpha": math.inf, "budget": 0.5, "group": "softmax", "top_p": 0.8, "fetch": "per_head"},
     {"alpha": 3.0, "budget": 0.5, "top_p": 0.6, "sinks": 1},
     {**PAPER, "dense_layers": 1},
+    {**DEFAULTS, "alpha": math.inf, "budget": 0.3},
+    {**DEFAULTS, "alpha": 4.0, "budget": 0.5},
     {"alpha": 4.0, "budget": 0.5, "partial_weight_ratio": 1.0},
     {"alpha": 4.0, "budget": 0.5, "partial_weight_ratio": 1.0, "partial_bits": 8, "fetch": "per_head"},
     {"alpha": math.inf, "budget": 0.3, "partial_weight_ratio": 1.0, "partial_bits": 4, "group": "softmax", "top_p": 0.9,
@@ -88,6 +92,10 @@ def test_kernels_select_and_attend_as_the_reference(shape, options) -> None:
         report = run.report(0)
     assert report["sparse_steps"] == 2 and 0 < report["kept"] <= 1
     assert (report.get("fetched_bytes", 0) > 0) == options.get("offload", False)
+
+
+def test_the_compared_defaults_are_those_of_the_method() -> None:
+    assert DEFAULTS.items() <= parse_options("infinigen", {}).items()
 
 
 def test_rows_of_a_batch_in_any_order_and_steps_without_some() -> None:
