@@ -128,16 +128,16 @@ def _stepped_query(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _query_of_codes(  # type: ignore[no-untyped-def]
-    q, projection, step, head_dim, channels, word, query_mask, BITS: tl.constexpr, PROJECTED: tl.constexpr,
+    q, projection, step, head_dim, channels, word, query_mask, scale, BITS: tl.constexpr, PROJECTED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Return what scores codes: per plane the high and the low part of the query, an offset and a unit [BLOCK_Q].
+    """Return what scores codes: the query per plane [BLOCK_I, BLOCK_Q], an offset and a unit [BLOCK_Q].
 
-    A score is unit * (sum of codes * (high + low) over planes and words - offset). word: [BLOCK_I], of a token's codes.
-    Other arguments: as in `_stepped_query`.
+    A score is unit * (sum of codes * query over planes and words) - offset. word: [BLOCK_I], of a token's codes. scale:
+    of the scores. Other arguments: as in `_stepped_query`.
     """
     per_byte: tl.constexpr = 8 // BITS
-    partials, highs, lows = (), (), ()
+    partials, queries = (), ()
     largest = tl.full((BLOCK_Q,), 1e-30, dtype=tl.float32)
     for plane in tl.static_range(16 // BITS):
         byte = 2 * word + plane // per_byte
@@ -147,9 +147,10 @@ def _query_of_codes(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         largest = tl.maximum(largest, tl.max(tl.abs(partial), axis=0))
         partials = partials + (partial,)  # type: ignore[assignment]  # noqa: RUF005
-    # In float16 a query is the sum of two values, each scaled so that neither is subnormal nor infinite. A plane in
-    # float16 is its codes times 2^-24, and in the high halves of bytes times 2^BITS.
+    # In float16 a query is scaled so that it is neither subnormal nor infinite. It is rounded to 11 bits, far less than
+    # the codes are. A plane in float16 is its codes times 2^-24, and in the high halves of bytes times 2^BITS.
     shift: tl.constexpr = BITS if dtype == tl.float16 else 0
+    code_scale: tl.constexpr = 2.0**24 if dtype == tl.float16 else 1.0
     unit = tl.full((BLOCK_Q,), 1.0, dtype=tl.float32)
     if dtype == tl.float16:
         unit = tl.exp2(tl.floor(tl.log2(largest)) - 8.0)
@@ -157,13 +158,10 @@ def _query_of_codes(  # type: ignore[no-untyped-def]
     # out: larger scores would be rounded more.
     offset = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     for plane in tl.static_range(16 // BITS):
-        partial = partials[plane] / unit[None, :] * (2.0 ** -(plane % per_byte * shift))
-        high = partial.to(dtype)
-        low = (partial - high.to(tl.float32)).to(dtype)
-        total = tl.sum(high.to(tl.float32) + low.to(tl.float32), axis=0)
-        offset += total * (((1 << BITS) - 1) / 2 * 2.0 ** (plane % per_byte * shift))
-        highs, lows = highs + (high,), lows + (low,)  # type: ignore[assignment]  # noqa: RUF005
-    return highs, lows, offset, unit
+        query = (partials[plane] / unit[None, :] * (2.0 ** -(plane % per_byte * shift))).to(dtype)
+        offset += tl.sum(query.to(tl.float32), axis=0) * (((1 << BITS) - 1) / 2 * 2.0 ** (plane % per_byte * shift))
+        queries = queries + (query,)  # type: ignore[assignment]  # noqa: RUF005
+    return queries, offset * unit * scale, unit * (scale * code_scale)
 
 
 @triton.jit
@@ -218,15 +216,14 @@ def _score_kernel(  # type: ignore[no-untyped-def]
         owner = slot * kv_heads + kv
         if PROJECTED:
             projection += owner * head_dim * channels
-        q_highs, q_lows, offset, unit = _query_of_codes(
+        queries, offset, unit = _query_of_codes(
             q + row * q_row_stride + head * q_head_stride, projection, step + owner * channels, head_dim, channels,
-            channel, query < GROUP, BITS, PROJECTED, BLOCK_D, BLOCK_Q, dtype,
+            channel, query < GROUP, scale, BITS, PROJECTED, BLOCK_D, BLOCK_Q, dtype,
         )  # fmt: skip
-        code_scale: tl.constexpr = 2.0**24 if dtype == tl.float16 else 1.0
 
     best = tl.full((BLOCK_T, BLOCK_Q), float("-inf"), dtype=tl.float32)  # reduced over BLOCK_T after the loop
     worst = tl.full((BLOCK_T, BLOCK_Q), float("inf"), dtype=tl.float32)
-    highest, total = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32), tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_Q), dtype=tl.float32)  # sums of exp(score - best)
     start, end = split_range(count, split, BLOCK_T, SPLITS)
     for first in tl.range(start, end, BLOCK_T):
         token = (first + tl.arange(0, BLOCK_T))[:, None]
@@ -236,32 +233,31 @@ def _score_kernel(  # type: ignore[no-untyped-def]
             score = tl.dot(key, q_high, input_precision="ieee")
             if PROJECTED:
                 score = tl.dot(key, q_low, score, input_precision="ieee")
+            score *= scale
         else:
             words = tl.load(keys + (owner * capacity + token) * width + channel[None, :], mask=mask, other=0)
             score = tl.zeros((BLOCK_T, BLOCK_Q), dtype=tl.float32)
             for plane in tl.static_range(16 // BITS):
                 codes = _plane(words, plane, BITS, dtype, INTERPRETED)
-                score = tl.dot(codes, q_highs[plane], score, input_precision="ieee")
-                if dtype == tl.float16:
-                    score = tl.dot(codes, q_lows[plane], score, input_precision="ieee")
-            score = (score * code_scale - offset[None, :]) * unit[None, :]
-        score *= scale
+                score = tl.dot(codes, queries[plane], score, input_precision="ieee")
+            score = score * unit[None, :] - offset[None, :]
         if scores.dtype.element_ty == tl.float16:
             # The extremes are those of the stored scores. Clamped, because a margin from infinity is NaN.
             score = tl.minimum(tl.maximum(score, -_MAX_HALF), _MAX_HALF).to(tl.float16).to(tl.float32)
+        if WITH_SUMS:
+            lower = tl.where(token < end, tl.exp(-tl.abs(score - best)), 0.0)  # the smaller weight over the larger one
+            total = tl.where((token < end) & (score > best), total * lower + 1.0, total + lower)
         best = tl.maximum(best, tl.where(token < end, score, float("-inf")))
         worst = tl.minimum(worst, tl.where(token < end, score, float("inf")))
-        if WITH_SUMS:
-            new_highest = tl.maximum(highest, tl.max(tl.where(token < end, score, -3e38), axis=0))
-            weights = tl.where(token < end, tl.exp(score - new_highest[None, :]), 0.0)
-            total = total * tl.exp(highest - new_highest) + tl.sum(weights, axis=0)
-            highest = new_highest
         target = scores + (row * kv_heads * GROUP + head).to(tl.int64) * stride + token
         inside = (query < GROUP) & (token < stride)
         # The selection reads the scores next; weights that stream through L2 meanwhile must not evict them.
         tl.store(target, score, mask=inside, eviction_policy="evict_last")
     extreme = extremes + (row * kv_heads * GROUP + kv * GROUP + tl.arange(0, BLOCK_Q)) * SPLITS + split
-    tl.store(extreme, tl.max(best, axis=0), mask=tl.arange(0, BLOCK_Q) < GROUP)
+    highest = tl.max(best, axis=0)
+    tl.store(extreme, highest, mask=tl.arange(0, BLOCK_Q) < GROUP)
     tl.store(extreme + extremes_size, tl.min(worst, axis=0), mask=tl.arange(0, BLOCK_Q) < GROUP)
     if WITH_SUMS:
+        # Without tokens the best score is -inf, and the difference of two would be NaN.
+        total = tl.sum(total * tl.exp(best - tl.maximum(highest, -3e38)[None, :]), axis=0)
         tl.store(extreme + 2 * extremes_size, total, mask=tl.arange(0, BLOCK_Q) < GROUP)
