@@ -1,4 +1,4 @@
-"""Find top-p tokens with several programs per head, for few heads with many tokens.
+"""Find top-p tokens with several programs per head, for many tokens.
 
 The tokens of a head lie in chunks of a fixed length:
 
@@ -19,13 +19,14 @@ from sparsecache.kernels.top_p_search import (
     UNIT,
     find_threshold,
     first_range,
+    limits,
     max_excluded_mass,
     narrow_range,
     set_aside,
     sums_up_to,
 )
 
-_CHUNK = 8192  # tokens; at most 16 * _MASS_BLOCK
+_CHUNK = 8192  # tokens; a constant, so that sums round alike in every batch and on every device
 _MASS_BLOCK, _BLOCK = 512, 1024  # tokens per iteration; eight sums per token need many registers
 
 
@@ -35,26 +36,26 @@ def find_split(
     seq_lens: Tensor,
     slots: Tensor,
     p: float,
-    entries: Tensor,
+    undecided: Tensor,
     found: tuple[Tensor, Tensor, Tensor],
     sizes: dict[str, Any],
+    shift: int,
 ) -> None:
-    """Write to `found` what `find_top_p` returns. entries: scratch, [heads, T] int64."""
-    heads, tokens = entries.shape
+    """Write to `found` what `find_top_p` returns. undecided: scratch, [heads, T] int32."""
+    heads, tokens = undecided.shape
     chunks = -(-tokens // _CHUNK)
     masses = torch.empty((2, heads, chunks, 8), device=scores.device, dtype=torch.int64)
     ranges = torch.empty((2, heads, 16), device=scores.device, dtype=torch.float32)
-    numbers = torch.empty((heads, chunks), device=scores.device, dtype=torch.int32)
+    num_undecided = torch.empty((heads, chunks), device=scores.device, dtype=torch.int32)
     inputs = (scores, extremes, seq_lens, slots, masses, ranges, float(1 - p), scores.shape[1], tokens, chunks)
     sizes = {**sizes, "BLOCK_C": next_power_of_2(chunks), "CHUNK": _CHUNK, **pdl_options()}
-    shift = sizes.pop("SHIFT")
     _mass_kernel[(heads, chunks)](*inputs, ROUND=0, BLOCK_T=_MASS_BLOCK, num_warps=4, **sizes)
     if p < 1:
         _mass_kernel[(heads, chunks)](*inputs, ROUND=1, BLOCK_T=_MASS_BLOCK, num_warps=4, **sizes)
-        _set_aside_kernel[(heads, chunks)](
-            *inputs, entries, numbers, SHIFT=shift, BLOCK_T=_BLOCK, num_warps=4, **sizes
-        )  # fmt: skip
-    _search_kernel[(heads,)](*inputs, entries, numbers, *found, SHIFT=shift, BLOCK_T=_BLOCK, num_warps=8, **sizes)
+        _set_aside_kernel[(heads, chunks)](*inputs, undecided, num_undecided, BLOCK_T=_BLOCK, num_warps=4, **sizes)
+    _search_kernel[(heads,)](
+        *inputs, undecided, num_undecided, *found, BLOCK_T=_BLOCK, SHIFT=shift, num_warps=8, **sizes
+    )  # fmt: skip
 
 
 @triton.jit
@@ -101,24 +102,23 @@ def _mass_kernel(  # type: ignore[no-untyped-def]
         num_chunks = tl.cdiv(count, CHUNK)
         max_excluded = max_excluded_mass(_total(masses, head, num_chunks, chunks, BLOCK_C), excluded_share)
         low, high, _ = _range_of(masses, ranges, num_heads, head, num_chunks, chunks, max_excluded, 0, BLOCK_C)
-    index = tl.arange(0, 8)
-    limit = high - index * ((high - low) * 0.125)
+    index, limit = tl.arange(0, 8), limits(low, high)
     if start == 0:  # stored, since another kernel might round them differently
         target = ranges + (ROUND * num_heads + head) * 16
         tl.store(target + index, limit)
         tl.store(target + 8, low)
     row, end = scores + head * tokens, tl.minimum(start + CHUNK, count)
-    mass = sums_up_to(row, start, end, highest, limit[:, None], BLOCK_T)
+    mass = sums_up_to(row, start, end, highest, limit, BLOCK_T, 1)
     tl.store(masses + ((ROUND * num_heads + head) * chunks + tl.program_id(1)) * 8 + index, mass)
 
 
 @triton.jit
 def _set_aside_kernel(  # type: ignore[no-untyped-def]
-    scores, extremes, seq_lens, slots, masses, ranges, excluded_share, heads, tokens, chunks, entries, numbers,
-    BLOCK_T: tl.constexpr, SHIFT: tl.constexpr,
+    scores, extremes, seq_lens, slots, masses, ranges, excluded_share, heads, tokens, chunks, undecided, num_undecided,
+    BLOCK_T: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """List a chunk's tokens in the range that remains, from the chunk's start on, and count them."""
+    """List the positions of a chunk's tokens in the range that remains, from the chunk's start on, and count them."""
     pdl_wait(USE_PDL)
     head, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHUNK
     count = tl.minimum(tl.load(seq_lens + tl.load(slots + tl.program_id(0) // heads)), tokens).to(tl.int32)
@@ -127,14 +127,14 @@ def _set_aside_kernel(  # type: ignore[no-untyped-def]
     num_chunks = tl.cdiv(count, CHUNK)
     max_excluded = max_excluded_mass(_total(masses, head, num_chunks, chunks, BLOCK_C), excluded_share)
     low, high, _ = _range_of(masses, ranges, tl.num_programs(0), head, num_chunks, chunks, max_excluded, 1, BLOCK_C)
-    row, target, end = scores + head * tokens, entries + head * tokens + start, tl.minimum(start + CHUNK, count)
-    number = set_aside(row, start, end, tokens, low, high, target, BLOCK_T, SHIFT)
-    tl.store(numbers + head * chunks + tl.program_id(1), number)
+    row, target, end = scores + head * tokens, undecided + head * tokens + start, tl.minimum(start + CHUNK, count)
+    number = set_aside(row, start, end, tokens, low, high, target, BLOCK_T)
+    tl.store(num_undecided + head * chunks + tl.program_id(1), number)
 
 
 @triton.jit
 def _search_kernel(  # type: ignore[no-untyped-def]
-    scores, extremes, seq_lens, slots, masses, ranges, excluded_share, heads, tokens, chunks, entries, numbers,
+    scores, extremes, seq_lens, slots, masses, ranges, excluded_share, heads, tokens, chunks, undecided, num_undecided,
     thresholds, tie_ends, log_totals, BLOCK_T: tl.constexpr, SHIFT: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -155,6 +155,6 @@ def _search_kernel(  # type: ignore[no-untyped-def]
     max_excluded = max_excluded_mass(total, excluded_share)
     low, high, mass = _range_of(masses, ranges, num_heads, head, num_chunks, chunks, max_excluded, 1, BLOCK_C)
     find_threshold(
-        entries + head * tokens, numbers + head * chunks, 0, num_chunks, count, highest, low, high, mass, max_excluded,
-        thresholds + head, tie_ends + head, CHUNK, BLOCK_T, SHIFT, True,
+        scores + head * tokens, undecided + head * tokens, num_undecided + head * chunks, num_chunks, count, highest,
+        low, high, mass, max_excluded, thresholds + head, tie_ends + head, CHUNK, BLOCK_T, SHIFT,
     )  # fmt: skip

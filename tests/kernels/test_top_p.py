@@ -24,8 +24,12 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.fixture(params=["whole", "split"])
 def path(request, monkeypatch) -> str:
     """Force one program per head, or several."""
-    monkeypatch.setattr(top_p_tokens, "_forced_path", request.param)
+    _force_path(monkeypatch, request.param)
     return request.param
+
+
+def _force_path(monkeypatch, path: str) -> None:
+    monkeypatch.setattr(top_p_tokens, "_MAX_WHOLE", {"whole": 1 << 20, "split": 0}[path])
 
 
 def _set_small_blocks(monkeypatch, chunk: int, mass_block: int, block: int) -> None:
@@ -34,7 +38,6 @@ def _set_small_blocks(monkeypatch, chunk: int, mass_block: int, block: int) -> N
         (top_p_split, "_CHUNK", chunk),
         (top_p_split, "_MASS_BLOCK", mass_block),
         (top_p_split, "_BLOCK", block),
-        (top_p_tokens, "_CHUNK", chunk),
         (top_p_tokens, "_MASS_BLOCK", mass_block),
         (top_p_tokens, "_LIST_BLOCK", block),
         (top_p_tokens, "_SEARCH_BLOCK", block),
@@ -151,7 +154,7 @@ def test_several_chunks_give_what_sums_in_double_precision_give(hard, p, device,
         assert torch.equal(found[row, 0, :count].isfinite().cpu(), is_top_p.any(0))
 
 
-EQUAL = {  # tokens, past tokens, dtype, scale, step that scores are rounded to
+SUMS = {  # tokens, past tokens, dtype, scale, step that scores are rounded to
     "half precision": (1_041, [1_041, 1_000], torch.float16, 3.0, 1e-4),
     "around zero": (515, [515, 257], torch.float16, 0.2, 1e-6),
     "single precision": (300, [300, 1], torch.float32, 3.0, 1e-7),
@@ -159,36 +162,49 @@ EQUAL = {  # tokens, past tokens, dtype, scale, step that scores are rounded to
     "equal scores": (333, [333, 2], torch.float16, 0.0, 1.0),
 }
 if torch.cuda.is_available():
-    EQUAL |= {f"long, {past}": (32_784, [past, 32_784], torch.float16, 3.0, 1e-4) for past in (8_191, 20_001, 32_784)}
+    SUMS |= {f"long, {past}": (32_784, [past, 32_784], torch.float16, 3.0, 1e-4) for past in (8_191, 20_001, 32_784)}
 
 
 @pytest.mark.parametrize("p", [0.3, 0.85, 0.999, 1.0])
-@pytest.mark.parametrize("case", EQUAL.values(), ids=EQUAL)
-def test_both_paths_find_the_same(case, p, device, monkeypatch) -> None:
-    """Sums of weights are exact, so neither chunks nor blocks change the result, not even by one token."""
+@pytest.mark.parametrize("blocks", [None, (128, 64, 32)], ids=["blocks", "small blocks"])
+@pytest.mark.parametrize("case", SUMS.values(), ids=SUMS)
+def test_top_p_tokens_have_the_share_of_the_sum_in_double_precision(case, blocks, p, device, path, monkeypatch) -> None:
+    """The sum of all before the last top-p token is below the share, and with it the sum reaches the share."""
+    if blocks is not None:
+        _set_small_blocks(monkeypatch, *blocks)
     tokens, past, dtype, scale, step = case
     generator = torch.Generator().manual_seed(7)
     values = scale * torch.randn(2, 3, tokens, generator=generator)
     values = ((values / step).round() * step).to(device, dtype)
     seq_lens, slots = torch.tensor(past, device=device), torch.arange(2, device=device)
     best = [values[row, :, :count].float().aminmax(dim=1) for row, count in enumerate(past)]
-    extremes = torch.stack([torch.stack([each.max for each in best]), torch.stack([each.min for each in best])])[
-        ..., None
-    ]
-    found = {}
-    for path, blocks in (("whole", None), ("split", None), ("whole", (128, 64, 32)), ("split", (256, 16, 64))):
-        monkeypatch.setattr(top_p_tokens, "_forced_path", path)
-        if blocks is not None:
-            _set_small_blocks(monkeypatch, *blocks)
-        found[path, blocks] = top_p_tokens.find_top_p(values, extremes, seq_lens, slots, p)
-    first, *others = found.values()
-    for other in others:
-        for left, right in zip(first, other, strict=True):
-            assert torch.equal(left, right)
+    extremes = torch.stack([torch.stack([each.max for each in best]), torch.stack([each.min for each in best])])
+    found = top_p_tokens.find_top_p(values, extremes[..., None].contiguous(), seq_lens, slots, p)
+    thresholds, tie_ends, log_totals = (each.view(2, 3).cpu() for each in found)
+    for row, count in enumerate(past):
+        scores = values[row, :, :count].double().cpu()
+        torch.testing.assert_close(log_totals[row], scores.logsumexp(1).float(), rtol=1e-6, atol=2e-6)
+        for head in range(3):
+            order = scores[head].sort(descending=True, stable=True)
+            sums = order.values.softmax(0).cumsum(0)
+            threshold, tie_end = thresholds[row, head], int(tie_ends[row, head])
+            position = torch.arange(count)
+            is_top_p = (scores[head] > threshold) | ((scores[head] == threshold) & (position < tie_end))
+            number = int(is_top_p.sum())
+            assert is_top_p[order.indices[:number]].all()
+            if p == 1:
+                assert number == count
+                continue
+            assert sums[number - 1] >= p - 2e-6
+            assert number == 1 or sums[number - 2] < p + 2e-6
 
 
-def test_short_rows_and_many_heads_have_one_program_per_head(device) -> None:
-    sms = top_p_tokens.num_sms(device)
-    assert not top_p_tokens._is_split(1, 32_768, device)
-    assert not top_p_tokens._is_split(sms, 131_072, device)
-    assert top_p_tokens._is_split(sms - 1, 131_072, device)
+def test_selections_do_not_depend_on_the_batch(device, path) -> None:
+    """A head finds the same tokens alone and in a batch."""
+    values, seq_lens, slots = _inputs((3, 2, 2, 1040, [1040, 555, 7], torch.float16), device)
+    with force_backend("kernels"):
+        batch = top_p_scores(Scores(values, None), seq_lens, slots, 0.9).top_p
+        for row in range(3):
+            alone = top_p_scores(Scores(values[row : row + 1], None), seq_lens, slots[row : row + 1], 0.9).top_p
+            for left, right in zip(batch, alone, strict=True):
+                assert torch.equal(left.view(3, 4)[row], right)
