@@ -22,6 +22,7 @@ from sparsecache.kernels.scores import partial_query, scaled_scores
 from sparsecache.kernels.threshold import Scores, split_range
 
 _MAX_BLOCK_T, _WARPS, _STAGES = 128, 4, 4  # tokens per iteration, unless their keys have less than _MIN_TILE_BYTES
+_MAX_CODE_BLOCK_T = 256  # of codes
 _MIN_TILE_BYTES, _TILE_BYTES = 8192, 16384  # bytes of keys per iteration: fewer do not hide the latency of memory
 _MAX_SPLITS = 64
 _LONG_SPLIT = 1024  # tokens
@@ -80,14 +81,14 @@ def _launch(
     dtype = torch.float32 if (rows if step is None else q).dtype == torch.float32 else torch.float16
     scores = torch.empty((batch, kv_heads, group, stride), device=device, dtype=dtype)
     extremes = torch.empty((3 if with_sums else 2, batch, heads, splits), device=device, dtype=torch.float32)
-    block_i = next_power_of_2(width, 16)
+    block_i, max_block_t = next_power_of_2(width, 16), _MAX_BLOCK_T if step is None else _MAX_CODE_BLOCK_T
     row_bytes = block_i * rows.element_size()
     _score_kernel[(batch * kv_heads, splits)](
         q, q.stride(0), q.stride(1), q if projection is None else projection, rows, step, seq_lens, slots, scores,
         extremes, 1 / math.sqrt(head_dim), kv_heads, capacity, stride, head_dim, channels, width,
         extremes[0].numel(), BITS=bits, PROJECTED=projection is not None,
         BLOCK_D=next_power_of_2(head_dim, 16), BLOCK_I=block_i, GROUP=group, BLOCK_Q=next_power_of_2(group, 8),
-        BLOCK_T=min(max(_MAX_BLOCK_T, _MIN_TILE_BYTES // row_bytes), _TILE_BYTES // row_bytes),
+        BLOCK_T=min(max(max_block_t, _MIN_TILE_BYTES // row_bytes), _TILE_BYTES // row_bytes),
         SPLITS=splits, WITH_SUMS=with_sums, INTERPRETED=INTERPRETED,
         num_warps=_WARPS, num_stages=_STAGES, **pdl_options(),
     )  # fmt: skip

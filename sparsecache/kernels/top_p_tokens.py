@@ -8,7 +8,7 @@ The kernels do not sort. The lowest score of a head's top-p tokens is its thresh
 2. It sets aside the tokens in the range that remains, a few percent of all.
 3. It finds the threshold among these.
 
-For rows of more than 16,384 tokens `top_p_split` has several programs per head. Their length alone decides, so a
+For rows of more than 32,768 tokens `top_p_split` has several programs per head. Their length alone decides, so a
 head's tokens do not depend on the batch. The paths may differ by one token, since they sum in different orders.
 """
 
@@ -30,7 +30,7 @@ from sparsecache.kernels.top_p_search import (
 )
 from sparsecache.kernels.top_p_split import find_split
 
-_MAX_WHOLE = 16_384  # tokens; one program would take too long for more
+_MAX_WHOLE = 32_768  # tokens; one program would take too long for more
 _MASS_BLOCK, _LIST_BLOCK, _SEARCH_BLOCK = 512, 2048, 256  # tokens per iteration of steps 1 to 3, for few registers
 _UNROLL = 4  # a multiprocessor has few programs, so loads of one have to overlap
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sparsecache.kernels import top_p as top_p_module
 from sparsecache.kernels import top_p_split, top_p_tokens
 from sparsecache.kernels._triton import force_backend
 from sparsecache.kernels.threshold import Scores, SelectionParams, threshold_select
@@ -208,3 +209,21 @@ def test_selections_do_not_depend_on_the_batch(device, path) -> None:
             alone = top_p_scores(Scores(values[row : row + 1], None), seq_lens, slots[row : row + 1], 0.9).top_p
             for left, right in zip(batch, alone, strict=True):
                 assert torch.equal(left.view(3, 4)[row], right)
+
+
+@cases
+def test_joining_before_and_in_the_selection_select_the_same_tokens(case, device, monkeypatch) -> None:
+    values, seq_lens, slots = _inputs(case, device, ties=True)
+    tokens = values.shape[3]
+    params = SelectionParams(math.inf, torch.arange(tokens + 1, device=device) // 2, False)
+    found = []
+    with force_backend("kernels"):
+        for longest in (0, 1 << 20):
+            monkeypatch.setattr(top_p_module, "_MAX_UNJOINED", longest)
+            scores = top_p_scores(Scores(values, None), seq_lens, slots, 0.8)
+            assert scores.values.shape[2] == (1 if longest == 0 else values.shape[2])
+            selection = threshold_select(scores, seq_lens, slots, params, tokens)
+            is_selected = torch.arange(selection.positions.shape[2], device=device) < selection.counts[..., None]
+            found.append((selection.counts, selection.positions.masked_fill(~is_selected, tokens).sort(2).values))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
