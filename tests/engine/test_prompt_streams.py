@@ -50,6 +50,15 @@ def _run(decoder: SlotDecoder) -> list[Tensor]:
     return found
 
 
+def _run_without_races(decoder: SlotDecoder, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Run on fake streams, free the caches, and assert that nothing raced; return the logits."""
+    with FakeStreams(monkeypatch) as fake:
+        found = _run(decoder)
+        decoder.cache = None
+    assert fake.races == []
+    return found
+
+
 @pytest.mark.parametrize(("name", "offload"), CASES)
 @torch.inference_mode()
 def test_a_prompt_and_the_steps_around_it_do_not_race(
@@ -57,10 +66,7 @@ def test_a_prompt_and_the_steps_around_it_do_not_race(
 ) -> None:
     decoder = make_tight_decoder(name, offload)
     expected = _run(decoder)
-    with FakeStreams(monkeypatch) as fake:
-        found = _run(decoder)
-        decoder.cache = None
-    assert fake.races == []
+    found = _run_without_races(decoder, monkeypatch)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -78,10 +84,7 @@ def test_the_logsumexp_of_a_prompt_does_not_race(
     decoder = make_tight_decoder("h2o")
     expected = _run(decoder)
     monkeypatch.setattr("sparsecache.engine.decoder.prompt_attention_with_logsumexp", _with_logsumexp)
-    with FakeStreams(monkeypatch) as fake:
-        found = _run(decoder)
-        decoder.cache = None
-    assert fake.races == []
+    found = _run_without_races(decoder, monkeypatch)
     torch.testing.assert_close(found, expected)
 
 
@@ -116,10 +119,7 @@ def test_the_general_engine_does_not_race(name: str, monkeypatch: pytest.MonkeyP
     subject = MethodUnderTest.of(name)
     model = make_engine(Family("phi3", torch.device("cpu")).model, subject.make(subject.tight), WINDOW)._decoder
     expected = _run(model)
-    with FakeStreams(monkeypatch) as fake:
-        found = _run(model)
-        model.cache = None
-    assert fake.races == []
+    found = _run_without_races(model, monkeypatch)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
