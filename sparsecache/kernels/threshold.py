@@ -5,7 +5,7 @@ kernel counts tokens per bin; from the counts follows the bin that holds the thr
 in higher bins directly, in ascending order. It sets tokens in the threshold bin aside, a few percent of all. A radix
 select over those, 8 bits at a time, finds the exact threshold; the tokens at or above it are appended.
 
-In one file because both kernels share their helpers.
+In one file because both kernels share their helpers. `radix_select` has the last step.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, sortable, tl, triton
+from sparsecache.kernels.radix_select import find_bin, radix_select, write_selected
 from sparsecache.kernels.selection import (
     GroupRule,
     count_within,
@@ -90,9 +91,9 @@ def threshold_select(scores: Scores, seq_lens: Tensor, slots: Tensor, params: Se
     width: positions to allocate, at least the smaller of the largest budget and the capacity. The reference returns
     positions only as wide as the largest count.
     """
-    values, extremes, _ = scores
+    values, extremes, top_p = scores
     if extremes is not None:
-        return _launch(values, extremes, scores.top_p, seq_lens, slots, params, width)
+        return _launch(values, extremes, top_p, seq_lens, slots, params, width)
     past = seq_lens[slots]
     longest = min(int(past.max()), values.shape[3])
     values, position = values[..., :longest].float(), torch.arange(longest, device=values.device)
@@ -181,15 +182,6 @@ def _bin(margin, lowest):  # type: ignore[no-untyped-def]
     scale = 255.0 / tl.maximum(-lowest, 1e-30)
     index = tl.maximum(tl.minimum((margin - lowest) * scale, 255.0), 0.0).to(tl.int32)
     return tl.maximum(tl.minimum(index, 255), 0)  # a NaN score gives any integer
-
-
-@triton.jit
-def _find_bin(histogram, wanted):  # type: ignore[no-untyped-def]
-    """Return the bin of the wanted-th highest value, and how many values lie in higher bins."""
-    bins = tl.arange(0, 256)
-    above = tl.sum(histogram) - tl.cumsum(histogram, axis=0)  # per bin, the values in higher bins
-    found = tl.min(tl.where(above < wanted, bins, 255))
-    return found, tl.sum(tl.where(bins > found, histogram, 0))
 
 
 @triton.jit
@@ -337,7 +329,7 @@ def _select_tokens_kernel(  # type: ignore[no-untyped-def]
         mask=(other_split < SPLITS)[:, None], other=0,
     )  # fmt: skip
     histogram = tl.sum(split_histograms, axis=0)
-    threshold_bin, above = _find_bin(histogram, wanted)
+    threshold_bin, above = find_bin(histogram, wanted)
     earlier = tl.where((other_split < split)[:, None], split_histograms, 0)
     written = tl.sum(tl.where(bins[None, :] > threshold_bin, earlier, 0))  # tokens that earlier splits write
     set_aside = tl.sum(tl.where(bins[None, :] == threshold_bin, earlier, 0))
@@ -371,53 +363,5 @@ def _select_tokens_kernel(  # type: ignore[no-untyped-def]
     if tl.atomic_add(finished + kv, 1, sem="acq_rel") == SPLITS - 1:
         if wanted > 0:
             number = tl.sum(tl.where(bins == threshold_bin, histogram, 0))
-            threshold, ties = _radix_select(values, number, wanted - above, BLOCK_T)
-            _write_undecided(values, values + stride, number, threshold, ties, target + above, BLOCK_T)
-
-
-@triton.jit
-def _radix_select(values, number, wanted, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the wanted-th highest of `number` values, and how many equal to it are selected."""
-    offset = tl.arange(0, BLOCK_T)
-    largest = tl.full((BLOCK_T,), 0x7FFFFFFF, dtype=tl.int32)
-    low, high = largest, -largest
-    for first in tl.range(0, number, BLOCK_T):
-        mask = first + offset < number
-        value = tl.load(values + first + offset, mask=mask, other=0, cache_modifier=".cg")
-        low = tl.minimum(low, tl.where(mask, value, largest))
-        high = tl.maximum(high, tl.where(mask, value, -largest))
-    base = tl.min(low)
-    span = (tl.max(high) - base).to(tl.uint32, bitcast=True)  # may exceed int32
-    shift = 8 * ((span > 0xFF).to(tl.int32) + (span > 0xFFFF).to(tl.int32) + (span > 0xFFFFFF).to(tl.int32))
-    prefix = span * 0
-    while shift >= 0:
-        histogram = tl.zeros((256,), dtype=tl.int32)
-        for first in tl.range(0, number, BLOCK_T):
-            mask = first + offset < number
-            value = tl.load(values + first + offset, mask=mask, other=0, cache_modifier=".cg") - base
-            leading = value.to(tl.uint32, bitcast=True) >> shift
-            histogram += tl.histogram((leading & 255).to(tl.int32), 256, mask=mask & (leading >> 8 == prefix))
-        digit, above = _find_bin(histogram, wanted)
-        prefix = (prefix << 8) | digit.to(tl.uint32)
-        wanted -= above
-        shift -= 8
-    return base + prefix.to(tl.int32, bitcast=True), wanted
-
-
-@triton.jit
-def _write_undecided(values, tokens, number, threshold, ties, target, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write the tokens above the threshold, and the first `ties` of those equal to it."""
-    written, tied = 0, 0
-    for first in tl.range(0, number, BLOCK_T):
-        offset = first + tl.arange(0, BLOCK_T)
-        value = tl.load(values + offset, mask=offset < number, other=0, cache_modifier=".cg")
-        token = tl.load(tokens + offset, mask=offset < number, other=0, cache_modifier=".cg")
-        is_above, is_equal = (offset < number) & (value > threshold), (offset < number) & (value == threshold)
-        packed = is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16)
-        scanned = tl.cumsum(packed, axis=0)
-        rank = tied + (scanned >> 16)  # among the values equal to the threshold, from 1
-        place = written + (scanned & 0xFFFF) + tl.minimum(rank, ties) - 1
-        tl.store(target + place, token.to(tl.int64), mask=is_above | (is_equal & (rank <= ties)))
-        total = tl.sum(packed)
-        written += total & 0xFFFF
-        tied += total >> 16
+            threshold, ties = radix_select(values, number, wanted - above, BLOCK_T)
+            write_selected(values, values + stride, number, threshold, ties, target + above, BLOCK_T)
