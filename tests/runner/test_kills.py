@@ -98,7 +98,7 @@ _, arguments, seed, folder = args
 draw, kills, seen = random.Random(seed), 0, []
 while True:
     child, began = start(arguments), time.monotonic()
-    patience = draw.uniform(0.02, 0.4) * 1.15**kills
+    patience = draw.uniform(0.02, 0.15) * 1.15**kills
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done or time.monotonic() - began > patience:
