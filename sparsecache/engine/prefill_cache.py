@@ -23,7 +23,10 @@ _PADDING = 512  # tokens that a tensor of a prompt may be longer than the prompt
 
 @dataclass(frozen=True)
 class CachedPrompt:
-    """A prompt's q [H, L, D], k and v [G, L, D] per layer, its last token's logits [V], and the seconds they took."""
+    """A prompt's last queries, q [H, N, D] with N <= L, and all keys and values, k and v [G, L, D], per layer.
+
+    logits: of its last token, [V]. seconds: that reading it took.
+    """
 
     layers: LayerQKV
     logits: Tensor
@@ -37,13 +40,14 @@ class CachedPrompt:
 
 
 class PrefillCache:
-    """Prompts by token ids, for decoders of one checkpoint and dtype. limit_nbytes: the most bytes of all prompts.
+    """Prompts by token ids, for decoders of one checkpoint and dtype.
 
-    A prompt of L tokens takes layers * (H + 2 G) * D * L values.
+    limit_nbytes: the most bytes of all prompts. queries: the last queries of each prompt that are kept; None: all. A
+    prompt of L tokens takes layers * (H * min(L, queries) + 2 G * L) * D values.
     """
 
-    def __init__(self, limit_nbytes: float = math.inf) -> None:
-        self.limit_nbytes = limit_nbytes
+    def __init__(self, limit_nbytes: float = math.inf, queries: int | None = None) -> None:
+        self.limit_nbytes, self.queries = limit_nbytes, queries
         self.nbytes = 0
         self._prompts: dict[tuple[int, ...], CachedPrompt] = {}
 
@@ -74,13 +78,17 @@ class PrefillCache:
 class PrefillCachingDecoder(Decoder):
     """A Decoder that computes a prompt only if it is not in its prefill cache, which decoders may share.
 
-    A prompt for which the cache has no room is computed each time.
+    A prompt for which the cache has no room is computed each time. The cache must keep the queries that the method
+    reads (`CacheMethod.prompt_queries`).
     """
 
     def __init__(
         self, architecture: Architecture, weights: Weights, rope: Rope, method: CacheMethod, prompts: PrefillCache
     ):
         super().__init__(architecture, weights, rope, method)
+        read, kept = method.prompt_queries, prompts.queries
+        if kept is not None and (read is None or read > kept):
+            raise ValueError(f"The method reads {read or 'all'} queries of a prompt, but only {kept} are kept.")
         self._prompts = prompts
 
     def warm_attention_plan(self, tokens: int) -> None:
@@ -88,8 +96,10 @@ class PrefillCachingDecoder(Decoder):
 
     def qkv_nbytes(self, tokens: int) -> int:
         """Return the most bytes that a prompt takes in a prefill cache."""
-        shape, padding = self.shape, _PADDING if self.device.type == "cuda" else 0
-        values = shape.layers * (shape.heads + 2 * shape.kv_heads) * shape.head_dim * (tokens + padding)
+        shape, padded = self.shape, tokens + (_PADDING if self.device.type == "cuda" else 0)
+        kept = self._prompts.queries
+        queries = padded if kept is None else min(padded, kept)
+        values = shape.layers * (shape.heads * queries + 2 * shape.kv_heads * padded) * shape.head_dim
         return self.dtype.itemsize * (values + len(self._weights.head))
 
     @torch.inference_mode()
@@ -103,7 +113,8 @@ class PrefillCachingDecoder(Decoder):
             return found
         self._synchronize()
         began, layers = time.perf_counter(), LayerQKV()
-        hidden = self._forward_prompt(token_ids, lambda layer, q, k, v, _: layers.append((q, k, v)))
+        kept = self._prompts.queries
+        hidden = self._forward_prompt(token_ids, lambda layer, q, k, v, _: layers.append(_last_queries(q, k, v, kept)))
         logits = self._lm_head(hidden)[0]
         if next_tokens is not None:
             with suppress(Exception):  # reading that prompt reports the error
@@ -121,7 +132,8 @@ class PrefillCachingDecoder(Decoder):
             return super().prefill(token_ids, slot)
         cache = self._model_cache()
         with cache.prompt(slot, len(token_ids)):
-            for layer, (q, k, v) in enumerate(prompt.layers):
+            for layer, (last, k, v) in enumerate(prompt.layers):
+                q = _all_queries(last, k.shape[1])
                 with cache.prefilling(layer, q, k, v):
                     cache.layers[layer].prefill(slot, q, k, v)
         return prompt.logits.clone()  # the generator masks stop ids in place
@@ -130,6 +142,24 @@ class PrefillCachingDecoder(Decoder):
         for device in self.devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+
+
+def _last_queries(q: Tensor, k: Tensor, v: Tensor, count: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a prompt's last `count` queries and all keys and values, without the memory of the other queries."""
+    if count is None or count >= q.shape[1]:
+        return q, k, v
+    keys, values = torch.cat([k, v]).chunk(2)  # copies, since q, k and v may be views of one tensor
+    return q[:, q.shape[1] - count :].clone(), keys, values
+
+
+def _all_queries(last: Tensor, length: int) -> Tensor:
+    """Return queries [H, L, D] of a prompt, NaN for those that were dropped."""
+    heads, count, head_dim = last.shape
+    if count == length:
+        return last
+    queries = last.new_full((heads, length, head_dim), torch.nan)
+    queries[:, length - count :] = last
+    return queries
 
 
 def _key(token_ids: Tensor) -> tuple[int, ...]:

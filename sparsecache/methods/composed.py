@@ -49,6 +49,11 @@ class Composed(CacheMethod):
         self._evict.storage = getattr(select, "storage", "full")  # for layers that are dense in `select` only
         self.uses_rope = evict.uses_rope
 
+    @property
+    def prompt_queries(self) -> int | None:
+        evict, select = self._evict.prompt_queries, self._select.prompt_queries
+        return None if evict is None or select is None else max(evict, select)
+
     def check(self, shape: Shape) -> None:
         with _part_named("evict", self.evict):
             self._evict.check(shape)

@@ -23,6 +23,8 @@ from sparsecache.cache.partial_keys import PartialKeyMethod
 class DoubleSparse(PartialKeyMethod):
     """Selects by the channels that weigh most in scores."""
 
+    prompt_queries = 0
+
     def projection(self, q: Tensor, k: Tensor) -> Tensor:
         weight = (q.double() * k.double()[:, None]).abs().mean(2).sum(1)  # [G, D]
         order = weight.sort(dim=-1, descending=True, stable=True).indices

@@ -48,6 +48,7 @@ class DuoAttention(CacheMethod):
         "storage": "in streaming heads a new token takes the row of an old one, but keys are quantised in groups of "
         "neighbours. Use kivi, or a method that evicts once, such as snapkv."
     }
+    prompt_queries = 0
 
     gates: Annotated[FilePath | None, "file of gates: a line per layer, tabs between KV heads; none: estimated"] = None
     sparsity: Annotated[float, "share of the KV heads that are streaming heads, 0 to 1"] = 0.5

@@ -29,6 +29,7 @@ from sparsecache.methods.quest import Quest, QuestCache
 class FreeKV(Quest):
     """Selects pages by the previous step's query, unless the query has changed much."""
 
+    prompt_queries = 1
     forces_newest: ClassVar[bool] = False  # `recent` sets how many of the last pages are selected
 
     page: Annotated[int, "tokens in a page, 1 to 1024"] = 32

@@ -23,6 +23,8 @@ from sparsecache.cache.eviction import EvictionMethod, pin_last
 class KeyDiff(EvictionMethod):
     """Keeps the prompt tokens with the most distinctive keys, and every new token."""
 
+    prompt_queries = 0
+
     recent: Annotated[int, "last prompt tokens that always stay, 0 or more"] = 0
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ class KIVI(CacheMethod):
 
     kind: ClassVar[MethodKind] = "quantised"
     absent_options: ClassVar[Mapping[str, str]] = {"storage": "its option bits sets the storage: 2, 4 or 8."}
+    prompt_queries = 0
 
     bits: Annotated[int, "bits per value: 2, 4 or 8"] = 2
     group: Annotated[int, "tokens per group of keys, and channels per group of values: 16, 32, 64 or 128"] = GROUP

@@ -27,6 +27,8 @@ _MIN_RANGE = 1e-6  # so that a constant channel does not divide by 0
 class LagKV(EvictionMethod):
     """Keeps the prompt tokens that stand out from the next partition, and every new token."""
 
+    prompt_queries = 0
+
     lag: Annotated[int, "tokens in a partition, 2 or more"] = 128
     sinks: Annotated[int, "first tokens that always stay, 0 or more"] = 16
 

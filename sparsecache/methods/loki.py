@@ -23,6 +23,8 @@ from sparsecache.cache.partial_keys import PartialKeyMethod
 class Loki(PartialKeyMethod):
     """Selects by the principal components of keys."""
 
+    prompt_queries = 0
+
     def projection(self, q: Tensor, k: Tensor) -> Tensor:
         centred = k.double() - k.double().mean(1, keepdim=True)
         _, components = torch.linalg.eigh(centred.mT @ centred)  # in order of rising variance

@@ -31,6 +31,8 @@ _DEPTHS = 8 / 32, 18 / 32
 class OmniKV(SharedSelectionMethod):
     """Selects in a few layers, by the highest attention of any head, for the layers after them."""
 
+    prompt_queries = 0
+
     filter_layers: Annotated[
         str | None, "further layers that select, separated by commas; none: at 8/32 and 18/32 of the layers"
     ] = None

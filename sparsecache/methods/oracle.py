@@ -18,5 +18,7 @@ from sparsecache.kernels.threshold import Selection
 class Oracle(SelectionMethod):
     """Selects by the true query and all keys."""
 
+    prompt_queries = 0
+
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
         return cache.select_by_keys(q, slots)

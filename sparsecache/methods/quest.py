@@ -32,6 +32,7 @@ class Quest(SelectionMethod):
     forces_newest: whether the newest page is always selected.
     """
 
+    prompt_queries = 0
     mean_bounds: ClassVar[bool] = False
     forces_newest: ClassVar[bool] = True
 

@@ -18,6 +18,8 @@ from sparsecache.kernels.threshold import Selection
 class Random(SelectionMethod):
     """Selects past tokens at random."""
 
+    prompt_queries = 0
+
     seed: Annotated[int, "seed of the random numbers"] = 0
 
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:

@@ -52,6 +52,10 @@ class RKV(SparseMethod):
         if not 0 <= self.weight <= 1:
             raise ValueError(f"weight={self.weight} must be 0 to 1.")
 
+    @property
+    def prompt_queries(self) -> int:
+        return self.window
+
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "RKVCache":
         return RKVCache(self, layer, config)
 

@@ -66,6 +66,7 @@ class ShadowKV(SparseMethod):
     }
     budget_excludes_generated: ClassVar[bool] = True
     uses_rope = True
+    prompt_queries = 0
 
     budget: Annotated[float, "prompt tokens attended to, new ones not counted: a share up to 1, else a count"] = 0.2
     rank: Annotated[int, "rank of the keys of all KV heads together, 1 to their channels"] = _RANK

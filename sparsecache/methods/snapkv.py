@@ -33,6 +33,10 @@ class SnapKV(EvictionMethod):
         super().__post_init__()
         check_voting(self.window, self.kernel)
 
+    @property
+    def prompt_queries(self) -> int:
+        return self.window
+
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         before = max(0, k.shape[1] - self.window)
         votes = attention_sums(q, k, first=before)

@@ -37,6 +37,8 @@ _ALIGNMENT = 16  # tokens: so that reads of many tokens at once are aligned
 class SparQ(SelectionMethod):
     """Scores tokens by the largest channels of the query, and corrects the output by the mean value."""
 
+    prompt_queries = 0
+
     channels: Annotated[float, "channels that score tokens: a share of them up to 1, else a count"] = 0.25
     recent: Annotated[float, "share of the budget that the most recent tokens get, 0 to 1"] = 0.25
     mean_value: Annotated[bool, "whether the mean value stands for the tokens that are not selected"] = True

@@ -26,6 +26,7 @@ class Streaming(SparseMethod):
 
     kind: ClassVar[MethodKind] = "eviction"
     absent_options = NO_STORAGE
+    prompt_queries = 0
 
     budget: Annotated[float, "most past tokens kept, sinks included: a share of them up to 1, else a count"] = 0.2
     sinks: Annotated[int, "first tokens that are always kept, 0 or more"] = 4

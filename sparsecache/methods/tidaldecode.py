@@ -28,6 +28,8 @@ _DEPTH = 13 / 32
 class TidalDecode(SharedSelectionMethod):
     """Selects in two layers, by true scores, for the layers after them."""
 
+    prompt_queries = 0
+
     reselection_layer: Annotated[int | None, "layer that selects again; none: 13/32 of the layers"] = None
 
     def check(self, shape: Shape) -> None:

@@ -28,6 +28,8 @@ from sparsecache.kernels.top_p import top_p_scores
 class TopP(SelectionMethod):
     """Selects as many tokens as make a share of the attention."""
 
+    prompt_queries = 0
+
     p: Annotated[float, "share of the attention to past tokens that the selected ones must reach, above 0 to 1"] = 0.85
 
     def __post_init__(self) -> None:

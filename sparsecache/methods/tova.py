@@ -27,6 +27,7 @@ class TOVA(SparseMethod):
 
     kind: ClassVar[MethodKind] = "eviction"
     absent_options = NO_STORAGE
+    prompt_queries = 1
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "TOVACache":
         return TOVACache(self, layer, config)

@@ -15,6 +15,7 @@ class Vanilla(CacheMethod):
     """Keeps and attends to everything."""
 
     absent_options: ClassVar[Mapping[str, str]] = {"storage": "it is the baseline in full precision. Use kivi."}
+    prompt_queries = 0
 
     offload: Annotated[bool, "keep keys and values in pinned host memory, read whole at every step"] = False
 

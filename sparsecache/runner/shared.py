@@ -1,7 +1,8 @@
 """Predicts several runs of one checkpoint in one process: weights are loaded once, and each prompt is read once.
 
-The runs differ in method, options and name. Prompts are read in groups, the longest first. A group's queries, keys and
-values stay in memory while every run decodes the group's rows.
+The runs differ in method, options and name. Prompts are read in groups, the longest first. A group's keys and values,
+and the queries that methods read, stay in memory while every run decodes the group's rows. If memory does not suffice
+for all queries of all prompts, runs that read few of them come first, and the prompts are read again for the others.
 
 In one file because the steps of a group share its prompts, its runs and their errors.
 """
@@ -156,21 +157,14 @@ class _SharedPrediction:
             with self._errors_recorded(run):
                 _start(run)
         jobs = self._jobs(context)
-        prompts = PrefillCache()
-        reader = PrefillCachingDecoder(*model, Vanilla(), prompts)
+        reader = PrefillCachingDecoder(*model, Vanilla(), PrefillCache())
         limit = self._limit or _memory_for_prompts(reader, context.slots, jobs[0].tokens if jobs else 0)
-        groups = list(split_by_size(jobs, lambda job: reader.qkv_nbytes(job.tokens), limit))
-        self._on_progress(
-            f"{len(self._open)} runs, {len(jobs)} prompts in {len(groups)} group{'s' * (len(groups) != 1)}; up to "
-            f"{limit / _GIB:.1f} GiB for their queries, keys and values (--limit_memory)"
-        )
+        fits = sum(reader.qkv_nbytes(job.tokens) for job in jobs) <= limit
         gc.collect()
         gc.freeze()  # existing objects stay, so that collections between runs are fast
         try:
-            for number, group in enumerate(groups, 1):
-                if self._open:
-                    prompts.clear(limit)
-                    self._predict_group(f"group {number} of {len(groups)}", group, model, reader, prompts)
+            for runs in [self._open] if fits else _by_queries(self._open):
+                self._predict_runs([run for run in runs if run.is_open], jobs, model, limit)
         finally:
             gc.unfreeze()
         for run in self._open:
@@ -209,8 +203,32 @@ class _SharedPrediction:
                     jobs.append(_Job(dataset, row, None, error))
         return sorted(jobs, key=lambda job: job.tokens, reverse=True)
 
+    def _predict_runs(self, runs: list[SharedRun], jobs: list[_Job], model: LoadedModel, limit: float) -> None:
+        """Decodes the rows that the runs miss; prompts take at most `limit` bytes."""
+        missing = {key for run in runs for key in run.missing}
+        jobs = [job for job in jobs if job.key in missing]
+        read = [run.required_run.context.method.prompt_queries for run in runs]
+        prompts = PrefillCache(queries=None if None in read else max(filter(None, read), default=0))
+        reader = PrefillCachingDecoder(*model, Vanilla(), prompts)
+        groups = list(split_by_size(jobs, lambda job: reader.qkv_nbytes(job.tokens), limit))
+        kept = "all queries" if prompts.queries is None else f"{prompts.queries} queries of each"
+        self._on_progress(
+            f"{len(runs)} runs, {len(jobs)} prompts in {len(groups)} group{'s' * (len(groups) != 1)}; up to "
+            f"{limit / _GIB:.1f} GiB for their keys and values, and {kept} (--limit_memory)"
+        )
+        for number, group in enumerate(groups, 1):
+            if any(run.is_open for run in runs):
+                prompts.clear(limit)
+                self._predict_group(f"group {number} of {len(groups)}", runs, group, model, reader, prompts)
+
     def _predict_group(
-        self, name: str, group: list[_Job], model: LoadedModel, reader: PrefillCachingDecoder, prompts: PrefillCache
+        self,
+        name: str,
+        runs: list[SharedRun],
+        group: list[_Job],
+        model: LoadedModel,
+        reader: PrefillCachingDecoder,
+        prompts: PrefillCache,
     ) -> None:
         """Reads the prompts of a group, and decodes its rows with every run."""
         began = time.monotonic()
@@ -221,9 +239,8 @@ class _SharedPrediction:
             f"{name}: {len(prompts)} of {len(group)} prompts read, {group[-1].tokens:,} to {group[0].tokens:,} tokens, "
             f"{prompts.nbytes / _GIB:.1f} GiB, {time.monotonic() - began:.1f} s{others}{self._elapsed()}"
         )
-        runs = self._open
         for number, run in enumerate(runs, 1):
-            if not run.is_open:  # the GPU failed meanwhile
+            if not run.is_open:  # it failed in another group, or the GPU did
                 continue
             start = time.monotonic()
             with self._errors_recorded(run):
@@ -327,6 +344,13 @@ def split_by_size(items: Sequence[Item], nbytes: Callable[[Item], int], limit: f
         total += nbytes(item)
     if group:
         yield group
+
+
+def _by_queries(runs: list[SharedRun]) -> list[list[SharedRun]]:
+    """Returns the runs whose methods read few queries of a prompt, and those that read all; no empty list."""
+    reads_all = [run.required_run.context.method.prompt_queries is None for run in runs]
+    parts = ([run for run, all_ in zip(runs, reads_all, strict=True) if all_ == wanted] for wanted in (False, True))
+    return [part for part in parts if part]
 
 
 def _needs_work(run: SharedRun) -> bool:

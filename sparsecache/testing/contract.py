@@ -35,6 +35,7 @@ from sparsecache.engine.families import family_names, load_family
 from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
+from sparsecache.engine.prefill_cache import PrefillCache, PrefillCachingDecoder
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights
 from sparsecache.errors import UsageError, listed
@@ -100,10 +101,14 @@ class MethodUnderTest:
         return [{}, self.tight] if self.tight else [{}]
 
 
-def make_decoder(checkpoint: Path, method: CacheMethod) -> Decoder:
-    """Return a decoder of a checkpoint over a method, calibrated if it needs to be."""
+def make_decoder(checkpoint: Path, method: CacheMethod, prompts: PrefillCache | None = None) -> Decoder:
+    """Return a decoder of a checkpoint over a method, calibrated if it needs to be.
+
+    prompts: a prefill cache that the decoder takes prompts from.
+    """
     found, architecture, weights = _read(checkpoint)
-    decoder = Decoder(architecture, weights, Rope(found.config, CPU), method)
+    model = architecture, weights, Rope(found.config, CPU), method
+    decoder = Decoder(*model) if prompts is None else PrefillCachingDecoder(*model, prompts)
     method.check(decoder.shape)
     text = method.calibration_text()
     if text is not None:
@@ -222,6 +227,18 @@ def check_free_slots(decoder: Decoder) -> None:
         require(close, "a step that names a free slot changes the logits of another one")
 
 
+def check_prompt_queries(checkpoint: Path, new: Callable[[], CacheMethod]) -> None:
+    """Texts do not depend on the queries of a prompt that the method declares not to read."""
+    count = new().prompt_queries
+    if count is None:
+        return
+    every, last = (PrefillCache(queries=queries) for queries in (None, count))
+    found, expected = (
+        texts(Generator(make_decoder(checkpoint, new(), prompts), 2), [0, 2]) for prompts in (last, every)
+    )
+    require(found == expected, f"prompt_queries={count}, but a text changes if a prompt's earlier queries are NaN")
+
+
 def check_tight_changes(subject: MethodUnderTest, checkpoint: Path) -> None:
     """Options that drop tokens change the text; without that the other checks show little."""
     if subject.tight:
@@ -298,6 +315,7 @@ def _checks_with(subject: MethodUnderTest, checkpoint: Path, options: Options) -
     yield f"counts are those of the tokens attended to, {named}", lambda: check_counts(new())
     yield f"freeing a free slot does nothing, {named}", lambda: check_free_empty_slot(new())
     yield f"a text depends on its prompt alone, {named}", lambda: check_independence(new_engine)
+    yield f"no more than prompt_queries are read, {named}", lambda: check_prompt_queries(checkpoint, new)
     yield f"free slots change nothing, {named}", lambda: check_free_slots(make_decoder(checkpoint, new()))
 
 

@@ -15,6 +15,7 @@ from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.prefill_cache import PrefillCache, PrefillCachingDecoder
 from sparsecache.engine.rope import Rope
 from sparsecache.methods.h2o import H2O
+from sparsecache.methods.snapkv import SnapKV
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.testing.contract import MethodUnderTest
 
@@ -101,12 +102,32 @@ def test_a_cleared_cache_holds_nothing(model, make_prompts, count_prompts) -> No
     assert len(count_prompts) == 2
 
 
+def test_a_cache_of_few_queries_takes_less_memory_and_refuses_methods_that_read_more(model, make_prompts) -> None:
+    (prompt,) = make_prompts(40, seed=7)
+    bounds, taken = [], []
+    for queries in (0, 3, 40, None):
+        prompts = PrefillCache(queries=queries)
+        reader = PrefillCachingDecoder(*model, Vanilla(), prompts)
+        reader.cache_prompt(torch.tensor(prompt))
+        bounds.append(reader.qkv_nbytes(40))
+        taken.append(prompts.nbytes)
+    assert taken == bounds and taken[0] < taken[1] < taken[2] == taken[3]
+    shape, value = reader.shape, torch.float32.itemsize
+    assert taken[1] - taken[0] == 3 * shape.layers * shape.heads * shape.head_dim * value
+    assert taken[3] - taken[0] == 40 * shape.layers * shape.heads * shape.head_dim * value
+    for method, count in ((H2O(), "all"), (SnapKV(window=4), "4")):
+        with pytest.raises(ValueError, match=f"reads {count} queries of a prompt, but only 3 are kept"):
+            PrefillCachingDecoder(*model, method, PrefillCache(queries=3))
+    PrefillCachingDecoder(*model, SnapKV(window=3), PrefillCache(queries=3))
+
+
 @needs_gpu
-@pytest.mark.parametrize("name", ["vanilla", "snapkv", "h2o", "quest", "oracle"])
+@pytest.mark.parametrize("name", ["vanilla", "snapkv", "rkv", "tova", "freekv", "h2o", "infinigen", "quest", "oracle"])
 def test_on_a_gpu_texts_are_those_of_prompts_that_are_read_each_time(name, make_checkpoint, make_prompts) -> None:
-    """With CUDA graphs, in half precision, whose prompts are padded."""
+    """With CUDA graphs, in half precision, whose prompts are padded, and with no more queries than the method reads."""
     parts, prompts = load(make_checkpoint(), GPU, torch.bfloat16), make_prompts(700, 300, 30, seed=6)
-    shared = PrefillCache()
+    tight = MethodUnderTest.of(name)
+    shared = PrefillCache(queries=tight.make(tight.tight).prompt_queries)
     reader = PrefillCachingDecoder(*parts, Vanilla(), shared)
     for prompt, following in zip(prompts, [300, 30, None], strict=True):
         before = shared.nbytes
@@ -114,7 +135,6 @@ def test_on_a_gpu_texts_are_those_of_prompts_that_are_read_each_time(name, make_
         assert 0 < shared.nbytes - before <= reader.qkv_nbytes(len(prompt))
     found = []
     for make in (lambda method: Decoder(*parts, method), lambda method: PrefillCachingDecoder(*parts, method, shared)):
-        tight = MethodUnderTest.of(name)
         done = decode(make(tight.make(tight.tight)), prompts)
         assert [each.error for each in done] == [None] * 3
         found.append([(each.token_ids, each.report) for each in done])

@@ -23,6 +23,20 @@ def _families(at: int, method: str) -> list[str]:
     return OTHERS if takes_more else [OTHERS[at % len(OTHERS)]]
 
 
+READ_ALL = {"h2o", "expected_attention", "lrqk"}
+
+
+def test_few_methods_read_all_queries_of_a_prompt() -> None:
+    made = {method: MethodUnderTest.of(method).make({}) for method in method_names()}
+    assert {method for method, each in made.items() if each.prompt_queries is None} == READ_ALL
+    assert made["composed"].prompt_queries == made["snapkv"].prompt_queries == 32
+
+    class Derived(type(made["oracle"])):  # type: ignore[misc]
+        """It may read more."""
+
+    assert Derived().prompt_queries is None
+
+
 PAIRS = [(method, family) for at, method in enumerate(method_names()) for family in _families(at, method)]
 
 

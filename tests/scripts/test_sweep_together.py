@@ -97,9 +97,11 @@ def test_every_run_has_the_rows_and_the_identity_of_its_own_command(
     )
     done = sweep(METHODS, "--out", "out", "--limit_memory", "0.0018")
     assert done.exit_code == 0, done.output
-    assert "4 prompts in 2 groups" in done.stderr and len(loads) == 1
-    prompts = [length for length in read_prompts if length <= 1024]  # not the calibration text
-    assert len(prompts) == 4 and prompts == sorted(prompts, reverse=True)
+    assert "2 runs, 4 prompts in 1 group;" in done.stderr and "0 queries of each" in done.stderr
+    assert "1 runs, 4 prompts in 2 groups;" in done.stderr and "all queries" in done.stderr
+    assert len(loads) == 1
+    for prompts in (read_prompts[:4], read_prompts[4:]):  # h2o reads all queries
+        assert len(prompts) == 4 and prompts == sorted(prompts, reverse=True)
     facts = json.loads((tmp_path / "out" / "tiny.json").read_text())
     means = [fact["run"] for fact in facts["rows"] if fact["name"] == "flat_mean"]
     assert means == NAMES and facts["title"] == "tiny on synthetic rows"

@@ -186,10 +186,21 @@ def _selecting(cache: type[SelectionCache]) -> type[SelectionMethod]:
     return Method
 
 
+@dataclass
+class _VotesOfAWindow(EvictionMethod):
+    """Declares to read fewer queries than it reads."""
+
+    prompt_queries = 2
+
+    def score(self, q, k, v):
+        return (q[:, -3:].mean((0, 1)) * k).sum(2)
+
+
 INPUTS = "inputs are unchanged, outputs fit, with the defaults"
 COUNTS = "counts are those of the tokens attended to, with the defaults"
 ALONE = "a text depends on its prompt alone, with the defaults"
 FREE = "free slots change nothing, with the defaults"
+QUERIES = "no more than prompt_queries are read, with the defaults"
 
 
 @pytest.mark.parametrize(
@@ -210,6 +221,7 @@ FREE = "free slots change nothing, with the defaults"
         (_full(_TakesRowsForSlots), ALONE, "a text differs from its own"),
         (_full(_ReadsEverySlot), FREE, "changes the logits of another one"),
         (_full(_FailsWhenFull), FREE, "a slot is full"),
+        (_VotesOfAWindow, QUERIES, "prompt_queries=2, but a text changes"),
         (_DropsOneToken, "lossless options give the text of transformers", "the text differs from transformers'"),
         (_IgnoresTheBudget, "tight options change the text", "the text is that of the full cache"),
         (_IgnoresTheBudget, "no step exceeds the budget", r"1\.0 of the past tokens are attended to"),
@@ -258,7 +270,7 @@ def _command(*arguments: str) -> tuple[int, str]:
 def test_the_command_passes_the_example(repo) -> None:
     code, output = _command(str(repo / "examples" / "knorm.py"), "--model_type", "llama")
     assert code == 0 and "FAILED" not in output and output.endswith("All checks passed.\n")
-    assert output.count("passed  ") == 14
+    assert output.count("passed  ") == 16
 
 
 def test_the_command_names_the_failed_checks(tmp_path) -> None:

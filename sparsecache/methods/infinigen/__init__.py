@@ -127,6 +127,10 @@ class InfiniGen(SparseMethod):
         if self.gpu_cache and not self.offload:
             raise ValueError(f"gpu_cache={self.gpu_cache} keeps offloaded tokens on the GPU: give offload=true too.")
 
+    @property
+    def prompt_queries(self) -> int | None:
+        return 0 if self.partial_weight_ratio in (None, 1.0) else None  # all choose the channels
+
     def check(self, shape: Shape) -> None:
         super().check(shape)
         channels = self.channels(shape)
