@@ -146,10 +146,10 @@ class PrefillCachingDecoder(Decoder):
 
 def _last_queries(q: Tensor, k: Tensor, v: Tensor, count: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return a prompt's last `count` queries and all keys and values, without the memory of the other queries."""
-    if count is None or count >= q.shape[1]:
+    if count is None:
         return q, k, v
     keys, values = torch.cat([k, v]).chunk(2)  # copies, since q, k and v may be views of one tensor
-    return q[:, q.shape[1] - count :].clone(), keys, values
+    return q[:, max(0, q.shape[1] - count) :].clone(), keys, values
 
 
 def _all_queries(last: Tensor, length: int) -> Tensor:

@@ -89,7 +89,7 @@ class SharedRun:
         return self.run is not None and not self.error and not self.skipped
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Job:
     """A row that some run misses, with its prompt, or the error of building it."""
 
@@ -210,35 +210,34 @@ class _SharedPrediction:
         read = [run.required_run.context.method.prompt_queries for run in runs]
         prompts = PrefillCache(queries=None if None in read else max(filter(None, read), default=0))
         reader = PrefillCachingDecoder(*model, Vanilla(), prompts)
-        groups = list(split_by_size(jobs, lambda job: reader.qkv_nbytes(job.tokens), limit))
+
+        def groups() -> list[list[_Job]]:
+            return list(split_by_size(jobs, lambda job: reader.qkv_nbytes(job.tokens), limit))
+
         kept = "all queries" if prompts.queries is None else f"{prompts.queries} queries of each"
         self._on_progress(
-            f"{len(runs)} runs, {len(jobs)} prompts in {len(groups)} group{'s' * (len(groups) != 1)}; up to "
+            f"{len(runs)} runs, {len(jobs)} prompts in {len(groups())} group{'s' * (len(groups()) != 1)}; up to "
             f"{limit / _GIB:.1f} GiB for their keys and values, and {kept} (--limit_memory)"
         )
-        for number, group in enumerate(groups, 1):
-            if any(run.is_open for run in runs):
-                prompts.clear(limit)
-                self._predict_group(f"group {number} of {len(groups)}", runs, group, model, reader, prompts)
+        number = 0
+        while jobs and any(run.is_open for run in runs):
+            number, began = number + 1, time.monotonic()
+            prompts.clear(limit)
+            group = self._read(groups()[0], reader, prompts)
+            prompts.limit_nbytes = prompts.nbytes  # keeps none of those that runs read themselves
+            jobs = [job for job in jobs if job not in set(group)]
+            name, left = f"group {number} of {number + len(groups())}", len(group) - len(prompts)
+            others = f"; each run reads the other {left}" if left else ""
+            self._on_progress(
+                f"{name}: {len(prompts)} of {len(group)} prompts read, {group[-1].tokens:,} to {group[0].tokens:,} "
+                f"tokens, {prompts.nbytes / _GIB:.1f} GiB, {time.monotonic() - began:.1f} s{others}{self._elapsed()}"
+            )
+            self._predict_group(name, runs, group, model, prompts)
 
     def _predict_group(
-        self,
-        name: str,
-        runs: list[SharedRun],
-        group: list[_Job],
-        model: LoadedModel,
-        reader: PrefillCachingDecoder,
-        prompts: PrefillCache,
+        self, name: str, runs: list[SharedRun], group: list[_Job], model: LoadedModel, prompts: PrefillCache
     ) -> None:
-        """Reads the prompts of a group, and decodes its rows with every run."""
-        began = time.monotonic()
-        self._read(group, reader, prompts)
-        prompts.limit_nbytes = prompts.nbytes  # keeps none of those that runs read themselves
-        others = f"; each run reads the other {left}" if (left := len(group) - len(prompts)) else ""
-        self._on_progress(
-            f"{name}: {len(prompts)} of {len(group)} prompts read, {group[-1].tokens:,} to {group[0].tokens:,} tokens, "
-            f"{prompts.nbytes / _GIB:.1f} GiB, {time.monotonic() - began:.1f} s{others}{self._elapsed()}"
-        )
+        """Decodes the rows of a group with every run."""
         for number, run in enumerate(runs, 1):
             if not run.is_open:  # it failed in another group, or the GPU did
                 continue
@@ -253,18 +252,21 @@ class _SharedPrediction:
                 )
             gc.collect()  # caches and methods may refer to each other
 
-    def _read(self, group: list[_Job], reader: PrefillCachingDecoder, prompts: PrefillCache) -> None:
-        """Reads the prompts of a group, as far as memory suffices."""
-        lists = [job.prompt.token_ids for job in group if job.prompt]
-        for at, token_ids in enumerate(lists):
-            following = len(lists[at + 1]) if at + 1 < len(lists) else None
+    def _read(self, group: list[_Job], reader: PrefillCachingDecoder, prompts: PrefillCache) -> list[_Job]:
+        """Reads the prompts of a group; returns its jobs, those that are left if memory becomes short meanwhile."""
+        read = [(job, torch.tensor(job.prompt.token_ids)) for job in group if job.prompt]
+        for at, (_, token_ids) in enumerate(read):
+            following = len(read[at + 1][1]) if at + 1 < len(read) else None
             try:
-                reader.cache_prompt(torch.tensor(token_ids, device=reader.device), following)
+                reader.cache_prompt(token_ids.to(reader.device), following)
             except torch.OutOfMemoryError:  # what is free changed since the start; the runs need memory, too
                 prompts.shrink(prompts.nbytes / 2)
                 torch.cuda.empty_cache()
+                self._on_progress(f"Memory became short: {len(prompts)} of {len(group)} prompts stay in this group.")
+                return [job for job, tokens in read if prompts.get(tokens) is not None] or group
             except Exception as error:  # each run that reads the prompt itself reports it
                 self._on_progress(f"A prompt could not be read: {one_line(error)}")
+        return group
 
     def _decode(
         self, run: SharedRun, group: list[_Job], model: LoadedModel, prompts: PrefillCache

@@ -197,19 +197,20 @@ def test_an_error_of_the_gpu_is_told_without_advice_for_debugging(error, told, s
 
 
 def test_prompts_leave_room_for_the_runs_if_memory_is_short(sweep, alone, tmp_path: Path, monkeypatch) -> None:
-    """Another program takes memory after the second of four prompts."""
+    """Another program takes memory after the third of four prompts."""
     original, read = Decoder._forward_prompt, []
 
     def prompt(decoder: Decoder, token_ids: Any, *others: Any) -> Any:
         read.append(len(token_ids))
-        if len(read) == 3:
+        if len(read) == 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(decoder, token_ids, *others)
 
     monkeypatch.setattr(Decoder, "_forward_prompt", prompt)
     done = sweep(METHODS.replace(', "infinigen"', ""))
-    assert done.exit_code == 0 and "1 of 4 prompts read" in done.stderr, done.output
-    assert len(read) == 4 + 2 * 3  # one is left, and each of two runs reads the others
+    assert done.exit_code == 0 and "1 of 4 prompts stay in this group" in done.stderr, done.output
+    assert "group 1 of 2: 1 of 1 prompts read" in done.stderr and "group 2 of 2: 3 of 3 prompts read" in done.stderr
+    assert len(read) == 4 + 3  # one is left, and the others are read with the next group
     assert alone(NAMES[1], tmp_path / "alone").exit_code == 0
     assert rows(tmp_path / "pred" / "tiny" / NAMES[1]) == rows(tmp_path / "alone" / "tiny" / NAMES[1])
 
