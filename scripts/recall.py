@@ -127,7 +127,7 @@ class RecordingInfiniGen(InfiniGen):
         cache = super().make_cache(layer, config)
         if not isinstance(cache, InfiniGenCache):
             return cache
-        self._recording.append(RecordingCache(cache, config, self.joined_by))
+        self._recording.append(RecordingCache(cache, config, self.group))
         return self._recording[-1]
 
     def report(self, stats: SequenceStats) -> dict[str, Any]:

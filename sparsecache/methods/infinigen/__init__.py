@@ -7,8 +7,8 @@ cache is in host memory.
 A channel of a partial key has 16 bits, or a code of 8 or 4 bits (`partial_bits`). Where all channels speculate, partial
 keys are the keys or their codes: nothing is skewed, and no calibration is needed.
 
-GQA: the paper has one KV head per query head. Here a token's score for a KV head is its mean probability over the
-head's queries, or with `group=max` how near it comes to the best score of one of them. A KV head has one skewing matrix
+GQA: the paper has one KV head per query head. Here a token's score for a KV head is how near it comes to the best score
+of one of the head's queries, or with `group=softmax` its mean probability over them. A KV head has one skewing matrix
 and one set of partial channels.
 
 Differences: keys are rotated by RoPE, so the skewing matrix is made and applied after it. The paper has no codes. By
@@ -83,10 +83,8 @@ class InfiniGen(SparseMethod):
     budget: Annotated[float, "most past tokens selected: a share of them up to 1, else a count"] = 0.05
     fetch: Annotated[CountRule, "one count per layer, the mean over its KV heads, or a count per head"] = "mean"
     group: Annotated[
-        GroupRule | None,
-        "how a KV head joins its query heads: the largest score margin, or the mean probability; none: softmax with "
-        "alpha=inf, else max",
-    ] = None
+        GroupRule, "how a KV head joins its query heads: the largest score margin, or the mean probability"
+    ] = "max"
     dense_layers: Annotated[int, "first layers that attend to all past tokens, 1 or more"] = 2
     skew: Annotated[
         bool, "rotate queries and keys so that few channels carry more of the score; without effect on all channels"
@@ -111,7 +109,7 @@ class InfiniGen(SparseMethod):
             raise ValueError(f"alpha={self.alpha} must be 0 or more (inf: no limit but the budget).")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (1: no limit).")
-        if self.joined_by != "max" and not math.isinf(self.alpha):
+        if self.group != "max" and not math.isinf(self.alpha):
             raise ValueError(
                 f"alpha={self.alpha} limits the distance to a query head's best score, which group={self.group} does "
                 f"not know: give alpha=inf too, and limit tokens by budget or top_p."
@@ -144,11 +142,6 @@ class InfiniGen(SparseMethod):
                 f"partial_bits=4 stores two channels in a byte, but {channels} of {shape.head_dim} channels speculate. "
                 f"Give a partial_weight_ratio of an even number of channels, or partial_bits=8."
             )
-
-    @property
-    def joined_by(self) -> GroupRule:
-        """Return how a KV head joins its query heads: `group`, or the default for `alpha`."""
-        return self.group or ("softmax" if math.isinf(self.alpha) else "max")
 
     def channels(self, shape: Shape) -> int:
         """Return how many channels of a key speculate."""

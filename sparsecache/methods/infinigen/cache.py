@@ -78,7 +78,7 @@ class InfiniGenCache(LayerCache):
         self.speculation_source = method.guess
         self._offload, self._streams = method.offload, streams
         self._params = SelectionParams(
-            method.alpha, budgets, method.fetch == "mean", method.sinks, method.recent, method.joined_by, method.top_p
+            method.alpha, budgets, method.fetch == "mean", method.sinks, method.recent, method.group, method.top_p
         )
         self._width = min(config.max_tokens, int(budgets[-1]))
         self._partial = PartialKeys(matrices, method.channels(config.shape), config, method.partial_bits)

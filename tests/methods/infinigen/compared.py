@@ -47,9 +47,9 @@ class Step:
 class ComparedRun:
     """InfiniGen over random tensors. Prompts go into slots 1, 2, ...; slot 0 stays free.
 
-    Options that are not given are the defaults, but 32 channels in 16 bits and group=max. Their scores of whole numbers
-    are exact. draw(*size): makes tensors; if given, they are exact in every dtype and so are ties. cache: a ModelCache
-    of the same options to use instead of a new one. compare: whether to compare with the slow reference.
+    Options that are not given are the defaults, but 32 channels in 16 bits. Their scores of whole numbers are exact.
+    draw(*size): makes tensors; if given, they are exact in every dtype and so are ties. cache: a ModelCache of the same
+    options to use instead of a new one. compare: whether to compare with the slow reference.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ComparedRun:
         self.draw = draw or (lambda *size: 2 * torch.randn(*size, generator=self._generator))
         self.shape, self.lengths, self.device, self.dtype = shape, lengths, device, dtype
         channels = min(1.0, 32 / shape.head_dim)
-        exact = {"partial_bits": 16, "partial_weight_ratio": channels, "group": "max"}
+        exact = {"partial_bits": 16, "partial_weight_ratio": channels}
         self.options: dict[str, Any] = {"dense_layers": 1, **exact, **options}
         method = InfiniGen(**self.options)
         method.check(shape)
@@ -121,7 +121,7 @@ class ComparedRun:
             alpha=alpha,
             budget=options.get("budget", 0.05),
             rounding=rounding,
-            group_rule=options["group"] or ("softmax" if alpha == math.inf else "max"),
+            group_rule=options.get("group", "max"),
             **{key: options[key] for key in ("fetch", "sinks", "recent", "top_p") if key in options},
         )
 

@@ -72,18 +72,15 @@ def test_alpha_and_another_way_to_join_query_heads_are_refused_together() -> Non
 @pytest.mark.parametrize(
     ("options", "joined"),
     [
-        ({}, "softmax"),
+        ({}, "max"),
         ({"alpha": 5.0}, "max"),
-        ({"group": "max"}, "max"),
         ({"group": "softmax"}, "softmax"),
         ({"preset": "paper", **PAPER}, "max"),
         ({"preset": "paper", **PAPER, "alpha": math.inf}, "max"),
     ],
     ids=str,
 )
-def test_query_heads_are_joined_by_their_probability_if_alpha_allows_it(options, joined) -> None:
-    method = InfiniGen(**options)
-    assert method.joined_by == joined
+def test_the_cache_joins_query_heads_as_the_option_says(options, joined) -> None:
     cache = ModelCache(InfiniGen(**{**options, "skew": False}), SHAPE, [CPU] * 3, 1, 9, 9, torch.float32).layers[2]
     assert isinstance(cache, InfiniGenCache) and cache._params.group == joined
 

@@ -14,7 +14,7 @@ from sparsecache.methods.infinigen import PAPER, InfiniGen
 from sparsecache.methods.infinigen.cache import InfiniGenCache
 from tests.methods.infinigen.compared import CPU, SHAPES, ComparedRun, GivenQuery, small_numbers
 
-DEFAULTS: dict[str, Any] = {"partial_bits": 4, "partial_weight_ratio": None, "group": None}
+DEFAULTS: dict[str, Any] = {"partial_bits": 4, "partial_weight_ratio": None, "group": "max"}
 OPTIONS: list[dict[str, Any]] = [
     {"alpha": 4.0, "budget": 0.5},
     {"alpha": 4.0, "budget": 0.5, "fetch": "per_head", "partial_weight_ratio": 0.25},
