@@ -210,23 +210,21 @@ class _SharedPrediction:
         read = [run.required_run.context.method.prompt_queries for run in runs]
         prompts = PrefillCache(queries=None if None in read else max(filter(None, read), default=0))
         reader = PrefillCachingDecoder(*model, Vanilla(), prompts)
-
-        def groups() -> list[list[_Job]]:
-            return list(split_by_size(jobs, lambda job: reader.qkv_nbytes(job.tokens), limit))
-
+        groups = _split(jobs, reader, limit)
         kept = "all queries" if prompts.queries is None else f"{prompts.queries} queries of each"
         self._on_progress(
-            f"{len(runs)} runs, {len(jobs)} prompts in {len(groups())} group{'s' * (len(groups()) != 1)}; up to "
+            f"{len(runs)} runs, {len(jobs)} prompts in {len(groups)} group{'s' * (len(groups) != 1)}; up to "
             f"{limit / _GIB:.1f} GiB for their keys and values, and {kept} (--limit_memory)"
         )
         number = 0
-        while jobs and any(run.is_open for run in runs):
+        while groups and any(run.is_open for run in runs):
             number, began = number + 1, time.monotonic()
             prompts.clear(limit)
-            group = self._read(groups()[0], reader, prompts)
+            group = self._read(groups[0], reader, prompts)
             prompts.limit_nbytes = prompts.nbytes  # keeps none of those that runs read themselves
-            jobs = [job for job in jobs if job not in set(group)]
-            name, left = f"group {number} of {number + len(groups())}", len(group) - len(prompts)
+            done = set(group)
+            groups = _split([job for each in groups for job in each if job not in done], reader, limit)
+            name, left = f"group {number} of {number + len(groups)}", len(group) - len(prompts)
             others = f"; each run reads the other {left}" if left else ""
             self._on_progress(
                 f"{name}: {len(prompts)} of {len(group)} prompts read, {group[-1].tokens:,} to {group[0].tokens:,} "
@@ -332,6 +330,11 @@ class _SharedPrediction:
     def _elapsed(self) -> str:
         seconds = int(time.monotonic() - self._began)
         return f"; {seconds // 60}:{seconds % 60:02} since the start"
+
+
+def _split(jobs: list[_Job], reader: PrefillCachingDecoder, limit: float) -> list[list[_Job]]:
+    """Returns jobs in groups whose prompts take at most `limit` bytes, as `split_by_size`."""
+    return list(split_by_size(jobs, lambda job: reader.qkv_nbytes(job.tokens), limit))
 
 
 def split_by_size(items: Sequence[Item], nbytes: Callable[[Item], int], limit: float) -> Iterator[list[Item]]:
