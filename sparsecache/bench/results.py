@@ -14,7 +14,7 @@ from sparsecache.bench.methods_table import MethodRow
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import write_atomically
 from sparsecache.longbench.tables import Cell, Document, Table, number, records, render, words
-from sparsecache.runner.provenance import short_commit
+from sparsecache.runner.provenance import code_commit
 from sparsecache.versions import installed_versions
 
 
@@ -101,7 +101,7 @@ def save(results: Iterable[Result | MethodRow], path: Path, **facts: Any) -> Non
         **installed_versions(),
     }
     content = {
-        "argv": sys.argv, "commit": short_commit(), "machine": machine, **facts,
+        "argv": sys.argv, "commit": code_commit(), "machine": machine, **facts,
         "results": [asdict(result) for result in results],
     }  # fmt: skip
     write_atomically(path, json.dumps(content, indent=1) + "\n")

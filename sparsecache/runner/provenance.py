@@ -27,7 +27,7 @@ def new_session(settings: Settings, devices: Sequence[torch.device], source: dic
         "started": now(),
         "ended": None,
         "versions": {"python": platform.python_version(), **installed_versions()},
-        "commit": _commit(),
+        "commit": code_commit(),
         "device": str(devices[0]),
         "gpu": None if settings.on_ray else gpu_name(devices),
         "gpus_per_worker": settings.gpus_per_worker,
@@ -44,16 +44,13 @@ def now() -> str:
 
 
 @cache  # a process may record many runs
-def _commit() -> str | None:
-    """Returns the commit of this code, with "+" if the tree has changes or new files; None outside a clone."""
+def code_commit() -> str | None:
+    """Returns the commit of this code, with "+" if code is changed or new; None outside a clone.
+
+    Code is what lies in sparsecache/, and every Python file. Results in the clone do not count.
+    """
     commit = _git("rev-parse", "HEAD")
-    return f"{commit}+" if commit and _git("status", "--porcelain") else commit
-
-
-def short_commit() -> str | None:
-    """Returns the short hash of this code's commit, with "-dirty" if a file of it is changed; None outside a clone."""
-    commit = _git("rev-parse", "--short", "HEAD")
-    return f"{commit}-dirty" if commit and _git("status", "--porcelain", "--untracked-files=no") else commit
+    return f"{commit}+" if commit and _git("status", "--porcelain", "--", "sparsecache", "*.py") else commit
 
 
 def _git(*arguments: str) -> str | None:

@@ -41,6 +41,7 @@ def test_the_json_names_the_commit_and_whether_files_are_changed(tmp_path, monke
         return subprocess.run(run, cwd=project, check=True, capture_output=True, text=True).stdout.strip()
 
     def saved_commit() -> str | None:
+        provenance.code_commit.cache_clear()
         save([Result("decode", 0.004)], tmp_path / "results.json", mode="decode")
         content = json.loads((tmp_path / "results.json").read_text())
         assert content["mode"] == "decode" and content["results"][0]["seconds"] == 0.004
@@ -55,12 +56,17 @@ def test_the_json_names_the_commit_and_whether_files_are_changed(tmp_path, monke
     (project / "code.py").write_text("1")
     git("add", "code.py")
     git("commit", "-qm", "one")
-    (project / "results.json").write_text("{}")  # a new file is no change
-    assert saved_commit() == git("rev-parse", "--short", "HEAD")
+    (project / "results.json").write_text("{}")  # is not code
+    assert saved_commit() == git("rev-parse", "HEAD")
     (project / "code.py").write_text("2")
-    assert saved_commit() == git("rev-parse", "--short", "HEAD") + "-dirty"
+    assert saved_commit() == git("rev-parse", "HEAD") + "+"
+    git("commit", "-qam", "two")
+    (project / "sparsecache").mkdir()
+    (project / "sparsecache" / "calibration.txt").write_text("a text")
+    assert saved_commit() == git("rev-parse", "HEAD") + "+"
     monkeypatch.setenv("PATH", "")
     assert saved_commit() is None  # git is missing
+    provenance.code_commit.cache_clear()  # for later tests
 
 
 def test_a_time_with_a_dead_worker_is_no_result() -> None:
