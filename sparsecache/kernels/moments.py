@@ -61,8 +61,8 @@ def expected_logits(k: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
         )  # fmt: skip
         return logits
     keys = k.float().repeat_interleave(heads // kv_heads, 0)
-    by_mean = (keys @ mean[:, :, None])[..., 0]
-    return by_mean / math.sqrt(head_dim) + ((keys @ covariance) * keys).sum(2) / (2 * head_dim)
+    by_mean = mean[:, None] / math.sqrt(head_dim)
+    return (torch.baddbmm(by_mean, keys, covariance, alpha=0.5 / head_dim) * keys).sum(2)
 
 
 def _launch(x: Tensor, rotation: Rotation | None, absolute: bool) -> Moments:
@@ -70,34 +70,37 @@ def _launch(x: Tensor, rotation: Rotation | None, absolute: bool) -> Moments:
     heads, length, head_dim = x.shape
     x = x if x.stride(2) == 1 else x.contiguous()
     splits = max(1, min(saturating_programs(x.device) // heads, length // _MIN_SPLIT))
-    sums = torch.empty((splits, heads, head_dim), device=x.device, dtype=torch.float32)
-    products = torch.empty((splits, heads, head_dim, head_dim), device=x.device, dtype=torch.float32)
+    parts = torch.empty((splits, heads, head_dim + 1, head_dim), device=x.device, dtype=torch.float32)
     cos, sin = (x, x) if rotation is None else (table.contiguous() for table in rotation)
     _moments_kernel[(heads, splits)](
-        x, x.stride(0), x.stride(1), cos, sin, sums, products, length, head_dim,
+        x, x.stride(0), x.stride(1), cos, sin, parts, length, head_dim,
         0 if rotation is None else cos.shape[1], ROTATED=rotation is not None, ABSOLUTE=absolute, SPLITS=splits,
         BLOCK_T=_BLOCK_T, BLOCK_D=next_power_of_2(head_dim, 16), num_warps=_WARPS,
         num_stages=1 if rotation is not None or head_dim * x.element_size() > 256 else 3,  # shared memory is scarce
     )  # fmt: skip
-    return Moments(sums.sum(0), products.sum(0))
+    total = parts.sum(0)
+    return Moments(total[:, head_dim], total[:, :head_dim])
 
 
 @triton.jit(do_not_specialize=["length"])
 def _moments_kernel(  # type: ignore[no-untyped-def]
-    x, head_stride, stride, cos, sin, sums, products, length, head_dim, rotated_dim,
+    x, head_stride, stride, cos, sin, parts, length, head_dim, rotated_dim,
     ROTATED: tl.constexpr, ABSOLUTE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the tokens of one split of a head. rotated_dim: how many channels are rotated."""
+    """Sum over the tokens of one split of a head. rotated_dim: how many channels are rotated.
+
+    parts: [SPLITS, H, D + 1, D], the products of each split, and in the last row the sums.
+    """
     head, split, channel = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
     in_head = channel < head_dim
     base = x + head * head_stride
     total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     product = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
-    part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_T) * BLOCK_T
+    size = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_T) * BLOCK_T
     half = rotated_dim // 2
     is_first, is_rotated = channel < half, channel < rotated_dim
     partner = tl.where(is_first, channel + half, channel - half)
-    for first in tl.range(split * part, tl.minimum(split * part + part, length), BLOCK_T):
+    for first in tl.range(split * size, tl.minimum(split * size + size, length), BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
         row = base + token.to(tl.int64)[:, None] * stride
         mask = (token < length)[:, None] & in_head[None, :]
@@ -113,10 +116,10 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
         wide = tile.to(tl.float32)
         total += tl.abs(wide) if ABSOLUTE else wide
         product = tl.dot(tl.trans(tile), tile, product, input_precision="ieee")
-    owner = split * tl.num_programs(0) + head
-    tl.store(sums + owner * head_dim + channel, tl.sum(total, axis=0), mask=in_head)
-    target = products + (owner * head_dim + channel)[:, None] * head_dim + channel[None, :]
+    part = parts + (split * tl.num_programs(0) + head) * (head_dim + 1) * head_dim
+    target = part + channel[:, None] * head_dim + channel[None, :]
     tl.store(target, product, mask=in_head[:, None] & in_head[None, :])
+    tl.store(part + head_dim * head_dim + channel, tl.sum(total, axis=0), mask=in_head)
 
 
 @triton.jit(do_not_specialize=["length"])
