@@ -40,7 +40,7 @@ from sparsecache.kernels.threshold import Selection
 from sparsecache.kernels.unrotate import unrotate_keys
 
 _RANK = 160  # the default; a model whose KV heads have fewer channels together takes as many
-_RIDGE = 1e-14  # of the diagonal, times the number of vectors; for vectors of a smaller rank
+_RIDGE = 2e-15  # of the diagonal, times the channels; for vectors of a smaller rank. A sixth is too little
 _SHIFT = 1e-20  # of the eigenvalues of K^T K, so that keys of zeros have a basis
 
 
@@ -283,6 +283,6 @@ def _product(gram: Tensor, vectors: Tensor) -> Tensor:
 def _factor(left: Tensor, right: Tensor) -> Tensor:
     """Return the Cholesky factor of left^T right [R, R] plus a ridge."""
     matrix = left.mT @ right
-    matrix.diagonal().mul_(1 + _RIDGE * len(matrix))
+    matrix.diagonal().mul_(1 + _RIDGE * len(left))
     factor: Tensor = torch.linalg.cholesky_ex(matrix)[0]  # does not wait for the device, unlike qr and eigh
     return factor
