@@ -1,4 +1,7 @@
-"""Pages of keys, as in Quest: bounds of their channels, upper bounds of their scores, and the selection of pages."""
+"""Pages of keys, as in Quest: bounds of their channels, upper bounds of their scores, and the selection of pages.
+
+In one file because the selection of a prompt's tokens uses the kernel that selects pages.
+"""
 
 from typing import Literal
 
