@@ -181,7 +181,10 @@ def describe_methods() -> Iterator[str]:
     methods = {name: load_method(name) for name in method_names()}
     for kind, meaning in _KINDS.items():
         names = [name for name, method in methods.items() if method.kind == kind]
-        if names:
+        if kind == "offload":
+            offloaded = [name for name, method in methods.items() if "offload" in method_options(method)]
+            yield f"{kind}: {meaning}, by -o offload=true of {', '.join(offloaded)}"
+        elif names:
             yield f"{kind}: {meaning}"
         for name in names:
             options = method_options(methods[name]).values()

@@ -6,7 +6,8 @@ of all of them stay. Every KV head keeps at least the share `safeguard` of its o
 GQA: scores are those of `snapkv` and counts are per KV head, as in the paper's later version.
 
 Differences: the safeguard is a minimum, as in kvpress. The authors' code instead mixes the counts that the heads won
-with equal ones, in the ratio 1 - `safeguard` to `safeguard`. The minimum is the same in both.
+with equal ones, in the ratio 1 - `safeguard` to `safeguard`. The minimum is the same in both. Defaults are those of the
+authors' script for models with GQA: `safeguard` 0.2, a window of 32, maxima over 7 positions.
 
 Memory: all KV heads have rows for the most that one of them may keep, which is nearly the budget times the KV heads, or
 the whole prompt. So Ada-KV here saves what a step reads, like the selection methods, and only little memory.

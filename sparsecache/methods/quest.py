@@ -8,7 +8,7 @@ attention, not memory.
 GQA: the paper has one KV head per query head. Here a page's bound for a KV head is the highest of its query heads'.
 
 Differences: the budget counts tokens, so the last page that fits in part gives its latest tokens only. The paper
-takes whole pages. The current token is attended to on top of the budget.
+takes whole pages. The current token is attended to on top of the budget. The default page has the paper's size.
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ Differences: the paper evicts every 128 steps. Here one token is evicted at each
 budget. Votes are pooled at the end of the prompt only: later the cache is unordered, as in the authors' code. When a
 token is evicted, the tokens that exempted it exempt none until a similar token comes. In the authors' code, a token
 that is similar to no other exempts the first token. Their default `weight` is 0.07 in the code and 0.1 in the paper.
-The authors decode long answers to short prompts; the budget is this project's.
+Window and kernel are the authors'. They decode long answers to short prompts; the budget is this project's.
 """
 
 from dataclasses import dataclass

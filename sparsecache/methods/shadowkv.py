@@ -12,7 +12,7 @@ Differences: the budget counts all prompt tokens that are attended to. The autho
 selected pages; 48 outliers and 4 last pages of 8 tokens come on top. Here these have shares of the budget near the
 authors'. Values stay on the device without `offload`. The basis comes from subspace iteration on K^T K, not from a
 singular value decomposition. This is faster and does not wait for the host. The tests bound its error to 1.03 times
-the lowest possible one.
+the lowest possible one. Rank and page are the paper's.
 """
 
 from collections.abc import Mapping

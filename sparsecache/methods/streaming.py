@@ -5,7 +5,8 @@ scores, so all KV heads keep the same tokens and GQA changes nothing.
 
 Differences: the paper numbers positions inside the cache, so that a text can be endless. Here keys keep the rotation
 of their positions in the text, as in every method that is compared; the prompt's attention is dense. The budget
-counts sinks and recent tokens together; a budget of at most `sinks` tokens keeps only sinks.
+counts sinks and recent tokens together; a budget of at most `sinks` tokens keeps only sinks. The paper has four
+sinks.
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ highest probability in any of its query heads.
 
 Differences: the paper prunes what another method selected, with a budget of a quarter of the tokens, by 4-bit keys.
 Here all keys are read, so the selection saves nothing: it shows what an adaptive count attains. p is a share of the
-attention to past tokens. The current token does not count and is always attended to.
+attention to past tokens. The current token does not count and is always attended to. The default p is the authors'.
 """
 
 from dataclasses import dataclass
