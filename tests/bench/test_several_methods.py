@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsecache.bench import several_methods
 from sparsecache.bench.methods_table import MethodRow, methods_table
 from sparsecache.bench.models import BenchModel, load_bench_model
 from sparsecache.bench.several_methods import measure_methods
@@ -52,6 +53,7 @@ def test_a_prompt_is_computed_once_per_length_and_shared_by_methods_and_batches(
     monkeypatch.setattr(
         Decoder, "_forward_prompt", lambda self, ids, *to: lengths.append(len(ids)) or prompt(self, ids, *to)
     )
+    monkeypatch.setattr(several_methods, "_MOST_REPEATS", 2)
     model = load_bench_model(str(tiny), [torch.device("cpu")], torch.float32)
     workloads = [Workload(tokens, 3, batch) for batch in (1, 2) for tokens in (20, 30)]
     sizes = [list(rows) for rows in measure_methods(model, workloads, [], specs_of_methods("snapkv,loki", {}, {}))]
@@ -59,8 +61,23 @@ def test_a_prompt_is_computed_once_per_length_and_shared_by_methods_and_batches(
         [(tokens, batch)] * 3 for tokens in (20, 30) for batch in (1, 2)
     ]
     assert not [row.error for rows in sizes for row in rows if row.error]
-    # Once per length for all slots, and by each method twice, the first time to compile; and loki's calibration, once.
-    assert sorted(lengths) == [20] * 7 + [30] * 7 + [1024]
+    # Once per length for all slots, and by each method once to compile and twice for its time; and loki's calibration.
+    assert sorted(lengths) == [20] * 10 + [30] * 10 + [1024]
+
+
+@pytest.mark.parametrize(
+    ("times", "counted", "found"),
+    [([9, 0.4, 0.3, 0.5, 0.1], 2, 0.3), ([9, 1.2, 0.1], 1, 1.2), ([0.1] + [0.05] * 12, 10, 0.05)],
+)
+def test_the_shortest_time_of_a_prompt_counts_after_the_one_that_compiles(
+    times, counted, found, tiny, monkeypatch
+) -> None:
+    """Repeated for half a second, at most ten times."""
+    prompt = several_methods.Prompt(load_bench_model(str(tiny), [torch.device("cpu")], torch.float32), 20)
+    left = list(times)
+    monkeypatch.setattr(several_methods.Prompt, "_prefill", lambda self, decoder: left.pop(0))
+    assert prompt.seconds(MethodSpec("h2o")) == found and len(times) - len(left) == 1 + counted
+    assert prompt.seconds(MethodSpec("h2o")) == found  # not measured again
 
 
 def test_the_text_of_a_shared_prompt_is_that_of_a_computed_one(tiny) -> None:
