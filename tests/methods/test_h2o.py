@@ -21,20 +21,21 @@ from tests.methods.stepping import (
 )
 
 
-def _kept(text: Text, layer: int, budget: float) -> list[Kept]:
+def _kept(text: Text, layer: int, budget: float, recent: float = 0.5, window: int | None = None) -> list[Kept]:
     heads = range(text.k.shape[1])
-    each = [_kept_of_head(text, layer, budget, kv) for kv in heads]
+    each = [_kept_of_head(text, layer, budget, kv, recent, window) for kv in heads]
     return [[each[kv][step] for kv in heads] for step in range(text.new)]
 
 
-def _kept_of_head(text: Text, layer: int, budget: float, kv: int) -> list[list[int]]:
+def _kept_of_head(text: Text, layer: int, budget: float, kv: int, recent: float, window: int | None) -> list[list[int]]:
     got: dict[int, float] = {}
     for at in range(text.prompt):
         got[at] = 0.0
-        _add(got, text, layer, kv, at)
+        if window is None or at >= text.prompt - window:
+            _add(got, text, layer, kv, at)
     steps = []
     for past in range(text.prompt, text.prompt + text.new):
-        _evict(got, budget_tokens(budget, past))
+        _evict(got, budget_tokens(budget, past), recent)
         steps.append(sorted(got))
         got[past] = 0.0
         _add(got, text, layer, kv, past)
@@ -50,10 +51,10 @@ def _add(got: dict[int, float], text: Text, layer: int, kv: int, at: int) -> Non
             got[position] += weight
 
 
-def _evict(got: dict[int, float], budget: int) -> None:
-    """Half of the budget, rounded up, is recent; of the others those leave that got least, of equals the earliest."""
+def _evict(got: dict[int, float], budget: int, recent: float = 0.5) -> None:
+    """A share of the budget, rounded up, is recent; of the others those that got least leave, the earliest first."""
     while len(got) > budget:
-        others = sorted(got)[: len(got) - (budget + 1) // 2]
+        others = sorted(got)[: len(got) - math.ceil(budget * recent)]
         del got[min(others, key=lambda position: (got[position], position))]
 
 
@@ -63,6 +64,21 @@ def test_heavy_hitters_and_recent_tokens_are_kept(budget, group) -> None:
     shape = shape_of(group)
     method = H2O(budget=budget, dense_layers=1)
     check_against(lambda text, layer: _kept(text, layer, budget), method, shape, random_texts(shape))
+
+
+@pytest.mark.parametrize("recent", [0.001, 0.3, 1.0])
+@pytest.mark.parametrize("window", [None, 1, 5, 1000])
+@pytest.mark.parametrize("budget", [0.2, 9, 1])
+def test_shares_of_recent_tokens_and_windows_of_voting_queries(budget, window, recent) -> None:
+    shape = shape_of(2)
+    method = H2O(budget=budget, dense_layers=1, recent=recent, window=window)
+    check_against(lambda text, layer: _kept(text, layer, budget, recent, window), method, shape, random_texts(shape))
+
+
+@pytest.mark.parametrize(("option", "value"), [("recent", 0.0), ("recent", 1.1), ("recent", math.nan), ("window", 0)])
+def test_shares_and_windows_out_of_range_are_refused(option, value) -> None:
+    with pytest.raises(ValueError, match=rf"^{option}={value} must be"):
+        H2O(**{option: value})
 
 
 def test_of_equals_the_earliest_leaves() -> None:
