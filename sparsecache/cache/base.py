@@ -181,10 +181,9 @@ class CacheMethod(ABC):
 
     @property
     def prompt_queries(self) -> int | None:
-        """How many of a prompt's last queries `prefill` reads; None: all.
+        """How many of a prompt's last queries `prefill` reads; None: all. See `queries_read`.
 
-        A sweep that keeps prompts in memory drops the others, and `prefill` gets NaN in their place. A subclass of a
-        method reads all, unless it states the number again.
+        A subclass of a method reads all, unless it states the number again.
         """
         return None
 
@@ -229,3 +228,12 @@ class CacheMethod(ABC):
         Called before the slot is freed. A key that the record already has, or a value that is not JSON, is an error.
         """
         return {}
+
+
+def queries_read(method: CacheMethod) -> int | None:
+    """Return how many of a prompt's last queries a method reads; None: all.
+
+    A sweep that keeps prompts in memory drops the others, and `prefill` gets NaN in their place. That would change the
+    results of a method that states too few, so only methods of this package are believed.
+    """
+    return method.prompt_queries if type(method).__module__.startswith("sparsecache.") else None

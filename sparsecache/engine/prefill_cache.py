@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheMethod
+from sparsecache.cache.base import CacheMethod, queries_read
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.rope import Rope
@@ -79,16 +79,17 @@ class PrefillCachingDecoder(Decoder):
     """A Decoder that computes a prompt only if it is not in its prefill cache, which decoders may share.
 
     A prompt for which the cache has no room is computed each time. The cache must keep the queries that the method
-    reads (`CacheMethod.prompt_queries`).
+    reads (`queries_read`).
     """
 
     def __init__(
         self, architecture: Architecture, weights: Weights, rope: Rope, method: CacheMethod, prompts: PrefillCache
     ):
         super().__init__(architecture, weights, rope, method)
-        read, kept = method.prompt_queries, prompts.queries
+        read, kept = queries_read(method), prompts.queries
         if kept is not None and (read is None or read > kept):
-            raise ValueError(f"The method reads {read or 'all'} queries of a prompt, but only {kept} are kept.")
+            count = "all" if read is None else read
+            raise ValueError(f"The method reads {count} queries of a prompt, but only {kept} are kept.")
         self._prompts = prompts
 
     def warm_attention_plan(self, tokens: int) -> None:

@@ -18,7 +18,16 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, MethodKind, ProjectQuery, Shape, StepBytes
+from sparsecache.cache.base import (
+    CacheConfig,
+    CacheMethod,
+    LayerCache,
+    MethodKind,
+    ProjectQuery,
+    Shape,
+    StepBytes,
+    queries_read,
+)
 from sparsecache.cache.eviction import EvictionMethod
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
@@ -51,7 +60,7 @@ class Composed(CacheMethod):
 
     @property
     def prompt_queries(self) -> int | None:
-        evict, select = self._evict.prompt_queries, self._select.prompt_queries
+        evict, select = queries_read(self._evict), queries_read(self._select)
         return None if evict is None or select is None else max(evict, select)
 
     def check(self, shape: Shape) -> None:

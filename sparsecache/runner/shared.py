@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sparsecache.cache.base import queries_read
 from sparsecache.cache.host import available_nbytes
 from sparsecache.cli import raise_if_interrupted
 from sparsecache.engine.base import EngineStats
@@ -167,10 +168,6 @@ class _SharedPrediction:
                 self._predict_runs([run for run in runs if run.is_open], jobs, model, limit)
         finally:
             gc.unfreeze()
-        for run in self._open:
-            with self._errors_recorded(run):
-                run.required_run.end_session({})
-                run.exit_code = run.required_run.read_back()
 
     def _prepare(self) -> RunContext | None:
         """Makes the runs, which find mistakes before weights are read; returns a context, None if no run has one."""
@@ -207,30 +204,39 @@ class _SharedPrediction:
         """Decodes the rows that the runs miss; prompts take at most `limit` bytes."""
         missing = {key for run in runs for key in run.missing}
         jobs = [job for job in jobs if job.key in missing]
-        read = [run.required_run.context.method.prompt_queries for run in runs]
+        read = [queries_read(run.required_run.context.method) for run in runs]
         prompts = PrefillCache(queries=None if None in read else max(filter(None, read), default=0))
         reader = PrefillCachingDecoder(*model, Vanilla(), prompts)
         groups = _split(jobs, reader, limit)
         kept = "all queries" if prompts.queries is None else f"{prompts.queries} queries of each"
         self._on_progress(
             f"{len(runs)} runs, {len(jobs)} prompts in {len(groups)} group{'s' * (len(groups) != 1)}; up to "
-            f"{limit / _GIB:.1f} GiB for their keys and values, and {kept} (--limit_memory)"
+            f"{limit / _GIB:.3g} GiB for their keys and values, and {kept} (--limit_memory)"
         )
         number = 0
         while groups and any(run.is_open for run in runs):
             number, began = number + 1, time.monotonic()
             prompts.clear(limit)
             group = self._read(groups[0], reader, prompts)
+            if prompts.nbytes and len(group) < len(groups[0]):
+                limit = prompts.nbytes  # memory became short: later groups are as small
             prompts.limit_nbytes = prompts.nbytes  # keeps none of those that runs read themselves
             done = set(group)
             groups = _split([job for each in groups for job in each if job not in done], reader, limit)
-            name, left = f"group {number} of {number + len(groups)}", len(group) - len(prompts)
-            others = f"; each run reads the other {left}" if left else ""
+            name = f"group {number} of {number + len(groups)}"
+            built = [job for job in group if job.prompt]
+            read_here = sum(_is_read(job, prompts) for job in built)
+            others = f"; each run reads the other {left}" if (left := len(built) - read_here) else ""
             self._on_progress(
-                f"{name}: {len(prompts)} of {len(group)} prompts read, {group[-1].tokens:,} to {group[0].tokens:,} "
-                f"tokens, {prompts.nbytes / _GIB:.1f} GiB, {time.monotonic() - began:.1f} s{others}{self._elapsed()}"
+                f"{name}: {read_here} of {len(built)} prompts read, {group[-1].tokens:,} to {group[0].tokens:,} "
+                f"tokens, {prompts.nbytes / _GIB:.3g} GiB, {time.monotonic() - began:.1f} s{others}{self._elapsed()}"
             )
             self._predict_group(name, runs, group, model, prompts)
+        for run in runs:
+            if run.is_open:
+                with self._errors_recorded(run):
+                    run.required_run.end_session({})
+                    run.exit_code = run.required_run.read_back()
 
     def _predict_group(
         self, name: str, runs: list[SharedRun], group: list[_Job], model: LoadedModel, prompts: PrefillCache
@@ -251,19 +257,26 @@ class _SharedPrediction:
             gc.collect()  # caches and methods may refer to each other
 
     def _read(self, group: list[_Job], reader: PrefillCachingDecoder, prompts: PrefillCache) -> list[_Job]:
-        """Reads the prompts of a group; returns its jobs, those that are left if memory becomes short meanwhile."""
-        read = [(job, torch.tensor(job.prompt.token_ids)) for job in group if job.prompt]
-        for at, (_, token_ids) in enumerate(read):
-            following = len(read[at + 1][1]) if at + 1 < len(read) else None
+        """Reads the prompts of a group; returns its jobs, the first ones if memory becomes short meanwhile."""
+        jobs = [job for job in group if job.prompt]
+        for at, job in enumerate(jobs):
+            following = jobs[at + 1].tokens if at + 1 < len(jobs) else None
             try:
-                reader.cache_prompt(token_ids.to(reader.device), following)
-            except torch.OutOfMemoryError:  # what is free changed since the start; the runs need memory, too
-                prompts.shrink(prompts.nbytes / 2)
-                torch.cuda.empty_cache()
-                self._on_progress(f"Memory became short: {len(prompts)} of {len(group)} prompts stay in this group.")
-                return [job for job, tokens in read if prompts.get(tokens) is not None] or group
+                reader.cache_prompt(_token_ids(job).to(reader.device), following)
+                continue
+            except torch.OutOfMemoryError:
+                pass  # handled below, since the error's frames hold tensors
             except Exception as error:  # each run that reads the prompt itself reports it
                 self._on_progress(f"A prompt could not be read: {one_line(error)}")
+                continue
+            # What is free changed since the start. The runs need memory, too.
+            first = prompts.get(_token_ids(jobs[0]))
+            prompts.shrink(max(prompts.nbytes / 2, first.nbytes if first else 0))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            left = [job for job in jobs if _is_read(job, prompts)] or jobs[:1]
+            self._on_progress(f"Memory became short: {len(left)} of {len(group)} prompts stay in this group.")
+            return left
         return group
 
     def _decode(
@@ -351,9 +364,19 @@ def split_by_size(items: Sequence[Item], nbytes: Callable[[Item], int], limit: f
         yield group
 
 
+def _token_ids(job: _Job) -> torch.Tensor:
+    """Returns the token ids of a job's prompt on the CPU."""
+    assert job.prompt is not None
+    return torch.tensor(job.prompt.token_ids)
+
+
+def _is_read(job: _Job, prompts: PrefillCache) -> bool:
+    return prompts.get(_token_ids(job)) is not None
+
+
 def _by_queries(runs: list[SharedRun]) -> list[list[SharedRun]]:
     """Returns the runs whose methods read few queries of a prompt, and those that read all; no empty list."""
-    reads_all = [run.required_run.context.method.prompt_queries is None for run in runs]
+    reads_all = [queries_read(run.required_run.context.method) is None for run in runs]
     parts = ([run for run, all_ in zip(runs, reads_all, strict=True) if all_ == wanted] for wanted in (False, True))
     return [part for part in parts if part]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from sparsecache.cache.base import CacheMethod
+from sparsecache.cache.base import CacheMethod, queries_read
 from sparsecache.cache.budget import Budget
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
@@ -228,8 +228,8 @@ def check_free_slots(decoder: Decoder) -> None:
 
 
 def check_prompt_queries(checkpoint: Path, new: Callable[[], CacheMethod]) -> None:
-    """Texts do not depend on the queries of a prompt that the method declares not to read."""
-    count = new().prompt_queries
+    """Texts do not depend on the queries of a prompt that a method of this package states not to read."""
+    count = queries_read(new())
     if count is None:
         return
     every, last = (PrefillCache(queries=queries) for queries in (None, count))

@@ -196,23 +196,51 @@ def test_an_error_of_the_gpu_is_told_without_advice_for_debugging(error, told, s
     assert "Compile" not in done.output and "Compile with X" in Path("pred/logs/tiny-broken.log").read_text()
 
 
-def test_prompts_leave_room_for_the_runs_if_memory_is_short(sweep, alone, tmp_path: Path, monkeypatch) -> None:
-    """Another program takes memory after the third of four prompts."""
+@pytest.mark.parametrize(
+    ("failing", "groups", "reads"),
+    [
+        (1, ["1 of 2: 0 of 1", "2 of 2: 3 of 3"], 1 + 2 + 3),  # two runs read the first prompt
+        (2, ["1 of 4: 1 of 1", "4 of 4: 1 of 1"], 2 + 3),
+        (4, ["1 of 4: 1 of 1", "4 of 4: 1 of 1"], 4 + 3),
+    ],
+)
+def test_prompts_leave_room_for_the_runs_if_memory_is_short(
+    failing, groups, reads, sweep, alone, tmp_path: Path, monkeypatch
+) -> None:
+    """Another program takes memory when the prompt of this number, of four, is read."""
     original, read = Decoder._forward_prompt, []
 
     def prompt(decoder: Decoder, token_ids: Any, *others: Any) -> Any:
         read.append(len(token_ids))
-        if len(read) == 4:
+        if len(read) == failing:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(decoder, token_ids, *others)
 
     monkeypatch.setattr(Decoder, "_forward_prompt", prompt)
     done = sweep(METHODS.replace(', "infinigen"', ""))
     assert done.exit_code == 0 and "1 of 4 prompts stay in this group" in done.stderr, done.output
-    assert "group 1 of 2: 1 of 1 prompts read" in done.stderr and "group 2 of 2: 3 of 3 prompts read" in done.stderr
-    assert len(read) == 4 + 3  # one is left, and the others are read with the next group
+    assert len(read) == reads, done.stderr
+    assert all(f"group {line} prompts read" in done.stderr for line in groups), done.stderr
     assert alone(NAMES[1], tmp_path / "alone").exit_code == 0
     assert rows(tmp_path / "pred" / "tiny" / NAMES[1]) == rows(tmp_path / "alone" / "tiny" / NAMES[1])
+
+
+SHORT_SIGHTED = """
+from dataclasses import dataclass
+from sparsecache.methods.snapkv import SnapKV
+@dataclass
+class Mine(SnapKV):
+    prompt_queries = 4  # its window has 32
+"""
+
+
+def test_what_a_method_of_the_users_states_of_its_queries_is_not_believed(sweep, tiny: Path, tmp_path: Path) -> None:
+    Path("mine.py").write_text(SHORT_SIGHTED)
+    done = sweep('[[methods]]\nmethod = ["vanilla", "mine.py"]\n', "--limit_memory", "0.0018")
+    assert done.exit_code == 0 and "all queries" in done.stderr, done.output
+    arguments = ["--model", str(tiny), "--method", "mine.py", "--name", "mine", *ROWS]
+    assert CliRunner().invoke(predict_command, [*arguments, "--pred_dir", "alone"]).exit_code == 0
+    assert rows(Path("pred/tiny/mine")) == rows(Path("alone/tiny/mine"))
 
 
 def test_after_an_error_that_ends_the_gpu_no_further_run_starts(sweep, monkeypatch) -> None:

@@ -188,8 +188,9 @@ def _selecting(cache: type[SelectionCache]) -> type[SelectionMethod]:
 
 @dataclass
 class _VotesOfAWindow(EvictionMethod):
-    """Declares to read fewer queries than it reads."""
+    """States to read fewer queries than it reads. Only methods of the package are believed."""
 
+    __module__ = "sparsecache.methods.votes"
     prompt_queries = 2
 
     def score(self, q, k, v):
