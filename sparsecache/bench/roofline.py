@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsecache.bench.models import BenchModel
 from sparsecache.cache.base import StepBytes
 from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.devices import synchronize
 from sparsecache.kernels.attention import prompt_attention
 from sparsecache.kernels.fp8 import Fp8Matrix, Matrix, quantise
 from sparsecache.kernels.linear import linear
@@ -112,18 +113,13 @@ def _link_rate(device: torch.device) -> float:
 def _seconds_per_call(call: Callable[[], object], device: torch.device) -> float:
     """Return the mean seconds of a call over back-to-back calls for _SECONDS, after a first one."""
     call()
-    _synchronize(device)
+    synchronize([device])
     began = time.perf_counter()
     call()
-    _synchronize(device)
+    synchronize([device])
     number = max(1, round(_SECONDS / max(time.perf_counter() - began, 1e-6)))
     began = time.perf_counter()
     for _ in range(number):
         call()
-    _synchronize(device)
+    synchronize([device])
     return (time.perf_counter() - began) / number
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

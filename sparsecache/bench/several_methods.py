@@ -22,6 +22,7 @@ from sparsecache.bench.specs import MethodSpec
 from sparsecache.bench.workload import Workload
 from sparsecache.engine.base import Request
 from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.devices import synchronize
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.prefill_cache import PrefillCache
 from sparsecache.errors import one_line
@@ -59,9 +60,7 @@ class Prompt:
         """Return the seconds of a prefill in new caches."""
         token_ids = torch.tensor(self._token_ids, device=self._model.device)
         decoder.allocate(1, len(token_ids) + 1, 1)
-        for device in decoder.devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # new caches are filled with zeros
+        synchronize(decoder.devices)  # new caches are filled with zeros
         began = time.perf_counter()
         decoder.prefill(token_ids, 0).argmax().item()  # waits for the device
         return time.perf_counter() - began

@@ -1,6 +1,6 @@
 """Find the devices that an engine decodes on, and name them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -48,3 +48,10 @@ def gpu_name(devices: Sequence[torch.device]) -> str | None:
         return None
     name: str = torch.cuda.get_device_name(devices[0])
     return name if len(devices) == 1 else f"{len(devices)} x {name}"
+
+
+def synchronize(devices: Iterable[torch.device]) -> None:
+    """Wait for all work on the GPUs among the devices."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

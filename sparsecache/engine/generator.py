@@ -25,6 +25,7 @@ from sparsecache.engine.base import (
     new_stats,
     not_finite_completion,
 )
+from sparsecache.engine.devices import synchronize
 from sparsecache.engine.steps import EagerSteps, StepHandle, Steps, TokenReadback, make_steps, most_likely
 
 
@@ -350,7 +351,7 @@ class Generator:
 
     def _free(self, slot: int) -> None:
         if self._max_tokens:
-            self._synchronize()  # steps launched before the failure may still write to the slot
+            synchronize(self._decoder.devices)  # steps launched before the failure may still write to the slot
             self._cache().free_slot(slot)
 
     def _cache(self) -> ModelCache:
@@ -360,15 +361,9 @@ class Generator:
     def _allocate(self, max_tokens: int, max_new_tokens: int) -> None:
         self._max_tokens = 0
         self._discard_in_flight()
-        self._synchronize()  # a step may still use the old caches, whose host memory is freed at once
+        synchronize(self._decoder.devices)  # a step may still use the old caches, whose host memory is freed at once
         self._steps = EagerSteps(self._decoder)  # frees the graphs of the old caches
         self._decoder.allocate(self._slots, max_tokens, max_new_tokens)
-
-    def _synchronize(self) -> None:
-        """Wait for all work on the devices."""
-        for device in self._decoder.devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
 
     def _make_steps(self, max_tokens: int, max_new_tokens: int) -> None:
         """Prepare decode steps over the allocated caches."""

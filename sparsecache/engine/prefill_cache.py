@@ -5,6 +5,7 @@ The queries, keys and values of a prompt are the same for every method, so they 
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheMethod, queries_read
 from sparsecache.engine.decoder import Decoder
+from sparsecache.engine.devices import synchronize
 from sparsecache.engine.families.base import Architecture
 from sparsecache.engine.rope import Rope
 from sparsecache.engine.weights import Weights
@@ -54,6 +56,9 @@ class PrefillCache:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    def __contains__(self, token_ids: Sequence[int]) -> bool:
+        return tuple(token_ids) in self._prompts
+
     def get(self, token_ids: Tensor) -> CachedPrompt | None:
         """Return a prompt, None if it is not there."""
         return self._prompts.get(_key(token_ids))
@@ -63,11 +68,12 @@ class PrefillCache:
         self._prompts[_key(token_ids)] = prompt
         self.nbytes += prompt.nbytes
 
-    def shrink(self, limit_nbytes: float) -> None:
-        """Set the limit, and drop the latest prompts until the others are within it."""
-        self.limit_nbytes = limit_nbytes
-        while self.nbytes > limit_nbytes:
+    def halve(self) -> None:
+        """Drop the latest prompts until at most half of the bytes are left, but not the first one. Set the limit."""
+        half = self.nbytes / 2
+        while self.nbytes > half and len(self._prompts) > 1:
             self.nbytes -= self._prompts.popitem()[1].nbytes
+        self.limit_nbytes = self.nbytes
 
     def clear(self, limit_nbytes: float = math.inf) -> None:
         """Drop all prompts, and set the limit."""
@@ -112,7 +118,7 @@ class PrefillCachingDecoder(Decoder):
         found = self._prompts.get(token_ids)
         if found is not None or self._prompts.nbytes + self.qkv_nbytes(len(token_ids)) > self._prompts.limit_nbytes:
             return found
-        self._synchronize()
+        synchronize(self.devices)
         began, layers = time.perf_counter(), LayerQKV()
         kept = self._prompts.queries
         hidden = self._forward_prompt(token_ids, lambda layer, q, k, v, _: layers.append(_last_queries(q, k, v, kept)))
@@ -120,7 +126,7 @@ class PrefillCachingDecoder(Decoder):
         if next_tokens is not None:
             with suppress(Exception):  # reading that prompt reports the error
                 self._warm_attention_plan(next_tokens, with_logsumexp=False)
-        self._synchronize()
+        synchronize(self.devices)
         prompt = CachedPrompt(layers, logits, time.perf_counter() - began)
         self._prompts.add(token_ids, prompt)
         return prompt
@@ -138,11 +144,6 @@ class PrefillCachingDecoder(Decoder):
                 with cache.prefilling(layer, q, k, v):
                     cache.layers[layer].prefill(slot, q, k, v)
         return prompt.logits.clone()  # the generator masks stop ids in place
-
-    def _synchronize(self) -> None:
-        for device in self.devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
 
 
 def _last_queries(q: Tensor, k: Tensor, v: Tensor, count: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ The runs differ in method, options and name. Prompts are read in groups, the lon
 and the queries that methods read, stay in memory while every run decodes the group's rows. If memory does not suffice
 for all queries of all prompts, runs that read few of them come first, and the prompts are read again for the others.
 
-In one file because the steps of a group share its prompts, its runs and their errors.
+In one file because the steps of a group share its runs and their errors. shared_prompts.py reads the prompts.
 """
 
 import gc
@@ -14,30 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from sparsecache.cache.base import queries_read
-from sparsecache.cache.host import available_nbytes
 from sparsecache.cli import raise_if_interrupted
 from sparsecache.engine.base import EngineStats
-from sparsecache.engine.generator import free_nbytes
 from sparsecache.engine.library_warnings import show_library_warnings
 from sparsecache.engine.prefill_cache import PrefillCache, PrefillCachingDecoder
 from sparsecache.errors import UsageError, one_line
 from sparsecache.files import make_folder
-from sparsecache.longbench.prompts import Prompt
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.runner.context import LoadedModel, RunContext
-from sparsecache.runner.pending import Row, WantedDataset
 from sparsecache.runner.run import Run, make_request, reserve
 from sparsecache.runner.settings import Settings
+from sparsecache.runner.shared_prompts import Job, PromptGroups, memory_for_prompts
 from sparsecache.runner.steps import RowStep, generate_steps
 from sparsecache.runner.wanted import load_wanted
-
-Item = TypeVar("Item")
-_GIB = 2**30
 
 
 @dataclass(eq=False)
@@ -88,24 +82,6 @@ class SharedRun:
     def is_open(self) -> bool:
         """Whether rows of it may be missing, and nothing keeps it from making them."""
         return self.run is not None and not self.error and not self.skipped
-
-
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """A row that some run misses, with its prompt, or the error of building it."""
-
-    dataset: WantedDataset
-    row: Row
-    prompt: Prompt | None
-    error: Exception | None = None
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.dataset.stem, self.row["_id"]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt.token_ids) if self.prompt else 0
 
 
 def predict_shared(
@@ -159,7 +135,7 @@ class _SharedPrediction:
                 _start(run)
         jobs = self._jobs(context)
         reader = PrefillCachingDecoder(*model, Vanilla(), PrefillCache())
-        limit = self._limit or _memory_for_prompts(reader, context.slots, jobs[0].tokens if jobs else 0)
+        limit = self._limit or memory_for_prompts(reader, context.slots, jobs[0].tokens if jobs else 0)
         fits = sum(reader.qkv_nbytes(job.tokens) for job in jobs) <= limit
         gc.collect()
         gc.freeze()  # existing objects stay, so that collections between runs are fast
@@ -183,7 +159,7 @@ class _SharedPrediction:
                 run.run = Run(settings, own, wanted)
         return context
 
-    def _jobs(self, context: RunContext) -> list[_Job]:
+    def _jobs(self, context: RunContext) -> list[Job]:
         """Returns the rows that some run misses, the longest prompt first."""
         jobs = []
         missing = {key for run in self._open for key in run.missing}
@@ -193,45 +169,29 @@ class _SharedPrediction:
                     continue
                 row = dataset.rows.dataset[index]
                 try:
-                    jobs.append(_Job(dataset, row, context.prompter.build(dataset.task, row)))
+                    jobs.append(Job(dataset, row, context.prompter.build(dataset.task, row)))
                 except UsageError:
                     raise
                 except Exception as error:  # one row must not end the runs
-                    jobs.append(_Job(dataset, row, None, error))
+                    jobs.append(Job(dataset, row, None, error))
         return sorted(jobs, key=lambda job: job.tokens, reverse=True)
 
-    def _predict_runs(self, runs: list[SharedRun], jobs: list[_Job], model: LoadedModel, limit: float) -> None:
+    def _predict_runs(self, runs: list[SharedRun], jobs: list[Job], model: LoadedModel, limit: float) -> None:
         """Decodes the rows that the runs miss; prompts take at most `limit` bytes."""
         missing = {key for run in runs for key in run.missing}
         jobs = [job for job in jobs if job.key in missing]
         read = [queries_read(run.required_run.context.method) for run in runs]
-        prompts = PrefillCache(queries=None if None in read else max(filter(None, read), default=0))
-        reader = PrefillCachingDecoder(*model, Vanilla(), prompts)
-        groups = _split(jobs, reader, limit)
-        kept = "all queries" if prompts.queries is None else f"{prompts.queries} queries of each"
-        self._on_progress(
-            f"{len(runs)} runs, {len(jobs)} prompts in {len(groups)} group{'s' * (len(groups) != 1)}; up to "
-            f"{limit / _GIB:.3g} GiB for their keys and values, and {kept} (--limit_memory)"
-        )
+        queries = None if None in read else max(filter(None, read), default=0)
+        groups = PromptGroups(jobs, model, limit, queries, self._on_progress)
+        self._on_progress(f"{len(runs)} runs, {len(jobs)} prompts in {groups.plan}")
         number = 0
-        while groups and any(run.is_open for run in runs):
+        while groups.waiting and any(run.is_open for run in runs):
             number, began = number + 1, time.monotonic()
-            prompts.clear(limit)
-            group = self._read(groups[0], reader, prompts)
-            if prompts.nbytes and len(group) < len(groups[0]):
-                limit = prompts.nbytes  # memory became short: later groups are as small
-            prompts.limit_nbytes = prompts.nbytes  # keeps none of those that runs read themselves
-            done = set(group)
-            groups = _split([job for each in groups for job in each if job not in done], reader, limit)
-            name = f"group {number} of {number + len(groups)}"
-            built = [job for job in group if job.prompt]
-            read_here = sum(_is_read(job, prompts) for job in built)
-            others = f"; each run reads the other {left}" if (left := len(built) - read_here) else ""
-            self._on_progress(
-                f"{name}: {read_here} of {len(built)} prompts read, {group[-1].tokens:,} to {group[0].tokens:,} "
-                f"tokens, {prompts.nbytes / _GIB:.3g} GiB, {time.monotonic() - began:.1f} s{others}{self._elapsed()}"
-            )
-            self._predict_group(name, runs, group, model, prompts)
+            group = groups.read_next()
+            name = f"group {number} of {number + len(groups.waiting)}"
+            described = groups.described(group, time.monotonic() - began)
+            self._on_progress(f"{name}: {described}{self._elapsed()}")
+            self._predict_group(name, runs, group, model, groups.prompts)
         for run in runs:
             if run.is_open:
                 with self._errors_recorded(run):
@@ -239,7 +199,7 @@ class _SharedPrediction:
                     run.exit_code = run.required_run.read_back()
 
     def _predict_group(
-        self, name: str, runs: list[SharedRun], group: list[_Job], model: LoadedModel, prompts: PrefillCache
+        self, name: str, runs: list[SharedRun], group: list[Job], model: LoadedModel, prompts: PrefillCache
     ) -> None:
         """Decodes the rows of a group with every run."""
         for number, run in enumerate(runs, 1):
@@ -256,32 +216,7 @@ class _SharedPrediction:
                 )
             gc.collect()  # caches and methods may refer to each other
 
-    def _read(self, group: list[_Job], reader: PrefillCachingDecoder, prompts: PrefillCache) -> list[_Job]:
-        """Reads the prompts of a group; returns its jobs, the first ones if memory becomes short meanwhile."""
-        jobs = [job for job in group if job.prompt]
-        for at, job in enumerate(jobs):
-            following = jobs[at + 1].tokens if at + 1 < len(jobs) else None
-            try:
-                reader.cache_prompt(_token_ids(job).to(reader.device), following)
-                continue
-            except torch.OutOfMemoryError:
-                pass  # handled below, since the error's frames hold tensors
-            except Exception as error:  # each run that reads the prompt itself reports it
-                self._on_progress(f"A prompt could not be read: {one_line(error)}")
-                continue
-            # What is free changed since the start. The runs need memory, too.
-            first = prompts.get(_token_ids(jobs[0]))
-            prompts.shrink(max(prompts.nbytes / 2, first.nbytes if first else 0))
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            left = [job for job in jobs if _is_read(job, prompts)] or jobs[:1]
-            self._on_progress(f"Memory became short: {len(left)} of {len(group)} prompts stay in this group.")
-            return left
-        return group
-
-    def _decode(
-        self, run: SharedRun, group: list[_Job], model: LoadedModel, prompts: PrefillCache
-    ) -> tuple[int, float]:
+    def _decode(self, run: SharedRun, group: list[Job], model: LoadedModel, prompts: PrefillCache) -> tuple[int, float]:
         """Decodes the rows of a group that a run misses; returns their number, and the seconds of setting up."""
         began, shared = time.monotonic(), run.required_run
         jobs = [job for job in group if job.key in run.missing]
@@ -345,35 +280,6 @@ class _SharedPrediction:
         return f"; {seconds // 60}:{seconds % 60:02} since the start"
 
 
-def _split(jobs: list[_Job], reader: PrefillCachingDecoder, limit: float) -> list[list[_Job]]:
-    """Returns jobs in groups whose prompts take at most `limit` bytes, as `split_by_size`."""
-    return list(split_by_size(jobs, lambda job: reader.qkv_nbytes(job.tokens), limit))
-
-
-def split_by_size(items: Sequence[Item], nbytes: Callable[[Item], int], limit: float) -> Iterator[list[Item]]:
-    """Yields the items in groups of at most `limit` bytes, in their order. A larger one is a group alone."""
-    group: list[Item] = []
-    total = 0
-    for item in items:
-        if group and total + nbytes(item) > limit:
-            yield group
-            group, total = [], 0
-        group.append(item)
-        total += nbytes(item)
-    if group:
-        yield group
-
-
-def _token_ids(job: _Job) -> torch.Tensor:
-    """Returns the token ids of a job's prompt on the CPU."""
-    assert job.prompt is not None
-    return torch.tensor(job.prompt.token_ids)
-
-
-def _is_read(job: _Job, prompts: PrefillCache) -> bool:
-    return prompts.get(_token_ids(job)) is not None
-
-
 def _by_queries(runs: list[SharedRun]) -> list[list[SharedRun]]:
     """Returns the runs whose methods read few queries of a prompt, and those that read all; no empty list."""
     reads_all = [queries_read(run.required_run.context.method) is None for run in runs]
@@ -404,16 +310,6 @@ def _sum(one: EngineStats, other: EngineStats) -> EngineStats:
         one.decode_tokens + other.decode_tokens,
         one.decode_s + other.decode_s,
     )
-
-
-def _memory_for_prompts(reader: PrefillCachingDecoder, slots: int, most_tokens: int) -> float:
-    """The bytes of free memory that prompts may take: what the caches of one run leave, but at least half."""
-    if reader.device.type != "cuda":
-        return (available_nbytes() or 4 * _GIB) / 2
-    free = len(reader.devices) * min(map(free_nbytes, reader.devices))
-    caches = slots * most_tokens * reader.shape.kv_nbytes(reader.dtype)
-    # Methods store up to as much again beside keys and values; graphs and kernels take memory too.
-    return max(free / 2, 0.9 * free - 2 * caches - reader.prompt_nbytes(most_tokens))
 
 
 def _gpu_works() -> bool:

@@ -15,7 +15,7 @@ from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.loading import Checkpoint
 from sparsecache.runner import shared
-from sparsecache.runner.shared import split_by_size
+from sparsecache.runner.shared_prompts import split_by_size
 
 TIMES = ("prefill_s", "decode_s", "shared_prefill_s")
 ROWS = ["--data", "sample", "--datasets", "qasper,lcc", "--sample_rows", "2", "--sample_tokens", "256"]
