@@ -84,21 +84,19 @@ class EvictionMethod(StoredMethod):
         q: [H, L, D]; k, v: [G, L, D], rotated. `pin_last` keeps the last tokens regardless of their score.
         """
 
-    def keep(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return each KV head's positions by descending score [G, L], and how many of them it keeps [G].
+    def keep(self, scores: Tensor, count: int, width: int) -> tuple[Tensor, Tensor | None]:
+        """Return the positions that each KV head keeps, and how many: [G] or, where these are all, None.
 
-        Ties go to the earlier position. KV heads keep `count` tokens each, 1 to L, unless a subclass
-        gives them different counts with that mean.
+        They ascend: [G, width], and those beyond a KV head's count are the last token. scores: [G, L]; ties go to the
+        earlier position. KV heads keep `count` tokens each, 1 to L, unless a subclass gives them different counts with
+        that mean, at most `width`.
         """
-        order = scores.sort(dim=-1, descending=True, stable=True).indices
-        return order, torch.full((len(order),), count, device=order.device)
+        return highest_positions(scores, count), None
 
     def select_prompt(self, q: Tensor, k: Tensor, v: Tensor, count: int, width: int) -> tuple[Tensor, Tensor | None]:
-        """Return the prompt tokens that each KV head keeps, and how many: [G] or, where these are all, None.
+        """Return the prompt tokens that each KV head keeps, and how many, as `keep`.
 
-        They ascend: [G, width], and those beyond a KV head's count are the last token. q: [H, L, D]; k, v: [G, L, D].
-        count: mean tokens to keep; width: the most that a KV head may keep. Raises ValueError if the scores are not
-        [G, L].
+        q: [H, L, D]; k, v: [G, L, D]. Raises ValueError if the scores are not [G, L].
         """
         scores = self.score(q, k, v)
         if scores.shape != k.shape[:2]:
@@ -106,10 +104,7 @@ class EvictionMethod(StoredMethod):
                 f"score returned {list(scores.shape)}. It must return a score per KV head and prompt token, "
                 f"{list(k.shape[:2])}."
             )
-        if type(self).keep is EvictionMethod.keep:
-            return highest_positions(scores, count), None
-        order, counts = self.keep(scores, count)
-        return _in_text_order(order[:, :width], counts, length=k.shape[1]), counts
+        return self.keep(scores, count, width)
 
     def max_head_tokens(self, count: int, shape: Shape) -> int:
         """Return the most tokens of a long prompt that one KV head keeps where the mean is `count`."""
@@ -231,16 +226,6 @@ def pin_last(scores: Tensor, count: int) -> Tensor:
         return scores
     rising = _PINNED * torch.arange(1, count + 1, dtype=torch.float32, device=scores.device)
     return torch.cat((scores[:, :-count], rising.expand(len(scores), -1)), 1)
-
-
-def _in_text_order(order: Tensor, counts: Tensor, length: int) -> Tensor:
-    """Return the first counts [G] of order [G, N], distinct positions below length, ascending; then length - 1."""
-    heads, width = order.shape
-    is_kept = torch.arange(width, device=order.device) < counts[:, None]
-    mask = torch.zeros(heads, length, dtype=torch.bool, device=order.device).scatter_(1, order, is_kept)
-    place = (mask.cumsum(1) - 1).masked_fill(~mask, width)
-    positions = torch.arange(length, device=order.device).expand(heads, -1)
-    return torch.full((heads, width + 1), length - 1, device=order.device).scatter_(1, place, positions)[:, :width]
 
 
 def _rows(x: Tensor, kept: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from sparsecache.kernels.scores import scaled_scores
 _BLOCK = 64  # queries per iteration of the reference
 _NORMALIZER_BLOCK_M, _NORMALIZER_BLOCK_N, _NORMALIZER_WARPS = 128, 128, 8  # queries per program, keys per iteration
 _BLOCK_M = 64  # queries per iteration of the sums
-_FEW_QUERIES = 256  # up to this many, the kernels do not fill the GPU, and the reference is as fast
 _MAX_ROW_BYTES = 512  # tiles of wider rows do not fit into shared memory
 _LOG2_E = math.log2(math.e)
 
@@ -23,7 +22,7 @@ def attention_sums(q: Tensor, k: Tensor, first: int, logsumexp: Tensor | None = 
     float32, the logarithm of each query's sum of exp(score) over the tokens up to its own; computed if None.
     """
     kv_heads, length, head_dim = k.shape
-    if use_kernel(q) and length - first > _FEW_QUERIES and head_dim * q.element_size() <= _MAX_ROW_BYTES:
+    if use_kernel(q) and head_dim * q.element_size() <= _MAX_ROW_BYTES:
         return _launch(q, k, first, logsumexp)
     sums = torch.zeros(kv_heads, length, device=k.device)
     for start in range(first, length, _BLOCK):

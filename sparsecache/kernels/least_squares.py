@@ -14,24 +14,22 @@ _BLOCK_K = 16  # rows of a Gram matrix per iteration
 _MAX_RANK = 16  # systems of a higher rank do not fit into registers
 
 
-def factorise(
-    query_gram: Tensor, key_gram: Tensor, start: Tensor, iterations: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Factorise a prompt's queries Q and keys K: return W_Q^T, W_K^T, B_Q and B_K, [G, R, D] float32 each.
+def factorise(query_gram: Tensor, key_gram: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """Factorise a prompt's queries Q and keys K: return W_Q^T, W_K^T, B_Q and B_K, [4, G, R, D] float32.
 
     With A_Q = Q W_Q and A_K = K W_K, they minimise |Q - A_Q B_Q|^2 + |K - A_K B_K|^2 + |Q K^T - A_Q A_K^T|^2 by
-    alternating least squares. query_gram, key_gram: Q^T Q and K^T K, [G, D, D] float32. start: [G, R, D] float32, the
-    first W_Q^T and W_K^T; a row of zeros stays zero in every result. iterations: 1 or more.
+    alternating least squares. query_gram, key_gram: Q^T Q and K^T K, [G, D, D] float32, each matrix contiguous. start:
+    [G, R, D] float32, the first W_Q^T and W_K^T; a row of zeros stays zero in every result. iterations: 1 or more.
     """
     if use_kernel(query_gram) and start.shape[1] <= _MAX_RANK:
         kv_heads, rank, head_dim = start.shape
         factors = torch.empty((4, *start.shape), device=start.device, dtype=torch.float32)
         _factorise_kernel[(kv_heads,)](
-            query_gram.contiguous(), key_gram.contiguous(), start.contiguous(), factors, rank, head_dim, iterations,
-            RIDGE, MIN_RIDGE, BLOCK_R=next_power_of_2(rank, 16), BLOCK_D=next_power_of_2(head_dim, 16),
+            query_gram, query_gram.stride(0), key_gram, key_gram.stride(0), start.contiguous(), factors, rank, head_dim,
+            iterations, RIDGE, MIN_RIDGE, BLOCK_R=next_power_of_2(rank, 16), BLOCK_D=next_power_of_2(head_dim, 16),
             BLOCK_K=_BLOCK_K, num_warps=8,
         )  # fmt: skip
-        return factors[0], factors[1], factors[2], factors[3]
+        return factors
     query_weight = key_weight = start
     query_side, key_side = query_weight @ query_gram, key_weight @ key_gram  # A_Q^T Q and A_K^T K
     query_basis = solve(query_side @ query_weight.mT, query_side)
@@ -43,7 +41,7 @@ def factorise(
         key_side = key_weight @ key_gram
         query_basis = solve(query_side @ query_weight.mT, query_side)
         key_basis = solve(key_side @ key_weight.mT, key_side)
-    return query_weight, key_weight, query_basis, key_basis
+    return torch.stack((query_weight, key_weight, query_basis, key_basis))
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
@@ -116,15 +114,15 @@ def _store_and_multiply(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["iterations"])
 def _factorise_kernel(  # type: ignore[no-untyped-def]
-    query_gram, key_gram, start, factors, rank, head_dim, iterations, relative_ridge, min_ridge,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    query_gram, query_stride, key_gram, key_stride, start, factors, rank, head_dim, iterations, relative_ridge,
+    min_ridge, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Factorise the queries and keys of one KV head as the reference in `factorise` does."""
     kv, factor, channel = tl.program_id(0), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     mask = (factor < rank)[:, None] & (channel < head_dim)[None, :]
     at = factor[:, None] * head_dim + channel[None, :]
-    query_gram += kv * head_dim * head_dim
-    key_gram += kv * head_dim * head_dim
+    query_gram += kv * query_stride
+    key_gram += kv * key_stride
     size = tl.num_programs(0) * rank * head_dim
     at_query_weight = factors + kv * rank * head_dim
     at_key_weight = at_query_weight + size

@@ -19,7 +19,7 @@ _MIN_SPLIT = 512  # tokens
 
 
 class Moments(NamedTuple):
-    """Sums over the tokens of each head, float32.
+    """Sums over the tokens of each head, float32. On a GPU both are parts of one tensor.
 
     sums: [H, D], of the values or of their absolute values. products: [H, D, D], x^T x.
     """
@@ -28,20 +28,25 @@ class Moments(NamedTuple):
     products: Tensor
 
 
-def token_moments(x: Tensor, rotation: Rotation | None = None, absolute: bool = False) -> Moments:
+def token_moments(
+    x: Tensor, rotation: Rotation | None = None, absolute: bool = False, groups: int | None = None
+) -> Moments:
     """Return the moments of x [H, L, D] over its L tokens.
 
     rotation: cosines and sines [L, R] that rotated x; the moments are then those of x before its rotation. absolute:
-    sum absolute values instead of values.
+    sum absolute values instead of values. groups: how many groups of as many adjacent heads there are; the moments are
+    then the sums of those of a group's heads, [groups, ..].
     """
+    groups = len(x) if groups is None else groups
     if use_kernel(x):
-        return _launch(x, rotation, absolute)
+        return _launch(x, rotation, absolute, groups)
     sums, products = [], []
     for head in x:  # one at a time, since tokens in float32 take much memory
         tokens = head.float() if rotation is None else rotate_rows_back(head, rotation)
         sums.append((tokens.abs() if absolute else tokens).sum(0))
         products.append(tokens.mT @ tokens)
-    return Moments(torch.stack(sums), torch.stack(products))
+    by_group = (torch.stack(parts) for parts in (sums, products))
+    return Moments(*(parts.view(groups, -1, *parts.shape[1:]).sum(1) for parts in by_group))
 
 
 def expected_logits(k: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
@@ -61,30 +66,31 @@ def expected_logits(k: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
         )  # fmt: skip
         return logits
     keys = k.float().repeat_interleave(heads // kv_heads, 0)
-    by_mean = (keys @ mean[:, :, None])[..., 0]
-    return by_mean / math.sqrt(head_dim) + ((keys @ covariance) * keys).sum(2) / (2 * head_dim)
+    by_mean = mean[:, None] / math.sqrt(head_dim)
+    return (torch.baddbmm(by_mean, keys, covariance, alpha=0.5 / head_dim) * keys).sum(2)
 
 
-def _launch(x: Tensor, rotation: Rotation | None, absolute: bool) -> Moments:
-    """Launch the kernel of `token_moments`, and add up its splits."""
+def _launch(x: Tensor, rotation: Rotation | None, absolute: bool, groups: int) -> Moments:
+    """Launch the kernel of `token_moments`, and add up its splits and the heads of a group."""
     heads, length, head_dim = x.shape
     x = x if x.stride(2) == 1 else x.contiguous()
     splits = max(1, min(saturating_programs(x.device) // heads, length // _MIN_SPLIT))
-    sums = torch.empty((splits, heads, head_dim), device=x.device, dtype=torch.float32)
-    products = torch.empty((splits, heads, head_dim, head_dim), device=x.device, dtype=torch.float32)
+    size = (splits, heads, head_dim + 1, head_dim)  # products, then sums
+    moments = torch.empty(size, device=x.device, dtype=torch.float32)
     cos, sin = (x, x) if rotation is None else (table.contiguous() for table in rotation)
     _moments_kernel[(heads, splits)](
-        x, x.stride(0), x.stride(1), cos, sin, sums, products, length, head_dim,
+        x, x.stride(0), x.stride(1), cos, sin, moments, length, head_dim,
         0 if rotation is None else cos.shape[1], ROTATED=rotation is not None, ABSOLUTE=absolute, SPLITS=splits,
         BLOCK_T=_BLOCK_T, BLOCK_D=next_power_of_2(head_dim, 16), num_warps=_WARPS,
         num_stages=1 if rotation is not None or head_dim * x.element_size() > 256 else 3,  # shared memory is scarce
     )  # fmt: skip
-    return Moments(sums.sum(0), products.sum(0))
+    moments = moments.view(splits, groups, -1, *size[2:]).sum((0, 2))
+    return Moments(moments[:, head_dim], moments[:, :head_dim])
 
 
 @triton.jit(do_not_specialize=["length"])
 def _moments_kernel(  # type: ignore[no-untyped-def]
-    x, head_stride, stride, cos, sin, sums, products, length, head_dim, rotated_dim,
+    x, head_stride, stride, cos, sin, moments, length, head_dim, rotated_dim,
     ROTATED: tl.constexpr, ABSOLUTE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sum over the tokens of one split of a head. rotated_dim: how many channels are rotated."""
@@ -113,9 +119,9 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
         wide = tile.to(tl.float32)
         total += tl.abs(wide) if ABSOLUTE else wide
         product = tl.dot(tl.trans(tile), tile, product, input_precision="ieee")
-    owner = split * tl.num_programs(0) + head
-    tl.store(sums + owner * head_dim + channel, tl.sum(total, axis=0), mask=in_head)
-    target = products + (owner * head_dim + channel)[:, None] * head_dim + channel[None, :]
+    target = moments + (split * tl.num_programs(0) + head) * (head_dim + 1) * head_dim + channel
+    tl.store(target + head_dim * head_dim, tl.sum(total, axis=0), mask=in_head)
+    target = target[None, :] + channel[:, None] * head_dim
     tl.store(target, product, mask=in_head[:, None] & in_head[None, :])
 
 

@@ -9,21 +9,23 @@ from sparsecache.kernels._triton import next_power_of_2, tl, triton, use_kernel
 _MAX_BLOCK_T = 16  # tokens of a page per iteration
 
 
-def page_means(k: Tensor, page: int, pages: int) -> tuple[Tensor, Tensor]:
+def page_means(k: Tensor, page: int, pages: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the mean keys of the first pages [G, pages, D], and the pages' lowest similarities [G, pages].
 
-    A page's similarities are the cosine similarities of its keys to their mean. Both results are float32. k: [G, L, D],
-    L at least page * pages; page: tokens in a page; pages: how many.
+    A page's similarities are the cosine similarities of its keys to their mean, float32. k: [G, L, D], L at least
+    page * pages; page: tokens in a page; pages: how many. out: where to store the means, in its dtype; without it they
+    are float32.
     """
     kv_heads, _, head_dim = k.shape
     if not (use_kernel(k) and pages):
         paged = k[:, : pages * page].reshape(kv_heads, pages, page, head_dim).float()
         mean = paged.mean(2)
-        return mean, cosine_similarity(mean[:, :, None], paged, dim=3).amin(2)
-    means = torch.empty((kv_heads, pages, head_dim), device=k.device, dtype=torch.float32)
+        similarities = cosine_similarity(mean[:, :, None], paged, dim=3).amin(2)
+        return mean if out is None else out.copy_(mean), similarities
+    means = torch.empty((kv_heads, pages, head_dim), device=k.device, dtype=torch.float32) if out is None else out
     similarities = torch.empty((kv_heads, pages), device=k.device, dtype=torch.float32)
     _mean_kernel[(pages, kv_heads)](
-        k, k.stride(0), k.stride(1), means, similarities, pages, head_dim,
+        k, k.stride(0), k.stride(1), means, means.stride(0), similarities, pages, head_dim,
         PAGE=page, BLOCK_T=min(_MAX_BLOCK_T, next_power_of_2(page)), BLOCK_D=next_power_of_2(head_dim), num_warps=1,
     )  # fmt: skip
     return means, similarities
@@ -31,7 +33,7 @@ def page_means(k: Tensor, page: int, pages: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["pages"])
 def _mean_kernel(  # type: ignore[no-untyped-def]
-    keys, head_stride, row_stride, means, similarities, pages, head_dim,
+    keys, head_stride, row_stride, means, means_stride, similarities, pages, head_dim,
     PAGE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Find the mean and the lowest similarity of one page of a KV head."""
@@ -53,6 +55,5 @@ def _mean_kernel(  # type: ignore[no-untyped-def]
         norms = tl.maximum(tl.sqrt(tl.sum(key * key, axis=1)), 1e-8)
         similarity = tl.sum(key * mean[None, :], axis=1) / (norms * norm)
         lowest = tl.minimum(lowest, tl.where(is_in_page, similarity, float("inf")))
-    owner = kv * pages + page
-    tl.store(means + owner * head_dim + channel, mean, mask=in_head)
-    tl.store(similarities + owner, tl.min(lowest, axis=0))
+    tl.store(means + kv * means_stride + page * head_dim + channel, mean, mask=in_head)
+    tl.store(similarities + kv * pages + page, tl.min(lowest, axis=0))

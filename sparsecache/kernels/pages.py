@@ -1,4 +1,9 @@
-"""Pages of keys, as in Quest: bounds of their channels, upper bounds of their scores, and the selection of pages."""
+"""Pages of keys, as in Quest: bounds of their channels, upper bounds of their scores, and the selection of pages.
+
+In one file because the selection of a prompt's tokens uses the kernel that selects pages.
+"""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,6 +13,7 @@ from sparsecache.kernels.page_bounds import channel_bounds
 from sparsecache.kernels.rows import index_slots, take_rows
 from sparsecache.kernels.threshold import Selection
 
+Limit = Literal["table", "excluded", "count"]
 _BLOCK_P = 32  # pages per program
 _MAX_BLOCK_T = 64  # tokens of a page at a time
 _MAX_BLOCK_S = 8192  # pages per iteration of a selection; below 2^15, so that one int32 holds two counts
@@ -99,15 +105,9 @@ def select_pages(
     limits = budgets if num_excluded is None else num_excluded
     assert limits is not None
     if use_kernel(scores):
-        positions = torch.empty((batch, kv_heads, width), device=scores.device, dtype=torch.int64)
         counts = torch.empty((batch, kv_heads), device=scores.device, dtype=torch.int64)
-        selected = torch.empty((batch, kv_heads, pages), device=scores.device, dtype=torch.int32)
-        block = min(_MAX_BLOCK_S, next_power_of_2(pages, 128))
-        _select_kernel[(batch * kv_heads,)](
-            scores.contiguous(), seq_lens, slots, limits, selected, positions, counts, kv_heads, pages, width,
-            PAGE=page, EXCLUDE=num_excluded is not None, FORCE_NEWEST=force_newest, BLOCK_P=block,
-            BLOCK_W=max(256, min(1024, next_power_of_2(width))), num_warps=max(4, block // 512), **pdl_options(),
-        )  # fmt: skip
+        limit: Limit = "table" if num_excluded is None else "excluded"
+        positions = _launch_select(scores, seq_lens, slots, limits, counts, page, width, limit, force_newest)
         return Selection(positions, counts)
     past = seq_lens[slots]
     budget = limits[past] if num_excluded is None else past - limits[slots]
@@ -209,10 +209,46 @@ def _page_keys(scores, page, num_pages, FORCE_NEWEST: tl.constexpr):  # type: ig
     return tl.where(page < num_pages, key, _LOWEST - 1)
 
 
-@triton.jit(do_not_specialize=["pages", "width"])
+def highest_of_prompt(scores: Tensor, count: int) -> Tensor:
+    """Return the positions of the `count` highest scores of [G, L] float32, ascending: [G, count] int64, by the kernel.
+
+    The lower position wins a tie. count: 1 to L. Needs fewer operations of the host than `select_pages`.
+    """
+    return _launch_select(scores[None], scores.shape[1], None, count, None, 1, count, "count", False)[0]
+
+
+def _launch_select(
+    scores: Tensor,
+    seq_lens: Tensor | int,
+    slots: Tensor | None,
+    limits: Tensor | int,
+    counts: Tensor | None,
+    page: int,
+    width: int,
+    limit: Limit,
+    force_newest: bool,
+) -> Tensor:
+    """Launch the kernel of `select_pages`; return the positions [B, G, width] int64, and set counts.
+
+    limit: whether limits are a table of budgets, the excluded tokens of each slot, or one budget. With the latter
+    seq_lens is the number of past tokens, and slots and counts are None.
+    """
+    batch, kv_heads, pages = scores.shape
+    positions = torch.empty((batch, kv_heads, width), device=scores.device, dtype=torch.int64)
+    selected = torch.empty((batch, kv_heads, pages), device=scores.device, dtype=torch.int32)
+    block = min(_MAX_BLOCK_S, next_power_of_2(pages, 128))
+    _select_kernel[(batch * kv_heads,)](
+        scores.contiguous(), seq_lens, slots, limits, selected, positions, counts, kv_heads, pages, width,
+        PAGE=page, LIMIT=limit, FORCE_NEWEST=force_newest, BLOCK_P=block,
+        BLOCK_W=max(256, min(1024, next_power_of_2(width))), num_warps=max(4, block // 512), **pdl_options(),
+    )  # fmt: skip
+    return positions
+
+
+@triton.jit(do_not_specialize=["seq_lens", "limits", "pages", "width"])
 def _select_kernel(  # type: ignore[no-untyped-def]
     scores, seq_lens, slots, limits, selected, positions, counts, kv_heads, pages, width,
-    PAGE: tl.constexpr, EXCLUDE: tl.constexpr, FORCE_NEWEST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+    PAGE: tl.constexpr, LIMIT: tl.constexpr, FORCE_NEWEST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Select the pages of one slot and KV head, list them in `selected`, and write their positions.
@@ -223,9 +259,12 @@ def _select_kernel(  # type: ignore[no-untyped-def]
     """
     pdl_wait(USE_PDL)
     owner = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + tl.program_id(0) // kv_heads)
-    past = tl.load(seq_lens + slot)
-    budget = past - tl.load(limits + slot) if EXCLUDE else tl.load(limits + past)
+    if LIMIT == "count":
+        past, budget = seq_lens.to(tl.int64), limits.to(tl.int64)
+    else:
+        slot = tl.load(slots + tl.program_id(0) // kv_heads)
+        past = tl.load(seq_lens + slot)
+        budget = past - tl.load(limits + slot) if LIMIT == "excluded" else tl.load(limits + past)
     tokens = tl.minimum(past, pages.to(tl.int64) * PAGE).to(tl.int32)
     budget = tl.maximum(tl.minimum(tl.minimum(budget, tokens), width), 0).to(tl.int32)
     num_pages, at = tl.cdiv(tokens, PAGE), tl.arange(0, BLOCK_P)
@@ -275,4 +314,5 @@ def _select_kernel(  # type: ignore[no-untyped-def]
         tl.store(
             positions + owner * width + place, tl.where(place < budget, position, 0).to(tl.int64), mask=place < width
         )
-    tl.store(counts + owner, budget.to(tl.int64))
+    if counts is not None:
+        tl.store(counts + owner, budget.to(tl.int64))

@@ -15,6 +15,8 @@ Results do not depend on the order in which programs run. Candidates are integer
 several programs add to are integers in fixed point.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -24,21 +26,30 @@ from sparsecache.kernels._triton import has_large_shared_memory, next_power_of_2
 _BLOCK = 64  # tokens per iteration of the reference
 _CHUNK = 4  # iterations between two checks whether all tokens are done; loads are pipelined within a chunk
 _WINDOW = tl.constexpr(256)  # blocks that are searched at once for the next one to compare
+_SUMMED = tl.constexpr(64)  # blocks whose normalised keys are added at once
 _ONE = 1 << 32  # 1 in fixed point
 
 
-def similarity_sums(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums of cosine similarities, exempted tokens, and the similarities to these: [G, L] each.
+class Similarities(NamedTuple):
+    """Of each token, [G, L] each.
+
+    sums: float32, its similarities with all other tokens, except those that exempt it. exempted: int64, the token that
+    it exempts, or -1. similarity: float32, its similarity to that token, or 0.
+    """
+
+    sums: Tensor
+    exempted: Tensor
+    similarity: Tensor
+
+
+def similarity_sums(keys: Tensor, threshold: float, out: Similarities | None = None) -> Similarities:
+    """Return sums of cosine similarities, exempted tokens, and the similarities to these.
 
     keys: [G, L, D], finite; threshold: above 0. A token exempts the latest other token whose similarity to it is above
-    `threshold`. The results, per token:
-
-    - float32: the sum of its similarities with all other tokens, except those that exempt it;
-    - int64: the token that it exempts, or -1;
-    - float32: its similarity to that token, or 0.
+    `threshold`. out: the results are written there; its tensors have equal strides, and rows are contiguous.
     """
     if use_kernel(keys):
-        return _launch(keys, threshold)
+        return _launch(keys, threshold, out)
     unit = normalize(keys.float(), dim=2)
     rows = torch.arange(keys.shape[1], device=keys.device)
     parts = []
@@ -48,10 +59,15 @@ def similarity_sums(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor, Ten
         similarity = found.gather(2, latest.clamp(min=0)).masked_fill(latest < 0, 0)
         parts.append((found.sum(2), latest[..., 0], similarity[..., 0]))
     sums, latest, similarity = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return sums.scatter_add(1, latest.clamp(min=0), -similarity), latest, similarity
+    results = Similarities(sums.scatter_add(1, latest.clamp(min=0), -similarity), latest, similarity)
+    if out is None:
+        return results
+    for target, result in zip(out, results, strict=True):
+        target.copy_(result)
+    return out
 
 
-def _launch(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def _launch(keys: Tensor, threshold: float, out: Similarities | None) -> Similarities:
     kv_heads, length, head_dim = keys.shape
     keys = keys if keys.stride(2) == 1 else keys.contiguous()
     block_d = next_power_of_2(head_dim, 16)
@@ -65,19 +81,24 @@ def _launch(keys: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     norms, partial = empty(blocks * block, dtype=torch.float32), empty(blocks, block_d, dtype=torch.float32)
     min_norms = empty(blocks, dtype=torch.float32)
     later, earlier, compared = (empty(size, dtype=torch.int32) for size in (length, length, blocks))
-    latest, fixed = (empty(length, dtype=torch.int64) for _ in range(2))
-    similarity = empty(length, dtype=torch.float32)
+    fixed = empty(length, dtype=torch.int64)
+    if out is None:
+        sums, similarity = (empty(length, dtype=torch.float32) for _ in range(2))
+        out = Similarities(sums, empty(length, dtype=torch.int64), similarity)
     inputs, grid = (keys, keys.stride(0), keys.stride(1)), (kv_heads, blocks)
     sizes = {"HEAD_DIM": head_dim, "BLOCK": block, "BLOCK_D": block_d, "num_warps": warps}
     _norm_kernel[grid](*inputs, norms, min_norms, partial, earlier, fixed, length, **sizes)
-    total = partial.sum(1)
     for is_second in (False, True):
         _search_kernel[grid](
             *inputs, norms, min_norms, later, earlier, compared, threshold, length,
             SECOND=is_second, CHUNK=_CHUNK, num_stages=stages, **sizes,
         )  # fmt: skip
-    _sum_kernel[grid](*inputs, norms, total, later, earlier, latest, similarity, fixed, length, ONE=_ONE, **sizes)
-    return fixed * (1 / _ONE), latest, similarity
+    _sum_kernel[grid](
+        *inputs, norms, partial, later, earlier, out.exempted, out.similarity, out.exempted.stride(0), fixed, length,
+        ONE=_ONE, **sizes,
+    )  # fmt: skip
+    torch.mul(fixed, 1 / _ONE, out=out.sums)
+    return out
 
 
 @triton.jit
@@ -184,18 +205,27 @@ def _search_kernel(  # type: ignore[no-untyped-def]
         tl.store(compared + block, tl.max(since, axis=0))
 
 
-@triton.jit(do_not_specialize=["length"])
+# The pointers to the rows of a slot are aligned for some slots only; this too would compile the kernel again.
+@triton.jit(do_not_specialize=["length", "out_stride", "exempted", "similarity"])
 def _sum_kernel(  # type: ignore[no-untyped-def]
-    keys, head_stride, stride, norms, total, later, earlier, latest, similarity, fixed, length,
+    keys, head_stride, stride, norms, partial, later, earlier, exempted, similarity, out_stride, fixed, length,
     HEAD_DIM: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add the similarities of BLOCK tokens to their sums, and subtract from others' sums what these tokens exempt."""
+    """Add the similarities of BLOCK tokens to their sums, and subtract from others' sums what these tokens exempt.
+
+    partial: [G, blocks, BLOCK_D], the sum of each block's normalised keys. out_stride: of the heads of `exempted` and
+    `similarity`.
+    """
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask, at = row < length, head * length + row
     base, norms = keys + head * head_stride, norms + head * tl.num_programs(1) * BLOCK
     key = _load_keys(base, stride, row.to(tl.int64), mask, HEAD_DIM, BLOCK_D).to(tl.float32)
     unit = key / tl.load(norms + row)[:, None]
-    all_keys = tl.load(total + head * BLOCK_D + tl.arange(0, BLOCK_D))
+    all_keys = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for first in tl.range(0, tl.num_programs(1), _SUMMED):
+        block = first + tl.arange(0, _SUMMED)[:, None]
+        part = partial + (head * tl.num_programs(1) + block) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+        all_keys += tl.sum(tl.load(part, mask=block < tl.num_programs(1), other=0.0), axis=0)
     sums = tl.sum(unit * (all_keys[None, :] - unit), axis=1)
     tl.atomic_add(fixed + at, (sums.to(tl.float64) * ONE).to(tl.int64), mask=mask, sem="relaxed")
     found = tl.load(later + at, mask=mask, other=-1)
@@ -203,7 +233,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     is_exempted, target = found >= 0, tl.maximum(found, 0)
     key = _load_keys(base, stride, target.to(tl.int64), is_exempted, HEAD_DIM, BLOCK_D).to(tl.float32)
     cosine = tl.sum(unit * (key / tl.load(norms + target)[:, None]), axis=1)
-    tl.store(latest + at, found.to(tl.int64), mask=mask)
-    tl.store(similarity + at, cosine, mask=mask)
-    exempted = (cosine.to(tl.float64) * ONE).to(tl.int64)
-    tl.atomic_add(fixed + head * length + target, -exempted, mask=is_exempted, sem="relaxed")
+    tl.store(exempted + head * out_stride + row, found.to(tl.int64), mask=mask)
+    tl.store(similarity + head * out_stride + row, cosine, mask=mask)
+    amount = (cosine.to(tl.float64) * ONE).to(tl.int64)
+    tl.atomic_add(fixed + head * length + target, -amount, mask=is_exempted, sem="relaxed")

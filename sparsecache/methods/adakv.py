@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import Shape
+from sparsecache.kernels.highest import highest_positions
 from sparsecache.methods.snapkv import SnapKV
 
 
@@ -37,13 +38,17 @@ class AdaKV(SnapKV):
         if not 0 <= self.safeguard <= 1:
             raise ValueError(f"safeguard={self.safeguard} must be a share from 0 to 1.")
 
-    def keep(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def keep(self, scores: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
         kv_heads, length = scores.shape
-        order, _ = super().keep(scores, count)
-        ranked = scores.gather(1, order)
-        ranked[:, : self._safe(count)].fill_(torch.inf)
-        winners = ranked.flatten().topk(kv_heads * count, sorted=False).indices // length
-        return order, (winners == torch.arange(kv_heads, device=scores.device)[:, None]).sum(1)
+        safe = highest_positions(scores, self._safe(count))
+        joined = scores.scatter(1, safe, torch.inf).view(1, -1)  # the scores of one KV head after the other
+        winners = highest_positions(joined, kv_heads * count)[0]
+        first = length * torch.arange(kv_heads + 1, device=scores.device)
+        bounds = torch.searchsorted(winners, first)
+        index = bounds[:-1, None] + torch.arange(width, device=scores.device)
+        # The last token always stays, so it is each KV head's last winner.
+        kept = winners[index.minimum(bounds[1:, None] - 1)] - first[:-1, None]
+        return kept, bounds.diff()
 
     def max_head_tokens(self, count: int, shape: Shape) -> int:
         return shape.kv_heads * count - (shape.kv_heads - 1) * self._safe(count)

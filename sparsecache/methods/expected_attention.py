@@ -15,16 +15,29 @@ The authors' benchmark evicts before the question comes. Here the question is pa
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsecache.cache.eviction import EvictionMethod, pin_last
 from sparsecache.kernels.moments import expected_logits, token_moments
-from sparsecache.kernels.rotation import Rotation, rotate_rows
+from sparsecache.kernels.rotation import Rotation, RotationOf, rotate_rows
 
 _MAX_FUTURE = 65536
+
+
+class _Rotations(NamedTuple):
+    """What all layers share for prompts of one length.
+
+    of_tokens: of the N tokens after the sinks, [N, R]. mean: [D, D] float32; x @ mean rotates x [.., D] by the mean
+    rotation of the future positions. mean_of_sum: [D, D], mean / N. pinned: [G, sinks] float32, the sinks' scores.
+    """
+
+    of_tokens: Rotation
+    mean: Tensor
+    mean_of_sum: Tensor
+    pinned: Tensor
 
 
 @dataclass
@@ -48,22 +61,35 @@ class ExpectedAttention(EvictionMethod):
             raise ValueError(f"epsilon={self.epsilon} must be 0 or more.")
         if self.recent < 0:
             raise ValueError(f"recent={self.recent} must be 0 tokens or more.")
+        self._latest: tuple[tuple[RotationOf, torch.Size, torch.device], _Rotations] | None = None
 
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv_heads, length = k.shape[:2]
         sinks = min(self.sinks, length)
         if sinks == length:
             return torch.full((kv_heads, length), torch.inf, device=k.device)
-        positions = torch.arange(sinks, length + self.future, device=k.device)
-        tables = self.rope(positions)
-        rotation = Rotation(*(table[: length - sinks] for table in tables))
-        mean_rotation = Rotation(*(table[length - sinks :].mean(0) for table in tables))
-        sums, products = token_moments(q[:, sinks:], rotation)
-        mean = sums / (length - sinks)
-        covariance = products / (length - sinks) - mean[:, :, None] * mean[:, None]
-        mean = rotate_rows(mean, mean_rotation)
-        covariance = rotate_rows(rotate_rows(covariance, mean_rotation).mT, mean_rotation)
-        attention = expected_logits(k[:, sinks:], mean, covariance).softmax(-1)
-        norms = torch.linalg.vector_norm(v[:, sinks:], dim=-1, dtype=torch.float32)
+        q, k, v = q[:, sinks:], k[:, sinks:], v[:, sinks:]
+        rotations = self._rotations_for(k)
+        sums, products = token_moments(q, rotations.of_tokens)
+        mean = sums @ rotations.mean_of_sum
+        products = (products @ rotations.mean_of_sum).mT  # rotated on one side
+        rotation = rotations.mean.expand_as(products)
+        covariance = torch.baddbmm(mean[:, :, None] * mean[:, None], products, rotation, beta=-1)
+        attention = expected_logits(k, mean, covariance).softmax(-1)
+        norms = torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32)
         scores = (attention.view(kv_heads, -1, length - sinks).mean(1) + self.epsilon) * norms
-        return torch.cat((scores.new_full((kv_heads, sinks), torch.inf), pin_last(scores, self.recent)), 1)
+        return torch.cat((rotations.pinned, pin_last(scores, self.recent)), 1)
+
+    def _rotations_for(self, k: Tensor) -> _Rotations:
+        """Return the rotations for the keys k [G, N, D] after the sinks; those of the latest length are kept."""
+        key = self.rope, k.shape, k.device
+        if self._latest is None or self._latest[0] != key:
+            self._latest = None  # frees the tables before new ones take memory
+            kv_heads, tokens, head_dim = k.shape
+            tables = self.rope(torch.arange(self.sinks, self.sinks + tokens + self.future, device=k.device))
+            future = Rotation(*(table[tokens:].mean(0) for table in tables))
+            mean = rotate_rows(torch.eye(head_dim, device=k.device), future)
+            pinned = torch.full((kv_heads, self.sinks), torch.inf, device=k.device)
+            of_tokens = Rotation(*(table[:tokens] for table in tables))
+            self._latest = key, _Rotations(of_tokens, mean, mean / tokens, pinned)
+        return self._latest[1]

@@ -31,7 +31,6 @@ from sparsecache.kernels.factors import reduce_token, sum_products, update_bases
 from sparsecache.kernels.least_squares import factorise
 from sparsecache.kernels.moments import token_moments
 from sparsecache.kernels.rows import mask_of_first, take_rows
-from sparsecache.kernels.selection import score_margin
 from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Selection
 
@@ -96,7 +95,9 @@ class LRQKCache(SelectionCache):
         rank = min(method.rank, head_dim)
         self._budget = method.layer_budget(layer, config.shape)
         self.reduced_keys = config.zeros(config.max_tokens, rank)
-        self.query_basis, self.key_basis = (config.zeros(rank, head_dim, dtype=torch.float32) for _ in range(2))
+        self._bases = torch.stack([config.zeros(rank, head_dim, dtype=torch.float32)] * 2)
+        self.query_basis, self.key_basis = self._bases
+        self._unit_vectors = torch.eye(head_dim, device=config.device)
         self.products = config.zeros(head_dim, rank, dtype=torch.float32)
         self.gram = config.zeros(rank, rank, dtype=torch.float32)
         attended = torch.minimum(self.budgets, torch.arange(len(self.budgets), device=self.budgets.device))
@@ -105,13 +106,15 @@ class LRQKCache(SelectionCache):
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         super().prefill(slot, q, k, v)
         (kv_heads, length, head_dim), rank = k.shape, self.gram.shape[2]
-        query_moments, key_moments = token_moments(q, absolute=True), token_moments(k, absolute=True)
-        query_sums, query_gram = (x.view(kv_heads, -1, *x.shape[1:]) for x in query_moments)  # [G, H / G, ..]
-        magnitude = query_sums.mean(1) + key_moments.sums
-        start = torch.eye(head_dim, device=k.device)[magnitude.topk(rank, dim=1).indices]  # [G, R, D]
-        start[:, max(1, length // 2) :] = 0  # at most half as many factors as tokens
-        factors = factorise(query_gram.sum(1), key_moments.products, start, self.method.iterations)
-        query_weight, key_weight, self.query_basis[slot], self.key_basis[slot] = factors
+        query_sums, query_gram = token_moments(q, absolute=True, groups=kv_heads)
+        key_sums, key_gram = token_moments(k, absolute=True)
+        magnitude = torch.add(key_sums, query_sums, alpha=kv_heads / len(q))
+        start = self._unit_vectors[magnitude.topk(rank, dim=1).indices]  # [G, R, D]
+        if length // 2 < rank:
+            start[:, max(1, length // 2) :].fill_(0)  # at most half as many factors as tokens
+        factors = factorise(query_gram, key_gram, start, self.method.iterations)
+        self._bases[:, slot] = factors[2:]
+        query_weight, key_weight = factors[:2]
         reduced = k.float() @ key_weight.mT  # [G, L, R]
         self.reduced_keys[slot, :, :length] = reduced
         reduced_query = q[:, -1].float().view(kv_heads, -1, head_dim) @ query_weight.mT
@@ -122,13 +125,15 @@ class LRQKCache(SelectionCache):
 
         k: [G, L, D]; reduced: [G, L, R] float32, the reduced keys.
         """
-        kv_heads, length = k.shape[:2]
+        length = k.shape[1]
         count = min(self._budget.tokens(length), length)
-        margin = score_margin((reduced_query @ reduced.mT).flatten(0, 1)[None], kv_heads)[0]  # [G, L]
-        margin[:, length - int(self.method.recent * count) :] = torch.inf
+        scores = reduced_query @ reduced.mT  # [G, H / G, L]
+        margin = (scores - scores.amax(2, keepdim=True)).amax(1)
+        margin[:, length - int(self.method.recent * count) :].fill_(torch.inf)
         selected = margin.topk(count, dim=1, sorted=False).indices[..., None]
         keys, reduced = (x.gather(1, selected.expand(-1, -1, x.shape[2])).float() for x in (k, reduced))
-        self.products[slot], self.gram[slot] = keys.mT @ reduced, reduced.mT @ reduced
+        torch.bmm(keys.mT, reduced, out=self.products[slot])
+        torch.bmm(reduced.mT, reduced, out=self.gram[slot])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         self.reduced_query, reduced_key = reduce_token(

@@ -27,7 +27,7 @@ from sparsecache.cache.eviction import NO_STORAGE, BoundedKVCache, check_voting
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.redundancy import Redundancy, evict_redundant
 from sparsecache.kernels.scores import scaled_scores
-from sparsecache.kernels.similarity import similarity_sums
+from sparsecache.kernels.similarity import Similarities, similarity_sums
 
 _SIMILAR = 0.5  # cosine similarity above which tokens are similar
 _MAX_WINDOW = 64  # each query of it is kept, and read at every step
@@ -59,10 +59,6 @@ class RKV(SparseMethod):
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "RKVCache":
         return RKVCache(self, layer, config)
 
-    def mix(self, importance: Tensor, redundancy: Tensor) -> Tensor:
-        """Return the scores of tokens from their importance and redundancy: [G, L] each."""
-        return self.weight * importance - (1 - self.weight) * redundancy
-
 
 class RKVCache(BoundedKVCache):
     """Scores are sums of similarities with the other tokens, without those that do not count."""
@@ -77,33 +73,35 @@ class RKVCache(BoundedKVCache):
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         super().prefill(slot, q, k, v)
-        length, window = k.shape[1], self._method.window
-        count = min(self._budget.tokens(length), length)
+        kv_heads, length, head_dim = k.shape
+        count, recent = self.prompt_count(length), min(length, self._method.window)
         state = self.scores, self.redundancy.exempted, self.redundancy.similarity
-        for stored, found in zip(state, similarity_sums(self.keys[slot, :, :count], _SIMILAR), strict=True):
-            stored[slot, :, :count] = found
-        last = torch.arange(max(0, length - window), length, device=q.device)
-        self.redundancy.queries[slot][:, :, last % window] = q[:, last].view(len(k), -1, len(last), q.shape[2])
+        similarity_sums(self.keys[slot, :, :count], _SIMILAR, Similarities(*(part[slot, :, :count] for part in state)))
+        queries = q[:, length - recent :].roll(length % recent, 1)  # each in the row position % window
+        self.redundancy.queries[slot, :, :, :recent] = queries.view(kv_heads, -1, recent, head_dim)
 
     def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
         kv_heads, length, _ = k.shape
-        window = min(count, self._method.window)
-        kept = torch.arange(length - window, length, device=k.device).expand(kv_heads, -1)
-        if count > window:
-            best = self._scores_before_window(q, k).topk(count - window, sorted=False).indices
-            kept = torch.cat((best.sort(dim=-1).values, kept), 1)  # in the order of the text
-        return kept, torch.zeros_like(kept, dtype=torch.float32)
+        if count > self._method.window:
+            best = self._prompt_priorities(q, k).topk(count, sorted=False).indices
+            kept = best.sort(dim=-1).values  # in the order of the text
+        else:
+            kept = torch.arange(length - count, length, device=k.device).expand(kv_heads, -1)
+        return kept, torch.empty_like(kept, dtype=torch.float32)  # `prefill` sets the scores
 
-    def _scores_before_window(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return the scores of a prompt's tokens before the window: [G, L - window]."""
+    def _prompt_priorities(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return the scores of a prompt's tokens, infinite in the window: [G, L]."""
         kv_heads, length, head_dim = k.shape
         method = self._method
         before = length - method.window
         logits = scaled_scores(q[:, before:], k[:, :before], head_dim)
         votes = logits.view(kv_heads, -1, *logits.shape[1:]).amax(1).softmax(-1).mean(1)
         importance = max_pool1d(votes, method.kernel, 1, method.kernel // 2)
-        redundancy = (similarity_sums(k, _SIMILAR)[0] / length).softmax(-1)
-        return method.mix(importance, redundancy[:, :before])
+        redundancy = (similarity_sums(k, _SIMILAR).sums / length).softmax(-1)
+        priorities = redundancy.mul_(method.weight - 1)
+        priorities[:, :before].add_(importance, alpha=method.weight)
+        priorities[:, before:].fill_(torch.inf)
+        return priorities
 
     def evict(self, q: Tensor, slots: Tensor) -> None:
         evict_redundant(q, self.tokens, self.redundancy, self.seq_lens, slots, self.budgets)

@@ -15,8 +15,9 @@ singular value decomposition. This is faster and does not wait for the host. The
 the lowest possible one. Rank and page are the paper's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Annotated, ClassVar, NamedTuple
 
 import torch
@@ -39,20 +40,37 @@ from sparsecache.kernels.threshold import Selection
 from sparsecache.kernels.unrotate import unrotate_keys
 
 _RANK = 160  # the default; a model whose KV heads have fewer channels together takes as many
-_PRODUCTS = (2, 1, 1)  # subspace iteration: products with K^T K before each orthonormalisation
-_RIDGE = 1e-14  # of the trace; for vectors of a smaller rank
-_MIN_RIDGE = 1e-300  # so that vectors of zeros give zeros
+_RIDGE = 2e-15  # of the diagonal, times the channels; for vectors of a smaller rank. A sixth is too little
+_SHIFT = 1e-20  # of the eigenvalues of K^T K, so that keys of zeros have a basis
 
 
-class _Shared(NamedTuple):
+class _PromptTables(NamedTuple):
+    """What depends only on the length of a prompt and how many of its pages are stored exactly.
+
+    numbers: [3] int64, the pages with a mean key, the tokens beyond the budget, and the position minus the place of
+    tokens from the last pages on. is_exact: [pages] bool, the last pages. in_page: [page] int64, 0, 1, ... last:
+    [G, ..] int64, the positions from the last pages on. rows: [G, E] int32, 0, 1, ... per head.
+    """
+
+    numbers: Tensor
+    is_exact: Tensor
+    in_page: Tensor
+    last: Tensor
+    rows: Tensor
+
+
+@dataclass
+class _Shared:
     """What the caches of a device share.
 
     rotation: of the positions 0 to max_tokens - 1. start: [G D, R] float64, random vectors that the subspace iteration
-    starts from.
+    starts from. tables_of: returns the tables of a prompt, and keeps those of the latest one for the next layers, which
+    use the same stream.
     """
 
     rotation: Rotation
     start: Tensor
+    tables_of: Callable[[int, int, int, int], _PromptTables]
 
 
 @dataclass
@@ -109,7 +127,8 @@ class ShadowKV(SparseMethod):
             start = torch.randn(
                 channels, min(self.rank, channels), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
             )
-            self._shared[config.device] = _Shared(rotation, start.to(config.device))
+            tables_of = lru_cache(maxsize=1)(partial(_prompt_tables, self.page, config))
+            self._shared[config.device] = _Shared(rotation, start.to(config.device), tables_of)
         return ShadowKVCache(self, layer, config, self._shared[config.device])
 
 
@@ -124,14 +143,14 @@ class ShadowKVCache(LayerCache):
 
     def __init__(self, method: ShadowKV, layer: int, config: CacheConfig, shared: _Shared) -> None:
         self.method, self.config = method, config
-        self._rotation, self._start = shared
+        self._shared = shared
         self.seq_lens, self.stats = config.seq_lens, config.stats
         shape, page, tokens = config.shape, method.page, config.max_tokens
         self._budget = method.layer_budget(layer, shape)
         max_budget = min(self._budget.maximum(tokens), tokens)
         self._width = min(tokens, max_budget + config.max_new_tokens)
         pages, exact_pages = -(-tokens // page), sum(method.exact_pages(max_budget)) + 1  # and a page that is not full
-        rank = self._start.shape[1]
+        rank = shared.start.shape[1]
         self.coefficients = torch.zeros((config.slots, tokens, rank), dtype=config.dtype, device=config.device)
         self.basis = config.zeros(rank, shape.head_dim)
         size = (config.slots, shape.kv_heads, tokens, shape.head_dim)
@@ -140,9 +159,8 @@ class ShadowKVCache(LayerCache):
         self.is_exact = ~config.zeros(pages, dtype=torch.bool)
         self.exact = config.zeros(exact_pages * page + config.max_new_tokens, 2, shape.head_dim)
         self.places = config.zeros(tokens, dtype=torch.int32)
-        self._num_pages = torch.zeros_like(config.seq_lens)  # pages with a mean key
-        self._over_budget = torch.zeros_like(config.seq_lens)  # prompt tokens beyond the budget
-        self._tail_offset = torch.zeros_like(config.seq_lens)  # position minus place, from the last pages on
+        self._numbers = config.seq_lens.new_zeros(3, config.slots)  # as _PromptTables.numbers
+        self._num_pages, self._over_budget, self._tail_offset = self._numbers
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         length, page = k.shape[1], self.method.page
@@ -150,31 +168,28 @@ class ShadowKVCache(LayerCache):
         num_outliers, num_recent = self.method.exact_pages(count)
         first = max(0, length // page - num_recent)  # the first of the last pages
         num_outliers = min(num_outliers, first)
+        tables = self._shared.tables_of(length, length - count, first, num_outliers)
         with self.config.deferred.after():  # many short kernels, which run in parallel with those below
-            unrotated = unrotate_keys(k, self._rotation)
-            self.coefficients[slot, :length], self.basis[slot] = _low_rank(unrotated, self._start)
+            unrotated = unrotate_keys(k, self._shared.rotation)
+            self.basis[slot] = _low_rank(unrotated, self._shared.start, self.coefficients[slot, :length])[1]
         copy_into(self.values[slot], v)
 
-        self.mean_keys[slot, :, :first], similarities = page_means(k, page, first)
+        _, similarities = page_means(k, page, first, self.mean_keys[slot, :, :first])
         outliers = similarities.topk(num_outliers, dim=1, largest=False).indices
-        self.is_exact[slot, :, :first].fill_(False).scatter_(1, outliers, True)
-        self.is_exact[slot, :, first:].fill_(True)
-        self._store_exact(slot, k, v, outliers, first)
-        self._num_pages[slot].fill_(first)
-        self._over_budget[slot].fill_(length - count)
-        self._tail_offset[slot].fill_((first - num_outliers) * page)
+        self.is_exact[slot].copy_(tables.is_exact).scatter_(1, outliers, True)
+        self._store_exact(slot, k, v, outliers, tables)
+        self._numbers[:, slot] = tables.numbers
         self.config.deferred.join()  # k is not needed any more
 
-    def _store_exact(self, slot: int, k: Tensor, v: Tensor, outliers: Tensor, first: int) -> None:
-        """Store exact rows of k, v [G, L, D]: those of the pages outliers [G, N], then those from page `first` on."""
-        (kv_heads, length, head_dim), page = k.shape, self.method.page
-        tail = torch.arange(first * page, length, device=k.device).expand(kv_heads, -1)
-        positions = outliers[..., None] * page + torch.arange(page, device=k.device)
-        positions = torch.cat((positions.flatten(1), tail), 1)  # [G, E]
-        index = positions[..., None].expand(-1, -1, head_dim)
-        self.exact[slot, :, : positions.shape[1]] = torch.stack((k.gather(1, index), v.gather(1, index)), 2)
-        rows = torch.arange(positions.shape[1], dtype=torch.int32, device=k.device)
-        self.places[slot].fill_(-1).scatter_(1, positions, rows.expand_as(positions))
+    def _store_exact(self, slot: int, k: Tensor, v: Tensor, outliers: Tensor, tables: _PromptTables) -> None:
+        """Store exact rows of k, v [G, L, D]: those of the pages outliers [G, N], then those of the last pages."""
+        of_outliers = torch.add(tables.in_page, outliers[..., None], alpha=self.method.page).flatten(1)
+        positions = torch.cat((of_outliers, tables.last), 1)  # [G, E]
+        index = positions[..., None].expand(-1, -1, k.shape[2])
+        keys, values = self.exact[slot, :, : positions.shape[1]].unbind(2)
+        torch.gather(k, 1, index, out=keys)
+        torch.gather(v, 1, index, out=values)
+        self.places[slot].fill_(-1).scatter_(1, positions, tables.rows)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         positions, counts = self._select(q, slots)
@@ -194,7 +209,7 @@ class ShadowKVCache(LayerCache):
         """Return keys and values of the first counts [B, G] positions, [B, G, N, 2, D], and where exact rows lie."""
         values = None if self.method.offload else self.values
         rows, places = rebuild_rows(
-            self.coefficients, self.basis, values, self.places, self._rotation, slots, positions, counts
+            self.coefficients, self.basis, values, self.places, self._shared.rotation, slots, positions, counts
         )
         if self.method.offload:
             halves = self.values.view(*self.values.shape[:3], 2, -1)  # gathered as if they were a key and a value
@@ -210,24 +225,33 @@ class ShadowKVCache(LayerCache):
         return StepBytes(mean_keys + keys, values) if self.method.offload else StepBytes(mean_keys + keys + values)
 
 
-def _low_rank(keys: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an approximation of keys [L, G, D] of rank R: coefficients [L, R] and basis [G, R, D].
+def _prompt_tables(
+    page: int, config: CacheConfig, length: int, over_budget: int, first: int, num_outliers: int
+) -> _PromptTables:
+    """Return the tables of a prompt whose last pages begin with page `first`."""
+    device, kv_heads = config.device, config.shape.kv_heads
+    numbers = torch.empty(3, dtype=torch.int64, device=device)
+    for index, number in enumerate((first, over_budget, (first - num_outliers) * page)):
+        numbers[index].fill_(number)  # does not wait for the device, unlike a copy
+    is_exact = torch.arange(-(-config.max_tokens // page), device=device) >= first
+    last = torch.arange(first * page, length, device=device).expand(kv_heads, -1)
+    rows = torch.arange(num_outliers * page + last.shape[1], dtype=torch.int32, device=device).expand(kv_heads, -1)
+    return _PromptTables(numbers, is_exact, torch.arange(page, device=device), last, rows)
+
+
+def _low_rank(keys: Tensor, start: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return an approximation of keys [L, G, D] of rank R: coefficients [L, R], in `out`, and basis [G, R, D].
 
     The keys of all KV heads are one matrix [L, G D]. start: [G D, R] float64, vectors to start from.
     """
     length, kv_heads, head_dim = keys.shape
     channels, rank = start.shape
-    matrix = keys.reshape(length, channels)
+    matrix = keys.view(length, channels)
     if rank < channels:
-        gram, vectors = _gram(matrix).double(), start
-        for products in _PRODUCTS:
-            for _ in range(products):
-                vectors = gram @ vectors
-            vectors = _orthonormal(vectors)
-        vectors = vectors.to(keys.dtype)
+        vectors = _leading_vectors(_gram(matrix).double(), start).to(keys.dtype)
     else:
         vectors = torch.eye(channels, dtype=keys.dtype, device=keys.device)
-    return matrix @ vectors, vectors.mT.reshape(rank, kv_heads, head_dim).transpose(0, 1)
+    return torch.mm(matrix, vectors, out=out), vectors.view(kv_heads, head_dim, rank).mT
 
 
 def _gram(matrix: Tensor) -> Tensor:
@@ -237,10 +261,28 @@ def _gram(matrix: Tensor) -> Tensor:
     return matrix.float().mT @ matrix.float()
 
 
-def _orthonormal(vectors: Tensor) -> Tensor:
-    """Return orthonormal vectors with the span of the columns of `vectors` [N, R] float64; zeros stay zeros."""
-    gram = vectors.mT @ vectors
-    gram.diagonal().add_(_RIDGE * gram.trace() + _MIN_RIDGE)
-    factor = torch.linalg.cholesky_ex(gram)[0]  # does not wait for the device, unlike qr and eigh
-    orthonormal: Tensor = torch.linalg.solve_triangular(factor.mT, vectors, upper=True, left=False)
+def _leading_vectors(gram: Tensor, start: Tensor) -> Tensor:
+    """Return orthonormal vectors near the eigenvectors of the R largest eigenvalues of gram [N, N]: [N, R] float64.
+
+    Subspace iteration: four products with gram, from start [N, R]. The largest eigenvalues come to dominate all
+    vectors V. After two products V (V^T gram V)^-1 evens that out for the next two. It has the span of gram V.
+    """
+    vectors = _product(gram, start)
+    product = _product(gram, vectors)
+    vectors = torch.cholesky_solve(product.mT, _factor(vectors, product)).mT
+    vectors = _product(gram, _product(gram, vectors))
+    orthonormal: Tensor = torch.linalg.solve_triangular(_factor(vectors, vectors).mT, vectors, upper=True, left=False)
     return orthonormal
+
+
+def _product(gram: Tensor, vectors: Tensor) -> Tensor:
+    """Return (gram + shift) vectors."""
+    return torch.addmm(vectors, gram, vectors, beta=_SHIFT)
+
+
+def _factor(left: Tensor, right: Tensor) -> Tensor:
+    """Return the Cholesky factor of left^T right [R, R] plus a ridge."""
+    matrix = left.mT @ right
+    matrix.diagonal().mul_(1 + _RIDGE * len(left))
+    factor: Tensor = torch.linalg.cholesky_ex(matrix)[0]  # does not wait for the device, unlike qr and eigh
+    return factor

@@ -73,3 +73,10 @@ def test_moments_are_those_before_the_rotation(rotated) -> None:
     torch.testing.assert_close(sums, x.sum(1), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(products, x.mT @ x, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(token_moments(x, absolute=True).sums, x.abs().sum(1))
+
+
+def test_moments_of_groups_are_sums_of_those_of_their_heads(device, agree) -> None:
+    x = _heads(6, 70, 16).to(device)
+    agree(token_moments, x, absolute=True, groups=2)
+    for found, of_heads in zip(token_moments(x, groups=2), token_moments(x), strict=True):
+        torch.testing.assert_close(found, torch.stack((of_heads[:3].sum(0), of_heads[3:].sum(0))))

@@ -32,3 +32,16 @@ def test_means_and_similarities_of_pages(length, page, pages, device, gpu_dtype,
     keys = _keys(length, device, gpu_dtype)
     keys[0, :page] = 0  # similar to nothing
     agree(page_means, keys, page, pages)
+
+
+def test_means_are_stored_where_asked(device, gpu_dtype, agree) -> None:
+    keys = _keys(41, device, gpu_dtype)
+
+    def stored(k: torch.Tensor) -> torch.Tensor:
+        target = torch.zeros(3, 9, 24, device=device, dtype=gpu_dtype)
+        page_means(k, 8, 5, target[:, :5])
+        return target
+
+    agree(stored, keys)
+    expected = page_means(keys, 8, 5)[0].to(gpu_dtype)
+    torch.testing.assert_close(stored(keys)[:, :5], expected, rtol=0, atol=0)

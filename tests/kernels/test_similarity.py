@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sparsecache.kernels._triton import force_backend
-from sparsecache.kernels.similarity import similarity_sums
+from sparsecache.kernels.similarity import Similarities, similarity_sums
 
 CASES = {"one token": (2, 1, 16), "around a block": (2, 129, 24), "many": (1, 390, 32)}  # KV heads, tokens, head size
 if torch.cuda.is_available():
@@ -67,3 +67,15 @@ def test_equals_a_loop() -> None:
         assert float(similarity[0, i]) == pytest.approx(float(cosines[i, j]) if j >= 0 else 0.0, abs=1e-5)
         counted = [float(cosines[k, i]) for k in range(90) if expected[k] != i]
         assert float(sums[0, i]) == pytest.approx(sum(counted), abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+def test_results_are_written_to_rows_of_larger_tensors(backend, device) -> None:
+    keys = _keys((2, 70, 16)).to(device)
+    with force_backend(backend):
+        expected = similarity_sums(keys, 0.5)
+        stored = [torch.full((2, 75), 9, dtype=part.dtype, device=device) for part in expected]
+        similarity_sums(keys, 0.5, Similarities(*(part[:, 2:72] for part in stored)))
+    for part, result in zip(stored, expected, strict=True):
+        assert torch.equal(part[:, 2:72], result)
+        assert (part[:, :2] == 9).all() and (part[:, 72:] == 9).all()

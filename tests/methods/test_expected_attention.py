@@ -85,6 +85,16 @@ def test_channels_that_are_not_rotated_are_those_of_a_rotation_by_nothing() -> N
     torch.testing.assert_close(whole.score(q, k, v), partial)
 
 
+def test_scores_do_not_depend_on_the_prompts_before() -> None:
+    """The rotations that prompts of one length share are made anew for another length and another model."""
+    method = _method()
+    for length, scale in ((40, 1.0), (64, 1.0), (64, 1.3)):
+        _, prompt = _prompt(length, 2, scale)
+        method.rope = _rope(scale, HEAD_DIM)
+        for _ in range(2):
+            assert torch.equal(method.score(*prompt), _method(scale).score(*prompt))
+
+
 @pytest.mark.parametrize("length", [1, 4, 5])
 def test_a_prompt_of_sinks_keeps_the_first_tokens(length) -> None:
     _, prompt = _prompt(length, 2)

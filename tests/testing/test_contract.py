@@ -141,8 +141,8 @@ class _DropsOneToken(EvictionMethod):
     def score(self, q, k, v):
         return k.norm(dim=2)
 
-    def keep(self, scores, count):
-        return super().keep(scores, max(1, count - 1))
+    def keep(self, scores, count, width):
+        return super().keep(scores, max(1, count - 1), width)
 
 
 @dataclass
