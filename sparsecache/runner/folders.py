@@ -1,5 +1,6 @@
 """Checks that all runs below one model's folder are of the same checkpoint."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,31 @@ def check_same_checkpoint(folder: Path, checkpoint: str, fingerprint: str, overw
     if not folder.parent.is_dir():
         return
     for sibling in list_folder(folder.parent):
-        if not (sibling / RUN_FILE).is_file() or (overwrite and sibling == folder):
+        if overwrite and sibling == folder:
             continue
         try:
-            record = RunFolder(sibling).read()
-        except UsageError:  # its own command or the evaluation reports it
+            status = (sibling / RUN_FILE).stat()
+        except OSError:  # not a run
             continue
-        known = record.get("identity", {}).get("checkpoint")
-        location = checkpoint_of(record)
+        known, location = _recorded_checkpoint(sibling, status.st_mtime_ns, status.st_size)
         if known not in (None, fingerprint) and location not in (None, checkpoint):
             raise UsageError(
                 f"{sibling} holds a run of another checkpoint with the same name: {location}, and this run is of "
                 f"{checkpoint}. Give this checkpoint a folder of its own with --model_name."
             )
+
+
+@lru_cache(maxsize=4096)  # the runs of a sweep check each other
+def _recorded_checkpoint(folder: Path, changed_ns: int, nbytes: int) -> tuple[str | None, str | None]:
+    """The fingerprint and location of the checkpoint that a run's record states; None where it states none.
+
+    changed_ns, nbytes: when the record was written, and its size, since another process may write it again.
+    """
+    try:
+        record = RunFolder(folder).read()
+    except UsageError:  # its own command or the evaluation reports it
+        return None, None
+    return record.get("identity", {}).get("checkpoint"), checkpoint_of(record)
 
 
 def checkpoint_of(record: dict[str, Any]) -> str | None:

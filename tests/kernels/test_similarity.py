@@ -77,5 +77,5 @@ def test_results_are_written_to_rows_of_larger_tensors(backend, device) -> None:
         stored = [torch.full((2, 75), 9, dtype=part.dtype, device=device) for part in expected]
         similarity_sums(keys, 0.5, Similarities(*(part[:, 2:72] for part in stored)))
     for part, result in zip(stored, expected, strict=True):
-        assert torch.equal(part[:, 2:72], result)
+        torch.testing.assert_close(part[:, 2:72], result)  # on a GPU the reference adds in any order
         assert (part[:, :2] == 9).all() and (part[:, 72:] == 9).all()

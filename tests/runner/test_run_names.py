@@ -67,3 +67,4 @@ def test_a_checkpoint_that_was_moved_or_that_overwrites_its_only_run_is_taken(pr
     assert predict("--model", str(moved), "--max_samples", "1").exit_code == 0
     other = make_random_checkpoint(tmp_path / "other" / "tiny", seed=5, num_hidden_layers=1)
     assert predict("--model", str(other), "--max_samples", "1", "--overwrite").exit_code == 0
+    assert predict("--name", "second", "--max_samples", "1").exit_code == 2  # the record is not the one read before
