@@ -59,6 +59,12 @@ def pytest_runtest_setup() -> None:
     torch.set_num_threads(1)  # a test may have set more
 
 
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if torch.cuda.is_initialized() and (nextitem is None or nextitem.path != item.path):
+        gc.collect()
+        torch.cuda.empty_cache()  # other processes of pytest share the GPU
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {_REPO / "tests" / name: rank for rank, name in enumerate(_LONGEST_FILES)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
