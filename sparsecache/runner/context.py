@@ -6,6 +6,7 @@ gives the prompts, the identity of the run, and the engine, which reads the weig
 
 import copy
 import os
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +37,8 @@ from sparsecache.runner.settings import Settings
 from sparsecache.versions import tokenizing_versions
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from sparsecache.engine.general.engine import GeneralEngine
     from sparsecache.engine.general.model import CachedModel
     from sparsecache.engine.reference import TransformersEngine
@@ -218,20 +221,29 @@ class RunContext:
         return self._transformers_engine(self.make_method(), 1)
 
     def _transformers_engine(self, method: CacheMethod, slots: int) -> "TransformersEngine | GeneralEngine":
-        """Loads the general engine with at most `slots` slots; for vanilla, transformers' own generate.
+        """Loads the general engine with at most `slots` slots.
 
-        Raises UsageError for a model that the method's caches cannot serve.
+        Vanilla with one slot, or on a model that no cache can serve, is transformers' own generate. Raises UsageError
+        for a model that another method's caches cannot serve.
         """
-        from sparsecache.engine.general.engine import GeneralEngine
-        from sparsecache.engine.general.model import CachedModel
         from sparsecache.engine.reference import TransformersEngine
 
         path, config = self.checkpoint.path, self.checkpoint.config
         engine = TransformersEngine.load(path, self.devices, self.dtype, self.settings.allow_pickle, config)
-        if isinstance(method, Vanilla) and not method.offload:
-            self.one_slot_reason = "transformers' own generate decodes it"
-            return engine
-        model = CachedModel(engine.model, method, self.window)
+        if not isinstance(method, Vanilla) or method.offload:
+            return self._general_engine(engine.model, method, slots)
+        if slots > 1:
+            with suppress(UsageError):
+                return self._general_engine(engine.model, method, slots)
+        self.one_slot_reason = "transformers' own generate decodes it"
+        return engine
+
+    def _general_engine(self, pretrained: "PreTrainedModel", method: CacheMethod, slots: int) -> "GeneralEngine":
+        """Returns the engine over a transformers model. Raises UsageError if the caches cannot serve it."""
+        from sparsecache.engine.general.engine import GeneralEngine
+        from sparsecache.engine.general.model import CachedModel
+
+        model = CachedModel(pretrained, method, self.window)
         with option_errors(self.settings.method):
             method.check(model.shape)
         self._calibrate(method, model)

@@ -51,14 +51,39 @@ def test_a_method_serves_the_full_attention_layers_of_a_sliding_family(
     assert rows["1"] == rows["2"] and len(rows["1"]) == 2
 
 
-def test_a_model_that_no_cache_serves_is_refused_in_one_sentence(predict, make_checkpoint) -> None:
+def test_a_model_that_no_cache_serves_is_refused_in_one_sentence(predict, make_checkpoint, tmp_path, read_rows) -> None:
     folder = make_checkpoint(Gemma2Config(**SIZES))
     told = predict("--model", str(folder), "--engine", "transformers", "--method", "snapkv")
     assert told.exit_code == 2
     assert "Gemma2ForCausalLM has logit soft-capping" in told.output and "Traceback" not in told.output
-    told = predict("--model", str(folder), "--engine", "transformers", "--max_samples", "1", "--batch_size", "2")
-    assert told.exit_code == 0
-    assert "prompts     decoded one at a time, since transformers' own generate decodes it" in told.stdout
+    texts = {}
+    for batch_size in ("2", "1"):
+        options = ("--engine", "transformers", "--max_samples", "2", "--batch_size", batch_size, "--name", batch_size)
+        told = predict("--model", str(folder), *options)
+        assert told.exit_code == 0
+        shown = "prompts     decoded one at a time, since transformers' own generate decodes it" in told.stdout
+        assert shown == (batch_size == "2")
+        rows = read_rows(tmp_path / "pred" / folder.name / batch_size / "qasper.jsonl")
+        texts[batch_size] = [row["pred"] for row in rows]
+    assert texts["2"] == texts["1"]
+
+
+def test_the_full_cache_is_decoded_as_the_methods_are(
+    predict, make_checkpoint, tmp_path, read_rows, read_record
+) -> None:
+    """In a batch by the general engine, whose costs are comparable; one by one by transformers' own generate."""
+    folder = make_checkpoint(Gemma3TextConfig(**SIZES))
+    rows, caches = {}, {}
+    for batch_size in ("2", "1"):
+        options = ("--engine", "transformers", "--batch_size", batch_size, "--name", batch_size, "--max_samples", "3")
+        told = predict("--model", str(folder), *options)
+        assert told.exit_code == 0, told.output
+        assert ("2 of 4 have full attention" in told.stdout) == (batch_size == "2")
+        run = tmp_path / "pred" / folder.name / batch_size
+        rows[batch_size] = sorted((row["_id"], row["pred"]) for row in read_rows(run / "qasper.jsonl"))
+        caches[batch_size] = read_record(run)["sessions"][-1].get("cache")
+    assert rows["1"] == rows["2"] and len(rows["1"]) == 3
+    assert caches["2"] and not caches["1"]
 
 
 def test_options_that_do_not_fit_the_model_are_refused(predict, make_checkpoint) -> None:
