@@ -256,7 +256,7 @@ def test_the_commands_and_the_python_of_the_readme_run(folder: Path) -> None:
     code = (
         readme("python", "evaluate(")
         .replace(f"models/{MODEL}.gguf", MODEL)
-        .replace('["qasper", "hotpotqa"]', '"qasper"')
+        .replace('["samsum", "triviaqa"]', '"qasper"')
     )
     code = code.replace('"sample_rows": 5, "sample_tokens": 1024', '"sample_rows": 1, "sample_tokens": 512')
     known: dict[str, Any] = {}
@@ -270,9 +270,20 @@ def test_the_commands_and_the_python_of_the_readme_run(folder: Path) -> None:
     assert not [field for row in rows for field in row if f"`{field}`" not in fields]
 
     for line in lines(readme("bash", "longbench_eval.py gate")):
-        if line.startswith("python"):
-            run(line.replace("demo/infinigen", f"{MODEL}/infinigen-256").replace("demo/vanilla", f"{MODEL}/vanilla"))
+        run(line)
     assert (folder / "report.html").is_file()
+    assert (folder / "frontier.pdf").is_file()
+
+
+def test_the_sweep_of_the_readme_runs_with_a_method_of_ones_own(folder: Path) -> None:
+    own = readme("python", "EvictionMethod")
+    (folder / "my_method.py").write_text(own, encoding="utf-8")
+    file = readme("toml", "[[methods]]").replace('"snapkv"', '"my_method.py"').replace('"8"', '"1"')
+    (folder / "sweep.toml").write_text(file.replace('"qasper,trec"', '"qasper"'), encoding="utf-8")
+    sweep, plot = lines(readme("bash", "sweep.toml"))
+    run(sweep)
+    assert "method-budget=0.3" in (folder / "tables" / "demo.md").read_text(encoding="utf-8")
+    run(plot.replace("pred/demo/*", " ".join(map(str, (folder / "pred" / "demo").iterdir()))))
     assert (folder / "frontier.pdf").is_file()
 
 

@@ -93,11 +93,14 @@ def test_budgets_have_the_differences_of_the_study(header: str, model: str | Non
 
 def test_the_readme_has_the_differences_of_the_study() -> None:
     study = {row["run"]: row for row in _read(STUDIES["Qwen"])}
+    measured = [row for row in _read("llama-3.1-8b-methods.csv") if (row["tokens"], row["batch"]) == ("32768", "8")]
+    speeds = {row["method"]: float(row["x_vanilla"]) for row in measured}
     titles, rows = _table("../README.md", "| method | 256 tokens | 1,024 tokens | 5 % | 20 % |")
     for method, *cells in rows:
         runs = [study[f"{method.strip('`')}-budget={BUDGETS[title]}"] for title in titles[1:5]]
         assert cells[:4] == [_difference(run) for run in runs], method
         assert cells[4] == f"{float(runs[2]['cache_bytes_per_token']) / 1024:.1f}", method
+        assert cells[5] == f"{speeds[method.strip('`')]:.2f}", method
     assert len(rows) == 9
 
 
