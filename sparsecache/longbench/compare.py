@@ -185,6 +185,12 @@ def _tokens_per_s(datasets: Sequence[DatasetScore]) -> float | None:
 
 def _notes(runs: Sequence[ComparedRun], common: Sequence[RunScore]) -> Iterator[str]:
     rows = sum(len(dataset.rows) for dataset in common[0].datasets)
+    answered = [row.score for dataset in common[0].datasets for row in dataset.rows if not row.error_row]
+    if answered and not any(answered):
+        yield (
+            f"Warning: {runs[0].name} scores 0 in all rows, so this comparison cannot show a loss. Choose datasets "
+            f"that the model can answer, or a larger model."
+        )
     for run, part in zip(runs, common, strict=True):
         errors = sum(dataset.count("error_row") for dataset in part.datasets)
         if errors:

@@ -169,6 +169,21 @@ def test_notes_qualify_the_numbers(make_run: MakeRun, row: Row) -> None:
     assert lines_of(found)["qasper"].entries[1].score == 50.0
 
 
+@pytest.mark.parametrize(
+    ("first", "warned"),
+    [(("no", "no"), True), (("no", "yes"), False), (("failed", "no"), True), (("failed", "failed"), False)],
+)
+def test_a_reference_that_scores_0_is_warned_of(make_run: MakeRun, row: Row, first: Any, warned: bool) -> None:
+    rows = {"qasper": [row(at, text, **({"error": "x"} if text == "failed" else {})) for at, text in enumerate(first)]}
+    runs = [make_run("a", rows), make_run("b", {"qasper": [row(0, "no"), row(1, "yes")]})]
+    found = [note for note in compare([score_run(run) for run in runs], resamples=FEW).notes if "Warning" in note]
+    warning = (
+        "Warning: a scores 0 in all rows, so this comparison cannot show a loss. Choose datasets that the model can "
+        "answer, or a larger model."
+    )
+    assert found == [warning] * warned
+
+
 def test_complete_runs_over_the_same_rows_need_no_note(make_run: MakeRun, row: Row) -> None:
     rows = {"qasper": [row(at) for at in range(20)]}
     assert compare([score_run(make_run(name, rows)) for name in "ab"]).notes == ()
