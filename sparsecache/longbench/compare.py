@@ -204,10 +204,10 @@ def _notes(runs: Sequence[ComparedRun], common: Sequence[RunScore]) -> Iterator[
             yield f"{run.name} and {runs[0].name} had different prompts in {different} of {rows} rows."
     few = [dataset.task.file_stem(dataset.e) for dataset in common[0].datasets if len(dataset.rows) < MIN_ROWS]
     if few:
-        names = "all of them" if len(few) == len(common[0].datasets) else ", ".join(few)
+        names = "all datasets" if len(few) == len(common[0].datasets) else ", ".join(few)
         yield (
-            f"Datasets with fewer than {MIN_ROWS} rows have no interval, and intervals of means over them are too "
-            f"narrow: {names}."
+            f"Too few rows for reliable intervals: fewer than {MIN_ROWS} in {names}. The interval of a mean over them "
+            f"is too narrow."
         )
 
 

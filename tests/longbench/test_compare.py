@@ -162,8 +162,8 @@ def test_notes_qualify_the_numbers(make_run: MakeRun, row: Row) -> None:
         "INCOMPLETE: a, b. Score each run separately to see the missing rows.",
         "1 of these rows failed in b and count 0.0. Predict again to retry them.",
         "b and a had different prompts in 1 of 2 rows.",
-        "Datasets with fewer than 20 rows have no interval, and intervals of means over them are too narrow: all of "
-        "them.",
+        "Too few rows for reliable intervals: fewer than 20 in all datasets. The interval of a mean over them is too "
+        "narrow.",
     )
     assert [entry.errors for entry in lines_of(found)["qasper"].entries] == [0, 1]
     assert lines_of(found)["qasper"].entries[1].score == 50.0
@@ -182,6 +182,12 @@ def test_a_reference_that_scores_0_is_warned_of(make_run: MakeRun, row: Row, fir
         "answer, or a larger model."
     )
     assert found == [warning] * warned
+
+
+def test_datasets_with_few_rows_are_named(make_run: MakeRun, row: Row) -> None:
+    rows = {"qasper": [row(at) for at in range(20)], "lcc": [row(at) for at in range(19)]}
+    (note,) = compare([score_run(make_run(name, rows)) for name in "ab"]).notes
+    assert note.startswith("Too few rows for reliable intervals: fewer than 20 in lcc. ")
 
 
 def test_complete_runs_over_the_same_rows_need_no_note(make_run: MakeRun, row: Row) -> None:
