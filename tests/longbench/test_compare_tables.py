@@ -118,6 +118,16 @@ def test_decimals_of_differences_depend_on_the_interval(make_run: MakeRun, row: 
     assert text[4:6] == ["-0.01", "-0.03 to 0.00"]
 
 
+def test_a_run_whose_rows_all_failed_has_no_difference(make_run: MakeRun, row: Row) -> None:
+    failed, partly = ([row(at, "", error="x") for at in range(count)] for count in (20, 19))
+    answered = [row(at) for at in range(20)]
+    rows = {"a": answered, "b": failed, "c": [*partly, answered[-1]]}
+    document = compare_document(compare([score_run(make_run(name, {"qasper": each})) for name, each in rows.items()]))
+    assert [[cell.text for cell in line[1:4]] for line in document.tables[0].rows[1:]] == [
+        ["0.00", "failed", "-"], ["5.00", "-95.0", "-100.0 to -85.0"]]  # fmt: skip
+    assert [cell.text for cell in document.details[1].rows[0]][1:3] == ["failed", "-"]
+
+
 def test_the_flat_table_holds_unrounded_numbers(scored: Callable[..., RunScore]) -> None:
     found = compare([scored("a", qasper="yyn" * 7, trec="yn"), scored("b", qasper="yhn" * 7, trec="yy")])
     document = compare_document(found)
