@@ -314,6 +314,18 @@ def test_runs_without_common_rows_are_always_refused(make_baseline_run: Make) ->
         gate(after, before, Limits(), allow_partial=True, allow_unlike=True)
 
 
+@pytest.mark.parametrize("run", ["nn", "yn"])
+def test_a_baseline_that_scores_0_gives_no_verdict(make_baseline_run: Make, run: str) -> None:
+    before, after = (
+        make_baseline_run("a", {"qasper": "nn", "lcc": "n"}),
+        make_baseline_run("b", {"qasper": run, "lcc": "n"}),
+    )
+    with pytest.raises(UsageError, match=r"No verdict: .*a scores 0 in all compared rows, .* Choose datasets that"):
+        gate(after, before, Limits())
+    with pytest.raises(UsageError, match="No verdict"):
+        gate(after, make_baseline_run("c", {"qasper": "nn", "lcc": "x"}), Limits(), allow_partial=True)
+
+
 def test_longbench_and_longbench_e_are_not_comparable(
     make_run: MakeRun, row: Row, score_to_baseline: ScoreToBaseline
 ) -> None:
