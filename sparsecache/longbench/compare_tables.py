@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from sparsecache.longbench.comparison import ComparedRun, Comparison, Entry, Group
+from sparsecache.longbench.identity import method_labels
 from sparsecache.longbench.score_tables import AVERAGE_NAMES, average_label, share
 from sparsecache.longbench.score_types import GROUP_NAMES, MEANS
 from sparsecache.longbench.subjects import against
@@ -130,13 +131,14 @@ def signed(value: float, digits: int) -> str:
 def _costs(comparison: Comparison) -> Table:
     header = ["run", "method", "options", "kept", "decode tokens/s", "prefill tokens/s", "peak GPU GiB", "device"]
     rows = []
-    for run in comparison.runs:
+    labels = method_labels([run.method or "-" for run in comparison.runs])
+    for run, label in zip(comparison.runs, labels, strict=True):
         speed = run.decode or {}
         peak = speed.get("peak_gpu_bytes")
         rows.append(
             [
                 words(run.name),
-                words(run.method or "-"),
+                words(label),
                 words(run.options or "-"),
                 share(run.kept),
                 number(speed.get("tokens_per_s"), 1),

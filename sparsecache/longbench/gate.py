@@ -10,6 +10,7 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.baseline import Baseline, BaselineDataset
 from sparsecache.longbench.comparability import allowed_differences, mismatches, speed_mismatches
 from sparsecache.longbench.gate_checks import Check, Limits, Pair, make_checks
+from sparsecache.longbench.identity import method_labels
 
 _MAX_SHOWN = 5
 
@@ -26,7 +27,7 @@ class Verdict:
     @property
     def title(self) -> str:
         """Both runs with their methods."""
-        return f"{self.run.name} ({self.run.method}) against {self.baseline.name} ({self.baseline.method})"
+        return " against ".join(with_methods([self.run, self.baseline]))
 
     @property
     def failed_first(self) -> list[Check]:
@@ -43,6 +44,12 @@ class Verdict:
     def passed(self) -> bool:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
+
+
+def with_methods(sides: Sequence[Baseline]) -> list[str]:
+    """Return the names of runs, each with its method."""
+    labels = method_labels([side.method for side in sides])
+    return [f"{side.name} ({label})" for side, label in zip(sides, labels, strict=True)]
 
 
 def gate(

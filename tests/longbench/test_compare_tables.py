@@ -102,6 +102,14 @@ def test_in_detail_two_runs_give_one_table_and_more_give_one_each(scored: Callab
     assert text.count("\nqasper") == 3
 
 
+def test_the_table_of_costs_names_methods_without_the_hash_of_their_file(make_run: MakeRun, row: Row) -> None:
+    methods = {"a": "vanilla", "b": "mine@0123456789abcdef"}
+    runs = [make_run(name, {"qasper": [row(0)]}, {"method": method}) for name, method in methods.items()]
+    document = compare_document(compare([score_run(run) for run in runs]))
+    assert [line[1].text for line in document.details[-1].rows] == ["vanilla", "mine"]
+    assert methods["b"] in render(document, "json")
+
+
 def test_decimals_of_differences_depend_on_the_interval(make_run: MakeRun, row: Row) -> None:
     rows = [row(at) for at in range(200)]
     worse = [row(0, "no"), *rows[1:]]

@@ -15,6 +15,7 @@ from sparsecache.longbench.baseline import Baseline
 from sparsecache.longbench.gate import Verdict, check_complete, format_verdict, gate
 from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.gate_report import gate_title, to_junit, to_markdown
+from sparsecache.longbench.html import gate_page
 from sparsecache.longbench.scores import ScoringOptions
 
 MakeRun = Callable[..., Path]
@@ -40,6 +41,21 @@ def test_a_regression_fails_with_its_size(make_baseline_run: Make) -> None:
         *texts(verdict)[0].replace("FAILED ", "FAILED  ", 1).split("\n"),
         "FAILED: 1 of 1 checks.",
     ]
+
+
+def test_hashes_of_methods_are_shown_only_where_names_are_equal(make_baseline_run: Make) -> None:
+    methods = {"a": "vanilla", "b": "mine@0123456789abcdef", "c": "mine@fedcba9876543210"}
+    vanilla, mine, changed = (
+        make_baseline_run(name, {"qasper": "y"}, identity={"method": method}) for name, method in methods.items()
+    )
+    first = gate(mine, vanilla, Limits())
+    assert first.title == f"{mine.name} (mine) against {vanilla.name} (vanilla)"
+    assert "@" not in gate(mine, mine, Limits()).title
+    assert gate(changed, mine, Limits()).title == (
+        f"{changed.name} ({methods['c']}) against {mine.name} ({methods['b']})"
+    )
+    page = gate_page([first, gate(changed, vanilla, Limits())])
+    assert all(f"({method})" in page for method in methods.values())
 
 
 def test_an_improvement_passes(make_baseline_run: Make) -> None:

@@ -85,6 +85,13 @@ def test_each_group_of_options_has_a_line(scored: Callable[..., RunScore]) -> No
     )
 
 
+def test_hashes_of_methods_are_shown_only_where_names_are_equal(scored: Callable[..., RunScore]) -> None:
+    methods = [f"{name}@{digit * 16}" for name, digit in (("mine", "0"), ("mine", "1"), ("other", "2"))]
+    runs = [scored(method, method, 0.1, qasper="yn") for method in methods]
+    assert legend(draw("frontier", *runs)) == [*methods[:2], "other"]
+    assert legend(draw("frontier", *runs[1:])) == ["mine", "other"]
+
+
 def test_labels_of_near_points_do_not_overlap(scored: Callable[..., RunScore]) -> None:
     letters = {"a": "yy", "b": "yh", "c": "yy"}
     runs = [
