@@ -106,6 +106,25 @@ def test_incomparable_runs_are_refused(make_run: MakeRun, row: Row, other: Any, 
         compare(runs)
 
 
+def test_runs_without_common_rows_are_described(make_run: MakeRun, row: Row) -> None:
+    def sample(tokens: int) -> dict[str, Any]:
+        return {"data": {"source": "sample", "rows": 2, "tokens": tokens, "seed": 0}}
+
+    first = score_run(make_run("a", {"qasper": [row(1)], "lcc": [row(1)]}, session=sample(512)))
+    longer = score_run(make_run("b", {"qasper": [row(2)]}, session=sample(1024)))
+    many = {stem: [row(3)] for stem in ("qasper", "lcc", "hotpotqa", "samsum")}
+    own = score_run(make_run("c", many, session={"data": {"source": "folder", "path": "my/rows"}}))
+    bare = score_run(make_run("d", {"qasper": [row(4)]}, record=False))
+    for other, said in (
+        (longer, ["a (2 datasets: qasper, lcc; --sample_tokens 512)", "b (1 dataset: qasper; --sample_tokens 1024)"]),
+        (own, ["a (2 datasets: qasper, lcc; --data sample;", "c (4 datasets; --data my/rows)"]),
+        (bare, ["d (1 dataset: qasper)"]),
+    ):
+        with pytest.raises(UsageError) as error:
+            compare([first, other])
+        assert all(each in str(error.value) for each in said), error.value
+
+
 @pytest.mark.parametrize("with_ids", ["a", "b", ""])
 def test_rows_without_ids_are_matched_by_order(make_run: MakeRun, row: Row, with_ids: str) -> None:
     texts = {"a": ["yes", "no", "yes"], "b": ["yes", "yes", "no"]}
