@@ -206,8 +206,8 @@ def _notes(runs: Sequence[ComparedRun], common: Sequence[RunScore]) -> Iterator[
     if few:
         names = "all datasets" if len(few) == len(common[0].datasets) else ", ".join(few)
         yield (
-            f"Too few rows for reliable intervals: fewer than {MIN_ROWS} in {names}. The interval of a mean over them "
-            f"is too narrow."
+            f"Too few rows for reliable intervals: fewer than {MIN_ROWS} in {names}. Intervals of means over them, if "
+            f"any, are too narrow."
         )
 
 

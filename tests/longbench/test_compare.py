@@ -181,8 +181,8 @@ def test_notes_qualify_the_numbers(make_run: MakeRun, row: Row) -> None:
         "INCOMPLETE: a, b. Score each run separately to see the missing rows.",
         "1 of these rows failed in b and count 0.0. Predict again to retry them.",
         "b and a had different prompts in 1 of 2 rows.",
-        "Too few rows for reliable intervals: fewer than 20 in all datasets. The interval of a mean over them is too "
-        "narrow.",
+        "Too few rows for reliable intervals: fewer than 20 in all datasets. Intervals of means over them, if any, "
+        "are too narrow.",
     )
     assert [entry.errors for entry in lines_of(found)["qasper"].entries] == [0, 1]
     assert lines_of(found)["qasper"].entries[1].score == 50.0
