@@ -94,7 +94,7 @@ def draw_budgets(records: Sequence[Record], part: str, title: str) -> Any:
     Counts of tokens and shares have a panel each, as far as there are such budgets. part: a name of `parts`. Raises
     UsageError if matplotlib is missing, and without a run that has a budget.
     """
-    from sparsecache.longbench.plots._axes import legend_beside, set_share_axis
+    from sparsecache.longbench.plots._axes import KEPT_LABEL, legend_beside, set_share_axis
     from sparsecache.longbench.plots._figure import MUTED, PAGE, Plot, line_style, new_figure, with_style
 
     lines = {
@@ -122,7 +122,7 @@ def draw_budgets(records: Sequence[Record], part: str, title: str) -> Any:
                     style = line_style(number)
                     handles[name] = _draw_line(axis, points, style)
             set_share_axis(axis, [line[at]["kept"] for line in lines.values() for at in line if is_shown(at)])
-            axis.set_xlabel(f"kept share of past tokens, {label}")
+            axis.set_xlabel(f"{KEPT_LABEL},\n{label}")
         axes[0][0].set_ylabel(f"difference to {records[0]['run']} in points")
         legend_beside(figure, list(handles.values()), list(handles), len(handles))
         return Plot(title, f"{title}: differences to {records[0]['run']} by kept share", figure)

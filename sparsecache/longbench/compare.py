@@ -185,6 +185,12 @@ def _tokens_per_s(datasets: Sequence[DatasetScore]) -> float | None:
 
 def _notes(runs: Sequence[ComparedRun], common: Sequence[RunScore]) -> Iterator[str]:
     rows = sum(len(dataset.rows) for dataset in common[0].datasets)
+    answered = [row.score for dataset in common[0].datasets for row in dataset.rows if not row.error_row]
+    if answered and not any(answered):
+        yield (
+            f"Warning: {runs[0].name} scores 0 in all rows, so this comparison cannot show a loss. Choose datasets "
+            f"that the model can answer, or a larger model."
+        )
     for run, part in zip(runs, common, strict=True):
         errors = sum(dataset.count("error_row") for dataset in part.datasets)
         if errors:
@@ -198,10 +204,10 @@ def _notes(runs: Sequence[ComparedRun], common: Sequence[RunScore]) -> Iterator[
             yield f"{run.name} and {runs[0].name} had different prompts in {different} of {rows} rows."
     few = [dataset.task.file_stem(dataset.e) for dataset in common[0].datasets if len(dataset.rows) < MIN_ROWS]
     if few:
-        names = "all of them" if len(few) == len(common[0].datasets) else ", ".join(few)
+        names = "all datasets" if len(few) == len(common[0].datasets) else ", ".join(few)
         yield (
-            f"Datasets with fewer than {MIN_ROWS} rows have no interval, and intervals of means over them are too "
-            f"narrow: {names}."
+            f"Too few rows for reliable intervals: fewer than {MIN_ROWS} in {names}. Intervals of means over them, if "
+            f"any, are too narrow."
         )
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from sparsecache.longbench.comparison import ComparedRun, Comparison, Difference, Entry, Group
+from sparsecache.longbench.comparison import ComparedRun, Comparison, Entry, Group
+from sparsecache.longbench.identity import method_labels
 from sparsecache.longbench.score_tables import AVERAGE_NAMES, average_label, share
 from sparsecache.longbench.score_types import GROUP_NAMES, MEANS
 from sparsecache.longbench.subjects import against
@@ -52,18 +53,18 @@ def _summaries(comparison: Comparison) -> Iterator[Table]:
     averages = {group.name: group for group in comparison.groups if group.kind == "average"}
     found = {group: averages[name] for group, name in MEANS.items() if name in averages}
     for name, mean in found.items():
-        rows = [_summary(run, entry, dtypes_differ) for run, entry in zip(comparison.runs, mean.entries, strict=True)]
+        entries = zip(comparison.runs, mean.entries, strict=True)
+        rows = [_summary(run, entry, mean.n, dtypes_differ) for run, entry in entries]
         shown = [at for at in range(len(_SUMMARY)) if at < _FIXED or any(row[at].value for row in rows)]
         title = f"{GROUP_NAMES[name]}: {_extent(mean)}" if len(found) > 1 else ""
         yield Table(title, [_SUMMARY[at] for at in shown], [[row[at] for at in shown] for row in rows])
 
 
-def _summary(run: ComparedRun, entry: Entry, with_dtype: bool) -> list[Cell]:
-    difference = _difference(entry.difference) if entry.difference else [Cell("-"), Cell("-")]
+def _summary(run: ComparedRun, entry: Entry, rows: int, with_dtype: bool) -> list[Cell]:
     return [
         words(run.name),
         number(entry.score, 2, entry.best),
-        *difference,
+        *_difference(entry, rows),
         words(run.record.identity.dtype or "-") if with_dtype else Cell(""),
         share(entry.kept),
         share(entry.model_share),
@@ -104,11 +105,17 @@ def _details(group: Group, at: int) -> list[Cell]:
     difference = entry.difference
     assert difference is not None
     counts = [number(count, 0) for count in (difference.wins, difference.losses, difference.changed)]
-    return [*_difference(difference), *counts, share(entry.kept)]
+    return [*_difference(entry, group.n), *counts, share(entry.kept)]
 
 
-def _difference(difference: Difference) -> list[Cell]:
-    """Return the cells of a difference and its interval, with two decimals below one point."""
+def _difference(entry: Entry, rows: int) -> list[Cell]:
+    """Return the cells of a difference and its interval, with two decimals below one point.
+
+    The first run has none. A run in which all `rows` failed has the word `failed`.
+    """
+    difference = entry.difference
+    if difference is None or entry.errors == rows:
+        return [Cell("failed" if entry.errors == rows else "-"), Cell("-")]
     low, high = difference.interval or (None, None)
     digits = 1 if low is None or high is None or high - low >= 1 else 2
     bounds = Cell("-") if low is None or high is None else words(f"{signed(low, digits)} to {signed(high, digits)}")
@@ -124,13 +131,14 @@ def signed(value: float, digits: int) -> str:
 def _costs(comparison: Comparison) -> Table:
     header = ["run", "method", "options", "kept", "decode tokens/s", "prefill tokens/s", "peak GPU GiB", "device"]
     rows = []
-    for run in comparison.runs:
+    labels = method_labels([run.method or "-" for run in comparison.runs])
+    for run, label in zip(comparison.runs, labels, strict=True):
         speed = run.decode or {}
         peak = speed.get("peak_gpu_bytes")
         rows.append(
             [
                 words(run.name),
-                words(run.method or "-"),
+                words(label),
                 words(run.options or "-"),
                 share(run.kept),
                 number(speed.get("tokens_per_s"), 1),

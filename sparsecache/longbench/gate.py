@@ -10,6 +10,7 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.baseline import Baseline, BaselineDataset
 from sparsecache.longbench.comparability import allowed_differences, mismatches, speed_mismatches
 from sparsecache.longbench.gate_checks import Check, Limits, Pair, make_checks
+from sparsecache.longbench.identity import method_labels
 
 _MAX_SHOWN = 5
 
@@ -26,7 +27,7 @@ class Verdict:
     @property
     def title(self) -> str:
         """Both runs with their methods."""
-        return f"{self.run.name} ({self.run.method}) against {self.baseline.name} ({self.baseline.method})"
+        return " against ".join(with_methods([self.run, self.baseline]))
 
     @property
     def failed_first(self) -> list[Check]:
@@ -45,14 +46,20 @@ class Verdict:
         return all(check.passed for check in self.checks)
 
 
+def with_methods(sides: Sequence[Baseline]) -> list[str]:
+    """Return the names of runs, each with its method."""
+    labels = method_labels([side.method for side in sides])
+    return [f"{side.name} ({label})" for side, label in zip(sides, labels, strict=True)]
+
+
 def gate(
     run: Baseline, baseline: Baseline, limits: Limits, allow_partial: bool = False, allow_unlike: bool = False
 ) -> Verdict:
     """Check a run against a baseline over their common rows.
 
     Limits are checked against the rounded (two-decimal) values shown. Raises UsageError if the runs have no common
-    rows, if rows are missing or failed (unless `allow_partial`), if more than the method differs (`comparability`;
-    unless `allow_unlike`), and for a limit on a value that was not measured.
+    rows, if the baseline scores 0 in all of them, if rows are missing or failed (unless `allow_partial`), if more than
+    the method differs (`comparability`; unless `allow_unlike`), and for a limit on a value that was not measured.
     """
     if run.e != baseline.e:
         raise UsageError(f"{baseline.name} is of LongBench{'-E' if baseline.e else ''}, {run.name} is not. {_E_ADVICE}")
@@ -62,6 +69,11 @@ def gate(
     pairs = [pair for pair in pairs if pair.run]
     if not pairs:
         raise UsageError(f"{run.name} and {baseline.name} have no row in common. Predict the same data with both.")
+    if not any(score for pair in pairs for score in pair.baseline):
+        raise UsageError(
+            f"No verdict: {baseline.name} scores 0 in all compared rows, so no drop can show. Choose datasets that the "
+            f"model can answer, or a larger model."
+        )
     strata = [pair for stem in run.datasets for pair in _strata(stem, run, baseline) if pair.run]
     return Verdict(run, baseline, list(make_checks(run, baseline, pairs, strata, limits)), warnings)
 

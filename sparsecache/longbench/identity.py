@@ -1,7 +1,7 @@
 """Says in words how two runs' identities differ: values by name, never hashes or whole tables."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sparsecache.errors import short
@@ -19,6 +19,13 @@ HASHED = {
 """What stands for each value that is a hash or a long text."""
 _CONTENT = re.compile(r"(@|sha256:)[0-9a-f]{16}")
 """The hash of a file that an option names."""
+
+
+def method_labels(methods: Sequence[str]) -> list[str]:
+    """Return names of methods to show together: without the hash of their files, where names stay distinct."""
+    labels = {method: re.sub(r"@[0-9a-f]{16}$", "", method) for method in methods}
+    shown = list(labels.values())
+    return [labels[method] if shown.count(labels[method]) == 1 else method for method in methods]
 
 
 def identity_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:

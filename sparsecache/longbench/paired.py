@@ -11,9 +11,11 @@ from sparsecache.errors import UsageError
 from sparsecache.longbench.row_ids import matched_by_order_notes, with_row_ids
 from sparsecache.longbench.runs import run_names
 from sparsecache.longbench.score_types import DatasetScore, RunScore
+from sparsecache.longbench.subjects import data_options
 
 RESAMPLES = 10_000
 MIN_ROWS = 20  # fewer rows get no interval, since it would be too narrow
+_MAX_NAMED = 3  # datasets of a run in a message
 _MAX_DRAWS = 2**22  # held in memory at once
 
 Floats = NDArray[numpy.float64]
@@ -50,7 +52,7 @@ def common_rows(runs: Sequence[RunScore]) -> CommonRows:
     }
     if not any(ids.values()):
         raise UsageError(
-            f"{', '.join(str(run.folder) for run in runs)} have no rows in common. Rows are matched by dataset and "
+            f"{', '.join(_contents(runs))} have no rows in common. Rows are matched by dataset and "
             f"`_id`; rows without an `_id` by their order, if number of rows, answers and lengths agree. Predict the "
             f"same data in every run."
         )
@@ -62,6 +64,19 @@ def common_rows(runs: Sequence[RunScore]) -> CommonRows:
         _check_answers(reduced[0], other, names[0], name)
     left_out = [_rows(before) - _rows(after) for before, after in zip(runs, reduced, strict=True)]
     return CommonRows(reduced, left_out, by_order)
+
+
+def _contents(runs: Sequence[RunScore]) -> Iterator[str]:
+    """Yield the folder of each run with its datasets, and with those options of its data that differ."""
+    options = [data_options(run) for run in runs]
+    for run, of_run in zip(runs, options, strict=True):
+        stems = [dataset.task.file_stem(run.e) for dataset in run.datasets]
+        names = f": {', '.join(stems)}" if len(stems) <= _MAX_NAMED else ""
+        datasets = f"{len(stems)} dataset{'s' * (len(stems) != 1)}{names}"
+        differ = [
+            f"{key} {value}" for key, value in of_run.items() if any(value != other.get(key) for other in options)
+        ]
+        yield f"{run.folder} ({'; '.join([datasets, *differ])})"
 
 
 def common_rows_or_all(runs: Sequence[RunScore]) -> CommonRows:

@@ -19,10 +19,14 @@ def find_run(name: str, pred_dir: Path) -> Path:
         if name and os.path.isdir(folder):  # unlike Path.is_dir, False for an invalid name
             return folder
     found = sorted(str(path.parent.relative_to(pred_dir)) for path in pred_dir.glob(f"*/*/{RUN_FILE}"))
+    advice = ""
+    if set(name) & set("*?"):
+        below = short(name if Path(name).is_relative_to(pred_dir) else str(pred_dir / name), 200)
+        advice = f" To name several runs by a pattern, give paths that the shell expands, without quotes: {below}."
     raise UsageError(
         f"There is no run {short(name, 200)!r}: neither that folder nor {short(str(pred_dir / name), 200)} exists. "
         f"Name a folder of predictions, or MODEL/NAME below --pred_dir ({pred_dir} holds: "
-        f"{listed(found, none='no run')})."
+        f"{listed(found, none='no run')}).{advice}"
     )
 
 

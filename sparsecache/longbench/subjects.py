@@ -7,6 +7,7 @@ from typing import Any
 from sparsecache.longbench.score_types import GROUP_NAMES, RunScore
 
 _MOST = 3  # names in a title
+_PATHS = ("folder", "file", "zip")  # sources that --data names by their path
 
 
 def subject(runs: Sequence[RunScore]) -> str:
@@ -20,6 +21,14 @@ def against(names: Sequence[str]) -> str:
     """Return a phrase for a comparison of runs with the first of them."""
     first, *others = names
     return f"{', '.join(others) if len(others) <= _MOST else f'{len(others)} runs'} against {first}"
+
+
+def data_options(run: RunScore) -> dict[str, Any]:
+    """Return the options that say which rows a run decodes, as far as its latest session records them."""
+    data = next((session.data for session in reversed(run.run.sessions) if session.data), {})
+    keys = {"tokens": "--sample_tokens", "seed": "--sample_seed"}
+    where = data.get("path") if data.get("source") in _PATHS else data.get("source")
+    return ({"--data": where} if where else {}) | {flag: data[key] for key, flag in keys.items() if key in data}
 
 
 def _data(run: RunScore) -> Iterator[str]:
@@ -38,7 +47,7 @@ def _source(data: dict[str, Any]) -> str:
     if data.get("source") == "sample":
         return "synthetic rows"
     path = data.get("path")
-    if data.get("source") in ("folder", "file", "zip") and isinstance(path, str):
+    if data.get("source") in _PATHS and isinstance(path, str):
         return f"{{}} rows of {PurePath(path).name.replace('{}', '')}"
     return ""
 

@@ -86,6 +86,8 @@ def test_gate_exits_with_2_for_incomparable_runs(evaluate: Evaluate, tmp_path: P
         0,
         "Warning: the checkpoint's files; allowed by --allow_unlike.\n",
     )
+    save_run(tmp_path, "zero", ["no"])
+    assert "pred/m/zero scores 0 in all compared rows" in one_sentence(evaluate("gate", "m/a", "--baseline", "m/zero"))
     save(other, "qasper", [row(0, error="x", pred="")])
     (other / "run.json").write_text((tmp_path / "pred" / "m" / "a" / "run.json").read_text())
     assert "b is incomplete (qasper 0 of 1 rows, 1 failed)" in one_sentence(

@@ -34,7 +34,14 @@ def test_compare_needs_two_runs(evaluate: Evaluate, tmp_path: Path) -> None:
     assert "not none. To score a folder named compare, use ./compare." in one_sentence(evaluate("compare"))
     missing = one_sentence(evaluate("compare", "m/a", "m/b"))
     assert "There is no run 'm/b': neither that folder nor pred/m/b exists." in missing
-    assert "(pred holds: m/a)" in missing
+    assert missing.endswith("(pred holds: m/a).\n")
+
+
+@pytest.mark.parametrize("pattern", ["m/h2o-*", "pred/m/h2o-?"])
+def test_a_pattern_in_quotes_is_explained(evaluate: Evaluate, tmp_path: Path, pattern: str) -> None:
+    save_run(tmp_path, "h2o-1", ["yes"])
+    advice = f"give paths that the shell expands, without quotes: pred/m/h2o-{pattern[-1]}.\n"
+    assert one_sentence(evaluate("plot", "m/h2o-1", pattern, "--kind=time", "--out=a.svg")).endswith(advice)
 
 
 @pytest.mark.parametrize("command", ["score", "compare"])

@@ -106,6 +106,25 @@ def test_incomparable_runs_are_refused(make_run: MakeRun, row: Row, other: Any, 
         compare(runs)
 
 
+def test_runs_without_common_rows_are_described(make_run: MakeRun, row: Row) -> None:
+    def sample(tokens: int) -> dict[str, Any]:
+        return {"data": {"source": "sample", "rows": 2, "tokens": tokens, "seed": 0}}
+
+    first = score_run(make_run("a", {"qasper": [row(1)], "lcc": [row(1)]}, session=sample(512)))
+    longer = score_run(make_run("b", {"qasper": [row(2)]}, session=sample(1024)))
+    many = {stem: [row(3)] for stem in ("qasper", "lcc", "hotpotqa", "samsum")}
+    own = score_run(make_run("c", many, session={"data": {"source": "folder", "path": "my/rows"}}))
+    bare = score_run(make_run("d", {"qasper": [row(4)]}, record=False))
+    for other, said in (
+        (longer, ["a (2 datasets: qasper, lcc; --sample_tokens 512)", "b (1 dataset: qasper; --sample_tokens 1024)"]),
+        (own, ["a (2 datasets: qasper, lcc; --data sample;", "c (4 datasets; --data my/rows)"]),
+        (bare, ["d (1 dataset: qasper)"]),
+    ):
+        with pytest.raises(UsageError) as error:
+            compare([first, other])
+        assert all(each in str(error.value) for each in said), error.value
+
+
 @pytest.mark.parametrize("with_ids", ["a", "b", ""])
 def test_rows_without_ids_are_matched_by_order(make_run: MakeRun, row: Row, with_ids: str) -> None:
     texts = {"a": ["yes", "no", "yes"], "b": ["yes", "yes", "no"]}
@@ -162,11 +181,32 @@ def test_notes_qualify_the_numbers(make_run: MakeRun, row: Row) -> None:
         "INCOMPLETE: a, b. Score each run separately to see the missing rows.",
         "1 of these rows failed in b and count 0.0. Predict again to retry them.",
         "b and a had different prompts in 1 of 2 rows.",
-        "Datasets with fewer than 20 rows have no interval, and intervals of means over them are too narrow: all of "
-        "them.",
+        "Too few rows for reliable intervals: fewer than 20 in all datasets. Intervals of means over them, if any, "
+        "are too narrow.",
     )
     assert [entry.errors for entry in lines_of(found)["qasper"].entries] == [0, 1]
     assert lines_of(found)["qasper"].entries[1].score == 50.0
+
+
+@pytest.mark.parametrize(
+    ("first", "warned"),
+    [(("no", "no"), True), (("no", "yes"), False), (("failed", "no"), True), (("failed", "failed"), False)],
+)
+def test_a_reference_that_scores_0_is_warned_of(make_run: MakeRun, row: Row, first: Any, warned: bool) -> None:
+    rows = {"qasper": [row(at, text, **({"error": "x"} if text == "failed" else {})) for at, text in enumerate(first)]}
+    runs = [make_run("a", rows), make_run("b", {"qasper": [row(0, "no"), row(1, "yes")]})]
+    found = [note for note in compare([score_run(run) for run in runs], resamples=FEW).notes if "Warning" in note]
+    warning = (
+        "Warning: a scores 0 in all rows, so this comparison cannot show a loss. Choose datasets that the model can "
+        "answer, or a larger model."
+    )
+    assert found == [warning] * warned
+
+
+def test_datasets_with_few_rows_are_named(make_run: MakeRun, row: Row) -> None:
+    rows = {"qasper": [row(at) for at in range(20)], "lcc": [row(at) for at in range(19)]}
+    (note,) = compare([score_run(make_run(name, rows)) for name in "ab"]).notes
+    assert note.startswith("Too few rows for reliable intervals: fewer than 20 in lcc. ")
 
 
 def test_complete_runs_over_the_same_rows_need_no_note(make_run: MakeRun, row: Row) -> None:

@@ -102,6 +102,14 @@ def test_in_detail_two_runs_give_one_table_and_more_give_one_each(scored: Callab
     assert text.count("\nqasper") == 3
 
 
+def test_the_table_of_costs_names_methods_without_the_hash_of_their_file(make_run: MakeRun, row: Row) -> None:
+    methods = {"a": "vanilla", "b": "mine@0123456789abcdef"}
+    runs = [make_run(name, {"qasper": [row(0)]}, {"method": method}) for name, method in methods.items()]
+    document = compare_document(compare([score_run(run) for run in runs]))
+    assert [line[1].text for line in document.details[-1].rows] == ["vanilla", "mine"]
+    assert methods["b"] in render(document, "json")
+
+
 def test_decimals_of_differences_depend_on_the_interval(make_run: MakeRun, row: Row) -> None:
     rows = [row(at) for at in range(200)]
     worse = [row(0, "no"), *rows[1:]]
@@ -116,6 +124,16 @@ def test_decimals_of_differences_depend_on_the_interval(make_run: MakeRun, row: 
     )
     text = [cell.text for cell in narrow.details[0].rows[0]]
     assert text[4:6] == ["-0.01", "-0.03 to 0.00"]
+
+
+def test_a_run_whose_rows_all_failed_has_no_difference(make_run: MakeRun, row: Row) -> None:
+    failed, partly = ([row(at, "", error="x") for at in range(count)] for count in (20, 19))
+    answered = [row(at) for at in range(20)]
+    rows = {"a": answered, "b": failed, "c": [*partly, answered[-1]]}
+    document = compare_document(compare([score_run(make_run(name, {"qasper": each})) for name, each in rows.items()]))
+    assert [[cell.text for cell in line[1:4]] for line in document.tables[0].rows[1:]] == [
+        ["0.00", "failed", "-"], ["5.00", "-95.0", "-100.0 to -85.0"]]  # fmt: skip
+    assert [cell.text for cell in document.details[1].rows[0]][1:3] == ["failed", "-"]
 
 
 def test_the_flat_table_holds_unrounded_numbers(scored: Callable[..., RunScore]) -> None:

@@ -15,6 +15,7 @@ from sparsecache.longbench.baseline import Baseline
 from sparsecache.longbench.gate import Verdict, check_complete, format_verdict, gate
 from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.gate_report import gate_title, to_junit, to_markdown
+from sparsecache.longbench.html import gate_page
 from sparsecache.longbench.scores import ScoringOptions
 
 MakeRun = Callable[..., Path]
@@ -40,6 +41,21 @@ def test_a_regression_fails_with_its_size(make_baseline_run: Make) -> None:
         *texts(verdict)[0].replace("FAILED ", "FAILED  ", 1).split("\n"),
         "FAILED: 1 of 1 checks.",
     ]
+
+
+def test_hashes_of_methods_are_shown_only_where_names_are_equal(make_baseline_run: Make) -> None:
+    methods = {"a": "vanilla", "b": "mine@0123456789abcdef", "c": "mine@fedcba9876543210"}
+    vanilla, mine, changed = (
+        make_baseline_run(name, {"qasper": "y"}, identity={"method": method}) for name, method in methods.items()
+    )
+    first = gate(mine, vanilla, Limits())
+    assert first.title == f"{mine.name} (mine) against {vanilla.name} (vanilla)"
+    assert "@" not in gate(mine, mine, Limits()).title
+    assert gate(changed, mine, Limits()).title == (
+        f"{changed.name} ({methods['c']}) against {mine.name} ({methods['b']})"
+    )
+    page = gate_page([first, gate(changed, vanilla, Limits())])
+    assert all(f"({method})" in page for method in methods.values())
 
 
 def test_an_improvement_passes(make_baseline_run: Make) -> None:
@@ -312,6 +328,18 @@ def test_runs_without_common_rows_are_always_refused(make_baseline_run: Make) ->
     before, after = make_baseline_run("a", {"qasper": "y"}), make_baseline_run("b", {"lcc": "y"})
     with pytest.raises(UsageError, match="have no row in common"):
         gate(after, before, Limits(), allow_partial=True, allow_unlike=True)
+
+
+@pytest.mark.parametrize("run", ["nn", "yn"])
+def test_a_baseline_that_scores_0_gives_no_verdict(make_baseline_run: Make, run: str) -> None:
+    before, after = (
+        make_baseline_run("a", {"qasper": "nn", "lcc": "n"}),
+        make_baseline_run("b", {"qasper": run, "lcc": "n"}),
+    )
+    with pytest.raises(UsageError, match=r"No verdict: .*a scores 0 in all compared rows, .* Choose datasets that"):
+        gate(after, before, Limits())
+    with pytest.raises(UsageError, match="No verdict"):
+        gate(after, make_baseline_run("c", {"qasper": "nn", "lcc": "x"}), Limits(), allow_partial=True)
 
 
 def test_longbench_and_longbench_e_are_not_comparable(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.comparison import Comparison
-from sparsecache.longbench.gate import Verdict
+from sparsecache.longbench.gate import Verdict, with_methods
 from sparsecache.longbench.gate_report import gate_title
 from sparsecache.longbench.html.markup import Html, tag
 from sparsecache.longbench.html.parts import (
@@ -81,19 +81,19 @@ def score_page(runs: Sequence[RunScore], plots: Sequence[Sequence["Plot"]]) -> s
 
 def gate_page(verdicts: Sequence[Verdict]) -> str:
     """Return the page of verdicts on one baseline: checks (failed ones first), warnings, all identities."""
-    baseline = verdicts[0].baseline
+    sides = [*(verdict.run for verdict in verdicts), verdicts[0].baseline]
+    *names, baseline = with_methods(sides)
     if len(verdicts) == 1:
         title, summary = gate_title(verdicts), verdicts[0].title
         parts = _verdict(verdicts[0])
     else:
-        title, summary = gate_title(verdicts), f"{len(verdicts)} runs against {baseline.name} ({baseline.method})"
-        parts = [section(f"{each.run.name} ({each.run.method})", *_verdict(each)) for each in verdicts]
-    sides = [*(verdict.run for verdict in verdicts), baseline]
+        title, summary = gate_title(verdicts), f"{len(verdicts)} runs against {baseline}"
+        parts = [section(name, *_verdict(each)) for name, each in zip(names, verdicts, strict=True)]
     return page(
         title,
         summary,
         *parts,
-        run_records((f"{side.name} ({side.method})", side.identity) for side in sides),
+        run_records(zip([*names, baseline], (side.identity for side in sides), strict=True)),
     )
 
 

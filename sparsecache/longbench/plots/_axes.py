@@ -11,6 +11,7 @@ from sparsecache.longbench.runs import run_names
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.terminal import escape_control_chars
 
+KEPT_LABEL = "kept share of past tokens in sparse layers"
 MAX_RUNS = 7  # side by side
 _LEGEND_CHARS = 19  # characters that fit into an inch of a legend
 _HANDLE_CHARS = 6  # width of a legend handle, in characters

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from sparsecache.errors import UsageError
 from sparsecache.longbench.compare import compare
+from sparsecache.longbench.identity import method_labels
 from sparsecache.longbench.paired import MIN_ROWS
 from sparsecache.longbench.plots._axes import run_labels, shorten
 from sparsecache.longbench.score_types import GROUP_NAMES, MEANS, Average, RunScore
@@ -106,10 +107,11 @@ def sort_into_lines(runs: Sequence[RunScore]) -> list[LineOf]:
     for at, run in enumerate(runs):
         by_method.setdefault(run.run.identity.method or run.folder.name, []).append(at)
     found: dict[int, LineOf] = {}
-    for number, (method, places) in enumerate(by_method.items()):
+    labels = method_labels(list(by_method))
+    for number, (label, places) in enumerate(zip(labels, by_method.values(), strict=True)):
         options = [runs[at].run.identity.options or {} for at in places]
         for at, (group, point, of_line) in zip(places, _groups(options), strict=True):
-            found[at] = LineOf(number, group, " ".join([method, *of_line]), point)
+            found[at] = LineOf(number, group, " ".join([label, *of_line]), point)
     return [found[at] for at in range(len(runs))]
 
 

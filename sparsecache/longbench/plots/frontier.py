@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsecache.longbench.plots._axes import (
+    KEPT_LABEL,
     label_points,
     legend_above,
     legend_beside,
@@ -43,7 +44,7 @@ def draw(runs: Sequence[RunScore]) -> Plot:
         ]
         set_share_axis(axis, found.shares(mean))
         set_score_axis(axis, found.scores(mean))
-        axis.set_xlabel("kept share of past tokens")
+        axis.set_xlabel(KEPT_LABEL if len(means) < 3 else KEPT_LABEL.replace(" in ", "\nin "))
         if len(means) > 1:
             axis.set_title(MEAN_NAMES[mean])
     axes[0][0].set_ylabel("mean score")

@@ -4,7 +4,14 @@ import math
 from collections.abc import Sequence
 
 from sparsecache.errors import UsageError
-from sparsecache.longbench.plots._axes import label_points, legend_above, set_score_axis, set_share_axis, shorten
+from sparsecache.longbench.plots._axes import (
+    KEPT_LABEL,
+    label_points,
+    legend_above,
+    set_score_axis,
+    set_share_axis,
+    shorten,
+)
 from sparsecache.longbench.plots._figure import PAGE, REFERENCE, RULE, SERIES, Plot, line_style, new_figure, with_style
 from sparsecache.longbench.plots._lines import make_sweep
 from sparsecache.longbench.plots.frontier import draw_full, draw_line
@@ -49,7 +56,7 @@ def draw(runs: Sequence[RunScore]) -> Plot:
     set_score_axis(panels[0], found.scores(mean))
     for panel in panels:
         panel.grid(axis="y")
-    figure.supxlabel("kept share of past tokens", fontsize=7)
+    figure.supxlabel(KEPT_LABEL, fontsize=7)
     figure.supylabel("mean score", fontsize=7)
     others = panels[0].plot([], [], color=RULE, linewidth=0.6)
     own_line = panels[0].plot([], [], color=SERIES[0], marker="o")

@@ -11,6 +11,7 @@ import pytest
 
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import score_run
 from tests.longbench.plots.drawing import draw, error_bar_ends, legend
 
 
@@ -85,6 +86,13 @@ def test_each_group_of_options_has_a_line(scored: Callable[..., RunScore]) -> No
     )
 
 
+def test_hashes_of_methods_are_shown_only_where_names_are_equal(scored: Callable[..., RunScore]) -> None:
+    methods = [f"{name}@{digit * 16}" for name, digit in (("mine", "0"), ("mine", "1"), ("other", "2"))]
+    runs = [scored(method, method, 0.1, qasper="yn") for method in methods]
+    assert legend(draw("frontier", *runs)) == [*methods[:2], "other"]
+    assert legend(draw("frontier", *runs[1:])) == ["mine", "other"]
+
+
 def test_labels_of_near_points_do_not_overlap(scored: Callable[..., RunScore]) -> None:
     letters = {"a": "yy", "b": "yh", "c": "yy"}
     runs = [
@@ -112,6 +120,23 @@ def test_a_study_of_many_methods_has_a_legend_beside_the_plot(scored: Callable[.
     assert tuple(plot.figure.get_size_inches()) > (6, 3)
     looks = {(line.get_color(), line.get_marker()) for line in plot.figure.axes[0].lines[1:]}
     assert len(looks) == 25 and not plot.figure.axes[0].texts
+
+
+@pytest.mark.parametrize("benchmarks", [1, 2, 3])
+def test_labels_of_axes_do_not_overlap(make_run: Callable[..., Any], row: Callable[..., Any], benchmarks: int) -> None:
+    stems = ["qasper", "longbench_v2", "niah_single_1_4096"][:benchmarks]
+    v2 = {"answers": ["A"], "length": "short", "difficulty": "easy"}
+    runs = []
+    for number in range(9):  # with so many the legend is beside the axes
+        rows = {stem: [row(0, kept=0.1, **(v2 if stem == "longbench_v2" else {}))] for stem in stems}
+        runs.append(score_run(make_run(str(number), rows, {"method": f"method{number}"})))
+    figure = draw("frontier", *runs).figure
+    found = [axis.xaxis.label for axis in figure.axes]
+    assert [" ".join(label.get_text().split()) for label in found] == [
+        "kept share of past tokens in sparse layers"
+    ] * benchmarks
+    boxes = [label.get_window_extent() for label in found]
+    assert not any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
 
 
 def test_the_line_shows_vanilla_and_the_caption_names_other_full_caches(scored: Callable[..., RunScore]) -> None:

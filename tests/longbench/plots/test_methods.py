@@ -17,6 +17,7 @@ def test_methods_have_a_panel_each_with_the_points_of_the_frontier(scored: Calla
     plot = draw("methods", *runs)
     panels = plot.figure.axes
     assert [panel.get_title() for panel in panels] == list("abcdefg")
+    assert plot.figure.get_supxlabel() == "kept share of past tokens in sparse layers"
     for number, panel in enumerate(panels):
         colored = [line for line in panel.lines if line.get_color() == SERIES[0] and len(line.get_xdata())]
         assert [list(line.get_xdata()) for line in colored] == [pytest.approx([0.1 + number / 100, 0.2 + number / 100])]
