@@ -1,4 +1,7 @@
-"""The documents: their commands are understood, their links and files exist, and the README's code runs."""
+"""The documents: their commands are understood, their links and files exist, and the README's code runs.
+
+In one file because its tests share the reading of blocks and commands.
+"""
 
 import importlib
 import importlib.util

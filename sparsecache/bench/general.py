@@ -13,8 +13,7 @@ import torch
 from sparsecache.cli import FlexibleCommand, option_pairs, report_usage_errors
 from sparsecache.engine.base import Engine, Request
 from sparsecache.engine.devices import find_device
-from sparsecache.engine.general.engine import GeneralEngine
-from sparsecache.engine.general.model import CachedModel
+from sparsecache.engine.general import CachedModel, GeneralEngine
 from sparsecache.engine.loading import DTYPES, Checkpoint
 from sparsecache.engine.model_registry import checkpoint_folder, find_model
 from sparsecache.engine.reference import TransformersEngine

@@ -23,7 +23,7 @@ from sparsecache.errors import UsageError, one_line
 from sparsecache.files import cache_folder, open_regular
 
 if TYPE_CHECKING:
-    from sparsecache.engine.general.model import CachedModel
+    from sparsecache.engine.general import CachedModel
 
 MOST_TOKENS = 2048
 Calibrations = dict[str, dict[str, Tensor]]

@@ -10,7 +10,7 @@ from sparsecache.errors import UsageError
 from sparsecache.runner.calibration import Calibrations, calibrate
 
 if TYPE_CHECKING:
-    from sparsecache.engine.general.model import CachedModel
+    from sparsecache.engine.general import CachedModel
 
 _OTHER_TEXT = "Name another file with -o calibration_file, of about 2,000 tokens."
 

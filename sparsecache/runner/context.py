@@ -39,8 +39,7 @@ from sparsecache.versions import tokenizing_versions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sparsecache.engine.general.engine import GeneralEngine
-    from sparsecache.engine.general.model import CachedModel
+    from sparsecache.engine.general import CachedModel, GeneralEngine
     from sparsecache.engine.reference import TransformersEngine
 
 
@@ -221,10 +220,9 @@ class RunContext:
         return self._transformers_engine(self.make_method(), 1)
 
     def _transformers_engine(self, method: CacheMethod, slots: int) -> "TransformersEngine | GeneralEngine":
-        """Loads the general engine with at most `slots` slots.
+        """Loads the general engine; for vanilla with one slot, or that no cache can serve, transformers' own generate.
 
-        Vanilla with one slot, or on a model that no cache can serve, is transformers' own generate. Raises UsageError
-        for a model that another method's caches cannot serve.
+        Raises UsageError for a model that another method's caches cannot serve.
         """
         from sparsecache.engine.reference import TransformersEngine
 
@@ -240,8 +238,7 @@ class RunContext:
 
     def _general_engine(self, pretrained: "PreTrainedModel", method: CacheMethod, slots: int) -> "GeneralEngine":
         """Returns the engine over a transformers model. Raises UsageError if the caches cannot serve it."""
-        from sparsecache.engine.general.engine import GeneralEngine
-        from sparsecache.engine.general.model import CachedModel
+        from sparsecache.engine.general import CachedModel, GeneralEngine
 
         model = CachedModel(pretrained, method, self.window)
         with option_errors(self.settings.method):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparsecache.engine.base import Completion, Engine, Request
-from sparsecache.engine.general.engine import GeneralEngine
+from sparsecache.engine.general import GeneralEngine
 from sparsecache.engine.reference import TransformersEngine
 
 TOP = 64

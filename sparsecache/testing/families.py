@@ -20,8 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sparsecache.cache.base import CacheMethod
 from sparsecache.cli import report_usage_errors
 from sparsecache.engine.base import Engine, Request
-from sparsecache.engine.general.engine import GeneralEngine
-from sparsecache.engine.general.model import CachedModel
+from sparsecache.engine.general import CachedModel, GeneralEngine
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.errors import UsageError
 from sparsecache.methods import method_names

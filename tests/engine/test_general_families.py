@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsecache.engine.base import Request
+from sparsecache.engine.general import CachedModel
 from sparsecache.engine.general.attention import AttentionCall, handle_attention, inspect_attention
-from sparsecache.engine.general.model import CachedModel
 from sparsecache.engine.general.rope import rotation_of
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.errors import UsageError
