@@ -179,7 +179,15 @@ def test_a_bad_value_is_one_sentence_with_the_choices_before_weights_are_read(ca
 def test_an_unknown_model_is_refused_with_the_names(text, invoke) -> None:
     told = invoke(model=text)
     assert told.exit_code == 2
-    assert repr(text) in told.stderr and "llama-2-7b-inst-32k" in told.stderr and "hub id" in told.stderr
+    assert repr(text) in told.stderr and "llama-2-7b-inst-32k" in told.stderr
+    assert told.stderr.endswith("nor a hub id (owner/name).\n")
+
+
+def test_a_model_to_download_is_named_with_the_command(invoke, run_python, repo) -> None:
+    told = invoke(model="smollm2-135m-instruct")
+    assert told.exit_code == 2
+    assert told.stderr.endswith(" scripts/fetch_model.py smollm2-135m-instruct downloads it and prints its path.\n")
+    assert "smollm2-135m-instruct" in run_python(repo / "scripts" / "fetch_model.py", "--help").stdout
 
 
 def test_a_hub_model_that_is_not_there_offline(invoke, monkeypatch, tmp_path) -> None:
