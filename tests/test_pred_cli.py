@@ -159,7 +159,23 @@ BAD = {
     "verify with workers": (["--workers", "2", "--verify", "1"], ["--verify", "without --workers"]),
     "Ray Client": (["--ray_address", "ray://head:10001"], ["'ray://head:10001'", "HOST:PORT", "auto"]),
     "address without a port": (["--ray_address", "head"], ["'head'", "HOST:PORT"]),
-    "unknown flag": (["--max_sample_count", "3"], ["--max_sample"]),
+    "unknown flag": (["--max_sample_count", "3"], ["No such option '--max_sample_count'", "--max_sample"]),
+    "unknown short flag": (["-x"], ["No such option '-x'"]),
+    "extra argument": (["budget"], ["Got unexpected extra argument (budget)."]),
+    "extra pair": (["--method", "infinigen", "budget=3"], ["argument (budget=3).", "given as -o budget=3."]),
+    "option of the method": (
+        ["--method", "infinigen", "--budget", "256"],
+        ["No such option '--budget'. It is an option of the method: -o budget=256."],
+    ),
+    "option of the method with =": (
+        ["--dense-layers=2", "--method", "infinigen"],
+        ["No such option '--dense_layers'. It is an option of the method: -o dense_layers=2."],
+    ),
+    "option of another method": (["--method", "kivi", "--alpha", "4"], ["No such option '--alpha'"]),
+    "option of some method": (
+        ["--budget", "--alpha", "3"],
+        ["It is an option of methods: --method NAME -o budget=VALUE."],
+    ),
 }
 
 
