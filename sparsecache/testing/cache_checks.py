@@ -59,7 +59,8 @@ def check_scores(method: CacheMethod) -> None:
             try:
                 layer.prefill(0, *(torch.randn(heads, distinct, 8).repeat(1, repeats, 1) for heads in (4, 2, 2)))
             except ValueError as error:
-                raise AssertionError(f"a prompt of {prompt}: {error}") from error
+                error.add_note(f"The prompt is of {prompt}.")
+                raise
         cache.start_sequence(0, distinct * repeats)
         for _ in range(3):
             for index, layer in enumerate(cache.layers):
