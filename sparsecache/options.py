@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -77,7 +78,9 @@ class Option:
         try:
             value = self._read(text)
         except (KeyError, ValueError):
-            raise ValueError(f"{self.name}={short(text)!r} is not {self.allowed}.{self._hint}") from None
+            raise ValueError(
+                f"{self.name}={short(text)!r} is not {self.allowed}.{self._percent(text)}{self._hint}"
+            ) from None
         if type(value) in (int, float) and LARGEST < abs(value) < math.inf:
             raise ValueError(f"{self.name}={short(text)!r} is out of range: at most {LARGEST}.{self._hint}")
         return value
@@ -89,6 +92,13 @@ class Option:
     @property
     def _hint(self) -> str:
         return f" {self.name}: {self.meaning} (default {show(self.default)})." if self.meaning else ""
+
+    def _percent(self, text: str) -> str:
+        """Returns what to write instead of a number of percent."""
+        with suppress(ValueError):
+            if self.kind is float and text.endswith("%"):
+                return f" {short(text)} is {float(text[:-1]) / 100:g}."
+        return ""
 
     def _read(self, text: str) -> Any:
         if self.kind is bool:

@@ -159,7 +159,23 @@ BAD = {
     "verify with workers": (["--workers", "2", "--verify", "1"], ["--verify", "without --workers"]),
     "Ray Client": (["--ray_address", "ray://head:10001"], ["'ray://head:10001'", "HOST:PORT", "auto"]),
     "address without a port": (["--ray_address", "head"], ["'head'", "HOST:PORT"]),
-    "unknown flag": (["--max_sample_count", "3"], ["--max_sample"]),
+    "unknown flag": (["--max_sample_count", "3"], ["No such option '--max_sample_count'", "--max_sample"]),
+    "unknown short flag": (["-x"], ["No such option '-x'"]),
+    "extra argument": (["budget"], ["Got unexpected extra argument (budget)."]),
+    "extra pair": (["--method", "infinigen", "budget=3"], ["argument (budget=3).", "given as -o budget=3."]),
+    "option of the method": (
+        ["--method", "infinigen", "--budget", "256"],
+        ["No such option '--budget'. It is an option of the method: -o budget=256."],
+    ),
+    "option of the method with =": (
+        ["--dense-layers=2", "--method", "infinigen"],
+        ["No such option '--dense_layers'. It is an option of the method: -o dense_layers=2."],
+    ),
+    "option of another method": (["--method", "kivi", "--alpha", "4"], ["No such option '--alpha'"]),
+    "option of some method": (
+        ["--budget", "--alpha", "3"],
+        ["It is an option of methods: --method NAME -o budget=VALUE."],
+    ),
 }
 
 
@@ -179,7 +195,15 @@ def test_a_bad_value_is_one_sentence_with_the_choices_before_weights_are_read(ca
 def test_an_unknown_model_is_refused_with_the_names(text, invoke) -> None:
     told = invoke(model=text)
     assert told.exit_code == 2
-    assert repr(text) in told.stderr and "llama-2-7b-inst-32k" in told.stderr and "hub id" in told.stderr
+    assert repr(text) in told.stderr and "llama-2-7b-inst-32k" in told.stderr
+    assert told.stderr.endswith("nor a hub id (owner/name).\n")
+
+
+def test_a_model_to_download_is_named_with_the_command(invoke, run_python, repo) -> None:
+    told = invoke(model="smollm2-135m-instruct")
+    assert told.exit_code == 2
+    assert told.stderr.endswith(" scripts/fetch_model.py smollm2-135m-instruct downloads it and prints its path.\n")
+    assert "smollm2-135m-instruct" in run_python(repo / "scripts" / "fetch_model.py", "--help").stdout
 
 
 def test_a_hub_model_that_is_not_there_offline(invoke, monkeypatch, tmp_path) -> None:

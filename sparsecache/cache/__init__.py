@@ -10,6 +10,7 @@ from sparsecache.cache.eviction import (
     EvictionMethod,
     PromptEvictionCache,
     attention_sums,
+    check_voting,
     pin_last,
 )
 from sparsecache.cache.full import FullCache
@@ -36,6 +37,7 @@ __all__ = [
     "SparseMethod",
     "StepBytes",
     "attention_sums",
+    "check_voting",
     "group_max",
     "pin_last",
     "positions_below",

@@ -96,7 +96,7 @@ class EvictionMethod(StoredMethod):
     def select_prompt(self, q: Tensor, k: Tensor, v: Tensor, count: int, width: int) -> tuple[Tensor, Tensor | None]:
         """Return the prompt tokens that each KV head keeps, and how many, as `keep`.
 
-        q: [H, L, D]; k, v: [G, L, D]. Raises ValueError if the scores are not [G, L].
+        q: [H, L, D]; k, v: [G, L, D]. Raises ValueError if the scores are not [G, L] or, on a CPU, if one is NaN.
         """
         scores = self.score(q, k, v)
         if scores.shape != k.shape[:2]:
@@ -104,6 +104,7 @@ class EvictionMethod(StoredMethod):
                 f"score returned {list(scores.shape)}. It must return a score per KV head and prompt token, "
                 f"{list(k.shape[:2])}."
             )
+        _check_numbers(scores, k)
         return self.keep(scores, count, width)
 
     def max_head_tokens(self, count: int, shape: Shape) -> int:
@@ -226,6 +227,21 @@ def pin_last(scores: Tensor, count: int) -> Tensor:
         return scores
     rising = _PINNED * torch.arange(1, count + 1, dtype=torch.float32, device=scores.device)
     return torch.cat((scores[:, :-count], rising.expand(len(scores), -1)), 1)
+
+
+def _check_numbers(scores: Tensor, k: Tensor) -> None:
+    """Raise ValueError if scores [G, L] of a prompt k [G, L, D] are NaN; not on a GPU, where that would synchronise.
+
+    If keys are not finite, neither are the logits, which are an error of their own.
+    """
+    if scores.is_cuda or not scores.isnan().any() or not k.isfinite().all():
+        return
+    counts = scores.isnan().sum(1)
+    head = int(counts.argmax())
+    raise ValueError(
+        f"score returned NaN for {counts[head]} of {scores.shape[1]} tokens of KV head {head}. Scores must be numbers; "
+        f"-inf puts a token last."
+    )
 
 
 def _rows(x: Tensor, kept: Tensor) -> Tensor:

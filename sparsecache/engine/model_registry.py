@@ -70,9 +70,10 @@ def find_model(text: str) -> Model:
     if text.count("/") == 1 and all(text.split("/")) and not text.startswith((".", "/", "~")):
         name = text.split("/")[1]
         return _with_settings(name, _find_table(name), path=None, hub=text)
+    hint = f" scripts/fetch_model.py {text} downloads it and prints its path." * (text in read_tables("downloads.toml"))
     raise UsageError(
         f"--model {text!r} is neither a folder, nor a .gguf file, nor a name of configs/models.toml "
-        f"({', '.join(model_names())}), nor a hub id (owner/name)."
+        f"({', '.join(model_names())}), nor a hub id (owner/name).{hint}"
     )
 
 

@@ -158,9 +158,13 @@ class FolderSource:
             path = next((found for found in (path, *others) if os.path.lexists(found)), path)
         if not os.path.lexists(path):
             found = sorted(file.stem for file in self.folder.glob("*.jsonl"))
+            if not found:
+                raise UsageError(
+                    f"{self.folder} holds no .jsonl file. --data takes a folder of <dataset>.jsonl files "
+                    f"(docs/data.md)."
+                )
             raise UsageError(
-                f"{path} does not exist. {self.folder} holds: {', '.join(found) or 'no .jsonl file'}. Choose among "
-                f"these with --datasets."
+                f"{path} does not exist. {self.folder} holds: {', '.join(found)}. Choose among these with --datasets."
             )
         return str(path), read_file(path, MAX_BYTES)
 

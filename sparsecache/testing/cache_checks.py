@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheMethod, LayerCache, Shape
+from sparsecache.cache.eviction import BoundedKVCache
 from sparsecache.cache.model_cache import ModelCache
 from sparsecache.kernels.rotation import Rotation, RotationOf
 
@@ -43,6 +44,36 @@ def check_counts(method: CacheMethod) -> None:
                 f"layer {index} {what} {recorded} past tokens per KV head, but attends to {found} of {past}",
             )
         cache.end_step(slots)
+
+
+@torch.inference_mode()
+def check_scores(method: CacheMethod) -> None:
+    """No score is NaN, also for a prompt of one token, and for one of equal tokens (a repeated word in layer 0).
+
+    Base classes raise ValueError for scores of a prompt that are NaN. A step selects no past token by such scores.
+    """
+    cache = _model_cache(method, Shape(layers=3, heads=4, kv_heads=2, head_dim=8), slots=1)
+    slots = torch.tensor([0])
+    for prompt, distinct, repeats in (("random tokens", 40, 1), ("equal tokens", 1, 40), ("one token", 1, 1)):
+        for layer in cache.layers:
+            try:
+                layer.prefill(0, *(torch.randn(heads, distinct, 8).repeat(1, repeats, 1) for heads in (4, 2, 2)))
+            except ValueError as error:
+                error.add_note(f"The prompt is of {prompt}.")
+                raise
+        cache.start_sequence(0, distinct * repeats)
+        for _ in range(3):
+            for index, layer in enumerate(cache.layers):
+                _speculate(layer, torch.randn(1, 4, 1, 8), slots)
+                q, k, v = (torch.randn(1, heads, 1, 8) for heads in (4, 2, 2))
+                layer.attend(q, k, v, slots)
+                step = f"a step of layer {index} after a prompt of {prompt}"
+                if isinstance(layer, BoundedKVCache):
+                    require(not layer.scores.isnan().any(), f"{step} leaves scores that are NaN")
+                counts = cache.layer_stats[index].counts[0].tolist() if layer.sparse else [1]
+                require(min(counts) > 0, f"{step} attends to {counts} past tokens per KV head. Is a score NaN?")
+            cache.end_step(slots)
+        cache.free_slot(0)
 
 
 @torch.inference_mode()

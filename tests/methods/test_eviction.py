@@ -120,3 +120,22 @@ def test_pinned_tokens_come_before_all_others_the_last_one_first(count) -> None:
         pinned = list(range(4, max(4 - count, -1), -1))
         others = sorted(range(5 - len(pinned)), key=lambda at, row=row: -row[at])
         assert found == pinned + others
+
+
+class _OfValues(KeyDiff):
+    """Scores are the first channel of the values."""
+
+    def score(self, q, k, v):
+        return v[..., 0]
+
+
+def test_a_score_that_is_nan_is_refused_and_an_infinite_one_is_not() -> None:
+    q, k, v = torch.ones(4, 9, 8), torch.ones(2, 9, 8), torch.zeros(2, 9, 8)
+    v[1, :4, 0] = torch.tensor([torch.inf, -torch.inf, torch.inf, 1.0])
+    kept, _ = _OfValues().select_prompt(q, k, v, 3, 3)
+    assert kept.tolist() == [[0, 1, 2], [0, 2, 3]]
+    v[1, 2:4, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"score returned NaN for 2 of 9 tokens of KV head 1\. Scores must be numbers"):
+        _OfValues().select_prompt(q, k, v, 3, 3)
+    k[0, 0, 0] = torch.nan  # of the model, whose logits are then an error
+    _OfValues().select_prompt(q, k, v, 3, 3)

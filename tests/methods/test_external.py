@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import sparsecache.cache
 from longbench_pred import main
 from sparsecache.engine.base import Request
 from sparsecache.engine.generator import Generator
@@ -255,3 +257,10 @@ def test_scores_of_another_shape_are_refused(composed, write) -> None:
     cache = make_cache(make_method(name, parse_options(name, options)), shape, 1, 60, 4)
     with pytest.raises(ValueError, match=r"score returned \[2, 37\]\. It must return .* token, \[2, 40\]\."):
         prefill(cache, 0, random_text(shape, 40, 4, seed=1))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_what_a_method_in_the_docs_imports_of_the_cache_is_there_under_one_path(page, repo) -> None:
+    imported = re.findall(r"(?m)^from sparsecache\.cache[.\w]* import (.+)$", (repo / page).read_text(encoding="utf-8"))
+    names = {name for line in imported for name in line.split(", ")}
+    assert names and names <= set(sparsecache.cache.__all__)

@@ -151,6 +151,8 @@ def test_options_are_converted_and_completed(add_method) -> None:
         ("budget", "inf", r"budget='inf' is not a whole number"),
         ("share", "half", r"share='half' is not a number\. share: how wide"),
         ("share", "nan", r"share='nan' is not a number"),
+        ("share", "5%", r"share='5%' is not a number\. 5% is 0\.05\. share: how wide"),
+        ("share", "x%", r"share='x%' is not a number\. share: how wide"),
         ("share", "none", r"share='none' is not a number"),
         ("exact", "yes", r"exact='yes' is not true or false"),
         ("window", "wide", r"window='wide' is not a whole number or none\. .*\(default none\)"),

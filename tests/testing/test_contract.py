@@ -1,4 +1,7 @@
-"""The checks of the contract find methods that break it, each by the check that names its fault."""
+"""The checks of the contract find methods that break it, each by the check that names its fault.
+
+In one file because every broken method is a case of one test.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +11,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sparsecache.cache import EvictionMethod, FullCache, SelectionCache, SelectionMethod
+from sparsecache.cache import (
+    DecodingEvictionCache,
+    EvictionMethod,
+    FullCache,
+    SelectionCache,
+    SelectionMethod,
+    SparseMethod,
+)
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.testing.contract import MethodUnderTest, check_options, checks, main
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
@@ -197,10 +207,50 @@ class _VotesOfAWindow(EvictionMethod):
         return (q[:, -3:].mean((0, 1)) * k).sum(2)
 
 
+@dataclass
+class _DividesByZero(EvictionMethod):
+    """Normalises its scores, which is 0 / 0 if all tokens are equal."""
+
+    def score(self, q, k, v):
+        k = k[..., 0]
+        lowest, highest = k.amin(1, keepdim=True), k.amax(1, keepdim=True)
+        return (k - lowest) / (highest - lowest)
+
+
+@dataclass
+class _SelectsByNan(SelectionMethod):
+    def select(self, q, cache, slots):
+        scores = cache.keys_of(slots)[..., 0] * torch.tensor([1.0, torch.nan])[:, None]
+        return cache.select_topk(scores, slots)
+
+
+class _StepsOfNan(DecodingEvictionCache):
+    def prompt_scores(self, q, k, count):
+        return torch.arange(count).expand(len(k), -1), torch.ones(len(k), count)
+
+    def step_scores(self, q, slots, past):
+        return (self.scores[slots] * torch.nan,) * 2
+
+
+@dataclass
+class _EvictsByNan(SparseMethod):
+    def make_sparse_cache(self, layer, config):
+        return _StepsOfNan(self, layer, config)
+
+
+@dataclass
+class _DropsByInfinity(EvictionMethod):
+    """Infinite scores are allowed."""
+
+    def score(self, q, k, v):
+        return torch.where(k[..., 0] > 0, torch.inf, -torch.inf)
+
+
 INPUTS = "inputs are unchanged, outputs fit, with the defaults"
 COUNTS = "counts are those of the tokens attended to, with the defaults"
 ALONE = "a text depends on its prompt alone, with the defaults"
 FREE = "free slots change nothing, with the defaults"
+SCORES = "scores are never NaN, with the defaults"
 QUERIES = "no more than prompt_queries are read, with the defaults"
 
 
@@ -215,6 +265,10 @@ QUERIES = "no more than prompt_queries are read, with the defaults"
         (_full(_SkipsAToken), COUNTS, r"not sparse and so must attend to \[40, 40\].*attends to \[39, 39\] of 40"),
         (_selecting(_HalvesItsCounts), COUNTS, r"records \[4, 4\] past tokens per KV head, but attends to \[8, 8\]"),
         (_selecting(_ForgetsTheNewToken), COUNTS, "does not attend to the new token"),
+        (_DividesByZero, SCORES, r"NaN for 40 of 40 tokens of KV head 0\. Scores must[^$]*equal tokens"),
+        (_SelectsByNan, SCORES, r"layer 2 after .*random tokens attends to \[8, 0\] past tokens per KV head"),
+        (_EvictsByNan, SCORES, "layer 2 after a prompt of random tokens leaves scores that are NaN"),
+        (_DropsByInfinity, SCORES, None),
         (_full(_FreesOnce), "freeing a free slot does nothing, with the defaults", "0"),
         (_full(_KeepsAnEarlierSequence), ALONE, "a text differs from its own"),
         (_full(_ChangesAfterTheFirstSequence), ALONE, "a text differs from its own"),
@@ -270,8 +324,8 @@ def _command(*arguments: str) -> tuple[int, str]:
 
 def test_the_command_passes_the_example(repo) -> None:
     code, output = _command(str(repo / "examples" / "knorm.py"), "--model_type", "llama")
-    assert code == 0 and "FAILED" not in output and output.endswith("All checks passed.\n")
-    assert output.count("passed  ") == 16
+    assert code == 0 and "FAILED" not in output and "All checks passed.\nNot checked, since all ran on a" in output
+    assert output.count("passed  ") == 18
 
 
 def test_the_command_names_the_failed_checks(tmp_path) -> None:
@@ -287,10 +341,25 @@ def test_the_command_names_the_failed_checks(tmp_path) -> None:
     assert output == f"Error: Method {method} has no option 'share'. Its options: offload=false.\n"
     code, output = _command(str(method), "--model_type", "qwen3", "--lossless", "offload=false")
     failed = [line for line in output.splitlines() if line.startswith("FAILED")]
-    assert code == 1 and output.endswith(f"{len(failed)} failed\n") and "passed  options can be" in output
+    assert code == 1 and f"\n{len(failed)} of 11 checks failed.\n" in output and "passed  options can be" in output
     assert any(
         "inputs are unchanged, outputs fit, with the defaults: qwen3: AssertionError: " in line for line in failed
     )
+
+
+def test_the_command_prints_an_error_of_the_method_once(tmp_path) -> None:
+    method = tmp_path / "mine.py"
+    method.write_text(
+        "from dataclasses import dataclass\nfrom sparsecache.cache import EvictionMethod\n"
+        "@dataclass\nclass Mine(EvictionMethod):\n    def score(self, q, k, v):\n        return k[:, 1:, 0]\n"
+    )
+    code, output = _command(str(method))  # prompts of several lengths, and every family
+    error = "ValueError: score returned [2, 89]. It must return a score per KV head and prompt token, [2, 90]."
+    assert code == 1 and output.count("Traceback") == 1 and output.count(error) == 2  # its last line, and FAILED
+    failed = [line for line in output.splitlines() if line.startswith("FAILED")]
+    assert error in failed[0] and all(line.endswith(": (the same error)") for line in failed[1:])
+    assert f"\n{len({line.split(': ')[0] for line in failed})} of 18 checks failed.\n" in output
+    assert "llama, mistral, qwen2, qwen3: (the same error)" in failed[-1]
 
 
 def test_the_command_refuses_a_name_that_does_not_exist() -> None:
