@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from sparsecache.cache.eviction import EvictionMethod, attention_sums, check_voting, pin_last
+from sparsecache.cache import EvictionMethod, attention_sums, check_voting, pin_last
 
 
 @dataclass
