@@ -131,8 +131,11 @@ class BoundedKVCache(LayerCache):
         self._budget = method.layer_budget(layer, config.shape)
 
     @abstractmethod
-    def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the `count` positions of a prompt to keep, [G, count], and their scores, [G, count] float32."""
+    def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+        """Return the `count` positions of a prompt to keep, [G, count], and their scores, [G, count] float32.
+
+        None instead of scores: the subclass sets them in `prefill`, after `store_prompt`.
+        """
 
     @abstractmethod
     def evict(self, q: Tensor, slots: Tensor) -> None:
@@ -148,11 +151,13 @@ class BoundedKVCache(LayerCache):
         """Return how many of a prompt's `length` tokens a KV head keeps."""
         return min(self._budget.tokens(length), length)
 
-    def store_prompt(self, slot: int, k: Tensor, v: Tensor, kept: Tensor, scores: Tensor) -> None:
-        """Store the positions kept [G, count] of a prompt k, v [G, L, D], with their scores [G, count]."""
+    def store_prompt(self, slot: int, k: Tensor, v: Tensor, kept: Tensor, scores: Tensor | None) -> None:
+        """Store the positions kept [G, count] of a prompt k, v [G, L, D], with their scores [G, count] unless None."""
         count = kept.shape[1]
         self.keys[slot, :, :count], self.values[slot, :, :count] = _rows(k, kept), _rows(v, kept)
-        self.positions[slot, :, :count], self.scores[slot, :, :count] = kept, scores
+        self.positions[slot, :, :count] = kept
+        if scores is not None:
+            self.scores[slot, :, :count] = scores
         self.num_tokens[slot].fill_(count)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 Queries before RoPE are modelled as normally distributed, with the mean and the covariance of the prompt's queries. Both
 are rotated by the average rotation of the next `future` positions, which gives the mean m and the covariance C. A key's
-expected attention is the softmax over the prompt of m . k / sqrt(D) + k^T C k / 2D. The tokens stay whose expected
-attention, times the norm of their value, is highest. The first `sinks` tokens always stay, and do not count in the
-statistics. Defaults are those of the authors' benchmark; the budget is this project's.
+expected attention is the softmax over the prompt of m . k / sqrt(D) + k^T C k / 2D. The tokens with the highest
+(expected attention + `epsilon`) * |v| stay. The first `sinks` tokens always stay, and do not count in the statistics.
+Defaults are those of the authors' benchmark; the budget is this project's.
 
 GQA: as in the paper, a KV head takes the mean expected attention of its query heads.
 

@@ -7,10 +7,13 @@ tokens, is this project's.
 
 GQA: as in the paper, a KV head takes the mean similarity of its query heads, and the mean of their softmax over pages.
 
-Differences: every token stays on the device, so what is measured is the selection. First and recent pages are a share
-of the budget, as the authors' 128 tokens each of 2,048 are, rounded to the nearest page. Unless `recent` is 0, there is
-always a recent page, because the previous query cannot select the newest tokens. Small budgets have no first page. As
-in `quest`, the budget counts tokens, and the last page may be cut.
+Differences:
+
+- Every token stays on the device, so what is measured is the selection.
+- First and recent pages are a share of the budget, as the authors' 128 tokens each of 2,048 are, rounded to the nearest
+  page. Unless `recent` is 0, there is always a recent page, because the previous query cannot select the newest tokens.
+  Small budgets have no first page.
+- As in `quest`, the budget counts tokens, and the last page may be cut.
 """
 
 from dataclasses import dataclass

@@ -8,11 +8,15 @@ to the page's mean. Outliers, the last pages of the prompt and all new tokens ar
 GQA: as in the authors' code, a KV head takes a page's highest attention of its query heads, each after a softmax over
 the pages that are not stored exactly.
 
-Differences: the budget counts all prompt tokens that are attended to. The authors' 2,048 tokens are those of the
-selected pages; 48 outliers and 4 last pages of 8 tokens come on top. Here these have shares of the budget near the
-authors'. Values stay on the device without `offload`. The basis comes from subspace iteration on K^T K, not from a
-singular value decomposition. This is faster and does not wait for the host. The tests bound its error to 1.03 times
-the lowest possible one. Rank and page are the paper's.
+Differences:
+
+- The budget counts all prompt tokens that are attended to. The authors' 2,048 tokens are those of the selected pages;
+  48 outliers and 4 last pages of 8 tokens come on top. Here these have shares of the budget near the authors'.
+- Values stay on the device without `offload`.
+- The basis comes from subspace iteration on K^T K, not from a singular value decomposition. This is faster and does not
+  wait for the host. The tests bound its error to 1.03 times the lowest possible one.
+
+Rank and page are the paper's.
 """
 
 from collections.abc import Callable, Mapping

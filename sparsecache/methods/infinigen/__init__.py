@@ -11,10 +11,18 @@ GQA: the paper has one KV head per query head. Here a token's score for a KV hea
 of one of the head's queries, or with `group=softmax` its mean probability over them. A KV head has one skewing matrix
 and one set of partial channels.
 
-Differences: keys are rotated by RoPE, so the skewing matrix is made and applied after it. The paper has no codes. By
-default the query is speculated from the residual stream after attention instead of the attention input, the budget
-alone limits the selection, and all channels speculate in 4 bits, which takes the bytes of a quarter of them in 16 bits.
-`preset=paper` sets the paper's options.
+Differences:
+
+- Keys are rotated by RoPE, so the skewing matrix is made and applied after it.
+- The whole query is computed and then projected. The paper multiplies by partial query weights.
+- By default the query is speculated from the residual stream after attention, not from the attention input; the budget
+  alone limits the selection; all channels speculate in 4 bits, which takes the bytes of a quarter of them in 16 bits.
+  `preset=paper` sets the paper's values.
+- Not in the paper: `gpu_cache`, `top_p`, `sinks`, `recent`, `partial_bits` below 16, `fetch=per_head`,
+  `group=softmax`, `guess=residual`.
+- Not implemented: the paper's pool of keys and values in host memory, which has a limit and evicts victims. Every token
+  stays.
+- Keys and values stay on the device without `offload`.
 """
 
 import math
