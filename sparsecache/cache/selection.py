@@ -65,7 +65,7 @@ class SelectionCache(LayerCache):
         return select_topk(scores, self.seq_lens, slots, self.budgets, self.max_budget)
 
     def select_near_best(self, scores: Scores, slots: Tensor) -> Selection:
-        """Return the past positions nearest to the best score of one of a KV head's queries, within the budget."""
+        """Return the past positions of largest score margin, as `oracle`, within the budget."""
         width = min(self.max_budget, self.config.max_tokens)
         return threshold_select(scores, self.seq_lens, slots, self._params, width)
 

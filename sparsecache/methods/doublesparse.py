@@ -5,8 +5,8 @@ and key. These channels of every key are stored once more, as the label cache. A
 and attends to the tokens of highest score. The default is a quarter of the channels, as in the authors' example for
 perplexity.
 
-GQA: a KV head adds |q * k| of its query heads and has one set of channels. It selects for all its query heads, a token
-by how near it comes to the best score of one of the head's queries, as `oracle`.
+GQA: a KV head adds |q * k| of its query heads and has one set of channels. It selects the tokens of largest score
+margin, as `oracle`.
 
 Differences: the label cache has the dtype of the keys; the authors quantise it, so they read less. Their script for
 LongBench takes half of the channels in 2 bits, those with the largest |q|. Keys in host memory are left out.

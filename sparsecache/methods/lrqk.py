@@ -10,7 +10,7 @@ the reduced keys A_K select tokens. The most recent tokens are always selected. 
 descent. Rank and iterations are the authors' for LongBench.
 
 GQA: the authors repeat keys, and factorise and select per query head. Here a KV head has one factorisation, of its keys
-and of the queries of all its heads. It selects the tokens that come nearest to the best reduced score of a head.
+and of the queries of all its heads. It selects the tokens of largest score margin, as `oracle`, by reduced scores.
 
 Differences:
 

@@ -7,9 +7,9 @@ cache is in host memory.
 A channel of a partial key has 16 bits, or a code of 8 or 4 bits (`partial_bits`). Where all channels speculate, partial
 keys are the keys or their codes: nothing is skewed, and no calibration is needed.
 
-GQA: the paper has one KV head per query head. Here a token's score for a KV head is how near it comes to the best score
-of one of the head's queries, or with `group=softmax` its mean probability over them. A KV head has one skewing matrix
-and one set of partial channels.
+GQA: the paper has one KV head per query head. Here a KV head selects the tokens of largest score margin, as `oracle`,
+or with `group=softmax` those of largest mean probability over its query heads. It has one skewing matrix and one set of
+partial channels.
 
 Differences:
 
@@ -65,7 +65,7 @@ layer 2 is the first sparse one."""
 
 @dataclass
 class InfiniGen(SparseMethod):
-    """Speculates on partial keys and attends to the tokens near the best speculated score."""
+    """Speculates on partial keys and attends to the tokens of largest score margin."""
 
     kind: ClassVar[MethodKind] = "selection"
     absent_options: ClassVar[Mapping[str, str]] = {
