@@ -178,18 +178,20 @@ class DecodingEvictionCache(BoundedKVCache):
     """A BoundedKVCache whose subclass scores the rows at each step."""
 
     @abstractmethod
-    def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    def step_scores(self, q: Tensor, slots: Tensor, new_seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the new scores of the rows, and their priorities: [B, G, rows] each. The lowest priority is evicted.
 
-        The rows include the new token. past: [B], the tokens of each sequence with the new one.
+        The rows include the new token. new_seq_lens: [B] int64, sequence lengths with the new token.
         """
 
     def evict(self, q: Tensor, slots: Tensor) -> None:
         past = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
         num_rows = self.tokens.begin_token(slots, past)
-        scores, priorities = self.step_scores(q, slots, past + 1)
+        new_seq_lens = past + 1
+        scores, priorities = self.step_scores(q, slots, new_seq_lens)
         self.scores[slots] = scores
-        replace_rows(self.tokens, slots, find_lowest(self.tokens, slots, priorities, num_rows, self.budgets[past + 1]))
+        lowest = find_lowest(self.tokens, slots, priorities, num_rows, self.budgets[new_seq_lens])
+        replace_rows(self.tokens, slots, lowest)
 
 
 class AttentionEvictionCache(BoundedKVCache):
@@ -239,14 +241,15 @@ def _check_numbers(scores: Tensor, k: Tensor) -> None:
 
     If keys are not finite, neither are the logits, which are an error of their own.
     """
-    if scores.is_cuda or not scores.isnan().any() or not k.isfinite().all():
+    if scores.is_cuda:
         return
     counts = scores.isnan().sum(1)
-    head = int(counts.argmax())
-    raise ValueError(
-        f"score returned NaN for {counts[head]} of {scores.shape[1]} tokens of KV head {head}. Scores must be numbers; "
-        f"-inf puts a token last."
-    )
+    if counts.any() and k.isfinite().all():
+        head = int(counts.argmax())
+        raise ValueError(
+            f"score returned NaN for {counts[head]} of {scores.shape[1]} tokens of KV head {head}. Scores must be "
+            f"numbers; -inf puts a token last."
+        )
 
 
 def _rows(x: Tensor, kept: Tensor) -> Tensor:
