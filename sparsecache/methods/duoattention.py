@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, MethodKind, Shape, StepBytes
 from sparsecache.cache.calibration import read_calibration_text
+from sparsecache.cache.checks import check_token_counts
 from sparsecache.cache.full import FullCache
 from sparsecache.cache.stats import SequenceStats
 from sparsecache.errors import UsageError
@@ -60,8 +61,7 @@ class DuoAttention(CacheMethod):
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity={self.sparsity} must be a share from 0 to 1.")
-        if self.sinks < 0:
-            raise ValueError(f"sinks={self.sinks} must be 0 tokens or more.")
+        check_token_counts(sinks=self.sinks)
         if self.recent < 1:
             raise ValueError(f"recent={self.recent} must be 1 token or more.")
         self._gates = [] if self.gates is None else _read_gates(self.gates)

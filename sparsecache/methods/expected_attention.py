@@ -20,6 +20,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsecache.cache.checks import check_token_counts
 from sparsecache.cache.eviction import EvictionMethod, pin_last
 from sparsecache.kernels.moments import expected_logits, token_moments
 from sparsecache.kernels.rotation import Rotation, RotationOf, rotate_rows
@@ -55,12 +56,9 @@ class ExpectedAttention(EvictionMethod):
         super().__post_init__()
         if not 1 <= self.future <= _MAX_FUTURE:
             raise ValueError(f"future={self.future} must be 1 to {_MAX_FUTURE} positions.")
-        if self.sinks < 0:
-            raise ValueError(f"sinks={self.sinks} must be 0 tokens or more.")
+        check_token_counts(sinks=self.sinks, recent=self.recent)
         if not 0 <= self.epsilon < math.inf:
             raise ValueError(f"epsilon={self.epsilon} must be 0 or more.")
-        if self.recent < 0:
-            raise ValueError(f"recent={self.recent} must be 0 tokens or more.")
         self._latest: tuple[tuple[RotationOf, torch.Size, torch.device], _Rotations] | None = None
 
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

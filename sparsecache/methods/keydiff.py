@@ -16,6 +16,7 @@ from typing import Annotated
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sparsecache.cache.checks import check_token_counts
 from sparsecache.cache.eviction import EvictionMethod, pin_last
 
 
@@ -29,8 +30,7 @@ class KeyDiff(EvictionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recent < 0:
-            raise ValueError(f"recent={self.recent} must be 0 tokens or more.")
+        check_token_counts(recent=self.recent)
 
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         unit = normalize(k.float(), dim=-1)

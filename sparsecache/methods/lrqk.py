@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, Shape, StepBytes
+from sparsecache.cache.checks import check_budget_shares
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.cache.storage import FullStorage, stored_token_nbytes
 from sparsecache.kernels.factors import reduce_token, sum_products, update_bases
@@ -59,8 +60,7 @@ class LRQK(SelectionMethod):
             raise ValueError(f"rank={self.rank} must be 1 or more.")
         if not 1 <= self.iterations <= _MAX_ITERATIONS:
             raise ValueError(f"iterations={self.iterations} must be 1 to {_MAX_ITERATIONS}.")
-        if not 0 <= self.recent <= 1:
-            raise ValueError(f"recent={self.recent} must be a share of the budget, 0 to 1.")
+        check_budget_shares(recent=self.recent)
 
     def check(self, shape: Shape) -> None:
         super().check(shape)

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, Shape, StepBytes
+from sparsecache.cache.checks import check_budget_shares, check_page_size
 from sparsecache.cache.host import allocate, check_host_memory, copy_into
-from sparsecache.cache.selection import check_page_size
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.decode import CachedRows, attend_gathered
 from sparsecache.kernels.gather import gather_rows
@@ -103,11 +103,7 @@ class ShadowKV(SparseMethod):
         check_page_size(self.page)
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} must be 1 or more.")
-        for name in ("outliers", "recent"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be a share of the budget, 0 to 1.")
-        if self.outliers + self.recent > 1:
-            raise ValueError(f"outliers={self.outliers} and recent={self.recent} must be at most 1 together.")
+        check_budget_shares(outliers=self.outliers, recent=self.recent)
 
     def check(self, shape: Shape) -> None:
         super().check(shape)

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, MethodKind, Shape, SpeculationSource
 from sparsecache.cache.calibration import read_calibration_text
+from sparsecache.cache.checks import check_token_counts
 from sparsecache.cache.host import check_host_memory
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
@@ -126,9 +127,8 @@ class InfiniGen(SparseMethod):
             raise ValueError(f"partial_weight_ratio={self.partial_weight_ratio} must be above 0 and at most 1.")
         if self.partial_bits not in (16, 8, 4):
             raise ValueError(f"partial_bits={self.partial_bits} must be 16, 8 or 4.")
+        check_token_counts(sinks=self.sinks, recent=self.recent, gpu_cache=self.gpu_cache)
         for name in ("sinks", "recent", "gpu_cache"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 tokens or more.")
             setattr(self, name, min(getattr(self, name), _MAX_TOKENS))
         if self.gpu_cache and not self.offload:
             raise ValueError(f"gpu_cache={self.gpu_cache} keeps offloaded tokens on the GPU: give offload=true too.")
