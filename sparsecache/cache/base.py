@@ -40,10 +40,10 @@ class CacheConfig:
     """The configuration of one layer's cache.
 
     slots: the most sequences in flight. max_tokens: the most tokens of a sequence, with its prompt. max_new_tokens: the
-    most new tokens. device, dtype: of the layer's q, k and v. seq_lens: [slots] int64 on the device, the past tokens of
-    each slot; the engine sets it after a prompt and adds one after each step. stats: a sparse cache records there how
-    many past tokens each step attended to. deferred: a stream for work of a step or a prefill that only the next step
-    needs. It runs in parallel with later layers, and the next step waits for it.
+    most generated tokens. device, dtype: of the layer's q, k and v. seq_lens: [slots] int64 on the device, the past
+    tokens of each slot; the engine sets it after a prompt and adds one after each step. stats: a sparse cache records
+    there how many past tokens each step attended to. deferred: a stream for work of a step or a prefill that only the
+    next step needs. It runs in parallel with later layers, and the next step waits for it.
     """
 
     shape: Shape

@@ -1,6 +1,6 @@
 """Base classes of methods that evict tokens at the end of the prompt, or at every decode step.
 
-They save memory: a cache has capacity for the budget, and for new tokens where these do not count.
+They save memory: a cache has capacity for the budget, and for generated tokens where these do not count.
 """
 
 from abc import abstractmethod
@@ -19,8 +19,8 @@ from sparsecache.kernels.eviction import KeptTokens, evict_least_attended, find_
 from sparsecache.kernels.highest import highest_positions
 
 NO_STORAGE: dict[str, str] = {
-    "storage": "a new token takes the row of an evicted one, but keys are quantised in groups of neighbours. Use a "
-    "method that evicts once, such as snapkv."
+    "storage": "the current token takes the row of an evicted one, but keys are quantised in groups of neighbours. Use "
+    "a method that evicts once, such as snapkv."
 }
 """`absent_options` of the methods that evict at each step."""
 
@@ -29,7 +29,7 @@ _MAX_KERNEL = 1023  # pooling takes time in proportion
 
 
 class PromptEvictionCache(LayerCache):
-    """The kept tokens of the prompt in the first rows, per KV head, followed by all new tokens.
+    """The kept tokens of the prompt in the first rows, per KV head, followed by all generated ones.
 
     kv: where they are stored, in the order of the text. num_evicted: [slots, G] int64, the evicted prompt tokens. KV
     heads may keep different counts. Rows are allocated for the highest possible count.
@@ -64,7 +64,7 @@ class PromptEvictionCache(LayerCache):
 
 @dataclass
 class EvictionMethod(StoredMethod):
-    """Keeps the prompt tokens of highest score and every new token: a subclass defines `score`.
+    """Keeps the prompt tokens of highest score and every generated token: a subclass defines `score`.
 
     Tokens are evicted once, at the end of the prompt. A budget up to 1 is a share of the prompt's length.
     """
@@ -72,7 +72,7 @@ class EvictionMethod(StoredMethod):
     kind: ClassVar[MethodKind] = "eviction"
     budget_excludes_generated: ClassVar[bool] = True
 
-    budget: Annotated[float, "prompt tokens kept, new ones not counted: a share up to 1, else a count"] = 0.2
+    budget: Annotated[float, "prompt tokens kept, generated ones not counted: a share up to 1, else a count"] = 0.2
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> LayerCache:
         return PromptEvictionCache(self, layer, config)
@@ -113,7 +113,7 @@ class EvictionMethod(StoredMethod):
 
 
 class BoundedKVCache(LayerCache):
-    """At most `budget` past tokens per KV head: each step appends the new token, then evicts one.
+    """At most `budget` past tokens per KV head: each step appends the current token, then evicts one.
 
     tokens: the rows of the cache, unordered; their tensors are also attributes of the cache. A subclass defines the
     scores.
@@ -139,9 +139,9 @@ class BoundedKVCache(LayerCache):
 
     @abstractmethod
     def evict(self, q: Tensor, slots: Tensor) -> None:
-        """Count the new token, update the scores, and evict a token of each KV head above the budget.
+        """Count the current token, update the scores, and evict a token of each KV head above the budget.
 
-        q: [B, H, 1, D]; slots: [B]. The new token's key and value are in the row num_tokens.
+        q: [B, H, 1, D]; slots: [B]. The current token's key and value are in the row num_tokens.
         """
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -181,7 +181,7 @@ class DecodingEvictionCache(BoundedKVCache):
     def step_scores(self, q: Tensor, slots: Tensor, new_seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the new scores of the rows, and their priorities: [B, G, rows] each. The lowest priority is evicted.
 
-        The rows include the new token. new_seq_lens: [B] int64, sequence lengths with the new token.
+        The rows include the current token. new_seq_lens: [B] int64, sequence lengths with the current token.
         """
 
     def evict(self, q: Tensor, slots: Tensor) -> None:

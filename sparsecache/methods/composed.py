@@ -5,9 +5,9 @@
 
     --method composed -o evict=snapkv,budget=0.5 -o select=quest,budget=256,storage=int4
 
-The kept and the new tokens form one shorter text for the selection. A share in its budget is a share of this text.
-Positions, and so pages, are counted in it. In a layer that is dense for one of the two methods, only the other acts.
-Storage and calibration are those of the selection. Runs of the selection alone use the same calibration files.
+The kept and the generated tokens form one shorter text for the selection. A share in its budget is a share of this
+text. Positions, and so pages, are counted in it. In a layer that is dense for one of the two methods, only the other
+acts. Storage and calibration are those of the selection. Runs of the selection alone use the same calibration files.
 """
 
 from collections.abc import Iterator, Mapping
@@ -103,7 +103,7 @@ class Composed(CacheMethod):
 
 
 class ComposedCache(LayerCache):
-    """The cache of a selection method that holds the kept tokens of the prompt and all new ones.
+    """The cache of a selection method that holds the kept tokens of the prompt and all generated ones.
 
     selection: that cache. num_evicted: [slots] int64, evicted tokens of each prompt. num_tokens: [slots] int64, past
     tokens in `selection`, which reads them as its sequence lengths.

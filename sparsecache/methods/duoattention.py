@@ -47,8 +47,8 @@ class DuoAttention(CacheMethod):
 
     kind: ClassVar[MethodKind] = "eviction"
     absent_options: ClassVar[Mapping[str, str]] = {
-        "storage": "in streaming heads a new token takes the row of an old one, but keys are quantised in groups of "
-        "neighbours. Use kivi, or a method that evicts once, such as snapkv."
+        "storage": "in streaming heads the current token takes the row of an old one, but keys are quantised in groups "
+        "of neighbours. Use kivi, or a method that evicts once, such as snapkv."
     }
     prompt_queries = 0
 
@@ -119,7 +119,7 @@ class DuoAttentionCache(LayerCache):
     """All tokens of retrieval heads, and the sinks and a ring of recent tokens of streaming heads.
 
     retrieval, streaming: the indices of the KV heads of each kind, R and S of them. full_keys, full_values: [slots, R,
-    max_tokens, D]. keys, values: [slots, S, sinks + recent + 1, D], the last row for the new token of a step.
+    max_tokens, D]. keys, values: [slots, S, sinks + recent + 1, D], the last row for the current token.
     """
 
     def __init__(self, is_streaming: Tensor, sinks: int, recent: int, config: CacheConfig) -> None:

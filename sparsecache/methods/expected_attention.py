@@ -43,7 +43,7 @@ class _Rotations(NamedTuple):
 
 @dataclass
 class ExpectedAttention(EvictionMethod):
-    """Keeps the prompt tokens that future queries are expected to attend to, and every new token."""
+    """Keeps the prompt tokens that future queries are expected to attend to, and every generated token."""
 
     uses_rope = True
 

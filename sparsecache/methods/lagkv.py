@@ -26,7 +26,7 @@ _MIN_RANGE = 1e-6  # so that a constant channel does not divide by 0
 
 @dataclass
 class LagKV(EvictionMethod):
-    """Keeps the prompt tokens that stand out from the next partition, and every new token."""
+    """Keeps the prompt tokens that stand out from the next partition, and every generated token."""
 
     prompt_queries = 0
 

@@ -3,7 +3,8 @@
 Keys before RoPE have a low rank. The prompt's keys of all KV heads together are stored as `rank` coefficients per token
 and a basis. Keys of selected tokens are rebuilt from these and rotated. Values may lie in host memory. Pages of `page`
 tokens are selected by the attention of the query to their mean keys. Outliers are the pages with the key least similar
-to the page's mean. Outliers, the last pages of the prompt and all new tokens are stored exactly and always attended to.
+to the page's mean. Outliers, the last pages of the prompt and all generated tokens are stored exactly and always
+attended to.
 
 GQA: as in the authors' code, a KV head takes a page's highest attention of its query heads, each after a softmax over
 the pages that are not stored exactly.
@@ -90,7 +91,7 @@ class ShadowKV(SparseMethod):
     uses_rope = True
     prompt_queries = 0
 
-    budget: Annotated[float, "prompt tokens attended to, new ones not counted: a share up to 1, else a count"] = 0.2
+    budget: Annotated[float, "prompt tokens attended to, without generated ones: a share up to 1, else a count"] = 0.2
     rank: Annotated[int, "rank of the keys of all KV heads together, 1 to their channels"] = _RANK
     page: Annotated[int, "tokens in a page, 1 to 1024"] = 8
     outliers: Annotated[float, "share of the budget for pages with keys unlike their mean, 0 to 1, rounded down"] = 0.15
