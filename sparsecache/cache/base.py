@@ -18,12 +18,12 @@ from sparsecache.cache.streams import SideStream
 from sparsecache.kernels.rotation import RotationOf
 
 SpeculationSource = Literal["input", "residual"]
-MethodKind = Literal["full", "selection", "eviction", "quantised", "offload"]
+MethodKind = Literal["full", "selection", "eviction", "quantised"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The attention shape of a model: L layers, H query heads that share G KV heads of D channels."""
+    """The attention shape of a model: `layers`; H query heads share G KV heads of D channels."""
 
     layers: int
     heads: int
@@ -40,10 +40,10 @@ class CacheConfig:
     """The configuration of one layer's cache.
 
     slots: the most sequences in flight. max_tokens: the most tokens of a sequence, with its prompt. max_new_tokens: the
-    most new tokens. device, dtype: of the layer's q, k and v. seq_lens: [slots] int64 on the device, the past tokens of
-    each slot; the engine sets it after a prompt and adds one after each step. stats: a sparse cache records there how
-    many past tokens each step attended to. deferred: a stream for work of a step or a prefill that only the next step
-    needs. It runs in parallel with later layers, and the next step waits for it.
+    most generated tokens. device, dtype: of the layer's q, k and v. seq_lens: [slots] int64 on the device, the past
+    tokens of each slot; the engine sets it after a prompt and adds one after each step. stats: a sparse cache records
+    there how many past tokens each step attended to. deferred: a stream for work of a step or a prefill that only the
+    next step needs. It runs in parallel with later layers, and the next step waits for it.
     """
 
     shape: Shape
@@ -116,7 +116,7 @@ class LayerCache(ABC):
         """Store one token per row and return the attention over what the row's slot keeps: [B, H, 1, D].
 
         q: [B, H, 1, D]; k, v: [B, G, 1, D], rotated; slots: [B] int64 on the device, no slot twice. A row may
-        name a free slot, also for more steps than the slot has capacity. It must not fail; its output is never read.
+        name a free slot; its output is never read. The call must not fail when a free slot's rows exceed its capacity.
         """
 
     def speculate(  # noqa: B027 (a no-op unless speculation_source is set)
@@ -161,8 +161,8 @@ class CacheMethod(ABC):
     The constructor's annotated arguments are the options of `-o key=value`; all need defaults. It raises ValueError, in
     a full sentence, for a value out of range. Layers share state through the instance.
 
-    kind: what the method does with past tokens; --list_methods groups by it. absent_options: by option of other methods
-    that this one lacks, the reason and what to use instead, which the error for such an option says.
+    kind: what the method does with past tokens; --list_methods groups by it. absent_options: options that other methods
+    have and this one lacks, each with the reason and the alternative; the error for such an option says both.
     calibration_version: increase it when `calibrate` computes something else from the same text.
     uses_rope: whether the method needs `rope`, the rotation of a position. The engine sets `rope` before `make_cache`,
     and refuses a model whose rotation depends on more than the position, or is not known.

@@ -1,6 +1,6 @@
 """Base classes of methods that evict tokens at the end of the prompt, or at every decode step.
 
-They save memory: a cache has capacity for the budget, and for new tokens where these do not count.
+They save memory: a cache has capacity for the budget, and for generated tokens where these do not count.
 """
 
 from abc import abstractmethod
@@ -19,8 +19,8 @@ from sparsecache.kernels.eviction import KeptTokens, evict_least_attended, find_
 from sparsecache.kernels.highest import highest_positions
 
 NO_STORAGE: dict[str, str] = {
-    "storage": "a new token takes the row of an evicted one, but keys are quantised in groups of neighbours. Use a "
-    "method that evicts once, such as snapkv."
+    "storage": "the current token takes the row of an evicted one, but keys are quantised in groups of neighbours. Use "
+    "a method that evicts once, such as snapkv."
 }
 """`absent_options` of the methods that evict at each step."""
 
@@ -29,7 +29,7 @@ _MAX_KERNEL = 1023  # pooling takes time in proportion
 
 
 class PromptEvictionCache(LayerCache):
-    """The kept tokens of the prompt in the first rows, per KV head, followed by all new tokens.
+    """The kept tokens of the prompt in the first rows, per KV head, followed by all generated ones.
 
     kv: where they are stored, in the order of the text. num_evicted: [slots, G] int64, the evicted prompt tokens. KV
     heads may keep different counts. Rows are allocated for the highest possible count.
@@ -64,7 +64,7 @@ class PromptEvictionCache(LayerCache):
 
 @dataclass
 class EvictionMethod(StoredMethod):
-    """Keeps the prompt tokens of highest score and every new token: a subclass defines `score`.
+    """Keeps the prompt tokens of highest score and every generated token: a subclass defines `score`.
 
     Tokens are evicted once, at the end of the prompt. A budget up to 1 is a share of the prompt's length.
     """
@@ -72,7 +72,7 @@ class EvictionMethod(StoredMethod):
     kind: ClassVar[MethodKind] = "eviction"
     budget_excludes_generated: ClassVar[bool] = True
 
-    budget: Annotated[float, "prompt tokens kept, new ones not counted: a share up to 1, else a count"] = 0.2
+    budget: Annotated[float, "prompt tokens kept, generated ones not counted: a share up to 1, else a count"] = 0.2
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> LayerCache:
         return PromptEvictionCache(self, layer, config)
@@ -113,7 +113,7 @@ class EvictionMethod(StoredMethod):
 
 
 class BoundedKVCache(LayerCache):
-    """At most `budget` past tokens per KV head: each step appends the new token, then evicts one.
+    """At most `budget` past tokens per KV head: each step appends the current token, then evicts one.
 
     tokens: the rows of the cache, unordered; their tensors are also attributes of the cache. A subclass defines the
     scores.
@@ -131,14 +131,17 @@ class BoundedKVCache(LayerCache):
         self._budget = method.layer_budget(layer, config.shape)
 
     @abstractmethod
-    def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the `count` positions of a prompt to keep, [G, count], and their scores, [G, count] float32."""
+    def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+        """Return the `count` positions of a prompt to keep, [G, count], and their scores, [G, count] float32.
+
+        None instead of scores: the subclass sets them in `prefill`, after `store_prompt`.
+        """
 
     @abstractmethod
     def evict(self, q: Tensor, slots: Tensor) -> None:
-        """Count the new token, update the scores, and evict a token of each KV head above the budget.
+        """Count the current token, update the scores, and evict a token of each KV head above the budget.
 
-        q: [B, H, 1, D]; slots: [B]. The new token's key and value are in the row num_tokens.
+        q: [B, H, 1, D]; slots: [B]. The current token's key and value are in the row num_tokens.
         """
 
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -148,11 +151,13 @@ class BoundedKVCache(LayerCache):
         """Return how many of a prompt's `length` tokens a KV head keeps."""
         return min(self._budget.tokens(length), length)
 
-    def store_prompt(self, slot: int, k: Tensor, v: Tensor, kept: Tensor, scores: Tensor) -> None:
-        """Store the positions kept [G, count] of a prompt k, v [G, L, D], with their scores [G, count]."""
+    def store_prompt(self, slot: int, k: Tensor, v: Tensor, kept: Tensor, scores: Tensor | None) -> None:
+        """Store the positions kept [G, count] of a prompt k, v [G, L, D], with their scores [G, count] unless None."""
         count = kept.shape[1]
         self.keys[slot, :, :count], self.values[slot, :, :count] = _rows(k, kept), _rows(v, kept)
-        self.positions[slot, :, :count], self.scores[slot, :, :count] = kept, scores
+        self.positions[slot, :, :count] = kept
+        if scores is not None:
+            self.scores[slot, :, :count] = scores
         self.num_tokens[slot].fill_(count)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
@@ -173,18 +178,20 @@ class DecodingEvictionCache(BoundedKVCache):
     """A BoundedKVCache whose subclass scores the rows at each step."""
 
     @abstractmethod
-    def step_scores(self, q: Tensor, slots: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    def step_scores(self, q: Tensor, slots: Tensor, new_seq_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the new scores of the rows, and their priorities: [B, G, rows] each. The lowest priority is evicted.
 
-        The rows include the new token. past: [B], the tokens of each sequence with the new one.
+        The rows include the current token. new_seq_lens: [B] int64, sequence lengths with the current token.
         """
 
     def evict(self, q: Tensor, slots: Tensor) -> None:
         past = self.seq_lens[slots].clamp(max=self.config.max_tokens - 1)
         num_rows = self.tokens.begin_token(slots, past)
-        scores, priorities = self.step_scores(q, slots, past + 1)
+        new_seq_lens = past + 1
+        scores, priorities = self.step_scores(q, slots, new_seq_lens)
         self.scores[slots] = scores
-        replace_rows(self.tokens, slots, find_lowest(self.tokens, slots, priorities, num_rows, self.budgets[past + 1]))
+        lowest = find_lowest(self.tokens, slots, priorities, num_rows, self.budgets[new_seq_lens])
+        replace_rows(self.tokens, slots, lowest)
 
 
 class AttentionEvictionCache(BoundedKVCache):
@@ -234,14 +241,15 @@ def _check_numbers(scores: Tensor, k: Tensor) -> None:
 
     If keys are not finite, neither are the logits, which are an error of their own.
     """
-    if scores.is_cuda or not scores.isnan().any() or not k.isfinite().all():
+    if scores.is_cuda:
         return
     counts = scores.isnan().sum(1)
-    head = int(counts.argmax())
-    raise ValueError(
-        f"score returned NaN for {counts[head]} of {scores.shape[1]} tokens of KV head {head}. Scores must be numbers; "
-        f"-inf puts a token last."
-    )
+    if counts.any() and k.isfinite().all():
+        head = int(counts.argmax())
+        raise ValueError(
+            f"score returned NaN for {counts[head]} of {scores.shape[1]} tokens of KV head {head}. Scores must be "
+            f"numbers; -inf puts a token last."
+        )
 
 
 def _rows(x: Tensor, kept: Tensor) -> Tensor:

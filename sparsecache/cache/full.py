@@ -28,7 +28,7 @@ class FullCache(LayerCache):
     def attend_selected(
         self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, counts: Tensor
     ) -> Tensor:
-        """As `attend`, but only over the new token and the first counts [B, G] of positions [B, G, N]."""
+        """As `attend`, but only over the current token and the first counts [B, G] of positions [B, G, N]."""
         return self.kv.attend_selected(q, k, v, self.seq_lens, slots, positions, counts)
 
     def keys_of(self, slots: Tensor, rows: Tensor | int) -> Tensor:

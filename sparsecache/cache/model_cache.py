@@ -30,7 +30,7 @@ class ModelCache:
         max_new_tokens: int,
         dtype: torch.dtype,
     ) -> None:
-        """devices: of each layer. max_new_tokens: most new tokens of a sequence."""
+        """devices: of each layer. max_new_tokens: most generated tokens of a sequence."""
         self._method = method
         self._stats = {
             device: DeviceStats(devices.count(device), slots, shape.kv_heads, max_tokens, device)
@@ -61,11 +61,11 @@ class ModelCache:
         return all(cache.graphable for cache in self.layers)
 
     @contextmanager
-    def prompt(self, slot: int, tokens: int) -> Iterator[None]:
-        """Begin a sequence in a free slot by the block, which stores each layer's prompt of so many tokens.
+    def storing_prompt(self, slot: int, tokens: int) -> Iterator[None]:
+        """Run the block, which stores a prompt in every layer, and start the sequence after it.
 
-        Every layer is stored inside `prefilling`. After an error in the block no sequence begins, and the current
-        streams wait for what was stored.
+        slot: a free one. tokens: of the prompt. The block stores each layer inside `storing_layer`. On an error no
+        sequence starts, and the current streams wait for what was stored.
         """
         try:
             yield
@@ -76,7 +76,7 @@ class ModelCache:
         self.start_sequence(slot, tokens)
 
     @contextmanager
-    def prefilling(self, layer: int, *tensors: Tensor) -> Iterator[None]:
+    def storing_layer(self, layer: int, *tensors: Tensor) -> Iterator[None]:
         """Run the block, which stores a layer's prompt, on a side stream; it reads the tensors, q, k and v.
 
         It runs in parallel with the model until the next layer of the device is stored, or the sequence starts.
@@ -85,7 +85,7 @@ class ModelCache:
             yield
 
     def start_sequence(self, slot: int, prompt_tokens: int) -> None:
-        """Begin a sequence in a free slot, after the prefill of every layer's cache and the work it deferred."""
+        """Start a sequence in a free slot, after the prefill of every layer's cache and the work it deferred."""
         self._join_prompt()
         self._prompt_tokens[slot] = prompt_tokens
         for stats in self._stats.values():

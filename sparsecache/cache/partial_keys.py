@@ -25,7 +25,7 @@ _BLOCK = 16384  # prompt tokens that are projected at a time
 class PartialKeyMethod(SelectionMethod):
     """Selects by the scores of partial queries and keys: a subclass defines `projection`.
 
-    A KV head selects the tokens that come nearest to the best score of one of its query heads.
+    A KV head selects the tokens of largest score margin, as `oracle`.
     """
 
     channels: Annotated[float, "channels that score tokens: a share of them up to 1, else a count"] = 0.25

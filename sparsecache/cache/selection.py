@@ -20,8 +20,6 @@ from sparsecache.kernels.selection import score_margin
 from sparsecache.kernels.speculation import speculated_scores
 from sparsecache.kernels.threshold import Scores, Selection, SelectionParams, threshold_select
 
-_MAX_PAGE = 1024  # a page is padded to its whole size
-
 
 class SelectionCache(LayerCache):
     """All keys and values of a layer, and the selection of a step.
@@ -65,7 +63,7 @@ class SelectionCache(LayerCache):
         return select_topk(scores, self.seq_lens, slots, self.budgets, self.max_budget)
 
     def select_near_best(self, scores: Scores, slots: Tensor) -> Selection:
-        """Return the past positions nearest to the best score of one of a KV head's queries, within the budget."""
+        """Return the past positions of largest score margin, as `oracle`, within the budget."""
         width = min(self.max_budget, self.config.max_tokens)
         return threshold_select(scores, self.seq_lens, slots, self._params, width)
 
@@ -109,12 +107,6 @@ class SelectionMethod(StoredMethod):
     def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
         """Return the bytes that a step reads per sequence to select: by default all keys of the layer."""
         return seq_len * stored_token_nbytes(self.storage, config) / 2
-
-
-def check_page_size(page: int) -> None:
-    """Raise ValueError unless `page` is a valid page size."""
-    if not 1 <= page <= _MAX_PAGE:
-        raise ValueError(f"page={page} must be 1 to {_MAX_PAGE} tokens.")
 
 
 def group_max(scores: Tensor, kv_heads: int) -> Tensor:

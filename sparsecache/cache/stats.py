@@ -57,7 +57,7 @@ class DeviceStats:
         self.layers = [LayerStats(counts) for counts in self._counts]
 
     def start_sequence(self, slot: int, tokens: int) -> None:
-        """Set a slot's length after its prompt of so many tokens; its counters begin at zero."""
+        """Set a slot's length to `tokens`, those of its prompt; its counters begin at zero."""
         self.seq_lens[slot].fill_(tokens)
         self._sums[:, :, slot].zero_()
 
@@ -84,7 +84,7 @@ class DeviceStats:
 
 
 def mean_share(shares: list[int], steps: int) -> float | None:
-    """Return the mean of shares, summed over so many steps each; None without a step."""
+    """Return the mean of shares, each summed over `steps` steps; None without a step."""
     total = len(shares) * steps
     return sum(shares) / (total << _SHARE_BITS) if total else None
 

@@ -53,7 +53,7 @@ class KVStorage(ABC):
         """
 
     def read_nbytes(self, tokens: float) -> float:
-        """Return the fewest bytes that attention over so many tokens of a sequence reads."""
+        """Return the fewest bytes that attention over `tokens` tokens of a sequence reads."""
         return tokens * self.token_nbytes
 
 
@@ -129,5 +129,5 @@ def stored_token_nbytes(storage: Storage, config: CacheConfig) -> float:
 
 
 def make_storage(storage: Storage, config: CacheConfig, rows: int) -> KVStorage:
-    """Return the storage of an option `storage`, of so many rows."""
+    """Return the storage of an option `storage`, with `rows` rows per slot and KV head."""
     return FullStorage(config, rows) if storage == "full" else QuantisedStorage(config, rows, _BITS[storage])

@@ -80,14 +80,14 @@ class Decoder:
 
         def store(layer: int, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor | None) -> None:
             if logsumexp is None:
-                with cache.prefilling(layer, q, k, v):
+                with cache.storing_layer(layer, q, k, v):
                     cache.layers[layer].prefill(slot, q, k, v)
             else:
-                with cache.prefilling(layer, q, k, v, logsumexp):
+                with cache.storing_layer(layer, q, k, v, logsumexp):
                     cache.layers[layer].prefill_with_logsumexp(slot, q, k, v, logsumexp)
 
         logsumexp_layers = [index for index, layer in enumerate(cache.layers) if layer.uses_logsumexp]
-        with cache.prompt(slot, len(token_ids)):
+        with cache.storing_prompt(slot, len(token_ids)):
             hidden = self._forward_prompt(token_ids, store, logsumexp_layers)
             return self._lm_head(hidden)[0]
 

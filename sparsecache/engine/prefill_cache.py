@@ -138,10 +138,10 @@ class PrefillCachingDecoder(Decoder):
         if prompt is None:
             return super().prefill(token_ids, slot)
         cache = self._model_cache()
-        with cache.prompt(slot, len(token_ids)):
+        with cache.storing_prompt(slot, len(token_ids)):
             for layer, (last, k, v) in enumerate(prompt.layers):
                 q = _all_queries(last, k.shape[1])
-                with cache.prefilling(layer, q, k, v):
+                with cache.storing_layer(layer, q, k, v):
                     cache.layers[layer].prefill(slot, q, k, v)
         return prompt.logits.clone()  # the generator masks stop ids in place
 

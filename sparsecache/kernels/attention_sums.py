@@ -9,7 +9,7 @@ from sparsecache.kernels._triton import has_large_shared_memory, next_power_of_2
 from sparsecache.kernels.scores import scaled_scores
 
 _BLOCK = 64  # queries per iteration of the reference
-_NORMALIZER_BLOCK_M, _NORMALIZER_BLOCK_N, _NORMALIZER_WARPS = 128, 128, 8  # queries per program, keys per iteration
+_LOGSUMEXP_BLOCK_M, _LOGSUMEXP_BLOCK_N, _LOGSUMEXP_WARPS = 128, 128, 8  # queries per program, keys per iteration
 _BLOCK_M = 64  # queries per iteration of the sums
 _MAX_ROW_BYTES = 512  # tiles of wider rows do not fit into shared memory
 _LOG2_E = math.log2(math.e)
@@ -31,10 +31,7 @@ def attention_sums(q: Tensor, k: Tensor, first: int, logsumexp: Tensor | None = 
         is_later = torch.ones(end - start, end - start, device=k.device, dtype=torch.bool).triu(1)
         scores[:, :, start:].masked_fill_(is_later, -torch.inf)  # tokens before the block are seen by all its queries
         weights = scores.softmax(-1) if logsumexp is None else (scores - logsumexp[:, start:end, None]).exp()
-        received = weights.sum(1).view(kv_heads, -1, end).sum(1)
-        if (start, end) == (first, length):
-            return received
-        sums[:, :end].add_(received)  # `+=` would copy the result to itself
+        sums[:, :end].add_(weights.sum(1).view(kv_heads, -1, end).sum(1))  # `+=` would copy the result to itself
     return sums
 
 
@@ -44,18 +41,18 @@ def _launch(q: Tensor, k: Tensor, first: int, logsumexp: Tensor | None) -> Tenso
     kv_heads = k.shape[0]
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
     # Rows of a multiple of 64 values, so that loads of a tile are aligned.
-    normalizers = torch.empty((heads, -(-length // _BLOCK_M) * _BLOCK_M), device=q.device, dtype=torch.float32)
+    logsumexp2 = torch.empty((heads, -(-length // _BLOCK_M) * _BLOCK_M), device=q.device, dtype=torch.float32)
     sums = torch.empty((heads, length), device=q.device, dtype=torch.float32)
-    scale = _LOG2_E / math.sqrt(head_dim)  # scores are exponents of 2
-    inputs = (q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), normalizers, normalizers.stride(0))
+    scale = _LOG2_E / math.sqrt(head_dim)  # scores are exponents of 2, and logsumexp2 has base 2
+    inputs = (q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), logsumexp2, logsumexp2.stride(0))
     sizes = {"GROUP": heads // kv_heads, "BLOCK_D": next_power_of_2(head_dim, 16)}
     if logsumexp is None:
-        _normalizer_kernel[(-(-(length - first) // _NORMALIZER_BLOCK_M), heads)](
-            *inputs, scale, first, length, head_dim, BLOCK_M=_NORMALIZER_BLOCK_M, BLOCK_N=_NORMALIZER_BLOCK_N,
-            num_warps=_NORMALIZER_WARPS, num_stages=2, **sizes,
+        _normalizer_kernel[(-(-(length - first) // _LOGSUMEXP_BLOCK_M), heads)](
+            *inputs, scale, first, length, head_dim, BLOCK_M=_LOGSUMEXP_BLOCK_M, BLOCK_N=_LOGSUMEXP_BLOCK_N,
+            num_warps=_LOGSUMEXP_WARPS, num_stages=2, **sizes,
         )  # fmt: skip
     else:
-        torch.mul(logsumexp, _LOG2_E, out=normalizers[:, :length])
+        torch.mul(logsumexp, _LOG2_E, out=logsumexp2[:, :length])
     tile = _sum_tile(q)
     _sum_kernel[(heads, -(-length // tile["BLOCK_N"]))](
         *inputs, sums, scale, first, length, head_dim, BLOCK_M=_BLOCK_M, **tile, **sizes
@@ -77,7 +74,7 @@ def _normalizer_kernel(  # type: ignore[no-untyped-def]
     q, q_head_stride, q_stride, k, k_head_stride, k_stride, normalizers, normalizer_stride, scale, first, length,
     head_dim, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store the logarithm to base 2 of the softmax's denominator for BLOCK_M queries of a head."""
+    """Store the base-2 log-sum-exp of the scores, the normalizer of a softmax, of BLOCK_M queries of a head."""
     head, channel = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # programs with the most tokens start first
     row = first + block * BLOCK_M + tl.arange(0, BLOCK_M)

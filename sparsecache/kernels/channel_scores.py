@@ -198,7 +198,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     rank = tl.sum((is_larger | is_earlier).to(tl.int32), axis=0)
     tl.store(chosen + tl.program_id(0) * count + rank, channel.to(tl.int64), mask=rank < count)
     coverage = tl.sum(tl.where((rank < count)[None, :], magnitude, 0.0), axis=1)
-    coverage /= tl.maximum(tl.sum(magnitude, axis=1), 1e-30)
+    coverage /= tl.maximum(tl.sum(magnitude, axis=1), 1e-30)  # as _TINY in the reference
     tl.store(scale + tl.program_id(0) * GROUP + query, tl.sqrt(tl.maximum(coverage * head_dim, 1e-30)), query < GROUP)
 
 
@@ -223,7 +223,7 @@ def _approximate_kernel(  # type: ignore[no-untyped-def]
     divisor = tl.load(scale + tl.program_id(0) * GROUP + query, mask=query < GROUP, other=1.0)
     channel_ptr = keys + ((slot * kv_heads + kv) * head_dim + channel) * capacity
 
-    highest = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32)
+    highest = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32)  # not -inf, whose difference from itself is NaN
     lowest = tl.full((BLOCK_Q,), float("inf"), dtype=tl.float32)
     total, always = tl.zeros((BLOCK_Q,), dtype=tl.float32), tl.zeros((BLOCK_Q,), dtype=tl.float32)
     tokens = tl.minimum(past + 1, capacity).to(tl.int32)
@@ -234,7 +234,7 @@ def _approximate_kernel(  # type: ignore[no-untyped-def]
         key_mask = (at < count)[:, None] & (token < inside)[None, :]
         key = tl.load(channel_ptr[:, None] + token[None, :], mask=key_mask, other=0.0)
         score = tl.dot(q_block, key, input_precision="ieee") / divisor[:, None]
-        largest = 3e38
+        largest = 3e38  # above any score: recent tokens are always selected
         if values.dtype.element_ty == tl.float16:
             # The statistics are those of the stored scores. Clamped, because a margin from infinity is NaN.
             score = tl.minimum(tl.maximum(score, -_MAX_HALF), _MAX_HALF).to(tl.float16).to(tl.float32)

@@ -217,7 +217,7 @@ def keep_lower(priority, position, row, is_used, lowest, earliest, lowest_row): 
 @triton.jit
 def first_lowest(lowest, earliest, lowest_row):  # type: ignore[no-untyped-def]
     """Return the row of the lowest priority of all lanes, and of equal ones that of the earliest position."""
-    earliest = tl.where(lowest == tl.min(lowest, axis=0), earliest, 1 << 62)
+    earliest = tl.where(lowest == tl.min(lowest, axis=0), earliest, 1 << 62)  # above any position
     return tl.max(tl.where(earliest == tl.min(earliest, axis=0), lowest_row, 0), axis=0)
 
 

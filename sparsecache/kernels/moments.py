@@ -34,8 +34,8 @@ def token_moments(
     """Return the moments of x [H, L, D] over its L tokens.
 
     rotation: cosines and sines [L, R] that rotated x; the moments are then those of x before its rotation. absolute:
-    sum absolute values instead of values. groups: how many groups of as many adjacent heads there are; the moments are
-    then the sums of those of a group's heads, [groups, ..].
+    sum absolute values instead of values. groups: number of groups of H / groups adjacent heads; the moments are summed
+    per group, [groups, ..]. By default every head is a group.
     """
     groups = len(x) if groups is None else groups
     if use_kernel(x):

@@ -45,6 +45,7 @@ def _evict_oldest_kernel(  # type: ignore[no-untyped-def]
     past = tl.minimum(tl.load(seq_lens + slot), last_position)
     target, is_over = new_row, new_row + 1 > tl.load(budgets + past + 1)
     if is_over:
+        # 1 << 62 is above any priority.
         lowest, lowest_row = tl.full((BLOCK_T,), 1 << 62, dtype=tl.int64), tl.zeros((BLOCK_T,), dtype=tl.int32)
         for first in tl.range(0, new_row + 1, BLOCK_T):
             row = first + tl.arange(0, BLOCK_T)

@@ -46,7 +46,7 @@ def _mean_kernel(  # type: ignore[no-untyped-def]
         mask = (first + token < PAGE) & in_head[None, :]
         mean += tl.sum(tl.load(source + first * row_stride, mask=mask, other=0.0).to(tl.float32), axis=0)
     mean /= PAGE
-    norm = tl.maximum(tl.sqrt(tl.sum(mean * mean, axis=0)), 1e-8)
+    norm = tl.maximum(tl.sqrt(tl.sum(mean * mean, axis=0)), 1e-8)  # as torch's cosine_similarity
     lowest = tl.full((BLOCK_T,), float("inf"), dtype=tl.float32)
     for first in tl.range(0, PAGE, BLOCK_T):
         is_in_page = first + tl.arange(0, BLOCK_T) < PAGE

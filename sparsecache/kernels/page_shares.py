@@ -102,6 +102,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     last_ptr = last + (slot * kv_heads * GROUP + head) * head_dim + channel
     old = tl.load(last_ptr, mask=mask, other=0.0)
     x, y = new.to(tl.float32), old.to(tl.float32)
+    # 1e-8 as in torch's cosine_similarity.
     norms = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-8) * tl.maximum(tl.sqrt(tl.sum(y * y, axis=1)), 1e-8)
     mean = tl.sum(tl.where(is_head, tl.sum(x * y, axis=1) / norms, 0.0)) / GROUP
     target = chosen + (row * kv_heads * GROUP + head) * head_dim + channel
@@ -130,7 +131,7 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     first_kept, last_kept = tl.load(sinks + past), num_pages - tl.load(recent + past)
     query, offset = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_P)
     row = bounds + (owner * GROUP + query) * pages
-    highest = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32)
+    highest = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32)  # not -inf, whose difference from itself is NaN
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     for first in tl.range(0, num_pages, BLOCK_P):
         page = first + offset
@@ -159,7 +160,7 @@ def _highest_share_kernel(  # type: ignore[no-untyped-def]
     is_exact += (slot * kv_heads + tl.program_id(0) % kv_heads) * pages
     query, offset = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_P)
     row = scores + (owner * GROUP + query) * stride
-    highest = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32)
+    highest = tl.full((BLOCK_Q,), -3e38, dtype=tl.float32)  # not -inf, whose difference from itself is NaN
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     for first in tl.range(0, pages, BLOCK_P):
         page = first + offset

@@ -214,7 +214,10 @@ def highest_of_prompt(scores: Tensor, count: int) -> Tensor:
 
     The lower position wins a tie. count: 1 to L. Needs fewer operations of the host than `select_pages`.
     """
-    return _launch_select(scores[None], scores.shape[1], None, count, None, 1, count, "count", False)[0]
+    return _launch_select(
+        scores[None], seq_lens=scores.shape[1], slots=None, limits=count, counts=None, page=1, width=count,
+        limit="count", force_newest=False,
+    )[0]  # fmt: skip
 
 
 def _launch_select(

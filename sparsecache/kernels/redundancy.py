@@ -172,7 +172,7 @@ def _launch(q: Tensor, tokens: KeptTokens, state: Redundancy, seq_lens: Tensor, 
 @triton.jit
 def _inverse_norm(x):  # type: ignore[no-untyped-def]
     """Return 1 / |x| of rows x [N, D]: [N]."""
-    return 1 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
+    return 1 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)  # as torch's normalize
 
 
 @triton.jit(do_not_specialize=["capacity", "last_position"])
@@ -206,6 +206,7 @@ def _compare_kernel(  # type: ignore[no-untyped-def]
     new_key = tl.load(base + new_row * head_dim, mask=in_head, other=0.0).to(tl.float32)
     new_key *= _inverse_norm(new_key)[:, None]
 
+    # Maxima begin at -3e38, not at -inf, whose difference from itself is NaN.
     maximum, total = tl.full((BLOCK_W,), -3e38, tl.float32), tl.zeros((BLOCK_W,), dtype=tl.float32)
     window = tl.arange(0, BLOCK_W)
     start, end = split_range(new_row + 1, split, BLOCK_T, SPLITS)

@@ -27,7 +27,7 @@ _BLOCK = 64  # tokens per iteration of the reference
 _CHUNK = 4  # iterations between two checks whether all tokens are done; loads are pipelined within a chunk
 _WINDOW = tl.constexpr(256)  # blocks that are searched at once for the next one to compare
 _SUMMED = tl.constexpr(64)  # blocks whose normalised keys are added at once
-_ONE = 1 << 32  # 1 in fixed point
+_ONE = 1 << 32  # 1 in fixed point; a sum of up to 2^31 similarities fits into int64
 
 
 class Similarities(NamedTuple):
@@ -122,7 +122,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = row < length
     key = _load_keys(keys + head * head_stride, stride, row.to(tl.int64), mask, HEAD_DIM, BLOCK_D).to(tl.float32)
-    norm = tl.maximum(tl.sqrt(tl.sum(key * key, axis=1)), 1e-12)
+    norm = tl.maximum(tl.sqrt(tl.sum(key * key, axis=1)), 1e-12)  # as torch's normalize
     norm = tl.where(mask, norm, 1e18)  # no token is similar to those beyond the last one
     place = head * tl.num_programs(1) + tl.program_id(1)
     tl.store(norms + place * BLOCK + tl.arange(0, BLOCK), norm)
@@ -183,6 +183,7 @@ def _search_kernel(  # type: ignore[no-untyped-def]
             # A token that found a similar one in a later block is done. 1e18 is above any norm.
             min_open = tl.where(found < start + BLOCK, min_product, 1e18)
             # Most blocks hold no similar token. The smallest norm of the block shows that without a norm per column.
+            # 0.999 is a margin for rounding: it only lets more blocks through to the exact test below.
             if tl.max(tl.max(product, axis=1) - min_open * min_norm * 0.999, axis=0) > 0:
                 column = start + offset
                 is_similar = product > min_open[:, None] * tl.load(norms + column)[None, :]

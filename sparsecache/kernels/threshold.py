@@ -85,7 +85,7 @@ class Selection(NamedTuple):
 
 
 def threshold_select(scores: Scores, seq_lens: Tensor, slots: Tensor, params: SelectionParams, width: int) -> Selection:
-    """Select the tokens of each slot and KV head that are nearest to their head's best score.
+    """Select the tokens of largest score margin of each slot and KV head.
 
     The lower position wins a tie. seq_lens: [slots] int64, past tokens, at most the capacity; slots: [B] int64.
     width: positions to allocate, at least the smaller of the largest budget and the capacity. The reference returns

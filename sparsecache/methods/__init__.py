@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from sparsecache.cache.base import CacheMethod
 
 _KINDS = {
-    "full": "every past token is kept and attended to",
-    "selection": "every past token is kept, a step attends to some of them",
+    "full": "every past token is stored and attended to",
+    "selection": "every past token is stored, a step attends to some of them",
     "eviction": "some past tokens are dropped",
-    "quantised": "keys and values are kept in fewer bits",
-    "offload": "keys and values are kept in host memory",
+    "quantised": "keys and values are stored in fewer bits",
 }
 _HINT = "longbench_pred.py --list_methods shows every method's options."
 
@@ -177,20 +176,20 @@ def method_options(kind: "type[CacheMethod]") -> dict[str, Option]:
 
 
 def describe_methods() -> Iterator[str]:
-    """Yield lines on every built-in method by kind: its first line, then each option's default, meaning and values."""
+    """Yield lines on every built-in method by kind: its first line, then each option's default, meaning and values.
+
+    The last line names the methods that can keep keys and values in host memory.
+    """
     methods = {name: load_method(name) for name in method_names()}
     for kind, meaning in _KINDS.items():
-        names = [name for name, method in methods.items() if method.kind == kind]
-        if kind == "offload":
-            offloaded = [name for name, method in methods.items() if "offload" in method_options(method)]
-            yield f"{kind}: {meaning}, by -o offload=true of {', '.join(offloaded)}"
-        elif names:
-            yield f"{kind}: {meaning}"
-        for name in names:
+        yield f"{kind}: {meaning}"
+        for name in (name for name, method in methods.items() if method.kind == kind):
             options = method_options(methods[name]).values()
             width = max((len(str(option)) for option in options), default=0)
             yield f"  {name}: {method_meaning(name)}"
             yield from (f"    -o {option!s:{width}}  {option.meaning} [{option.allowed}]" for option in options)
+    offloaded = [name for name, method in methods.items() if "offload" in method_options(method)]
+    yield f"offload: keys and values are stored in host memory, by -o offload=true of {', '.join(offloaded)}"
 
 
 def method_meaning(name: str) -> str:

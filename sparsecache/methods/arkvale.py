@@ -1,5 +1,7 @@
 """ArkVale: Efficient Generative LLM Inference with Recallable Key-Value Eviction (NeurIPS'24).
 
+https://openreview.net/forum?id=4oAt5L4lYe
+
 As Quest, with narrower bounds of a page: the middle of its lowest and highest value, less and plus the mean distance
 of the page's keys from it, per channel (the paper's "cuboid-mean"). Outliers of a page count for less. The page size
 is the authors'.

@@ -5,9 +5,9 @@
 
     --method composed -o evict=snapkv,budget=0.5 -o select=quest,budget=256,storage=int4
 
-The kept and the new tokens form one shorter text for the selection. A share in its budget is a share of this text.
-Positions, and so pages, are counted in it. In a layer that is dense for one of the two methods, only the other acts.
-Storage and calibration are those of the selection. Runs of the selection alone use the same calibration files.
+The kept and the generated tokens form one shorter text for the selection. A share in its budget is a share of this
+text. Positions, and so pages, are counted in it. In a layer that is dense for one of the two methods, only the other
+acts. Storage and calibration are those of the selection. Runs of the selection alone use the same calibration files.
 """
 
 from collections.abc import Iterator, Mapping
@@ -53,64 +53,64 @@ class Composed(CacheMethod):
 
     def __post_init__(self) -> None:
         evict, select = _make("evict", self.evict), _make("select", self.select)
-        self._evict = _checked_eviction(self.evict, evict)
-        self._select = _checked_selection(self.select, select)
-        self._evict.storage = getattr(select, "storage", "full")  # for layers that are dense in `select` only
+        self._eviction = _checked_eviction(self.evict, evict)
+        self._selection = _checked_selection(self.select, select)
+        self._eviction.storage = getattr(select, "storage", "full")  # for layers that are dense in `select` only
         self.uses_rope = evict.uses_rope
 
     @property
     def prompt_queries(self) -> int | None:
-        evict, select = queries_read(self._evict), queries_read(self._select)
+        evict, select = queries_read(self._eviction), queries_read(self._selection)
         return None if evict is None or select is None else max(evict, select)
 
     def check(self, shape: Shape) -> None:
         with _part_named("evict", self.evict):
-            self._evict.check(shape)
+            self._eviction.check(shape)
         with _part_named("select", self.select):
-            self._select.check(shape)
+            self._selection.check(shape)
 
     @property
     def calibration_name(self) -> str:
-        return self._select.calibration_name
+        return self._selection.calibration_name
 
     def calibration_text(self) -> str | None:
         with _part_named("select", self.select):
-            return self._select.calibration_text()
+            return self._selection.calibration_text()
 
     def calibrate(self, layer: int, q: Tensor, k: Tensor) -> None:
-        self._select.calibrate(layer, q, k)
+        self._selection.calibrate(layer, q, k)
 
     def calibration(self) -> dict[str, Tensor]:
-        return self._select.calibration()
+        return self._selection.calibration()
 
     def restore(self, calibration: dict[str, Tensor], shape: Shape) -> None:
-        self._select.restore(calibration, shape)
+        self._selection.restore(calibration, shape)
 
     def make_cache(self, layer: int, config: CacheConfig) -> LayerCache:
         if self.uses_rope:
-            self._evict.rope = self.rope
-        if layer < self._evict.dense_layers:
-            return self._select.make_cache(layer, config)
-        if layer < self._select.dense_layers:
-            return self._evict.make_cache(layer, config)
-        return ComposedCache(self._evict, self._select, layer, config)
+            self._eviction.rope = self.rope
+        if layer < self._eviction.dense_layers:
+            return self._selection.make_cache(layer, config)
+        if layer < self._selection.dense_layers:
+            return self._eviction.make_cache(layer, config)
+        return ComposedCache(self._eviction, self._selection, layer, config)
 
     def report(self, stats: SequenceStats) -> dict[str, Any]:
-        report = self._select.report(stats)
+        report = self._selection.report(stats)
         # If the eviction dropped tokens, all steps are capped; else the selection counts over the whole text.
-        report["capped_steps"] = max(report["capped_steps"], self._evict.report(stats)["capped_steps"])
+        report["capped_steps"] = max(report["capped_steps"], self._eviction.report(stats)["capped_steps"])
         return report
 
 
 class ComposedCache(LayerCache):
-    """The cache of a selection method that holds the kept tokens of the prompt and all new ones.
+    """The cache of a selection method that holds the kept tokens of the prompt and all generated ones.
 
     selection: that cache. num_evicted: [slots] int64, evicted tokens of each prompt. num_tokens: [slots] int64, past
     tokens in `selection`, which reads them as its sequence lengths.
     """
 
     def __init__(self, evict: EvictionMethod, select: SparseMethod, layer: int, config: CacheConfig) -> None:
-        self._evict, self.config = evict, config
+        self._eviction, self.config = evict, config
         self._budget = evict.layer_budget(layer, config.shape)
         self._rows = min(config.max_tokens, self._budget.maximum(config.max_tokens) + config.max_new_tokens)
         self.num_evicted, self.num_tokens = (torch.zeros_like(config.seq_lens) for _ in range(2))
@@ -122,7 +122,7 @@ class ComposedCache(LayerCache):
     def prefill(self, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         length = k.shape[1]
         count = min(self._budget.tokens(length), length)
-        kept, _ = self._evict.select_prompt(q, k, v, count, count)
+        kept, _ = self._eviction.select_prompt(q, k, v, count, count)
         index = kept[..., None].expand(-1, -1, k.shape[2])
         self.selection.prefill(slot, q[:, length - count :], k.gather(1, index), v.gather(1, index))
         self.num_evicted[slot].fill_(length - count)

@@ -8,8 +8,8 @@ GQA: a gate belongs to a KV head, as in the paper.
 
 Gates: the paper learns them per model. `gates` names a file of them in the authors' format, full_attention_heads.tsv: a
 line per layer, a number per KV head, separated by tabs. Without a file, gates are estimated from the calibration text,
-which is not in the paper: a gate is the share of the last queries' attention that is neither on the first tokens nor on
-the recent ones.
+which is not in the paper. A gate is then the share of the last 256 queries' attention that is neither on the first 128
+tokens nor on the last 256, whatever the options `sinks` and `recent` are.
 
 Differences: the prompt's attention is dense; the paper's streaming heads have their pattern there too. There is no
 budget and there are no dense layers: layers without a streaming head keep and attend to everything, and count in
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, CacheMethod, LayerCache, MethodKind, Shape, StepBytes
 from sparsecache.cache.calibration import read_calibration_text
+from sparsecache.cache.checks import check_token_counts
 from sparsecache.cache.full import FullCache
 from sparsecache.cache.stats import SequenceStats
 from sparsecache.errors import UsageError
@@ -33,7 +34,8 @@ from sparsecache.kernels.decode import attend_and_append
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.options import FilePath
 
-_SINKS, _RECENT, _QUERIES = 128, 256, 256  # tokens, of which gates are estimated
+_GATE_SINKS, _GATE_RECENT = 128, 256  # tokens whose attention does not count in an estimated gate
+_GATE_QUERIES = 256  # last queries whose attention is averaged in an estimated gate
 _MAX_BYTES = 2**24  # of a file of gates
 _BLOCK = 64  # queries whose attention is held at a time
 _SLACK = 0.01  # the authors' gates reach 0.0014 below 0
@@ -45,8 +47,8 @@ class DuoAttention(CacheMethod):
 
     kind: ClassVar[MethodKind] = "eviction"
     absent_options: ClassVar[Mapping[str, str]] = {
-        "storage": "in streaming heads a new token takes the row of an old one, but keys are quantised in groups of "
-        "neighbours. Use kivi, or a method that evicts once, such as snapkv."
+        "storage": "in streaming heads the current token takes the row of an old one, but keys are quantised in groups "
+        "of neighbours. Use kivi, or a method that evicts once, such as snapkv."
     }
     prompt_queries = 0
 
@@ -59,8 +61,7 @@ class DuoAttention(CacheMethod):
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity={self.sparsity} must be a share from 0 to 1.")
-        if self.sinks < 0:
-            raise ValueError(f"sinks={self.sinks} must be 0 tokens or more.")
+        check_token_counts(sinks=self.sinks)
         if self.recent < 1:
             raise ValueError(f"recent={self.recent} must be 1 token or more.")
         self._gates = [] if self.gates is None else _read_gates(self.gates)
@@ -118,7 +119,7 @@ class DuoAttentionCache(LayerCache):
     """All tokens of retrieval heads, and the sinks and a ring of recent tokens of streaming heads.
 
     retrieval, streaming: the indices of the KV heads of each kind, R and S of them. full_keys, full_values: [slots, R,
-    max_tokens, D]. keys, values: [slots, S, sinks + recent + 1, D], the last row for the new token of a step.
+    max_tokens, D]. keys, values: [slots, S, sinks + recent + 1, D], the last row for the current token.
     """
 
     def __init__(self, is_streaming: Tensor, sinks: int, recent: int, config: CacheConfig) -> None:
@@ -183,8 +184,8 @@ def estimated_gates(q: Tensor, k: Tensor) -> Tensor:
     fewer first and recent tokens.
     """
     kv_heads, length, head_dim = k.shape
-    sinks, recent = min(_SINKS, length // 8), min(_RECENT, length // 4)
-    first = max(0, length - _QUERIES)
+    sinks, recent = min(_GATE_SINKS, length // 8), min(_GATE_RECENT, length // 4)
+    first = max(0, length - _GATE_QUERIES)
     shares = torch.zeros(kv_heads, device=k.device)
     for start in range(first, length, _BLOCK):
         block = q[:, :, start : start + _BLOCK].reshape(-1, min(_BLOCK, length - start), head_dim)

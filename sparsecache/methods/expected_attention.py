@@ -2,9 +2,9 @@
 
 Queries before RoPE are modelled as normally distributed, with the mean and the covariance of the prompt's queries. Both
 are rotated by the average rotation of the next `future` positions, which gives the mean m and the covariance C. A key's
-expected attention is the softmax over the prompt of m . k / sqrt(D) + k^T C k / 2D. The tokens stay whose expected
-attention, times the norm of their value, is highest. The first `sinks` tokens always stay, and do not count in the
-statistics. Defaults are those of the authors' benchmark; the budget is this project's.
+expected attention is the softmax over the prompt of m . k / sqrt(D) + k^T C k / 2D. The tokens with the highest
+(expected attention + `epsilon`) * |v| stay. The first `sinks` tokens always stay, and do not count in the statistics.
+Defaults are those of the authors' benchmark; the budget is this project's.
 
 GQA: as in the paper, a KV head takes the mean expected attention of its query heads.
 
@@ -20,6 +20,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsecache.cache.checks import check_token_counts
 from sparsecache.cache.eviction import EvictionMethod, pin_last
 from sparsecache.kernels.moments import expected_logits, token_moments
 from sparsecache.kernels.rotation import Rotation, RotationOf, rotate_rows
@@ -42,7 +43,7 @@ class _Rotations(NamedTuple):
 
 @dataclass
 class ExpectedAttention(EvictionMethod):
-    """Keeps the prompt tokens that future queries are expected to attend to, and every new token."""
+    """Keeps the prompt tokens that future queries are expected to attend to, and every generated token."""
 
     uses_rope = True
 
@@ -55,12 +56,9 @@ class ExpectedAttention(EvictionMethod):
         super().__post_init__()
         if not 1 <= self.future <= _MAX_FUTURE:
             raise ValueError(f"future={self.future} must be 1 to {_MAX_FUTURE} positions.")
-        if self.sinks < 0:
-            raise ValueError(f"sinks={self.sinks} must be 0 tokens or more.")
+        check_token_counts(sinks=self.sinks, recent=self.recent)
         if not 0 <= self.epsilon < math.inf:
             raise ValueError(f"epsilon={self.epsilon} must be 0 or more.")
-        if self.recent < 0:
-            raise ValueError(f"recent={self.recent} must be 0 tokens or more.")
         self._latest: tuple[tuple[RotationOf, torch.Size, torch.device], _Rotations] | None = None
 
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

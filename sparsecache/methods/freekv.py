@@ -7,10 +7,13 @@ tokens, is this project's.
 
 GQA: as in the paper, a KV head takes the mean similarity of its query heads, and the mean of their softmax over pages.
 
-Differences: every token stays on the device, so what is measured is the selection. First and recent pages are a share
-of the budget, as the authors' 128 tokens each of 2,048 are, rounded to the nearest page. Unless `recent` is 0, there is
-always a recent page, because the previous query cannot select the newest tokens. Small budgets have no first page. As
-in `quest`, the budget counts tokens, and the last page may be cut.
+Differences:
+
+- Every token stays on the device, so what is measured is the selection.
+- First and recent pages are a share of the budget, as the authors' 128 tokens each of 2,048 are, rounded to the nearest
+  page. Unless `recent` is 0, there is always a recent page, because the previous query cannot select the newest tokens.
+  Small budgets have no first page.
+- As in `quest`, the budget counts tokens, and the last page may be cut.
 """
 
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig
+from sparsecache.cache.checks import check_budget_shares
 from sparsecache.kernels.page_shares import choose_queries, page_shares
 from sparsecache.kernels.pages import score_bounds
 from sparsecache.methods.quest import Quest, QuestCache
@@ -41,11 +45,7 @@ class FreeKV(Quest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sinks", "recent"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be a share of the budget, 0 to 1.")
-        if self.sinks + self.recent > 1:
-            raise ValueError(f"sinks={self.sinks} and recent={self.recent} must be at most 1 together.")
+        check_budget_shares(sinks=self.sinks, recent=self.recent)
         if not -1 <= self.similarity <= 1:
             raise ValueError(f"similarity={self.similarity} must be -1 to 1.")
 

@@ -5,9 +5,9 @@ to the mean key of the KV head stay. Keys are scaled to length 1 before the mean
 changes nothing: keys are those of KV heads.
 
 Differences: the paper reads the prompt in blocks and evicts after each one, and while decoding. Here tokens are evicted
-once, at the end of the prompt, as in kvpress, and new tokens stay. kvpress evicts before the question comes; here the
-question is part of the prompt, and `recent` keeps it. The paper states budgets of 2K to 8K tokens; the default is this
-project's.
+once, at the end of the prompt, as in kvpress, and generated tokens stay. kvpress evicts before the question comes; here
+the question is part of the prompt, and `recent` keeps it. The paper states budgets of 2K to 8K tokens; the default is
+this project's.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ from typing import Annotated
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sparsecache.cache.checks import check_token_counts
 from sparsecache.cache.eviction import EvictionMethod, pin_last
 
 
 @dataclass
 class KeyDiff(EvictionMethod):
-    """Keeps the prompt tokens with the most distinctive keys, and every new token."""
+    """Keeps the prompt tokens with the most distinctive keys, and every generated token."""
 
     prompt_queries = 0
 
@@ -29,8 +30,7 @@ class KeyDiff(EvictionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recent < 0:
-            raise ValueError(f"recent={self.recent} must be 0 tokens or more.")
+        check_token_counts(recent=self.recent)
 
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         unit = normalize(k.float(), dim=-1)

@@ -15,14 +15,13 @@ LongBench with Llama-2; 4 and 8 bits are theirs too. For models with GQA the aut
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, get_args
 
 from sparsecache.cache.base import CacheConfig, CacheMethod, MethodKind
 from sparsecache.cache.full import FullCache
 from sparsecache.cache.storage import GROUP, RESIDUAL, QuantisedStorage
 from sparsecache.kernels.quantisation import Bits
 
-_BITS: dict[int, Bits] = {2: 2, 4: 4, 8: 8}
 _GROUPS = (16, 32, 64, 128)
 
 
@@ -34,12 +33,12 @@ class KIVI(CacheMethod):
     absent_options: ClassVar[Mapping[str, str]] = {"storage": "its option bits sets the storage: 2, 4 or 8."}
     prompt_queries = 0
 
-    bits: Annotated[int, "bits per value: 2, 4 or 8"] = 2
+    bits: Annotated[Bits, "bits per value: 2, 4 or 8"] = 2
     group: Annotated[int, "tokens per group of keys, and channels per group of values: 16, 32, 64 or 128"] = GROUP
     residual: Annotated[int, "last tokens in full precision, at least; a multiple of group, 0 or more"] = RESIDUAL
 
     def __post_init__(self) -> None:
-        if self.bits not in _BITS:
+        if self.bits not in get_args(Bits):
             raise ValueError(f"bits={self.bits} must be 2, 4 or 8.")
         if self.group not in _GROUPS:
             raise ValueError(f"group={self.group} must be 16, 32, 64 or 128.")
@@ -47,5 +46,5 @@ class KIVI(CacheMethod):
             raise ValueError(f"residual={self.residual} must be 0 or a multiple of group={self.group}.")
 
     def make_cache(self, layer: int, config: CacheConfig) -> FullCache:
-        kv = QuantisedStorage(config, config.max_tokens, _BITS[self.bits], self.group, self.residual)
+        kv = QuantisedStorage(config, config.max_tokens, self.bits, self.group, self.residual)
         return FullCache(config, kv=kv)

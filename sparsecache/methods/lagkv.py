@@ -18,6 +18,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from sparsecache.cache.checks import check_token_counts
 from sparsecache.cache.eviction import EvictionMethod, pin_last
 
 _MIN_RANGE = 1e-6  # so that a constant channel does not divide by 0
@@ -25,7 +26,7 @@ _MIN_RANGE = 1e-6  # so that a constant channel does not divide by 0
 
 @dataclass
 class LagKV(EvictionMethod):
-    """Keeps the prompt tokens that stand out from the next partition, and every new token."""
+    """Keeps the prompt tokens that stand out from the next partition, and every generated token."""
 
     prompt_queries = 0
 
@@ -36,8 +37,7 @@ class LagKV(EvictionMethod):
         super().__post_init__()
         if self.lag < 2:
             raise ValueError(f"lag={self.lag} must be 2 tokens or more.")
-        if self.sinks < 0:
-            raise ValueError(f"sinks={self.sinks} must be 0 tokens or more.")
+        check_token_counts(sinks=self.sinks)
 
     def score(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv_heads, length = k.shape[:2]

@@ -4,8 +4,8 @@ The principal components of a layer's keys are calibrated once. A step scores al
 components of query and keys, and attends to the tokens of highest score. The default is the authors': a quarter of the
 channels. Their budget is a quarter of the tokens too.
 
-GQA: a KV head has one set of components, as in the paper. The paper lets every query head select its own tokens; here
-a KV head selects, for a token by how near it comes to the best score of one of the head's queries, as `oracle`.
+GQA: a KV head has one set of components, as in the paper. The paper lets every query head select its own tokens. Here
+a KV head selects the tokens of largest score margin, as `oracle`.
 
 Differences: the paper chooses per model whether components are made before or after RoPE; here it is after. The paper
 keeps keys in the rotated basis alone; here the first components are kept beside the keys.

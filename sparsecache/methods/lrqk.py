@@ -1,19 +1,26 @@
 """LRQK: Efficient Low Rank Attention for Long-Context Inference in LLMs (NeurIPS'25, arXiv 2510.23649).
 
 Alternating least squares factorises the prompt's queries and keys together: Q = A_Q B_Q and K = A_K B_K of rank `rank`,
-such that A_Q A_K^T is near Q K^T too. At a step, the new query and key get rows of A_Q and A_K. They fit the bases,
-the product of the two, and the query's products with the keys of the previous step. The reduced query and keys select
-tokens. The most recent tokens are always selected. Then the bases take one step of steepest descent. Rank and
-iterations are the authors' for LongBench.
+such that A_Q A_K^T is near Q K^T too. At a step, the rows a_q and a_k of the current token minimise
+
+    |q - a_q B_Q|^2 + |k - a_k B_K|^2 + |q k^T - a_q a_k^T|^2 + |q K'^T - a_q A'^T|^2,
+
+where K' and A' are the keys and reduced keys of the tokens attended to in the previous step. The reduced query a_q and
+the reduced keys A_K select tokens. The most recent tokens are always selected. Then the bases take one step of steepest
+descent. Rank and iterations are the authors' for LongBench.
 
 GQA: the authors repeat keys, and factorise and select per query head. Here a KV head has one factorisation, of its keys
-and of the queries of all its heads. It selects the tokens that come nearest to the best reduced score of a head.
+and of the queries of all its heads. It selects the tokens of largest score margin, as `oracle`, by reduced scores.
 
-Differences: every token stays on the device, so what is measured is the selection. The paper keeps tokens in host
-memory, and those attended to on the GPU. Factors start from the channels with the highest |q| + |k|, one of the starts
-in the authors' code, not from random numbers. The number of iterations is fixed. A prompt has at most half as many
-factors as tokens; the authors attend to everything until there are as many tokens as factors. Recent tokens are a share
-of the budget, near the authors' 64 next to 1,024 others.
+Differences:
+
+- Every token stays on the device, so what is measured is the selection. The paper keeps tokens in host memory, and
+  those attended to on the GPU.
+- Factors start from the channels with the highest |q| + |k|, one of the starts in the authors' code, not from random
+  numbers. The number of iterations is fixed.
+- A prompt has at most half as many factors as tokens. The authors attend to everything until there are as many tokens
+  as factors.
+- Recent tokens are a share of the budget, near the authors' 64 next to 1,024 others.
 
 A_Q = Q W_Q and A_K = K W_K throughout, so the prompt's factorisation reads only Q^T Q and K^T K.
 """
@@ -25,6 +32,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, Shape, StepBytes
+from sparsecache.cache.checks import check_budget_shares
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.cache.storage import FullStorage, stored_token_nbytes
 from sparsecache.kernels.factors import reduce_token, sum_products, update_bases
@@ -52,8 +60,7 @@ class LRQK(SelectionMethod):
             raise ValueError(f"rank={self.rank} must be 1 or more.")
         if not 1 <= self.iterations <= _MAX_ITERATIONS:
             raise ValueError(f"iterations={self.iterations} must be 1 to {_MAX_ITERATIONS}.")
-        if not 0 <= self.recent <= 1:
-            raise ValueError(f"recent={self.recent} must be a share of the budget, 0 to 1.")
+        check_budget_shares(recent=self.recent)
 
     def check(self, shape: Shape) -> None:
         super().check(shape)
@@ -113,8 +120,8 @@ class LRQKCache(SelectionCache):
         if length // 2 < rank:
             start[:, max(1, length // 2) :].fill_(0)  # at most half as many factors as tokens
         factors = factorise(query_gram, key_gram, start, self.method.iterations)
-        self._bases[:, slot] = factors[2:]
-        query_weight, key_weight = factors[:2]
+        (query_weight, key_weight), bases = factors[:2], factors[2:]
+        self._bases[:, slot] = bases
         reduced = k.float() @ key_weight.mT  # [G, L, R]
         self.reduced_keys[slot, :, :length] = reduced
         reduced_query = q[:, -1].float().view(kv_heads, -1, head_dim) @ query_weight.mT

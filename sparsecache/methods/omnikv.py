@@ -1,5 +1,7 @@
 """OmniKV: Dynamic Context Selection for Efficient Long-Context LLMs (ICLR'25): a few layers select for the rest.
 
+https://openreview.net/forum?id=ulCAPXYXfa
+
 The first layer after the dense ones, and the `filter_layers`, attend to every token and select those that get the most
 attention from any query head. The layers after each of them attend to its selection.
 

@@ -2,8 +2,8 @@
 
 It reads every key to select, so it saves nothing. It shows what perfect speculation would select.
 
-GQA: a token's score for a KV head is how near it comes to the best score of one of the head's queries, as in
-`infinigen` with `group=max`.
+GQA: a KV head selects the tokens of largest score margin. A token's score margin is its score minus the best score of
+the same query head; a KV head takes the largest over its query heads. `infinigen` with `group=max` does the same.
 """
 
 from dataclasses import dataclass

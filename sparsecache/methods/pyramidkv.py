@@ -7,7 +7,8 @@ sparse layers is the budget. Where the first layer would get more than there is,
 GQA: as in `snapkv`. Defaults are those of the authors' LongBench runs; the budget is this project's.
 
 Differences: counts are rounded to the nearest, not down, so that they add up to the budget. A budget of at most
-`window` tokens is the same in all layers. Dense layers are not part of the pyramid.
+`window` tokens is the same in all layers. Dense layers are not part of the pyramid. The authors' code gives all layers
+the same budget for prompts shorter than 2 * (budget - window) tokens. Here they get a pyramid too.
 
 Memory: a layer has rows for the most that it may keep of any prompt. With a budget given as a count, a late layer keeps
 the most of a prompt that is just longer than the budget.

@@ -17,7 +17,8 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig
-from sparsecache.cache.selection import SelectionCache, SelectionMethod, check_page_size
+from sparsecache.cache.checks import check_page_size
+from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.cache.storage import FullStorage
 from sparsecache.kernels.page_bounds import channel_bounds, store_page_bounds
 from sparsecache.kernels.pages import newest_page, score_bounds, select_pages, update_newest_page

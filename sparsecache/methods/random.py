@@ -13,6 +13,9 @@ from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.kernels.threshold import Selection
 
+_SPREAD_32, _SPREAD_16 = 2654435761, 40503  # near 2^32 and 2^16 over the golden ratio: multiples are spread evenly
+_MIX = 0x45D9F3B  # the multiplier of a 32-bit finaliser, https://stackoverflow.com/a/12996028
+
 
 @dataclass
 class Random(SelectionMethod):
@@ -30,9 +33,9 @@ class Random(SelectionMethod):
         kv_heads, past = cache.config.shape.kv_heads, cache.seq_lens[slots]
         position = torch.arange(cache.width(slots), device=slots.device)
         head = torch.arange(kv_heads, device=slots.device)[:, None]
-        mixed = position + 2654435761 * (past[:, None, None] * kv_heads + head + 1) + 40503 * self.seed
-        for multiplier in (0x45D9F3B, 0x45D9F3B):  # a 32-bit finaliser, https://stackoverflow.com/a/12996028
-            mixed = ((mixed >> 16) ^ mixed) * multiplier & 0xFFFFFFFF
+        mixed = position + _SPREAD_32 * (past[:, None, None] * kv_heads + head + 1) + _SPREAD_16 * self.seed
+        for _ in range(2):
+            mixed = ((mixed >> 16) ^ mixed) * _MIX & 0xFFFFFFFF
         return ((mixed >> 16) ^ mixed).float() / 2**32
 
     def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:

@@ -2,17 +2,20 @@
 
 When the budget is full, the token of lowest score is evicted: its importance times `weight`, less its redundancy times
 1 - `weight`. Importance is the attention of the last `window` queries, pooled over `kernel` neighbours. Redundancy is
-the mean cosine similarity of the token's key with the others, as a softmax over the tokens. A token's similarity with
-another one does not count if the token is the most recent one similar to the other: the other exempts it. So the last
-of many similar tokens stays. The last `window` tokens always stay.
+the mean cosine similarity of the token's key with the others, as a softmax over the tokens. For each token i, let j be
+the latest other token whose key has a cosine similarity above 0.5 with the key of i: i exempts j. This pair does not
+count in the redundancy of j, so the last of many similar tokens stays. The last `window` tokens always stay.
 
 GQA: as in the authors' code, a KV head takes the highest score of its query heads before the softmax.
 
-Differences: the paper evicts every 128 steps. Here one token is evicted at each step, so that no step exceeds the
-budget. Votes are pooled at the end of the prompt only: later the cache is unordered, as in the authors' code. When a
-token is evicted, the tokens that exempted it exempt none until a similar token comes. In the authors' code, a token
-that is similar to no other exempts the first token. Their default `weight` is 0.07 in the code and 0.1 in the paper.
-Window and kernel are the authors'. They decode long answers to short prompts; the budget is this project's.
+Differences:
+
+- The paper evicts every 128 steps. Here one token is evicted at each step, so that no step exceeds the budget.
+- Votes are pooled at the end of the prompt only: later the cache is unordered, as in the authors' code.
+- When a token is evicted, the tokens that exempted it exempt none until a similar token comes.
+- In the authors' code, a token that is similar to no other exempts the first token. Here it exempts none.
+- The authors' default `weight` is 0.07 in the code and 0.1 in the paper; here it is the paper's.
+- Window and kernel are the authors'. They decode long answers to short prompts; the budget is this project's.
 """
 
 from dataclasses import dataclass
@@ -61,7 +64,7 @@ class RKV(SparseMethod):
 
 
 class RKVCache(BoundedKVCache):
-    """Scores are sums of similarities with the other tokens, without those that do not count."""
+    """A BoundedKVCache whose scores are, per row, the sum of its cosine similarities, exempted pairs left out."""
 
     def __init__(self, method: RKV, layer: int, config: CacheConfig) -> None:
         super().__init__(method, layer, config)
@@ -80,14 +83,14 @@ class RKVCache(BoundedKVCache):
         queries = q[:, length - recent :].roll(length % recent, 1)  # each in the row position % window
         self.redundancy.queries[slot, :, :, :recent] = queries.view(kv_heads, -1, recent, head_dim)
 
-    def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def prompt_scores(self, q: Tensor, k: Tensor, count: int) -> tuple[Tensor, None]:
         kv_heads, length, _ = k.shape
         if count > self._method.window:
             best = self._prompt_priorities(q, k).topk(count, sorted=False).indices
             kept = best.sort(dim=-1).values  # in the order of the text
         else:
             kept = torch.arange(length - count, length, device=k.device).expand(kv_heads, -1)
-        return kept, torch.empty_like(kept, dtype=torch.float32)  # `prefill` sets the scores
+        return kept, None  # `prefill` sets the scores
 
     def _prompt_priorities(self, q: Tensor, k: Tensor) -> Tensor:
         """Return the scores of a prompt's tokens, infinite in the window: [G, L]."""

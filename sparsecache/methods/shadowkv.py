@@ -3,16 +3,21 @@
 Keys before RoPE have a low rank. The prompt's keys of all KV heads together are stored as `rank` coefficients per token
 and a basis. Keys of selected tokens are rebuilt from these and rotated. Values may lie in host memory. Pages of `page`
 tokens are selected by the attention of the query to their mean keys. Outliers are the pages with the key least similar
-to the page's mean. Outliers, the last pages of the prompt and all new tokens are stored exactly and always attended to.
+to the page's mean. Outliers, the last pages of the prompt and all generated tokens are stored exactly and always
+attended to.
 
 GQA: as in the authors' code, a KV head takes a page's highest attention of its query heads, each after a softmax over
 the pages that are not stored exactly.
 
-Differences: the budget counts all prompt tokens that are attended to. The authors' 2,048 tokens are those of the
-selected pages; 48 outliers and 4 last pages of 8 tokens come on top. Here these have shares of the budget near the
-authors'. Values stay on the device without `offload`. The basis comes from subspace iteration on K^T K, not from a
-singular value decomposition. This is faster and does not wait for the host. The tests bound its error to 1.03 times
-the lowest possible one. Rank and page are the paper's.
+Differences:
+
+- The budget counts all prompt tokens that are attended to. The authors' 2,048 tokens are those of the selected pages;
+  48 outliers and 4 last pages of 8 tokens come on top. Here these have shares of the budget near the authors'.
+- Values stay on the device without `offload`.
+- The basis comes from subspace iteration on K^T K, not from a singular value decomposition. This is faster and does not
+  wait for the host. The tests bound its error to 1.03 times the lowest possible one.
+
+Rank and page are the paper's.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,8 +29,8 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, Shape, StepBytes
+from sparsecache.cache.checks import check_budget_shares, check_page_size
 from sparsecache.cache.host import allocate, check_host_memory, copy_into
-from sparsecache.cache.selection import check_page_size
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.decode import CachedRows, attend_gathered
 from sparsecache.kernels.gather import gather_rows
@@ -86,7 +91,7 @@ class ShadowKV(SparseMethod):
     uses_rope = True
     prompt_queries = 0
 
-    budget: Annotated[float, "prompt tokens attended to, new ones not counted: a share up to 1, else a count"] = 0.2
+    budget: Annotated[float, "prompt tokens attended to, without generated ones: a share up to 1, else a count"] = 0.2
     rank: Annotated[int, "rank of the keys of all KV heads together, 1 to their channels"] = _RANK
     page: Annotated[int, "tokens in a page, 1 to 1024"] = 8
     outliers: Annotated[float, "share of the budget for pages with keys unlike their mean, 0 to 1, rounded down"] = 0.15
@@ -99,11 +104,7 @@ class ShadowKV(SparseMethod):
         check_page_size(self.page)
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} must be 1 or more.")
-        for name in ("outliers", "recent"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be a share of the budget, 0 to 1.")
-        if self.outliers + self.recent > 1:
-            raise ValueError(f"outliers={self.outliers} and recent={self.recent} must be at most 1 together.")
+        check_budget_shares(outliers=self.outliers, recent=self.recent)
 
     def check(self, shape: Shape) -> None:
         super().check(shape)

@@ -22,9 +22,9 @@ from sparsecache.cache import EvictionMethod, attention_sums, check_voting, pin_
 
 @dataclass
 class SnapKV(EvictionMethod):
-    """Keeps the prompt tokens that the last queries attend to, and every new token."""
+    """Keeps the prompt tokens that the last queries attend to, and every generated token."""
 
-    budget: Annotated[float, "prompt tokens kept, new ones not counted: a share up to 1, else a count"] = 0.2
+    budget: Annotated[float, "prompt tokens kept, generated ones not counted: a share up to 1, else a count"] = 0.2
     window: Annotated[int, "observation window: last prompt tokens, which vote and always stay, 1 or more"] = 32
     kernel: Annotated[int, "pooling kernel: neighbouring positions that votes are pooled over, an odd number"] = 7
     pooling: Annotated[Literal["max", "average"], "how votes are pooled"] = "max"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, Shape
+from sparsecache.cache.checks import check_budget_shares
 from sparsecache.cache.partial_keys import channel_count, check_channels
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.kernels.channel_scores import (
@@ -46,8 +47,7 @@ class SparQ(SelectionMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_channels(self.channels)
-        if not 0 <= self.recent <= 1:
-            raise ValueError(f"recent={self.recent} must be a share of the budget, 0 to 1.")
+        check_budget_shares(recent=self.recent)
 
     def check(self, shape: Shape) -> None:
         super().check(shape)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, MethodKind
+from sparsecache.cache.checks import check_token_counts
 from sparsecache.cache.eviction import NO_STORAGE, BoundedKVCache
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.kernels.oldest import evict_oldest
@@ -34,8 +35,7 @@ class Streaming(SparseMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sinks < 0:
-            raise ValueError(f"sinks={self.sinks} must be 0 tokens or more.")
+        check_token_counts(sinks=self.sinks)
 
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "StreamingCache":
         return StreamingCache(self.sinks, self, layer, config)

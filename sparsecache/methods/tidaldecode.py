@@ -3,8 +3,7 @@
 The first layer after the dense ones, and one later layer, attend to every token and select those of highest score. The
 layers after each of them attend to its selection.
 
-GQA: the paper's kernels select per KV head. Here a token's score for a KV head is how near it comes to the best score
-of one of the head's queries, as `oracle`.
+GQA: the paper's kernels select per KV head. Here a KV head selects the tokens of largest score margin, as `oracle`.
 
 Differences: the authors give the second selecting layer per model. By default it is as deep as in their LongBench
 runs, at layer 13 of 32. Their periodic correction of keys and values by full attention is left out.

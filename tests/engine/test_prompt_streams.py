@@ -167,10 +167,10 @@ class _Watch:
     def __init__(self, patch: pytest.MonkeyPatch, fail_at: int | None = None, error: BaseException | None = None):
         self.alive: list[int] = []
         self._storages: list[Any] = []
-        original = ModelCache.prefilling
+        original = ModelCache.storing_layer
 
         @contextmanager
-        def prefilling(cache: ModelCache, layer: int, *tensors: Tensor) -> Iterator[None]:
+        def storing_layer(cache: ModelCache, layer: int, *tensors: Tensor) -> Iterator[None]:
             self._storages.append(weakref.ref(tensors[0].untyped_storage()))
             with original(cache, layer, *tensors):
                 yield
@@ -178,7 +178,7 @@ class _Watch:
             if layer == fail_at and error is not None:
                 raise error
 
-        patch.setattr(ModelCache, "prefilling", prefilling)
+        patch.setattr(ModelCache, "storing_layer", storing_layer)
 
     def count(self) -> int:
         return sum(storage() is not None for storage in self._storages)

@@ -104,9 +104,9 @@ def test_a_prompt_of_sinks_keeps_the_first_tokens(length) -> None:
 def test_an_eviction_before_a_selection_keeps_the_same_tokens() -> None:
     _, (q, k, v) = _prompt(64, 2)
     expected = kept_by_method(_method(budget=20), q, k, v)
-    method = make_method("composed", {"evict": "expected_attention,budget=20,dense_layers=0", "select": "oracle"})
+    options = {"evict": "expected_attention,budget=20,dense_layers=0", "select": "oracle,dense_layers=0"}
+    method = make_method("composed", options)
     method.rope = _rope(1.0, HEAD_DIM)
-    method._select.dense_layers = 0
     cache = ModelCache(method, Shape(1, 4, 2, HEAD_DIM), [torch.device("cpu")], 1, 70, 6, torch.float32).layers[0]
     cache.prefill(0, q, k, v)
     for of_head, keys, all_keys in zip(expected, cache.selection.full.kv.keys[0, :, :20], k, strict=True):

@@ -53,7 +53,7 @@ def test_positions_as_priorities_evict_the_same_tokens() -> None:
             super().__init__(*arguments)
             self._sinks = sinks
 
-        def step_scores(self, q, slots, past):
+        def step_scores(self, q, slots, new_seq_lens):
             positions = self.positions[slots].double()
             return self.scores[slots], positions.masked_fill(positions < self._sinks, 1e9)
 

@@ -228,7 +228,7 @@ class _StepsOfNan(DecodingEvictionCache):
     def prompt_scores(self, q, k, count):
         return torch.arange(count).expand(len(k), -1), torch.ones(len(k), count)
 
-    def step_scores(self, q, slots, past):
+    def step_scores(self, q, slots, new_seq_lens):
         return (self.scores[slots] * torch.nan,) * 2
 
 

@@ -98,7 +98,7 @@ class CachedModel:
     def prefill(self, token_ids: Tensor, slot: int) -> Tensor:
         """Prefill a prompt, token_ids: [L], into a free slot; return the last token's logits [V]."""
         reset_dynamic_rope(self._model)
-        with self._model_cache().prompt(slot, len(token_ids)), handle_attention(partial(self._store, slot)):
+        with self._model_cache().storing_prompt(slot, len(token_ids)), handle_attention(partial(self._store, slot)):
             logits = self._forward(token_ids[None], self._sequences.start(slot))
         return logits[0]
 
@@ -132,7 +132,7 @@ class CachedModel:
         if index is not None:
             cache = self._model_cache()
             q, k, v = self._query(index, call.q)[0], call.k[0].contiguous(), call.v[0].contiguous()
-            with current_device(q.device), cache.prefilling(index, q, k, v):
+            with current_device(q.device), cache.storing_layer(index, q, k, v):
                 cache.layers[index].prefill(slot, q, k, v)
 
     def _attend(self, slots_on: dict[torch.device, Tensor], call: AttentionCall) -> Tensor | None:

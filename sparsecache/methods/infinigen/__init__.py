@@ -7,14 +7,22 @@ cache is in host memory.
 A channel of a partial key has 16 bits, or a code of 8 or 4 bits (`partial_bits`). Where all channels speculate, partial
 keys are the keys or their codes: nothing is skewed, and no calibration is needed.
 
-GQA: the paper has one KV head per query head. Here a token's score for a KV head is how near it comes to the best score
-of one of the head's queries, or with `group=softmax` its mean probability over them. A KV head has one skewing matrix
-and one set of partial channels.
+GQA: the paper has one KV head per query head. Here a KV head selects the tokens of largest score margin, as `oracle`,
+or with `group=softmax` those of largest mean probability over its query heads. It has one skewing matrix and one set of
+partial channels.
 
-Differences: keys are rotated by RoPE, so the skewing matrix is made and applied after it. The paper has no codes. By
-default the query is speculated from the residual stream after attention instead of the attention input, the budget
-alone limits the selection, and all channels speculate in 4 bits, which takes the bytes of a quarter of them in 16 bits.
-`preset=paper` sets the paper's options.
+Differences:
+
+- Keys are rotated by RoPE, so the skewing matrix is made and applied after it.
+- The whole query is computed and then projected. The paper multiplies by partial query weights.
+- By default the query is speculated from the residual stream after attention, not from the attention input; the budget
+  alone limits the selection; all channels speculate in 4 bits, which takes the bytes of a quarter of them in 16 bits.
+  `preset=paper` sets the paper's values.
+- Not in the paper: `gpu_cache`, `top_p`, `sinks`, `recent`, `partial_bits` below 16, `fetch=per_head`,
+  `group=softmax`, `guess=residual`.
+- Not implemented: the paper's pool of keys and values in host memory, which has a limit and evicts victims. Every token
+  stays.
+- Keys and values stay on the device without `offload`.
 """
 
 import math
@@ -27,6 +35,7 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, MethodKind, Shape, SpeculationSource
 from sparsecache.cache.calibration import read_calibration_text
+from sparsecache.cache.checks import check_token_counts
 from sparsecache.cache.host import check_host_memory
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
@@ -57,7 +66,7 @@ layer 2 is the first sparse one."""
 
 @dataclass
 class InfiniGen(SparseMethod):
-    """Speculates on partial keys and attends to the tokens near the best speculated score."""
+    """Speculates on partial keys and attends to the tokens of largest score margin."""
 
     kind: ClassVar[MethodKind] = "selection"
     absent_options: ClassVar[Mapping[str, str]] = {
@@ -118,9 +127,8 @@ class InfiniGen(SparseMethod):
             raise ValueError(f"partial_weight_ratio={self.partial_weight_ratio} must be above 0 and at most 1.")
         if self.partial_bits not in (16, 8, 4):
             raise ValueError(f"partial_bits={self.partial_bits} must be 16, 8 or 4.")
+        check_token_counts(sinks=self.sinks, recent=self.recent, gpu_cache=self.gpu_cache)
         for name in ("sinks", "recent", "gpu_cache"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 tokens or more.")
             setattr(self, name, min(getattr(self, name), _MAX_TOKENS))
         if self.gpu_cache and not self.offload:
             raise ValueError(f"gpu_cache={self.gpu_cache} keeps offloaded tokens on the GPU: give offload=true too.")

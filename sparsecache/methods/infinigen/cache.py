@@ -1,7 +1,7 @@
 """The cache of a sparse layer: partial keys to speculate with, and the keys and values that are fetched.
 
-A layer's selection and fetch run on a side stream during the attention and MLP of the previous layer. The new token is
-stored on another side stream. Nothing waits for the host, so a step can be a CUDA graph.
+A layer's selection and fetch run on a side stream during the attention and MLP of the previous layer. The current
+token is stored on another side stream. Nothing waits for the host, so a step can be a CUDA graph.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class DeviceStreams:
     """The side streams of one device, which its layers share.
 
-    Rows may still be fetched, and new tokens stored, when the next speculation begins. With offload all have
+    Rows may still be fetched, and current tokens stored, when the next speculation begins. With offload all have
     priority, since the link is the bottleneck. Otherwise they share the GPU with the current stream.
     """
 
