@@ -100,8 +100,8 @@ class Engine(Protocol):
 class SlotDecoder(Protocol):
     """A model that prefills prompts into slots and decodes one token per slot.
 
-    device: of token ids. cache: the caches, None before `allocate`. shared_prefill_s: seconds that the latest prompt
-    took before its `prefill`.
+    device: of token ids. cache: the caches, None before `allocate`. shared_prefill_s: seconds of the latest prompt's
+    prefill if a prefill cache already held it, else 0.
     """
 
     device: torch.device
