@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweep_runs import Run
+from sweep_runs import SweepRun
 
 from sparsecache.cli import make_folder, report_usage_errors
 from sparsecache.errors import UsageError
@@ -46,13 +46,13 @@ class Outcome:
         return f"{ended}, {self.seconds:.0f} s" + (see if self.code else "")
 
 
-def predict_together(
-    settings: dict[Run, Settings],
+def predict_in_process(
+    settings: dict[SweepRun, Settings],
     limit_gib: float | None = None,
     threads: int = 0,
     context_type: "type[RunContext] | None" = None,
-) -> Iterator[tuple[Run, Outcome]]:
-    """Predicts the runs of each model in this process, which reads each prompt once; yields each run with its outcome.
+) -> Iterator[tuple[SweepRun, Outcome]]:
+    """Predict the runs of each model in this process; yield each run with its outcome. Each prompt is prefilled once.
 
     limit_gib: the most memory of prompts. threads: CPU threads; 0: torch's choice. context_type: of the runs.
     """
@@ -68,13 +68,12 @@ def predict_together(
         runs = [run for run in settings if run.model == model]
         of_model = [settings[run] for run in runs]
         on_progress = _progress_printer(of_model[0].run_folder.parent.name)
-        for run, shared in zip(
-            runs, predict_shared(of_model, on_progress, limit_nbytes, context_type or RunContext), strict=True
-        ):
-            if shared.error:
-                yield run, Outcome(2, shared.seconds, shared.error, shared.log if shared.missing else None)
+        states = predict_shared(of_model, on_progress, limit_nbytes, context_type or RunContext)
+        for run, state in zip(runs, states, strict=True):
+            if state.error:
+                yield run, Outcome(2, state.seconds, state.error, state.log if state.missing else None)
             else:
-                yield run, Outcome(shared.exit_code, shared.seconds, log=None if shared.skipped else shared.log)
+                yield run, Outcome(state.exit_code, state.seconds, log=None if state.skipped else state.log)
 
 
 def _progress_printer(model: str) -> Callable[[str], None]:
@@ -82,7 +81,9 @@ def _progress_printer(model: str) -> Callable[[str], None]:
     return lambda line: print(f"{model}, {line}", file=stderr, flush=True)
 
 
-def predict_apart(settings: dict[Run, Settings], jobs: int, threads: int) -> Iterator[tuple[Run, Outcome]]:
+def predict_in_subprocesses(
+    settings: dict[SweepRun, Settings], jobs: int, threads: int
+) -> Iterator[tuple[SweepRun, Outcome]]:
     """Predicts each run in a process of its own, `jobs` at a time; yields each with its outcome.
 
     threads: CPU threads of each process; 0: torch's choice.

@@ -67,8 +67,8 @@ class Report:
         click.echo(f"Written: {self.out / model}.* (md, json{', html' * self.html})")
 
 
-def recorded(done: Sequence[Settings], missing: Sequence[str]) -> tuple[list[Settings], list[str]]:
-    """Moves runs whose folder records another run from `done` to `missing`, with the reason."""
+def move_mismatched_runs(done: Sequence[Settings], missing: Sequence[str]) -> tuple[list[Settings], list[str]]:
+    """Move runs whose folder records another run from `done` to `missing`, with the reason; return both."""
     missing, found = list(missing), []
     for settings in done:
         try:

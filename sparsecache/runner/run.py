@@ -270,7 +270,7 @@ class Run:
                 for completion in generate_steps(engine, batch, self.next_step, progress.add_tokens):
                     self.write(completion)
                     progress.add_row()
-                    self.save_sometimes(engine.session())
+                    self.save_periodically(engine.session())
 
     def next_step(self, completion: Completion) -> Request | Completion:
         """Returns the request that asks for the answer after reasoning; after a row's last step, its completion."""
@@ -326,8 +326,8 @@ class Run:
     def _prompt(self, dataset: WantedDataset, row: Row) -> Prompt:
         return self.context.prompter.build(dataset.task, row)
 
-    def save_sometimes(self, measured: dict[str, Any]) -> None:
-        """As `save`, if the last time is some seconds ago."""
+    def save_periodically(self, measured: dict[str, Any]) -> None:
+        """Call `save` if the last call was more than _SAVE_EVERY_S ago."""
         if time.monotonic() - self._saved > _SAVE_EVERY_S:
             self.save(measured)
 
