@@ -1,4 +1,4 @@
-"""Measures, per layer, how well InfiniGen's speculated query selects, for each run of a sweep.
+"""Measure, per layer, how well InfiniGen's speculated query selects, for each run of a sweep.
 
     python scripts/recall.py configs/sweeps/infinigen-recall.toml --model MODEL --out tables -- --data ROWS
 

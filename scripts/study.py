@@ -1,4 +1,4 @@
-"""Writes what a study of real models needs: scores of runs by part of LongBench, with paired intervals, and costs.
+"""Write what a study of real models needs: scores of runs by part of LongBench, with paired intervals, and costs.
 
     python scripts/study.py pred/MODEL --out tables/study.csv
     python scripts/study.py pred/MODEL/vanilla pred/MODEL/infinigen-budget=256 --markdown

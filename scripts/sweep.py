@@ -1,4 +1,4 @@
-"""Runs a sweep: every model with every method and every combination of its options, then prints one table.
+"""Run a sweep: every model with every method and every combination of its options, then print one table.
 
 A sweep is a small TOML file (configs/sweeps/ has examples):
 

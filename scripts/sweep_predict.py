@@ -1,4 +1,4 @@
-"""Predicts the runs of a sweep: those of a model together in this process, or each in a process of its own."""
+"""Predict the runs of a sweep: those of a model together in this process, or each in a process of its own."""
 
 import multiprocessing
 import os
@@ -35,7 +35,7 @@ class Outcome:
 
     @property
     def has_rows(self) -> bool:
-        """Whether the run ended with all its rows, failed ones included."""
+        """Return whether the run ended with all its rows, failed ones included."""
         return self.code in (0, 1)
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ def _progress_printer(model: str) -> Callable[[str], None]:
 def predict_in_subprocesses(
     settings: dict[SweepRun, Settings], jobs: int, threads: int
 ) -> Iterator[tuple[SweepRun, Outcome]]:
-    """Predicts each run in a process of its own, `jobs` at a time; yields each with its outcome.
+    """Predict each run in a process of its own, `jobs` at a time; yield each with its outcome.
 
     threads: CPU threads of each process; 0: torch's choice.
     """
@@ -98,7 +98,7 @@ def predict_in_subprocesses(
 
 
 def _predict(contexts: dict[str, "RunContext"], settings: Settings) -> Outcome:
-    """Predicts a run in a process of its own, with its output in a log, unless it is finished.
+    """Predict a run in a process of its own, with its output in a log, unless it is finished.
 
     contexts: of each model's first run, by model; empty before the first run of all.
     """
@@ -119,10 +119,10 @@ def _predict(contexts: dict[str, "RunContext"], settings: Settings) -> Outcome:
 
 
 def _is_finished(settings: Settings, contexts: dict[str, "RunContext"]) -> bool:
-    """Whether all rows of a run are finished. Raises UsageError for settings that do not fit, or another run's folder.
+    """Return whether all rows of a run are finished.
 
     The tokenizer of a model is read once. Runs on Ray, which need the cluster for it, and those that must start anyway
-    are left to their own process.
+    are left to their own process. Raises UsageError for settings that do not fit, and for a folder of another run.
     """
     if settings.overwrite or settings.verify or settings.on_ray:
         return False
@@ -137,7 +137,7 @@ def _is_finished(settings: Settings, contexts: dict[str, "RunContext"]) -> bool:
 
 
 def start_process(settings: Settings, log: Path) -> int:
-    """Predicts a run in a new process that writes its output to a log; returns the exit code when it has ended."""
+    """Predict a run in a new process that writes its output to a log; return the exit code when it has ended."""
     process = multiprocessing.get_context("spawn").Process(target=_run_in_log, args=(settings, log))
     process.start()
     process.join()

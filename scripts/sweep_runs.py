@@ -41,25 +41,25 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """The folder of the run: the method and its options."""
+        """Return the folder of the run: the method and its options."""
         return "-".join([short_name(self.method), *(f"{key}={value}" for key, value in self.options)])
 
     def __str__(self) -> str:
         return f"{self.model} {self.name}"
 
     def arguments(self, common_arguments: list[str], pred_dir: Path) -> list[str]:
-        """The arguments of longbench_pred.py; `common_arguments` are those of every run."""
+        """Return the arguments of longbench_pred.py; `common_arguments` are those of every run."""
         options = [part for key, value in self.options for part in ("-o", f"{key}={value}")]
         named = ["--model", self.model, "--method", self.method, "--name", self.name, "--pred_dir", str(pred_dir)]
         return [*named, *options, *common_arguments]
 
     def shown(self, common_arguments: list[str], pred_dir: Path) -> str:
-        """The command line as it is typed."""
+        """Return the command line as it is typed."""
         return shlex.join(["python", "longbench_pred.py", *self.arguments(common_arguments, pred_dir)])
 
 
 def read_sweep(file: Path, models: Sequence[str] = ()) -> tuple[list[SweepRun], list[str]]:
-    """Reads a sweep file: its runs in order, and the arguments of every run. Raises UsageError for a bad file.
+    """Read a sweep file: its runs in order, and the arguments of every run. Raises UsageError for a bad file.
 
     models: those to take in place of the file's.
     """
@@ -89,7 +89,7 @@ def read_sweep(file: Path, models: Sequence[str] = ()) -> tuple[list[SweepRun], 
 
 
 def _right_key(key: str) -> str:
-    """How a message goes on after a key that there is not."""
+    """Return how a message about an unknown key continues."""
     if near := get_close_matches(key, _KEYS, 1):
         return f"; did you mean {near[0]!r}?"
     is_option = any(f"--{key}" in option.opts for option in predict_command.params)
@@ -112,7 +112,7 @@ def _runs(model: str, table: dict[str, Any], file: Path) -> Iterator[SweepRun]:
 
 
 def check_runs(runs: list[SweepRun], common_arguments: list[str], pred_dir: Path) -> dict[SweepRun, Settings]:
-    """Returns the settings of every run.
+    """Return the settings of every run.
 
     Raises UsageError for options that longbench_pred.py or the method does not take, and for two runs that would share
     a folder. It states each problem once, with the first runs that have it.
@@ -134,7 +134,7 @@ def check_runs(runs: list[SweepRun], common_arguments: list[str], pred_dir: Path
 
 
 def _settings(run: SweepRun, common_arguments: list[str], pred_dir: Path) -> Settings:
-    """What longbench_pred.py makes of the run's command line, checked."""
+    """Return what longbench_pred.py makes of the run's command line, checked."""
     try:
         with redirect_stdout(io.StringIO()):  # of --help
             values = predict_command.make_context("longbench_pred.py", run.arguments(common_arguments, pred_dir)).params

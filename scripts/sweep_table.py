@@ -39,7 +39,7 @@ class Report:
             require_matplotlib()
 
     def show(self, done: Sequence[Settings], missing: Sequence[str]) -> None:
-        """Prints and writes a table per model of the runs that are `done`; notes those that are `missing`."""
+        """Print and write a table per model of the runs that are `done`; note those that are `missing`."""
         for folder in dict.fromkeys(settings.run_folder.parent for settings in done):
             scored = [score_run(each.run_folder, each.e) for each in done if each.run_folder.parent == folder]
             self._show(folder.name, scored, [f"Not in the table: {each}." for each in missing])

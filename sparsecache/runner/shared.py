@@ -57,18 +57,18 @@ class RunState:
 
     @property
     def name(self) -> str:
-        """The name of the run's folder."""
+        """Return the name of the run's folder."""
         return self.settings.run_folder.name
 
     @property
     def required_run(self) -> Run:
-        """The run, which must have been made."""
+        """Return the run, which must exist."""
         assert self.run is not None
         return self.run
 
     @property
     def measured(self) -> dict[str, Any]:
-        """What run.json records of the work so far; the memory of caches is a mean over the tokens of all groups."""
+        """Return what run.json records of the work so far. Cache memory is a mean over the tokens of all groups."""
         measured: dict[str, Any] = {"clock": asdict(self.stats)}
         if self.memory:
             tokens = sum(count for count, _ in self.memory)
@@ -81,7 +81,7 @@ class RunState:
 
     @property
     def is_pending(self) -> bool:
-        """Whether rows of it may be missing, and nothing keeps it from making them."""
+        """Return whether rows of the run may be missing, and no error keeps it from making them."""
         return self.run is not None and not self.error and not self.skipped
 
 
@@ -91,7 +91,7 @@ def predict_shared(
     limit_nbytes: float | None = None,
     context_type: type[RunContext] = RunContext,
 ) -> list[RunState]:
-    """Predicts runs of one checkpoint that differ in method, options and name. Finished rows are kept.
+    """Predict runs of one checkpoint that differ in method, options and name. Finished rows are kept.
 
     A run that fails does not end the others. on_progress: receives lines about the progress. limit_nbytes: the most
     bytes of queries, keys and values of prompts in memory; None: at least half of what is free. The output of each run
@@ -148,7 +148,7 @@ class _SharedPrediction:
             gc.unfreeze()
 
     def _prepare(self) -> RunContext | None:
-        """Makes the runs, which find mistakes before weights are read; returns a context, None if no run has one."""
+        """Make the runs, which find mistakes before weights are read; return a context, None if no run has one."""
         context, wanted = None, None
         for state in self._states:
             own = None
@@ -162,7 +162,7 @@ class _SharedPrediction:
         return context
 
     def _prompt_rows(self, context: RunContext) -> list[PromptRow]:
-        """Returns the rows that some run misses, the longest prompt first."""
+        """Return the rows that some run misses, the longest prompt first."""
         prompt_rows = []
         missing = {key for state in self._pending for key in state.missing}
         for dataset in self._pending[0].required_run.wanted.datasets if self._pending else []:
@@ -181,7 +181,7 @@ class _SharedPrediction:
     def _predict_runs(
         self, states: list[RunState], prompt_rows: list[PromptRow], model: LoadedModel, limit: float
     ) -> None:
-        """Decodes the rows that the runs miss; prompts take at most `limit` bytes."""
+        """Decode the rows that the runs miss; prompts take at most `limit` bytes."""
         missing = {key for state in states for key in state.missing}
         prompt_rows = [prompt_row for prompt_row in prompt_rows if prompt_row.key in missing]
         read = [queries_read(state.required_run.context.method) for state in states]
@@ -205,7 +205,7 @@ class _SharedPrediction:
     def _predict_group(
         self, name: str, states: list[RunState], group: list[PromptRow], model: LoadedModel, prompts: PrefillCache
     ) -> None:
-        """Decodes the rows of a group with every run."""
+        """Decode the rows of a group with every run."""
         for number, state in enumerate(states, 1):
             if not state.is_pending:  # it failed in another group, or the GPU did
                 continue
@@ -223,7 +223,7 @@ class _SharedPrediction:
     def _decode(
         self, state: RunState, group: list[PromptRow], model: LoadedModel, prompts: PrefillCache
     ) -> tuple[int, float]:
-        """Decodes the rows of a group that a run misses; returns their number, and the seconds of setting up."""
+        """Decode the rows of a group that a run misses; return their number, and the seconds of setting up."""
         began, run = time.monotonic(), state.required_run
         prompt_rows = [prompt_row for prompt_row in group if prompt_row.key in state.missing]
         with run.open({prompt_row.dataset.stem for prompt_row in prompt_rows}) as datasets:
@@ -260,7 +260,7 @@ class _SharedPrediction:
 
     @contextmanager
     def _errors_recorded(self, state: RunState) -> Iterator[None]:
-        """Sends output to the run's log; records an error as the run's, and does not raise it."""
+        """Send output to the run's log; record an error as the run's, and do not raise it."""
         make_folder(state.log.parent, "--pred_dir")
         with state.log.open("a", encoding="utf-8", errors="replace") as log:
             try:
@@ -287,7 +287,7 @@ class _SharedPrediction:
 
 
 def _by_queries(states: list[RunState]) -> list[list[RunState]]:
-    """Returns the runs whose methods read few queries of a prompt, and those that read all; no empty list."""
+    """Return the runs whose methods read few queries of a prompt, and those that read all; no empty list."""
     reads_all = [queries_read(state.required_run.context.method) is None for state in states]
     parts = (
         [state for state, all_ in zip(states, reads_all, strict=True) if all_ == wanted] for wanted in (False, True)
@@ -300,7 +300,7 @@ def _needs_work(state: RunState) -> bool:
 
 
 def _start(state: RunState) -> None:
-    """Claims the folder of a run, finds what is missing, and records that this process works on it."""
+    """Claim the folder of a run, find what is missing, and record that this process works on it."""
     run = state.required_run
     run.check_folder()
     if state.settings.overwrite:
@@ -312,7 +312,7 @@ def _start(state: RunState) -> None:
 
 
 def _sum(one: EngineStats, other: EngineStats) -> EngineStats:
-    """The totals of both. The peak of GPU memory is left out, since it holds the prompts of all runs."""
+    """Return the totals of both. The peak of GPU memory is left out, since it holds the prompts of all runs."""
     return EngineStats(
         one.prefill_tokens + other.prefill_tokens,
         one.prefill_s + other.prefill_s,
@@ -322,7 +322,7 @@ def _sum(one: EngineStats, other: EngineStats) -> EngineStats:
 
 
 def _gpu_works() -> bool:
-    """Whether the GPU, if there is one, can still be used: some errors of a kernel end that for the process."""
+    """Return whether the GPU, if there is one, can still be used: some errors of a kernel end that for the process."""
     if not torch.cuda.is_available():
         return True
     try:
@@ -333,7 +333,7 @@ def _gpu_works() -> bool:
 
 
 def _message(error: Exception) -> str:
-    """Returns the message that a user sees for a run's error."""
+    """Return the message that a user sees for a run's error."""
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "Out of memory. Pass a smaller --limit_memory or --batch_size, or end other programs on the device. Then "
