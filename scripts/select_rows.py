@@ -1,4 +1,4 @@
-"""Writes the rows whose prompts are longer than some tokens of a checkpoint's tokenizer, as <dataset>.jsonl files.
+"""Write the rows whose prompts are longer than some tokens of a checkpoint's tokenizer, as <dataset>.jsonl files.
 
     python scripts/select_rows.py --model llama-3.1-8b-instruct --datasets en --longer_than 4096 --out rows/4k
 

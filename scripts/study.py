@@ -1,4 +1,4 @@
-"""Writes what a study of real models needs: scores of runs by part of LongBench, with paired intervals, and costs.
+"""Write what a study of real models needs: scores of runs by part of LongBench, with paired intervals, and costs.
 
     python scripts/study.py pred/MODEL --out tables/study.csv
     python scripts/study.py pred/MODEL/vanilla pred/MODEL/infinigen-budget=256 --markdown
@@ -140,7 +140,7 @@ def _run_folders(paths: Sequence[Path]) -> list[Path]:
 @click.option("--budgets", is_flag=True, help="Print, and draw, a line per method over its budgets, for --part.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Picture of the differences to write (.png, .svg, .pdf).")
 @click.option("--part", type=click.Choice([part.name for part in parts()]), default="all", help="Part that is shown.")
-@click.option("--title", default="Differences to the full cache", help="Title of the picture.")
+@click.option("--title", default="Differences to the full cache", help="Title of the plot.")
 @click.option("--label", "labels", multiple=True, metavar="RUN=TEXT", help="Call a run TEXT; repeatable.")
 def main(
     runs: tuple[Path, ...],

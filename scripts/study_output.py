@@ -1,4 +1,4 @@
-"""Formats the records of `study.study` as CSV, Markdown tables and pictures.
+"""Format the records of `study.study` as CSV, Markdown tables and plots.
 
 A budget above 1 is a count of tokens, else a share of the past tokens.
 """

@@ -1,4 +1,4 @@
-"""Runs a sweep: every model with every method and every combination of its options, then prints one table.
+"""Run a sweep: every model with every method and every combination of its options, then print one table.
 
 A sweep is a small TOML file (configs/sweeps/ has examples):
 
@@ -12,9 +12,9 @@ A sweep is a small TOML file (configs/sweeps/ has examples):
 All options are checked before the first run starts. Rerun the command to resume: finished runs are skipped. Arguments
 that depend on the machine go behind --, for every run: `sweep.py FILE -- --data ROWS --batch_size 16`.
 
-The runs of a model share one process: weights are loaded once, and each prompt is read once. Texts are those of
-longbench_pred.py. A row's prefill_s is the time in which its prompt was read for all runs (shared_prefill_s) and the
-method's own. Runs with --workers, --verify or --engine transformers are processes of their own.
+The runs of a model share one process: weights are loaded once, and each prompt is prefilled once. Texts are those
+of longbench_pred.py. A row's prefill_s is the time in which its prompt was prefilled for all runs (shared_prefill_s)
+and the method's own. Runs with --workers, --verify or --engine transformers are processes of their own.
 """
 
 import math
@@ -22,9 +22,9 @@ import sys
 from pathlib import Path
 
 import click
-from sweep_predict import predict_apart, predict_together
+from sweep_predict import predict_in_process, predict_in_subprocesses
 from sweep_runs import check_runs, read_sweep
-from sweep_table import Report, recorded
+from sweep_table import Report, move_mismatched_runs
 
 from sparsecache.cli import FlexibleCommand, make_folder, report_usage_errors
 from sparsecache.errors import UsageError
@@ -43,7 +43,7 @@ from sparsecache.runner.settings import Settings
     help="Memory for queries, keys and values of prompts. Default: at least half of the free memory.",
 )
 @click.option(
-    "--separate", is_flag=True, help="Make each run in a process of its own. Prompts are then read once per run."
+    "--separate", is_flag=True, help="Make each run in a process of its own. Prompts are then prefilled once per run."
 )
 @click.option(
     "--jobs",
@@ -78,26 +78,30 @@ def main(
         if limit_memory is not None and math.isnan(limit_memory):  # click's range lets it pass
             raise UsageError("--limit_memory nan must be a number of GiB above 0.")
         runs, arguments = read_sweep(file, models)
-        shared = [*arguments, *more]
-        settings = check_runs(runs, shared, pred_dir)
+        common_arguments = [*arguments, *more]
+        settings = check_runs(runs, common_arguments, pred_dir)
         if dry_run:
             for run in runs:
-                click.echo(run.shown(shared, pred_dir))
+                click.echo(run.shown(common_arguments, pred_dir))
             return
         make_folder(pred_dir / "logs", "--pred_dir")
-        apart = separate or jobs > 1 or any(map(_must_be_apart, settings.values()))
-        ended = predict_apart(settings, jobs, threads) if apart else predict_together(settings, limit_memory, threads)
+        separate = separate or jobs > 1 or any(map(_needs_process, settings.values()))
+        if separate:
+            ended = predict_in_subprocesses(settings, jobs, threads)
+        else:
+            ended = predict_in_process(settings, limit_memory, threads)
         outcomes = {}
         for number, (run, outcome) in enumerate(ended, 1):
             outcomes[run] = outcome
             click.echo(f"[{number}/{len(settings)}] {run}: {outcome}")
         done = [settings[run] for run, outcome in outcomes.items() if outcome.has_rows]
         missing = [f"{run}, which {outcome}" for run, outcome in outcomes.items() if not outcome.has_rows]
-        report.show(*recorded(done, missing) if apart else (done, missing))
+        report.show(*move_mismatched_runs(done, missing) if separate else (done, missing))
         sys.exit(1 if any(outcome.code for outcome in outcomes.values()) else 0)
 
 
-def _must_be_apart(settings: Settings) -> bool:
+def _needs_process(settings: Settings) -> bool:
+    """Return whether a run needs a process of its own."""
     return settings.on_ray or bool(settings.verify) or settings.engine != "sparsecache"
 
 

@@ -1,4 +1,4 @@
-"""Predicts the runs of a sweep: those of a model together in this process, or each in a process of its own."""
+"""Predict the runs of a sweep: those of a model together in this process, or each in a process of its own."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweep_runs import Run
+from sweep_runs import SweepRun
 
 from sparsecache.cli import make_folder, report_usage_errors
 from sparsecache.errors import UsageError
@@ -35,7 +35,7 @@ class Outcome:
 
     @property
     def has_rows(self) -> bool:
-        """Whether the run ended with all its rows, failed ones included."""
+        """Return whether the run ended with all its rows, failed ones included."""
         return self.code in (0, 1)
 
     def __str__(self) -> str:
@@ -46,13 +46,13 @@ class Outcome:
         return f"{ended}, {self.seconds:.0f} s" + (see if self.code else "")
 
 
-def predict_together(
-    settings: dict[Run, Settings],
+def predict_in_process(
+    settings: dict[SweepRun, Settings],
     limit_gib: float | None = None,
     threads: int = 0,
     context_type: "type[RunContext] | None" = None,
-) -> Iterator[tuple[Run, Outcome]]:
-    """Predicts the runs of each model in this process, which reads each prompt once; yields each run with its outcome.
+) -> Iterator[tuple[SweepRun, Outcome]]:
+    """Predict the runs of each model in this process; yield each run with its outcome. Each prompt is prefilled once.
 
     limit_gib: the most memory of prompts. threads: CPU threads; 0: torch's choice. context_type: of the runs.
     """
@@ -68,13 +68,12 @@ def predict_together(
         runs = [run for run in settings if run.model == model]
         of_model = [settings[run] for run in runs]
         on_progress = _progress_printer(of_model[0].run_folder.parent.name)
-        for run, shared in zip(
-            runs, predict_shared(of_model, on_progress, limit_nbytes, context_type or RunContext), strict=True
-        ):
-            if shared.error:
-                yield run, Outcome(2, shared.seconds, shared.error, shared.log if shared.missing else None)
+        states = predict_shared(of_model, on_progress, limit_nbytes, context_type or RunContext)
+        for run, state in zip(runs, states, strict=True):
+            if state.error:
+                yield run, Outcome(2, state.seconds, state.error, state.log if state.missing else None)
             else:
-                yield run, Outcome(shared.exit_code, shared.seconds, log=None if shared.skipped else shared.log)
+                yield run, Outcome(state.exit_code, state.seconds, log=None if state.skipped else state.log)
 
 
 def _progress_printer(model: str) -> Callable[[str], None]:
@@ -82,8 +81,10 @@ def _progress_printer(model: str) -> Callable[[str], None]:
     return lambda line: print(f"{model}, {line}", file=stderr, flush=True)
 
 
-def predict_apart(settings: dict[Run, Settings], jobs: int, threads: int) -> Iterator[tuple[Run, Outcome]]:
-    """Predicts each run in a process of its own, `jobs` at a time; yields each with its outcome.
+def predict_in_subprocesses(
+    settings: dict[SweepRun, Settings], jobs: int, threads: int
+) -> Iterator[tuple[SweepRun, Outcome]]:
+    """Predict each run in a process of its own, `jobs` at a time; yield each with its outcome.
 
     threads: CPU threads of each process; 0: torch's choice.
     """
@@ -97,7 +98,7 @@ def predict_apart(settings: dict[Run, Settings], jobs: int, threads: int) -> Ite
 
 
 def _predict(contexts: dict[str, "RunContext"], settings: Settings) -> Outcome:
-    """Predicts a run in a process of its own, with its output in a log, unless it is finished.
+    """Predict a run in a process of its own, with its output in a log, unless it is finished.
 
     contexts: of each model's first run, by model; empty before the first run of all.
     """
@@ -118,10 +119,10 @@ def _predict(contexts: dict[str, "RunContext"], settings: Settings) -> Outcome:
 
 
 def _is_finished(settings: Settings, contexts: dict[str, "RunContext"]) -> bool:
-    """Whether all rows of a run are finished. Raises UsageError for settings that do not fit, or another run's folder.
+    """Return whether all rows of a run are finished.
 
     The tokenizer of a model is read once. Runs on Ray, which need the cluster for it, and those that must start anyway
-    are left to their own process.
+    are left to their own process. Raises UsageError for settings that do not fit, and for a folder of another run.
     """
     if settings.overwrite or settings.verify or settings.on_ray:
         return False
@@ -136,7 +137,7 @@ def _is_finished(settings: Settings, contexts: dict[str, "RunContext"]) -> bool:
 
 
 def start_process(settings: Settings, log: Path) -> int:
-    """Predicts a run in a new process that writes its output to a log; returns the exit code when it has ended."""
+    """Predict a run in a new process that writes its output to a log; return the exit code when it has ended."""
     process = multiprocessing.get_context("spawn").Process(target=_run_in_log, args=(settings, log))
     process.start()
     process.join()

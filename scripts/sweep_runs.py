@@ -32,7 +32,7 @@ _ALLOWED = "A sweep has `models` (or --model) and [[methods]], may have `argumen
 
 
 @dataclass(frozen=True)
-class Run:
+class SweepRun:
     """One run of a sweep: a model, a method, and the options that the sweep states."""
 
     model: str
@@ -41,25 +41,25 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder of the run: the method and its options."""
+        """Return the folder of the run: the method and its options."""
         return "-".join([short_name(self.method), *(f"{key}={value}" for key, value in self.options)])
 
     def __str__(self) -> str:
         return f"{self.model} {self.name}"
 
-    def arguments(self, shared: list[str], pred_dir: Path) -> list[str]:
-        """The arguments of longbench_pred.py; `shared` are those of every run."""
+    def arguments(self, common_arguments: list[str], pred_dir: Path) -> list[str]:
+        """Return the arguments of longbench_pred.py; `common_arguments` are those of every run."""
         options = [part for key, value in self.options for part in ("-o", f"{key}={value}")]
         named = ["--model", self.model, "--method", self.method, "--name", self.name, "--pred_dir", str(pred_dir)]
-        return [*named, *options, *shared]
+        return [*named, *options, *common_arguments]
 
-    def shown(self, shared: list[str], pred_dir: Path) -> str:
-        """The command line as it is typed."""
-        return shlex.join(["python", "longbench_pred.py", *self.arguments(shared, pred_dir)])
+    def shown(self, common_arguments: list[str], pred_dir: Path) -> str:
+        """Return the command line as it is typed."""
+        return shlex.join(["python", "longbench_pred.py", *self.arguments(common_arguments, pred_dir)])
 
 
-def read_sweep(file: Path, models: Sequence[str] = ()) -> tuple[list[Run], list[str]]:
-    """Reads a sweep file: its runs in order, and the arguments of every run. Raises UsageError for a bad file.
+def read_sweep(file: Path, models: Sequence[str] = ()) -> tuple[list[SweepRun], list[str]]:
+    """Read a sweep file: its runs in order, and the arguments of every run. Raises UsageError for a bad file.
 
     models: those to take in place of the file's.
     """
@@ -89,14 +89,14 @@ def read_sweep(file: Path, models: Sequence[str] = ()) -> tuple[list[Run], list[
 
 
 def _right_key(key: str) -> str:
-    """How a message goes on after a key that there is not."""
+    """Return how a message about an unknown key continues."""
     if near := get_close_matches(key, _KEYS, 1):
         return f"; did you mean {near[0]!r}?"
     is_option = any(f"--{key}" in option.opts for option in predict_command.params)
     return f'. It is an option of longbench_pred.py: arguments = ["--{key}", ...].' if is_option else "."
 
 
-def _runs(model: str, table: dict[str, Any], file: Path) -> Iterator[Run]:
+def _runs(model: str, table: dict[str, Any], file: Path) -> Iterator[SweepRun]:
     if not table.get("method"):
         raise UsageError(f"{file}: each of [[methods]] needs a `method`.")
     keys = ["method", *(key for key in table if key != "method")]
@@ -108,19 +108,19 @@ def _runs(model: str, table: dict[str, Any], file: Path) -> Iterator[Run]:
     if (number := math.prod(map(len, values))) > _MAX_RUNS:
         raise UsageError(f"{file}: a table of [[methods]] makes {number:,} runs; at most {_MAX_RUNS:,} are made.")
     for method, *chosen in itertools.product(*values):
-        yield Run(model, method, tuple(zip(keys[1:], map(show, chosen), strict=True)))
+        yield SweepRun(model, method, tuple(zip(keys[1:], map(show, chosen), strict=True)))
 
 
-def check_runs(runs: list[Run], shared: list[str], pred_dir: Path) -> dict[Run, Settings]:
-    """Returns the settings of every run.
+def check_runs(runs: list[SweepRun], common_arguments: list[str], pred_dir: Path) -> dict[SweepRun, Settings]:
+    """Return the settings of every run.
 
     Raises UsageError for options that longbench_pred.py or the method does not take, and for two runs that would share
     a folder. It states each problem once, with the first runs that have it.
     """
-    settings, problems, folders = dict[Run, Settings](), dict[str, list[str]](), dict[Path, Run]()
+    settings, problems, folders = dict[SweepRun, Settings](), dict[str, list[str]](), dict[Path, SweepRun]()
     for run in runs:
         try:
-            settings[run] = _settings(run, shared, pred_dir)
+            settings[run] = _settings(run, common_arguments, pred_dir)
             folder = settings[run].run_folder
             if folder in folders:
                 raise UsageError(f"its folder {folder} is also that of {folders[folder]}. Rename one of the models.")
@@ -133,11 +133,11 @@ def check_runs(runs: list[Run], shared: list[str], pred_dir: Path) -> dict[Run, 
     return settings
 
 
-def _settings(run: Run, shared: list[str], pred_dir: Path) -> Settings:
-    """What longbench_pred.py makes of the run's command line, checked."""
+def _settings(run: SweepRun, common_arguments: list[str], pred_dir: Path) -> Settings:
+    """Return what longbench_pred.py makes of the run's command line, checked."""
     try:
         with redirect_stdout(io.StringIO()):  # of --help
-            values = predict_command.make_context("longbench_pred.py", run.arguments(shared, pred_dir)).params
+            values = predict_command.make_context("longbench_pred.py", run.arguments(common_arguments, pred_dir)).params
         settings = Settings(**{**values, "options": option_pairs(values["options"])})
     except click.ClickException as error:
         raise UsageError(error.format_message()) from error

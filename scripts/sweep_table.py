@@ -39,7 +39,7 @@ class Report:
             require_matplotlib()
 
     def show(self, done: Sequence[Settings], missing: Sequence[str]) -> None:
-        """Prints and writes a table per model of the runs that are `done`; notes those that are `missing`."""
+        """Print and write a table per model of the runs that are `done`; note those that are `missing`."""
         for folder in dict.fromkeys(settings.run_folder.parent for settings in done):
             scored = [score_run(each.run_folder, each.e) for each in done if each.run_folder.parent == folder]
             self._show(folder.name, scored, [f"Not in the table: {each}." for each in missing])
@@ -67,8 +67,8 @@ class Report:
         click.echo(f"Written: {self.out / model}.* (md, json{', html' * self.html})")
 
 
-def recorded(done: Sequence[Settings], missing: Sequence[str]) -> tuple[list[Settings], list[str]]:
-    """Moves runs whose folder records another run from `done` to `missing`, with the reason."""
+def move_mismatched_runs(done: Sequence[Settings], missing: Sequence[str]) -> tuple[list[Settings], list[str]]:
+    """Move runs whose folder records another run from `done` to `missing`, with the reason; return both."""
     missing, found = list(missing), []
     for settings in done:
         try:

@@ -1,4 +1,4 @@
-"""Writes the rows of `--data sample` as <dataset>.jsonl files, for `--data FOLDER` or for other programs."""
+"""Write the rows of `--data sample` as <dataset>.jsonl files, for `--data FOLDER` or for other programs."""
 
 from pathlib import Path
 

@@ -34,7 +34,7 @@ class Completion:
     token_ids: new tokens, the stop id included. finish_reason: "stop" or "length". prefill_s: seconds of wall time from
     the start of the prompt to the first token; on a GPU they include the attention plan of the next prompt
     (`Decoder.warm_attention_plan`) if that takes longer. shared_prefill_s: those of them in which the prompt was
-    computed for several methods at once. decode_s: seconds of wall time from the first to the last token. report: what
+    prefilled for several methods at once. decode_s: seconds of wall time from the first to the last token. report: what
     the method reports of the cache. error: why the request failed; the other fields are then empty.
     """
 
@@ -58,7 +58,7 @@ class EngineStats:
     """Totals of an engine: tokens, and seconds of prefill and of decode steps, which never overlap.
 
     The time in which the caller handles a completion counts as neither, though a step may be in flight. A prompt that
-    was computed once for several methods counts in full for each.
+    was prefilled once for several methods counts in full for each.
     """
 
     prefill_tokens: int = 0
@@ -100,8 +100,8 @@ class Engine(Protocol):
 class SlotDecoder(Protocol):
     """A model that prefills prompts into slots and decodes one token per slot.
 
-    device: of token ids. cache: the caches, None before `allocate`. shared_prefill_s: seconds that the latest prompt
-    took before its `prefill`.
+    device: of token ids. cache: the caches, None before `allocate`. shared_prefill_s: seconds of the latest prompt's
+    prefill if a prefill cache already held it, else 0.
     """
 
     device: torch.device

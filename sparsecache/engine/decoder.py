@@ -36,8 +36,8 @@ class Decoder:
     """A model: its architecture, weights and RoPE, and the cache method of its layers.
 
     device: of the embedding and of token ids. devices: those of the layers, in order; logits are on the last. cache:
-    the caches, None before `allocate`. shared_prefill_s: seconds that the latest prompt took before its `prefill`, in a
-    subclass that computes prompts once for many methods.
+    the caches, None before `allocate`. shared_prefill_s: seconds of the latest prompt's prefill if a
+    prefill cache already held it, else 0.
     """
 
     shared_prefill_s = 0.0

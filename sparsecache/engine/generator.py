@@ -26,12 +26,16 @@ from sparsecache.engine.base import (
     not_finite_completion,
 )
 from sparsecache.engine.devices import synchronize
-from sparsecache.engine.steps import EagerSteps, StepHandle, Steps, TokenReadback, make_steps, most_likely
+from sparsecache.engine.steps import EagerSteps, StepHandle, Steps, TokenReadback, greedy_tokens, make_steps
 
 
 @dataclass(eq=False)
 class _Sequence:
-    """A request in flight. first_token_at: when it had its first token, by time.perf_counter."""
+    """A request in flight.
+
+    slot: of the caches. new_ids: generated tokens so far, -1 for logits that are not finite. prefill_s and
+    shared_prefill_s: as of Completion. first_token_at: when it had its first token, by time.perf_counter.
+    """
 
     request: Request
     slot: int
@@ -116,11 +120,11 @@ class Generator:
         than all before it reallocates the caches.
         """
         self._slots = self._max_slots
-        while not self._fits(max_tokens, max_new_tokens or max_tokens) and self._slots > 1:
+        while not self._try_allocate(max_tokens, max_new_tokens or max_tokens) and self._slots > 1:
             self._slots = max(1, self._slots * 3 // 4)
 
-    def _fits(self, max_tokens: int, max_new_tokens: int) -> bool:
-        """Allocate, and return whether that leaves enough memory for the prefill of a prompt."""
+    def _try_allocate(self, max_tokens: int, max_new_tokens: int) -> bool:
+        """Allocate; return whether memory suffices. With several slots it must also suffice for a prefill."""
         try:
             self._allocate(max_tokens, max_new_tokens)
             devices, needed = self._decoder.devices, self._decoder.prompt_nbytes(max_tokens)
@@ -204,7 +208,7 @@ class Generator:
             token_ids = torch.tensor(request.token_ids, device=self._decoder.device)
             logits = self._decoder.prefill(token_ids, slot)[None]
             readback = TokenReadback(1, logits.device)
-            readback.copy(most_likely(logits))
+            readback.copy(greedy_tokens(logits))
             if next_request is not None:
                 with suppress(Exception):  # its own prefill reports the error
                     self._decoder.warm_attention_plan(len(next_request.token_ids))
@@ -244,22 +248,22 @@ class Generator:
             active.clear()
             return [self._fail(sequence.request, sequence.slot, error) for sequence in sequences]
         now = time.perf_counter()
-        in_flight = [
+        advanced = [
             (sequence, token_id)
             for sequence, token_id in zip(step.sequences, chosen, strict=True)
             if sequence in sequences
         ]
-        for sequence, token_id in in_flight:  # the others ended before this step was read
+        for sequence, token_id in advanced:  # the others ended before this step was read
             sequence.new_ids.append(token_id)
-        ended = [active.pop(sequence.slot) for sequence, _ in in_flight if sequence.finish_reason]
+        ended = [active.pop(sequence.slot) for sequence, _ in advanced if sequence.finish_reason]
         extra_step = self._in_flight is not None
         completions = [self._finish(sequence, now, extra_step) for sequence in ended]
         if not active:
             self._discard_in_flight()
         # Reading the reports of ended sequences waits for the step in flight, so that time is decode time.
         self.stats.decode_s += (time.perf_counter() if ended and extra_step else now) - began
-        self.stats.decode_tokens += len(in_flight)
-        on_tokens(len(in_flight))
+        self.stats.decode_tokens += len(advanced)
+        on_tokens(len(advanced))
         return completions
 
     def _advance(self, sequences: list[_Sequence], ahead: bool) -> tuple[_Step, list[int]]:
@@ -281,9 +285,9 @@ class Generator:
     def _can_run_ahead(self, step: _Step, sequences: list[_Sequence]) -> bool:
         """Return whether the next step can be launched before `step` is read.
 
-        That step must have the same sequences, and its inputs must be the most likely tokens. So none may have begun
-        since, end by length now, or have masked stop ids. A stop id may end one: that is not known yet. sequences:
-        those in flight now.
+        The next step has the same sequences, and its inputs are the greedy tokens of `step`. Requires that no sequence
+        joined or left the batch since `step` was launched, that none reaches max_new_tokens with `step`, and that none
+        still masks stop ids. A stop id may still end one; its extra step is then discarded. sequences: those in flight.
         """
         return sequences == step.sequences and all(
             sequence.request.min_new_tokens <= len(sequence.new_ids) < sequence.request.max_new_tokens - 1
@@ -315,7 +319,7 @@ class Generator:
             if count < request.min_new_tokens and greedy[index] >= 0:
                 allowed = logits[index].clone()
                 allowed[[stop_id for stop_id in request.stop_ids if stop_id < len(allowed)]] = -torch.inf
-                greedy[index] = most_likely(allowed)
+                greedy[index] = greedy_tokens(allowed)
         chosen: list[int] = greedy.tolist()
         return chosen
 

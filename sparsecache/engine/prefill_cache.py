@@ -1,6 +1,6 @@
-"""A decoder that computes each prompt once, for studies that decode the same prompts with many methods.
+"""A decoder that prefills each prompt once, for studies that decode the same prompts with many methods.
 
-The queries, keys and values of a prompt are the same for every method, so they are kept for the next one.
+The queries, keys and values of a prompt are the same for every method, so they are cached for the next one.
 """
 
 import math
@@ -27,7 +27,7 @@ _PADDING = 512  # tokens that a tensor of a prompt may be longer than the prompt
 class CachedPrompt:
     """A prompt's last queries, q [H, N, D] with N <= L, and all keys and values, k and v [G, L, D], per layer.
 
-    logits: of its last token, [V]. seconds: that reading it took.
+    logits: of its last token, [V]. seconds: duration of its prefill.
     """
 
     layers: LayerQKV
@@ -82,9 +82,9 @@ class PrefillCache:
 
 
 class PrefillCachingDecoder(Decoder):
-    """A Decoder that computes a prompt only if it is not in its prefill cache, which decoders may share.
+    """A Decoder that prefills a prompt only if it is not in its prefill cache, which decoders may share.
 
-    A prompt for which the cache has no room is computed each time. The cache must keep the queries that the method
+    A prompt for which the cache has no room is prefilled each time. The cache must keep the queries that the method
     reads (`queries_read`).
     """
 
@@ -99,7 +99,7 @@ class PrefillCachingDecoder(Decoder):
         self._prompts = prompts
 
     def warm_attention_plan(self, tokens: int) -> None:
-        """Do nothing: most prompts are not computed again."""
+        """Do nothing: most prompts are not prefilled again."""
 
     def qkv_nbytes(self, tokens: int) -> int:
         """Return the most bytes that a prompt takes in a prefill cache."""
@@ -111,7 +111,7 @@ class PrefillCachingDecoder(Decoder):
 
     @torch.inference_mode()
     def cache_prompt(self, token_ids: Tensor, next_tokens: int | None = None) -> CachedPrompt | None:
-        """Return a prompt, computed unless it is in the cache; None if the cache has no room for it.
+        """Return a prompt, prefilled unless it is in the cache; None if the cache has no room for it.
 
         next_tokens: the length of the next prompt, whose attention the host plans while the device works.
         """
@@ -124,7 +124,7 @@ class PrefillCachingDecoder(Decoder):
         hidden = self._forward_prompt(token_ids, lambda layer, q, k, v, _: layers.append(_last_queries(q, k, v, kept)))
         logits = self._lm_head(hidden)[0]
         if next_tokens is not None:
-            with suppress(Exception):  # reading that prompt reports the error
+            with suppress(Exception):  # the prefill of that prompt reports the error
                 self._warm_attention_plan(next_tokens, with_logsumexp=False)
         synchronize(self.devices)
         prompt = CachedPrompt(layers, logits, time.perf_counter() - began)

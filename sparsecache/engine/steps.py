@@ -19,7 +19,7 @@ class StepHandle(Protocol):
     """A step in flight."""
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Wait for the logits [B, V] and the most likely tokens [B], as `most_likely` gives them.
+        """Wait for the logits [B, V] and their greedy tokens [B], as `greedy_tokens` returns them.
 
         The logits are valid until the next step is launched; the tokens, on the CPU or the device, are the caller's.
         """
@@ -32,14 +32,14 @@ class Steps(Protocol):
         """Launch a step from token ids, positions and slots: [3, B] on the CPU."""
 
     def submit_next(self) -> StepHandle | None:
-        """Launch the step after the latest one, before that is read: same sequences, its most likely tokens.
+        """Launch the step after the latest one, before that is read: same sequences, its greedy tokens.
 
         Returns None, and does nothing, if that is not possible.
         """
 
 
-def most_likely(logits: Tensor) -> Tensor:
-    """Return the most likely token of each row of logits [..., V]; -1 where the largest is NaN or infinite.
+def greedy_tokens(logits: Tensor) -> Tensor:
+    """Return the most likely token per row of logits [..., V]; -1 where the largest is NaN or infinite.
 
     -1 is a valid index of the embedding, so a step that was launched ahead may read it.
     """
@@ -50,9 +50,9 @@ def most_likely(logits: Tensor) -> Tensor:
 
 def blocked_max(logits: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """Return the largest of logits [..., V], NaN above all, and its first index; `blocks` divides V."""
-    of_blocks, positions_and_slots = logits.view(*logits.shape[:-1], blocks, -1).max(dim=-1)
-    best, block = of_blocks.max(dim=-1, keepdim=True)
-    token_ids = block * (logits.shape[-1] // blocks) + positions_and_slots.gather(-1, block)
+    block_best, index_in_block = logits.view(*logits.shape[:-1], blocks, -1).max(dim=-1)
+    best, block = block_best.max(dim=-1, keepdim=True)
+    token_ids = block * (logits.shape[-1] // blocks) + index_in_block.gather(-1, block)
     return best[..., 0], token_ids[..., 0]
 
 
@@ -81,7 +81,7 @@ class EagerSteps:
     def launch(self, inputs: Tensor) -> EagerStep:
         """As Steps.launch."""
         logits = self._decoder.step(*inputs.to(self._decoder.device))
-        return EagerStep(logits, most_likely(logits))
+        return EagerStep(logits, greedy_tokens(logits))
 
     def submit_next(self) -> None:
         """Return None: launching so many operations takes the host as long as the device."""
@@ -113,7 +113,7 @@ class _Graph:
     """The captured step of one batch size.
 
     inputs: [3, size] on the device: token ids, positions, slots. A replay overwrites them with the inputs of the next
-    step: its most likely tokens, at the next positions. readbacks: host copies of the tokens, for alternate steps.
+    step: its greedy tokens, at the next positions. readbacks: host copies of the tokens, for alternate steps.
     latest: positions and slots [2, B] of the latest replay. next_inputs: `inputs` after it, None if the host has not
     read them.
     """
@@ -209,7 +209,7 @@ class GraphedSteps:
     def _run(self, inputs: Tensor) -> Tensor:
         """Run one step and overwrite `inputs` with those of the next; return logits [size, V]."""
         logits = self._decoder.step(*inputs)
-        inputs[0] = most_likely(logits)
+        inputs[0] = greedy_tokens(logits)
         inputs[1] += 1
         return logits
 

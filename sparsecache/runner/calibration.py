@@ -1,4 +1,4 @@
-"""Calibrates methods, and stores the result in a file for later runs.
+"""Calibrate methods, and store the result in a file for later runs.
 
 The file is keyed by the checkpoint's fingerprint, the tokens of the text, the dtype, the shape, the method and the
 version of its calibration. It is in `calibration/` of the cache folder (files.cache_folder).
@@ -37,7 +37,7 @@ def calibrate(
     fingerprint: str,
     known: Calibrations | None = None,
 ) -> None:
-    """Calibrates the method with the first 2,048 of `token_ids`, or restores an earlier calibration.
+    """Calibrate the method with the first 2,048 of `token_ids`, or restore an earlier calibration.
 
     An earlier calibration is in `known`, to which this one is added, or in its file. Raises UsageError for a file that
     does not fit the checkpoint or holds NaN or infinite values, and if the checkpoint's own calibration does.
@@ -79,7 +79,7 @@ def calibrate(
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Names a tensor with NaN or infinite values; None if there is none."""
+    """Return a message that names a tensor with NaN or infinite values; None if there is none."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"NaN or infinite values ({name})"
@@ -103,7 +103,7 @@ def _load(file: Path, key: str) -> dict[str, Tensor]:
 
 
 def _save(file: Path, tensors: dict[str, Tensor], key: str) -> None:
-    """Writes the file whole or not at all; where it cannot be written, the next run calibrates again."""
+    """Write the file whole or not at all; where it cannot be written, the next run calibrates again."""
     if not tensors:
         return
     try:

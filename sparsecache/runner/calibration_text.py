@@ -24,14 +24,14 @@ class CalibrationText:
 
     @classmethod
     def tokenize(cls, text: str, tokenizer: Any) -> "CalibrationText":
-        """Returns the text with its tokens. Raises UsageError for an empty text."""
+        """Return the text with its tokens. Raises UsageError for an empty text."""
         if not text.strip():
             raise UsageError(f"The calibration text is empty. {_OTHER_TEXT}")
         token_ids = tokenizer(text, verbose=False)["input_ids"]
         return cls(token_ids, hashlib.sha256(text.encode()).hexdigest())
 
     def check_length(self, shape: Shape) -> None:
-        """Raises UsageError for a text of fewer tokens than a head has channels.
+        """Raise UsageError for a text of fewer tokens than a head has channels.
 
         It does not determine a matrix over these channels.
         """
@@ -49,7 +49,7 @@ class CalibrationText:
         fingerprint: str,
         known: Calibrations | None,
     ) -> None:
-        """Calibrates the method with the tokens of the text that fit the window.
+        """Calibrate the method with the tokens of the text that fit the window.
 
         fingerprint: of the weights. known: as in `calibration.calibrate`. Raises UsageError for a text that is too
         short, and as `calibration.calibrate` does.

@@ -1,4 +1,4 @@
-"""Checks that the settings of a run fit its checkpoint. Reads no weights."""
+"""Check that the settings of a run fit its checkpoint. Reads no weights."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from sparsecache.runner.settings import Settings
 
 
 def find_window(settings: Settings, model: Model, checkpoint: Checkpoint) -> int:
-    """Returns the tokens for prompt and answer: --window, else the model's table, else the checkpoint's own.
+    """Return the tokens for prompt and answer: --window, else the model's table, else the checkpoint's own.
 
     Raises UsageError if --window is longer than the other two allow, and if none of the three states a window.
     """
@@ -36,7 +36,7 @@ def find_window(settings: Settings, model: Model, checkpoint: Checkpoint) -> int
 
 
 def check_model_type(settings: Settings, model: Model, checkpoint: Checkpoint) -> None:
-    """Raises UsageError for another model_type than --model_type or the model's table states."""
+    """Raise UsageError for another model_type than --model_type or the model's table states."""
     wanted, found = settings.model_type or model.model_type, checkpoint.model_type
     if wanted is not None and wanted != found:
         raise UsageError(
@@ -46,7 +46,7 @@ def check_model_type(settings: Settings, model: Model, checkpoint: Checkpoint) -
 
 
 def check_dtype(settings: Settings, dtype_name: str, devices: Sequence[torch.device]) -> None:
-    """Raises UsageError for fp8 with an engine or on devices that do not decode in it."""
+    """Raise UsageError for fp8 with an engine or on devices that do not decode in it."""
     if dtype_name != "fp8":
         return
     if settings.engine == "transformers" or settings.verify:
@@ -59,7 +59,7 @@ def check_dtype(settings: Settings, dtype_name: str, devices: Sequence[torch.dev
 
 
 def check_chat(settings: Settings, model: Model, checkpoint: Checkpoint, chat: str) -> None:
-    """Raises UsageError if the chat wrapper is a template that the tokenizer does not have."""
+    """Raise UsageError if the chat wrapper is a template that the tokenizer does not have."""
     if chat == "template" and not checkpoint.tokenizer.chat_template:
         source = "--chat" if settings.chat else f"`chat` of [{model.table}] in configs/models.toml"
         raise UsageError(
@@ -69,7 +69,7 @@ def check_chat(settings: Settings, model: Model, checkpoint: Checkpoint, chat: s
 
 
 def check_family(settings: Settings, checkpoint: Checkpoint, window: int) -> None:
-    """Raises UsageError for a checkpoint that the fast engine cannot decode within the window."""
+    """Raise UsageError for a checkpoint that the fast engine cannot decode within the window."""
     family = load_family(checkpoint.model_type)
     shape = family.architecture(checkpoint.config).shape
     if settings.gpus_per_worker > shape.layers:

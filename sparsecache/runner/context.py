@@ -88,7 +88,7 @@ class RunContext:
         self._check_method()
 
     def with_method(self, settings: Settings) -> "RunContext":
-        """Returns the context of a run whose settings differ only in method, options and name.
+        """Return the context of a run whose settings differ only in method, options and name.
 
         It shares the checkpoint, the prompts and calibrations with this one. Raises UsageError for options that do not
         fit the method or the checkpoint.
@@ -103,7 +103,7 @@ class RunContext:
         return other
 
     def _set_method(self) -> None:
-        """Makes the method, and its identity at once: files that it read may change while it decodes."""
+        """Make the method, and its identity at once: files that it read may change while it decodes."""
         settings = self.settings
         self.options: dict[str, Any] = parse_options(settings.method, settings.options)
         self.method = self.make_method()
@@ -113,22 +113,22 @@ class RunContext:
         }
 
     def make_method(self) -> CacheMethod:
-        """Returns a new instance of the method; subclasses may override it."""
+        """Return a new instance of the method; subclasses may override it."""
         return make_method(self.settings.method, self.options)
 
     @property
     def checkpoint_location(self) -> str:
-        """The hub id of the checkpoint, or its absolute path."""
+        """Return the hub id of the checkpoint, or its absolute path."""
         return self.model.hub or os.path.abspath(self.checkpoint.path)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and cache."""
+        """Return the dtype of weights and cache."""
         return DTYPES[self.dtype_name]
 
     @property
     def dtype_name(self) -> str:
-        """The name of the dtype of weights and cache."""
+        """Return the name of the dtype of weights and cache."""
         if self.settings.dtype != "auto":
             return self.settings.dtype
         in_fp8 = self.checkpoint.is_fp8 and self.settings.engine == "sparsecache"
@@ -137,12 +137,12 @@ class RunContext:
 
     @property
     def slots(self) -> int:
-        """The number of sequences decoded together at most."""
+        """Return the number of sequences decoded together at most."""
         return self.settings.slots(self.device.type)
 
     @property
     def chat(self) -> str:
-        """The chat wrapper (wrapping.Wrapper): from --chat, else the model's table, else the tokenizer."""
+        """Return the chat wrapper (wrapping.Wrapper): from --chat, else the model's table, else the tokenizer."""
         for stated in (self.settings.chat, self.model.chat):
             if stated is not None:
                 return stated
@@ -150,7 +150,7 @@ class RunContext:
 
     @cached_property
     def prompter(self) -> Prompter:
-        """Returns the builder of this run's prompts."""
+        """Return the builder of this run's prompts."""
         return Prompter(
             tokenizer=self.checkpoint.tokenizer,
             window=self.window,
@@ -161,38 +161,38 @@ class RunContext:
 
     @cached_property
     def detokenizer(self) -> Detokenizer:
-        """Returns the decoder of new tokens."""
+        """Return the decoder of new tokens."""
         return Detokenizer(self.checkpoint.tokenizer)
 
     def stop_ids(self, task: Task) -> tuple[int, ...]:
-        """Returns the token ids that end a prediction of this dataset."""
+        """Return the token ids that end a prediction of this dataset."""
         newline = self.checkpoint.tokenizer.encode("\n", add_special_tokens=False)[-1:] if task.newline_stop else []
         return tuple(sorted({*self.checkpoint.stop_ids, *newline}))
 
     @property
     def stop_tokens(self) -> list[str]:
-        """The tokens that end a prediction of any dataset."""
+        """Return the tokens that end a prediction of any dataset."""
         tokens: list[str] = self.checkpoint.tokenizer.convert_ids_to_tokens(self.checkpoint.stop_ids)
         return tokens
 
     def fetch_weights(self) -> None:
-        """Downloads weights that are on the hub and not cached. Raises UsageError if that fails."""
+        """Download weights that are on the hub and not cached. Raises UsageError if that fails."""
         checkpoint_folder(self.model, self.settings.offline, weights=True, allow_pickle=self.settings.allow_pickle)
 
     def check_weights(self) -> None:
-        """Compares the stored weights with the configuration; reads no data. Raises UsageError if they differ."""
+        """Compare the stored weights with the configuration, without reading data. Raises UsageError if they differ."""
         ours = self.settings.engine == "sparsecache"
         self.checkpoint.check_weights(self._architecture() if ours else None)
 
     def engine(self, max_rows: int) -> Engine:
-        """Loads and returns the engine, with at most `max_rows` slots. Raises UsageError if the weights do not fit."""
+        """Load and return the engine, with at most `max_rows` slots. Raises UsageError if the weights do not fit."""
         if self.settings.engine == "transformers":
             self.check_weights()  # our own loader compares them by itself
             return self._transformers_engine(self.method, min(self.slots, max_rows))
         return self.generator(Decoder(*self.load_model(), self.method), max_rows)
 
     def load_model(self) -> LoadedModel:
-        """Reads the weights. Raises UsageError if they do not fit the devices."""
+        """Read the weights. Raises UsageError if they do not fit the devices."""
         architecture = self._architecture()
         try:
             weights = self.checkpoint.load(architecture, self.devices, self.dtype)
@@ -205,22 +205,22 @@ class RunContext:
         return LoadedModel(architecture, weights, Rope(self.checkpoint.config, self.device))
 
     def generator(self, decoder: Decoder, max_rows: int) -> Generator:
-        """Calibrates the method of this context, which the decoder has; returns the engine over the decoder."""
+        """Calibrate the method of this context, which the decoder has; return the engine over the decoder."""
         self._calibrate(self.method, decoder)
         return Generator(decoder, min(self.slots, max_rows))
 
     def _calibrate(self, method: CacheMethod, decoder: "Decoder | CachedModel") -> None:
-        """Calibrates a method that has a calibration text."""
+        """Calibrate a method that has a calibration text."""
         if self.calibration_text is not None:
             fingerprint = self.checkpoint.fingerprint + (" in fp8" if self.dtype_name == "fp8" else "")
             self.calibration_text.calibrate(method, decoder, self.window, fingerprint, self._calibrations)
 
     def reference(self) -> "TransformersEngine | GeneralEngine":
-        """Loads and returns transformers with the same checkpoint, method and options, to compare with."""
+        """Load and return transformers with the same checkpoint, method and options, to compare with."""
         return self._transformers_engine(self.make_method(), 1)
 
     def _transformers_engine(self, method: CacheMethod, slots: int) -> "TransformersEngine | GeneralEngine":
-        """Loads the general engine; for vanilla with one slot, or that no cache can serve, transformers' own generate.
+        """Load the general engine; for vanilla with one slot, or that no cache can serve, transformers' own generate.
 
         Raises UsageError for a model that another method's caches cannot serve.
         """
@@ -237,7 +237,7 @@ class RunContext:
         return engine
 
     def _general_engine(self, pretrained: "PreTrainedModel", method: CacheMethod, slots: int) -> "GeneralEngine":
-        """Returns the engine over a transformers model. Raises UsageError if the caches cannot serve it."""
+        """Return the engine over a transformers model. Raises UsageError if the caches cannot serve it."""
         from sparsecache.engine.general import CachedModel, GeneralEngine
 
         model = CachedModel(pretrained, method, self.window)
@@ -249,7 +249,7 @@ class RunContext:
         return GeneralEngine(model, slots)
 
     def identity(self) -> dict[str, Any]:
-        """Returns what rows of one file must share, besides data and tasks."""
+        """Return what rows of one file must share, besides data and tasks."""
         return {
             "checkpoint": self.checkpoint.fingerprint,
             **self._method_identity,
@@ -268,7 +268,7 @@ class RunContext:
         }
 
     def model_record(self) -> dict[str, Any]:
-        """Returns the entry of the checkpoint in run.json."""
+        """Return the entry of the checkpoint in run.json."""
         model = self.model
         return {
             "name": model.name,
@@ -286,7 +286,7 @@ class RunContext:
         return load_family(self.checkpoint.model_type).architecture(self.checkpoint.config)
 
     def _check_method(self) -> None:
-        """Compares the method with the model's shape, and reads its calibration text."""
+        """Compare the method with the model's shape, and read its calibration text."""
         # The shape of another engine's model is known once it is loaded.
         shape = self._architecture().shape if self.settings.engine == "sparsecache" else None
         with option_errors(self.settings.method):

@@ -7,7 +7,7 @@ from sparsecache.runner.context import RunContext
 
 
 def describe(context: RunContext) -> Iterator[str]:
-    """Yields the lines that describe the run before its first row."""
+    """Yield the lines that describe the run before its first row."""
     model, checkpoint = context.model, context.checkpoint
     table = f"settings of [{model.table}]" if model.table else "no table in configs/models.toml"
     chat = {"template": "the tokenizer's template", "none": "none"}.get(context.chat, repr(context.chat))
@@ -25,7 +25,7 @@ def describe(context: RunContext) -> Iterator[str]:
 
 
 def describe_engine(context: RunContext) -> Iterator[str]:
-    """Yields lines about the layers that the method serves, and a batch size that has no effect.
+    """Yield lines about the layers that the method serves, and a batch size that has no effect.
 
     Both are known once the engine is loaded.
     """
@@ -40,7 +40,7 @@ def describe_engine(context: RunContext) -> Iterator[str]:
 
 
 def context_warnings(context: RunContext) -> Iterator[str]:
-    """Yields warnings to show before the first row."""
+    """Yield warnings to show before the first row."""
     name = context.model.name
     yield from getattr(context.checkpoint.tokenizer, "notes", ())
     looks_instructed = any(mark in name.lower() for mark in ("chat", "instruct", "-it"))

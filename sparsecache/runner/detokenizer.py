@@ -1,4 +1,4 @@
-"""Decodes new tokens to text. Keeps `<think>` and `</think>`."""
+"""Decode new tokens to text. Keeps `<think>` and `</think>`."""
 
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
 
     def decode(self, token_ids: list[int]) -> str:
-        """Returns the text of the tokens, without special tokens other than `<think>` and `</think>`."""
+        """Return the text of the tokens, without special tokens other than `<think>` and `</think>`."""
         parts: list[str] = []
         start = 0
         for at, token_id in enumerate(token_ids):
@@ -28,7 +28,7 @@ class Detokenizer:
 
     @cached_property
     def _reasoning_marks(self) -> dict[int, str]:
-        """The ids of the marks of reasoning that are special tokens, which the tokenizer leaves out."""
+        """Return the ids of the marks of reasoning that are special tokens, which the tokenizer leaves out."""
         vocabulary = self._tokenizer.get_vocab()
         marks = {vocabulary[mark]: mark for mark in (START, END) if mark in vocabulary}
         return {token_id: mark for token_id, mark in marks.items() if not self._decode([token_id])}

@@ -1,4 +1,4 @@
-"""Loads a run's engine in a worker's process. Imports no Ray."""
+"""Load a run's engine in a worker's process. Imports no Ray."""
 
 import platform
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class EngineLoader:
     max_rows: int
 
     def __call__(self) -> tuple[Engine, list[torch.device]]:
-        """Returns the engine and its devices. Raises UsageError if code, files or devices differ from the driver's."""
+        """Return the engine and its devices. Raises UsageError if code, files or devices differ from the driver's."""
         node = platform.node()
         advice = "Install the same on every machine."
         _check_equal(self.versions, installed_versions(), f"The versions on {node} differ", advice)

@@ -1,4 +1,4 @@
-"""Checks that all runs below one model's folder are of the same checkpoint."""
+"""Check that all runs below one model's folder are of the same checkpoint."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from sparsecache.longbench.run_record import RUN_FILE
 
 
 def check_same_checkpoint(folder: Path, checkpoint: str, fingerprint: str, overwrite: bool) -> None:
-    """Raises UsageError if a run beside `folder`, or in it, is of another checkpoint that has the same name.
+    """Raise UsageError if a run beside `folder`, or in it, is of another checkpoint that has the same name.
 
     `checkpoint` is a hub id or an absolute path. A checkpoint at the same location whose files have changed does
     not count: only its own run folder refuses it. With `overwrite` the run in `folder` does not count.
@@ -35,7 +35,7 @@ def check_same_checkpoint(folder: Path, checkpoint: str, fingerprint: str, overw
 
 @lru_cache(maxsize=4096)  # the runs of a sweep check each other
 def _recorded_checkpoint(folder: Path, changed_ns: int, nbytes: int) -> tuple[str | None, str | None]:
-    """The fingerprint and location of the checkpoint that a run's record states; None where it states none.
+    """Return the fingerprint and location of the checkpoint that a run's record states; None where it states none.
 
     changed_ns, nbytes: when the record was written, and its size, since another process may write it again.
     """
@@ -47,7 +47,7 @@ def _recorded_checkpoint(folder: Path, changed_ns: int, nbytes: int) -> tuple[st
 
 
 def checkpoint_of(record: dict[str, Any]) -> str | None:
-    """The hub id or path of the checkpoint that a run's record states; None without one."""
+    """Return the hub id or path of the checkpoint that a run's record states; None without one."""
     model = record.get("model", {})
     location: str | None = model.get("hub") or model.get("path")
     return location

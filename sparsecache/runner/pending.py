@@ -25,12 +25,12 @@ class WantedDataset:
 
     @property
     def wanted_ids(self) -> list[str]:
-        """The `_id` of every wanted row."""
+        """Return the `_id` of every wanted row."""
         return self.rows.ids[: self.num_wanted]
 
     @contextmanager
     def open(self, folder: RunFolder) -> Iterator["PendingDataset"]:
-        """Opens the prediction file in `folder`, and closes it at the end. Raises UsageError as PredictionFile."""
+        """Open the prediction file in `folder`, and close it at the end. Raises UsageError as PredictionFile."""
         with PredictionFile(folder.predictions(self.stem)) as file:
             yield PendingDataset(self.task, self.stem, self.rows, self.num_wanted, file)
 
@@ -42,21 +42,21 @@ class PendingDataset(WantedDataset):
     file: PredictionFile
 
     def pending(self) -> Iterator[Row]:
-        """Yields the wanted rows that are not finished, in the benchmark's order."""
+        """Yield the wanted rows that are not finished, in the benchmark's order."""
         return (self.rows.dataset[index] for index in self._indices())
 
     @property
     def num_missing(self) -> int:
-        """The number of wanted rows that are not finished."""
+        """Return the number of wanted rows that are not finished."""
         return len(self._indices())
 
     @property
     def missing_ids(self) -> list[str]:
-        """The `_id` of every wanted row that is not finished."""
+        """Return the `_id` of every wanted row that is not finished."""
         return [row_id for row_id in self.wanted_ids if row_id not in self.file.done]
 
     def sizes(self) -> Iterator[tuple[int, int]]:
-        """Yields the index of each pending row and its size in bytes, which orders texts of any language by tokens."""
+        """Yield the index of each pending row and its size in bytes, which orders texts of any language by tokens."""
         for index in self._indices():
             row = self.rows.dataset[index]
             yield index, len(row["context"].encode("utf-8", "surrogatepass")) + len(row["input"])
@@ -66,12 +66,12 @@ class PendingDataset(WantedDataset):
 
 
 def in_order(datasets: Iterable[PendingDataset]) -> Iterator[tuple[PendingDataset, Row]]:
-    """Yields every pending row, dataset by dataset."""
+    """Yield every pending row, dataset by dataset."""
     return ((dataset, row) for dataset in datasets for row in dataset.pending())
 
 
 def longest_first(datasets: Iterable[PendingDataset]) -> Iterator[tuple[PendingDataset, Row]]:
-    """Yields every pending row, the slowest first, so that workers end at about the same time.
+    """Yield every pending row, the slowest first, so that workers end at about the same time.
 
     The order follows the bytes of the text and the dataset's limit of new tokens; no prompt is built for it.
     """
@@ -85,7 +85,7 @@ def longest_first(datasets: Iterable[PendingDataset]) -> Iterator[tuple[PendingD
 
 
 def longest_per_dataset(datasets: Iterable[PendingDataset]) -> Iterator[tuple[PendingDataset, Row]]:
-    """Yields the longest pending row of each dataset that has one."""
+    """Yield the longest pending row of each dataset that has one."""
     for dataset in datasets:
         index, _ = max(dataset.sizes(), key=lambda each: each[1], default=(None, 0))
         if index is not None:

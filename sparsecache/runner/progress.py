@@ -1,4 +1,4 @@
-"""Shows the progress of a run: a bar on a terminal, else one line per minute. Both go to stderr."""
+"""Show the progress of a run: a bar on a terminal, else one line per minute. Both go to stderr."""
 
 import sys
 import time
@@ -38,7 +38,7 @@ class Progress:
             self._print_line()
 
     def add_tokens(self, count: int) -> None:
-        """Adds new tokens."""
+        """Add new tokens."""
         self._new_tokens += count
         if self._bar is not None:
             self._bar.set_postfix_str(f"{self._new_tokens} new tokens", refresh=False)
@@ -47,7 +47,7 @@ class Progress:
             self._print_line()
 
     def add_row(self) -> None:
-        """Adds a row."""
+        """Add a row."""
         self._done += 1
         if self._bar is not None:
             self._bar.update()

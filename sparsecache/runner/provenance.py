@@ -1,4 +1,4 @@
-"""Records in run.json how one process worked: versions, commit, device, command line."""
+"""Record in run.json how one process worked: versions, commit, device, command line."""
 
 import platform
 import subprocess
@@ -20,7 +20,7 @@ _PROJECT = Path(__file__).resolve().parent.parent.parent
 
 
 def new_session(settings: Settings, devices: Sequence[torch.device], source: dict[str, Any]) -> dict[str, Any]:
-    """Returns a process's entry in run.json. The caller fills in `ended` and what the engine reports."""
+    """Return a process's entry in run.json. The caller fills in `ended` and what the engine reports."""
     return {
         "id": f"{time.time_ns()}-{platform.node()}",
         "argv": sys.argv,
@@ -39,13 +39,13 @@ def new_session(settings: Settings, devices: Sequence[torch.device], source: dic
 
 
 def now() -> str:
-    """Returns the time in UTC, to the second, in ISO 8601."""
+    """Return the time in UTC, to the second, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @cache  # a process may record many runs
 def code_commit() -> str | None:
-    """Returns the commit of this code, with "+" if code is changed or new; None outside a clone.
+    """Return the commit of this code, with "+" if code is changed or new; None outside a clone.
 
     Code is what lies in sparsecache/, and every Python file. Results in the clone do not count.
     """
@@ -54,7 +54,7 @@ def code_commit() -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Returns what git prints about this code; None outside a clone, or if git fails or is missing."""
+    """Return what git prints about this code; None outside a clone, or if git fails or is missing."""
     if not (_PROJECT / ".git").exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Starts the Ray workers of a run."""
+"""Start the Ray workers of a run."""
 
 import os
 from typing import Any
@@ -12,13 +12,13 @@ from sparsecache.versions import installed_versions
 
 
 def check_capacity(cluster: Cluster, settings: Settings) -> None:
-    """Connects. Raises UsageError if there is no cluster, or if it has too few GPUs or CPUs."""
+    """Connect. Raises UsageError if there is no cluster, or if it has too few GPUs or CPUs."""
     cluster.connect()
     _size(settings).check_fits(cluster)
 
 
 def start_workers(cluster: Cluster, settings: Settings, identity: dict[str, Any], max_rows: int) -> Workers:
-    """Starts the workers that the settings ask for. Raises UsageError as `check_capacity`."""
+    """Start the workers that the settings ask for. Raises UsageError as `check_capacity`."""
     check_capacity(cluster, settings)
     size = _size(settings)
     stated = os.environ.get("OMP_NUM_THREADS", "")  # per process: several runs may share the cluster

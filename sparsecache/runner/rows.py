@@ -1,4 +1,4 @@
-"""Builds prediction rows: the source row's fields, the prompt's, and the completion or the error."""
+"""Build prediction rows: the source row's fields, the prompt's, and the completion or the error."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from sparsecache.longbench.reasoning import opens_reasoning, split_reasoning
 
 
 def failed_row(row: dict[str, Any], error: Exception) -> dict[str, Any]:
-    """Returns the error row of a source row whose prompt could not be built."""
+    """Return the error row of a source row whose prompt could not be built."""
     return {**_source_fields(row), "error": error_message(error)}
 
 
@@ -22,7 +22,7 @@ def finished_row(
     decode: Callable[[list[int]], str],
     reasoning: Completion | None = None,
 ) -> dict[str, Any]:
-    """Returns the row of a completion; an error row if it failed or cannot be written as JSON.
+    """Return the row of a completion; an error row if it failed or cannot be written as JSON.
 
     Reasoning up to `</think>` is not part of `pred`; the whole text is then in `full_text`.
 
@@ -78,5 +78,5 @@ def _source_fields(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def error_message(error: Exception) -> str:
-    """Returns the `error` of a row."""
+    """Return the `error` of a row."""
     return f"{type(error).__name__}: {one_line(error)}"

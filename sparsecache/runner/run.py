@@ -1,4 +1,4 @@
-"""Runs the datasets of one run: rows, prompts, completions, prediction files, `run.json`.
+"""Run the datasets of one run: rows, prompts, completions, prediction files, `run.json`.
 
 In one file because the steps of a run share its folder, its datasets and its engine.
 """
@@ -45,9 +45,9 @@ _SAVE_EVERY_S = 10.0  # a kill loses at most this much of the speed figures, and
 
 
 def run(settings: Settings, make_context: Callable[[Settings], RunContext] = RunContext) -> int:
-    """Predicts what the settings ask for; rows that an earlier run of the same name finished are kept.
+    """Predict what the settings ask for; rows that an earlier run of the same name finished are kept.
 
-    The settings must have passed their own check. Returns the exit code: 0 if every wanted row was read back from
+    The settings must have passed their own check. The exit code is 0 if every wanted row was read back from
     the prediction files, 1 if a row failed or the method dropped nothing. Raises UsageError for what the user can
     correct, where possible before weights are read.
     """
@@ -60,7 +60,7 @@ def run(settings: Settings, make_context: Callable[[Settings], RunContext] = Run
 
 
 def is_finished(settings: Settings, context: RunContext | None = None) -> bool:
-    """Whether every wanted row of a run is finished, made as these settings would make it. Reads no weights.
+    """Return whether every wanted row of a run is finished, made as these settings would make it. Reads no weights.
 
     context: of these settings, if there is one already.
 
@@ -70,7 +70,7 @@ def is_finished(settings: Settings, context: RunContext | None = None) -> bool:
 
 
 def check_recorded(settings: Settings) -> None:
-    """Raises UsageError unless the run's folder records what these settings would make. Reads no weights."""
+    """Raise UsageError unless the run's folder records what these settings would make. Reads no weights."""
     Run(settings, RunContext(settings)).check_recorded()
 
 
@@ -96,16 +96,16 @@ class Run:
         self._expected: list[Expected] = []
 
     def check_recorded(self) -> None:
-        """Raises UsageError unless the folder records this run."""
+        """Raise UsageError unless the folder records this run."""
         self.folder.check(self._identity)
 
     def is_finished(self) -> bool:
-        """Returns whether every wanted row is finished. Raises UsageError for a folder of another run."""
+        """Return whether every wanted row is finished. Raises UsageError for a folder of another run."""
         self.check_recorded()
         return all(self._is_complete(dataset) for dataset in self.wanted.datasets)
 
     def execute(self) -> int:
-        """Makes what is missing, reads everything back, and prints a summary; returns the exit code."""
+        """Make what is missing, read everything back, and print a summary; return the exit code."""
         self.context.fetch_weights()
         self.check_folder()
         with ExitStack() as stack:
@@ -120,14 +120,14 @@ class Run:
             return self.read_back()
 
     def check_folder(self) -> None:
-        """Makes the folder. Raises UsageError if a run beside it is of another checkpoint of the same name."""
+        """Make the folder. Raises UsageError if a run beside it is of another checkpoint of the same name."""
         location, overwrite = self.context.checkpoint_location, self.settings.overwrite
         check_same_checkpoint(self.folder.path, location, self._identity["checkpoint"], overwrite)
         self.folder.make()
 
     @contextmanager
     def open(self, stems: Collection[str] | None = None) -> Iterator[list[PendingDataset]]:
-        """Claims the folder and opens its prediction files, or those of some datasets; closes them at the end."""
+        """Claim the folder and open its prediction files, or those of some datasets; close them at the end."""
         wanted = [each for each in self.wanted.datasets if stems is None or each.stem in stems]
         with ExitStack() as stack:
             self.folder.claim(self._identity)
@@ -136,7 +136,7 @@ class Run:
             yield datasets
 
     def read_back(self) -> int:
-        """Reads all wanted rows, and prints a summary; returns the exit code."""
+        """Read all wanted rows, and print a summary; return the exit code."""
         datasets = self.wanted.datasets
         rows = {each.stem: verify_rows(self.folder.predictions(each.stem), each.wanted_ids) for each in datasets}
         if not self.settings.quiet:
@@ -149,7 +149,7 @@ class Run:
 
     @cached_property  # after the weights are fetched, which it covers
     def _identity(self) -> dict[str, Any]:
-        """What all rows of the run must share; templates, protocol and data are compared dataset by dataset."""
+        """Return what all rows of the run must share; templates, protocol and data are compared dataset by dataset."""
         datasets = self.wanted.datasets
         return {
             **self.context.identity(),
@@ -167,14 +167,14 @@ class Run:
         return not any("error" in row for row in rows if row.get("_id") in wanted)
 
     def clear(self) -> None:
-        """Deletes the rows and the record of an earlier run in the folder."""
+        """Delete the rows and the record of an earlier run in the folder."""
         known = [task.file_stem(e) for task in load_tasks().values() for e in (False, True)]
         known += [path.stem for path in self.folder.path.glob("*.jsonl") if find_ruler_tasks([path.stem])]
         own = [*make_own_tasks(self.folder.load().tasks, str(self.folder.path / RUN_FILE)), *self._own_tables()]
         self.folder.clear(list(dict.fromkeys([*known, *own])))
 
     def _load_engine(self, stack: ExitStack) -> Engine:
-        """Returns the engine, with its weights loaded: this process's own, or the workers of a cluster."""
+        """Return the engine, with its weights loaded: this process's own, or the workers of a cluster."""
         max_rows = max(dataset.num_wanted for dataset in self.wanted.datasets)
         if self.cluster is None:
             self._run_reference()  # first: its weights are freed before ours are loaded
@@ -188,7 +188,7 @@ class Run:
         return workers
 
     def _run_reference(self) -> None:
-        """Runs the first --verify prompts through transformers."""
+        """Run the first --verify prompts through transformers."""
         if not self.settings.verify:
             return
         rows = (
@@ -211,7 +211,7 @@ class Run:
             torch.cuda.empty_cache()
 
     def announce(self, datasets: list[PendingDataset]) -> None:
-        """Prints warnings, the settings, and how many rows are missing."""
+        """Print warnings, the settings, and how many rows are missing."""
         for warning in context_warnings(self.context):
             print(f"Warning: {warning}", file=sys.stderr)
         if self.settings.quiet:
@@ -241,23 +241,23 @@ class Run:
                 print(line)
 
     def _groups(self, datasets: list[PendingDataset]) -> list[list[PendingDataset]]:
-        """Returns the datasets that are decoded together: on a cluster all that have one step, else each alone."""
+        """Return the datasets that are decoded together: on a cluster all that have one step, else each alone."""
         one_step = [dataset for dataset in datasets if not dataset.task.answer_template]
         if self.cluster is None or not one_step:
             return [[dataset] for dataset in datasets]
         return [one_step, *([dataset] for dataset in datasets if dataset.task.answer_template)]
 
     def begin_session(self, **facts: Any) -> None:
-        """Records in run.json that this process works on the run, with further facts about it."""
+        """Record in run.json that this process works on the run, with further facts about it."""
         self._session = new_session(self.settings, self.context.devices, self.wanted.describe_sources()) | facts
         self.save({})
 
     def end_session(self, measured: dict[str, Any]) -> None:
-        """Records what the engine measured, and that this process is done."""
+        """Record what the engine measured, and that this process is done."""
         self.save({**measured, "ended": now()})
 
     def _predict_group(self, engine: Engine, datasets: list[PendingDataset]) -> None:
-        """Predicts the missing rows of these datasets."""
+        """Predict the missing rows of these datasets."""
         requests = self._requests(longest_first(datasets) if self.cluster else in_order(datasets))
         if self.context.slots > 1:
             if self.cluster:
@@ -270,10 +270,10 @@ class Run:
                 for completion in generate_steps(engine, batch, self.next_step, progress.add_tokens):
                     self.write(completion)
                     progress.add_row()
-                    self.save_sometimes(engine.session())
+                    self.save_periodically(engine.session())
 
     def next_step(self, completion: Completion) -> Request | Completion:
-        """Returns the request that asks for the answer after reasoning; after a row's last step, its completion."""
+        """Return the request that asks for the answer after reasoning; after a row's last step, its completion."""
         done: RowStep = completion.key
         task = done.dataset.task
         if not task.answer_template or done.reasoning is not None or completion.error is not None:
@@ -289,7 +289,7 @@ class Run:
         return replace(request, max_new_tokens=task.answer_max_new_tokens or task.max_new_tokens)
 
     def write(self, completion: Completion) -> None:
-        """Writes the row of its last completion."""
+        """Write the row of its last completion."""
         done: RowStep = completion.key
         record = finished_row(done.row, done.prompt, completion, self.context.detokenizer.decode, done.reasoning)
         if "error" in record:
@@ -298,7 +298,7 @@ class Run:
         self.failed += "error" in record
 
     def write_failed(self, row: Row, error: Exception, dataset: PendingDataset) -> None:
-        """Writes the error row of a row whose prompt could not be built."""
+        """Write the error row of a row whose prompt could not be built."""
         raise_if_interrupted()
         dataset.file.append(failed_row(row, error))
         self.failed += 1
@@ -312,7 +312,7 @@ class Run:
         return Progress(name, wanted - missing, wanted, quiet=self.settings.quiet, per_second=per_second)
 
     def _requests(self, rows: Iterable[tuple[PendingDataset, Row]], report_errors: bool = True) -> Iterator[Request]:
-        """Yields a request per row. A row whose prompt cannot be built becomes an error row, or is passed over."""
+        """Yield a request per row. A row whose prompt cannot be built becomes an error row, or is passed over."""
         for dataset, row in rows:
             try:
                 prompt = self._prompt(dataset, row)
@@ -326,13 +326,13 @@ class Run:
     def _prompt(self, dataset: WantedDataset, row: Row) -> Prompt:
         return self.context.prompter.build(dataset.task, row)
 
-    def save_sometimes(self, measured: dict[str, Any]) -> None:
-        """As `save`, if the last time is some seconds ago."""
+    def save_periodically(self, measured: dict[str, Any]) -> None:
+        """Call `save` if the last call was more than _SAVE_EVERY_S ago."""
         if time.monotonic() - self._saved > _SAVE_EVERY_S:
             self.save(measured)
 
     def save(self, measured: dict[str, Any]) -> None:
-        """Records the session in run.json, with what the engine has measured so far."""
+        """Record the session in run.json, with what the engine has measured so far."""
         self._session |= measured
         self._saved = time.monotonic()
 
@@ -357,7 +357,7 @@ class Run:
         return {task.name: own_table(task) for task in tasks if task.group == OWN and task.name not in built_in}
 
     def _deviations(self, task: Task) -> list[str]:
-        """How this run deviates from the protocol of a dataset."""
+        """Return how this run deviates from the protocol of a dataset."""
         (own,) = (each.max_new_tokens for each in self.wanted.tasks if each.name == task.name)
         return [] if own == task.max_new_tokens else [f"max_new_tokens is {task.max_new_tokens} instead of {own}"]
 
@@ -367,7 +367,7 @@ class Run:
 
 
 def make_request(key: Any, task: Task, prompt: Prompt, context: RunContext) -> Request:
-    """Returns the request that continues a prompt."""
+    """Return the request that continues a prompt."""
     return Request(
         key=key,
         token_ids=prompt.token_ids,
@@ -378,14 +378,14 @@ def make_request(key: Any, task: Task, prompt: Prompt, context: RunContext) -> R
 
 
 def reserve(engine: Engine, requests: list[Request]) -> None:
-    """Allocates for the longest of these requests."""
+    """Allocate for the longest of these requests."""
     if requests:
         max_tokens = max(len(request.token_ids) + request.max_new_tokens for request in requests)
         engine.reserve(max_tokens, max(request.max_new_tokens for request in requests))
 
 
 def _no_effect_error(method: str, datasets: Iterable[list[dict[str, Any]]]) -> str | None:
-    """Returns the error for a method that dropped nothing in any of these rows though it could have; else None."""
+    """Return the error for a method that dropped nothing in any of these rows though it could have; else None."""
     rows = count_undropped_rows(aggregate_kept(rows) for rows in datasets)
     if not rows:
         return None
@@ -397,7 +397,7 @@ def _no_effect_error(method: str, datasets: Iterable[list[dict[str, Any]]]) -> s
 
 
 def _cluster(settings: Settings) -> "AbstractContextManager[Cluster | None]":
-    """The Ray cluster that the settings ask for, not connected yet. Ray is not imported without one."""
+    """Return the Ray cluster that the settings ask for, not connected yet. Ray is not imported without one."""
     if not settings.on_ray:
         return nullcontext()
     from sparsecache.cluster.connection import Cluster

@@ -73,12 +73,12 @@ class Settings:
 
     @property
     def run_name(self) -> str:
-        """The folder of the run below the model's: `name`, or the method and the options that were given."""
+        """Return the folder of the run below the model's: `name`, or the method and the options that were given."""
         return self.name or default_run_name(self.method, self.options)
 
     @property
     def run_folder(self) -> Path:
-        """The folder of the run: `pred_dir`, the model's name, the run's name."""
+        """Return the folder of the run: `pred_dir`, the model's name, the run's name."""
         return self.pred_dir / (self.model_name or find_model(self.model).name) / self.run_name
 
     def wanted_tasks(self) -> list[Task]:
@@ -92,7 +92,7 @@ class Settings:
 
     @property
     def ruler_lengths(self) -> list[int]:
-        """The lengths of RULER's tasks, in ascending order. Raises UsageError for an invalid `ruler_length`."""
+        """Return the lengths of RULER's tasks, in ascending order. Raises UsageError for an invalid `ruler_length`."""
         parts = [part.strip() for part in self.ruler_length.split(",")]
         if not all(re.fullmatch("[0-9]{3,7}", part) and int(part) in RULER_LENGTHS for part in parts):
             raise UsageError(
@@ -103,7 +103,7 @@ class Settings:
 
     @property
     def ruler_texts(self) -> RulerTexts:
-        """The texts that RULER's tasks need."""
+        """Return the texts that RULER's tasks need."""
         return RulerTexts(self.ruler_essays, self.ruler_squad, self.ruler_hotpotqa)
 
     def limited(self, task: Task) -> Task:
@@ -112,22 +112,22 @@ class Settings:
 
     @property
     def data_source(self) -> str:
-        """Where rows come from: `data`, else the model's table, else the hub."""
+        """Return where rows come from: `data`, else the model's table, else the hub."""
         return self.data if self.data is not None else find_model(self.model).data or "hub"
 
     def slots(self, device_type: str) -> int:
-        """Sequences decoded together at most: `batch_size`, or the engine's default on a device of this type."""
+        """Return the most sequences decoded together: `batch_size`, or the engine's default on this type of device."""
         if self.batch_size is not None:
             return self.batch_size
         return GPU_SLOTS if device_type == "cuda" else 1
 
     @property
     def on_ray(self) -> bool:
-        """Whether workers of a Ray cluster decode instead of this process."""
+        """Return whether workers of a Ray cluster decode instead of this process."""
         return self.workers > 1 or self.ray_address is not None
 
     def check(self) -> None:
-        """Raises UsageError for a name that does not exist or values that exclude each other.
+        """Raise UsageError for a name that does not exist or values that exclude each other.
 
         Reads configs/ and file names only: nothing heavy is imported and no checkpoint is opened.
         """
@@ -180,7 +180,7 @@ class Settings:
 
 
 def default_run_name(method: str, options: dict[str, str]) -> str:
-    """Returns the method and its options by name, as in `infinigen-budget=256`, as the name of one folder.
+    """Return the method and its options by name, as in `infinigen-budget=256`, as the name of one folder.
 
     Characters that are not safe in file names become `_`. A long name is cut and ends in a hash of the whole.
     """
@@ -192,7 +192,7 @@ def default_run_name(method: str, options: dict[str, str]) -> str:
 
 
 def check_for_ray() -> None:
-    """Raises UsageError, saying how to install it, where there is no Ray."""
+    """Raise UsageError, saying how to install it, where there is no Ray."""
     if find_spec("ray") is None or find_spec("psutil") is None:
         raise UsageError(
             "--workers (and --ray_address) need Ray. Install it: pip install -c constraints.txt -e '.[ray]'"

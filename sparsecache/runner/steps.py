@@ -1,4 +1,4 @@
-"""Decodes rows in steps: the next request of a row may depend on the completion before it."""
+"""Decode rows in steps: the next request of a row may depend on the completion before it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

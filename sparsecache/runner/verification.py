@@ -1,4 +1,4 @@
-"""Compares the first prompts of a run with the same method in transformers, and finds near-ties.
+"""Compare the first prompts of a run with the same method in transformers, and find near-ties.
 
 transformers runs first, and its weights are freed before this engine's are loaded. The TOP largest of its logits are
 kept per step, to compare the logits of two differing tokens.
@@ -27,7 +27,7 @@ class BestLogits:
     token_ids: list[int]
 
     def gap(self, first: int, second: int) -> float | None:
-        """The logit of `first` minus that of `second`; None if one of them is not among the best."""
+        """Return the logit of `first` minus that of `second`; None if one of them is not among the best."""
         if first not in self.token_ids or second not in self.token_ids:
             return None
         gap = self.values[self.token_ids.index(first)] - self.values[self.token_ids.index(second)]
@@ -44,7 +44,7 @@ class Expected:
 
 
 def expected_completions(reference: TransformersEngine | GeneralEngine, requests: Sequence[Request]) -> list[Expected]:
-    """Runs the requests through transformers, keeping the best logits of each step."""
+    """Run the requests through transformers, keeping the best logits of each step."""
     found, steps = [], list[BestLogits]()
 
     def keep(logits: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ def expected_completions(reference: TransformersEngine | GeneralEngine, requests
 
 
 def verify(engine: Engine, expected: Sequence[Expected], dtype: torch.dtype, method: str) -> dict[str, Any]:
-    """Runs the same requests through our engine, prints each difference, and returns the record for run.json.
+    """Run the same requests through our engine, print each difference, and return the record for run.json.
 
     A request's key must be the dataset's file stem and the row's `_id`. A difference is a near-tie if
     transformers' own logits of the two tokens lie within NEAR_TIE_ULP units in the last place of `dtype`.
@@ -97,14 +97,14 @@ def _difference(ours: Completion, expected: Expected, dtype: torch.dtype) -> dic
 
 
 def ulp(value: float, dtype: torch.dtype) -> float:
-    """The distance between neighbouring numbers of a dtype at the magnitude of `value`."""
+    """Return the distance between neighbouring numbers of a dtype at the magnitude of `value`."""
     info = torch.finfo(dtype)
     exponent = math.frexp(max(abs(value), info.smallest_normal))[1] - 1
     return float(info.eps) * 2.0**exponent
 
 
 def first_difference(first: Sequence[int], second: Sequence[int]) -> int:
-    """The first index at which two sequences differ; the length of the shorter if it begins the longer."""
+    """Return the first index at which two sequences differ; the length of the shorter if it begins the longer."""
     pairs: Iterable[tuple[int, tuple[int, int]]] = enumerate(zip(first, second, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 

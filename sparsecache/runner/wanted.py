@@ -1,4 +1,4 @@
-"""Loads the rows that a run asks for. Runs of one checkpoint may share them."""
+"""Load the rows that a run asks for. Runs of one checkpoint may share them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +24,14 @@ class WantedRows:
     datasets: list[WantedDataset]
 
     def describe_sources(self) -> dict[str, Any]:
-        """Returns the entry of the sources in run.json: that of RULER beside the other one, if the run has both."""
+        """Return the entry of the sources in run.json: that of RULER beside the other one, if the run has both."""
         found = [self.sources[benchmark] for benchmark in sorted(self.sources, key=lambda name: name == "ruler")]
         *first, last = (source.describe() for source in found)
         return {**first[0], "ruler": last} if first and "ruler" in self.sources else last
 
 
 def load_wanted(settings: Settings, context: RunContext) -> WantedRows:
-    """Loads the rows of all datasets, and checks that each can be predicted and scored. Raises UsageError."""
+    """Load the rows of all datasets, and check that each can be predicted and scored. Raises UsageError."""
     own = settings.wanted_tasks()
     sources, e, limit = _sources(settings, context, own), settings.e, settings.max_samples
     datasets = []
@@ -49,7 +49,7 @@ def load_wanted(settings: Settings, context: RunContext) -> WantedRows:
 
 
 def _check_ruler_length(task: Task, window: int) -> None:
-    """Raises UsageError for a task of RULER that is longer than the window."""
+    """Raise UsageError for a task of RULER that is longer than the window."""
     if task.length is not None and task.length > window:
         raise UsageError(
             f"--ruler_length {task.length} is longer than the window of {window} tokens. Pass at most "
@@ -58,7 +58,7 @@ def _check_ruler_length(task: Task, window: int) -> None:
 
 
 def _check_max_length(task: Task, max_length: int | None, prompter: Prompter) -> None:
-    """Raises UsageError if the window leaves no tokens for a prompt of this dataset, or fewer than --max_length."""
+    """Raise UsageError if the window leaves no tokens for a prompt of this dataset, or fewer than --max_length."""
     capacity = prompter.capacity(task)
     if max_length is not None and max_length > capacity and task.length is None:
         raise UsageError(
@@ -69,7 +69,7 @@ def _check_max_length(task: Task, max_length: int | None, prompter: Prompter) ->
 
 
 def _sources(settings: Settings, context: RunContext, tasks: list[Task]) -> dict[str, Source]:
-    """Opens the source of the rows of each benchmark. Raises UsageError for an invalid one."""
+    """Open the source of the rows of each benchmark. Raises UsageError for an invalid one."""
     sources: dict[str, Source] = {}
     if files := list(dict.fromkeys(task.benchmark for task in tasks if task.benchmark != "ruler")):
         source = open_source(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sparsecache.engine.base import Completion, Request
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.reference import TransformersEngine
-from sparsecache.engine.steps import most_likely
+from sparsecache.engine.steps import greedy_tokens
 from sparsecache.methods import load_method, make_method, method_names, method_options, parse_options
 
 NEW_TOKENS = 24
@@ -86,11 +86,11 @@ def test_a_norm_of_nan_makes_every_sequence_an_error(kind, folder, new_engine, m
     assert all((each.error or "").startswith("NonFiniteLogits") for each in done), done
 
 
-def test_most_likely_is_the_argmax_of_finite_logits_only() -> None:
+def test_greedy_tokens_are_the_argmax_of_finite_logits_only() -> None:
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     logits[3, 2] = -torch.inf  # as masked stop ids are
-    assert most_likely(logits).tolist() == logits.argmax(-1).tolist()
+    assert greedy_tokens(logits).tolist() == logits.argmax(-1).tolist()
     spoiled = logits.clone()
     spoiled[0, 7], spoiled[1, 7], spoiled[2] = torch.nan, torch.inf, -torch.inf
-    assert most_likely(spoiled).tolist() == [-1, -1, -1, *logits[3:].argmax(-1).tolist()]
-    assert most_likely(torch.full((3,), torch.nan)).item() == -1
+    assert greedy_tokens(spoiled).tolist() == [-1, -1, -1, *logits[3:].argmax(-1).tolist()]
+    assert greedy_tokens(torch.full((3,), torch.nan)).item() == -1

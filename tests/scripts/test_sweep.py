@@ -104,9 +104,9 @@ def test_a_sweep_resumes_and_skips_finished_runs_fast(sweep, tmp_path, started, 
 
 def test_a_separate_run_is_a_process_of_its_own(script, tiny, tmp_path, capfd) -> None:
     (tmp_path / "sweep.toml").write_text(FILE.replace("{model}", str(tiny)))
-    runs, shared = script.read_sweep(tmp_path / "sweep.toml")
+    runs, common_arguments = script.read_sweep(tmp_path / "sweep.toml")
     (run,) = (run for run in runs if run.method == "streaming")
-    settings, log = script.check_runs([run], shared, tmp_path / "pred")[run], tmp_path / "a.log"
+    settings, log = script.check_runs([run], common_arguments, tmp_path / "pred")[run], tmp_path / "a.log"
     log.write_text("before\n")
     assert importlib.import_module("sweep_predict").start_process(settings, log) == 0
     assert log.read_text().startswith("before\n") and "rows        2 of 2 to do" in log.read_text()
@@ -261,10 +261,10 @@ def test_numbers_of_another_model_or_of_other_settings_are_never_tabulated(
     content["identity"]["options"]["budget"] = 0.5
     record.write_text(json.dumps(content))
     (tmp_path / "sweep.toml").write_text(FILE.replace("{model}", str(tiny)))
-    runs, shared = script.read_sweep(tmp_path / "sweep.toml")
+    runs, common_arguments = script.read_sweep(tmp_path / "sweep.toml")
     capsys.readouterr()
-    settings = script.check_runs(runs, shared, Path("pred")).values()
-    script.Report(None, False).show(*script.recorded(list(settings), []))
+    settings = script.check_runs(runs, common_arguments, Path("pred")).values()
+    script.Report(None, False).show(*script.move_mismatched_runs(list(settings), []))
     table = capsys.readouterr().out
     assert table.splitlines()[1] == "pred/tiny/vanilla" and "There is no other run to compare with." in table
     assert "Not in the table: pred/tiny/streaming-budget=0.1: " in table and "budget: 0.5, now 0.1" in table

@@ -74,7 +74,7 @@ def alone(tiny: Path) -> Callable[..., Result]:
 
 
 @pytest.fixture
-def read_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def prefilled_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the prompts whose forward pass was computed, in order."""
     lengths: list[int] = []
     original = Decoder._forward_prompt
@@ -88,7 +88,7 @@ def read_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_every_run_has_the_rows_and_the_identity_of_its_own_command(
-    sweep, alone, tmp_path: Path, read_prompts, monkeypatch
+    sweep, alone, tmp_path: Path, prefilled_prompts, monkeypatch
 ) -> None:
     loads: list[Path] = []
     load = Checkpoint.load
@@ -100,7 +100,7 @@ def test_every_run_has_the_rows_and_the_identity_of_its_own_command(
     assert "2 runs, 4 prompts in 1 group;" in done.stderr and "0 queries of each" in done.stderr
     assert "1 runs, 4 prompts in 2 groups;" in done.stderr and "all queries" in done.stderr
     assert len(loads) == 1
-    for prompts in (read_prompts[:4], read_prompts[4:]):  # h2o reads all queries
+    for prompts in (prefilled_prompts[:4], prefilled_prompts[4:]):  # h2o reads all queries
         assert len(prompts) == 4 and prompts == sorted(prompts, reverse=True)
     facts = json.loads((tmp_path / "out" / "tiny.json").read_text())
     means = [fact["run"] for fact in facts["rows"] if fact["name"] == "flat_mean"]
@@ -123,7 +123,9 @@ def test_every_run_has_the_rows_and_the_identity_of_its_own_command(
             assert rows(tmp_path / "alone" / "tiny" / other) != rows(expected)
 
 
-def test_a_stopped_sweep_is_resumed_by_either_command(sweep, alone, tmp_path: Path, read_prompts, monkeypatch) -> None:
+def test_a_stopped_sweep_is_resumed_by_either_command(
+    sweep, alone, tmp_path: Path, prefilled_prompts, monkeypatch
+) -> None:
     """Stopped as by SIGKILL: nothing is written after the third row of the second run."""
     step, written = Generator.generate, []
 
@@ -140,16 +142,16 @@ def test_a_stopped_sweep_is_resumed_by_either_command(sweep, alone, tmp_path: Pa
     kept = [sum(map(len, rows(tmp_path / "pred" / "tiny" / name).values())) for name in NAMES]
     assert kept == [4, 3, 0]
     assert alone(NAMES[2], tmp_path / "pred").exit_code == 0
-    read_prompts.clear()
+    prefilled_prompts.clear()
     done = sweep(METHODS)
     assert done.exit_code == 0, done.output
-    assert len(read_prompts) == 1
+    assert len(prefilled_prompts) == 1
     assert [line.partition(": ")[2].partition(",")[0] for line in done.stdout.splitlines()[:3]] == [
         "finished before",
         "done",
         "finished before",
     ]
-    assert alone(NAMES[1], tmp_path / "pred").exit_code == 0 and len(read_prompts) == 1
+    assert alone(NAMES[1], tmp_path / "pred").exit_code == 0 and len(prefilled_prompts) == 1
     assert alone(NAMES[1], tmp_path / "alone").exit_code == 0
     assert rows(tmp_path / "pred" / "tiny" / NAMES[1]) == rows(tmp_path / "alone" / "tiny" / NAMES[1])
 
@@ -199,7 +201,7 @@ def test_an_error_of_the_gpu_is_told_without_advice_for_debugging(error, told, s
 @pytest.mark.parametrize(
     ("failing", "groups", "reads"),
     [
-        (1, ["1 of 2: 0 of 1", "2 of 2: 3 of 3"], 1 + 2 + 3),  # two runs read the first prompt
+        (1, ["1 of 2: 0 of 1", "2 of 2: 3 of 3"], 1 + 2 + 3),  # two runs prefill the first prompt
         (2, ["1 of 4: 1 of 1", "4 of 4: 1 of 1"], 2 + 3),
         (4, ["1 of 4: 1 of 1", "4 of 4: 1 of 1"], 4 + 3),
     ],
@@ -207,7 +209,7 @@ def test_an_error_of_the_gpu_is_told_without_advice_for_debugging(error, told, s
 def test_prompts_leave_room_for_the_runs_if_memory_is_short(
     failing, groups, reads, sweep, alone, tmp_path: Path, monkeypatch
 ) -> None:
-    """Another program takes memory when the prompt of this number, of four, is read."""
+    """Another program takes memory when the prompt of this number, of four, is prefilled."""
     original, read = Decoder._forward_prompt, []
 
     def prompt(decoder: Decoder, token_ids: Any, *others: Any) -> Any:
@@ -220,7 +222,7 @@ def test_prompts_leave_room_for_the_runs_if_memory_is_short(
     done = sweep(METHODS.replace(', "infinigen"', ""))
     assert done.exit_code == 0 and "1 of 4 prompts stay in this group" in done.stderr, done.output
     assert len(read) == reads, done.stderr
-    assert all(f"group {line} prompts read" in done.stderr for line in groups), done.stderr
+    assert all(f"group {line} prompts prefilled" in done.stderr for line in groups), done.stderr
     assert alone(NAMES[1], tmp_path / "alone").exit_code == 0
     assert rows(tmp_path / "pred" / "tiny" / NAMES[1]) == rows(tmp_path / "alone" / "tiny" / NAMES[1])
 
@@ -257,13 +259,13 @@ def test_data_that_cannot_be_read_end_the_sweep_before_any_run(sweep, tmp_path: 
     assert done.exit_code == 2 and done.stderr.startswith("Error: --data ") and not list(Path("pred").glob("*/*/*"))
 
 
-def test_a_prompt_without_room_is_read_by_every_run(sweep, alone, tmp_path: Path, read_prompts) -> None:
+def test_a_prompt_without_room_is_prefilled_by_every_run(sweep, alone, tmp_path: Path, prefilled_prompts) -> None:
     done = sweep(METHODS.replace(', "infinigen"', ""), "--limit_memory", "1e-6", "--", "--datasets", "lcc")
     assert done.exit_code == 0, done.output
     assert (
-        len(read_prompts) == 2 * 2
-        and "0 of 1 prompts read" in done.stderr
-        and "each run reads the other 1" in done.stderr
+        len(prefilled_prompts) == 2 * 2
+        and "0 of 1 prompts prefilled" in done.stderr
+        and "each run prefills the other 1" in done.stderr
     )
     text = (tmp_path / "pred" / "tiny" / "vanilla" / "lcc.jsonl").read_text()
     assert "shared_prefill_s" not in text
