@@ -99,10 +99,10 @@ class EvictionMethod(StoredMethod):
         q: [H, L, D]; k, v: [G, L, D]. Raises ValueError if the scores are not [G, L] or, on a CPU, if one is NaN.
         """
         scores = self.score(q, k, v)
-        if scores.shape != k.shape[:2]:
+        if not isinstance(scores, Tensor) or scores.shape != k.shape[:2]:
+            found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
-                f"score returned {list(scores.shape)}. It must return a score per KV head and prompt token, "
-                f"{list(k.shape[:2])}."
+                f"score returned {found}. It must return a score per KV head and prompt token, {list(k.shape[:2])}."
             )
         _check_numbers(scores, k)
         return self.keep(scores, count, width)

@@ -58,8 +58,9 @@ def gate(
     """Check a run against a baseline over their common rows.
 
     Limits are checked against the rounded (two-decimal) values shown. Raises UsageError if the runs have no common
-    rows, if the baseline scores 0 in all of them, if rows are missing or failed (unless `allow_partial`), if more than
-    the method differs (`comparability`; unless `allow_unlike`), and for a limit on a value that was not measured.
+    rows, if the baseline scores 0 in all of a benchmark's, if rows are missing or failed (unless `allow_partial`), if
+    more than the method differs (`comparability`; unless `allow_unlike`), and for a limit on a value that was not
+    measured.
     """
     if run.e != baseline.e:
         raise UsageError(f"{baseline.name} is of LongBench{'-E' if baseline.e else ''}, {run.name} is not. {_E_ADVICE}")
@@ -69,11 +70,14 @@ def gate(
     pairs = [pair for pair in pairs if pair.run]
     if not pairs:
         raise UsageError(f"{run.name} and {baseline.name} have no row in common. Predict the same data with both.")
-    if not any(score for pair in pairs for score in pair.baseline):
-        raise UsageError(
-            f"No verdict: {baseline.name} scores 0 in all compared rows, so no drop can show. Choose datasets that the "
-            f"model can answer, or a larger model."
-        )
+    for group in dict.fromkeys(pair.group for pair in pairs):
+        members = [pair for pair in pairs if pair.group == group]
+        if not any(score for pair in members for score in pair.baseline):
+            named = ", ".join(pair.stem for pair in members)
+            raise UsageError(
+                f"No verdict: {baseline.name} scores 0 in all compared rows of {named}, so no drop can show. Choose "
+                f"datasets that the model can answer, or a larger model."
+            )
     strata = [pair for stem in run.datasets for pair in _strata(stem, run, baseline) if pair.run]
     return Verdict(run, baseline, list(make_checks(run, baseline, pairs, strata, limits)), warnings)
 

@@ -67,11 +67,9 @@ class RunContext:
         self._set_method()
         # With workers, each finds its own GPUs.
         self.device = torch.device(settings.device) if settings.on_ray else find_device(settings.device)
-        self.devices = (
-            [self.device]
-            if settings.on_ray
-            else find_devices(self.device, settings.gpus_per_worker, "--gpus_per_worker")
-        )
+        self.devices = [self.device]
+        if not settings.on_ray:
+            self.devices = find_devices(self.device, settings.gpus_per_worker, "--gpus_per_worker")
         folder = checkpoint_folder(self.model, settings.offline)
         self.checkpoint = Checkpoint(folder, settings.allow_pickle)
         self.window = find_window(settings, self.model, self.checkpoint)
@@ -181,8 +179,7 @@ class RunContext:
 
     def check_weights(self) -> None:
         """Compare the stored weights with the configuration, without reading data. Raises UsageError if they differ."""
-        ours = self.settings.engine == "sparsecache"
-        self.checkpoint.check_weights(self._architecture() if ours else None)
+        self.checkpoint.check_weights(self._architecture() if self.settings.engine == "sparsecache" else None)
 
     def engine(self, max_rows: int) -> Engine:
         """Load and return the engine, with at most `max_rows` slots. Raises UsageError if the weights do not fit."""
@@ -231,9 +228,13 @@ class RunContext:
         if not isinstance(method, Vanilla) or method.offload:
             return self._general_engine(engine.model, method, slots)
         if slots > 1:
+            own_attention = engine.model.config._attn_implementation
             with suppress(UsageError):
-                return self._general_engine(engine.model, method, slots)
-        self.one_slot_reason = "transformers' own generate decodes it"
+                general = self._general_engine(engine.model, method, slots)
+                if self.one_slot_reason is None:
+                    return general
+            engine.model.set_attn_implementation(own_attention)
+        self.served_layers, self.one_slot_reason = None, "transformers' own generate decodes it"
         return engine
 
     def _general_engine(self, pretrained: "PreTrainedModel", method: CacheMethod, slots: int) -> "GeneralEngine":
@@ -269,17 +270,16 @@ class RunContext:
 
     def model_record(self) -> dict[str, Any]:
         """Return the entry of the checkpoint in run.json."""
-        model = self.model
         return {
-            "name": model.name,
+            "name": self.model.name,
             "path": os.path.abspath(self.checkpoint.path),
-            "hub": model.hub,
-            "table": model.table,
+            "hub": self.model.hub,
+            "table": self.model.table,
             "format": "huggingface" if self.checkpoint.gguf is None else "gguf",
             "quantization": self.checkpoint.gguf and self.checkpoint.gguf.quantization,
             "model_type": self.checkpoint.model_type,
             "stop_tokens": self.stop_tokens,
-            "note": model.note,
+            "note": self.model.note,
         }
 
     def _architecture(self) -> Architecture:

@@ -336,10 +336,18 @@ def test_a_baseline_that_scores_0_gives_no_verdict(make_baseline_run: Make, run:
         make_baseline_run("a", {"qasper": "nn", "lcc": "n"}),
         make_baseline_run("b", {"qasper": run, "lcc": "n"}),
     )
-    with pytest.raises(UsageError, match=r"No verdict: .*a scores 0 in all compared rows, .* Choose datasets that"):
+    with pytest.raises(
+        UsageError, match=r"No verdict: .*a scores 0 in all compared rows of .*, so no drop .* Choose datasets that"
+    ):
         gate(after, before, Limits())
     with pytest.raises(UsageError, match="No verdict"):
         gate(after, make_baseline_run("c", {"qasper": "nn", "lcc": "x"}), Limits(), allow_partial=True)
+
+
+def test_a_benchmark_that_scores_0_gives_no_verdict_beside_another(make_baseline_run: Make) -> None:
+    before, after = (make_baseline_run(name, {"qasper": "yy", "longbench_v2": "nn"}) for name in "ab")
+    with pytest.raises(UsageError, match="No verdict: .* all compared rows of longbench_v2, so"):
+        gate(after, before, Limits())
 
 
 def test_longbench_and_longbench_e_are_not_comparable(

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Llama4TextConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
 
 SIZES = {
     "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -84,6 +91,49 @@ def test_the_full_cache_is_decoded_as_the_methods_are(
         caches[batch_size] = read_record(run)["sessions"][-1].get("cache")
     assert rows["1"] == rows["2"] and len(rows["1"]) == 3
     assert caches["2"] and not caches["1"]
+
+
+PLAIN = {key: value for key, value in SIZES.items() if key not in ("layer_types", "sliding_window")}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            Llama4TextConfig(**PLAIN, num_local_experts=2, intermediate_size_mlp=64, floor_scale=32),
+            "it scales queries by the length of the longest sequence",
+        ),
+        (
+            Phi3Config(
+                **{**PLAIN, "hidden_size": 64},
+                original_max_position_embeddings=64,
+                rope_parameters=LONGROPE,
+                pad_token_id=0,
+            ),
+            "longrope RoPE depends on the longest sequence",
+        ),
+    ],
+    ids=["llama4", "phi3"],
+)
+def test_a_model_whose_sequences_depend_on_each_other_decodes_one_at_a_time(
+    config, reason, predict, make_checkpoint, tmp_path, read_rows
+) -> None:
+    """The full cache is then transformers' own generate, with any --batch_size."""
+    folder, texts = make_checkpoint(config), {}
+    for method, why in (("vanilla", "transformers' own generate decodes it"), ("h2o", reason)):
+        for batch_size in ("4", "1"):
+            name = f"{method}-{batch_size}"
+            options = ("--engine", "transformers", "--batch_size", batch_size, "--name", name, "--max_samples", "4")
+            told = predict("--model", str(folder), "--method", method, *options)
+            assert told.exit_code == 0, told.output
+            assert (f"decoded one at a time, since {why}" in told.stdout) == (batch_size == "4")
+            texts[name] = [row["pred"] for row in read_rows(tmp_path / "pred" / folder.name / name / "qasper.jsonl")]
+    assert texts["vanilla-4"] == texts["vanilla-1"]
+    assert sorted(texts["h2o-4"]) == sorted(texts["h2o-1"])
 
 
 def test_options_that_do_not_fit_the_model_are_refused(predict, make_checkpoint) -> None:

@@ -120,17 +120,8 @@ def inspect_attention(model: PreTrainedModel, window: int | None) -> ModelAttent
     """Switch a model to the attention function, run a few tokens, and return what its layers called it with.
 
     window: most tokens of a sequence. A layer whose sliding window is not smaller counts as full attention.
-    Raises UsageError for a model whose attention cannot be computed by the caches; it then has its own attention again.
+    Raises UsageError for a model whose attention cannot be computed by the caches.
     """
-    original = model.config._attn_implementation
-    try:
-        return _inspect(model, window)
-    except UsageError:
-        model.set_attn_implementation(original)
-        raise
-
-
-def _inspect(model: PreTrainedModel, window: int | None) -> ModelAttention:
     name = f"--engine transformers with a cache method: {type(model).__name__}"
     calls: list[AttentionCall] = []
     cache = DynamicCache(config=model.config)

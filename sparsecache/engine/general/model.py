@@ -168,6 +168,8 @@ class CachedModel:
             return f"{type(self._model).__name__} takes no positions"
         if kinds := rope_types(self._model) & LENGTH_DEPENDENT:
             return f"{' and '.join(sorted(kinds))} RoPE depends on the longest sequence"
+        if getattr(self._model.config.get_text_config(), "attn_temperature_tuning", False):
+            return "it scales queries by the length of the longest sequence"
         if not self._sequences.can_join:
             return "it has layers that keep more than a sliding window in transformers' own cache"
         return None
