@@ -70,14 +70,6 @@ def gate(
     pairs = [pair for pair in pairs if pair.run]
     if not pairs:
         raise UsageError(f"{run.name} and {baseline.name} have no row in common. Predict the same data with both.")
-    for group in dict.fromkeys(pair.group for pair in pairs):
-        members = [pair for pair in pairs if pair.group == group]
-        if not any(score for pair in members for score in pair.baseline):
-            named = ", ".join(pair.stem for pair in members)
-            raise UsageError(
-                f"No verdict: {baseline.name} scores 0 in all compared rows of {named}, so no drop can show. Choose "
-                f"datasets that the model can answer, or a larger model."
-            )
     strata = [pair for stem in run.datasets for pair in _strata(stem, run, baseline) if pair.run]
     return Verdict(run, baseline, list(make_checks(run, baseline, pairs, strata, limits)), warnings)
 

@@ -78,10 +78,16 @@ def make_checks(
 ) -> Iterator[Check]:
     """Yield the check of every limit that is set; pairs: of datasets; strata: of their parts.
 
-    Raises UsageError for a limit on a value that was not measured.
+    Raises UsageError for a limit on a value that was not measured, and if the baseline scores 0 in all rows of a group.
     """
     for group in dict.fromkeys(pair.group for pair in pairs):
         members, what = [pair for pair in pairs if pair.group == group], _GROUPS.get(group, group)
+        if not any(score for pair in members for score in pair.baseline):
+            named = ", ".join(pair.stem for pair in members)
+            raise UsageError(
+                f"No verdict: {baseline.name} scores 0 in all compared rows of {named}, so no drop can show. Choose "
+                f"datasets that the model can answer, or a larger model."
+            )
         if limits.max_drop is not None:
             yield _mean_check(members, limits.max_drop, what)
         if limits.non_inferior is not None:
