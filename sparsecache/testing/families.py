@@ -26,7 +26,7 @@ from sparsecache.errors import UsageError
 from sparsecache.methods import method_names
 from sparsecache.methods.vanilla import Vanilla
 from sparsecache.testing.cache_checks import CPU, require
-from sparsecache.testing.contract import MethodUnderTest
+from sparsecache.testing.method_under_test import MethodUnderTest
 
 WINDOW = 256
 PROMPT_LENGTHS = (40, 3)

@@ -14,7 +14,7 @@ from sparsecache.engine.generator import Generator
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.steps import EagerSteps, GraphedSteps
 from sparsecache.methods import make_method, method_names, parse_options
-from sparsecache.testing.contract import MethodUnderTest
+from sparsecache.testing.method_under_test import MethodUnderTest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
 GPU = torch.device("cuda")

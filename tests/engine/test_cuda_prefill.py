@@ -18,7 +18,7 @@ from sparsecache.kernels import attention
 from sparsecache.methods import load_method, make_method, method_names, method_options, parse_options
 from sparsecache.methods.h2o import H2O
 from sparsecache.methods.infinigen import InfiniGen
-from sparsecache.testing.contract import MethodUnderTest
+from sparsecache.testing.method_under_test import MethodUnderTest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
 GPU = torch.device("cuda")

@@ -9,7 +9,7 @@ from sparsecache.engine.steps import EagerSteps, GraphedSteps
 from sparsecache.kernels.fp8 import FP8
 from sparsecache.kernels.linear import MAX_FUSED_ROWS
 from sparsecache.methods import make_method, method_names, parse_options
-from sparsecache.testing.contract import MethodUnderTest
+from sparsecache.testing.method_under_test import MethodUnderTest
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(

@@ -11,8 +11,8 @@ from sparsecache.engine.base import Request
 from sparsecache.engine.general.loading import load_model
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.methods import method_names
-from sparsecache.testing.contract import MethodUnderTest
 from sparsecache.testing.families import FAMILIES, WINDOW, Family, make_engine
+from sparsecache.testing.method_under_test import MethodUnderTest
 from tests.engine.general import completions, guess_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")

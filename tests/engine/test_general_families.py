@@ -18,8 +18,8 @@ from sparsecache.errors import UsageError
 from sparsecache.methods import method_names
 from sparsecache.methods.infinigen.cache import InfiniGenCache
 from sparsecache.methods.vanilla import Vanilla
-from sparsecache.testing.contract import MethodUnderTest
 from sparsecache.testing.families import FAMILIES, REFUSED, WINDOW, Family, make_engine, make_model, refusal, requests
+from sparsecache.testing.method_under_test import MethodUnderTest
 from tests.engine.general import CPU, NO_RESIDUAL, completions, guess_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"

@@ -16,8 +16,8 @@ from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.reference import TransformersEngine
 from sparsecache.engine.rope import Rope
 from sparsecache.methods import method_names
-from sparsecache.testing.contract import MethodUnderTest
 from sparsecache.testing.families import CALIBRATION, make_engine
+from sparsecache.testing.method_under_test import MethodUnderTest
 from tests.engine.general import CPU, completions
 
 WINDOW = 96

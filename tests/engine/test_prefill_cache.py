@@ -17,7 +17,7 @@ from sparsecache.engine.rope import Rope
 from sparsecache.methods.h2o import H2O
 from sparsecache.methods.snapkv import SnapKV
 from sparsecache.methods.vanilla import Vanilla
-from sparsecache.testing.contract import MethodUnderTest
+from sparsecache.testing.method_under_test import MethodUnderTest
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")

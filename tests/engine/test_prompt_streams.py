@@ -18,8 +18,8 @@ from sparsecache.engine.prefill_cache import PrefillCache, PrefillCachingDecoder
 from sparsecache.kernels.attention import prompt_attention
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.methods import load_method, make_method, method_names, method_options, parse_options
-from sparsecache.testing.contract import MethodUnderTest
 from sparsecache.testing.families import WINDOW, Family, make_engine
+from sparsecache.testing.method_under_test import MethodUnderTest
 from tests.engine.fake_streams import FakeStreams
 
 WITH_OFFLOAD = [name for name in method_names() if "offload" in method_options(load_method(name))]

@@ -16,7 +16,7 @@ from sparsecache.engine.steps import GraphedSteps, TokenReadback, _Graph, blocke
 from sparsecache.kernels._triton import INTERPRETED, force_backend
 from sparsecache.methods import method_names
 from sparsecache.methods.vanilla import Vanilla
-from sparsecache.testing.contract import MethodUnderTest
+from sparsecache.testing.method_under_test import MethodUnderTest
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 30, 4, 17, 12)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsecache.cache.base import CacheMethod
 from sparsecache.engine.decoder import Decoder
-from sparsecache.testing.contract import make_decoder
+from sparsecache.testing.method_checks import make_decoder
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 from tests.methods.presses import kvpress  # noqa: F401 (a fixture)
 

@@ -1,4 +1,4 @@
-"""Every built-in method keeps the contract (sparsecache/testing/contract.py), and its checks find methods that do not.
+"""Every built-in method keeps the contract (testing/method_checks.py), and its checks find methods that do not.
 
 A new file below methods/ is tested here without being named.
 """
@@ -10,7 +10,8 @@ import pytest
 
 from sparsecache.engine.families import family_names
 from sparsecache.methods import method_names
-from sparsecache.testing.contract import MethodUnderTest, check_lossless, checks
+from sparsecache.testing.method_checks import check_lossless, checks
+from sparsecache.testing.method_under_test import MethodUnderTest
 
 CHECKS = [(method, name) for method in method_names() for name, _ in checks(MethodUnderTest.of(method), Path())]
 FIRST, *OTHERS = family_names()

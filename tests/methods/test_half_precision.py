@@ -8,7 +8,7 @@ from sparsecache.cache.model_cache import ModelCache
 from sparsecache.kernels.attention import attention_over_rows
 from sparsecache.methods import method_names
 from sparsecache.testing.cache_checks import plain_rope
-from sparsecache.testing.contract import MethodUnderTest
+from sparsecache.testing.method_under_test import MethodUnderTest
 
 SHAPE = Shape(layers=3, heads=4, kv_heads=2, head_dim=16)
 PROMPTS, STEPS = (37, 70), 3

@@ -14,7 +14,7 @@ from sparsecache.engine.loading import Checkpoint
 from sparsecache.engine.rope import Rope
 from sparsecache.methods import make_method, method_names, parse_options
 from sparsecache.methods.vanilla import Vanilla
-from sparsecache.testing.contract import MethodUnderTest
+from sparsecache.testing.method_under_test import MethodUnderTest
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 from tests.methods.fake_devices import FakeDevices
 

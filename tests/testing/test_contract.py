@@ -20,7 +20,9 @@ from sparsecache.cache import (
     SparseMethod,
 )
 from sparsecache.methods.vanilla import Vanilla
-from sparsecache.testing.contract import MethodUnderTest, check_options, checks, main
+from sparsecache.testing.contract import main
+from sparsecache.testing.method_checks import check_options, checks
+from sparsecache.testing.method_under_test import MethodUnderTest
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
 
 
