@@ -1,12 +1,13 @@
 """Measures many methods in one process, over the same weights, prompts and measurement of vanilla.
 
-A prompt is computed once per length. Its queries, keys and values fill the slots of every method and batch size. Each
-method also computes the whole prompt from its tokens, to measure the time of a prompt.
+A prompt is computed once per length. Its keys and values, and the queries that a method reads, fill the slots of every
+method and batch size. Each method also computes the whole prompt from its tokens, to measure the time of a prompt.
 """
 
 import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -20,22 +21,26 @@ from sparsecache.bench.models import BenchModel
 from sparsecache.bench.modes import BaselineSeconds, baseline_step_s, baselines_for
 from sparsecache.bench.specs import MethodSpec
 from sparsecache.bench.workload import Workload
+from sparsecache.cache.base import most_queries_read
 from sparsecache.engine.base import Request
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.devices import synchronize
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.prefill_cache import PrefillCache
-from sparsecache.errors import one_line
+from sparsecache.errors import UsageError, one_line
 
 _REPEAT_S = 0.5  # a prompt is repeated for as long
 _MOST_REPEATS = 10
 
 
 class Prompt:
-    """A prompt of one length. computed: its queries, keys and values. vanilla_s: seconds of vanilla's prefill of it."""
+    """A prompt of one length. vanilla_s: seconds of vanilla's prefill of it.
 
-    def __init__(self, model: BenchModel, tokens: int) -> None:
-        self.computed = PrefillCache()
+    computed: its keys and values, and its last `queries` queries; None: all.
+    """
+
+    def __init__(self, model: BenchModel, tokens: int, queries: int | None = None) -> None:
+        self.computed = PrefillCache(queries=queries)
         self._model = model
         self._token_ids = Workload(tokens, 2).requests(model.vocab_size)[0].token_ids
         self._seconds: dict[str, float] = {}
@@ -96,10 +101,11 @@ def _by_prompt(
     external_s: BaselineSeconds,
 ) -> Iterator[Iterator[MethodRow]]:
     rates = roofline.Rates(model.device)
+    queries = _most_queries_read(model, specs)
     for tokens, group in groupby(sorted(workloads, key=lambda each: each.tokens), key=lambda each: each.tokens):
         prompt: Prompt | str
         try:
-            prompt = Prompt(model, tokens)
+            prompt = Prompt(model, tokens, queries)
         except Exception as error:
             prompt = _describe(error)
         for size in group:
@@ -109,6 +115,15 @@ def _by_prompt(
                 yield (MethodRow(str(spec), tokens, size.batch, error=prompt) for spec in specs)
         del prompt
         timing.free_memory()
+
+
+def _most_queries_read(model: BenchModel, specs: Sequence[MethodSpec]) -> int | None:
+    """Return how many of a prompt's last queries the methods read at most; None: all."""
+    methods = []
+    for spec in specs:
+        with suppress(UsageError):  # the method's line will have the error
+            methods.append(model.method(spec.method, spec.options)[0])
+    return most_queries_read(methods)
 
 
 def _measure_size(

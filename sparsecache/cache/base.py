@@ -6,7 +6,7 @@ uses the device of its layer only, so a method needs no code for models that are
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -237,3 +237,9 @@ def queries_read(method: CacheMethod) -> int | None:
     results of a method that states too few, so only methods of this package are believed.
     """
     return method.prompt_queries if type(method).__module__.startswith("sparsecache.") else None
+
+
+def most_queries_read(methods: Iterable[CacheMethod]) -> int | None:
+    """Return how many of a prompt's last queries one of the methods reads at most; None: all."""
+    read = [queries_read(method) for method in methods]
+    return None if None in read else max(filter(None, read), default=0)

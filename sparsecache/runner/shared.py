@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sparsecache.cache.base import queries_read
+from sparsecache.cache.base import most_queries_read, queries_read
 from sparsecache.cli import raise_if_interrupted
 from sparsecache.engine.base import EngineStats
 from sparsecache.engine.library_warnings import show_library_warnings
@@ -184,8 +184,7 @@ class _SharedPrediction:
         """Decode the rows that the runs miss; prompts take at most `limit` bytes."""
         missing = {key for state in states for key in state.missing}
         prompt_rows = [prompt_row for prompt_row in prompt_rows if prompt_row.key in missing]
-        read = [queries_read(state.required_run.context.method) for state in states]
-        queries = None if None in read else max(filter(None, read), default=0)
+        queries = most_queries_read(state.required_run.context.method for state in states)
         groups = PromptGroups(prompt_rows, model, limit, queries, self._on_progress)
         self._on_progress(f"{len(states)} runs, {len(prompt_rows)} prompts in {groups.plan}")
         number = 0

@@ -94,6 +94,25 @@ def test_the_text_of_a_shared_prompt_is_that_of_a_computed_one(tiny) -> None:
         assert [each.token_ids for each in shared] == [first.token_ids] * 2
 
 
+@pytest.mark.usefixtures("bench")
+@pytest.mark.parametrize(("methods", "kept"), [("kivi,quest", 0), ("snapkv,kivi", 32), ("h2o,snapkv", 50)])
+def test_a_shared_prompt_keeps_the_queries_that_a_method_reads(methods, kept, tiny, monkeypatch) -> None:
+    """More methods and longer prompts fit into memory. The measured steps are those of the computed prompt."""
+    prompts, init = [], several_methods.Prompt.__init__
+
+    def keep(self, *arguments) -> None:
+        init(self, *arguments)
+        prompts.append(self.computed)
+
+    monkeypatch.setattr(several_methods.Prompt, "__init__", keep)
+    model = load_bench_model(str(tiny), [torch.device("cpu")], torch.float32)
+    (rows,) = ([*rows] for rows in measure_methods(model, [Workload(50, 3)], [], specs_of_methods(methods, {}, {})))
+    assert [row.error for row in rows] == [None] * 3
+    (prompt,) = prompts
+    computed = prompt.get(torch.tensor(Workload(50, 2).requests(model.vocab_size)[0].token_ids))
+    assert {q.shape[1] for q, _, _ in computed.layers} == {kept}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
 def test_steps_are_graphs_on_a_gpu_and_caches_take_memory_there(tiny) -> None:
     model = load_bench_model(str(tiny), [torch.device("cuda")], torch.bfloat16)
