@@ -121,12 +121,17 @@ def study(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _run_folders(paths: Sequence[Path]) -> list[Path]:
-    """Return the runs in paths, each of which is a run or a folder of runs; the baseline comes first."""
-    runs = [
-        run
-        for path in paths
-        for run in ([path] if (path / "run.json").exists() else sorted(each.parent for each in path.glob("*/run.json")))
-    ]
+    """Return the runs in paths, each of which is a run or a folder of runs; the baseline comes first.
+
+    A sweep that was stopped leaves folders without predictions, which are left out with a note on stderr.
+    """
+    runs: list[Path] = []
+    for path in paths:
+        found = [path] if (path / "run.json").exists() else sorted(each.parent for each in path.glob("*/run.json"))
+        started = [run for run in found if run == path or any(file.stat().st_size for file in run.glob("*.jsonl"))]
+        if len(started) < len(found):
+            click.echo(f"{path}: left out, without predictions: {len(found) - len(started)} runs", err=True)
+        runs += started
     if len(runs) < 2:
         raise UsageError(f"{', '.join(map(str, paths))} holds fewer than two runs. Give folders with run.json.")
     from_folder = not (paths[0] / "run.json").exists()

@@ -1,6 +1,6 @@
 """Matches the rows of several runs, and bootstraps their paired differences."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
 
@@ -15,7 +15,7 @@ from sparsecache.longbench.subjects import data_options
 
 RESAMPLES = 10_000
 MIN_ROWS = 20  # fewer rows get no interval, since it would be too narrow
-_MAX_NAMED = 3  # datasets of a run in a message
+_MAX_NAMED = 3  # datasets of a run, and runs, in a message
 _MAX_DRAWS = 2**22  # held in memory at once
 
 Floats = NDArray[numpy.float64]
@@ -51,10 +51,13 @@ def common_rows(runs: Sequence[RunScore]) -> CommonRows:
         for name, rows in tables[0].items()
     }
     if not any(ids.values()):
+        different = [at for at, table in enumerate(tables) if at and not _share_rows(tables[0], table)]
+        shown = [0, *different][: 1 + _MAX_NAMED] if different else range(len(runs))
+        more = f" and {len(different) + 1 - len(shown)} more" if len(different) >= len(shown) else ""
         raise UsageError(
-            f"{', '.join(_contents(runs))} have no rows in common. Rows are matched by dataset and "
-            f"`_id`; rows without an `_id` by their order, if number of rows, answers and lengths agree. Predict the "
-            f"same data in every run."
+            f"{', '.join(_contents([runs[at] for at in shown]))}{more} have no rows in common. Rows are matched by "
+            f"dataset and `_id`; rows without an `_id` by their order, if number of rows, answers and lengths agree. "
+            f"Predict the same data in every run."
         )
     reduced = [
         replace(run, datasets=[_only(dataset, table[dataset.task.name], ids) for dataset in _ordered(run, ids)])
@@ -64,6 +67,10 @@ def common_rows(runs: Sequence[RunScore]) -> CommonRows:
         _check_answers(reduced[0], other, names[0], name)
     left_out = [_rows(before) - _rows(after) for before, after in zip(runs, reduced, strict=True)]
     return CommonRows(reduced, left_out, by_order)
+
+
+def _share_rows(first: Mapping[str, Mapping[str, int]], second: Mapping[str, Mapping[str, int]]) -> bool:
+    return any(not rows.keys().isdisjoint(second.get(name, ())) for name, rows in first.items())
 
 
 def _contents(runs: Sequence[RunScore]) -> Iterator[str]:

@@ -125,6 +125,17 @@ def test_runs_without_common_rows_are_described(make_run: MakeRun, row: Row) -> 
         assert all(each in str(error.value) for each in said), error.value
 
 
+def test_of_many_runs_those_without_common_rows_are_named(make_run: MakeRun, row: Row) -> None:
+    same = [score_run(make_run(name, {"qasper": [row(1)]})) for name in "abcdefgh"]
+    with pytest.raises(UsageError, match=r"a \(1 dataset: qasper\), [^,]*z \(1 dataset: lcc\) have no rows in common"):
+        compare([*same, score_run(make_run("z", {"lcc": [row(1)]}))])
+    other = [score_run(make_run(name, {"lcc": [row(1)]})) for name in "uvwxy"]
+    with pytest.raises(UsageError) as error:
+        compare([*same, *other])
+    assert "w (1 dataset: lcc) and 2 more have no rows in common" in str(error.value)
+    assert "b (" not in str(error.value) and "x (" not in str(error.value)
+
+
 @pytest.mark.parametrize("with_ids", ["a", "b", ""])
 def test_rows_without_ids_are_matched_by_order(make_run: MakeRun, row: Row, with_ids: str) -> None:
     texts = {"a": ["yes", "no", "yes"], "b": ["yes", "yes", "no"]}

@@ -51,6 +51,16 @@ def test_the_part_of_all_datasets_is_what_compare_gives(study, runs) -> None:
     assert (record["all_low"], record["all_high"]) == pytest.approx(entry.difference.interval)
 
 
+def test_runs_of_a_stopped_sweep_are_left_out(study, runs) -> None:
+    empty = runs[0].parent / "waiting"
+    shutil.copytree(runs[1], empty, ignore=lambda folder, names: [name for name in names if name.endswith("jsonl")])
+    (empty / "qasper.jsonl").touch()
+    done = CliRunner().invoke(study.main, [str(runs[0].parent)])
+    assert done.exit_code == 0, done.output
+    assert [row["run"] for row in csv.DictReader(done.stdout.splitlines())] == ["vanilla", "a-sparse"]
+    assert done.stderr == f"{runs[0].parent}: left out, without predictions: 1 runs\n"
+
+
 def test_parts_are_means_over_their_datasets(study, runs) -> None:
     record = study.study(runs)[1]
     found = {dataset.task.name: [100 * row.score for row in dataset.rows] for dataset in score_run(runs[1]).datasets}
