@@ -11,7 +11,6 @@ BUDGETS = {"64 tokens": "64", "256 tokens": "256", "256": "256", "1,024 tokens":
            "4,096": "4096", "2 %": "0.02", "5 %": "0.05", "10 %": "0.1", "20 %": "0.2"}  # fmt: skip
 STUDIES = {
     "Qwen": "qwen2.5-coder-1.5b-instruct-study.csv",
-    "‡": "qwen2.5-coder-1.5b-instruct-earlier-study.csv",
     "SmolLM2": "smollm2-135m-instruct-study.csv",
     "Gemma": "gemma-3-270m-study.csv",
 }
@@ -51,17 +50,16 @@ def _with_interval(run: Row) -> str:
 
 
 def test_all_methods_have_the_differences_of_the_study() -> None:
-    studies = {mark: {row["run"]: row for row in _read(name)} for mark, name in STUDIES.items()}
+    study = {row["run"]: row for row in _read(STUDIES["Qwen"])}
     titles, rows = _table("accuracy.md", "| method | 256 tokens | all | 1,024 tokens | all |")
     checked = 0
     for method, *cells in rows[1:]:
-        study = studies["‡" if "‡" in method else "Qwen"]
         for title, next_title, cell, of_all in zip(titles[1::2], titles[2::2], cells[::2], cells[1::2], strict=False):
             assert next_title == "all"
-            run = study[f"{method.strip('`‡ ')}-budget={BUDGETS[title]}"]
+            run = study[f"{method.strip('`')}-budget={BUDGETS[title]}"]
             assert (cell, of_all) == (_with_interval(run), _difference(run, "all")), (method, title)
             checked += 1
-        kib = float(study[f"{method.strip('`‡ ')}-budget=0.05"]["cache_bytes_per_token"]) / 1024
+        kib = float(study[f"{method.strip('`')}-budget=0.05"]["cache_bytes_per_token"]) / 1024
         assert cells[-1] == f"{kib:.1f}", method
     assert checked == 4 * 24
 
@@ -69,24 +67,31 @@ def test_all_methods_have_the_differences_of_the_study() -> None:
 @pytest.mark.parametrize(
     ("header", "model", "suffix", "expected"),
     [
-        ("| model, method | 64 tokens |", None, "", 23 * 8),
-        ("| method | 256 tokens | 1,024 | 5 % | 20 % | mean |", "SmolLM2", "", 21 * 4),
+        ("| Qwen | 64 tokens |", "Qwen", "", 24 * 9),
+        ("| SmolLM2 | 64 tokens |", "SmolLM2", "", 21 * 9),
+        ("| method | 256 tokens | 1,024 | 5 % | 20 % |", "SmolLM2", "", 21 * 4),
         ("| method | 256 tokens | 5 % |", "Gemma", "-dense_layers=1", 5 * 2),
     ],
 )
-def test_budgets_have_the_differences_of_the_study(header: str, model: str | None, suffix: str, expected: int) -> None:
+def test_budgets_have_the_differences_of_the_study(header: str, model: str, suffix: str, expected: int) -> None:
     titles, rows = _table("accuracy.md", header)
+    study = {row["run"]: row for row in _read(STUDIES[model])}
+    checkpoint = STUDIES[model].removesuffix("-study.csv")
+    means = {
+        row["run"]: [row[key] for key in ("difference", "low", "high")]
+        for row in _read("paired-differences.csv")
+        if (row["model"], row["baseline"], row["part"]) == (checkpoint, "vanilla", "without_code")
+    }
     checked = 0
     for name, *cells in rows:
-        of_model = model or name.split(",")[0]
-        method = re.search("`(.*)`", name)
-        study = {row["run"]: row for row in _read(STUDIES[of_model])}
-        assert method
+        method = name.strip("`")
         for title, cell in zip(titles[1:], cells, strict=True):
             if title == "mean":
-                continue
-            run = study[f"{method[1]}-budget={BUDGETS[title]}{suffix}"]
-            assert cell == (_with_interval(run) if "(" in cell else _difference(run)), (name, title)
+                mean, low, high = map(_signed, means[f"{method}, mean of eight budgets"])
+                assert cell == f"{mean} ({low} to {high})", name
+            else:
+                run = study[f"{method}-budget={BUDGETS[title]}{suffix}"]
+                assert cell == (_with_interval(run) if "(" in cell else _difference(run)), (name, title)
             checked += 1
     assert checked == expected
 
