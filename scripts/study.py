@@ -7,8 +7,8 @@
 
 The first run is the baseline: `vanilla`, where a folder of runs is given. The parts are all datasets, those without
 code, English and Chinese ones, each category, and two halves of the rows: of each dataset the rows at even and at odd
-places. A setting can be chosen on one half and reported on the other. --budgets shows a line per method over its
-budgets instead of a line per run.
+places, in the order of their `_id`s. A setting can be chosen on one half and reported on the other. --budgets shows a
+line per method over its budgets instead of a line per run.
 """
 
 from collections.abc import Callable, Sequence

@@ -23,7 +23,7 @@ Floats = NDArray[numpy.float64]
 
 @dataclass(frozen=True)
 class CommonRows:
-    """Runs reduced to their common rows, in the order of the first run.
+    """Runs reduced to their common rows, in the order of their `_id`s, so that the order of files changes no interval.
 
     left_out: number of rows left out per run, including those that cannot be matched and of datasets that another run
     lacks. matched_by_order: file stems of datasets whose rows have no `_id` in some run (`row_ids`).
@@ -47,7 +47,7 @@ def common_rows(runs: Sequence[RunScore]) -> CommonRows:
         for run, name in zip(runs, names, strict=True)
     ]
     ids = {
-        name: [row_id for row_id in rows if all(row_id in table.get(name, ()) for table in tables)]
+        name: sorted(row_id for row_id in rows if all(row_id in table.get(name, ()) for table in tables))
         for name, rows in tables[0].items()
     }
     if not any(ids.values()):

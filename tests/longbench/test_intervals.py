@@ -14,6 +14,7 @@ from sparsecache.longbench.compare import compare
 from sparsecache.longbench.comparison import Difference
 from sparsecache.longbench.paired import bootstrap_means, confidence_interval
 from sparsecache.longbench.score_types import RunScore
+from sparsecache.longbench.scores import score_run
 from tests.longbench.scoring import difference, lines_of
 
 MakeRun = Callable[..., Path]
@@ -39,9 +40,9 @@ def test_intervals_equal_those_of_a_plain_loop(scored: Callable[..., RunScore]) 
     first, second = (scored(name, **{stem: letters(rng, rows) for stem, rows in sizes.items()}) for name in "ab")
     found = compare([first, second], seed=3, resamples=300)
     differences = {
-        one.task.name: [100 * (other.score - mine.score) for mine, other in zip(one.rows, two.rows, strict=True)]
+        one.task.name: [100 * (two.rows[at].score - one.rows[at].score) for at in sorted(range(len(one.rows)), key=str)]
         for one, two in zip(first.datasets, second.datasets, strict=True)
-    }
+    }  # an `_id` is the number of its row
     means: dict[str, list[float]] = {}
     for stem, values in differences.items():
         generator = numpy.random.default_rng([3, crc32(stem.encode())])
@@ -107,11 +108,25 @@ def test_swapping_the_runs_mirrors_the_differences(scored: Callable[..., RunScor
         assert (one.wins, one.losses, one.ties, one.changed) == (other.losses, other.wins, other.ties, other.changed)
 
 
+def test_the_order_of_files_changes_no_interval(make_run: MakeRun, row: Row) -> None:
+    """Rows are written as they are finished."""
+    rng = random.Random(2)
+    texts = {name: [rng.choice(["yes", "no", "yes maybe"]) for _ in range(30)] for name in "ab"}
+
+    def run(folder: str, name: str, order: list[int]) -> RunScore:
+        return score_run(make_run(f"{folder}/{name}", {"qasper": [row(at, texts[name][at]) for at in order]}))
+
+    found = [
+        compare([run(folder, name, rng.sample(range(30), 30)) for name in "ab"]).groups for folder in ("one", "two")
+    ]
+    assert found[0] == found[1] and found[0][0].entries[1].difference.interval is not None
+
+
 def test_the_seed_determines_the_intervals(scored: Callable[..., RunScore]) -> None:
     rng = random.Random(2)
     runs = [scored(name, qasper=letters(rng, 30)) for name in "ab"]
     assert compare(runs, 1) == compare(runs, 1)
-    assert difference(compare(runs, 1), "qasper").interval != difference(compare(runs, 2), "qasper").interval
+    assert difference(compare(runs, 1), "qasper").interval != difference(compare(runs, 3), "qasper").interval
     assert (compare(runs).seed, compare(runs).resamples) == (0, 10_000)
 
 
