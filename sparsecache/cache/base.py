@@ -174,17 +174,9 @@ class CacheMethod(ABC):
     uses_rope = False
     rope: RotationOf
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        super().__init_subclass__(**arguments)
-        if "prompt_queries" not in vars(cls):  # what a base class reads says nothing of its subclasses
-            cls.prompt_queries = None  # type: ignore[assignment, method-assign]
-
     @property
     def prompt_queries(self) -> int | None:
-        """How many of a prompt's last queries `prefill` reads; None: all. See `queries_read`.
-
-        A subclass of a method reads all, unless it states the number again.
-        """
+        """How many of a prompt's last queries `prefill` reads; None: all. See `queries_read`."""
         return None
 
     def check(self, shape: Shape) -> None:  # noqa: B027 (a no-op unless options depend on the shape)

@@ -22,7 +22,6 @@ from sparsecache.methods.quest import Quest
 class ArkVale(Quest):
     """Selects the pages with the highest bounds from their centre and mean deviation."""
 
-    prompt_queries = 0
     mean_bounds: ClassVar[bool] = True
 
     page: Annotated[int, "tokens in a page, 1 to 1024"] = 32
