@@ -28,7 +28,6 @@ from sparsecache.methods.snapkv import SnapKV
 class AdaKV(SnapKV):
     """Keeps what SnapKV keeps, with more tokens in KV heads whose attention is spread."""
 
-
     budget: Annotated[float, "mean prompt tokens kept per KV head: a share up to 1, else a count"] = 0.2
     safeguard: Annotated[float, "share of the budget that every KV head keeps, 0 to 1"] = 0.2
 

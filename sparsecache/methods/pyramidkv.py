@@ -30,7 +30,6 @@ from sparsecache.methods.snapkv import SnapKV
 class PyramidKV(SnapKV):
     """Keeps what SnapKV keeps, with more tokens in early layers and fewer in late ones."""
 
-
     budget: Annotated[float, "mean prompt tokens kept per layer: a share up to 1, else a count"] = 0.2
     window: Annotated[int, "observation window: last prompt tokens, which vote and always stay, 1 or more"] = 8
     beta: Annotated[int, "mean budget of a layer divided by that of the last layer, without the window, 1 or more"] = 20
