@@ -32,8 +32,8 @@ from sparsecache.kernels.store_quantised import append_quantised, compiled_sizes
 _MIN_WORDS = 16  # with 16 channels, products of unpacked codes are wrong (Triton 3.6, H200); 16 words are 32 or more
 _TOTALS_PER_WARP, _MAX_SPLITS = 2048, 192
 _PROGRAMS = {2: 12, 4: 8}  # of one warp with two tiles, per multiprocessor (measured)
-_HALF = {"BLOCK_T": 16, "BLOCK_N": 8, "SLOTS": 1, "TILES": 1, "num_warps": 1, "num_stages": 2}  # to dequantise
-_PROGRAMS_HALF = 8  # per multiprocessor: what its registers allow
+_DEQUANTISED = {"BLOCK_T": 16, "BLOCK_N": 8, "SLOTS": 1, "TILES": 1, "num_stages": 2}
+_WARPS_DEQUANTISED = 8  # per multiprocessor: what its registers allow
 _PACKED_BITS = {torch.float16: (2, 4, 8), torch.bfloat16: (2, 4)}  # codes that fit into a mantissa
 
 
@@ -97,8 +97,9 @@ def _launch(
     if on_codes:
         options, programs = _options_on_codes(store, group, block_w, block_c)
     else:
-        is_half = q.dtype != torch.float32
-        options, programs = (_HALF, _PROGRAMS_HALF) if is_half else ({**_HALF, "num_warps": 4}, 2)
+        totals = max(16, next_power_of_2(group)) * 16 // store.bits * block_w
+        warps = 4 if q.dtype == torch.float32 else max(1, totals // _TOTALS_PER_WARP)
+        options, programs = {**_DEQUANTISED, "num_warps": warps}, max(2, _WARPS_DEQUANTISED // warps)
     num_splits = max(batch, min(_MAX_SPLITS * batch, (2 if INTERPRETED else programs) * num_sms(q.device) // kv_heads))
     packed = not INTERPRETED and torch.version.hip is None and store.bits in _PACKED_BITS.get(q.dtype, ())
     partial_out = torch.empty((heads, num_splits, head_dim), device=q.device, dtype=torch.float32)
