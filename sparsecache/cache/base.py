@@ -113,10 +113,10 @@ class LayerCache(ABC):
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        """Store one token per row and return the attention over what the row's slot keeps: [B, H, 1, D].
+        """Append one token to each slot and return the attention over what the slot keeps: [B, H, 1, D].
 
-        q: [B, H, 1, D]; k, v: [B, G, 1, D], rotated; slots: [B] int64 on the device, no slot twice. A row may
-        name a free slot; its output is never read. The call must not fail when a free slot's rows exceed its capacity.
+        q: [B, H, 1, D]; k, v: [B, G, 1, D], rotated; slots: [B] int64 on the device, no slot twice. Elements that pad a
+        batch name free slots. Their length may exceed the capacity: the call must not fail. Their output is not read.
         """
 
     def speculate(  # noqa: B027 (a no-op unless speculation_source is set)
@@ -215,9 +215,9 @@ class CacheMethod(ABC):
         """
 
     def report(self, stats: SequenceStats) -> dict[str, Any]:
-        """Return facts about a finished sequence for its record: JSON values by key.
+        """Return what a finished sequence's record says of the cache: JSON values by field.
 
-        Called before the slot is freed. A key that the record already has, or a value that is not JSON, is an error.
+        Called before the slot is freed. A field that the record already has, or a value that is not JSON, is an error.
         """
         return {}
 
@@ -225,8 +225,8 @@ class CacheMethod(ABC):
 def queries_read(method: CacheMethod) -> int | None:
     """Return how many of a prompt's last queries a method reads; None: all.
 
-    A sweep that keeps prompts in memory drops the others, and `prefill` gets NaN in their place. That would change the
-    results of a method that states too few, so only methods of this package are believed.
+    A sweep that keeps prompts in memory drops the others, and `prefill` gets NaN in their place. A number that is too
+    small would change results, so that of a method outside this package is not used.
     """
     return method.prompt_queries if type(method).__module__.startswith("sparsecache.") else None
 

@@ -1,4 +1,4 @@
-"""Base classes of methods that evict tokens at the end of the prompt, or at every decode step.
+"""Base classes of methods that evict tokens after prefill, or at every decode step.
 
 They save memory: a cache has capacity for the budget, and for generated tokens where these do not count.
 """
@@ -66,7 +66,7 @@ class PromptEvictionCache(LayerCache):
 class EvictionMethod(StoredMethod):
     """Keeps the prompt tokens of highest score and every generated token: a subclass defines `score`.
 
-    Tokens are evicted once, at the end of the prompt. A budget up to 1 is a share of the prompt's length.
+    Tokens are evicted once, after prefill. A budget up to 1 is a share of the prompt's length.
     """
 
     kind: ClassVar[MethodKind] = "eviction"
@@ -85,10 +85,10 @@ class EvictionMethod(StoredMethod):
         """
 
     def keep(self, scores: Tensor, count: int, width: int) -> tuple[Tensor, Tensor | None]:
-        """Return the positions that each KV head keeps, and how many: [G] or, where these are all, None.
+        """Return the positions that each KV head keeps, [G, width], and their counts [G], or None if all are `width`.
 
-        They ascend: [G, width], and those beyond a KV head's count are the last token. scores: [G, L]; ties go to the
-        earlier position. KV heads keep `count` tokens each, 1 to L, unless a subclass gives them different counts with
+        Positions ascend. From a KV head's count on they repeat the last token. scores: [G, L]; ties go to the earlier
+        position. KV heads keep `count` tokens each, 1 to L, unless a subclass gives them different counts with
         that mean, at most `width`.
         """
         return highest_positions(scores, count), None
@@ -139,7 +139,7 @@ class BoundedKVCache(LayerCache):
 
     @abstractmethod
     def evict(self, q: Tensor, slots: Tensor) -> None:
-        """Count the current token, update the scores, and evict a token of each KV head above the budget.
+        """Count the current token, update the scores, and evict one token of each KV head that exceeds the budget.
 
         q: [B, H, 1, D]; slots: [B]. The current token's key and value are in the row num_tokens.
         """

@@ -8,7 +8,7 @@ earliest.
 GQA: the paper sums and evicts per head. Here a KV head sums over all its query heads, and evicts for all of them.
 
 Differences: the paper evicts while the prompt is read. Here, as in the authors' code that frees memory, the prompt's
-attention is dense. Tokens are evicted at the end of the prompt, by the attention of all its queries. With `window` only
+attention is dense. Tokens are evicted after prefill, by the attention of all its queries. With `window` only
 its last ones count, as in `snapkv`.
 """
 

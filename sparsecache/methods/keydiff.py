@@ -5,7 +5,7 @@ to the mean key of the KV head stay. Keys are scaled to length 1 before the mean
 changes nothing: keys are those of KV heads.
 
 Differences: the paper reads the prompt in blocks and evicts after each one, and while decoding. Here tokens are evicted
-once, at the end of the prompt, as in kvpress, and generated tokens stay. kvpress evicts before the question comes; here
+once, after prefill, as in kvpress, and generated tokens stay. By default kvpress evicts before the question comes; here
 the question is part of the prompt, and `recent` keeps it. The paper states budgets of 2K to 8K tokens; the default is
 this project's.
 """

@@ -35,7 +35,7 @@ class KIVI(CacheMethod):
 
     bits: Annotated[Bits, "bits per value: 2, 4 or 8"] = 2
     group: Annotated[int, "tokens per group of keys, and channels per group of values: 16, 32, 64 or 128"] = GROUP
-    residual: Annotated[int, "last tokens in full precision, at least; a multiple of group, 0 or more"] = RESIDUAL
+    residual: Annotated[int, "fewest last tokens in full precision, 0 or a multiple of group"] = RESIDUAL
 
     def __post_init__(self) -> None:
         if self.bits not in get_args(Bits):

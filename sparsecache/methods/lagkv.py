@@ -6,7 +6,7 @@ key and one of the value; the token's score is their sum. The tokens of highest 
 `sinks` tokens always stay, and so do the last partition, which has no next one, and the tokens after it. No attention
 is computed. GQA changes nothing: keys and values are those of KV heads.
 
-Differences: the paper also compresses decoded tokens. Here tokens are evicted once, at the end of the prompt, as in
+Differences: the paper also compresses decoded tokens. Here tokens are evicted once, after prefill, as in
 kvpress. The budget counts the whole prompt, so partitions keep fewer tokens where the sinks and the last partition take
 much of it. A budget smaller than these keeps sinks first, then the last tokens. Defaults are the authors'; the budget
 is this project's.

@@ -2,13 +2,13 @@
 
 Keys form pages of `page` tokens. The lowest and highest value of every channel of a page bound q . k for any key
 of the page: sum over channels of max(q * lowest, q * highest). The newest page is always taken, as by the authors'
-kernels, then pages in falling order of this bound until the budget is used. Every token is kept: Quest saves
+kernels, then pages in descending order of this bound until the budget is used. Every token is kept: Quest saves
 attention, not memory.
 
 GQA: the paper has one KV head per query head. Here a page's bound for a KV head is the highest of its query heads'.
 
-Differences: the budget counts tokens, so the last page that fits in part gives its latest tokens only. The paper
-takes whole pages. The current token is attended to on top of the budget. The default page has the paper's size.
+Differences: the budget counts tokens. If the last selected page exceeds it, only its newest tokens are attended to. The
+paper takes whole pages. The current token is attended to on top of the budget. The default page has the paper's size.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,8 @@ from sparsecache.kernels.threshold import Selection
 class Quest(SelectionMethod):
     """Selects the pages whose bounds are highest.
 
-    mean_bounds: whether bounds are the middle of the keys' extremes, less and plus their mean distance from it.
+    mean_bounds: whether bounds are the middle of the keys' extremes, minus and plus their mean distance from it, as in
+    ArkVale.
     forces_newest: whether the newest page is always selected.
     """
 

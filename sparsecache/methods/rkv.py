@@ -11,7 +11,7 @@ GQA: as in the authors' code, a KV head takes the highest score of its query hea
 Differences:
 
 - The paper evicts every 128 steps. Here one token is evicted at each step, so that no step exceeds the budget.
-- Votes are pooled at the end of the prompt only: later the cache is unordered, as in the authors' code.
+- Votes are pooled after prefill only: later the cache is unordered, as in the authors' code.
 - When a token is evicted, the tokens that exempted it exempt none until a similar token comes.
 - In the authors' code, a token that is similar to no other exempts the first token. Here it exempts none.
 - The authors' default `weight` is 0.07 in the code and 0.1 in the paper; here it is the paper's.

@@ -2,8 +2,8 @@
 
 The attention of the prompt's last `window` queries votes for the tokens before them. Votes are pooled over `kernel`
 neighbouring positions, so that a token's surroundings stay with it. The tokens with the most votes and the window
-stay. Tokens are evicted once, at the end of the prompt. Defaults are those of the authors' LongBench runs; the budget
-is this project's.
+stay. Tokens are evicted once, after prefill. Defaults are those of the authors' LongBench runs; the budget and
+`dense_layers` are this project's.
 
 GQA: the paper votes per query head. Here the votes of a KV head's query heads are added, then pooled.
 
