@@ -21,10 +21,10 @@ import numpy
 from study_output import as_csv, as_markdown, budget_table, draw, draw_budgets
 
 from sparsecache.cli import report_usage_errors
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, listed
 from sparsecache.files import write_atomically
 from sparsecache.longbench.costs import cache_costs
-from sparsecache.longbench.paired import RESAMPLES, bootstrap_means, common_rows, confidence_interval
+from sparsecache.longbench.paired import RESAMPLES, bootstrap_means, common_rows, common_rows_notes, confidence_interval
 from sparsecache.longbench.report import decode_speed
 from sparsecache.longbench.runs import parse_labels, run_names
 from sparsecache.longbench.score_types import RunScore
@@ -90,12 +90,17 @@ def part_scores(runs: Sequence[RunScore], part: Part, seed: int = 0) -> list[dic
     return found
 
 
-def study(folders: Sequence[Path]) -> list[dict[str, Any]]:
+def study(folders: Sequence[Path], e: bool = False) -> list[dict[str, Any]]:
     """Return a record per run: name, method, options, budget, rows, costs, and the scores of all parts.
 
-    Raises UsageError for runs without common rows.
+    e: whether the runs are of LongBench-E. Notes on rows that are left out go to stderr. Raises UsageError for runs
+    without common rows.
     """
-    common = common_rows([score_run(folder) for folder in folders]).runs
+    scored = [score_run(folder, e) for folder in folders]
+    reduced = common_rows(scored)
+    for note in common_rows_notes(scored, reduced):
+        click.echo(note, err=True)
+    common = reduced.runs
     records: list[dict[str, Any]] = []
     for run, name in zip(common, run_names(common), strict=True):
         costs, kept = cache_costs(run), run.headline.kept
@@ -123,18 +128,25 @@ def study(folders: Sequence[Path]) -> list[dict[str, Any]]:
 def _run_folders(paths: Sequence[Path]) -> list[Path]:
     """Return the runs in paths, each of which is a run or a folder of runs; the baseline comes first.
 
-    A sweep that was stopped leaves folders without predictions, which are left out with a note on stderr.
+    A sweep that was stopped leaves folders without predictions, which are left out with a note on stderr. Raises
+    UsageError for fewer than two runs, and for folders of runs without the baseline.
     """
     runs: list[Path] = []
     for path in paths:
         found = [path] if (path / "run.json").exists() else sorted(each.parent for each in path.glob("*/run.json"))
         started = [run for run in found if run == path or any(file.stat().st_size for file in run.glob("*.jsonl"))]
         if len(started) < len(found):
-            click.echo(f"{path}: left out, without predictions: {len(found) - len(started)} runs", err=True)
+            names = listed(run.name for run in found if run not in started)
+            click.echo(f"{path}: left out, without predictions: {names}", err=True)
         runs += started
     if len(runs) < 2:
         raise UsageError(f"{', '.join(map(str, paths))} holds fewer than two runs. Give folders with run.json.")
     from_folder = not (paths[0] / "run.json").exists()
+    if from_folder and not any(run.name == BASELINE for run in runs):
+        raise UsageError(
+            f"{paths[0]} has no run {BASELINE} with predictions, the baseline. Predict it, or name runs, the baseline "
+            f"first."
+        )
     return sorted(runs, key=lambda run: run.name != BASELINE) if from_folder else runs
 
 
@@ -142,6 +154,7 @@ def _run_folders(paths: Sequence[Path]) -> list[Path]:
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="CSV file to write.")
 @click.option("--markdown", is_flag=True, help="Print the main columns as a Markdown table.")
+@click.option("--e", is_flag=True, help="The runs are of LongBench-E.")
 @click.option("--budgets", is_flag=True, help="Print, and draw, a line per method over its budgets, for --part.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Picture of the differences to write (.png, .svg, .pdf).")
 @click.option("--part", type=click.Choice([part.name for part in parts()]), default="all", help="Part that is shown.")
@@ -151,6 +164,7 @@ def main(
     runs: tuple[Path, ...],
     out: Path | None,
     markdown: bool,
+    e: bool,
     budgets: bool,
     plot: Path | None,
     part: str,
@@ -159,7 +173,7 @@ def main(
 ) -> None:
     """Score RUNS, folders of predictions or of such folders, by part of LongBench. Without options, print CSV."""
     with report_usage_errors():
-        records = study(_run_folders(runs))
+        records = study(_run_folders(runs), e)
         named = parse_labels(labels, [record["run"] for record in records])
         records = [{**record, "run": named.get(record["run"], record["run"])} for record in records]
         if out is not None:

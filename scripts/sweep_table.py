@@ -18,7 +18,6 @@ from sparsecache.longbench.score_tables import score_document
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tables import render
-from sparsecache.runner.run import check_recorded
 from sparsecache.runner.settings import Settings
 
 
@@ -69,6 +68,8 @@ class Report:
 
 def move_mismatched_runs(done: Sequence[Settings], missing: Sequence[str]) -> tuple[list[Settings], list[str]]:
     """Move runs whose folder records another run from `done` to `missing`, with the reason; return both."""
+    from sparsecache.runner.run import check_recorded  # imports torch, which takes seconds
+
     missing, found = list(missing), []
     for settings in done:
         try:

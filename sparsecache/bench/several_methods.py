@@ -27,7 +27,7 @@ from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.devices import synchronize
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.prefill_cache import PrefillCache
-from sparsecache.errors import UsageError, one_line
+from sparsecache.errors import one_line
 
 _REPEAT_S = 0.5  # a prompt is repeated for as long
 _MOST_REPEATS = 10
@@ -49,16 +49,16 @@ class Prompt:
 
     def seconds(self, spec: MethodSpec) -> float:
         """Return the seconds of a whole prefill with a method: the fewest of several, after one that may compile."""
-        if str(spec) not in self._seconds:
+        if repr(spec) not in self._seconds:  # two files may have one name
             decoder = self._model.decoder(spec.method, spec.options)
             self._prefill(decoder)
             measured = [self._prefill(decoder)]
             while sum(measured) < _REPEAT_S and len(measured) < _MOST_REPEATS:
                 measured.append(self._prefill(decoder))
-            self._seconds[str(spec)] = min(measured)
+            self._seconds[repr(spec)] = min(measured)
             del decoder
             timing.free_memory()
-        return self._seconds[str(spec)]
+        return self._seconds[repr(spec)]
 
     @torch.inference_mode()
     def _prefill(self, decoder: Decoder) -> float:
@@ -121,7 +121,7 @@ def _most_queries_read(model: BenchModel, specs: Sequence[MethodSpec]) -> int | 
     """Return how many of a prompt's last queries the methods read at most; None: all."""
     methods = []
     for spec in specs:
-        with suppress(UsageError):  # the method's line will have the error
+        with suppress(Exception):  # the method's line will have the error
             methods.append(model.method(spec.method, spec.options)[0])
     return most_queries_read(methods)
 

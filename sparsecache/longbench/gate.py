@@ -130,7 +130,7 @@ def _pair(
     stem: str, run: BaselineDataset, baseline: BaselineDataset | None, only: Collection[str] | None = None
 ) -> Pair:
     known = baseline.scores if baseline else {}
-    rows = [row for row in run.scores if row in known and (only is None or row in only)]
+    rows = sorted(row for row in run.scores if row in known and (only is None or row in only))
     return Pair(stem, run.group, [run.scores[row] for row in rows], [known[row] for row in rows])
 
 

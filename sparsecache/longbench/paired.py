@@ -7,7 +7,7 @@ from zlib import crc32
 import numpy
 from numpy.typing import NDArray
 
-from sparsecache.errors import UsageError
+from sparsecache.errors import UsageError, listed
 from sparsecache.longbench.row_ids import matched_by_order_notes, with_row_ids
 from sparsecache.longbench.runs import run_names
 from sparsecache.longbench.score_types import DatasetScore, RunScore
@@ -51,11 +51,11 @@ def common_rows(runs: Sequence[RunScore]) -> CommonRows:
         for name, rows in tables[0].items()
     }
     if not any(ids.values()):
-        different = [at for at, table in enumerate(tables) if at and not _share_rows(tables[0], table)]
-        shown = [0, *different][: 1 + _MAX_NAMED] if different else range(len(runs))
-        more = f" and {len(different) + 1 - len(shown)} more" if len(different) >= len(shown) else ""
+        different = [run for run, table in zip(runs, tables, strict=True) if not _share_rows(tables[0], table)]
+        named = [runs[0], *(different or runs[1:])]
+        more = f" and {len(named) - 1 - _MAX_NAMED} more" if len(named) > 1 + _MAX_NAMED else ""
         raise UsageError(
-            f"{', '.join(_contents([runs[at] for at in shown]))}{more} have no rows in common. Rows are matched by "
+            f"{', '.join(_contents(named[: 1 + _MAX_NAMED]))}{more} have no rows in common. Rows are matched by "
             f"dataset and `_id`; rows without an `_id` by their order, if number of rows, answers and lengths agree. "
             f"Predict the same data in every run."
         )
@@ -77,7 +77,7 @@ def _contents(runs: Sequence[RunScore]) -> Iterator[str]:
     """Yield the folder of each run with its datasets, and with those options of its data that differ."""
     options = [data_options(run) for run in runs]
     for run, of_run in zip(runs, options, strict=True):
-        stems = [dataset.task.file_stem(run.e) for dataset in run.datasets]
+        stems = [dataset.task.file_stem(run.e) for dataset in run.datasets if dataset.rows]
         names = f": {', '.join(stems)}" if len(stems) <= _MAX_NAMED else ""
         datasets = f"{len(stems)} dataset{'s' * (len(stems) != 1)}{names}"
         differ = [
@@ -103,11 +103,11 @@ def common_rows_notes(runs: Sequence[RunScore], common: CommonRows) -> Iterator[
     if left:
         yield (
             f"Compared on the {_rows(common.runs[0])} rows that all runs have (same dataset and _id). Left out: "
-            f"{', '.join(left)}."
+            f"{listed(left, whole=True)}."
         )
     partial = [name for run, name in zip(runs, names, strict=True) if not run.complete]
     if partial:
-        yield f"INCOMPLETE: {', '.join(partial)}. Score each run separately to see the missing rows."
+        yield f"INCOMPLETE: {listed(partial, whole=True)}. Score each run separately to see the missing rows."
 
 
 def bootstrap_means(values: Floats, name: str, seed: int, resamples: int = RESAMPLES) -> Floats:

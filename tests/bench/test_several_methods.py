@@ -124,6 +124,49 @@ def test_steps_are_graphs_on_a_gpu_and_caches_take_memory_there(tiny) -> None:
     assert quest.cache_gpu_bytes > snapkv.cache_gpu_bytes > 0 and quest.cache_host_bytes == 0
 
 
+def test_a_method_that_cannot_be_made_is_a_line(table, tmp_path) -> None:
+    source = """
+from dataclasses import dataclass
+from sparsecache.methods.random import Random
+
+@dataclass
+class Bad(Random):
+    def __post_init__(self):
+        raise RuntimeError("no method")
+"""
+    (tmp_path / "bad.py").write_text(source)
+    done, rows = table(f"{tmp_path / 'bad.py'},quest", "--tokens", "20", "--new_tokens", "3")
+    assert done.exit_code == 1 and "bad, 20 tokens, batch 1: RuntimeError: no method" in done.stdout
+    assert [row["name"] for row in rows] == ["vanilla", "bad", "quest"] and rows[2]["step_s"] > 0
+
+
+def test_files_of_one_name_have_prompt_times_of_their_own(table, tmp_path) -> None:
+    files = []
+    for folder, pause in (("fast", 0.0), ("slow", 0.3)):
+        file = tmp_path / folder / "own.py"
+        file.parent.mkdir()
+        file.write_text(f"""
+import time
+from dataclasses import dataclass
+from sparsecache.methods.streaming import Streaming
+
+@dataclass
+class Own(Streaming):
+    def check(self, shape):
+        super().check(shape)
+
+    def make_cache(self, layer, config):
+        cache = super().make_cache(layer, config)
+        prefill = cache.prefill
+        cache.prefill = lambda *arguments: (time.sleep({pause}), prefill(*arguments))
+        return cache
+""")
+        files.append(str(file))
+    _, rows = table(",".join(files), "--tokens", "20", "--new_tokens", "3")
+    vanilla, fast, slow = (row["prefill_overhead_s"] for row in rows)
+    assert vanilla == 0 and slow - fast > 0.2
+
+
 def test_a_method_that_fails_is_a_line_with_its_error(table, tmp_path) -> None:
     source = """
 from dataclasses import dataclass

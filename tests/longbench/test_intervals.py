@@ -10,11 +10,14 @@ from zlib import crc32
 import numpy
 import pytest
 
+from sparsecache.longbench.baseline import make_baseline
 from sparsecache.longbench.compare import compare
 from sparsecache.longbench.comparison import Difference
+from sparsecache.longbench.gate import gate
+from sparsecache.longbench.gate_checks import Limits
 from sparsecache.longbench.paired import bootstrap_means, confidence_interval
 from sparsecache.longbench.score_types import RunScore
-from sparsecache.longbench.scores import score_run
+from sparsecache.longbench.scores import ScoringOptions, score_run
 from tests.longbench.scoring import difference, lines_of
 
 MakeRun = Callable[..., Path]
@@ -120,6 +123,12 @@ def test_the_order_of_files_changes_no_interval(make_run: MakeRun, row: Row) -> 
         compare([run(folder, name, rng.sample(range(30), 30)) for name in "ab"]).groups for folder in ("one", "two")
     ]
     assert found[0] == found[1] and found[0][0].entries[1].difference.interval is not None
+    baseline, *candidates = (
+        make_baseline(run(folder, name, rng.sample(range(30), 30)), ScoringOptions())
+        for folder, name in (("three", "a"), ("four", "b"), ("five", "b"))
+    )
+    verdicts = [gate(each, baseline, Limits(non_inferior=1.0)) for each in candidates]
+    assert verdicts[0].checks == verdicts[1].checks
 
 
 def test_the_seed_determines_the_intervals(scored: Callable[..., RunScore]) -> None:

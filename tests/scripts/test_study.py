@@ -58,7 +58,37 @@ def test_runs_of_a_stopped_sweep_are_left_out(study, runs) -> None:
     done = CliRunner().invoke(study.main, [str(runs[0].parent)])
     assert done.exit_code == 0, done.output
     assert [row["run"] for row in csv.DictReader(done.stdout.splitlines())] == ["vanilla", "a-sparse"]
-    assert done.stderr == f"{runs[0].parent}: left out, without predictions: 1 runs\n"
+    assert done.stderr == f"{runs[0].parent}: left out, without predictions: waiting\n"
+
+
+def test_a_folder_without_the_baseline_is_refused(study, runs) -> None:
+    """Another run must not take its place."""
+    for file in runs[0].glob("*.jsonl"):
+        file.unlink()
+    shutil.copytree(runs[1], runs[0].parent / "b-sparse")
+    done = CliRunner().invoke(study.main, [str(runs[0].parent)])
+    assert done.exit_code == 2 and "has no run vanilla with predictions, the baseline" in done.stderr
+
+
+def test_rows_that_a_stopped_run_lacks_are_noted(study, runs) -> None:
+    lines = (runs[1] / "qasper.jsonl").read_text().splitlines(keepends=True)
+    (runs[1] / "qasper.jsonl").write_text("".join(lines[:3]))
+    done = CliRunner().invoke(study.main, [str(runs[0].parent)])
+    assert done.exit_code == 0 and "Compared on the 18 rows that all runs have" in done.stderr
+    assert "INCOMPLETE: a-sparse" in done.stderr
+
+
+def test_runs_of_longbench_e_are_studied(study, runs) -> None:
+    for run in runs:
+        (run / "dureader.jsonl").unlink()
+        for file in list(run.glob("*.jsonl")):
+            file.rename(file.with_name(f"{file.stem}_e.jsonl"))
+        record = json.loads((run / "run.json").read_text())["datasets"]
+        del record["dureader"]
+        (run / "run.json").write_text(json.dumps({"datasets": {f"{stem}_e": value for stem, value in record.items()}}))
+    done = CliRunner().invoke(study.main, [str(runs[0].parent), "--e"])
+    assert done.exit_code == 0, done.output
+    assert [row["rows"] for row in csv.DictReader(done.stdout.splitlines())] == ["17", "17"]
 
 
 def test_parts_are_means_over_their_datasets(study, runs) -> None:
