@@ -52,12 +52,10 @@ def common_rows(runs: Sequence[RunScore]) -> CommonRows:
     }
     if not any(ids.values()):
         different = [run for run, table in zip(runs, tables, strict=True) if not _share_rows(tables[0], table)]
-        named = [runs[0], *(different or runs[1:])]
-        more = f" and {len(named) - 1 - _MAX_NAMED} more" if len(named) > 1 + _MAX_NAMED else ""
+        contents = listed(_contents([runs[0], *(different or runs[1:])]), 1 + _MAX_NAMED, whole=True)
         raise UsageError(
-            f"{', '.join(_contents(named[: 1 + _MAX_NAMED]))}{more} have no rows in common. Rows are matched by "
-            f"dataset and `_id`; rows without an `_id` by their order, if number of rows, answers and lengths agree. "
-            f"Predict the same data in every run."
+            f"{contents} have no rows in common. Rows are matched by dataset and `_id`; rows without an `_id` by their "
+            f"order, if number of rows, answers and lengths agree. Predict the same data in every run."
         )
     reduced = [
         replace(run, datasets=[_only(dataset, table[dataset.task.name], ids) for dataset in _ordered(run, ids)])

@@ -26,7 +26,7 @@ from sparsecache.cache.base import (
     ProjectQuery,
     Shape,
     StepBytes,
-    queries_read,
+    most_queries_read,
 )
 from sparsecache.cache.eviction import EvictionMethod
 from sparsecache.cache.sparse import SparseMethod
@@ -60,8 +60,7 @@ class Composed(CacheMethod):
 
     @property
     def prompt_queries(self) -> int | None:
-        evict, select = queries_read(self._eviction), queries_read(self._selection)
-        return None if evict is None or select is None else max(evict, select)
+        return most_queries_read((self._eviction, self._selection))
 
     def check(self, shape: Shape) -> None:
         with _part_named("evict", self.evict):
