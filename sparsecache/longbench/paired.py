@@ -51,7 +51,7 @@ def common_rows(runs: Sequence[RunScore]) -> CommonRows:
         for name, rows in tables[0].items()
     }
     if not any(ids.values()):
-        different = [run for run, table in zip(runs, tables, strict=True) if not _share_rows(tables[0], table)]
+        different = [run for run, table in zip(runs[1:], tables[1:], strict=True) if not _share_rows(tables[0], table)]
         contents = listed(_contents([runs[0], *(different or runs[1:])]), 1 + _MAX_NAMED, whole=True)
         raise UsageError(
             f"{contents} have no rows in common. Rows are matched by dataset and `_id`; rows without an `_id` by their "
@@ -76,7 +76,7 @@ def _contents(runs: Sequence[RunScore]) -> Iterator[str]:
     options = [data_options(run) for run in runs]
     for run, of_run in zip(runs, options, strict=True):
         stems = [dataset.task.file_stem(run.e) for dataset in run.datasets if dataset.rows]
-        names = f": {', '.join(stems)}" if len(stems) <= _MAX_NAMED else ""
+        names = f": {', '.join(stems)}" if 0 < len(stems) <= _MAX_NAMED else ""
         datasets = f"{len(stems)} dataset{'s' * (len(stems) != 1)}{names}"
         differ = [
             f"{key} {value}" for key, value in of_run.items() if any(value != other.get(key) for other in options)

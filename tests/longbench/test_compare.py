@@ -134,6 +134,10 @@ def test_of_many_runs_those_without_common_rows_are_named(make_run: MakeRun, row
         compare([*same, *other])
     assert "w (1 dataset: lcc) and 2 more have no rows in common" in str(error.value)
     assert "b (" not in str(error.value) and "x (" not in str(error.value)
+    empty = score_run(make_run("empty", {"qasper": []}))
+    with pytest.raises(UsageError, match=r"empty \(0 datasets\), [^,]*a \(1 dataset: qasper\) have no rows") as error:
+        compare([empty, same[0]])
+    assert str(error.value).count("empty (") == 1
 
 
 @pytest.mark.parametrize("with_ids", ["a", "b", ""])
