@@ -52,6 +52,13 @@ class KVStorage(ABC):
         rows: [B, G, N], or N, which stands for the first N. Rows that are not in use are undefined.
         """
 
+    @abstractmethod
+    def recent_keys(self, tokens: int) -> Tensor | None:
+        """Return keys [slots, G, R, D] that have the last `tokens` tokens as they were stored; None if there are none.
+
+        Position p is in row p % R.
+        """
+
     def read_nbytes(self, tokens: float) -> float:
         """Return the fewest bytes that attention over `tokens` tokens of a sequence reads."""
         return tokens * self.token_nbytes
@@ -85,6 +92,9 @@ class FullStorage(KVStorage):
             index_slots(self.keys, slots)[:, :, :rows] if isinstance(rows, int) else take_rows(self.keys, slots, rows)
         )
 
+    def recent_keys(self, tokens: int) -> Tensor:
+        return self.keys
+
 
 class QuantisedStorage(KVStorage):
     """Keys and values in 2, 4 or 8 bits, and the last tokens in the model's dtype, as `kivi` describes."""
@@ -115,6 +125,9 @@ class QuantisedStorage(KVStorage):
 
     def keys_of(self, lengths: Tensor, slots: Tensor, rows: Tensor | int) -> Tensor:
         return self.quantised.keys(lengths, slots, rows)
+
+    def recent_keys(self, tokens: int) -> Tensor | None:
+        return self.quantised.key_tail if tokens <= self.quantised.residual else None
 
     def read_nbytes(self, tokens: float) -> float:
         whole = min(tokens, self.quantised.residual)

@@ -32,7 +32,7 @@ def _to_float16(x, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _concatenate(planes):  # type: ignore[no-untyped-def]
+def concatenate(planes):  # type: ignore[no-untyped-def]
     """Return 2, 4 or 8 tensors [N, W] side by side: [N, 2 * W], [N, 4 * W] or [N, 8 * W]."""
     if len(planes) == 2:
         joined = tl.join(planes[0], planes[1])
@@ -210,5 +210,5 @@ def attend_on_codes(  # type: ignore[no-untyped-def]
     query = tl.minimum(tl.arange(0, BLOCK_R), block_q - 1)
     weight_sum = tl.gather(tl.sum(weight_sums, axis=0), query, axis=0)
     column_of_channel = (query * SLOTS)[:, None] + (channel // TOKENS % SLOTS)[None, :]
-    total = tl.gather(_concatenate(parts), column_of_channel, axis=0)
+    total = tl.gather(concatenate(parts), column_of_channel, axis=0)
     return tl.gather(maximum, query, axis=0), weight_sum, total

@@ -21,31 +21,40 @@ _LOWEST, _HIGHEST = tl.constexpr(-2139095041), tl.constexpr(2139095040)  # -inf 
 
 
 def update_newest_page(
-    keys: Tensor, lowest: Tensor, highest: Tensor, seq_lens: Tensor, slots: Tensor, page: int, mean: bool
+    keys: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor,
+    page: int,
+    mean: bool,
+    capacity: int | None = None,
 ) -> None:
-    """Update the bounds of the page of each slot's new token, which is in row seq_lens, or in the last row if full.
+    """Update the bounds of the page of each slot's new token, which has position seq_lens, or the last one if full.
 
     keys: [slots, G, T, D]; lowest, highest: [slots, G, P, D], as `channel_bounds` gives them; seq_lens: [slots] int64;
-    slots: [B] int64; page: tokens in a page.
+    slots: [B] int64; page: tokens in a page. capacity: the most tokens of a slot, by default T. If it is more than T,
+    keys are a ring of the last tokens, at least a page of them: position p is in row p % T.
     """
-    kv_heads, capacity, head_dim = keys.shape[1:]
+    kv_heads, rows, head_dim = keys.shape[1:]
+    capacity = rows if capacity is None else capacity
     if use_kernel(keys):
         _update_kernel[(len(slots) * kv_heads,)](
-            keys, lowest, highest, seq_lens, slots, kv_heads, capacity, lowest.shape[2], head_dim,
+            keys, lowest, highest, seq_lens, slots, kv_heads, rows, capacity, lowest.shape[2], head_dim,
             PAGE=page, MEAN=mean, BLOCK_T=min(_MAX_BLOCK_T, next_power_of_2(page)),
             BLOCK_D=next_power_of_2(head_dim, 16), num_warps=4, **pdl_options(),
         )  # fmt: skip
         return
-    newest, rows, is_used = newest_page(seq_lens[slots], page, capacity)
-    bounds = channel_bounds(take_rows(keys, slots, rows.expand(-1, kv_heads, -1)), is_used, mean)
+    newest, positions, is_used = newest_page(seq_lens[slots], page, capacity)
+    bounds = channel_bounds(take_rows(keys, slots, positions.expand(-1, kv_heads, -1) % rows), is_used, mean)
     for stored, found in zip((lowest, highest), bounds, strict=True):
         stored[slots, :, newest] = found.to(stored.dtype)
 
 
 def newest_page(past: Tensor, page: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the page of the token at position past [B]: its index [B], its rows and which are used [B, 1, page].
+    """Return the page of the token at position past [B]: its index [B], its positions and which are used [B, 1, page].
 
-    Rows are below the capacity. A position beyond the capacity stands for the last one.
+    Positions are below the capacity. A position beyond the capacity stands for the last one.
     """
     last = past.clamp(max=capacity - 1)
     newest = last // page
@@ -133,9 +142,9 @@ def _positions_of_runs(start: Tensor, count: Tensor, width: int) -> Selection:
     return Selection(positions, ends[..., -1])
 
 
-@triton.jit(do_not_specialize=["capacity", "pages"])
+@triton.jit(do_not_specialize=["rows", "capacity", "pages"])
 def _update_kernel(  # type: ignore[no-untyped-def]
-    keys, lowest, highest, seq_lens, slots, kv_heads, capacity, pages, head_dim,
+    keys, lowest, highest, seq_lens, slots, kv_heads, rows, capacity, pages, head_dim,
     PAGE: tl.constexpr, MEAN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Bound the newest page of one slot and KV head."""
@@ -146,12 +155,14 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     newest = past // PAGE
     channel = tl.arange(0, BLOCK_D)
     in_head = channel < head_dim
-    base = keys + (owner * capacity + newest * PAGE) * head_dim + channel[None, :]
+    base = keys + owner * rows * head_dim + channel[None, :]
+    first_row = (newest * PAGE % rows).to(tl.int32)
     count = (past - newest * PAGE + 1).to(tl.int32)
     low, high = tl.full((BLOCK_D,), float("inf"), tl.float32), tl.full((BLOCK_D,), float("-inf"), tl.float32)
     for first in tl.range(0, count, BLOCK_T):
         at = first + tl.arange(0, BLOCK_T)[:, None]
-        key = tl.load(base + at * head_dim, mask=(at < count) & in_head[None, :], other=0.0).to(tl.float32)
+        row = (first_row + at) % rows
+        key = tl.load(base + row * head_dim, mask=(at < count) & in_head[None, :], other=0.0).to(tl.float32)
         low = tl.minimum(low, tl.min(tl.where(at < count, key, float("inf")), axis=0))
         high = tl.maximum(high, tl.max(tl.where(at < count, key, float("-inf")), axis=0))
     if MEAN:
@@ -159,7 +170,8 @@ def _update_kernel(  # type: ignore[no-untyped-def]
         distance = tl.zeros((BLOCK_D,), dtype=tl.float32)
         for first in tl.range(0, count, BLOCK_T):
             at = first + tl.arange(0, BLOCK_T)[:, None]
-            key = tl.load(base + at * head_dim, mask=(at < count) & in_head[None, :], other=0.0).to(tl.float32)
+            row = (first_row + at) % rows
+            key = tl.load(base + row * head_dim, mask=(at < count) & in_head[None, :], other=0.0).to(tl.float32)
             distance += tl.sum(tl.where(at < count, tl.abs(key - centre[None, :]), 0.0), axis=0)
         distance /= count
         low, high = centre - distance, centre + distance

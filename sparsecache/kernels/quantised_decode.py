@@ -22,16 +22,19 @@ from sparsecache.kernels._triton import (
     triton,
     use_kernel,
 )
+from sparsecache.kernels.attention_dequantised import attend_dequantised
 from sparsecache.kernels.attention_on_codes import attend_on_codes
-from sparsecache.kernels.decode import attend_rows, merge_kernel, place_split, split_count
+from sparsecache.kernels.decode import attend_rows, merge_kernel, place_split
 from sparsecache.kernels.quantisation import QuantisedStore
 from sparsecache.kernels.rows import mask_of_first
 from sparsecache.kernels.store_quantised import append_quantised, compiled_sizes, num_quantised
 
 _MIN_WORDS = 16  # with 16 channels, products of unpacked codes are wrong (Triton 3.6, H200); 16 words are 32 or more
-_TILE_BYTES = 64  # of one channel of a tile of tokens: 32 tokens in half precision, 16 in float32
 _TOTALS_PER_WARP, _MAX_SPLITS = 2048, 192
 _PROGRAMS = {2: 12, 4: 8}  # of one warp with two tiles, per multiprocessor (measured)
+_DEQUANTISED = {"BLOCK_T": 16, "BLOCK_N": 8, "SLOTS": 1, "TILES": 1, "num_stages": 2}
+_WARPS_DEQUANTISED = 8  # per multiprocessor: what its registers allow
+_PACKED_BITS = {torch.float16: (2, 4, 8), torch.bfloat16: (2, 4)}  # codes that fit into a mantissa
 
 
 def attend_quantised(q: Tensor, k: Tensor, v: Tensor, store: QuantisedStore, lengths: Tensor, slots: Tensor) -> Tensor:
@@ -91,11 +94,14 @@ def _launch(
     block_c = next_power_of_2(store.value_ranges.shape[4])
     # Matrix units of some AMD GPUs treat subnormal numbers as zeros, and most codes are subnormal there.
     on_codes = selected is None and q.dtype != torch.float32 and torch.version.hip is None
-    num_splits = split_count(batch, kv_heads, q.device)
-    options = {"BLOCK_N": 8, "SLOTS": 1, "TILES": 1, "num_warps": 4, "num_stages": 2}
     if on_codes:
         options, programs = _options_on_codes(store, group, block_w, block_c)
-        num_splits = max(batch, min(_MAX_SPLITS * batch, programs * num_sms(q.device) // kv_heads))
+    else:
+        totals = max(16, next_power_of_2(group)) * 16 // store.bits * block_w
+        warps = 4 if q.dtype == torch.float32 else max(1, totals // _TOTALS_PER_WARP)
+        options, programs = {**_DEQUANTISED, "num_warps": warps}, max(2, _WARPS_DEQUANTISED // warps)
+    num_splits = max(batch, min(_MAX_SPLITS * batch, (2 if INTERPRETED else programs) * num_sms(q.device) // kv_heads))
+    packed = not INTERPRETED and torch.version.hip is None and store.bits in _PACKED_BITS.get(q.dtype, ())
     partial_out = torch.empty((heads, num_splits, head_dim), device=q.device, dtype=torch.float32)
     softmax_stats = torch.empty((2, heads, num_splits), device=q.device, dtype=torch.float32)  # maxima, sums
     split_ranges = torch.empty((batch, kv_heads, 2), device=q.device, dtype=torch.int32)  # first split, how many
@@ -109,8 +115,8 @@ def _launch(
         lengths if counts is None else counts.contiguous(), partial_out, softmax_stats, split_ranges,
         1 / math.sqrt(head_dim), batch, num_splits, store.capacity, store.key_codes.shape[2], store.residual,
         heads * num_splits, 0 if selected is None else selected.shape[2], SELECTED=selected is not None,
-        ON_CODES=on_codes, PER_HEAD=lengths.dim() == 2, GROUP=group, BLOCK_R=max(16, next_power_of_2(group)),
-        BLOCK_B=next_power_of_2(batch), BLOCK_T=_TILE_BYTES // q.element_size(), BLOCK_W=block_w, BLOCK_C=block_c,
+        ON_CODES=on_codes, PACKED=packed, PER_HEAD=lengths.dim() == 2, GROUP=group,
+        BLOCK_R=max(16, next_power_of_2(group)), BLOCK_B=next_power_of_2(batch), BLOCK_W=block_w, BLOCK_C=block_c,
         INTERPRETED=INTERPRETED, **options, **compiled_sizes(store), **pdl_options(),
     )  # fmt: skip
     merge_kernel[(batch, heads)](
@@ -133,42 +139,13 @@ def _options_on_codes(store: QuantisedStore, group: int, block_w: int, block_c: 
         slots = min(block_c, max(1, 8 // queries, block_w // store.group))
     columns = max(8, queries * slots)
     totals = columns * block_w * 16 // store.bits
-    options = {"BLOCK_N": columns, "SLOTS": slots, "TILES": 1, "num_stages": 2}
+    options = {"BLOCK_T": 32, "BLOCK_N": columns, "SLOTS": slots, "TILES": 1, "num_stages": 2}
     options["num_warps"] = max(1, totals // _TOTALS_PER_WARP)
     programs = max(1, 8 // options["num_warps"])
     if store.bits in _PROGRAMS and totals <= _TOTALS_PER_WARP // 2:
         options["TILES"], programs = 2, _PROGRAMS[store.bits]
         options["maxnreg"] = min(255, 65536 // (32 * programs) // 8 * 8)  # registers of a thread
-    return options, 2 if INTERPRETED else programs  # fewer, so that the interpreter is faster
-
-
-@triton.jit
-def _load_codes(codes, row, mask, WORDS: tl.constexpr, BITS: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the codes of rows [N] as float32 [N, 16 / BITS * BLOCK_W], ordered by plane, then by word."""
-    word, plane = tl.arange(0, BLOCK_W), tl.arange(0, 16 // BITS)
-    words = tl.load(codes + row[:, None] * WORDS + word[None, :], mask=mask[:, None] & (word < WORDS)[None, :], other=0)
-    numbers = (words[:, None, :] >> (plane * BITS)[None, :, None]) & ((1 << BITS) - 1)
-    return tl.reshape(numbers, (row.shape[0], 16 // BITS * BLOCK_W)).to(tl.float32)
-
-
-@triton.jit
-def _dequantise_values(  # type: ignore[no-untyped-def]
-    numbers, ranges, row, mask, channel, in_head, IN_ORDER: tl.constexpr, TOKENS: tl.constexpr,
-    VALUE_GROUPS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Return the values of codes [N, D]. IN_ORDER: channels are 0, 1, .., so a group's range is loaded once."""
-    ranges += row[:, None] * (2 * VALUE_GROUPS)
-    if IN_ORDER:
-        group = tl.arange(0, BLOCK_C)[None, :]
-        group_mask = mask[:, None] & (group < VALUE_GROUPS)
-        minimum = tl.load(ranges + group, mask=group_mask, other=0.0).to(tl.float32)
-        step = tl.load(ranges + VALUE_GROUPS + group, mask=group_mask, other=0.0).to(tl.float32)
-        grouped = tl.reshape(numbers, (numbers.shape[0], BLOCK_C, numbers.shape[1] // BLOCK_C))
-        return tl.reshape(grouped * step[:, :, None] + minimum[:, :, None], numbers.shape)
-    group = (channel // TOKENS)[None, :]
-    group_mask = mask[:, None] & in_head[None, :]
-    minimum = tl.load(ranges + group, mask=group_mask, other=0.0).to(tl.float32)
-    return numbers * tl.load(ranges + VALUE_GROUPS + group, mask=group_mask, other=0.0).to(tl.float32) + minimum
+    return options, programs
 
 
 @triton.jit
@@ -188,7 +165,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     q, q_row_stride, q_head_stride, new_key, new_value, new_row_stride, new_head_stride, key_codes, key_ranges,
     value_codes, value_ranges, key_tail, value_tail, lengths, slots, indices, counts_ptr, partial_out, softmax_stats,
     split_ranges, scale, batch, num_splits, capacity, code_rows, residual, stats_size, width,
-    SELECTED: tl.constexpr, ON_CODES: tl.constexpr, PER_HEAD: tl.constexpr, GROUP: tl.constexpr,
+    SELECTED: tl.constexpr, ON_CODES: tl.constexpr, PACKED: tl.constexpr, PER_HEAD: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BITS: tl.constexpr,
     TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr,
@@ -196,7 +173,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Attend to one split for the query heads of a KV head. The last split takes the new token.
 
-    ON_CODES: quantised tokens are not dequantised. Exponents are of base 2.
+    ON_CODES: quantised tokens are not dequantised. PACKED: of `attend_dequantised`. Exponents are of base 2.
     """
     pdl_wait(USE_PDL)
     kv, kv_heads, program, rows = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.arange(0, BLOCK_B)
@@ -237,6 +214,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     value_codes += slot_head * code_rows * WORDS
     key_ranges += slot_head * (code_rows // TOKENS) * 2 * HEAD_DIM
     value_ranges += slot_head * code_rows * 2 * VALUE_GROUPS
+    indices += (row * kv_heads + kv) * width
 
     scale *= 1.4426950408889634  # log2(e)
     start, end = split * length, tl.minimum(split * length + length, count)
@@ -248,32 +226,20 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         start = tl.maximum(start, num_coded)
     else:
-        maximum = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
-        weight_sum = tl.zeros((BLOCK_R,), dtype=tl.float32)
-        total = tl.zeros((BLOCK_R, block_d), dtype=tl.float32)
-    tile: tl.constexpr = BLOCK_T // 2 if ON_CODES else BLOCK_T  # a token in full precision takes more shared memory
-    for first in tl.range(start, end, tile):
-        token = first + tl.arange(0, tile)
+        maximum, weight_sum, total, start = attend_dequantised(
+            q, q_head_stride, key_codes, key_ranges, value_codes, value_ranges, indices, start.to(tl.int32),
+            end.to(tl.int32), num_coded.to(tl.int32), scale, SELECTED, PACKED, GROUP, BITS, TOKENS, HEAD_DIM, WORDS,
+            VALUE_GROUPS, BLOCK_R, BLOCK_T, BLOCK_W,
+        )  # fmt: skip
+    for first in tl.range(start, end, 16):  # those in full precision
+        token = first + tl.arange(0, 16)
         mask = token < end
         if SELECTED:
-            token = tl.load(indices + (row * kv_heads + kv) * width + token, mask=mask, other=0).to(tl.int32)
+            token = tl.load(indices + token, mask=mask, other=0).to(tl.int32)
+            mask &= token >= num_coded
         at_tail = (token % ring)[:, None] * HEAD_DIM + channel[None, :]
-        tail_mask = (mask & (token >= num_coded))[:, None] & in_head[None, :]
-        key = tl.load(key_tail + at_tail, mask=tail_mask, other=0.0)
-        value = tl.load(value_tail + at_tail, mask=tail_mask, other=0.0)
-        if not ON_CODES:
-            is_coded = mask & (token < num_coded)
-            at_range = key_ranges + (token // TOKENS)[:, None] * (2 * HEAD_DIM) + channel[None, :]
-            range_mask = is_coded[:, None] & in_head[None, :]
-            minimum = tl.load(at_range, mask=range_mask, other=0.0).to(tl.float32)
-            step = tl.load(at_range + HEAD_DIM, mask=range_mask, other=0.0).to(tl.float32)
-            coded = _load_codes(key_codes, token, is_coded, WORDS, BITS, BLOCK_W) * step + minimum
-            key = tl.where(is_coded[:, None], coded.to(key.dtype), key)
-            coded = _dequantise_values(
-                _load_codes(value_codes, token, is_coded, WORDS, BITS, BLOCK_W), value_ranges, token, is_coded,
-                channel, in_head, WORDS == BLOCK_W, TOKENS, VALUE_GROUPS, BLOCK_C,
-            )  # fmt: skip
-            value = tl.where(is_coded[:, None], coded.to(value.dtype), value)
+        key = tl.load(key_tail + at_tail, mask=mask[:, None] & in_head[None, :], other=0.0)
+        value = tl.load(value_tail + at_tail, mask=mask[:, None] & in_head[None, :], other=0.0)
         maximum, weight_sum, total = _accumulate(q_block, key, value, mask, scale, maximum, weight_sum, total)
     if split == splits - 1:
         at_new = row * new_row_stride + kv * new_head_stride + channel

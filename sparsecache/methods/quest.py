@@ -19,7 +19,6 @@ from torch import Tensor
 from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.checks import check_page_size
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
-from sparsecache.cache.storage import FullStorage
 from sparsecache.kernels.page_bounds import channel_bounds, store_page_bounds
 from sparsecache.kernels.pages import newest_page, score_bounds, select_pages, update_newest_page
 from sparsecache.kernels.threshold import Selection
@@ -84,12 +83,12 @@ class QuestCache(SelectionCache):
         return out
 
     def _update_newest_page(self, slots: Tensor) -> None:
-        page, mean = self.method.page, self.method.mean_bounds
-        kv = self.full.kv
-        if isinstance(kv, FullStorage):
-            update_newest_page(kv.keys, self.lowest, self.highest, self.seq_lens, slots, page, mean)
+        page, mean, capacity = self.method.page, self.method.mean_bounds, self.config.max_tokens
+        recent = self.full.kv.recent_keys(page)
+        if recent is not None:
+            update_newest_page(recent, self.lowest, self.highest, self.seq_lens, slots, page, mean, capacity)
             return
-        newest, rows, is_used = newest_page(self.seq_lens[slots], page, self.config.max_tokens)
-        keys = self.full.keys_of(slots, rows.expand(-1, self.config.shape.kv_heads, -1))  # [B, G, page, D]
+        newest, positions, is_used = newest_page(self.seq_lens[slots], page, capacity)
+        keys = self.full.keys_of(slots, positions.expand(-1, self.config.shape.kv_heads, -1))  # [B, G, page, D]
         for stored, found in zip((self.lowest, self.highest), channel_bounds(keys, is_used, mean), strict=True):
             stored[slots, :, newest] = found.to(stored.dtype)

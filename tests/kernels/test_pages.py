@@ -68,6 +68,27 @@ def test_the_newest_page_is_bounded(case, mean, device, gpu_dtype, agree) -> Non
     agree(update_newest_page, keys, *bounds, seq_lens, torch.tensor([2, 1, 3], device=device), page, mean)
 
 
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("rows", [70, 71, 200])
+@pytest.mark.parametrize("past", [[0, 69, 70], [139, 210, 280], [299, 300, 301]])
+def test_the_newest_page_is_bounded_from_a_ring_of_the_last_tokens(past, rows, mean, device, gpu_dtype, agree) -> None:
+    """As from the keys of all tokens."""
+    page, capacity, slots = 70, 300, torch.tensor([2, 1, 3], device=device)
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.randn(4, 2, capacity, 24, generator=generator).to(device, gpu_dtype)
+    bounds = torch.randn(2, 4, 2, -(-capacity // page), 24, generator=generator).to(device, gpu_dtype)
+    ring = torch.full((4, 2, rows, 24), 9.0, device=device, dtype=gpu_dtype)  # would be the highest
+    for slot, count in enumerate(past, start=1):
+        stored = torch.arange(min(count, capacity - 1) + 1, device=device)[-rows:]
+        ring[slot, :, stored % rows] = keys[slot, :, stored]
+    seq_lens = torch.tensor([0, *past], device=device)
+    expected = bounds.clone()
+    update_newest_page(keys, *expected, seq_lens, slots, page, mean)
+    agree(update_newest_page, ring, *bounds, seq_lens, slots, page, mean, capacity)
+    update_newest_page(ring, *bounds, seq_lens, slots, page, mean, capacity)
+    torch.testing.assert_close(bounds, expected, rtol=0, atol=0)
+
+
 SELECTIONS = {  # tokens in a page, pages scored, past tokens and budget per row, width
     "one page": (16, 1, [0, 3, 16], [1, 1, 20], 20),
     "around a block": (4, 130, [129, 520, 77], [40, 519, 80], 519),
