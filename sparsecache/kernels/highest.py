@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from sparsecache.kernels._triton import use_kernel
-from sparsecache.kernels.pages import highest_of_prompt
+from sparsecache.kernels.page_selection import highest_of_prompt
 
 
 def highest_positions(scores: Tensor, count: int) -> Tensor:

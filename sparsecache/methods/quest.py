@@ -20,7 +20,8 @@ from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.checks import check_page_size
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.kernels.page_bounds import channel_bounds, store_page_bounds
-from sparsecache.kernels.pages import newest_page, score_bounds, select_pages, update_newest_page
+from sparsecache.kernels.page_selection import select_pages
+from sparsecache.kernels.pages import newest_page, score_bounds, update_newest_page
 from sparsecache.kernels.threshold import Selection
 
 

@@ -36,8 +36,8 @@ from sparsecache.kernels.decode import CachedRows, attend_gathered
 from sparsecache.kernels.gather import gather_rows
 from sparsecache.kernels.lru_cache import LRUCache
 from sparsecache.kernels.page_means import page_means
+from sparsecache.kernels.page_selection import select_pages
 from sparsecache.kernels.page_shares import highest_page_shares
-from sparsecache.kernels.pages import select_pages
 from sparsecache.kernels.rebuild import append_exact, rebuild_rows
 from sparsecache.kernels.rotation import Rotation
 from sparsecache.kernels.speculation import speculated_scores

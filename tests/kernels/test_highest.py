@@ -15,7 +15,7 @@ if torch.cuda.is_available():
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_the_kernel_selects_as_by_sorting(size, kind, device, gpu_dtype, monkeypatch) -> None:
     if size[1] < 1000:
-        monkeypatch.setattr("sparsecache.kernels.pages._MAX_BLOCK_S", 64)  # several blocks for few tokens too
+        monkeypatch.setattr("sparsecache.kernels.page_selection._TILE_PAGES", 8)  # several tiles and blocks
     scores = torch.randn(size, generator=torch.Generator().manual_seed(3)).to(device, gpu_dtype)
     if kind == "ties":
         scores = scores.round()  # zeros of both signs too

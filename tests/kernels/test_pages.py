@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sparsecache.kernels.page_bounds import channel_bounds, store_page_bounds
+from sparsecache.kernels.page_selection import select_pages
 from sparsecache.kernels.page_shares import choose_queries, highest_page_shares, page_shares
-from sparsecache.kernels.pages import score_bounds, select_pages, update_newest_page
+from sparsecache.kernels.pages import score_bounds, update_newest_page
 
 CASES = {  # slots, KV heads, group, head size, pages allocated, pages scored, slots of the batch
     "one page": (1, 1, 1, 16, 1, 1, [0]),
@@ -105,7 +106,7 @@ if torch.cuda.is_available():
 def test_pages_are_selected_as_by_sorting(case, kind, device, agree, monkeypatch) -> None:
     page, pages, past, budget, width = case
     if pages < 1000:
-        monkeypatch.setattr("sparsecache.kernels.pages._MAX_BLOCK_S", 64)  # several blocks for few pages too
+        monkeypatch.setattr("sparsecache.kernels.page_selection._TILE_PAGES", 8)  # several tiles and blocks
     scores = 100 * torch.randn(3, 2, pages, generator=torch.Generator().manual_seed(3)).to(device)
     if kind == "ties":
         scores = (scores / 100).round()  # zeros of both signs too
