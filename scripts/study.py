@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 import numpy
+from numpy.typing import NDArray
 from study_output import as_csv, as_markdown, budget_table, draw, draw_budgets
 
 from sparsecache.cli import report_usage_errors
@@ -32,6 +33,7 @@ from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tasks import CATEGORIES, Task
 
 BASELINE = "vanilla"
+Scores = NDArray[numpy.float64]
 
 
 @dataclass(frozen=True)
@@ -56,27 +58,29 @@ def parts() -> list[Part]:
     return [Part("all", lambda task: True), *no_code, *halves, *categories]
 
 
-def part_scores(runs: Sequence[RunScore], part: Part, seed: int = 0) -> list[dict[str, float | None]]:
-    """Return per run, which must have the same rows, the mean over a part's datasets and its difference to the first.
-
-    Keys: score, difference, low and high: the 95 % bootstrap interval of the difference, rows resampled within
-    datasets. None without a dataset; no interval if each dataset has a single row.
-    """
+def part_tables(runs: Sequence[RunScore], part: Part) -> list[tuple[str, Scores]]:
+    """Return per dataset of a part its name and its scores in percent, [rows, runs]. Runs must have the same rows."""
     tables = [
         (datasets[0].task.name, 100 * numpy.array([[row.score for row in each.rows] for each in datasets]).T)
         for datasets in zip(*(run.datasets for run in runs), strict=True)
         if part.belongs(datasets[0].task)
     ]
     tables = [(name, table[part.start :: part.step]) for name, table in tables]
-    tables = [(name, table) for name, table in tables if len(table)]
-    if not tables:
-        return [dict.fromkeys(("score", "difference", "low", "high")) for _ in runs]
+    return [(name, table) for name, table in tables if len(table)]
+
+
+def column_scores(tables: Sequence[tuple[str, Scores]], seed: int = 0) -> list[dict[str, float | None]]:
+    """Return per column of `part_tables` the mean over the datasets and its difference to the first column.
+
+    Keys: score, difference, low and high: the 95 % bootstrap interval of the difference, rows resampled within
+    datasets. No interval if each dataset has a single row.
+    """
     means = numpy.mean([table.mean(axis=0) for _, table in tables], axis=0)
     resampled = numpy.mean(
         [bootstrap_means(table - table[:, :1], name, seed, RESAMPLES) for name, table in tables], axis=0
     )
     found: list[dict[str, float | None]] = []
-    for at in range(len(runs)):
+    for at in range(len(means)):
         low, high = confidence_interval(resampled[:, at])
         has_interval = at > 0 and any(len(table) > 1 for _, table in tables)
         found.append(
@@ -88,6 +92,14 @@ def part_scores(runs: Sequence[RunScore], part: Part, seed: int = 0) -> list[dic
             }
         )
     return found
+
+
+def part_scores(runs: Sequence[RunScore], part: Part, seed: int = 0) -> list[dict[str, float | None]]:
+    """Return `column_scores` of runs, which must have the same rows; None for each key without a dataset."""
+    tables = part_tables(runs, part)
+    if not tables:
+        return [dict.fromkeys(("score", "difference", "low", "high")) for _ in runs]
+    return column_scores(tables, seed)
 
 
 def study(folders: Sequence[Path], e: bool = False) -> list[dict[str, Any]]:
