@@ -101,11 +101,12 @@ def _pairs(table: dict[str, Any], models: Mapping[str, str], file: Path) -> Iter
         baseline_dir = values.get("baseline_dir", [run_dir])[0]
         baseline, name = (text.replace("{run}", run) for text in (baseline, values.get("name", ["{run}"])[0]))
         yield Pair(
-            models[run_dir],
-            *(_title(text, budgets, is_mean=bool(averaged)) for text in (name, baseline)),
-            tuple((run_dir, each) for each in _filled(run, budgets)),
-            tuple((baseline_dir, each) for each in _filled(baseline, budgets)),
-            of_parts,
+            model=models[run_dir],
+            run=_title(name, budgets, is_mean=bool(averaged)),
+            baseline=_title(baseline, budgets, is_mean=bool(averaged)),
+            runs=tuple((run_dir, each) for each in _filled(run, budgets)),
+            baselines=tuple((baseline_dir, each) for each in _filled(baseline, budgets)),
+            parts=of_parts,
         )
 
 

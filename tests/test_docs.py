@@ -32,7 +32,7 @@ PAGES = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"),
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
 ]
-SCRIPTS = ("bench", "recall", "select_rows", "study", "sweep", "write_sample")
+SCRIPTS = ("bench", "recall", "select_rows", "study", "study_pairs", "sweep", "write_sample")
 MODEL = "smollm2-135m-instruct"
 OTHER_FLAGS = {
     "--help",
