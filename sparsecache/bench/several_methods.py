@@ -27,7 +27,7 @@ from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.devices import synchronize
 from sparsecache.engine.generator import Generator
 from sparsecache.engine.prefill_cache import PrefillCache
-from sparsecache.errors import one_line
+from sparsecache.errors import UsageError, one_line
 
 _REPEAT_S = 0.5  # a prompt is repeated for as long
 _MOST_REPEATS = 10
@@ -177,4 +177,4 @@ def _measure(
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
+    return one_line(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {one_line(error)}"

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sparsecache.errors import UsageError, one_line
-from sparsecache.options import Names, Option, constructor_options, digest
+from sparsecache.options import Names, Option, constructor_options, digest, show
 
 if TYPE_CHECKING:
     from sparsecache.cache.base import CacheMethod
@@ -65,9 +65,7 @@ def method_identity(method: str) -> str:
     """
     if not is_external(method):
         return method
-    file = _external_file(method)
-    files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
-    return f"{short_name(method)}@{digest(*(each.read_bytes() for each in files))}"
+    return f"{short_name(method)}@{digest(*(each.read_bytes() for each in _source_files(method)))}"
 
 
 def options_identity(method: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -125,10 +123,23 @@ def load_method(method: str) -> "type[CacheMethod]":
 def make_method(method: str, options: dict[str, Any]) -> "CacheMethod":
     """Return an instance of a method; `options` as parse_options returns them.
 
-    Raises UsageError for values that the constructor refuses (ValueError).
+    Raises UsageError for values that the constructor refuses (ValueError), and for any error of the constructor of an
+    external method, which is its cause.
     """
-    with option_errors(method):
-        return load_method(method)(**options)
+    kind = load_method(method)
+    try:
+        with option_errors(method):
+            return kind(**options)
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        if not is_external(method):
+            raise
+        given = ", ".join(f"{key}={show(value)}" for key, value in options.items()) or "no options"
+        raise UsageError(
+            f"Method {method} fails with {given}: {type(error).__name__}: {one_line(error)}. The error is in "
+            f"{_own_line(error, method)}. Correct that file."
+        ) from error
 
 
 @contextmanager
@@ -216,6 +227,12 @@ def _external_file(method: str) -> Path:
     return Path(found.origin)
 
 
+def _source_files(method: str) -> list[Path]:
+    """Return the file of an external method, or all files of its package."""
+    file = _external_file(method)
+    return sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+
+
 def _import_external(method: str) -> ModuleType:
     path = _external_file(method)
     by_path = method.endswith(".py") or "/" in method
@@ -227,6 +244,13 @@ def _import_external(method: str) -> ModuleType:
         raise UsageError(
             f"Method {method} cannot be imported ({type(error).__name__}: {one_line(error)}{line}). Correct the file."
         ) from error
+
+
+def _own_line(error: BaseException, method: str) -> str:
+    """Return where in a method's source an error was raised: file and line; the file alone if no line is known."""
+    files = {str(file) for file in _source_files(method)}
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    return f"{lines[-1].filename}, line {lines[-1].lineno}" if lines else str(_external_file(method))
 
 
 def _import_file(path: Path) -> ModuleType:

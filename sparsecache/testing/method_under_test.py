@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsecache.cache.base import CacheMethod
-from sparsecache.methods import load_method, make_method, method_options, parse_options
+from sparsecache.methods import load_method, method_options, option_errors, parse_options
 
 Options = dict[str, Any]
 # Built-in methods that a budget of everything does not make lossless, or that have none.
@@ -53,8 +53,9 @@ class MethodUnderTest:
         return cls(method, lossless, tight or {})
 
     def make(self, options: Options) -> CacheMethod:
-        """Return an instance with options over the defaults."""
-        return make_method(self.method, {**parse_options(self.method, {}), **options})
+        """Return an instance with options over the defaults. Errors of the constructor keep their traceback."""
+        with option_errors(self.method):
+            return load_method(self.method)(**{**parse_options(self.method, {}), **options})
 
     @property
     def tested(self) -> list[Options]:

@@ -136,7 +136,8 @@ class Bad(Random):
 """
     (tmp_path / "bad.py").write_text(source)
     done, rows = table(f"{tmp_path / 'bad.py'},quest", "--tokens", "20", "--new_tokens", "3")
-    assert done.exit_code == 1 and "bad, 20 tokens, batch 1: RuntimeError: no method" in done.stdout
+    assert done.exit_code == 1 and f"bad, 20 tokens, batch 1: Method {tmp_path / 'bad.py'} fails" in done.stdout
+    assert "RuntimeError: no method. The error is in " in done.stdout
     assert [row["name"] for row in rows] == ["vanilla", "bad", "quest"] and rows[2]["step_s"] > 0
 
 

@@ -108,12 +108,16 @@ def test_a_module_of_an_installed_package_is_a_method(write, monkeypatch) -> Non
     package = write("caches_a/__init__.py", "").parent
     write("caches_a/first.py")
     write("caches_a/whole/__init__.py", "from caches_a.whole.parts import First")
-    write("caches_a/whole/parts.py")
+    write(
+        "caches_a/whole/parts.py", f"{SOURCE.format(step=1)}\n    def __post_init__(self):\n        self.budget / 2\n"
+    )
     monkeypatch.syspath_prepend(str(package.parent))
     for method, short in (("caches_a.first", "first"), ("caches_a.whole", "whole")):
         check_method_name(method)
         assert load_method(method).__name__ == "First" and short_name(method) == short
         assert method_identity(method).startswith(f"{short}@")
+    with pytest.raises(UsageError, match=rf"with budget=x.*: TypeError: .* in {package}/whole/parts\.py, line \d+\."):
+        make_method("caches_a.whole", {"budget": "x"})
     before = method_identity("caches_a.whole")
     write("caches_a/whole/parts.py", SOURCE.format(step=2))
     assert method_identity("caches_a.whole") != before
@@ -160,6 +164,34 @@ def test_a_file_must_define_one_whole_method(write) -> None:
             continue
         with pytest.raises(UsageError, match=message):
             load_method(path)
+
+
+FAILING = {
+    "division": ("1 / (self.step - 3)", "ZeroDivisionError: division by zero"),
+    "type": ("self.step.missing", "AttributeError: 'int' object has no attribute 'missing'"),
+    "text": ("raise RuntimeError('one\\ntwo')", "RuntimeError: one two"),
+    "leaves": ("raise SystemExit(0)", "SystemExit: 0"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_an_error_of_the_constructor_names_the_options_and_the_line(name, write) -> None:
+    statement, message = FAILING[name]
+    source = f"{SOURCE.format(step=1)}\n    def __post_init__(self):\n        {statement}\n"
+    path = write("mine.py", source)
+    with pytest.raises(UsageError) as refused:
+        make_method(str(path), parse_options(str(path), {"budget": "5", "step": "3"}))
+    assert str(refused.value) == (
+        f"Method {path} fails with budget=5.0, dense_layers=2, step=3, storage=full: {message}. The error is in "
+        f"{path}, line {len(source.splitlines())}. Correct that file."
+    )
+    assert refused.value.__cause__ is not None  # with the traceback, for users of the Python API
+
+
+def test_an_error_of_an_inherited_constructor_names_the_file(write) -> None:
+    path = write("mine.py", SOURCE.format(step="1\n    dense_layers: int | None = None"))
+    with pytest.raises(UsageError, match=rf"dense_layers=none.*: TypeError: .* The error is in {path}\. Correct"):
+        make_method(str(path), parse_options(str(path), {}))
 
 
 @pytest.mark.parametrize(

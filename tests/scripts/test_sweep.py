@@ -131,6 +131,17 @@ def test_models_of_the_command_line_stand_in_for_those_of_the_file(sweep, tiny) 
     assert told.exit_code == 0 and len(told.stdout.splitlines()) == 4
 
 
+def test_an_error_of_a_method_file_is_told_before_a_run_starts(sweep, tmp_path, started, tiny) -> None:
+    source = "from sparsecache.methods.vanilla import Vanilla\nclass Mine(Vanilla):\n    def __init__(self):\n"
+    (tmp_path / "mine.py").write_text(f"{source}        1 / 0\n")
+    told = sweep(FILE.replace('"vanilla"', '"mine.py"'))
+    assert told.exit_code == 2 and not started and not Path("pred").exists()
+    assert told.stderr == (
+        f"Error: 1 of 2 runs cannot start. {tiny} mine: Method mine.py fails with no options: ZeroDivisionError: "
+        f"division by zero. The error is in {tmp_path}/mine.py, line 4. Correct that file.\n"
+    )
+
+
 def test_a_dry_run_prints_each_command_and_starts_none(sweep, tmp_path, started, tiny) -> None:
     told = sweep(FILE.replace("qasper", "qasper,a b").replace(",a b", ""), "--dry_run", "--", "--max_samples", "1")
     assert told.exit_code == 0, told.output

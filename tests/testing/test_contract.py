@@ -364,6 +364,17 @@ def test_the_command_prints_an_error_of_the_method_once(tmp_path) -> None:
     assert "llama, mistral, qwen2, qwen3: (the same error)" in failed[-1]
 
 
+def test_the_command_prints_the_traceback_of_a_constructor(tmp_path) -> None:
+    method = tmp_path / "mine.py"
+    method.write_text(
+        "from sparsecache.methods.vanilla import Vanilla\nclass Mine(Vanilla):\n"
+        "    def __init__(self, share: float = 0.5):\n        1 / 0\n"
+    )
+    code, output = _command(str(method), "--model_type", "llama", "--tight", "share=0.1")
+    assert code == 1 and f'File "{method}", line 4, in __init__' in output and output.count("Traceback") == 1
+    assert ": llama: ZeroDivisionError: division by zero\n" in output and "checks failed.\n" in output
+
+
 def test_the_command_refuses_a_name_that_does_not_exist() -> None:
     code, output = _command("vanila")
     assert code == 2 and "did you mean 'vanilla'?" in output
