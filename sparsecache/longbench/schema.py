@@ -2,7 +2,8 @@
 
 A schema is a dataclass (built from a JSON object; missing keys take the defaults) or a TypedDict (the object itself is
 checked and returned; missing keys stay missing). Unknown keys are ignored. Supported annotations: str, bool, int,
-float, Any, list[...], dict[str, ...], `X | None`, other schemas, and Annotated[number, Range(low, high)].
+float, Any, list[...], dict[str, ...], other schemas, Annotated[number, Range(low, high)], `X | None`, and unions of
+texts and numbers.
 """
 
 import dataclasses
@@ -18,7 +19,14 @@ T = TypeVar("T")
 
 
 class SchemaError(ValueError):
-    """A value violates its schema. The message names the field, the value and what is allowed."""
+    """A value violates its schema. The message names the field, the value and what is allowed.
+
+    allowed: the last of these, if the message states it; else empty.
+    """
+
+    def __init__(self, message: str, allowed: str = ""):
+        super().__init__(message)
+        self.allowed = allowed
 
 
 @dataclass(frozen=True)
@@ -89,14 +97,14 @@ def _parse_union(kind: Any, value: Any, path: str) -> Any:
     kinds = get_args(kind)
     if NoneType in kinds and value is None:
         return None
-    kinds = tuple(one for one in kinds if one is not NoneType)
+    errors: list[SchemaError] = []
     for one in kinds:
-        try:
-            return _parse(one, value, path)
-        except SchemaError:
-            if one is kinds[-1]:
-                raise
-    raise AssertionError(kind)
+        if one is not NoneType:
+            try:
+                return _parse(one, value, path)
+            except SchemaError as error:
+                errors.append(error)
+    raise errors[0] if len(errors) == 1 else _error(path, value, " or ".join(error.allowed for error in errors))
 
 
 def _parse_object(schema: Any, value: Any, path: str) -> Any:
@@ -127,7 +135,7 @@ def _below(path: str, key: str) -> str:
 
 def _error(path: str, value: Any, allowed: str) -> SchemaError:
     name = path or "the value"
-    return SchemaError(f"{name} is {_json(value)}; it must be {allowed}")
+    return SchemaError(f"{name} is {_json(value)}; it must be {allowed}", allowed)
 
 
 def _json(value: Any) -> str:

@@ -65,7 +65,7 @@ def test_a_file_that_is_replaced_meanwhile_is_noticed_at_the_next_row(tmp_path: 
         ({"answers": "a"}, "answers is 'a'; it must be a list"),
         ({"answers": ["a", None]}, r"answers\[1\] is null; it must be a text"),
         ({"all_classes": {"a": 1}}, r"all_classes is {'a': 1}; it must be a list"),
-        ({"_id": ["a"]}, r"_id is \['a'\]; it must be a whole number"),
+        ({"_id": ["a"]}, r"_id is \['a'\]; it must be a text or a whole number"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_line(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:

@@ -49,7 +49,7 @@ class Outer:
     inner: Inner
     numbers: list[Number] = field(default_factory=list)
     table: dict[str, bool] = field(default_factory=dict)
-    either: str | int = ""
+    either: str | Count | None = ""
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,8 @@ class Outer:
         ({"inner": {"count": 1}, "numbers": {}}, "numbers is {}; it must be a list"),
         ({"inner": {"count": 1}, "numbers": [1, "x" * 99]}, f"numbers[1] is {'x' * 40}...; it must be a number"),
         ({"inner": {"count": 1}, "table": {"a": None}}, "table.a is null; it must be true or false"),
-        ({"inner": {"count": 1}, "either": []}, "either is []; it must be a whole number"),
+        ({"inner": {"count": 1}, "either": []}, "either is []; it must be a text or a whole number"),
+        ({"inner": {"count": 1}, "either": -1}, "either is -1; it must be a text or a number from 0 to 9.0072e+15"),
     ],
 )
 def test_errors_name_the_field_the_value_and_what_is_allowed(value: Any, problem: str) -> None:
