@@ -9,7 +9,7 @@ import sys
 
 from sparsecache import LLM, compare, evaluate
 
-PRED_DIR = sys.argv[1] if len(sys.argv) > 1 else "pred"
+PRED_DIR = sys.argv[1] if len(sys.argv) > 1 else "pred/examples"
 
 llm = LLM("demo", method="infinigen", budget=64)
 print(llm.generate("Question: What is in the box?\nAnswer:", max_new_tokens=8)[0].report)

@@ -5,7 +5,7 @@
     python scripts/study.py pred/MODEL --plot study.png --part without_code --label quest-budget=256=Quest
     python scripts/study.py pred/MODEL --budgets --plot budgets.png --part without_code
 
-The first run is the baseline: `vanilla`, where a folder of runs is given. The parts are all datasets, those without
+The baseline is the run `vanilla`, else the first one. The parts are all datasets, those without
 code, English and Chinese ones, each category, and two halves of the rows: of each dataset the rows at even and at odd
 places, in the order of their `_id`s. A setting can be chosen on one half and reported on the other. --budgets shows a
 line per method over its budgets instead of a line per run.
@@ -25,7 +25,14 @@ from sparsecache.cli import report_usage_errors
 from sparsecache.errors import UsageError, listed
 from sparsecache.files import write_atomically
 from sparsecache.longbench.costs import cache_costs
-from sparsecache.longbench.paired import RESAMPLES, bootstrap_means, common_rows, common_rows_notes, confidence_interval
+from sparsecache.longbench.paired import (
+    RESAMPLES,
+    bootstrap_means,
+    common_rows,
+    common_rows_notes,
+    confidence_interval,
+    few_rows_notes,
+)
 from sparsecache.longbench.report import decode_speed
 from sparsecache.longbench.runs import parse_labels, run_names
 from sparsecache.longbench.score_types import RunScore
@@ -110,9 +117,9 @@ def study(folders: Sequence[Path], e: bool = False) -> list[dict[str, Any]]:
     """
     scored = [score_run(folder, e) for folder in folders]
     reduced = common_rows(scored)
-    for note in common_rows_notes(scored, reduced):
-        click.echo(note, err=True)
     common = reduced.runs
+    for note in (*common_rows_notes(scored, reduced), *few_rows_notes(common[0])):
+        click.echo(note, err=True)
     records: list[dict[str, Any]] = []
     for run, name in zip(common, run_names(common), strict=True):
         costs, kept = cache_costs(run), run.headline.kept
@@ -138,7 +145,7 @@ def study(folders: Sequence[Path], e: bool = False) -> list[dict[str, Any]]:
 
 
 def _run_folders(paths: Sequence[Path]) -> list[Path]:
-    """Return the runs in paths, each of which is a run or a folder of runs; the baseline comes first.
+    """Return the runs in paths, each of which is a run or a folder of runs; `vanilla` comes first, if there is one.
 
     A sweep that was stopped leaves folders without predictions, which are left out with a note on stderr. Raises
     UsageError for fewer than two runs, and for folders of runs without the baseline.
@@ -159,7 +166,7 @@ def _run_folders(paths: Sequence[Path]) -> list[Path]:
             f"{paths[0]} has no run {BASELINE} with predictions, the baseline. Predict it, or name runs, the baseline "
             f"first."
         )
-    return sorted(runs, key=lambda run: run.name != BASELINE) if from_folder else runs
+    return sorted(runs, key=lambda run: run.name != BASELINE)
 
 
 @click.command()
@@ -170,7 +177,7 @@ def _run_folders(paths: Sequence[Path]) -> list[Path]:
 @click.option("--budgets", is_flag=True, help="Print, and draw, a line per method over its budgets, for --part.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Picture of the differences to write (.png, .svg, .pdf).")
 @click.option("--part", type=click.Choice([part.name for part in parts()]), default="all", help="Part that is shown.")
-@click.option("--title", default="Differences to the full cache", help="Title of the plot.")
+@click.option("--title", help="Title of the plot.  [default: names the baseline]")
 @click.option("--label", "labels", multiple=True, metavar="RUN=TEXT", help="Call a run TEXT; repeatable.")
 def main(
     runs: tuple[Path, ...],
@@ -180,10 +187,13 @@ def main(
     budgets: bool,
     plot: Path | None,
     part: str,
-    title: str,
+    title: str | None,
     labels: tuple[str, ...],
 ) -> None:
-    """Score RUNS, folders of predictions or of such folders, by part of LongBench. Without options, print CSV."""
+    """Score RUNS, folders of predictions or of such folders, by part of LongBench. Without options, print CSV.
+
+    Differences are to the run vanilla, else to the first one.
+    """
     with report_usage_errors():
         records = study(_run_folders(runs), e)
         named = parse_labels(labels, [record["run"] for record in records])
@@ -191,6 +201,8 @@ def main(
         if out is not None:
             write_atomically(out, as_csv(records))
         if plot is not None:
+            baseline = records[0]["run"]
+            title = title or f"Differences to {'the full cache' if baseline == BASELINE else baseline}"
             (draw_budgets if budgets else draw)(records, part, title).save(plot)
         if budgets:
             click.echo(budget_table(records, part), nl=False)

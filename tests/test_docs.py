@@ -298,7 +298,7 @@ def test_the_readme_holds_a_whole_method_that_passes_the_contract(folder: Path) 
     checked, used = lines(readme("bash", "contract"))
     run(checked, "--model_type", "llama")
     run(used, *SMALLER)
-    assert (folder / "pred" / "demo" / "my-method" / "qasper.jsonl").is_file()
+    assert (folder / "pred" / "try" / "demo" / "my-method" / "qasper.jsonl").is_file()
 
 
 def test_the_methods_of_the_guide_pass_the_checks_of_caches(tmp_path: Path) -> None:

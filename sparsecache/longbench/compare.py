@@ -17,6 +17,7 @@ from sparsecache.longbench.paired import (
     common_rows,
     common_rows_notes,
     confidence_interval,
+    few_rows_notes,
 )
 from sparsecache.longbench.report import MIN_SECONDS, decode_speed
 from sparsecache.longbench.runs import run_names
@@ -202,13 +203,7 @@ def _notes(runs: Sequence[ComparedRun], common: Sequence[RunScore]) -> Iterator[
     for run, part in zip(runs[1:], common[1:], strict=True):
         if different := _different_prompts(common[0], part):
             yield f"{run.name} and {runs[0].name} had different prompts in {different} of {rows} rows."
-    few = [dataset.task.file_stem(dataset.e) for dataset in common[0].datasets if len(dataset.rows) < MIN_ROWS]
-    if few:
-        names = "all datasets" if len(few) == len(common[0].datasets) else ", ".join(few)
-        yield (
-            f"Too few rows for reliable intervals: fewer than {MIN_ROWS} in {names}. Intervals of means over them, if "
-            f"any, are too narrow."
-        )
+    yield from few_rows_notes(common[0])
 
 
 def _different_prompts(first: RunScore, other: RunScore) -> int:

@@ -108,6 +108,17 @@ def common_rows_notes(runs: Sequence[RunScore], common: CommonRows) -> Iterator[
         yield f"INCOMPLETE: {listed(partial, whole=True)}. Score each run separately to see the missing rows."
 
 
+def few_rows_notes(run: RunScore) -> Iterator[str]:
+    """Yield a note on the datasets of a run that have too few rows for intervals, if there are any."""
+    few = [dataset.task.file_stem(dataset.e) for dataset in run.datasets if len(dataset.rows) < MIN_ROWS]
+    if few:
+        names = "all datasets" if len(few) == len(run.datasets) else ", ".join(few)
+        yield (
+            f"Too few rows for reliable intervals: fewer than {MIN_ROWS} in {names}. Intervals of means over them, if "
+            f"any, are too narrow."
+        )
+
+
 def bootstrap_means(values: Floats, name: str, seed: int, resamples: int = RESAMPLES) -> Floats:
     """Return means over rows drawn with replacement: `values` [rows, runs] -> [resamples, runs].
 

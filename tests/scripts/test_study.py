@@ -58,7 +58,7 @@ def test_runs_of_a_stopped_sweep_are_left_out(study, runs) -> None:
     done = CliRunner().invoke(study.main, [str(runs[0].parent)])
     assert done.exit_code == 0, done.output
     assert [row["run"] for row in csv.DictReader(done.stdout.splitlines())] == ["vanilla", "a-sparse"]
-    assert done.stderr == f"{runs[0].parent}: left out, without predictions: waiting\n"
+    assert f"{runs[0].parent}: left out, without predictions: waiting\n" in done.stderr
 
 
 def test_a_folder_without_the_baseline_is_refused(study, runs) -> None:
@@ -110,8 +110,19 @@ def test_command_puts_the_baseline_first_and_writes_every_form(study, runs, tmp_
     done = CliRunner().invoke(study.main, arguments)
     assert done.exit_code == 0, done.output
     assert [row["run"] for row in csv.DictReader(out.open())] == ["vanilla", "S"]
-    assert done.output.count("\n") == 4 and "`S`" in done.output
-    assert picture.read_text().startswith("<?xml")
+    assert done.stdout.count("\n") == 4 and "`S`" in done.stdout
+    assert picture.read_text().startswith("<?xml") and "Differences to the full cache" in picture.read_text()
+    assert "Too few rows for reliable intervals" in done.stderr
+
+
+def test_vanilla_is_the_baseline_of_listed_runs_and_else_the_first_run(study, runs, tmp_path) -> None:
+    """As the shell lists them: by name."""
+    done = CliRunner().invoke(study.main, [str(run) for run in reversed(runs)])
+    assert [row["run"] for row in csv.DictReader(done.stdout.splitlines())] == ["vanilla", "a-sparse"]
+    other, picture = runs[1].with_name("b-sparse"), tmp_path / "study.svg"
+    shutil.copytree(runs[1], other)
+    done = CliRunner().invoke(study.main, [str(other), str(runs[1]), "--plot", str(picture)])
+    assert done.exit_code == 0 and "Differences to b-sparse" in picture.read_text()
 
 
 def test_budgets_have_a_line_per_method_and_options(study, runs, tmp_path) -> None:
@@ -131,7 +142,7 @@ def test_budgets_have_a_line_per_method_and_options(study, runs, tmp_path) -> No
     assert done.exit_code == 0, done.output
     difference = next(each for each in study.study(runs) if each["run"] == "a-sparse")["chinese_difference"]
     cell = f"{difference:+.1f}"
-    assert done.output.splitlines() == [
+    assert done.stdout.splitlines() == [
         "| run | 64 tokens | 256 tokens | 5 % |",
         "| :--- | ---: | ---: | ---: |",
         f"| `quest` | {cell} | {cell} | {cell} |",
