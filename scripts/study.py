@@ -120,6 +120,8 @@ def study(folders: Sequence[Path], e: bool = False) -> list[dict[str, Any]]:
     common = reduced.runs
     for note in (*common_rows_notes(scored, reduced), *few_rows_notes(common[0])):
         click.echo(note, err=True)
+    if len(checkpoints(scored)) > 1:
+        click.echo("The runs are of different checkpoints, so differences are not those of methods alone.", err=True)
     records: list[dict[str, Any]] = []
     for run, name in zip(common, run_names(common), strict=True):
         costs, kept = cache_costs(run), run.headline.kept
@@ -144,6 +146,11 @@ def study(folders: Sequence[Path], e: bool = False) -> list[dict[str, Any]]:
     return records
 
 
+def checkpoints(runs: Sequence[RunScore]) -> set[str]:
+    """Return the checkpoints of runs that state theirs."""
+    return {run.run.identity.checkpoint for run in runs if run.run.identity.checkpoint}
+
+
 def _run_folders(paths: Sequence[Path]) -> list[Path]:
     """Return the runs in paths, each of which is a run or a folder of runs; `vanilla` comes first, if there is one.
 
@@ -153,6 +160,8 @@ def _run_folders(paths: Sequence[Path]) -> list[Path]:
     runs: list[Path] = []
     for path in paths:
         found = [path] if (path / "run.json").exists() else sorted(each.parent for each in path.glob("*/run.json"))
+        if not found:
+            raise UsageError(f"{path} is no run and holds none: a run is a folder with run.json. Correct the path.")
         started = [run for run in found if run == path or any(file.stat().st_size for file in run.glob("*.jsonl"))]
         if len(started) < len(found):
             names = listed(run.name for run in found if run not in started)

@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 import numpy
-from study import column_scores, part_tables, parts
+from study import checkpoints, column_scores, part_tables, parts
 from study_output import Record, as_csv
 
 from sparsecache.cli import report_usage_errors
@@ -122,6 +122,8 @@ def _checked(table: dict[str, Any], file: Path) -> dict[str, list[Any]]:
         if not _is_list(value, *((int, float) if key in _BUDGETS else (str,))):
             kind = "a number" if key in _BUDGETS else "a text"
             raise UsageError(f"{where} {key} must be {kind}{'' if key in _TEXT else ', or a list of some'}.")
+        if len(set(value)) < len(value):
+            raise UsageError(f"{where} {key} has a value twice. Leave one of them out.")
     given = [key for key in _BUDGETS if key in values]
     if len(given) > 1:
         raise UsageError(f"{where} both {' and '.join(given)} are given. Leave one of them out.")
@@ -177,6 +179,10 @@ def pair_folders(pairs: Sequence[Pair], run_dirs: Mapping[str, Path]) -> dict[tu
             f"{len(missing)} of {len(folders)} runs are missing: {listed(missing, whole=True)}. Predict them, correct "
             f"--run_dir, or take their pairs out of the file."
         )
+    for pair in pairs:
+        runs_of, baselines = ({folders[run].resolve() for run in side} for side in (pair.runs, pair.baselines))
+        if same := sorted(map(str, runs_of & baselines)):
+            raise UsageError(f"{pair}: {same[0]} is a run and its own baseline. Correct --run_dir or the file.")
     return folders
 
 
@@ -187,6 +193,8 @@ def differences(pair: Pair, score: Callable[[tuple[str, str]], RunScore]) -> lis
     UsageError for runs without common rows, and for a part without a row.
     """
     scored = [score(run) for run in (*pair.baselines, *pair.runs)]
+    if len(checkpoints(scored)) > 1:
+        raise UsageError(f"{pair}: the runs are of different checkpoints. Correct --run_dir.")
     common = common_rows(scored)
     for note in common_rows_notes(scored, common):
         click.echo(f"{pair}: {note}", err=True)

@@ -139,7 +139,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     (in JSON the same text). Raises UsageError, and keeps the old file, if the system refuses.
     """
     data = content if isinstance(content, bytes) else content.encode(errors="backslashreplace")
-    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.parent / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         if os.path.exists(path) and not os.path.isdir(path):  # the system itself refuses to replace a folder
             _check_regular(os.stat(path).st_mode, path, "written")

@@ -81,9 +81,10 @@ class ModelRecord:
 class Identity:
     """The parts of a run's identity that are read by name; its other values are only compared.
 
-    templates, protocol, data: by file stem.
+    checkpoint: a digest of its files. templates, protocol, data: by file stem.
     """
 
+    checkpoint: str | None = None
     method: str | None = None
     options: dict[str, Any] | None = None
     engine: str | None = None

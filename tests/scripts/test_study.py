@@ -70,6 +70,19 @@ def test_a_folder_without_the_baseline_is_refused(study, runs) -> None:
     assert done.exit_code == 2 and "has no run vanilla with predictions, the baseline" in done.stderr
 
 
+def test_a_path_without_a_run_is_refused(study, runs, tmp_path) -> None:
+    done = CliRunner().invoke(study.main, [str(runs[0]), str(runs[1]), str(tmp_path / "mistyped")])
+    assert done.exit_code == 2 and "mistyped is no run and holds none" in done.stderr
+
+
+def test_different_checkpoints_are_noted(study, runs) -> None:
+    for run in runs:
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(record | {"identity": {"checkpoint": run.name}}))
+    done = CliRunner().invoke(study.main, [str(run) for run in runs])
+    assert done.exit_code == 0 and "The runs are of different checkpoints" in done.stderr
+
+
 def test_rows_that_a_stopped_run_lacks_are_noted(study, runs) -> None:
     lines = (runs[1] / "qasper.jsonl").read_text().splitlines(keepends=True)
     (runs[1] / "qasper.jsonl").write_text("".join(lines[:3]))

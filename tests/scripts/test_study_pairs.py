@@ -133,6 +133,7 @@ parts = "all"
     ("text", "message"),
     [
         ("[[pairs", "is no readable TOML file"),
+        (f"{PAIR}mean_over_budgets = [64, 64]\n", "mean_over_budgets has a value twice"),
         ("[run_dirs]\nsmall = 'a'\n", "It needs a table [run_dirs], tables [[pairs]], and no more"),
         (f"{PAIR}budget = 64\n[more]\n", "has run_dirs, pairs, more"),
         (f"[run_dirs]\nsmall = 1\n[[pairs]]\n{QUEST}baseline = 'vanilla'\nbudget = 64", "states a model per name"),
@@ -149,7 +150,7 @@ parts = "all"
         ),
         (f"{PAIR}budget = 64\nparts = 'cod'", "there is no part 'cod'"),
         (f"{PAIR}budget = 64\nbaseline_dir = 'big'", "no run_dir 'big'"),
-        (f"{PAIR}budget = [64, 64]", "states a difference twice: a-model, quest"),
+        (f"{PAIR}budget = 64\n[[pairs]]\n{QUEST}baseline = 'vanilla'\nbudget = 64\n", "a difference twice: a-model"),
         (f"{PAIR}budget = [64, 128]", "1 of 3 runs are missing"),
         (f"{PAIR}budget = 64\nparts = 'chinese'", "no common row of the part"),
     ],
@@ -158,6 +159,28 @@ def test_a_bad_file_is_refused(script, scores, tmp_path, text, message) -> None:
     done = _write(script, tmp_path, text)
     assert done.exit_code == 2 and message in done.stderr, done.output
     assert not (tmp_path / "out.csv").exists()
+
+
+def _state_checkpoint(run: Path, checkpoint: str) -> None:
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"identity": {"checkpoint": checkpoint}}))
+
+
+def test_runs_of_another_checkpoint_are_refused(script, scores, tmp_path) -> None:
+    _state_checkpoint(tmp_path / "pred" / "vanilla", "one")
+    assert _write(script, tmp_path, f"{PAIR}budget = 64\n").exit_code == 0  # the other run does not state its own
+    _state_checkpoint(tmp_path / "pred" / "quest-budget=64", "two")
+    done = _write(script, tmp_path, f"{PAIR}budget = 64\n")
+    assert done.exit_code == 2 and "the runs are of different checkpoints" in done.stderr
+
+
+def test_a_run_is_not_its_own_baseline(script, scores, tmp_path) -> None:
+    """Also if two names stand for one folder."""
+    text = '[run_dirs]\nsmall = "a-model"\nother = "a-model"\n[[pairs]]\nrun_dir = "small"\nrun = "vanilla"\n'
+    text += 'baseline = "vanilla"\nbaseline_dir = "other"\nname = "vanilla (other)"\n'
+    folders = [part for name in ("small", "other") for part in ("--run_dir", f"{name}={tmp_path / 'pred'}")]
+    done = _write(script, tmp_path, text, *folders)
+    assert done.exit_code == 2 and "is a run and its own baseline" in done.stderr
 
 
 @pytest.mark.parametrize(
