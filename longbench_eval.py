@@ -289,14 +289,18 @@ def plot(
         check_suffix(out)
         draw = get_plot(kind)
         from sparsecache.longbench.paired import common_rows_notes, common_rows_or_all
+        from sparsecache.longbench.runs import run_names
 
         scored = _Scoring(**scoring).labeled(runs, labels)
-        common = common_rows_or_all(scored)
+        drawable = [run for run in scored if not run.failed] or scored
+        common = common_rows_or_all(drawable)
         drawn = draw(common.runs)
         drawn = replace(drawn, title=title or drawn.title)
         drawn.save(out)
-        for line in (drawn.caption, *common_rows_notes(scored, common), f"Written: {out}"):
+        for line in (drawn.caption, *common_rows_notes(drawable, common), f"Written: {out}"):
             print(escape_control_chars(line))
+        if failed := [name for run, name in zip(scored, run_names(scored), strict=True) if run not in drawable]:
+            print(escape_control_chars(f"Left out, since all rows failed: {', '.join(failed)}."))
 
 
 @main.command(cls=FlexibleCommand, groups=_GROUPS)

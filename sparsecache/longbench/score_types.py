@@ -175,6 +175,12 @@ class RunScore:
         """Whether every dataset is complete."""
         return all(dataset.complete for dataset in self.datasets)
 
+    @property
+    def failed(self) -> bool:
+        """Whether there are rows, and all of them failed."""
+        rows = [row for dataset in self.datasets for row in dataset.rows]
+        return bool(rows) and all(row.error_row for row in rows)
+
     @cached_property
     def categories(self) -> dict[str, Average]:
         """The mean over the datasets of each category, and over RULER's tasks per length if there are several."""

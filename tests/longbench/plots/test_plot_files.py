@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
 import pytest
+from click.testing import CliRunner
 
+import longbench_eval
 from sparsecache.errors import UsageError
 from sparsecache.longbench.plots._axes import shorten
 from sparsecache.longbench.score_types import RunScore
@@ -35,6 +38,18 @@ def test_an_unknown_suffix_or_an_unwritable_file_is_refused(scored: Callable[...
             plot.save(tmp_path / name)
     with pytest.raises(UsageError, match=r"a\.svg cannot be written: No such file or directory"):
         plot.save(tmp_path / "missing" / "a.svg")
+
+
+def test_a_run_whose_rows_all_failed_does_not_reduce_the_rows_of_others(
+    make_run: Callable[..., Path], row: Callable[..., Any], tmp_path: Path
+) -> None:
+    for name, kept in (("full", {}), ("sparse", {"kept": 0.1})):
+        make_run(name, {"qasper": [row(at, "yes", **kept) for at in range(4)]}, {"method": name})
+    failed = make_run("failed", {"qasper": [row(0, "", error="out of memory")]}, {"method": "failed"})
+    arguments = [*(str(failed.with_name(name)) for name in ("full", "sparse", "failed")), "--kind", "frontier", "--out"]
+    done = CliRunner().invoke(longbench_eval.main, ["plot", *arguments, str(tmp_path / "a.svg")])
+    assert done.exit_code == 0, done.output
+    assert "(4 rows)" in done.output and "Left out, since all rows failed: failed." in done.output
 
 
 @pytest.mark.parametrize("name", NAMES)
