@@ -5,10 +5,10 @@
     python scripts/study.py pred/MODEL --plot study.png --part without_code --label quest-budget=256=Quest
     python scripts/study.py pred/MODEL --budgets --plot budgets.png --part without_code
 
-The baseline is the run `vanilla`, else the first one. The parts are all datasets, those without
-code, English and Chinese ones, each category, and two halves of the rows: of each dataset the rows at even and at odd
-places, in the order of their `_id`s. A setting can be chosen on one half and reported on the other. --budgets shows a
-line per method over its budgets instead of a line per run.
+The baseline is the run `vanilla`, else the first one. The parts are all datasets, those without code, English and
+Chinese ones, each category, and two halves of the rows: of each dataset the rows at even and at odd places, in the
+order of their `_id`s. A setting can be chosen on one half and reported on the other. --budgets shows a line per method
+over its budgets instead of a line per run.
 """
 
 from collections.abc import Callable, Sequence
@@ -155,7 +155,7 @@ def _run_folders(paths: Sequence[Path]) -> list[Path]:
     """Return the runs in paths, each of which is a run or a folder of runs; `vanilla` comes first, if there is one.
 
     A sweep that was stopped leaves folders without predictions, which are left out with a note on stderr. Raises
-    UsageError for fewer than two runs, and for folders of runs without the baseline.
+    UsageError for a path without a run, for fewer than two runs, and for folders of runs without the baseline.
     """
     runs: list[Path] = []
     for path in paths:

@@ -17,6 +17,7 @@ The TOML file has a table [run_dirs], which gives each folder of runs a name and
 
 import itertools
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -75,8 +76,8 @@ def read_pairs(file: Path) -> tuple[dict[str, str], list[Pair]]:
     if not isinstance(models, dict) or not all(isinstance(model, str) for model in models.values()):
         raise UsageError(f'{file}: [run_dirs] states a model per name of a folder of runs (qwen = "qwen2.5-7b").')
     found = [pair for table in pairs for pair in _pairs(table, models, file)]
-    rows = [(pair.model, pair.run, pair.baseline, part) for pair in found for part in pair.parts]
-    if repeated := [", ".join(row) for row in dict.fromkeys(rows) if rows.count(row) > 1]:
+    rows = Counter((pair.model, pair.run, pair.baseline, part) for pair in found for part in pair.parts)
+    if repeated := [", ".join(row) for row, count in rows.items() if count > 1]:
         raise UsageError(f"{file} states a difference twice: {listed(repeated, 3, whole=True)}. Leave one of them out.")
     return models, found
 
@@ -112,11 +113,11 @@ def _pairs(table: dict[str, Any], models: Mapping[str, str], file: Path) -> Iter
 
 def _checked(table: dict[str, Any], file: Path) -> dict[str, list[Any]]:
     """Return the values of a table of [[pairs]], each as a list. Raises UsageError for a bad table."""
-    where = f"{file}: in {short(table, 200)}"
+    where, example = f"{file}: in {short(table, 200)}", f"An example: {_EXAMPLE}."
     if unknown := [key for key in table if key not in (*_TEXTS, *_TEXT, *_BUDGETS)]:
         raise UsageError(f"{where} there is no key {unknown[0]!r}. Keys: {', '.join((*_TEXTS, *_TEXT, *_BUDGETS))}.")
     if missing := [key for key in _TEXTS[:3] if key not in table]:
-        raise UsageError(f"{where} `{missing[0]}` is missing. An example: {_EXAMPLE}.")
+        raise UsageError(f"{where} `{missing[0]}` is missing. {example}")
     values = {key: value if isinstance(value, list) and key not in _TEXT else [value] for key, value in table.items()}
     for key, value in values.items():
         if not _is_list(value, *((int, float) if key in _BUDGETS else (str,))):
@@ -127,12 +128,11 @@ def _checked(table: dict[str, Any], file: Path) -> dict[str, list[Any]]:
     given = [key for key in _BUDGETS if key in values]
     if len(given) > 1:
         raise UsageError(f"{where} both {' and '.join(given)} are given. Leave one of them out.")
-    names = [*values["run"], *values["baseline"], *values.get("name", [])]
-    if not all("{budget}" in run for run in values["run"]) if given else any("{budget}" in name for name in names):
-        raise UsageError(
-            f"{where} {{budget}} stands in each `run` if, and only if, one of {' and '.join(_BUDGETS)} is given. An "
-            f"example: {_EXAMPLE}."
-        )
+    named = [name for key in ("run", "baseline", "name") for name in values.get(key, []) if "{budget}" in name]
+    if given and (fixed := [run for run in values["run"] if run not in named]):
+        raise UsageError(f"{where} {given[0]} needs {{budget}} in each `run`; {fixed[0]!r} lacks it. {example}")
+    if named and not given:
+        raise UsageError(f"{where} {named[0]!r} needs one of {' and '.join(_BUDGETS)}. {example}")
     return values
 
 

@@ -143,10 +143,10 @@ parts = "all"
         (f"{MODEL}[[pairs]]\n{QUEST}baseline = []\nbudget = 64", "baseline must be a text, or a list"),
         (f"{PAIR}budget = 64\nname = ['a']", "name must be a text."),
         (f"{PAIR}budget = 64\nmean_over_budgets = [64]", "Leave one of them"),
-        (f"{PAIR}", "{budget} stands in each `run` if, and only if"),
+        (f"{PAIR}", "'quest-budget={budget}' needs one of budget and mean_over_budgets. An example: "),
         (
             f"{MODEL}[[pairs]]\nrun_dir = 'small'\nrun = 'quest'\nbaseline = 'vanilla'\nbudget = 64",
-            "{budget} stands in each `run` if, and only if",
+            "budget needs {budget} in each `run`; 'quest' lacks it. An example: ",
         ),
         (f"{PAIR}budget = 64\nparts = 'cod'", "there is no part 'cod'"),
         (f"{PAIR}budget = 64\nbaseline_dir = 'big'", "no run_dir 'big'"),
