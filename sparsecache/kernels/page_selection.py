@@ -117,7 +117,7 @@ def _launch_select(
 def _page_key(scores, page, num_pages, FORCE_NEWEST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the scores of pages as integers in the same order. Pages from num_pages on are below all others."""
     key = sortable(tl.load(scores + page, mask=page < num_pages, other=0.0))
-    key = tl.minimum(tl.maximum(key, _LOWEST), _HIGHEST)  # a NaN counts as inf
+    key = tl.minimum(tl.maximum(key, _LOWEST), _HIGHEST)  # a NaN counts as inf of its sign
     if FORCE_NEWEST:
         key = tl.where(page == num_pages - 1, _HIGHEST, key)
     return tl.where(page < num_pages, key, _LOWEST - 1)
