@@ -6,6 +6,8 @@ from torch import Tensor
 
 from sparsecache.cache.base import CacheConfig, LayerCache, StepBytes
 from sparsecache.cache.storage import FullStorage, KVStorage
+from sparsecache.kernels.page_selection import PageSelection
+from sparsecache.kernels.threshold import Selection
 
 
 class FullCache(LayerCache):
@@ -26,10 +28,10 @@ class FullCache(LayerCache):
         return self.kv.attend(q, k, v, self.seq_lens, slots)
 
     def attend_selected(
-        self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, counts: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, selection: Selection | PageSelection
     ) -> Tensor:
-        """As `attend`, but only over the current token and the first counts [B, G] of positions [B, G, N]."""
-        return self.kv.attend_selected(q, k, v, self.seq_lens, slots, positions, counts)
+        """As `attend`, but only over the current token and the selected ones, as `KVStorage.attend_selected`."""
+        return self.kv.attend_selected(q, k, v, self.seq_lens, slots, selection)
 
     def keys_of(self, slots: Tensor, rows: Tensor | int) -> Tensor:
         """Return keys as stored, read-only: [B, G, N, D]. rows: [B, G, N], or N, which stands for the first N."""

@@ -15,6 +15,7 @@ from sparsecache.cache.base import CacheConfig, LayerCache, MethodKind, StepByte
 from sparsecache.cache.sparse import StoredMethod
 from sparsecache.cache.storage import FullStorage, stored_token_nbytes
 from sparsecache.cache.topk import select_topk
+from sparsecache.kernels.page_selection import PageSelection
 from sparsecache.kernels.scores import scaled_scores
 from sparsecache.kernels.selection import score_margin
 from sparsecache.kernels.speculation import speculated_scores
@@ -39,10 +40,12 @@ class SelectionCache(LayerCache):
         self.full.prefill(slot, q, k, v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        positions, counts = self.method.select(q, self, slots)
-        out = self.full.attend_selected(q, k, v, slots, positions, counts)
-        with self.config.deferred.reading(counts, slots):
-            self.stats.record(counts, slots)
+        selection = self.method.select(q, self, slots)
+        if not isinstance(selection, PageSelection):
+            selection = Selection(*selection)  # a user's method may return any tuple
+        out = self.full.attend_selected(q, k, v, slots, selection)
+        with self.config.deferred.reading(selection.counts, slots):
+            self.stats.record(selection.counts, slots)
         return out
 
     def keys_of(self, slots: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ class SelectionMethod(StoredMethod):
         return SelectionCache(self, layer, config)
 
     @abstractmethod
-    def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
+    def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection | PageSelection:
         """Return the past positions that each KV head attends to, within `cache.budgets`.
 
         q: [B, H, 1, D], rotated; slots: [B]. `cache.select_topk` turns scores into a selection. On a GPU sizes must

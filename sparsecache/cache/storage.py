@@ -12,10 +12,17 @@ from torch import Tensor
 from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.host import allocate, copy_into
 from sparsecache.kernels.decode import attend_and_append, attend_selected
+from sparsecache.kernels.page_selection import PageSelection
 from sparsecache.kernels.quantisation import Bits, QuantisedStore, token_nbytes
-from sparsecache.kernels.quantised_decode import attend_quantised, attend_selected_quantised
+from sparsecache.kernels.quantised_decode import (
+    attend_pages_quantised,
+    attend_quantised,
+    attend_selected_quantised,
+    attends_to_pages,
+)
 from sparsecache.kernels.rows import index_slots, take_rows
 from sparsecache.kernels.store_quantised import append_quantised, store_prompt_quantised
+from sparsecache.kernels.threshold import Selection
 
 Storage = Literal["full", "int8", "int4", "int2"]
 GROUP, RESIDUAL = 32, 128  # KIVI's settings for LongBench
@@ -41,9 +48,13 @@ class KVStorage(ABC):
 
     @abstractmethod
     def attend_selected(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, slots: Tensor, positions: Tensor, counts: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, slots: Tensor, selection: Selection | PageSelection
     ) -> Tensor:
-        """As `attend`, but only over the new row and the first counts [B, G] of positions [B, G, N]."""
+        """As `attend`, but only over the new row and the selected ones: pages only where `attends_to_pages`."""
+
+    def attends_to_pages(self, page: int) -> bool:
+        """Return whether `attend_selected` takes pages of `page` tokens, which is then faster."""
+        return False
 
     @abstractmethod
     def keys_of(self, lengths: Tensor, slots: Tensor, rows: Tensor | int) -> Tensor:
@@ -83,9 +94,10 @@ class FullStorage(KVStorage):
         return attend_and_append(q, k, v, self.keys, self.values, lengths, slots)
 
     def attend_selected(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, slots: Tensor, positions: Tensor, counts: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, slots: Tensor, selection: Selection | PageSelection
     ) -> Tensor:
-        return attend_selected(q, k, v, self.keys, self.values, slots, positions, counts, lengths)
+        assert not isinstance(selection, PageSelection)
+        return attend_selected(q, k, v, self.keys, self.values, slots, *selection, lengths)
 
     def keys_of(self, lengths: Tensor, slots: Tensor, rows: Tensor | int) -> Tensor:
         return (
@@ -117,11 +129,17 @@ class QuantisedStorage(KVStorage):
         return attend_quantised(q, k, v, self.quantised, lengths, slots)
 
     def attend_selected(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, slots: Tensor, positions: Tensor, counts: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, slots: Tensor, selection: Selection | PageSelection
     ) -> Tensor:
-        out = attend_selected_quantised(q, k, v, self.quantised, lengths, slots, positions, counts)
+        if isinstance(selection, PageSelection):
+            out = attend_pages_quantised(q, k, v, self.quantised, lengths, slots, selection)
+        else:
+            out = attend_selected_quantised(q, k, v, self.quantised, lengths, slots, *selection)
         append_quantised(k, v, self.quantised, lengths, slots)
         return out
+
+    def attends_to_pages(self, page: int) -> bool:
+        return attends_to_pages(self.quantised, page)
 
     def keys_of(self, lengths: Tensor, slots: Tensor, rows: Tensor | int) -> Tensor:
         return self.quantised.keys(lengths, slots, rows)

@@ -62,15 +62,42 @@ def _rows(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def position_of_place(pages, place, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the position of the token at a place of a list of pages of PAGE tokens; with PAGE = 0 the place itself."""
+    position = place
+    if PAGE > 0:
+        position = tl.load(pages + place // PAGE) * PAGE + place % PAGE
+    return position
+
+
+@triton.jit
+def _first_token(pages, place, end, num_coded, PAGE: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the first token of the tile at a place, and whether the tile counts.
+
+    One that does not count, because it is after the end or not quantised, is replaced by one that exists.
+    """
+    token = position_of_place(pages, tl.minimum(place, end - TILE), PAGE)
+    counts = place < end
+    if PAGE > 0:
+        counts &= token < num_coded
+        token = tl.where(token < num_coded, token, 0)
+    return token, counts
+
+
+@triton.jit
 def attend_on_codes(  # type: ignore[no-untyped-def]
-    q, q_head_stride, key_codes, key_ranges, value_codes, value_ranges, start, end, scale, channel, in_head,
-    GROUP: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr,
-    VALUE_GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr, INTERPRETED: tl.constexpr,
+    q, q_head_stride, key_codes, key_ranges, value_codes, value_ranges, pages, cut_start, num_cut, num_coded, start,
+    end, scale, channel, in_head,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WORDS: tl.constexpr, VALUE_GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attend to the quantised tokens from start to end; return maximum [R], sum of weights [R], total [R, D].
 
-    start, end: multiples of TOKENS, so that groups are whole.
+    start, end: multiples of TOKENS, so that groups are whole. With PAGE > 0 they are places in a list of pages of PAGE
+    tokens, multiples of a tile, which divides PAGE. Tokens from num_coded on, and num_cut of them from cut_start on, do
+    not count.
     q: pointer to the first of the GROUP query heads of a KV head, which are the first of R rows. channel, in_head: the
     channels in the order of their codes, and which exist. Other pointers are those of the KV head in a slot.
 
@@ -124,8 +151,8 @@ def attend_on_codes(  # type: ignore[no-untyped-def]
     for _ in tl.static_range(planes):
         totals = totals + (tl.zeros((BLOCK_W, BLOCK_N), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for first in tl.range(start, end, TILES * tile):
-        # Tiles after the end repeat the last one. Their scores are -inf.
-        begins = tl.minimum(first + tl.arange(0, TILES) * tile, end - tile)
+        # Scores of tiles that do not count are -inf.
+        begins = _first_token(pages, first + tl.arange(0, TILES) * tile, end, num_coded, PAGE, tile)[0]
         at_minima = key_ranges + (begins // TOKENS * (2 * HEAD_DIM))[:, None] + channel[None, :]
         minima = tl.load(at_minima, mask=in_head[None, :], other=0.0)
         minima = tl.reshape(tl.broadcast_to(minima[:, None, :], (TILES, copies, block_d)), (TILES * copies, block_d))
@@ -134,7 +161,8 @@ def attend_on_codes(  # type: ignore[no-untyped-def]
         scores = ()
         for index in tl.static_range(TILES):
             if index % key_slots == 0:
-                begins = tl.minimum(first + (index + tl.arange(0, SLOTS) % key_slots) * tile, end - tile)
+                places = first + (index + tl.arange(0, SLOTS) % key_slots) * tile
+                begins = _first_token(pages, places, end, num_coded, PAGE, tile)[0]
                 at_steps = key_ranges + (begins // TOKENS * (2 * HEAD_DIM))[None, :] + (channel + HEAD_DIM)[:, None]
                 step = tl.load(at_steps, mask=in_head[:, None], other=0.0)
                 step_planes = _rows(tl.reshape(step, (planes, BLOCK_W, SLOTS)))
@@ -144,7 +172,8 @@ def attend_on_codes(  # type: ignore[no-untyped-def]
                         _to_float16(step_planes[plane], INTERPRETED)[:, None, :], (BLOCK_W, block_q, SLOTS)
                     )
                     stepped_queries = stepped_queries + (query_planes[plane] * tl.reshape(step, (BLOCK_W, BLOCK_N)),)  # type: ignore[assignment]  # noqa: RUF005
-            token = tl.minimum(first + index * tile, end - tile) + tl.arange(0, tile)
+            begin, counts = _first_token(pages, first + index * tile, end, num_coded, PAGE, tile)
+            token = begin + tl.arange(0, tile)
             words = tl.load(key_codes + token[:, None] * WORDS + word[None, :], mask=in_words[None, :], other=0)
             products = tl.zeros((tile, BLOCK_N), dtype=tl.float32)
             for plane in tl.static_range(planes):
@@ -153,17 +182,22 @@ def attend_on_codes(  # type: ignore[no-untyped-def]
             # A maximum of a number and -inf is no instruction. After `tl.split`, exponentials were computed twice.
             is_slot = (tl.arange(0, SLOTS) == index % key_slots)[None, None, :]
             products = tl.max(tl.where(is_slot, products, float("-inf")), axis=2)
-            offset = (
-                offsets[index] if index == 0 else tl.where(first + index * tile < end, offsets[index], float("-inf"))
-            )
+            # Without pages the first tile always counts.
+            offset = offsets[index] if index + PAGE == 0 else tl.where(counts, offsets[index], float("-inf"))
             offset = tl.reshape(tl.broadcast_to(offset[None, :, :], (tile // copies, copies, block_q)), (tile, block_q))
             score = products * score_unit[None, :] + offset
+            if PAGE > 0:
+                is_cut = (token >= cut_start) & (token < cut_start + num_cut)
+                score = tl.where(is_cut[:, None], float("-inf"), score)
             scores = scores + (score,)  # type: ignore[assignment]  # noqa: RUF005
         largest = scores[0]  # type: ignore[misc]
         for index in tl.static_range(1, TILES):
             largest = tl.maximum(largest, scores[index])
         new_maximum = tl.maximum(maximum, tl.max(largest, axis=0))
-        rescale = tl.exp2(maximum - new_maximum)
+        base = new_maximum
+        if PAGE > 0:  # no token may count
+            base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        rescale = tl.exp2(maximum - base)
         maximum = new_maximum
         weight_sums *= rescale[None, :]
         rescale = tl.reshape(tl.broadcast_to(rescale[:, None], (block_q, SLOTS)), (1, BLOCK_N))
@@ -175,8 +209,9 @@ def attend_on_codes(  # type: ignore[no-untyped-def]
             new_totals = new_totals + (totals[plane] * rescale,)  # type: ignore[assignment]  # noqa: RUF005
         step_sums, totals = new_step_sums, new_totals
         for index in tl.static_range(TILES):
-            token = tl.minimum(first + index * tile, end - tile) + tl.arange(0, tile)
-            weights = tl.exp2(scores[index] - maximum[None, :])
+            begin = _first_token(pages, first + index * tile, end, num_coded, PAGE, tile)[0]
+            token = begin + tl.arange(0, tile)
+            weights = tl.exp2(scores[index] - base[None, :])
             weight_sums += weights
             # Words and ranges are loaded transposed, since operands of products are pipelined only if not transposed.
             at_ranges = value_ranges + token[None, :] * (2 * VALUE_GROUPS) + at_range[:, None]

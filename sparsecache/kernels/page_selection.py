@@ -3,7 +3,7 @@
 A prompt's tokens of highest score are selected by the same kernel, as pages of one token.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,20 @@ Limit = Literal["table", "excluded", "count"]
 _TILE_PAGES, _MAX_TILES, _WARPS = 1024, 16, 8
 _MAX_TILES_OF_PROMPT = 8  # the lengths of prompts vary, and each number of tiles is compiled
 _LOWEST, _HIGHEST = tl.constexpr(-2139095041), tl.constexpr(2139095040)  # -inf and inf as `sortable` integers
+
+
+class PageSelection(NamedTuple):
+    """Past tokens selected by pages.
+
+    pages: [B, G, P] int32, ascending. cuts: [B, G, 3] int32, how many of the pages are valid, one of them, and how many
+    of its first tokens are not selected. All other past tokens of these pages are. counts: [B, G] int64, the selected
+    tokens. page: tokens in a page.
+    """
+
+    pages: Tensor
+    cuts: Tensor
+    counts: Tensor
+    page: int
 
 
 def select_pages(
@@ -44,22 +58,69 @@ def select_pages(
     assert limits is not None
     if use_kernel(scores):
         counts = torch.empty((batch, kv_heads), device=scores.device, dtype=torch.int64)
+        positions = torch.empty((batch, kv_heads, width), device=scores.device, dtype=torch.int64)
         limit: Limit = "table" if num_excluded is None else "excluded"
-        positions = _launch_select(scores, seq_lens, slots, limits, counts, page, width, limit, force_newest)
+        _launch_select(scores, seq_lens, slots, limits, positions, counts, None, page, width, limit, force_newest)
         return Selection(positions, counts)
     past = seq_lens[slots]
     budget = limits[past] if num_excluded is None else past - limits[slots]
-    index = torch.arange(pages, device=scores.device)
-    page_tokens = (past[:, None] - page * index).clamp(0, page)  # [B, pages]
+    taken, page_tokens = _taken(scores, past, budget.clamp(max=width), page, force_newest)
+    start = page * torch.arange(pages, device=scores.device) + page_tokens[:, None] - taken
+    return _positions_of_runs(start, taken, width)
+
+
+def list_pages(
+    scores: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor,
+    page: int,
+    width: int,
+    *,
+    budgets: Tensor,
+    force_newest: bool = False,
+) -> PageSelection:
+    """Select as `select_pages` does, and return the pages. Arguments as there."""
+    if use_kernel(scores):
+        counts = torch.empty(scores.shape[:2], device=scores.device, dtype=torch.int64)
+        cuts = torch.empty((*scores.shape[:2], 3), device=scores.device, dtype=torch.int32)
+        listed = _launch_select(
+            scores, seq_lens, slots, budgets, None, counts, cuts, page, width, "table", force_newest
+        )
+        return PageSelection(listed, cuts, counts, page)
+    past = seq_lens[slots]
+    taken, page_tokens = _taken(scores, past, budgets[past].clamp(max=width), page, force_newest)
+    num_cut = torch.where(taken > 0, page_tokens[:, None] - taken, 0)
+    cut_page = num_cut.argmax(2, keepdim=True)
+    cuts = torch.cat(((taken > 0).sum(2, keepdim=True), cut_page, num_cut.gather(2, cut_page)), 2)
+    pages = (taken == 0).sort(dim=2, stable=True).indices
+    return PageSelection(pages.int(), cuts.int(), taken.sum(2), page)
+
+
+def positions_of_pages(selection: PageSelection, past: Tensor) -> Selection:
+    """Return the selected tokens, in ascending order. past: [B], past tokens."""
+    pages, cuts, counts, page = selection
+    is_valid = torch.arange(pages.shape[2], device=pages.device) < cuts[..., :1]
+    start = page * pages.long()
+    end = torch.minimum(start + page, past[:, None, None])
+    start = start + torch.where(pages == cuts[..., 1:2], cuts[..., 2:], 0)
+    return _positions_of_runs(start, (end - start) * is_valid, int(counts.max()))
+
+
+def _taken(scores: Tensor, past: Tensor, budget: Tensor, page: int, force_newest: bool) -> tuple[Tensor, Tensor]:
+    """Return how many tokens of each page are selected [B, G, pages], and how many each page has [B, pages].
+
+    scores: [B, G, pages]; past, budget: [B].
+    """
+    index = torch.arange(scores.shape[2], device=scores.device)
+    page_tokens = (past[:, None] - page * index).clamp(0, page)
     if force_newest:
         scores = scores.masked_fill(index == (past[:, None, None] - 1) // page, torch.inf)
     scores = scores.masked_fill((page_tokens == 0)[:, None], -torch.inf)
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     in_order = page_tokens[:, None].expand_as(order).gather(2, order)
     before = in_order.cumsum(2) - in_order
-    taken = torch.minimum((budget.clamp(max=width)[:, None, None] - before).clamp(min=0), in_order)
-    taken = torch.zeros_like(taken).scatter_(2, order, taken)
-    return _positions_of_runs((page * index + page_tokens)[:, None] - taken, taken, width)
+    taken = torch.minimum((budget[:, None, None] - before).clamp(min=0), in_order)
+    return torch.zeros_like(taken).scatter_(2, order, taken), page_tokens
 
 
 def highest_of_prompt(scores: Tensor, count: int) -> Tensor:
@@ -67,10 +128,9 @@ def highest_of_prompt(scores: Tensor, count: int) -> Tensor:
 
     The lower position wins a tie. count: 1 to L. Needs fewer operations of the host than `select_pages`.
     """
-    return _launch_select(
-        scores[None], seq_lens=scores.shape[1], slots=None, limits=count, counts=None, page=1, width=count,
-        limit="count", force_newest=False,
-    )[0]  # fmt: skip
+    positions = torch.empty((1, len(scores), count), device=scores.device, dtype=torch.int64)
+    _launch_select(scores[None], scores.shape[1], None, count, positions, None, None, 1, count, "count", False)
+    return positions[0]
 
 
 def _positions_of_runs(start: Tensor, count: Tensor, width: int) -> Selection:
@@ -87,30 +147,31 @@ def _launch_select(
     seq_lens: Tensor | int,
     slots: Tensor | None,
     limits: Tensor | int,
+    positions: Tensor | None,
     counts: Tensor | None,
+    cuts: Tensor | None,
     page: int,
     width: int,
     limit: Limit,
     force_newest: bool,
 ) -> Tensor:
-    """Launch the kernel of `select_pages`; return the positions [B, G, width] int64, and set counts.
+    """Launch the kernel of `select_pages`; set positions, counts and cuts; return the selected pages [B, G, P] int32.
 
     limit: whether limits are a table of budgets, the excluded tokens of each slot, or one budget. With the latter
     seq_lens is the number of past tokens, and slots and counts are None.
     """
     batch, kv_heads, pages = scores.shape
-    positions = torch.empty((batch, kv_heads, width), device=scores.device, dtype=torch.int64)
     selected = torch.empty((batch, kv_heads, pages), device=scores.device, dtype=torch.int32)
     tile = min(_TILE_PAGES, next_power_of_2(pages, 128))
     tiles, warps = min(_MAX_TILES, -(-pages // tile)), max(4, _WARPS * tile // _TILE_PAGES)
     if limit == "count":
         tiles = min(_MAX_TILES_OF_PROMPT, next_power_of_2(tiles))
     _select_kernel[(batch * kv_heads,)](
-        scores.contiguous(), seq_lens, slots, limits, selected, positions, counts, kv_heads, pages, width,
+        scores.contiguous(), seq_lens, slots, limits, selected, positions, counts, cuts, kv_heads, pages, width,
         PAGE=page, LIMIT=limit, FORCE_NEWEST=force_newest, TILES=tiles, BLOCK_P=tile,
         BLOCK_W=min(512 * warps, next_power_of_2(width, 256)), num_warps=warps, **pdl_options(),
     )  # fmt: skip
-    return positions
+    return selected
 
 
 @triton.jit
@@ -183,7 +244,7 @@ def _list_pages(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["seq_lens", "limits", "pages", "width"])
 def _select_kernel(  # type: ignore[no-untyped-def]
-    scores, seq_lens, slots, limits, selected, positions, counts, kv_heads, pages, width,
+    scores, seq_lens, slots, limits, selected, positions, counts, cuts, kv_heads, pages, width,
     PAGE: tl.constexpr, LIMIT: tl.constexpr, FORCE_NEWEST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -245,13 +306,17 @@ def _select_kernel(  # type: ignore[no-untyped-def]
     num_cut = tl.minimum(tokens - cut_page * PAGE, PAGE) - (budget - from_high - (num_between - 1) * PAGE)
     num_cut = tl.where(num_between > 0, num_cut, 0)
 
-    tl.debug_barrier()  # other threads have listed pages
-    for first in tl.range(0, width, BLOCK_W):
-        place = first + tl.arange(0, BLOCK_W)
-        token = place + tl.where(place >= cut_rank * PAGE, num_cut, 0)  # its index in all selected pages
-        position = tl.load(selected + token // PAGE, mask=place < budget, other=0) * PAGE + token % PAGE
-        tl.store(
-            positions + owner * width + place, tl.where(place < budget, position, 0).to(tl.int64), mask=place < width
-        )
+    if cuts is not None:
+        tl.store(cuts + owner * 3, whole + tl.minimum(between, num_between))
+        tl.store(cuts + owner * 3 + 1, cut_page)
+        tl.store(cuts + owner * 3 + 2, num_cut)
+    if positions is not None:
+        tl.debug_barrier()  # other threads have listed pages
+        for first in tl.range(0, width, BLOCK_W):
+            place = first + tl.arange(0, BLOCK_W)
+            token = place + tl.where(place >= cut_rank * PAGE, num_cut, 0)  # its index in all selected pages
+            position = tl.load(selected + token // PAGE, mask=place < budget, other=0) * PAGE + token % PAGE
+            position = tl.where(place < budget, position, 0).to(tl.int64)
+            tl.store(positions + owner * width + place, position, mask=place < width)
     if counts is not None:
         tl.store(counts + owner, budget.to(tl.int64))

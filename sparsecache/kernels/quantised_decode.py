@@ -23,8 +23,9 @@ from sparsecache.kernels._triton import (
     use_kernel,
 )
 from sparsecache.kernels.attention_dequantised import attend_dequantised
-from sparsecache.kernels.attention_on_codes import attend_on_codes
+from sparsecache.kernels.attention_on_codes import attend_on_codes, position_of_place
 from sparsecache.kernels.decode import attend_rows, merge_kernel, place_split
+from sparsecache.kernels.page_selection import PageSelection, positions_of_pages
 from sparsecache.kernels.quantisation import QuantisedStore
 from sparsecache.kernels.rows import mask_of_first
 from sparsecache.kernels.store_quantised import append_quantised, compiled_sizes, num_quantised
@@ -34,6 +35,7 @@ _TOTALS_PER_WARP, _MAX_SPLITS = 2048, 192
 _PROGRAMS = {2: 12, 4: 8}  # of one warp with two tiles, per multiprocessor (measured)
 _DEQUANTISED = {"BLOCK_T": 16, "BLOCK_N": 8, "SLOTS": 1, "TILES": 1, "num_stages": 3}
 _WARPS_DEQUANTISED = 8  # per multiprocessor: what its registers allow
+_MIN_TILE = 16  # tokens: the least that a tensor core product of their codes takes
 _PACKED_BITS = {torch.float16: (2, 4, 8), torch.bfloat16: (2, 4)}  # codes that fit into a mantissa
 
 
@@ -76,6 +78,32 @@ def attend_selected_quantised(
     return attend_rows(q, k, v, store.keys(lengths, slots, rows), store.values(lengths, slots, rows), mask)
 
 
+def attends_to_pages(store: QuantisedStore, page: int) -> bool:
+    """Return whether attention over pages of `page` tokens multiplies by their codes, which is faster."""
+    return (
+        use_kernel(store.key_codes)
+        and torch.version.hip is None
+        and store.key_tail.dtype != torch.float32
+        and page % _MIN_TILE == 0
+    )
+
+
+def attend_pages_quantised(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    store: QuantisedStore,
+    lengths: Tensor,
+    slots: Tensor,
+    selection: PageSelection,
+) -> Tensor:
+    """As `attend_selected_quantised`, over selected pages, where `attends_to_pages`. lengths: [slots]."""
+    if use_kernel(q):
+        return _launch(q, k, v, store, lengths, slots, selection.pages, selection.cuts, selection.page)
+    selected = positions_of_pages(selection, store.past(lengths, slots)[:, 0])
+    return attend_selected_quantised(q, k, v, store, lengths, slots, *selected)
+
+
 def _launch(
     q: Tensor,
     k: Tensor,
@@ -85,17 +113,24 @@ def _launch(
     slots: Tensor,
     selected: Tensor | None = None,
     counts: Tensor | None = None,
+    page: int = 0,
 ) -> Tensor:
-    """Launch the attention and merge its splits."""
+    """Launch the attention and merge its splits.
+
+    selected, counts: tokens [B, G, N] and their number [B, G]. With a page size: of a PageSelection, pages and cuts.
+    """
     batch, heads, _, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
     block_w = next_power_of_2(store.key_codes.shape[3], _MIN_WORDS)
     block_c = next_power_of_2(store.value_ranges.shape[4])
     # Matrix units of some AMD GPUs treat subnormal numbers as zeros, and most codes are subnormal there.
-    on_codes = selected is None and q.dtype != torch.float32 and torch.version.hip is None
+    on_codes = (selected is None or page > 0) and q.dtype != torch.float32 and torch.version.hip is None
     if on_codes:
         options, programs = _options_on_codes(store, group, block_w, block_c)
+        if page:
+            tile = math.gcd(page, options["BLOCK_T"], store.group)
+            options = {**options, "BLOCK_T": tile, "TILES": options["TILES"] * options["BLOCK_T"] // tile}
     else:
         totals = max(16, next_power_of_2(group)) * 16 // store.bits * block_w
         warps = 4 if q.dtype == torch.float32 else max(1, totals // _TOTALS_PER_WARP)
@@ -114,10 +149,11 @@ def _launch(
         store.value_codes, store.value_ranges, store.key_tail, store.value_tail, lengths, slots, indices,
         lengths if counts is None else counts.contiguous(), partial_out, softmax_stats, split_ranges,
         1 / math.sqrt(head_dim), batch, num_splits, store.capacity, store.key_codes.shape[2], store.residual,
-        heads * num_splits, 0 if selected is None else selected.shape[2], SELECTED=selected is not None,
-        ON_CODES=on_codes, PACKED=packed, PER_HEAD=lengths.dim() == 2, GROUP=group,
-        BLOCK_R=max(16, next_power_of_2(group)), BLOCK_B=next_power_of_2(batch), BLOCK_W=block_w, BLOCK_C=block_c,
-        INTERPRETED=INTERPRETED, **options, **compiled_sizes(store), **pdl_options(),
+        heads * num_splits, 0 if selected is None else selected.shape[2],
+        SELECTED=selected is not None and page == 0, PAGE=page, ON_CODES=on_codes, PACKED=packed,
+        PER_HEAD=lengths.dim() == 2, GROUP=group, BLOCK_R=max(16, next_power_of_2(group)),
+        BLOCK_B=next_power_of_2(batch), BLOCK_W=block_w, BLOCK_C=block_c, INTERPRETED=INTERPRETED, **options,
+        **compiled_sizes(store), **pdl_options(),
     )  # fmt: skip
     merge_kernel[(batch, heads)](
         partial_out, softmax_stats, split_ranges, out, num_splits, head_dim, heads * num_splits,
@@ -154,7 +190,8 @@ def _accumulate(q_block, key, value, mask, scale, maximum, weight_sum, total):  
     scores = tl.dot(q_block, tl.trans(key), input_precision="ieee") * scale
     scores = tl.where(mask[None, :], scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-    weights, rescale = tl.exp2(scores - new_maximum[:, None]), tl.exp2(maximum - new_maximum)
+    base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # no token may count
+    weights, rescale = tl.exp2(scores - base[:, None]), tl.exp2(maximum - base)
     weight_sum = weight_sum * rescale + tl.sum(weights, axis=1)
     total = tl.dot(weights.to(value.dtype), value, total * rescale[:, None], input_precision="ieee")
     return new_maximum, weight_sum, total
@@ -165,9 +202,9 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     q, q_row_stride, q_head_stride, new_key, new_value, new_row_stride, new_head_stride, key_codes, key_ranges,
     value_codes, value_ranges, key_tail, value_tail, lengths, slots, indices, counts_ptr, partial_out, softmax_stats,
     split_ranges, scale, batch, num_splits, capacity, code_rows, residual, stats_size, width,
-    SELECTED: tl.constexpr, ON_CODES: tl.constexpr, PACKED: tl.constexpr, PER_HEAD: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BITS: tl.constexpr,
-    TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    SELECTED: tl.constexpr, PAGE: tl.constexpr, ON_CODES: tl.constexpr, PACKED: tl.constexpr, PER_HEAD: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
+    BITS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr,
     INTERPRETED: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -184,9 +221,13 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     counts = all_past
     if SELECTED:
         counts = tl.load(counts_ptr + rows * kv_heads + kv, mask=in_batch, other=0).to(tl.int32)
-    # Lengths of splits are multiples of a group, so that a split of all tokens begins with a group of keys.
+    if PAGE > 0:  # places in the list of pages
+        counts = tl.load(counts_ptr + (rows * kv_heads + kv) * 3, mask=in_batch, other=0) * PAGE
+    # Lengths of splits are multiples of a group, so that a split of all tokens begins with a group of keys. A split of
+    # pages has whole tiles.
+    alignment: tl.constexpr = BLOCK_T if PAGE > 0 else TOKENS
     row, slot, count, split, splits, length = place_split(
-        program, counts, row_slots, in_batch, rows, batch, num_splits, BLOCK_B, TOKENS
+        program, counts, row_slots, in_batch, rows, batch, num_splits, BLOCK_B, alignment
     )
     if BLOCK_B > 1:
         if row >= batch:
@@ -195,7 +236,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             split_range = split_ranges + (row * kv_heads + kv) * 2
             tl.store(split_range, program)
             tl.store(split_range + 1, splits)
-    num_coded = num_quantised(tl.sum(tl.where(rows == row, all_past, 0)), residual, TOKENS)
+    past = tl.sum(tl.where(rows == row, all_past, 0))
+    num_coded = num_quantised(past, residual, TOKENS)
     block_d: tl.constexpr = 16 // BITS * BLOCK_W
     query, column = tl.arange(0, BLOCK_R), tl.arange(0, block_d)
     channel, in_head = column, column < HEAD_DIM
@@ -218,13 +260,20 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
 
     scale *= 1.4426950408889634  # log2(e)
     start, end = split * length, tl.minimum(split * length + length, count)
+    cut_start, num_cut = 0, 0
+    if PAGE > 0:
+        cuts = counts_ptr + (row * kv_heads + kv) * 3
+        cut_start, num_cut = tl.load(cuts + 1) * PAGE, tl.load(cuts + 2)
     if ON_CODES:
+        coded_end = end if PAGE > 0 else tl.minimum(end, num_coded)
         maximum, weight_sum, total = attend_on_codes(
-            q, q_head_stride, key_codes, key_ranges, value_codes, value_ranges, start.to(tl.int32),
-            tl.minimum(end, num_coded).to(tl.int32), scale, channel, in_head, GROUP, BITS, TOKENS, HEAD_DIM, WORDS,
-            VALUE_GROUPS, BLOCK_R, BLOCK_N, BLOCK_T, BLOCK_W, BLOCK_C, SLOTS, TILES, INTERPRETED,
+            q, q_head_stride, key_codes, key_ranges, value_codes, value_ranges, indices, cut_start, num_cut,
+            num_coded.to(tl.int32), start.to(tl.int32), coded_end.to(tl.int32), scale, channel, in_head, PAGE, GROUP,
+            BITS, TOKENS, HEAD_DIM, WORDS, VALUE_GROUPS, BLOCK_R, BLOCK_N, BLOCK_T, BLOCK_W, BLOCK_C, SLOTS, TILES,
+            INTERPRETED,
         )  # fmt: skip
-        start = tl.maximum(start, num_coded)
+        # The ring has fewer tokens than rows, in the last pages of the list, which ascends.
+        start = tl.maximum(start, (count - ring - PAGE) // 16 * 16) if PAGE > 0 else tl.maximum(start, num_coded)
     else:
         maximum, weight_sum, total, start = attend_dequantised(
             q, q_head_stride, key_codes, key_ranges, value_codes, value_ranges, indices, start.to(tl.int32),
@@ -237,6 +286,10 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         if SELECTED:
             token = tl.load(indices + token, mask=mask, other=0).to(tl.int32)
             mask &= token >= num_coded
+        if PAGE > 0:
+            token = position_of_place(indices, tl.where(mask, token, first), PAGE)
+            mask &= (token >= num_coded) & (token < past)
+            mask &= (token < cut_start) | (token >= cut_start + num_cut)
         at_tail = (token % ring)[:, None] * HEAD_DIM + channel[None, :]
         key = tl.load(key_tail + at_tail, mask=mask[:, None] & in_head[None, :], other=0.0)
         value = tl.load(value_tail + at_tail, mask=mask[:, None] & in_head[None, :], other=0.0)

@@ -20,7 +20,7 @@ from sparsecache.cache.base import CacheConfig
 from sparsecache.cache.checks import check_page_size
 from sparsecache.cache.selection import SelectionCache, SelectionMethod
 from sparsecache.kernels.page_bounds import channel_bounds, store_page_bounds
-from sparsecache.kernels.page_selection import select_pages
+from sparsecache.kernels.page_selection import PageSelection, list_pages, select_pages
 from sparsecache.kernels.pages import newest_page, score_bounds, update_newest_page
 from sparsecache.kernels.threshold import Selection
 
@@ -47,11 +47,12 @@ class Quest(SelectionMethod):
     def make_sparse_cache(self, layer: int, config: CacheConfig) -> "QuestCache":
         return QuestCache(self, layer, config)
 
-    def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection:
+    def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection | PageSelection:
         assert isinstance(cache, QuestCache)
         scores = self.page_scores(q, cache, slots, cache.width(slots))
         width = min(cache.max_budget, cache.config.max_tokens)
-        return select_pages(
+        select = list_pages if cache.full.kv.attends_to_pages(self.page) else select_pages
+        return select(
             scores, cache.seq_lens, slots, self.page, width, budgets=cache.budgets, force_newest=self.forces_newest
         )
 

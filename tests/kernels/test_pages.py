@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsecache.kernels.page_bounds import channel_bounds, store_page_bounds
-from sparsecache.kernels.page_selection import select_pages
+from sparsecache.kernels.page_selection import list_pages, positions_of_pages, select_pages
 from sparsecache.kernels.page_shares import choose_queries, highest_page_shares, page_shares
 from sparsecache.kernels.pages import score_bounds, update_newest_page
 
@@ -128,6 +128,24 @@ def test_pages_are_selected_as_by_sorting(case, kind, device, agree, monkeypatch
 
     agree(select, scores, seq_lens, slots, budgets=budgets, force_newest=kind != "distinct")
     agree(select, scores, seq_lens, slots, num_excluded=num_excluded)
+
+    def select_listed(scores, seq_lens, slots, **options):
+        if kind == "not finite":
+            scores = scores.clone()
+            scores[:, :, ::3], scores[:, :, 1::3] = torch.inf, -torch.inf
+        listed = list_pages(scores, seq_lens, slots, page, width, **options)
+        positions, counts = positions_of_pages(listed, seq_lens[slots])
+        assert torch.equal(counts, listed.counts)
+        wide = torch.zeros(3, 2, width, dtype=torch.int64, device=device)
+        wide[:, :, : positions.shape[2]] = positions
+        return wide.masked_fill(torch.arange(width, device=device) >= counts[..., None], 0), counts
+
+    options = {"budgets": budgets, "force_newest": kind != "distinct"}
+    agree(select_listed, scores, seq_lens, slots, **options)
+    for ours, expected in zip(
+        select_listed(scores, seq_lens, slots, **options), select(scores, seq_lens, slots, **options), strict=True
+    ):
+        assert torch.equal(ours, expected)
 
 
 def test_the_best_pages_are_selected_in_the_order_of_the_text() -> None:

@@ -7,8 +7,9 @@ import torch
 
 from sparsecache.kernels._triton import force_backend
 from sparsecache.kernels.attention import attention
+from sparsecache.kernels.page_selection import PageSelection, positions_of_pages
 from sparsecache.kernels.quantisation import QuantisedStore
-from sparsecache.kernels.quantised_decode import attend_quantised, attend_selected_quantised
+from sparsecache.kernels.quantised_decode import attend_pages_quantised, attend_quantised, attend_selected_quantised
 
 DTYPES = [torch.float16, torch.float32, torch.bfloat16][: 3 if torch.cuda.is_available() else 1]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -90,6 +91,34 @@ def test_the_kernels_equal_the_references(case, device, dtype) -> None:
     for key in (selected.masked_fill(~is_past, store.capacity), ~is_past):  # ascending, and in any order
         chosen = selected.gather(2, key.long().argsort(dim=2, stable=True))[..., : max(1, int(counts.max()))]
         _same(lambda store: attend_selected_quantised(q, k, v, store, held, order, chosen, counts), store, dtype)  # noqa: B023
+
+
+@cases
+@pytest.mark.parametrize("page", [16, 32, 48])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
+def test_pages_are_attended_to_as_their_tokens(case, page, dtype, device) -> None:
+    """Also if no page is selected, or only one whose first tokens are not, and if the newest page is or is not."""
+    q, k, v, store, held, order, generator = _draw(case, device, dtype)
+    past = store.past(held, order)
+    num_pages = -(-past // page)
+    width = -(-store.capacity // page)
+    for share in (0.0, 0.4, 1.0):
+        drawn = torch.rand(*past.shape, width, generator=generator).to(device) < share
+        drawn &= torch.arange(width, device=device) < num_pages[..., None]
+        listed = drawn.sum(2)
+        pages = (~drawn).sort(dim=2, stable=True).indices
+        place = (torch.rand(*past.shape, generator=generator).to(device) * listed).long()
+        cut_page = pages.gather(2, place[..., None])[..., 0]
+        tokens = (past - page * cut_page).clamp(0, page)  # in the page that is cut
+        num_cut = (torch.rand(*past.shape, generator=generator).to(device) * tokens).long() * (listed > 0)
+        counts = (
+            (past[..., None] - page * pages).clamp(0, page) * (torch.arange(width, device=device) < listed[..., None])
+        ).sum(2)
+        selection = PageSelection(
+            pages.int(), torch.stack((listed, cut_page, num_cut), 2).int(), counts - num_cut, page
+        )
+        assert torch.equal(positions_of_pages(selection, past[:, 0]).counts, selection.counts)
+        _same(lambda store: attend_pages_quantised(q, k, v, store, held, order, selection), store, dtype)  # noqa: B023
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

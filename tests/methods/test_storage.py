@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheMethod
+from sparsecache.cache.base import CacheMethod, Shape
+from sparsecache.cache.model_cache import ModelCache
 from sparsecache.errors import UsageError
+from sparsecache.kernels._triton import AVAILABLE, force_backend
 from sparsecache.methods import parse_options
 from sparsecache.methods.adakv import AdaKV
 from sparsecache.methods.kivi import KIVI
@@ -137,3 +139,30 @@ def test_options_out_of_range_are_refused(options, message) -> None:
 def test_a_storage_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UsageError, match=r"storage='int3' is not one of full, int8, int4, int2\."):
         parse_options("quest", {"storage": "int3"})
+
+
+@pytest.mark.parametrize(("bits", "page"), [(2, 16), (4, 16), (4, 48), (8, 32)])
+@torch.inference_mode()
+def test_kernels_attend_to_pages_of_codes_as_the_reference_attends_to_their_tokens(bits, page) -> None:
+    """Also while tokens leave the full-precision tail. The reference selects tokens, the kernels select pages."""
+    if not AVAILABLE:
+        pytest.skip("needs the package triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = Shape(layers=1, heads=4, kv_heads=2, head_dim=32)
+    q, k, v = (torch.randn(h, 240, 32, generator=torch.Generator().manual_seed(h)).to(device).half() for h in (4, 2, 2))
+    found = {}
+    for backend in ("kernels", "reference"):
+        method = Quest(budget=70, page=page, storage=f"int{bits}", dense_layers=0)
+        cache = ModelCache(method, shape, [device], 2, 240, 40, torch.float16)
+        layer, slots, outputs = cache.layers[0], torch.tensor([1], device=device), []
+        with force_backend(backend):
+            layer.prefill(1, *(part[:, :200] for part in (q, k, v)))
+            cache.start_sequence(1, 200)
+            for at in range(200, 240):
+                outputs.append(layer.attend(*(part[None, :, at : at + 1] for part in (q, k, v)), slots))
+                cache.end_step(slots)
+            attends_to_pages = layer.full.kv.attends_to_pages(page)
+        assert attends_to_pages == (backend == "kernels")
+        found[backend] = torch.cat(outputs).double()
+    error = (found["kernels"] - found["reference"]).norm(dim=3) / found["reference"].norm(dim=3)
+    assert error.max() < 0.01
