@@ -1,6 +1,6 @@
 """Select past tokens by pages: the pages of highest score, and of the last one selected only its latest tokens.
 
-A prompt's tokens of highest score are selected by the same kernel, as pages of one token.
+A prompt's tokens of highest score are selected as pages of one token. In one file because one kernel does it all.
 """
 
 from typing import Literal, NamedTuple

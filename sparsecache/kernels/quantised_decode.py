@@ -1,9 +1,11 @@
 """Attention of one new token per sequence over quantised tokens: all of them, or selected ones.
 
-It is flash decoding, with the splits of `decode`. In half precision, attention over all tokens multiplies by their
-codes without dequantising them. Selected tokens, and tokens in float32, are dequantised in registers. Tokens of the
-full-precision tail are read from its ring. All sizes are fixed and lengths are read on the device, so a decode step can
-be a CUDA graph.
+It is flash decoding, with the splits of `decode`. In half precision, attention over all tokens, or over pages of them,
+multiplies by their codes without dequantising them. Selected tokens, and tokens in float32, are dequantised in
+registers. Tokens of the full-precision tail are read from its ring. All sizes are fixed and lengths are read on the
+device, so a decode step can be a CUDA graph.
+
+In one file because all entry points share one kernel.
 """
 
 import math
