@@ -121,6 +121,7 @@ class QuantisedStorage(KVStorage):
         )
         self.token_nbytes = shape.kv_heads * token_nbytes(shape.head_dim, bits, group, config.dtype)
         self._whole_nbytes = config.token_nbytes
+        self._deferred = config.deferred
 
     def store(self, slot: int, k: Tensor, v: Tensor, counts: Tensor | None = None) -> None:
         store_prompt_quantised(k, v, self.quantised, slot, counts)
@@ -135,7 +136,8 @@ class QuantisedStorage(KVStorage):
             out = attend_pages_quantised(q, k, v, self.quantised, lengths, slots, selection)
         else:
             out = attend_selected_quantised(q, k, v, self.quantised, lengths, slots, *selection)
-        append_quantised(k, v, self.quantised, lengths, slots)
+        with self._deferred.reading(k, v, slots):
+            append_quantised(k, v, self.quantised, lengths, slots)
         return out
 
     def attends_to_pages(self, page: int) -> bool:
