@@ -175,25 +175,34 @@ def _launch_select(
 
 
 @triton.jit
-def _page_key(scores, page, num_pages, FORCE_NEWEST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _page_key(score, page, num_pages, FORCE_NEWEST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the scores of pages as integers in the same order. Pages from num_pages on are below all others."""
-    key = sortable(tl.load(scores + page, mask=page < num_pages, other=0.0))
-    key = tl.minimum(tl.maximum(key, _LOWEST), _HIGHEST)  # a NaN counts as inf of its sign
+    key = tl.minimum(tl.maximum(sortable(score), _LOWEST), _HIGHEST)  # a NaN counts as inf of its sign
     if FORCE_NEWEST:
         key = tl.where(page == num_pages - 1, _HIGHEST, key)
     return tl.where(page < num_pages, key, _LOWEST - 1)
 
 
 @triton.jit
-def _tiles_of_keys(scores, first, num_pages, FORCE_NEWEST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the keys of TILES * BLOCK_P pages as a tuple of tiles. Element n of tile t is page first + n * TILES + t.
+def _load_tiles(scores, first, pages, TILES: tl.constexpr, BLOCK_P: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the scores of TILES * BLOCK_P pages as a tuple. Element n of tile t is page first + n * TILES + t.
 
     So the elements n of all tiles are consecutive pages, and one scan over n counts the pages before each.
     """
+    tiles = ()
+    for tile in tl.static_range(TILES):
+        page = first + tl.arange(0, BLOCK_P) * TILES + tile
+        tiles = tiles + (tl.load(scores + page, mask=page < pages, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def _keys_of_tiles(tiles, first, num_pages, FORCE_NEWEST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the keys of tiles of scores, as `_page_key`."""
     keys = ()
     for tile in tl.static_range(TILES):
         page = first + tl.arange(0, BLOCK_P) * TILES + tile
-        keys = keys + (_page_key(scores, page, num_pages, FORCE_NEWEST),)  # type: ignore[assignment]  # noqa: RUF005
+        keys = keys + (_page_key(tiles[tile], page, num_pages, FORCE_NEWEST),)  # type: ignore[assignment]  # noqa: RUF005
     return keys
 
 
@@ -219,7 +228,7 @@ def _finite_range(keys, lowest, highest, TILES: tl.constexpr):  # type: ignore[n
 def _list_pages(  # type: ignore[no-untyped-def]
     keys, first, selected, low, high, num_between, whole, between, TILES: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
-    """List the selected pages among those of tiles, as `_tiles_of_keys` gives them, in `selected`.
+    """List the selected pages among those of tiles, as `_load_tiles` orders them, in `selected`.
 
     whole, between: how many earlier pages have keys of `high` or more, and of `low` or more but below `high`. Return
     them with these pages. Return the place in the list, and the page, of the num_between-th page between; 0 if it is
@@ -257,6 +266,9 @@ def _select_kernel(  # type: ignore[no-untyped-def]
     """
     pdl_wait(USE_PDL)
     owner = tl.program_id(0).to(tl.int64)
+    scores += owner * pages
+    selected += owner * pages
+    first_scores = _load_tiles(scores, 0, pages, TILES, BLOCK_P)  # first, since the next loads wait for each other
     if LIMIT == "count":
         past, budget = seq_lens.to(tl.int64), limits.to(tl.int64)
     else:
@@ -267,23 +279,24 @@ def _select_kernel(  # type: ignore[no-untyped-def]
     budget = tl.maximum(tl.minimum(tl.minimum(budget, tokens), width), 0).to(tl.int32)
     num_pages = tl.cdiv(tokens, PAGE)
     missing = num_pages * PAGE - tokens  # in the newest page
-    scores += owner * pages
-    selected += owner * pages
-    newest_key = _page_key(scores, tl.maximum(num_pages - 1, 0), num_pages, FORCE_NEWEST)
+    newest = tl.maximum(num_pages - 1, 0)
+    newest_key = _page_key(tl.load(scores + newest), newest, num_pages, FORCE_NEWEST)
     block: tl.constexpr = TILES * BLOCK_P
-    first_keys = _tiles_of_keys(scores, 0, num_pages, FORCE_NEWEST, TILES, BLOCK_P)  # stay in registers
+    first_keys = _keys_of_tiles(first_scores, 0, num_pages, FORCE_NEWEST, TILES, BLOCK_P)  # stay in registers
 
     lowest, highest = tl.full((BLOCK_P,), _HIGHEST, tl.int32), tl.full((BLOCK_P,), _LOWEST - 1, tl.int32)
     lowest, highest = _finite_range(first_keys, lowest, highest, TILES)
     for first in tl.range(block, num_pages, block):
-        keys = _tiles_of_keys(scores, first, num_pages, FORCE_NEWEST, TILES, BLOCK_P)
+        tiles = _load_tiles(scores, first, pages, TILES, BLOCK_P)
+        keys = _keys_of_tiles(tiles, first, num_pages, FORCE_NEWEST, TILES, BLOCK_P)
         lowest, highest = _finite_range(keys, lowest, highest, TILES)
     low, high, middle = tl.min(lowest), _HIGHEST + 1, tl.max(highest) + 1
     from_low, from_high = tokens, 0  # tokens of the pages with a score of low, or of high, or more
     while (low + 1 < high) & (from_low - from_high > PAGE):
         is_from = _count_from(first_keys, middle, TILES)
         for first in tl.range(block, num_pages, block):
-            keys = _tiles_of_keys(scores, first, num_pages, FORCE_NEWEST, TILES, BLOCK_P)
+            tiles = _load_tiles(scores, first, pages, TILES, BLOCK_P)
+            keys = _keys_of_tiles(tiles, first, num_pages, FORCE_NEWEST, TILES, BLOCK_P)
             is_from += _count_from(keys, middle, TILES)
         found = tl.sum(is_from) * PAGE - tl.where(newest_key >= middle, missing, 0)
         fills = found >= budget
@@ -297,7 +310,8 @@ def _select_kernel(  # type: ignore[no-untyped-def]
         first_keys, 0, selected, low, high, num_between, 0, 0, TILES, BLOCK_P
     )
     for first in tl.range(block, num_pages, block):
-        keys = _tiles_of_keys(scores, first, num_pages, FORCE_NEWEST, TILES, BLOCK_P)
+        tiles = _load_tiles(scores, first, pages, TILES, BLOCK_P)
+        keys = _keys_of_tiles(tiles, first, num_pages, FORCE_NEWEST, TILES, BLOCK_P)
         whole, between, rank, page = _list_pages(
             keys, first, selected, low, high, num_between, whole, between, TILES, BLOCK_P
         )
