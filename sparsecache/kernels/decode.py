@@ -353,7 +353,8 @@ def merge_kernel(  # type: ignore[no-untyped-def]
         mask = (split < count)[:, None] & (channel < head_dim)[None, :]
         parts = tl.load(partial_out + source[:, None] * head_dim + channel[None, :], mask=mask, other=0.0)
         new_maximum = tl.maximum(maximum, tl.max(maxima, axis=0))
-        weights, rescale = tl.exp(maxima - new_maximum), tl.exp(maximum - new_maximum)
+        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # the last split may be the first with a token
+        weights, rescale = tl.exp(maxima - base), tl.exp(maximum - base)
         weight_sum = weight_sum * rescale + tl.sum(sums * weights, axis=0)
         total = total * rescale + tl.sum(parts * weights[:, None], axis=0)
         maximum = new_maximum

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparsecache.kernels import quantised_decode
 from sparsecache.kernels._triton import force_backend
 from sparsecache.kernels.attention import attention
 from sparsecache.kernels.page_selection import PageSelection, positions_of_pages
@@ -119,6 +120,19 @@ def test_pages_are_attended_to_as_their_tokens(case, page, dtype, device) -> Non
         )
         assert torch.equal(positions_of_pages(selection, past[:, 0]).counts, selection.counts)
         _same(lambda store: attend_pages_quantised(q, k, v, store, held, order, selection), store, dtype)  # noqa: B023
+
+
+@pytest.mark.parametrize("num_multiprocessors", [6, 132])
+def test_one_sequence_attends_only_to_its_new_token_if_nothing_is_selected(
+    num_multiprocessors, device, dtype, monkeypatch
+) -> None:
+    """Then all splits but the last are empty, also all that are merged at a time."""
+    monkeypatch.setattr(quantised_decode, "num_sms", lambda _: num_multiprocessors)
+    q, k, v, store, held, order, _ = _draw(CASES["wide groups"], device, dtype)
+    selected, counts = (torch.zeros(size, dtype=torch.int64, device=device) for size in ((1, 1, 5), (1, 1)))
+    with force_backend("kernels"):
+        out = attend_selected_quantised(q, k, v, store, held, order, selected, counts)
+    torch.testing.assert_close(out, v.expand_as(out))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
