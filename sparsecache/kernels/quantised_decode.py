@@ -132,9 +132,7 @@ def _launch(
         options, programs = _options_on_codes(store, group, block_w, block_c)
         if page:
             tile = math.gcd(page, options["BLOCK_T"], store.group)
-            tiles = options["TILES"] * options["BLOCK_T"] // tile
-            # The list, and then what is at its tokens, are loaded before they are needed.
-            options = {**options, "BLOCK_T": tile, "TILES": tiles, "num_stages": 3}
+            options = {**options, "BLOCK_T": tile, "TILES": options["TILES"] * options["BLOCK_T"] // tile}
     else:
         totals = max(16, next_power_of_2(group)) * 16 // store.bits * block_w
         warps = 4 if q.dtype == torch.float32 else max(1, totals // _TOTALS_PER_WARP)
