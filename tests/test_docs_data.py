@@ -70,7 +70,7 @@ def test_all_methods_have_the_differences_of_the_study() -> None:
         ("| Qwen | 64 tokens |", "Qwen", "", 24 * 9),
         ("| SmolLM2 | 64 tokens |", "SmolLM2", "", 24 * 9),
         ("| method | 256 tokens | 1,024 | 5 % | 20 % |", "SmolLM2", "", 24 * 4),
-        ("| method | 256 tokens | 5 % |", "Gemma", "-dense_layers=1", 5 * 2),
+        ("| Gemma | 64 tokens |", "Gemma", "-dense_layers=1", 5 * 8),
     ],
 )
 def test_budgets_have_the_differences_of_the_study(header: str, model: str, suffix: str, expected: int) -> None:
@@ -126,3 +126,31 @@ def test_all_methods_have_the_speeds_that_were_measured() -> None:
         gib = int(measured[method.strip("`"), "32768", "8"]["gpu_cache_bytes"]) / 8 / 2**30
         assert cells[-1] == f"{gib:.2f}"
     assert {row[0].strip("`") for row in rows} == {method for method, *_ in measured}
+
+
+def test_codes_have_the_times_that_were_measured() -> None:
+    """A line without a commit has the times of the latest run in the data."""
+    measured = {(row["run"], row["batch"], row["commit"]): row for row in _read("llama-3.1-8b-codes.csv")}
+    latest = {(run, batch): commit for run, batch, commit in measured}
+    _, rows = _table("performance.md", "| | batch 1, ms | of the limit |")
+    for name, *cells, cache in rows:
+        method = name.split("`")[1]
+        bits = re.search(r"(\d) bits", name)
+        options = {"kivi": f" bits={bits[1]}" if bits else "", "infinigen": " budget=0.05"}
+        run = method + options.get(method, "" if method == "vanilla" else " budget=0.05 storage=int4")
+        of_line = re.search(r"\((\w{7})\)", name)
+        commit = of_line[1] if of_line else latest[run, "1"]
+        one, eight = (measured.get((run, batch, commit)) for batch in "18")
+        vanilla = measured["vanilla", "1", commit]
+        assert one is not None
+        step, limit = float(one["step_ms"]), float(one["limit_ms"])
+        assert cells[:2] == [f"{step:.2f}", f"{limit / step:.0%}".replace("%", " %")], name
+        assert cells[2] == f"{float(vanilla['step_ms']) / step:.2f}", name
+        if eight is None or eight["error"]:
+            assert cells[3:] == ["does not fit", ""], name
+            assert cache == f"{8 * int(one['gpu_cache_bytes']) / 2**30:.1f}", name
+        else:
+            step, limit = float(eight["step_ms"]), float(eight["limit_ms"])
+            assert cells[3:] == [f"{step:.2f}", f"{limit / step:.0%}".replace("%", " %")], name
+            assert cache == f"{int(eight['gpu_cache_bytes']) / 2**30:.1f}", name
+    assert len(rows) == 7
