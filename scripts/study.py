@@ -21,9 +21,9 @@ import numpy
 from numpy.typing import NDArray
 from study_output import as_csv, as_markdown, budget_table, draw, draw_budgets
 
-from sparsecache.cli import report_usage_errors
+from sparsecache.cli import FlexibleCommand
 from sparsecache.errors import UsageError, listed
-from sparsecache.files import write_atomically
+from sparsecache.files import make_folder, write_atomically
 from sparsecache.longbench.costs import cache_costs
 from sparsecache.longbench.paired import (
     RESAMPLES,
@@ -33,6 +33,7 @@ from sparsecache.longbench.paired import (
     confidence_interval,
     few_rows_notes,
 )
+from sparsecache.longbench.plots import check_suffix, require_matplotlib
 from sparsecache.longbench.report import decode_speed
 from sparsecache.longbench.runs import parse_labels, run_names
 from sparsecache.longbench.score_types import RunScore
@@ -178,7 +179,7 @@ def _run_folders(paths: Sequence[Path]) -> list[Path]:
     return sorted(runs, key=lambda run: run.name != BASELINE)
 
 
-@click.command()
+@click.command(cls=FlexibleCommand)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="CSV file to write.")
 @click.option("--markdown", is_flag=True, help="Print the main columns as a Markdown table.")
@@ -203,22 +204,28 @@ def main(
 
     Differences are to the run vanilla, else to the first one.
     """
-    with report_usage_errors():
-        records = study(_run_folders(runs), e)
-        named = parse_labels(labels, [record["run"] for record in records])
-        records = [{**record, "run": named.get(record["run"], record["run"])} for record in records]
-        if out is not None:
-            write_atomically(out, as_csv(records))
-        if plot is not None:
-            baseline = records[0]["run"]
-            title = title or f"Differences to {'the full cache' if baseline == BASELINE else baseline}"
-            (draw_budgets if budgets else draw)(records, part, title).save(plot)
-        if budgets:
-            click.echo(budget_table(records, part), nl=False)
-        if markdown:
-            click.echo(as_markdown(records), nl=False)
-        if not (markdown or budgets or out or plot):
-            click.echo(as_csv(records), nl=False)
+    folders = _run_folders(runs)
+    if plot is not None:
+        check_suffix(plot)
+        require_matplotlib()
+    for option, path in (("--out", out), ("--plot", plot)):
+        if path is not None:
+            make_folder(path.parent, option)
+    records = study(folders, e)
+    named = parse_labels(labels, [record["run"] for record in records])
+    records = [{**record, "run": named.get(record["run"], record["run"])} for record in records]
+    if out is not None:
+        write_atomically(out, as_csv(records))
+    if plot is not None:
+        baseline = records[0]["run"]
+        title = title or f"Differences to {'the full cache' if baseline == BASELINE else baseline}"
+        (draw_budgets if budgets else draw)(records, part, title).save(plot)
+    if budgets:
+        click.echo(budget_table(records, part), nl=False)
+    if markdown:
+        click.echo(as_markdown(records), nl=False)
+    if not (markdown or budgets or out or plot):
+        click.echo(as_csv(records), nl=False)
 
 
 if __name__ == "__main__":

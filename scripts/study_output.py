@@ -140,7 +140,7 @@ def _draw_line(axis: Any, points: Sequence[tuple[float, float, float | None, flo
 
 
 def _lines_of(records: Iterable[Record]) -> dict[str, dict[float, Record]]:
-    """Return the records with a budget, by the name of their line and by budget.
+    """Return the records whose budget is a number, by the name of their line and by budget.
 
     Runs of a line have the same other options. Its name is that of its first run without the budget, if no other line
     has this name.
@@ -148,7 +148,7 @@ def _lines_of(records: Iterable[Record]) -> dict[str, dict[float, Record]]:
     lines: dict[str, dict[float, Record]] = {}
     names: dict[tuple[str, str], str] = {}
     for record in records:
-        if record["budget"] is None:
+        if not isinstance(record["budget"], int | float):
             continue
         key = record["method"], re.sub(r"\bbudget=\S+", "", record["options"])
         name = re.sub(r"-budget=[^-=]+", "", record["run"])

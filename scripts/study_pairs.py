@@ -16,7 +16,6 @@ The TOML file has a table [run_dirs], which gives each folder of runs a name and
 """
 
 import itertools
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,15 +28,15 @@ import numpy
 from study import checkpoints, column_scores, part_tables, parts
 from study_output import Record, as_csv
 
-from sparsecache.cli import report_usage_errors
-from sparsecache.errors import UsageError, listed, one_line, short
-from sparsecache.files import read_file, write_atomically
+from sparsecache.cli import FlexibleCommand
+from sparsecache.configs import read_toml
+from sparsecache.errors import UsageError, listed, short
+from sparsecache.files import make_folder, write_atomically
 from sparsecache.longbench.paired import common_rows, common_rows_notes
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
 from sparsecache.options import show
 
-_MAX_BYTES = 2**20
 _PARTS = ["without_code", "all"]
 _TEXTS = ("run", "baseline", "run_dir", "parts")
 _TEXT = ("baseline_dir", "name")
@@ -66,10 +65,7 @@ def read_pairs(file: Path) -> tuple[dict[str, str], list[Pair]]:
 
     Raises UsageError for a bad file.
     """
-    try:
-        tables = tomllib.loads(read_file(file, _MAX_BYTES).decode())
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, nested too deeply
-        raise UsageError(f"{file} is no readable TOML file ({one_line(error)}). Correct it.") from error
+    tables = read_toml(file)
     models, pairs = tables.get("run_dirs"), tables.get("pairs")
     if set(tables) != {"run_dirs", "pairs"} or not _is_list(pairs, dict):
         raise UsageError(f"{file} has {listed(tables)}. It needs a table [run_dirs], tables [[pairs]], and no more.")
@@ -150,7 +146,8 @@ def _title(name: str, budgets: Sequence[str], is_mean: bool) -> str:
     if not is_mean or "{budget}" not in name:
         return name.replace("{budget}", budgets[0])
     number = _NUMBERS[len(budgets)] if len(budgets) < len(_NUMBERS) else str(len(budgets))
-    return f"{name.replace('-budget={budget}', '')}, mean of {number} budget{'s' * (len(budgets) != 1)}"
+    line = name.replace("-budget={budget}", "").replace("{budget}", "*")
+    return f"{line}, mean of {number} budget{'s' * (len(budgets) != 1)}"
 
 
 def run_dirs_of(named: Sequence[str], models: Mapping[str, str], file: Path) -> dict[str, Path]:
@@ -216,17 +213,17 @@ def differences(pair: Pair, score: Callable[[tuple[str, str]], RunScore]) -> lis
     return records
 
 
-@click.command()
+@click.command(cls=FlexibleCommand)
 @click.argument("file", metavar="PAIRS.toml", type=click.Path(path_type=Path))
 @click.option("--run_dir", "named", multiple=True, metavar="NAME=FOLDER", help="A folder of runs; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="CSV file to write.")
 def main(file: Path, named: tuple[str, ...], out: Path) -> None:
     """Write the paired differences that PAIRS.toml lists, with 95 % bootstrap intervals, as CSV."""
-    with report_usage_errors():
-        models, pairs = read_pairs(file)
-        folders = pair_folders(pairs, run_dirs_of(named, models, file))
-        score = cache(lambda run: score_run(folders[run]))
-        write_atomically(out, as_csv([record for pair in pairs for record in differences(pair, score)]))
+    models, pairs = read_pairs(file)
+    folders = pair_folders(pairs, run_dirs_of(named, models, file))
+    make_folder(out.parent, "--out")
+    score = cache(lambda run: score_run(folders[run]))
+    write_atomically(out, as_csv([record for pair in pairs for record in differences(pair, score)]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import io
 import itertools
 import math
 import shlex
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
@@ -17,13 +16,12 @@ import click
 
 from longbench_pred import main as predict_command
 from sparsecache.cli import option_pairs
-from sparsecache.errors import UsageError, listed, one_line, short
-from sparsecache.files import read_file
+from sparsecache.configs import read_toml
+from sparsecache.errors import UsageError, listed, short
 from sparsecache.methods import make_method, parse_options, short_name
 from sparsecache.options import show
 from sparsecache.runner.settings import Settings
 
-_MAX_BYTES = 2**20
 _MAX_RUNS = 1000
 _SHOWN = 3  # runs named per problem
 _VALUES = str | bool | int | float
@@ -63,10 +61,7 @@ def read_sweep(file: Path, models: Sequence[str] = ()) -> tuple[list[SweepRun], 
 
     models: those to take in place of the file's.
     """
-    try:
-        sweep = tomllib.loads(read_file(file, _MAX_BYTES).decode())
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, nested too deeply
-        raise UsageError(f"{file} is no readable TOML file ({one_line(error)}).") from error
+    sweep = read_toml(file)
     if models:
         sweep["models"] = list(models)
     if unknown := [key for key in sweep if key not in _KEYS]:

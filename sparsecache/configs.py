@@ -34,12 +34,19 @@ def read_tables(file_name: str) -> dict[str, dict[str, Any]]:
     return read_tables_of(configs_dir() / file_name)
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Returns the content of a TOML file. Raises UsageError for one that cannot be read or is not TOML."""
+    try:
+        content = tomllib.loads(read_file(path, _MAX_BYTES).decode("utf-8-sig"))
+        repr(content)  # raises ValueError for a number of thousands of digits, which no message could show
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, nested too deeply
+        raise UsageError(f"{path} is not valid TOML ({one_line(error)}). Correct it.") from error
+    return content
+
+
 def read_tables_of(path: Path) -> dict[str, dict[str, Any]]:
     """Returns the tables of a TOML file, by name. Raises UsageError for a file that is not TOML, or not of tables."""
-    try:
-        tables = tomllib.loads(read_file(path, _MAX_BYTES).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid TOML ({one_line(error)}). Correct it.") from error
+    tables = read_toml(path)
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise UsageError(f"{path}: {name} is not a table. Every entry of this file is one: [{name}].")

@@ -141,14 +141,15 @@ def test_vanilla_is_the_baseline_of_listed_runs_and_else_the_first_run(study, ru
 def test_budgets_have_a_line_per_method_and_options(study, runs, tmp_path) -> None:
     folder = runs[0].parent
     budgets = {"quest-budget=64": 64.0, "quest-budget=0.05": 0.05, "quest-page=4-budget=64": 64.0, "quest": 256.0}
-    for name, budget in budgets.items():
+    named = {**budgets, "own-budget=auto": "auto"}  # an own method's budget that is no number has no column
+    for name, budget in named.items():
         shutil.copytree(runs[1], folder / name)
         record = json.loads((folder / name / "run.json").read_text())
         options = {"budget": budget, "page": 4 if "page" in name else 16, "removed_since": 0.5}
         record["identity"] = {"method": "quest", "options": options}
         (folder / name / "run.json").write_text(json.dumps(record))
         for file in (folder / name).glob("*.jsonl"):
-            rows = [json.loads(line) | {"kept": 0.1 * min(1, budget)} for line in file.read_text().splitlines()]
+            rows = [json.loads(line) | {"kept": 0.1} for line in file.read_text().splitlines()]
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     picture = tmp_path / "budgets.svg"
     done = CliRunner().invoke(study.main, [str(folder), "--budgets", "--part", "chinese", "--plot", str(picture)])
@@ -167,6 +168,22 @@ def test_budgets_have_a_line_per_method_and_options(study, runs, tmp_path) -> No
 def test_budgets_without_a_run_that_has_one_are_refused(study, runs, tmp_path) -> None:
     done = CliRunner().invoke(study.main, [str(runs[0].parent), "--budgets", "--plot", str(tmp_path / "budgets.svg")])
     assert done.exit_code == 2 and "No run has a budget" in done.output and not (tmp_path / "budgets.svg").exists()
+
+
+@pytest.mark.parametrize(("option", "name"), [("--out", "file/study.csv"), ("--plot", "study.doc")])
+def test_a_file_that_cannot_be_written_is_refused_before_scoring(
+    study, runs, tmp_path, monkeypatch, option, name
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(study, "score_run", lambda *_: pytest.fail("scored"))
+    done = CliRunner().invoke(study.main, [*map(str, runs), option, str(tmp_path / name)])
+    assert done.exit_code == 2 and name.split("/")[0] in done.output
+
+
+def test_the_folder_of_a_file_is_made(study, runs, tmp_path) -> None:
+    out = tmp_path / "new" / "study.csv"
+    done = CliRunner().invoke(study.main, [*map(str, runs), "--out", str(out), "--part", "without_code"])
+    assert done.exit_code == 0 and out.read_text().startswith("run,"), done.output
 
 
 def test_a_single_run_is_refused(study, runs) -> None:

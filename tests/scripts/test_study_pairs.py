@@ -129,10 +129,18 @@ parts = "all"
     assert rows[0]["difference"] == rows[5]["difference"]
 
 
+def test_a_mean_has_no_placeholder_in_its_name(script) -> None:
+    named = [
+        script._title(name, ["64", "256"], is_mean=True) for name in ("a-budget={budget}-b=1", "a-select=b,c={budget}")
+    ]
+    assert named == ["a-b=1, mean of two budgets", "a-select=b,c=*, mean of two budgets"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[[pairs", "is no readable TOML file"),
+        ("[[pairs", "is not valid TOML"),
+        (f"{PAIR}budget = 0x{'f' * 5000}\n", "is not valid TOML (Exceeds the limit"),
         (f"{PAIR}mean_over_budgets = [64, 64]\n", "mean_over_budgets has a value twice"),
         ("[run_dirs]\nsmall = 'a'\n", "It needs a table [run_dirs], tables [[pairs]], and no more"),
         (f"{PAIR}budget = 64\n[more]\n", "has run_dirs, pairs, more"),

@@ -154,8 +154,9 @@ def test_a_dry_run_prints_each_command_and_starts_none(sweep, tmp_path, started,
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("models = [", "sweep.toml is no readable TOML file"),
-        ("models = ['\0']", "sweep.toml is no readable TOML file"),
+        ("models = [", "sweep.toml is not valid TOML"),
+        ("models = ['\0']", "sweep.toml is not valid TOML"),
+        (f"models = [0x{'f' * 5000}]", "sweep.toml is not valid TOML"),
         ('models = ["demo"]', "lacks [[methods]]. A sweep has `models` (or --model) and [[methods]], may have `arg"),
         ('[[methods]]\nmethod = "h2o"', "lacks `models`. A sweep has `models` (or --model)"),
         ('models = ["demo"]\nbudget = 1\n[[methods]]\nmethod = "h2o"', "no key 'budget'. A sweep has"),
