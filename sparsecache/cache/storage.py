@@ -53,7 +53,7 @@ class KVStorage(ABC):
         """As `attend`, but only over the new row and the selected ones: pages only where `attends_to_pages`."""
 
     def attends_to_pages(self, page: int) -> bool:
-        """Return whether `attend_selected` takes pages of `page` tokens, which is then faster."""
+        """Return whether `attend_selected` takes pages of `page` tokens, which is faster with several sequences."""
         return False
 
     @abstractmethod

@@ -81,7 +81,10 @@ def attend_selected_quantised(
 
 
 def attends_to_pages(store: QuantisedStore, page: int) -> bool:
-    """Return whether attention over pages of `page` tokens multiplies by their codes, which is faster."""
+    """Return whether attention over pages of `page` tokens multiplies by their codes.
+
+    That is faster with several sequences.
+    """
     return (
         use_kernel(store.key_codes)
         and torch.version.hip is None
