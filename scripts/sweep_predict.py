@@ -126,14 +126,20 @@ def _is_finished(settings: Settings, contexts: dict[str, "RunContext"]) -> bool:
     """
     if settings.overwrite or settings.verify or settings.on_ray:
         return False
-    from sparsecache.runner.context import RunContext  # imports transformers
-    from sparsecache.runner.run import is_finished
+    from sparsecache.runner.run import is_finished  # imports transformers
 
     with _one_at_a_time:
-        first = contexts.get(settings.model)
-        context = RunContext(settings) if first is None else first.with_method(settings)
-        contexts.setdefault(settings.model, context)
-        return is_finished(settings, context)
+        return is_finished(settings, shared_context(settings, contexts))
+
+
+def shared_context(settings: Settings, contexts: dict[str, "RunContext"]) -> "RunContext":
+    """Return the context of a run, made of that of the model's first run, which is read if `contexts` lacks it."""
+    from sparsecache.runner.context import RunContext  # imports transformers
+
+    first = contexts.get(settings.model)
+    context = RunContext(settings) if first is None else first.with_method(settings)
+    contexts.setdefault(settings.model, context)
+    return context
 
 
 def start_process(settings: Settings, log: Path) -> int:

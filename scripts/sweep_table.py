@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
+from sweep_predict import shared_context
 
 from sparsecache.cli import make_folder
 from sparsecache.errors import UsageError
@@ -68,13 +69,15 @@ class Report:
 
 def move_mismatched_runs(done: Sequence[Settings], missing: Sequence[str]) -> tuple[list[Settings], list[str]]:
     """Move runs whose folder records another run from `done` to `missing`, with the reason; return both."""
-    from sparsecache.runner.run import check_recorded  # imports torch, which takes seconds
+    from sparsecache.runner.context import RunContext  # imports torch, which takes seconds
+    from sparsecache.runner.run import check_recorded
 
     missing, found = list(missing), []
+    contexts: dict[str, RunContext] = {}
     for settings in done:
         try:
             if not settings.on_ray:  # there the cluster decides on the device, and so on the dtype
-                check_recorded(settings)
+                check_recorded(settings, shared_context(settings, contexts))
             found.append(settings)
         except UsageError as error:
             missing.append(f"{settings.run_folder}: {error}".rstrip("."))

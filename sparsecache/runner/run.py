@@ -69,9 +69,12 @@ def is_finished(settings: Settings, context: RunContext | None = None) -> bool:
     return Run(settings, context or RunContext(settings)).is_finished()
 
 
-def check_recorded(settings: Settings) -> None:
-    """Raise UsageError unless the run's folder records what these settings would make. Reads no weights."""
-    Run(settings, RunContext(settings)).check_recorded()
+def check_recorded(settings: Settings, context: RunContext | None = None) -> None:
+    """Raise UsageError unless the run's folder records what these settings would make. Reads no weights.
+
+    context: of these settings, if there is one already.
+    """
+    Run(settings, context or RunContext(settings)).check_recorded()
 
 
 class Run:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from sparsecache.runner.context import RunContext
 from sparsecache.runner.run import run as predict
 from sparsecache.runner.settings import Settings
 from sparsecache.testing.random_checkpoint import make_random_checkpoint
@@ -253,7 +254,7 @@ def test_a_separate_run_that_ends_with_an_error_is_told_with_its_log_and_its_own
 
 
 def test_numbers_of_another_model_or_of_other_settings_are_never_tabulated(
-    sweep, script, tmp_path, started, tiny, capsys
+    sweep, script, tmp_path, started, tiny, capsys, monkeypatch
 ) -> None:
     assert sweep(FILE).exit_code == 0
     other = make_random_checkpoint(tmp_path / "other" / "tiny", seed=5, num_hidden_layers=3)
@@ -276,7 +277,10 @@ def test_numbers_of_another_model_or_of_other_settings_are_never_tabulated(
     runs, common_arguments = script.read_sweep(tmp_path / "sweep.toml")
     capsys.readouterr()
     settings = script.check_runs(runs, common_arguments, Path("pred")).values()
+    read = []
+    monkeypatch.setattr(RunContext, "__init__", lambda *given, init=RunContext.__init__: read.append(1) or init(*given))
     script.Report(None, False).show(*script.move_mismatched_runs(list(settings), []))
+    assert len(settings) > 1 == len(read)  # a tokenizer may take seconds to read
     table = capsys.readouterr().out
     assert table.splitlines()[1] == "pred/tiny/vanilla" and "There is no other run to compare with." in table
     assert "Not in the table: pred/tiny/streaming-budget=0.1: " in table and "budget: 0.5, now 0.1" in table
