@@ -50,10 +50,13 @@ class KVStorage(ABC):
     def attend_selected(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, slots: Tensor, selection: Selection | PageSelection
     ) -> Tensor:
-        """As `attend`, but only over the new row and the selected ones: pages only where `attends_to_pages`."""
+        """As `attend`, but only over the new row and the selected ones: pages only where `attends_to_pages`.
+
+        With pages the new row is stored on `config.deferred`: only work there, or the next step, may read it.
+        """
 
     def attends_to_pages(self, page: int) -> bool:
-        """Return whether `attend_selected` takes pages of `page` tokens, which is faster with several sequences."""
+        """Return whether `attend_selected` takes a PageSelection with pages of `page` tokens."""
         return False
 
     @abstractmethod
@@ -65,7 +68,7 @@ class KVStorage(ABC):
 
     @abstractmethod
     def recent_keys(self, tokens: int) -> Tensor | None:
-        """Return keys [slots, G, R, D] that have the last `tokens` tokens as they were stored; None if there are none.
+        """Return a buffer [slots, G, R, D] with at least the last `tokens` keys, not quantised; None if none has them.
 
         Position p is in row p % R.
         """
@@ -120,7 +123,7 @@ class QuantisedStorage(KVStorage):
             config.slots, shape.kv_heads, rows, shape.head_dim, bits, group, residual, config.device, config.dtype
         )
         self.token_nbytes = shape.kv_heads * token_nbytes(shape.head_dim, bits, group, config.dtype)
-        self._whole_nbytes = config.token_nbytes
+        self._unquantised_nbytes = config.token_nbytes
         self._deferred = config.deferred
 
     def store(self, slot: int, k: Tensor, v: Tensor, counts: Tensor | None = None) -> None:
@@ -134,9 +137,10 @@ class QuantisedStorage(KVStorage):
     ) -> Tensor:
         if isinstance(selection, PageSelection):
             out = attend_pages_quantised(q, k, v, self.quantised, lengths, slots, selection)
+            with self._deferred.reading(k, v, lengths, slots):
+                append_quantised(k, v, self.quantised, lengths, slots)
         else:
             out = attend_selected_quantised(q, k, v, self.quantised, lengths, slots, *selection)
-        with self._deferred.reading(k, v, slots):
             append_quantised(k, v, self.quantised, lengths, slots)
         return out
 
@@ -150,8 +154,8 @@ class QuantisedStorage(KVStorage):
         return self.quantised.key_tail if tokens <= self.quantised.residual else None
 
     def read_nbytes(self, tokens: float) -> float:
-        whole = min(tokens, self.quantised.residual)
-        return whole * self._whole_nbytes + (tokens - whole) * self.token_nbytes
+        in_tail = min(tokens, self.quantised.residual)
+        return in_tail * self._unquantised_nbytes + (tokens - in_tail) * self.token_nbytes
 
 
 def stored_token_nbytes(storage: Storage, config: CacheConfig) -> float:

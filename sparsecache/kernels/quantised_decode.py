@@ -81,16 +81,20 @@ def attend_selected_quantised(
 
 
 def attends_to_pages(store: QuantisedStore, page: int) -> bool:
-    """Return whether attention over pages of `page` tokens multiplies by their codes.
+    """Return whether `attend_pages_quantised` takes pages of `page` tokens. If not, select tokens."""
+    return use_kernel(store.key_codes) and _takes_pages(store, page)
 
-    That is faster with several sequences.
+
+def _takes_pages(store: QuantisedStore, page: int) -> bool:
+    return _multiplies_codes(store) and page % _MIN_TILE == 0
+
+
+def _multiplies_codes(store: QuantisedStore) -> bool:
+    """Return whether kernels can multiply by codes that are not dequantised: in half precision, not on AMD GPUs.
+
+    Such codes are subnormal numbers, which the matrix units of some AMD GPUs treat as zeros.
     """
-    return (
-        use_kernel(store.key_codes)
-        and torch.version.hip is None
-        and store.key_tail.dtype != torch.float32
-        and page % _MIN_TILE == 0
-    )
+    return store.key_tail.dtype != torch.float32 and torch.version.hip is None
 
 
 def attend_pages_quantised(
@@ -102,8 +106,16 @@ def attend_pages_quantised(
     slots: Tensor,
     selection: PageSelection,
 ) -> Tensor:
-    """As `attend_selected_quantised`, over selected pages, where `attends_to_pages`. lengths: [slots]."""
+    """As `attend_selected_quantised`, over selected pages. lengths: [slots].
+
+    Raises ValueError for pages that the kernel does not take (`attends_to_pages`).
+    """
     if use_kernel(q):
+        if not _takes_pages(store, selection.page):
+            raise ValueError(
+                f"Attention to pages of {selection.page} tokens in {q.dtype}: it takes multiples of {_MIN_TILE}, in "
+                f"float16 or bfloat16, not on AMD GPUs. Select tokens instead."
+            )
         return _launch(q, k, v, store, lengths, slots, selection.pages, selection.cuts, selection.page)
     selected = positions_of_pages(selection, store.past(lengths, slots)[:, 0])
     return attend_selected_quantised(q, k, v, store, lengths, slots, *selected)
@@ -129,8 +141,7 @@ def _launch(
     group = heads // kv_heads
     block_w = next_power_of_2(store.key_codes.shape[3], _MIN_WORDS)
     block_c = next_power_of_2(store.value_ranges.shape[4])
-    # Matrix units of some AMD GPUs treat subnormal numbers as zeros, and most codes are subnormal there.
-    on_codes = (selected is None or page > 0) and q.dtype != torch.float32 and torch.version.hip is None
+    on_codes = (selected is None or page > 0) and _multiplies_codes(store)
     if on_codes:
         options, programs = _options_on_codes(store, group, block_w, block_c)
         if page:
@@ -270,7 +281,9 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         cuts = counts_ptr + (row * kv_heads + kv) * 3
         cut_start, num_cut = tl.load(cuts + 1) * PAGE, tl.load(cuts + 2)
     if ON_CODES:
-        coded_end = end if PAGE > 0 else tl.minimum(end, num_coded)
+        coded_end = tl.minimum(end, num_coded)
+        if PAGE > 0:  # without quantised tokens, codes are left from an earlier sequence, and may be of NaN
+            coded_end = tl.where(num_coded > 0, end, start)
         maximum, weight_sum, total = attend_on_codes(
             q, q_head_stride, key_codes, key_ranges, value_codes, value_ranges, indices, cut_start, num_cut,
             num_coded.to(tl.int32), start.to(tl.int32), coded_end.to(tl.int32), scale, channel, in_head, PAGE, GROUP,

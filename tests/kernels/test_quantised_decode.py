@@ -10,7 +10,12 @@ from sparsecache.kernels._triton import force_backend
 from sparsecache.kernels.attention import attention
 from sparsecache.kernels.page_selection import PageSelection, positions_of_pages
 from sparsecache.kernels.quantisation import QuantisedStore
-from sparsecache.kernels.quantised_decode import attend_pages_quantised, attend_quantised, attend_selected_quantised
+from sparsecache.kernels.quantised_decode import (
+    attend_pages_quantised,
+    attend_quantised,
+    attend_selected_quantised,
+    attends_to_pages,
+)
 
 DTYPES = [torch.float16, torch.float32, torch.bfloat16][: 3 if torch.cuda.is_available() else 1]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -120,6 +125,37 @@ def test_pages_are_attended_to_as_their_tokens(case, page, dtype, device) -> Non
         )
         assert torch.equal(positions_of_pages(selection, past[:, 0]).counts, selection.counts)
         _same(lambda store: attend_pages_quantised(q, k, v, store, held, order, selection), store, dtype)  # noqa: B023
+
+
+@pytest.mark.parametrize("length", [50, 190])
+def test_a_sequence_does_not_get_what_an_earlier_one_left_in_its_slot(length, device, dtype) -> None:
+    """NaN and infinity that were not overwritten. The shorter sequence has no quantised token."""
+    q, k, v, store, _, order, generator = _draw((4, 32, 32, 1, 1, 4, 64, 400, [390]), device, dtype)
+    bad = torch.randn(2, 1, 390, 64, generator=generator).to(device, dtype)
+    bad[0, :, ::5], bad[1, :, ::7] = torch.nan, torch.inf
+    store.store_prompt(0, *bad)
+    store.store_prompt(0, *torch.randn(2, 1, length, 64, generator=generator).to(device, dtype))
+    held, pages = torch.tensor([length], device=device), torch.arange(-(-length // 16), device=device)[None, None]
+    cuts = torch.tensor([[[pages.numel(), 0, 3]]], device=device)
+    selection = PageSelection(pages.int(), cuts.int(), torch.full((1, 1), length - 3, device=device), 16)
+    attends = [
+        lambda store: attend_quantised(q, k, v, store, held, order),
+        lambda store: attend_selected_quantised(q, k, v, store, held, order, *positions_of_pages(selection, held)),
+        lambda store: attend_pages_quantised(q, k, v, store, held, order, selection),
+    ]
+    for attend in attends if dtype != torch.float32 else attends[:2]:
+        found, expected = (_run(attend, store, backend)[0].double() for backend in ("kernels", "reference"))
+        assert found.isfinite().all() and (found - expected).norm() < TOLERANCE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize(("dtype", "page"), [(torch.float32, 16), (torch.float16, 24)], ids=str)
+def test_pages_that_the_kernel_does_not_take_are_refused(dtype, page, device) -> None:
+    q, k, v, store, held, order, _ = _draw(CASES["wide groups"], device, dtype)
+    one = torch.ones(1, 1, 1, dtype=torch.int64, device=device)
+    with force_backend("kernels"):
+        assert not attends_to_pages(store, page) and attends_to_pages(store, 16) == (dtype == torch.float16)
+        with pytest.raises(ValueError, match=f"pages of {page} tokens in {dtype}.* Select tokens instead"):
+            attend_pages_quantised(q, k, v, store, held, order, PageSelection(one, one, one[0], page))
 
 
 @pytest.mark.parametrize("num_multiprocessors", [6, 132])
