@@ -66,7 +66,10 @@ class SelectionCache(LayerCache):
         return select_topk(scores, self.seq_lens, slots, self.budgets, self.max_budget)
 
     def select_near_best(self, scores: Scores, slots: Tensor) -> Selection:
-        """Return the past positions of largest score margin, as `oracle`, within the budget."""
+        """Return the past positions of largest score margin within the budget.
+
+        A query head's margin is its score minus its best one. A KV head takes the largest margin of its query heads.
+        """
         width = min(self.max_budget, self.config.max_tokens)
         return threshold_select(scores, self.seq_lens, slots, self._params, width)
 
@@ -103,8 +106,9 @@ class SelectionMethod(StoredMethod):
     def select(self, q: Tensor, cache: SelectionCache, slots: Tensor) -> Selection | PageSelection:
         """Return the past positions that each KV head attends to, within `cache.budgets`.
 
-        q: [B, H, 1, D], rotated; slots: [B]. `cache.select_topk` turns scores into a selection. On a GPU sizes must
-        be fixed and the host must not wait: no `.item()`, no `int(tensor)`, no boolean index.
+        q: [B, H, 1, D], rotated; slots: [B]. `cache.select_topk` turns scores into a selection. Pages may be returned
+        where `cache.full.kv.attends_to_pages`. On a GPU sizes must be fixed and the host must not wait: no `.item()`,
+        no `int(tensor)`, no boolean index.
         """
 
     def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:

@@ -121,7 +121,7 @@ def attend_on_codes(  # type: ignore[no-untyped-def]
     block_q: tl.constexpr = BLOCK_N // SLOTS
     tile: tl.constexpr = BLOCK_T if BLOCK_T < TOKENS else TOKENS
     key_slots: tl.constexpr = SLOTS if SLOTS < TILES else TILES  # tiles whose steps share a product
-    copies: tl.constexpr = 16 if TILES == 1 else 8  # rows of equal minima, so that offsets need not be broadcast
+    copies: tl.constexpr = 16 if TILES == 1 else 8  # rows of equal minima, since a product has 16 rows
     block_x: tl.constexpr = 2 * BLOCK_C if BLOCK_C > 8 else 16
     selected: tl.constexpr = 16 if blocks * BLOCK_N < 16 else blocks * BLOCK_N
     middle: tl.constexpr = ((1 << BITS) - 1) / 2

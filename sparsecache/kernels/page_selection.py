@@ -1,6 +1,7 @@
 """Select past tokens by pages: the pages of highest score, and of the last one selected only its latest tokens.
 
-A prompt's tokens of highest score are selected as pages of one token. In one file because one kernel does it all.
+A prompt's tokens of highest score are selected as pages of one token. In one file because all entry points share one
+kernel.
 """
 
 from typing import Literal, NamedTuple
@@ -21,8 +22,8 @@ _LOWEST, _HIGHEST = tl.constexpr(-2139095041), tl.constexpr(2139095040)  # -inf 
 class PageSelection(NamedTuple):
     """Past tokens selected by pages.
 
-    pages: [B, G, P] int32, ascending. cuts: [B, G, 3] int32, how many of the pages are valid, one of them, and how many
-    of its first tokens are not selected. All other past tokens of these pages are. counts: [B, G] int64, the selected
+    pages: [B, G, P] int32, ascending. cuts: [B, G, 3] int32: the number of valid pages, the page that is selected in
+    part, and how many of its first tokens are not selected (0 if no page is). counts: [B, G] int64, the selected
     tokens. page: tokens in a page.
     """
 
@@ -45,13 +46,13 @@ def select_pages(
 ) -> Selection:
     """Select past tokens by pages: those of highest score, up to the budget. Positions ascend.
 
-    The earlier page wins a tie. Of the last page selected, only the latest tokens are selected if not all of them fit
-    into the budget.
+    The earlier page wins a tie. Of the selected page with the lowest score, only the newest tokens that fit into the
+    budget are selected.
 
     scores: [B, G, pages] float32; seq_lens: [slots] int64, past tokens; slots: [B] int64; page: tokens in a page.
-    The budget is given in one of two ways. budgets: [T + 1] int64, the most tokens to select of n past tokens, by n.
-    num_excluded: [slots] int64, how many past tokens not to select. width: the highest budget. force_newest: select the
-    newest page before all others. Positions beyond the counts are 0 from the kernel.
+    The budget is given in one of two ways. budgets: [T + 1] int64, the most tokens to select of n past tokens, by n; T
+    is the capacity. num_excluded: [slots] int64, how many past tokens not to select. width: the highest budget.
+    force_newest: select the newest page before all others. Positions beyond the counts are undefined.
     """
     batch, kv_heads, pages = scores.shape
     limits = budgets if num_excluded is None else num_excluded

@@ -24,8 +24,9 @@ def update_newest_page(
     """Update the bounds of the page of each slot's new token, which has position seq_lens, or the last one if full.
 
     keys: [slots, G, T, D]; lowest, highest: [slots, G, P, D], as `channel_bounds` gives them; seq_lens: [slots] int64;
-    slots: [B] int64; page: tokens in a page. capacity: the most tokens of a slot, by default T. If it is more than T,
-    keys are a ring of the last tokens, at least a page of them: position p is in row p % T.
+    slots: [B] int64; page: tokens in a page; mean: as in `channel_bounds`. capacity: the most tokens of a slot, by
+    default T. If it is more than T, keys are a ring of the last tokens, at least a page of them: position p is in row
+    p % T.
     """
     kv_heads, rows, head_dim = keys.shape[1:]
     capacity = rows if capacity is None else capacity

@@ -34,7 +34,7 @@ from sparsecache.kernels.store_quantised import append_quantised, compiled_sizes
 
 _MIN_WORDS = 16  # with 16 channels, products of unpacked codes are wrong (Triton 3.6, H200); 16 words are 32 or more
 _TOTALS_PER_WARP, _MAX_SPLITS = 2048, 192
-_PROGRAMS = {2: 12, 4: 8}  # of one warp with two tiles, per multiprocessor (measured)
+_PROGRAMS = {2: 12, 4: 8}  # by bits: programs of one warp per multiprocessor (H200, docs/dev/experiments.md)
 _DEQUANTISED = {"BLOCK_T": 16, "BLOCK_N": 8, "SLOTS": 1, "TILES": 1, "num_stages": 3}
 _WARPS_DEQUANTISED = 8  # per multiprocessor: what its registers allow
 _MIN_TILE = 16  # tokens: the least that a tensor core product of their codes takes

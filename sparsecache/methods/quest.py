@@ -7,8 +7,9 @@ attention, not memory.
 
 GQA: the paper has one KV head per query head. Here a page's bound for a KV head is the highest of its query heads'.
 
-Differences: the budget counts tokens. If the last selected page exceeds it, only its newest tokens are attended to. The
-paper takes whole pages. The current token is attended to on top of the budget. The default page has the paper's size.
+Differences: the budget counts tokens. Of the selected page with the lowest bound, only the newest tokens that fit are
+attended to. The paper takes whole pages. The current token is attended to on top of the budget. The default page has
+the paper's size.
 """
 
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Quest(SelectionMethod):
         return score_bounds(q, cache.lowest, cache.highest, slots, -(-width // self.page), join_heads=True)
 
     def selection_nbytes(self, config: CacheConfig, seq_len: float) -> float:
-        return seq_len / self.page * config.token_nbytes  # two bounds a page are as much as a key and a value
+        return seq_len / self.page * config.token_nbytes  # two bounds per page are as much as a key and a value
 
 
 class QuestCache(SelectionCache):
