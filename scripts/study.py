@@ -11,7 +11,7 @@ order of their `_id`s. A setting can be chosen on one half and reported on the o
 over its budgets instead of a line per run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,14 @@ def study(folders: Sequence[Path], e: bool = False) -> list[dict[str, Any]]:
     without common rows.
     """
     scored = [score_run(folder, e) for folder in folders]
+    if failed := [run for run in scored if run.failed]:
+        names = listed((str(run.folder) for run in failed), whole=True)
+        if scored[0].failed or len(scored) - len(failed) < 2:
+            raise UsageError(f"All rows failed in {names}, so there is nothing to compare. Predict again.")
+        click.echo(f"Left out, since all rows failed: {names}.", err=True)
+        scored = [run for run in scored if not run.failed]
+    for note in failed_rows_notes(scored):
+        click.echo(note, err=True)
     reduced = common_rows(scored)
     common = reduced.runs
     for note in (*common_rows_notes(scored, reduced), *few_rows_notes(common[0])):
@@ -145,6 +153,17 @@ def study(folders: Sequence[Path], e: bool = False) -> list[dict[str, Any]]:
             record[part.name] = scores["score"]
             record |= {f"{part.name}_{key}": scores[key] for key in ("difference", "low", "high")}
     return records
+
+
+def failed_rows_notes(runs: Sequence[RunScore]) -> Iterator[str]:
+    """Yield a note on the runs that have failed rows, if there are any."""
+    failed = {name: _num_failed(run) for run, name in zip(runs, run_names(runs), strict=True) if _num_failed(run)}
+    if failed:
+        yield f"FAILED rows count 0: {listed((f'{count} of {name}' for name, count in failed.items()), whole=True)}."
+
+
+def _num_failed(run: RunScore) -> int:
+    return sum(row.error_row for dataset in run.datasets for row in dataset.rows)
 
 
 def checkpoints(runs: Sequence[RunScore]) -> set[str]:
@@ -212,6 +231,10 @@ def main(
         if path is not None:
             make_folder(path.parent, option)
     records = study(folders, e)
+    if records[0]["run"] != BASELINE:
+        click.echo(f"Differences are to {records[0]['run']}, the first run.", err=True)
+    if (budgets or plot) and all(record[part] is None for record in records):
+        raise UsageError(f"No dataset of the runs belongs to the part {part}. Give another --part.")
     named = parse_labels(labels, [record["run"] for record in records])
     records = [{**record, "run": named.get(record["run"], record["run"])} for record in records]
     if out is not None:

@@ -142,8 +142,8 @@ def _draw_line(axis: Any, points: Sequence[tuple[float, float, float | None, flo
 def _lines_of(records: Iterable[Record]) -> dict[str, dict[float, Record]]:
     """Return the records whose budget is a number, by the name of their line and by budget.
 
-    Runs of a line have the same other options. Its name is that of its first run without the budget, if no other line
-    has this name.
+    Runs of a line have the same other options. Its name is that of its first run without the budget, or of the method
+    if the run's name does not state the budget. If another line has this name, it is the run's.
     """
     lines: dict[str, dict[float, Record]] = {}
     names: dict[tuple[str, str], str] = {}
@@ -152,6 +152,7 @@ def _lines_of(records: Iterable[Record]) -> dict[str, dict[float, Record]]:
             continue
         key = record["method"], re.sub(r"\bbudget=\S+", "", record["options"])
         name = re.sub(r"-budget=[^-=]+", "", record["run"])
+        name = record["method"] if name == record["run"] else name
         name = names.setdefault(key, record["run"] if name in lines else name)
         lines.setdefault(name, {})[float(record["budget"])] = record
     return lines
@@ -170,4 +171,5 @@ def _label(record: Record) -> str:
 
 
 def _number(number: float | None, form: str) -> str:
-    return "" if number is None else format(number, form)
+    text = "" if number is None else format(number, form)
+    return text[1:] if text in ("+0.0", "-0.0") else text

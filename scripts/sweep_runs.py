@@ -118,7 +118,9 @@ def check_runs(runs: list[SweepRun], common_arguments: list[str], pred_dir: Path
             settings[run] = _settings(run, common_arguments, pred_dir)
             folder = settings[run].run_folder
             if folder in folders:
-                raise UsageError(f"its folder {folder} is also that of {folders[folder]}. Rename one of the models.")
+                raise UsageError(
+                    f"its folder {folder} is also that of {folders[folder]}. Rename a model or a method file."
+                )
             folders[folder] = run
         except UsageError as error:
             problems.setdefault(str(error), []).append(str(run))

@@ -15,9 +15,11 @@ Keyword arguments are the options of longbench_pred.py (fields of Settings) and 
 the same name, such as `window`, pass the method's in `options`.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from io import StringIO
 from numbers import Integral
 from pathlib import Path
@@ -31,6 +33,7 @@ from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tables import FORMATS, render
 from sparsecache.longbench.wrapping import encode
+from sparsecache.methods import load_method, method_options
 from sparsecache.options import LARGEST, show
 from sparsecache.runner.context import RunContext
 from sparsecache.runner.run import run
@@ -180,6 +183,9 @@ class Evaluation:
     exit_code: int
     log: str
 
+    def __repr__(self) -> str:
+        return f"Evaluation({str(self.folder)!r}, mean={self.mean}, kept={self.kept}, exit_code={self.exit_code})"
+
     @property
     def scores(self) -> dict[str, float | None]:
         """Return the score per dataset, 0 to 100."""
@@ -203,9 +209,15 @@ def evaluate(
 
     datasets: names as a list or comma-separated, "all" by default. data: "hub", "sample", a folder, a zip or a .jsonl
     file. tasks: a file of own tasks. max_new_tokens: most new tokens per answer, in place of the datasets' limits.
-    Returns the scores of all rows in the run's folder. Raises UsageError for invalid arguments.
+    Returns the scores of all rows in the run's folder. Rows that fail count 0, and a warning says how many there are.
+    Raises UsageError for invalid arguments.
     """
-    return evaluate_settings(make_settings(model, method, options, **more))
+    evaluation = evaluate_settings(make_settings(model, method, options, **more))
+    rows = [row for dataset in evaluation.run.datasets for row in dataset.rows]
+    if failed := sum(row.error_row for row in rows):
+        message = f"{failed} of {len(rows)} rows failed and count 0. The log of the evaluation says why."
+        warnings.warn(message, stacklevel=2)
+    return evaluation
 
 
 def compare(*evaluations: Evaluation, format: str = "terminal") -> str:
@@ -239,6 +251,10 @@ def make_settings(
 ) -> Settings:
     """Return the settings of a run from keyword arguments: fields of Settings, and options of the method."""
     given = {key: value for key, value in more.items() if key not in _SETTINGS}
+    for key in given:
+        near = get_close_matches(key, _SETTINGS, 1, cutoff=0.8)
+        if near and key not in method_options(load_method(str(method))):
+            raise UsageError(f"There is no argument {key!r}; did you mean {near[0]!r}?")
     if twice := given.keys() & (options or {}).keys():
         raise UsageError(f"{', '.join(sorted(twice))} is given twice, in `options` and as an argument. Give it once.")
     values = {key: value for key, value in more.items() if key in _SETTINGS}

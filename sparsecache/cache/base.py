@@ -226,7 +226,8 @@ def queries_read(method: CacheMethod) -> int | None:
     """Return how many of a prompt's last queries a method reads; None: all.
 
     A sweep that keeps prompts in memory drops the others, and `prefill` gets NaN in their place. A number that is too
-    small would change results, so that of a method outside this package is not used.
+    small would change results, so that of a method outside this package, which may not have passed the contract, is
+    not used.
     """
     return method.prompt_queries if type(method).__module__.startswith("sparsecache.") else None
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsecache.cache.base import CacheMethod, queries_read
+from sparsecache.cache.base import CacheMethod
 from sparsecache.engine.decoder import Decoder
 from sparsecache.engine.devices import synchronize
 from sparsecache.engine.families.base import Architecture
@@ -85,14 +85,14 @@ class PrefillCachingDecoder(Decoder):
     """A Decoder that prefills a prompt only if it is not in its prefill cache, which decoders may share.
 
     A prompt for which the cache has no room is prefilled each time. The cache must keep the queries that the method
-    reads (`queries_read`).
+    reads (its `prompt_queries`).
     """
 
     def __init__(
         self, architecture: Architecture, weights: Weights, rope: Rope, method: CacheMethod, prompts: PrefillCache
     ):
         super().__init__(architecture, weights, rope, method)
-        read, kept = queries_read(method), prompts.queries
+        read, kept = method.prompt_queries, prompts.queries
         if kept is not None and (read is None or read > kept):
             count = "all" if read is None else read
             raise ValueError(f"The method reads {count} queries of a prompt, but only {kept} are kept.")

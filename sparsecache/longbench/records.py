@@ -268,7 +268,7 @@ class RunFolder:
         if known and (differing := list(identity_differences(known, identity))):
             raise UsageError(
                 f"{self.path} holds a run with other settings: {'; '.join(differing)}. Choose another --name, "
-                f"or start this one afresh with --overwrite."
+                f"start this one afresh with --overwrite, or delete the folder."
             )
 
     def clear(self, stems: list[str]) -> None:

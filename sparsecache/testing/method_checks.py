@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sparsecache.cache.base import CacheMethod, queries_read
+from sparsecache.cache.base import CacheMethod
 from sparsecache.cache.budget import Budget
 from sparsecache.cache.sparse import SparseMethod
 from sparsecache.cache.stats import SequenceStats
@@ -181,8 +181,8 @@ def check_free_slots(decoder: Decoder) -> None:
 
 
 def check_prompt_queries(checkpoint: Path, new: Callable[[], CacheMethod]) -> None:
-    """Texts do not depend on the queries of a prompt that a method of this package states not to read."""
-    count = queries_read(new())
+    """Texts do not depend on the queries of a prompt that a method states not to read."""
+    count = new().prompt_queries
     if count is None:
         return
     expected = texts(Generator(make_decoder(checkpoint, new(), PrefillCache()), 2), [0, 2])

@@ -62,6 +62,7 @@ def test_texts_and_token_ids_are_the_same_prompt(checkpoint: Path) -> None:
         ({"bugdet": 3, "method": "snapkv"}, "bugdet"),
         ({"budget": 3, "options": {"budget": 4}, "method": "snapkv"}, "twice"),
         ({"datasets": "qasper"}, "LLM takes no datasets"),
+        ({"batch_sizes": 2}, "no argument 'batch_sizes'; did you mean 'batch_size'"),
         ({"method": "snapvk"}, "snapkv"),
         ({"dtype": "float64"}, "dtype=float64 is not one of auto, "),
         ({"batch_size": 0}, "batch_size=0 must be 1 or more"),
@@ -126,6 +127,18 @@ def test_evaluate_writes_the_rows_of_the_command_line(checkpoint: Path, tmp_path
             compare(*wrong)
     with pytest.raises(UsageError, match="format=yaml is not one of terminal, markdown"):
         compare(full, result, format="yaml")
+
+
+def test_evaluate_warns_of_failed_rows(checkpoint: Path, tmp_path: Path) -> None:
+    method = tmp_path / "mine.py"
+    method.write_text(
+        "from sparsecache.cache import EvictionMethod\n\n\nclass Mine(EvictionMethod):\n"
+        "    def score(self, q, k, v):\n        raise RuntimeError('odd')\n"
+    )
+    with pytest.warns(UserWarning, match="2 of 2 rows failed and count 0") as warned:
+        result = evaluate(checkpoint, method, pred_dir=tmp_path, **SMALL)
+    assert warned[0].filename == __file__ and "RuntimeError: odd" in result.log
+    assert repr(result) == f"Evaluation({str(result.folder)!r}, mean=0.0, kept=None, exit_code=1)"
 
 
 def test_evaluate_finds_the_rows_of_a_model_with_another_name(checkpoint: Path, tmp_path: Path) -> None:

@@ -296,8 +296,8 @@ def test_another_identity_is_refused_with_both_values(tmp_path: Path, change: di
     with pytest.raises(UsageError) as failure:
         folder.claim({**IDENTITY, **change})
     assert str(failure.value) == (
-        f"{tmp_path} holds a run with other settings: {message}. Choose another --name, or start this one afresh "
-        f"with --overwrite."
+        f"{tmp_path} holds a run with other settings: {message}. Choose another --name, start this one afresh with "
+        f"--overwrite, or delete the folder."
     )
     assert folder.read() == before
 

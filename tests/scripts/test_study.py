@@ -58,6 +58,7 @@ def test_runs_of_a_stopped_sweep_are_left_out(study, runs) -> None:
     done = CliRunner().invoke(study.main, [str(runs[0].parent)])
     assert done.exit_code == 0, done.output
     assert [row["run"] for row in csv.DictReader(done.stdout.splitlines())] == ["vanilla", "a-sparse"]
+    assert "the first run" not in done.stderr
     assert f"{runs[0].parent}: left out, without predictions: waiting\n" in done.stderr
 
 
@@ -132,15 +133,17 @@ def test_vanilla_is_the_baseline_of_listed_runs_and_else_the_first_run(study, ru
     """As the shell lists them: by name."""
     done = CliRunner().invoke(study.main, [str(run) for run in reversed(runs)])
     assert [row["run"] for row in csv.DictReader(done.stdout.splitlines())] == ["vanilla", "a-sparse"]
+    assert "the first run" not in done.stderr
     other, picture = runs[1].with_name("b-sparse"), tmp_path / "study.svg"
     shutil.copytree(runs[1], other)
     done = CliRunner().invoke(study.main, [str(other), str(runs[1]), "--plot", str(picture)])
     assert done.exit_code == 0 and "Differences to b-sparse" in picture.read_text()
+    assert "Differences are to b-sparse, the first run." in done.stderr
 
 
 def test_budgets_have_a_line_per_method_and_options(study, runs, tmp_path) -> None:
     folder = runs[0].parent
-    budgets = {"quest-budget=64": 64.0, "quest-budget=0.05": 0.05, "quest-page=4-budget=64": 64.0, "quest": 256.0}
+    budgets = {"quest-budget=64": 64.0, "quest-budget=0.05": 0.05, "quest-page=4-budget=64": 64.0, "my-quest": 256.0}
     named = {**budgets, "own-budget=auto": "auto"}  # an own method's budget that is no number has no column
     for name, budget in named.items():
         shutil.copytree(runs[1], folder / name)
@@ -178,6 +181,34 @@ def test_a_file_that_cannot_be_written_is_refused_before_scoring(
     monkeypatch.setattr(study, "score_run", lambda *_: pytest.fail("scored"))
     done = CliRunner().invoke(study.main, [*map(str, runs), option, str(tmp_path / name)])
     assert done.exit_code == 2 and name.split("/")[0] in done.output
+
+
+def _fail(run: Path, rows: int) -> None:
+    for file in run.glob("*.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        failed = [{**row, "pred": "", "error": "Odd: no"} for row in lines[:rows]]
+        file.write_text("".join(json.dumps(row) + "\n" for row in (*failed, *lines[rows:])))
+
+
+def test_failed_rows_are_told_and_failed_runs_left_out(study, runs) -> None:
+    other = runs[1].with_name("b-sparse")
+    shutil.copytree(runs[1], other)
+    _fail(runs[1], 1)
+    done = CliRunner().invoke(study.main, [str(runs[0].parent), "--markdown"])
+    files = len([*runs[1].glob("*.jsonl")])
+    assert done.exit_code == 0 and f"FAILED rows count 0: {files} of a-sparse." in done.stderr, done.output
+    _fail(runs[1], 10**6)
+    done = CliRunner().invoke(study.main, [str(runs[0].parent), "--markdown"])
+    assert done.exit_code == 0 and f"Left out, since all rows failed: {runs[1]}." in done.stderr
+    assert "a-sparse" not in done.stdout and "b-sparse" in done.stdout
+    _fail(runs[0], 10**6)
+    done = CliRunner().invoke(study.main, [str(runs[0].parent), "--markdown"])
+    assert done.exit_code == 2 and "All rows failed in" in done.stderr
+
+
+def test_a_part_without_a_dataset_is_refused(study, runs) -> None:
+    done = CliRunner().invoke(study.main, [*map(str, runs), "--budgets", "--part", "synthetic"])
+    assert done.exit_code == 2 and "No dataset of the runs belongs to the part synthetic" in done.stderr
 
 
 def test_the_folder_of_a_file_is_made(study, runs, tmp_path) -> None:

@@ -200,9 +200,8 @@ def _selecting(cache: type[SelectionCache]) -> type[SelectionMethod]:
 
 @dataclass
 class _VotesOfAWindow(EvictionMethod):
-    """States to read fewer queries than it reads. Only methods of the package are believed."""
+    """States to read fewer queries than it reads."""
 
-    __module__ = "sparsecache.methods.votes"
     prompt_queries = 2
 
     def score(self, q, k, v):
