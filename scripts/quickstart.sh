@@ -26,8 +26,8 @@ runs=("${methods[@]/#/$pred_dir/demo/}")
 "$VENV/bin/python" longbench_eval.py compare "${runs[@]}" --html "$pred_dir/report.html"
 cat <<END
 
-These scores show that the methods work. The bundled checkpoint has 15 M parameters, so they say nothing about large
-models. Next:
+The installation works. The bundled checkpoint has 15 M parameters, so these scores say nothing about large models.
+Next:
 1. Plots and rows: open $pred_dir/report.html
 2. Your own checkpoint: $VENV/bin/python longbench_pred.py --model FOLDER --method infinigen (README.md)
 3. More methods, and your own: $VENV/bin/python longbench_pred.py --list_methods (docs/methods.md)

@@ -35,7 +35,7 @@ from sparsecache.longbench.paired import (
 )
 from sparsecache.longbench.plots import check_suffix, require_matplotlib
 from sparsecache.longbench.report import decode_speed
-from sparsecache.longbench.runs import parse_labels, run_names
+from sparsecache.longbench.runs import find_run, parse_labels, run_names
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
 from sparsecache.longbench.tasks import CATEGORIES, Task
@@ -171,13 +171,16 @@ def checkpoints(runs: Sequence[RunScore]) -> set[str]:
     return {run.run.identity.checkpoint for run in runs if run.run.identity.checkpoint}
 
 
-def _run_folders(paths: Sequence[Path]) -> list[Path]:
+def _run_folders(paths: Sequence[Path], pred_dir: Path) -> list[Path]:
     """Return the runs in paths, each of which is a run or a folder of runs; `vanilla` comes first, if there is one.
+
+    A path that does not exist is looked for below pred_dir.
 
     A sweep that was stopped leaves folders without predictions, which are left out with a note on stderr. Raises
     UsageError for a path without a run, for fewer than two runs, and for folders of runs without the baseline.
     """
     runs: list[Path] = []
+    paths = [find_run(str(path), pred_dir) for path in paths]
     for path in paths:
         found = [path] if (path / "run.json").exists() else sorted(each.parent for each in path.glob("*/run.json"))
         if not found:
@@ -200,6 +203,7 @@ def _run_folders(paths: Sequence[Path]) -> list[Path]:
 
 @click.command(cls=FlexibleCommand)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--pred_dir", type=click.Path(path_type=Path), default=Path("pred"), show_default=True, help="Of RUNS.")
 @click.option("--out", type=click.Path(path_type=Path), help="CSV file to write.")
 @click.option("--markdown", is_flag=True, help="Print the main columns as a Markdown table.")
 @click.option("--e", is_flag=True, help="The runs are of LongBench-E.")
@@ -210,6 +214,7 @@ def _run_folders(paths: Sequence[Path]) -> list[Path]:
 @click.option("--label", "labels", multiple=True, metavar="RUN=TEXT", help="Call a run TEXT; repeatable.")
 def main(
     runs: tuple[Path, ...],
+    pred_dir: Path,
     out: Path | None,
     markdown: bool,
     e: bool,
@@ -223,7 +228,7 @@ def main(
 
     Differences are to the run vanilla, else to the first one.
     """
-    folders = _run_folders(runs)
+    folders = _run_folders(runs, pred_dir)
     if plot is not None:
         check_suffix(plot)
         require_matplotlib()

@@ -63,15 +63,14 @@ def draw(records: Sequence[Record], part: str, title: str) -> Any:
         axis.axvline(0, color=MUTED, linewidth=0.8)
         for place, record in enumerate(drawn):
             difference, low, high = (record[f"{part}_{key}"] for key in ("difference", "low", "high"))
-            color = SERIES[1] if record["method"] == "infinigen" else SERIES[0]
             if low is not None:
-                axis.plot((low, high), (place, place), color=color)
-            axis.plot(difference, place, "o", color=color)
+                axis.plot((low, high), (place, place), color=SERIES[0])
+            axis.plot(difference, place, "o", color=SERIES[0])
         axis.set_yticks(range(len(drawn)), [_label(record) for record in drawn])
         axis.set_ylim(-0.6, len(drawn) - 0.4)
         axis.tick_params(axis="y", length=0, labelcolor=INK)
         axis.grid(axis="x")
-        axis.set_xlabel(f"difference to {records[0]['run']} in points, 95 % intervals (in parentheses: kept)")
+        axis.set_xlabel(f"{_difference_label(records)}, 95 % intervals (in parentheses: kept)")
         return Plot(title, f"{title}: differences to {records[0]['run']}", figure)
 
     return with_style(figure)()
@@ -123,11 +122,19 @@ def draw_budgets(records: Sequence[Record], part: str, title: str) -> Any:
                     handles[name] = _draw_line(axis, points, style)
             set_share_axis(axis, [line[at]["kept"] for line in lines.values() for at in line if is_shown(at)])
             axis.set_xlabel(f"{KEPT_LABEL},\n{label}")
-        axes[0][0].set_ylabel(f"difference to {records[0]['run']} in points")
+        axes[0][0].set_ylabel(_difference_label(records))
+        low, high = axes[0][0].get_ylim()
+        axes[0][0].set_ylim(min(low, -0.5), max(high, 0.5))  # equal scores are no scale
         legend_beside(figure, list(handles.values()), list(handles), len(handles))
         return Plot(title, f"{title}: differences to {records[0]['run']} by kept share", figure)
 
     return with_style(figure)()
+
+
+def _difference_label(records: Sequence[Record]) -> str:
+    """Return the label of an axis: it names the baseline, unless the name is long."""
+    baseline = records[0]["run"]
+    return f"difference to {baseline if len(baseline) <= 20 else 'the baseline'} in points"
 
 
 def _draw_line(axis: Any, points: Sequence[tuple[float, float, float | None, float | None]], style: Record) -> Any:

@@ -81,7 +81,8 @@ class RowChecker:
         return row_id
 
     def _find_problem(self, row: dict[str, Any]) -> str | None:
-        if missing := _find_missing(row, tuple(_BASE)):
+        needed = _find_missing(row, _NEEDED) if self._fill else None
+        if missing := needed or _find_missing(row, tuple(_BASE)):
             return missing
         types = {**_TYPES, "length": str} if self._v2 else _TYPES
         for key, kind in types.items():
@@ -98,7 +99,10 @@ class RowChecker:
         if row["dataset"] != self._stem:
             return f"the row belongs to dataset {row['dataset']!r}, not {self._stem!r}."
         if self._fill and self._task.metric == "classification" and not row["all_classes"]:
-            return "all_classes is empty, and the metric classification needs the names of the classes."
+            return (
+                f"all_classes is empty, and the scores of {self._stem} need the names of the classes. State them, or "
+                f"choose other --datasets."
+            )
         place = self._places.get(row["_id"])
         return f"_id {row['_id']!r} is already in {place}." if place else None
 

@@ -213,7 +213,9 @@ def _external_file(method: str) -> Path:
     if method.endswith(".py") or "/" in method:
         path = Path(method)
         if not (path.is_file() and path.suffix == ".py"):
-            raise UsageError(f"Method {method}: there is no such .py file. Give the path of a method's file.")
+            raise UsageError(
+                f"Method {method}: there is no such .py file. Give the path of a method's file from the current folder."
+            )
         return path.resolve()
     try:
         found = importlib.util.find_spec(method)  # imports the packages that the module lies in

@@ -73,7 +73,18 @@ def test_a_folder_without_the_baseline_is_refused(study, runs) -> None:
 
 def test_a_path_without_a_run_is_refused(study, runs, tmp_path) -> None:
     done = CliRunner().invoke(study.main, [str(runs[0]), str(runs[1]), str(tmp_path / "mistyped")])
+    assert done.exit_code == 2 and "There is no run" in done.stderr and "mistyped" in done.stderr
+    (tmp_path / "mistyped").mkdir()
+    done = CliRunner().invoke(study.main, [str(runs[0]), str(runs[1]), str(tmp_path / "mistyped")])
     assert done.exit_code == 2 and "mistyped is no run and holds none" in done.stderr
+
+
+def test_runs_are_found_below_pred_dir_by_name(study, runs) -> None:
+    pred_dir, model = runs[0].parent.parent, runs[0].parent.name
+    by_name = [f"{model}/{run.name}" for run in runs]
+    for names in ([model], by_name):
+        done = CliRunner().invoke(study.main, [*names, "--pred_dir", str(pred_dir)])
+        assert done.exit_code == 0 and len(done.stdout.splitlines()) == 3, done.output
 
 
 def test_different_checkpoints_are_noted(study, runs) -> None:
