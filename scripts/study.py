@@ -11,7 +11,7 @@ order of their `_id`s. A setting can be chosen on one half and reported on the o
 over its budgets instead of a line per run.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from sparsecache.longbench.paired import (
     common_rows,
     common_rows_notes,
     confidence_interval,
+    failed_rows_notes,
     few_rows_notes,
 )
 from sparsecache.longbench.plots import check_suffix, require_matplotlib
@@ -123,11 +124,9 @@ def study(folders: Sequence[Path], e: bool = False) -> list[dict[str, Any]]:
             raise UsageError(f"All rows failed in {names}, so there is nothing to compare. Predict again.")
         click.echo(f"Left out, since all rows failed: {names}.", err=True)
         scored = [run for run in scored if not run.failed]
-    for note in failed_rows_notes(scored):
-        click.echo(note, err=True)
     reduced = common_rows(scored)
     common = reduced.runs
-    for note in (*common_rows_notes(scored, reduced), *few_rows_notes(common[0])):
+    for note in (*common_rows_notes(scored, reduced), *failed_rows_notes(common), *few_rows_notes(common[0])):
         click.echo(note, err=True)
     if len(checkpoints(scored)) > 1:
         click.echo("The runs are of different checkpoints, so differences are not those of methods alone.", err=True)
@@ -141,7 +140,7 @@ def study(folders: Sequence[Path], e: bool = False) -> list[dict[str, Any]]:
                 "method": run.run.identity.method,
                 "options": " ".join(f"{key}={value}" for key, value in options.items()),
                 "budget": options.get("budget"),
-                "rows": sum(len(dataset.rows) for dataset in run.datasets),
+                "rows": run.num_rows,
                 "kept": kept,
                 "model_share": costs.model_share(kept),
                 "cache_bytes_per_token": costs.nbytes,
@@ -153,17 +152,6 @@ def study(folders: Sequence[Path], e: bool = False) -> list[dict[str, Any]]:
             record[part.name] = scores["score"]
             record |= {f"{part.name}_{key}": scores[key] for key in ("difference", "low", "high")}
     return records
-
-
-def failed_rows_notes(runs: Sequence[RunScore]) -> Iterator[str]:
-    """Yield a note on the runs that have failed rows, if there are any."""
-    failed = {name: _num_failed(run) for run, name in zip(runs, run_names(runs), strict=True) if _num_failed(run)}
-    if failed:
-        yield f"FAILED rows count 0: {listed((f'{count} of {name}' for name, count in failed.items()), whole=True)}."
-
-
-def _num_failed(run: RunScore) -> int:
-    return sum(row.error_row for dataset in run.datasets for row in dataset.rows)
 
 
 def checkpoints(runs: Sequence[RunScore]) -> set[str]:
@@ -203,7 +191,9 @@ def _run_folders(paths: Sequence[Path], pred_dir: Path) -> list[Path]:
 
 @click.command(cls=FlexibleCommand)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--pred_dir", type=click.Path(path_type=Path), default=Path("pred"), show_default=True, help="Of RUNS.")
+@click.option(
+    "--pred_dir", type=click.Path(path_type=Path), default=Path("pred"), show_default=True, help="Folder of all runs."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="CSV file to write.")
 @click.option("--markdown", is_flag=True, help="Print the main columns as a Markdown table.")
 @click.option("--e", is_flag=True, help="The runs are of LongBench-E.")

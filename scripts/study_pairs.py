@@ -25,14 +25,14 @@ from typing import Any
 
 import click
 import numpy
-from study import checkpoints, column_scores, failed_rows_notes, part_tables, parts
+from study import checkpoints, column_scores, part_tables, parts
 from study_output import Record, as_csv
 
 from sparsecache.cli import FlexibleCommand
 from sparsecache.configs import read_toml
 from sparsecache.errors import UsageError, listed, short
 from sparsecache.files import make_folder, write_atomically
-from sparsecache.longbench.paired import common_rows, common_rows_notes
+from sparsecache.longbench.paired import common_rows, common_rows_notes, failed_rows_notes
 from sparsecache.longbench.score_types import RunScore
 from sparsecache.longbench.scores import score_run
 from sparsecache.options import show
@@ -193,7 +193,7 @@ def differences(pair: Pair, score: Callable[[tuple[str, str]], RunScore]) -> lis
     if len(checkpoints(scored)) > 1:
         raise UsageError(f"{pair}: the runs are of different checkpoints. Correct --run_dir.")
     common = common_rows(scored)
-    for note in (*failed_rows_notes(scored), *common_rows_notes(scored, common)):
+    for note in (*common_rows_notes(scored, common), *failed_rows_notes(common.runs)):
         click.echo(f"{pair}: {note}", err=True)
     known, count, records = {part.name: part for part in parts()}, len(pair.baselines), []
     for name in pair.parts:

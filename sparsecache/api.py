@@ -213,9 +213,9 @@ def evaluate(
     Raises UsageError for invalid arguments.
     """
     evaluation = evaluate_settings(make_settings(model, method, options, **more))
-    rows = [row for dataset in evaluation.run.datasets for row in dataset.rows]
-    if failed := sum(row.error_row for row in rows):
-        message = f"{failed} of {len(rows)} rows failed and count 0. The log of the evaluation says why."
+    scored = evaluation.run
+    if scored.num_failed:
+        message = f"{scored.num_failed} of {scored.num_rows} rows failed and count 0. The evaluation's log says why."
         warnings.warn(message, stacklevel=2)
     return evaluation
 

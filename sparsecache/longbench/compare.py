@@ -17,6 +17,7 @@ from sparsecache.longbench.paired import (
     common_rows,
     common_rows_notes,
     confidence_interval,
+    failed_rows_notes,
     few_rows_notes,
 )
 from sparsecache.longbench.report import MIN_SECONDS, decode_speed
@@ -54,7 +55,7 @@ def compare(runs: Sequence[RunScore], seed: int = 0, resamples: int = RESAMPLES)
             name=name,
             folder=run.folder,
             complete=run.complete,
-            rows=sum(len(dataset.rows) for dataset in run.datasets),
+            rows=run.num_rows,
             left_out=left_out,
             kept=run.headline.kept,
             decode=decode_speed(run.run),
@@ -185,17 +186,14 @@ def _tokens_per_s(datasets: Sequence[DatasetScore]) -> float | None:
 
 
 def _notes(runs: Sequence[ComparedRun], common: Sequence[RunScore]) -> Iterator[str]:
-    rows = sum(len(dataset.rows) for dataset in common[0].datasets)
+    rows = common[0].num_rows
     answered = [row.score for dataset in common[0].datasets for row in dataset.rows if not row.error_row]
     if answered and not any(answered):
         yield (
             f"Warning: {runs[0].name} scores 0 in all rows, so this comparison cannot show a loss. Choose datasets "
             f"that the model can answer, or a larger model."
         )
-    for run, part in zip(runs, common, strict=True):
-        errors = sum(dataset.count("error_row") for dataset in part.datasets)
-        if errors:
-            yield f"{errors} of these rows failed in {run.name} and count 0.0. Predict again to retry them."
+    yield from failed_rows_notes(common)
     for run, part in zip(runs, common, strict=True):
         for dataset in part.datasets:
             stem = dataset.task.file_stem(dataset.e)

@@ -63,7 +63,7 @@ def common_rows(runs: Sequence[RunScore]) -> CommonRows:
     ]
     for other, name in zip(reduced[1:], names[1:], strict=True):
         _check_answers(reduced[0], other, names[0], name)
-    left_out = [_rows(before) - _rows(after) for before, after in zip(runs, reduced, strict=True)]
+    left_out = [before.num_rows - after.num_rows for before, after in zip(runs, reduced, strict=True)]
     return CommonRows(reduced, left_out, by_order)
 
 
@@ -94,18 +94,25 @@ def common_rows_notes(runs: Sequence[RunScore], common: CommonRows) -> Iterator[
     names = run_names(runs)
     yield from matched_by_order_notes(common.matched_by_order)
     left = [
-        f"{left_out} of {_rows(run)} rows of {name}"
+        f"{left_out} of {run.num_rows} rows of {name}"
         for run, name, left_out in zip(runs, names, common.left_out, strict=True)
         if left_out
     ]
     if left:
         yield (
-            f"Compared on the {_rows(common.runs[0])} rows that all runs have (same dataset and _id). Left out: "
+            f"Compared on the {common.runs[0].num_rows} rows that all runs have (same dataset and _id). Left out: "
             f"{listed(left, whole=True)}."
         )
     partial = [name for run, name in zip(runs, names, strict=True) if not run.complete]
     if partial:
         yield f"INCOMPLETE: {listed(partial, whole=True)}. Score each run separately to see the missing rows."
+
+
+def failed_rows_notes(runs: Sequence[RunScore]) -> Iterator[str]:
+    """Yield a note on each run with failed rows. runs: as `common_rows` gives them."""
+    for run, name in zip(runs, run_names(runs), strict=True):
+        if run.num_failed:
+            yield f"{run.num_failed} of these rows failed in {name} and count 0.0. Predict again to retry them."
 
 
 def few_rows_notes(run: RunScore) -> Iterator[str]:
@@ -174,7 +181,3 @@ def _check_answers(first: RunScore, other: RunScore, name: str, other_name: str)
                     f"Row {mine['_id']} of {one.task.name} has different answers in {name} and {other_name}, so the "
                     f"runs used different data. Predict the same data in every run."
                 )
-
-
-def _rows(run: RunScore) -> int:
-    return sum(len(dataset.rows) for dataset in run.datasets)

@@ -1,4 +1,4 @@
-"""Scores of rows, datasets and runs, and their averages."""
+"""Scores of rows, datasets and runs, and their averages. In one file because each is made of the one before."""
 
 import functools
 import math
@@ -176,10 +176,19 @@ class RunScore:
         return all(dataset.complete for dataset in self.datasets)
 
     @property
+    def num_rows(self) -> int:
+        """The number of rows."""
+        return sum(len(dataset.rows) for dataset in self.datasets)
+
+    @property
+    def num_failed(self) -> int:
+        """The number of rows with an error."""
+        return sum(dataset.count("error_row") for dataset in self.datasets)
+
+    @property
     def failed(self) -> bool:
         """Whether there are rows, and all of them failed."""
-        rows = [row for dataset in self.datasets for row in dataset.rows]
-        return bool(rows) and all(row.error_row for row in rows)
+        return self.num_failed == self.num_rows > 0
 
     @cached_property
     def categories(self) -> dict[str, Average]:

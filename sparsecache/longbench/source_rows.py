@@ -46,7 +46,10 @@ class RowChecker:
 
         place: the record's line or index in its file, for messages.
         """
-        problem = _find_v2_problem(record) if self._v2 else None
+        if self._v2:
+            problem = _find_v2_problem(record)
+        else:
+            problem = _find_missing(record, _NEEDED if self._fill else tuple(_BASE))
         if problem is None:
             record = _v2_row(record, self._stem) if self._v2 else self._filled(record)
             problem = self._find_problem(record)
@@ -57,7 +60,7 @@ class RowChecker:
 
     def _filled(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return a record with the fields that it lacks, if it may lack them."""
-        if not self._fill or _find_missing(record, _NEEDED):
+        if not self._fill:
             return record
         context = str(record["context"])  # `_find_problem` refuses other types
         words = len(context) if self._task.language == "zh" else len(context.split())
@@ -81,9 +84,6 @@ class RowChecker:
         return row_id
 
     def _find_problem(self, row: dict[str, Any]) -> str | None:
-        needed = _find_missing(row, _NEEDED) if self._fill else None
-        if missing := needed or _find_missing(row, tuple(_BASE)):
-            return missing
         types = {**_TYPES, "length": str} if self._v2 else _TYPES
         for key, kind in types.items():
             if not isinstance(row[key], kind) or isinstance(row[key], bool):
