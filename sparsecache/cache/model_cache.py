@@ -91,12 +91,17 @@ class ModelCache:
         for stats in self._stats.values():
             stats.start_sequence(slot, prompt_tokens)
 
-    def end_step(self, slots: Tensor) -> None:
-        """End a decode step of slots [B], after every layer; the work is on side streams until `join`."""
+    def end_step(self, slots: Tensor, wait: bool = True) -> None:
+        """End a decode step of slots [B], after every layer. Nothing may read the caches before the end of its work.
+
+        wait: let the current streams wait for that work, as `join` does. It runs on side streams.
+        """
         for device, stats in self._stats.items():
             self._ending_slots.append(slots.to(device))  # a copy's memory must not be reused before `join`
             with self._streams[device].after():
                 stats.end_step(self._ending_slots[-1], any(self._sparse[device]))
+        if wait:
+            self.join()
 
     def join(self) -> None:
         """Let the current streams wait for the end of the step."""

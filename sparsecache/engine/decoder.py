@@ -131,7 +131,7 @@ class Decoder:
             x = linear(out.flatten(1), layer.output, layer.output_bias, residual=x)
             self._speculate(index + 1, "residual", x, rotation, slots)
             x = linear(self._mlp_hidden(x, layer), layer.down, layer.down_bias, residual=x)
-        caches.end_step(all_slots)  # on a side stream, while the head runs
+        caches.end_step(all_slots, wait=False)  # on a side stream, while the head runs
         try:
             logits = self._lm_head(x)
         finally:  # the capture of a failed step cannot end while a stream is not joined

@@ -61,6 +61,20 @@ def _decode(cache: ModelCache, slots: list[int], steps: int) -> None:
         cache.end_step(rows)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")
+@pytest.mark.parametrize("wait", [True, False])
+def test_the_end_of_a_step_is_after_its_work_on_side_streams(wait) -> None:
+    device = torch.device("cuda")
+    cache = _make(_Method(), [device] * 4)
+    cache.start_sequence(1, 12)
+    with cache.layers[0].config.deferred.after():
+        torch.cuda._sleep(200_000_000)  # cycles, about 0.1 s
+    cache.end_step(torch.tensor([1], device=device), wait)
+    if not wait:
+        cache.join()
+    assert cache.layers[0].config.seq_lens.tolist() == [0, 13, 0]
+
+
 def test_layers_are_made_in_order_and_share_their_lengths() -> None:
     method = _Method()
     cache = _make(method)

@@ -52,4 +52,3 @@ def test_attention_in_bfloat16_is_that_of_float32(name) -> None:
                 expected = attention_over_rows(q[row, None].float(), keys, values)
                 torch.testing.assert_close(out[row, None].float(), expected, rtol=0.02, atol=0.02)
         cache.end_step(slots)
-        cache.join()

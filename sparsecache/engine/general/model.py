@@ -115,7 +115,6 @@ class CachedModel:
         ):
             logits = self._forward(token_ids[:, None], past, **inputs)
         self._model_cache().end_step(slots)
-        self._model_cache().join()
         return logits
 
     def _forward(self, input_ids: Tensor, past: Cache, **inputs: Tensor) -> Tensor:
