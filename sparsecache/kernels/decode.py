@@ -220,20 +220,22 @@ def _split_length(counts, num_splits, ALIGNMENT: tl.constexpr = _ALIGNMENT):  # 
 
 @triton.jit
 def place_split(  # type: ignore[no-untyped-def]
-    program, counts, row_slots, in_batch, rows, batch, num_splits, BLOCK_B: tl.constexpr, ALIGNMENT: tl.constexpr
+    program, counts, row_slots, in_batch, rows, batch, num_splits, BLOCK_B: tl.constexpr, ALIGNMENT: tl.constexpr,
+    RESERVED: tl.constexpr = 0,
 ):  # fmt: skip
     """Return what a program attends to: its row, the row's slot and tokens, the split, of how many, and its length.
 
-    counts: the tokens of each row. The row is `batch` or more for a program that has nothing to do.
+    counts: the tokens of each row. The row is `batch` or more for a program that has nothing to do. RESERVED: how many
+    of a row's splits, its last ones, have none of these tokens.
     """
     row, split, splits = 0, program, num_splits  # the splits at the end of a single row may be empty
     if BLOCK_B == 1:
         slot, count = tl.sum(row_slots).to(tl.int64), tl.sum(counts)
-        length = tl.cdiv(tl.cdiv(count, num_splits), ALIGNMENT) * ALIGNMENT
+        length = tl.cdiv(tl.cdiv(count, num_splits - RESERVED), ALIGNMENT) * ALIGNMENT
     else:
         sizes = tl.where(in_batch, tl.maximum(counts, 1), 0)  # a row without past tokens needs a split for the new one
-        length = _split_length(sizes, num_splits, ALIGNMENT)
-        row_splits = tl.cdiv(sizes, length)
+        length = _split_length(sizes, num_splits - RESERVED * batch, ALIGNMENT)
+        row_splits = tl.where(in_batch, tl.cdiv(sizes, length) + RESERVED, 0)
         ends = tl.cumsum(row_splits, axis=0)
         row = tl.sum((ends <= program).to(tl.int32))
         is_row = rows == row

@@ -34,6 +34,7 @@ from sparsecache.kernels.store_quantised import append_quantised, compiled_sizes
 
 _MIN_WORDS = 16  # with 16 channels, products of unpacked codes are wrong (Triton 3.6, H200); 16 words are 32 or more
 _TOTALS_PER_WARP, _MAX_SPLITS = 2048, 192
+_MIN_SPLIT = 128  # tokens of pages: shorter splits take about as long, and more must be merged
 _PROGRAMS = {2: 12, 4: 8}  # by bits: programs of one warp per multiprocessor (H200, docs/dev/experiments.md)
 _DEQUANTISED = {"BLOCK_T": 16, "BLOCK_N": 8, "SLOTS": 1, "TILES": 1, "num_stages": 3}
 _WARPS_DEQUANTISED = 8  # per multiprocessor: what its registers allow
@@ -151,7 +152,12 @@ def _launch(
         totals = max(16, next_power_of_2(group)) * 16 // store.bits * block_w
         warps = 4 if q.dtype == torch.float32 else max(1, totals // _TOTALS_PER_WARP)
         options, programs = {**_DEQUANTISED, "num_warps": warps}, max(2, _WARPS_DEQUANTISED // warps)
-    num_splits = max(batch, min(_MAX_SPLITS * batch, (2 if INTERPRETED else programs) * num_sms(q.device) // kv_heads))
+    num_splits = min(_MAX_SPLITS * batch, (2 if INTERPRETED else programs) * num_sms(q.device) // kv_heads)
+    num_splits, tail_pages = max(batch, num_splits), 0
+    if selected is not None and page:  # the full-precision tail has a split of its own, and fewer tokens than rows
+        needed = 1 + -(-selected.shape[2] * page // _MIN_SPLIT)  # by one sequence
+        num_splits = max(2 * batch, min(num_splits, needed * batch))
+        tail_pages = next_power_of_2(-(-(store.residual + store.group) // page) + 1)  # the most that the tail is in
     packed = not INTERPRETED and torch.version.hip is None and store.bits in _PACKED_BITS.get(q.dtype, ())
     partial_out = torch.empty((heads, num_splits, head_dim), device=q.device, dtype=torch.float32)
     softmax_stats = torch.empty((2, heads, num_splits), device=q.device, dtype=torch.float32)  # maxima, sums
@@ -168,8 +174,8 @@ def _launch(
         heads * num_splits, 0 if selected is None else selected.shape[2],
         SELECTED=selected is not None and page == 0, PAGE=page, ON_CODES=on_codes, PACKED=packed,
         PER_HEAD=lengths.dim() == 2, GROUP=group, BLOCK_R=max(16, next_power_of_2(group)),
-        BLOCK_B=next_power_of_2(batch), BLOCK_W=block_w, BLOCK_C=block_c, INTERPRETED=INTERPRETED, **options,
-        **compiled_sizes(store), **pdl_options(),
+        BLOCK_B=next_power_of_2(batch), BLOCK_W=block_w, BLOCK_C=block_c, BLOCK_P=tail_pages, INTERPRETED=INTERPRETED,
+        **options, **compiled_sizes(store), **pdl_options(),
     )  # fmt: skip
     merge_kernel[(batch, heads)](
         partial_out, softmax_stats, split_ranges, out, num_splits, head_dim, heads * num_splits,
@@ -221,7 +227,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     SELECTED: tl.constexpr, PAGE: tl.constexpr, ON_CODES: tl.constexpr, PACKED: tl.constexpr, PER_HEAD: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
     BITS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr,
     INTERPRETED: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Attend to one split for the query heads of a KV head. The last split takes the new token.
@@ -240,10 +246,11 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     if PAGE > 0:  # places in the list of pages
         counts = tl.load(counts_ptr + (rows * kv_heads + kv) * 3, mask=in_batch, other=0) * PAGE
     # Lengths of splits are multiples of a group, so that a split of all tokens begins with a group of keys. A split of
-    # pages has whole tiles.
+    # pages has whole tiles, and the last one has no place in the list: it takes the pages' tokens in full precision.
     alignment: tl.constexpr = BLOCK_T if PAGE > 0 else TOKENS
+    reserved: tl.constexpr = 1 if PAGE > 0 else 0
     row, slot, count, split, splits, length = place_split(
-        program, counts, row_slots, in_batch, rows, batch, num_splits, BLOCK_B, alignment
+        program, counts, row_slots, in_batch, rows, batch, num_splits, BLOCK_B, alignment, reserved
     )
     if BLOCK_B > 1:
         if row >= batch:
@@ -290,8 +297,15 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             BITS, TOKENS, HEAD_DIM, WORDS, VALUE_GROUPS, BLOCK_R, BLOCK_N, BLOCK_T, BLOCK_W, BLOCK_C, SLOTS, TILES,
             INTERPRETED,
         )  # fmt: skip
-        # The ring has fewer tokens than rows, in the last pages of the list, which ascends.
-        start = tl.maximum(start, (count - ring - PAGE) // 16 * 16) if PAGE > 0 else tl.maximum(start, num_coded)
+        if PAGE == 0:
+            start = tl.maximum(start, num_coded)
+        elif split == splits - 1:  # the list ascends: pages with tokens of the tail are its last ones
+            place = count // PAGE - 1 - tl.arange(0, BLOCK_P)
+            page = tl.load(indices + place, mask=place >= 0, other=0)
+            in_tail = (place >= 0) & (tl.minimum(page * PAGE + PAGE, past) > num_coded)
+            start, end = count - PAGE * tl.sum(in_tail.to(tl.int32)), count
+        else:
+            start = end
     else:
         maximum, weight_sum, total, start = attend_dequantised(
             q, q_head_stride, key_codes, key_ranges, value_codes, value_ranges, indices, start.to(tl.int32),
@@ -304,8 +318,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         if SELECTED:
             token = tl.load(indices + token, mask=mask, other=0).to(tl.int32)
             mask &= token >= num_coded
-        if PAGE > 0:
-            token = position_of_place(indices, tl.where(mask, token, first), PAGE)
+        if PAGE > 0:  # all of one page
+            token = position_of_place(indices, first, PAGE) + tl.arange(0, 16)
             mask &= (token >= num_coded) & (token < past)
             mask &= (token < cut_start) | (token >= cut_start + num_cut)
         at_tail = (token % ring)[:, None] * HEAD_DIM + channel[None, :]
