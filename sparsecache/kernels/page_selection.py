@@ -9,7 +9,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, sortable, tl, triton, use_kernel
+from sparsecache.kernels._triton import (
+    next_power_of_2,
+    pdl_launch,
+    pdl_options,
+    pdl_wait,
+    sortable,
+    tl,
+    triton,
+    use_kernel,
+)
 from sparsecache.kernels.threshold import Selection
 
 Limit = Literal["table", "excluded", "count"]
@@ -22,9 +31,9 @@ _LOWEST, _HIGHEST = tl.constexpr(-2139095041), tl.constexpr(2139095040)  # -inf 
 class PageSelection(NamedTuple):
     """Past tokens selected by pages.
 
-    pages: [B, G, P] int32, ascending. cuts: [B, G, 3] int32: the number of valid pages, the page that is selected in
-    part, and how many of its first tokens are not selected (0 if no page is). counts: [B, G] int64, the selected
-    tokens. page: tokens in a page.
+    pages: [B, G, P] int32, ascending; P is at least their number. cuts: [B, G, 3] int32: the number of valid pages, the
+    page that is selected in part, and how many of its first tokens are not selected (0 if no page is). counts: [B, G]
+    int64, the selected tokens. page: tokens in a page.
     """
 
     pages: Tensor
@@ -162,14 +171,15 @@ def _launch_select(
     seq_lens is the number of past tokens, and slots and counts are None.
     """
     batch, kv_heads, pages = scores.shape
-    selected = torch.empty((batch, kv_heads, pages), device=scores.device, dtype=torch.int32)
+    most_selected = min(pages, width // page + 2)  # the newest page and that of the cut may be selected in part
+    selected = torch.empty((batch, kv_heads, most_selected), device=scores.device, dtype=torch.int32)
     tile = min(_TILE_PAGES, next_power_of_2(pages, 128))
     tiles, warps = min(_MAX_TILES, -(-pages // tile)), max(4, _WARPS * tile // _TILE_PAGES)
     if limit == "count":
         tiles = min(_MAX_TILES_OF_PROMPT, next_power_of_2(tiles))
     _select_kernel[(batch * kv_heads,)](
         scores.contiguous(), seq_lens, slots, limits, selected, positions, counts, cuts, kv_heads, pages, width,
-        PAGE=page, LIMIT=limit, FORCE_NEWEST=force_newest, TILES=tiles, BLOCK_P=tile,
+        most_selected, PAGE=page, LIMIT=limit, FORCE_NEWEST=force_newest, TILES=tiles, BLOCK_P=tile,
         BLOCK_W=min(512 * warps, next_power_of_2(width, 256)), num_warps=warps, **pdl_options(),
     )  # fmt: skip
     return selected
@@ -252,23 +262,39 @@ def _list_pages(  # type: ignore[no-untyped-def]
     return whole + (total & 0xFFFF), between + (total >> 16), tl.sum(cut_rank), tl.sum(cut_page)
 
 
-@triton.jit(do_not_specialize=["seq_lens", "limits", "pages", "width"])
+@triton.jit
+def _next_threshold(low, high, from_low, from_high, budget, steps, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return a threshold between low and high, which have an integer between them, for the search of `_select_kernel`.
+
+    It is interpolated, as if the scores between were spread evenly, and moved towards the middle, the more the fewer
+    pages are between. So mostly both ends move. Since scores may be spread in any way, it is the middle after 15 steps.
+    """
+    root = tl.rsqrt(tl.maximum((from_low - from_high).to(tl.float32) * (1 / PAGE), 1.0))
+    share = ((from_low - budget).to(tl.float32) * (1 / PAGE) + 0.5) * root * root
+    share = tl.where(steps < 16, share + (0.5 - share) * root, 0.5)
+    distance = high.to(tl.uint32) - low.to(tl.uint32)  # may be more than an int32
+    step = (distance.to(tl.float32) * share).to(tl.uint32)
+    return low + tl.minimum(tl.maximum(step, 1), distance - 1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["seq_lens", "limits", "pages", "width", "most_selected"])
 def _select_kernel(  # type: ignore[no-untyped-def]
-    scores, seq_lens, slots, limits, selected, positions, counts, cuts, kv_heads, pages, width,
+    scores, seq_lens, slots, limits, selected, positions, counts, cuts, kv_heads, pages, width, most_selected,
     PAGE: tl.constexpr, LIMIT: tl.constexpr, FORCE_NEWEST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Select the pages of one slot and KV head, list them in `selected`, and write their positions.
 
-    A bisection over scores finds where the budget ends. All pages with a score of `high` or more fit into the budget.
-    Those with a score of `low` or more fill it. The bisection ends when one page, or one score, is between the two. It
+    A search over scores finds where the budget ends. All pages with a score of `high` or more fit into the budget.
+    Those with a score of `low` or more fill it. The search ends when one page, or one score, is between the two. It
     begins between the lowest and the highest finite score. All pages but the last have PAGE tokens, so a number of
     tokens follows from a number of pages.
     """
     pdl_wait(USE_PDL)
+    pdl_launch(USE_PDL)  # early: these few programs leave most of the GPU free
     owner = tl.program_id(0).to(tl.int64)
     scores += owner * pages
-    selected += owner * pages
+    selected += owner * most_selected
     first_scores = _load_tiles(scores, 0, pages, TILES, BLOCK_P)  # first, since the next loads wait for each other
     if LIMIT == "count":
         past, budget = seq_lens.to(tl.int64), limits.to(tl.int64)
@@ -293,6 +319,7 @@ def _select_kernel(  # type: ignore[no-untyped-def]
         lowest, highest = _finite_range(keys, lowest, highest, TILES)
     low, high, middle = tl.min(lowest), _HIGHEST + 1, tl.max(highest) + 1
     from_low, from_high = tokens, 0  # tokens of the pages with a score of low, or of high, or more
+    steps = 0
     while (low + 1 < high) & (from_low - from_high > PAGE):
         is_from = _count_from(first_keys, middle, TILES)
         for first in tl.range(block, num_pages, block):
@@ -303,7 +330,8 @@ def _select_kernel(  # type: ignore[no-untyped-def]
         fills = found >= budget
         low, from_low = tl.where(fills, middle, low), tl.where(fills, found, from_low)
         high, from_high = tl.where(fills, high, middle), tl.where(fills, from_high, found)
-        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
+        steps += 1
+        middle = _next_threshold(low, high, from_low, from_high, budget, steps, PAGE)
 
     # Of the pages with a score between both, the earliest are selected. The last of these loses its first tokens.
     num_between = tl.cdiv(budget - from_high, PAGE)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsecache.kernels._triton import next_power_of_2, pdl_options, pdl_wait, tl, triton, use_kernel
+from sparsecache.kernels._triton import next_power_of_2, pdl_launch, pdl_options, pdl_wait, tl, triton, use_kernel
 from sparsecache.kernels.page_bounds import channel_bounds
 from sparsecache.kernels.rows import index_slots, take_rows
 
@@ -127,6 +127,7 @@ def _bound_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Bound the scores of some pages for the query heads of a KV head."""
     pdl_wait(USE_PDL)
+    pdl_launch(USE_PDL)  # early: the selection, which is next, has few programs
     row, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     slot = tl.load(slots + row).to(tl.int64)
     query, channel = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
