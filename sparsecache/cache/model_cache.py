@@ -92,9 +92,9 @@ class ModelCache:
             stats.start_sequence(slot, prompt_tokens)
 
     def end_step(self, slots: Tensor, wait: bool = True) -> None:
-        """End a decode step of slots [B], after every layer. Nothing may read the caches before the end of its work.
+        """End a decode step of slots [B], after every layer. The work is on side streams.
 
-        wait: let the current streams wait for that work, as `join` does. It runs on side streams.
+        wait: let the current streams wait for it. If False, call `join` before anything reads the caches.
         """
         for device, stats in self._stats.items():
             self._ending_slots.append(slots.to(device))  # a copy's memory must not be reused before `join`
