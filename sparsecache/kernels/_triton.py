@@ -100,7 +100,10 @@ def pdl_wait(USE_PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def pdl_launch(USE_PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Allow the next kernel to start. Its own `pdl_wait` still waits for the writes of this one."""
+    """Allow the next kernel to start. Its own `pdl_wait` still waits for the writes of this one.
+
+    Call it after `pdl_wait`, so that the next kernel cannot start before the writes of earlier ones are visible.
+    """
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
 

@@ -226,7 +226,7 @@ def place_split(  # type: ignore[no-untyped-def]
     """Return what a program attends to: its row, the row's slot and tokens, the split, of how many, and its length.
 
     counts: the tokens of each row. The row is `batch` or more for a program that has nothing to do. RESERVED: how many
-    of a row's splits, its last ones, have none of these tokens.
+    splits at the end of each row have none of these tokens; num_splits includes them.
     """
     row, split, splits = 0, program, num_splits  # the splits at the end of a single row may be empty
     if BLOCK_B == 1:

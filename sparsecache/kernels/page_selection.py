@@ -31,9 +31,9 @@ _LOWEST, _HIGHEST = tl.constexpr(-2139095041), tl.constexpr(2139095040)  # -inf 
 class PageSelection(NamedTuple):
     """Past tokens selected by pages.
 
-    pages: [B, G, P] int32, ascending; P is at least their number. cuts: [B, G, 3] int32: the number of valid pages, the
-    page that is selected in part, and how many of its first tokens are not selected (0 if no page is). counts: [B, G]
-    int64, the selected tokens. page: tokens in a page.
+    pages: [B, G, P] int32, ascending; P is the capacity of the list. cuts: [B, G, 3] int32: the number of valid pages,
+    the page that is selected in part, and how many of its first tokens are not selected (0 if no page is). counts:
+    [B, G] int64, the selected tokens. page: tokens in a page.
     """
 
     pages: Tensor
@@ -171,15 +171,15 @@ def _launch_select(
     seq_lens is the number of past tokens, and slots and counts are None.
     """
     batch, kv_heads, pages = scores.shape
-    most_selected = min(pages, width // page + 2)  # the newest page and that of the cut may be selected in part
-    selected = torch.empty((batch, kv_heads, most_selected), device=scores.device, dtype=torch.int32)
+    max_selected = min(pages, width // page + 2)  # the newest page and that of the cut may be incomplete
+    selected = torch.empty((batch, kv_heads, max_selected), device=scores.device, dtype=torch.int32)
     tile = min(_TILE_PAGES, next_power_of_2(pages, 128))
     tiles, warps = min(_MAX_TILES, -(-pages // tile)), max(4, _WARPS * tile // _TILE_PAGES)
     if limit == "count":
         tiles = min(_MAX_TILES_OF_PROMPT, next_power_of_2(tiles))
     _select_kernel[(batch * kv_heads,)](
         scores.contiguous(), seq_lens, slots, limits, selected, positions, counts, cuts, kv_heads, pages, width,
-        most_selected, PAGE=page, LIMIT=limit, FORCE_NEWEST=force_newest, TILES=tiles, BLOCK_P=tile,
+        max_selected, PAGE=page, LIMIT=limit, FORCE_NEWEST=force_newest, TILES=tiles, BLOCK_P=tile,
         BLOCK_W=min(512 * warps, next_power_of_2(width, 256)), num_warps=warps, **pdl_options(),
     )  # fmt: skip
     return selected
@@ -264,37 +264,37 @@ def _list_pages(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _next_threshold(low, high, from_low, from_high, budget, steps, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return a threshold between low and high, which have an integer between them, for the search of `_select_kernel`.
+    """Return the next threshold of the search of `_select_kernel`, between low and high: high is at least low + 2.
 
-    It is interpolated, as if the scores between were spread evenly, and moved towards the middle, the more the fewer
-    pages are between. So mostly both ends move. Since scores may be spread in any way, it is the middle after 15 steps.
+    It is interpolated by the number of pages, as if their keys were spread evenly, and then moved towards the middle by
+    1 / sqrt(pages), so that mostly both ends move. After 15 steps it is the middle, so the search ends for any keys.
     """
-    root = tl.rsqrt(tl.maximum((from_low - from_high).to(tl.float32) * (1 / PAGE), 1.0))
-    share = ((from_low - budget).to(tl.float32) * (1 / PAGE) + 0.5) * root * root
-    share = tl.where(steps < 16, share + (0.5 - share) * root, 0.5)
+    inv_sqrt_pages = tl.rsqrt(tl.maximum((from_low - from_high).to(tl.float32) * (1 / PAGE), 1.0))
+    fraction = ((from_low - budget).to(tl.float32) * (1 / PAGE) + 0.5) * inv_sqrt_pages * inv_sqrt_pages
+    fraction = tl.where(steps < 16, fraction + (0.5 - fraction) * inv_sqrt_pages, 0.5)
     distance = high.to(tl.uint32) - low.to(tl.uint32)  # may be more than an int32
-    step = (distance.to(tl.float32) * share).to(tl.uint32)
+    step = (distance.to(tl.float32) * fraction).to(tl.uint32)
     return low + tl.minimum(tl.maximum(step, 1), distance - 1).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["seq_lens", "limits", "pages", "width", "most_selected"])
+@triton.jit(do_not_specialize=["seq_lens", "limits", "pages", "width", "max_selected"])
 def _select_kernel(  # type: ignore[no-untyped-def]
-    scores, seq_lens, slots, limits, selected, positions, counts, cuts, kv_heads, pages, width, most_selected,
+    scores, seq_lens, slots, limits, selected, positions, counts, cuts, kv_heads, pages, width, max_selected,
     PAGE: tl.constexpr, LIMIT: tl.constexpr, FORCE_NEWEST: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Select the pages of one slot and KV head, list them in `selected`, and write their positions.
 
-    A search over scores finds where the budget ends. All pages with a score of `high` or more fit into the budget.
-    Those with a score of `low` or more fill it. The search ends when one page, or one score, is between the two. It
-    begins between the lowest and the highest finite score. All pages but the last have PAGE tokens, so a number of
-    tokens follows from a number of pages.
+    An interpolation search over keys of scores finds where the budget ends. All pages with a score of `high` or more
+    fit into the budget. Those with a score of `low` or more fill it. The search ends when one page, or one score, is
+    between the two. It begins between the lowest and the highest finite score. All pages but the last have PAGE tokens,
+    so a number of tokens follows from a number of pages.
     """
     pdl_wait(USE_PDL)
-    pdl_launch(USE_PDL)  # early: these few programs leave most of the GPU free
+    pdl_launch(USE_PDL)  # early: few programs, beside which the next kernel fits
     owner = tl.program_id(0).to(tl.int64)
     scores += owner * pages
-    selected += owner * most_selected
+    selected += owner * max_selected
     first_scores = _load_tiles(scores, 0, pages, TILES, BLOCK_P)  # first, since the next loads wait for each other
     if LIMIT == "count":
         past, budget = seq_lens.to(tl.int64), limits.to(tl.int64)

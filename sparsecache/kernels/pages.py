@@ -127,7 +127,7 @@ def _bound_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Bound the scores of some pages for the query heads of a KV head."""
     pdl_wait(USE_PDL)
-    pdl_launch(USE_PDL)  # early: the selection, which is next, has few programs
+    pdl_launch(USE_PDL)  # early: the next kernel has few programs, which fit beside these
     row, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     slot = tl.load(slots + row).to(tl.int64)
     query, channel = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)

@@ -34,7 +34,7 @@ from sparsecache.kernels.store_quantised import append_quantised, compiled_sizes
 
 _MIN_WORDS = 16  # with 16 channels, products of unpacked codes are wrong (Triton 3.6, H200); 16 words are 32 or more
 _TOTALS_PER_WARP, _MAX_SPLITS = 2048, 192
-_MIN_SPLIT = 128  # tokens of pages: shorter splits take about as long, and more must be merged
+_SPLIT_TOKENS = 128  # of a full list of pages: shorter splits take about as long, and more must be merged
 _PROGRAMS = {2: 12, 4: 8}  # by bits: programs of one warp per multiprocessor (H200, docs/dev/experiments.md)
 _DEQUANTISED = {"BLOCK_T": 16, "BLOCK_N": 8, "SLOTS": 1, "TILES": 1, "num_stages": 3}
 _WARPS_DEQUANTISED = 8  # per multiprocessor: what its registers allow
@@ -154,10 +154,10 @@ def _launch(
         options, programs = {**_DEQUANTISED, "num_warps": warps}, max(2, _WARPS_DEQUANTISED // warps)
     num_splits = min(_MAX_SPLITS * batch, (2 if INTERPRETED else programs) * num_sms(q.device) // kv_heads)
     num_splits, tail_pages = max(batch, num_splits), 0
-    if selected is not None and page:  # the full-precision tail has a split of its own, and fewer tokens than rows
-        needed = 1 + -(-selected.shape[2] * page // _MIN_SPLIT)  # by one sequence
+    if selected is not None and page:  # the full-precision tail of a sequence has a split of its own
+        needed = 1 + -(-selected.shape[2] * page // _SPLIT_TOKENS)  # by one sequence
         num_splits = max(2 * batch, min(num_splits, needed * batch))
-        tail_pages = next_power_of_2(-(-(store.residual + store.group) // page) + 1)  # the most that the tail is in
+        tail_pages = next_power_of_2(-(-(store.residual + store.group) // page) + 1)  # the most that hold it
     packed = not INTERPRETED and torch.version.hip is None and store.bits in _PACKED_BITS.get(q.dtype, ())
     partial_out = torch.empty((heads, num_splits, head_dim), device=q.device, dtype=torch.float32)
     softmax_stats = torch.empty((2, heads, num_splits), device=q.device, dtype=torch.float32)  # maxima, sums
@@ -232,7 +232,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Attend to one split for the query heads of a KV head. The last split takes the new token.
 
-    ON_CODES: quantised tokens are not dequantised. PACKED: of `attend_dequantised`. Exponents are of base 2.
+    ON_CODES: quantised tokens are not dequantised. PACKED: of `attend_dequantised`. BLOCK_P: the most pages that hold
+    tokens of the full-precision tail. Exponents are of base 2.
     """
     pdl_wait(USE_PDL)
     kv, kv_heads, program, rows = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.arange(0, BLOCK_B)
@@ -246,7 +247,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     if PAGE > 0:  # places in the list of pages
         counts = tl.load(counts_ptr + (rows * kv_heads + kv) * 3, mask=in_batch, other=0) * PAGE
     # Lengths of splits are multiples of a group, so that a split of all tokens begins with a group of keys. A split of
-    # pages has whole tiles, and the last one has no place in the list: it takes the pages' tokens in full precision.
+    # pages has whole tiles. The last split takes no places, but the full-precision tokens of the listed pages.
     alignment: tl.constexpr = BLOCK_T if PAGE > 0 else TOKENS
     reserved: tl.constexpr = 1 if PAGE > 0 else 0
     row, slot, count, split, splits, length = place_split(
@@ -299,7 +300,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         if PAGE == 0:
             start = tl.maximum(start, num_coded)
-        elif split == splits - 1:  # the list ascends: pages with tokens of the tail are its last ones
+        elif split == splits - 1:  # pages ascend, so those with tokens of the tail are last
             place = count // PAGE - 1 - tl.arange(0, BLOCK_P)
             page = tl.load(indices + place, mask=place >= 0, other=0)
             in_tail = (place >= 0) & (tl.minimum(page * PAGE + PAGE, past) > num_coded)
@@ -318,7 +319,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         if SELECTED:
             token = tl.load(indices + token, mask=mask, other=0).to(tl.int32)
             mask &= token >= num_coded
-        if PAGE > 0:  # all of one page
+        if PAGE > 0:  # of one page, since PAGE is a multiple of 16
             token = position_of_place(indices, first, PAGE) + tl.arange(0, 16)
             mask &= (token >= num_coded) & (token < past)
             mask &= (token < cut_start) | (token >= cut_start + num_cut)

@@ -110,7 +110,7 @@ def test_pages_are_selected_as_by_sorting(case, kind, device, agree, monkeypatch
     scores = 100 * torch.randn(3, 2, pages, generator=torch.Generator().manual_seed(3)).to(device)
     if kind == "ties":
         scores = (scores / 100).round()  # zeros of both signs too
-    if kind == "clustered":  # almost all near 1, so that interpolating between scores is a bad guess
+    if kind == "clustered":  # almost all near 1, so that interpolation needs many steps
         scores = torch.where(scores > 200, 1e30 * scores, 1 + 1e-6 * scores)
     slots = torch.tensor([3, 0, 2], device=device)
     seq_lens = torch.zeros(4, dtype=torch.int64, device=device)
