@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import click
 from longbench_pred import main as predict_command
 from sparsecache.cli import option_pairs
 from sparsecache.configs import read_toml
-from sparsecache.errors import UsageError, listed, short
+from sparsecache.errors import UsageError, did_you_mean, listed, short
 from sparsecache.methods import make_method, parse_options, short_name
 from sparsecache.options import show
 from sparsecache.runner.settings import Settings
@@ -85,8 +84,8 @@ def read_sweep(file: Path, models: Sequence[str] = ()) -> tuple[list[SweepRun], 
 
 def _right_key(key: str) -> str:
     """Return how a message about an unknown key continues."""
-    if near := get_close_matches(key, _KEYS, 1):
-        return f"; did you mean {near[0]!r}?"
+    if hint := did_you_mean(key, _KEYS):
+        return hint
     is_option = any(f"--{key}" in option.opts for option in predict_command.params)
     return f'. It is an option of longbench_pred.py: arguments = ["--{key}", ...].' if is_option else "."
 

@@ -19,14 +19,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from io import StringIO
 from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
 from sparsecache.engine.base import Completion, Request
-from sparsecache.errors import UsageError, short
+from sparsecache.errors import UsageError, did_you_mean, short
 from sparsecache.longbench.compare import compare as compare_runs
 from sparsecache.longbench.compare_tables import compare_document
 from sparsecache.longbench.score_types import RunScore
@@ -252,9 +251,9 @@ def make_settings(
     """Return the settings of a run from keyword arguments: fields of Settings, and options of the method."""
     given = {key: value for key, value in more.items() if key not in _SETTINGS}
     for key in given:
-        near = get_close_matches(key, _SETTINGS, 1, cutoff=0.8)
-        if near and key not in method_options(load_method(str(method))):
-            raise UsageError(f"There is no argument {key!r}; did you mean {near[0]!r}?")
+        hint = did_you_mean(key, _SETTINGS, cutoff=0.8)
+        if hint and key not in method_options(load_method(str(method))):
+            raise UsageError(f"There is no argument {key!r}{hint}")
     if twice := given.keys() & (options or {}).keys():
         raise UsageError(f"{', '.join(sorted(twice))} is given twice, in `options` and as an argument. Give it once.")
     values = {key: value for key, value in more.items() if key in _SETTINGS}

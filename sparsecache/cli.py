@@ -12,14 +12,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
-from sparsecache.errors import UsageError, one_line
+from sparsecache.errors import UsageError, did_you_mean, one_line
 from sparsecache.files import make_folder as make_folder
 from sparsecache.longbench.terminal import escape_control_chars, truncate_middle
 from sparsecache.options import LARGEST
@@ -86,12 +85,10 @@ class DefaultGroup(click.Group):
         self.format_commands(ctx, formatter)
 
     def _check(self, first: str) -> None:
-        near = get_close_matches(first, self.commands)
-        if near and not first.startswith("-") and not Path(first).exists():
-            raise UsageError(
-                f"There is neither a command nor a folder {first!r}; did you mean {near[0]!r}? Commands: "
-                f"{', '.join(self.commands)}."
-            )
+        hint = did_you_mean(first, self.commands)
+        if hint and not first.startswith("-") and not Path(first).exists():
+            commands = ", ".join(self.commands)
+            raise UsageError(f"There is neither a command nor a folder {first!r}{hint} Commands: {commands}.")
 
 
 def option(settings: Any, name: str, **attributes: Any) -> Callable[[Any], Any]:

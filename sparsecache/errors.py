@@ -1,6 +1,7 @@
 """The exception for errors of the user, and helpers for its messages."""
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UsageError(Exception):
@@ -27,6 +28,15 @@ def listed(names: Iterable[str], most: int = 10, none: str = "nothing", whole: b
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(name if whole else short(name) for name in names[:most]) or none) + more
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
+    """Returns how a message goes on after a name that does not exist; nothing if no known name is like it.
+
+    most: the most names to propose. cutoff: how like it a name must be, from 0 to 1 (`difflib.get_close_matches`).
+    """
+    near = get_close_matches(name, list(known), most, cutoff)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def one_line(error: BaseException) -> str:

@@ -8,12 +8,11 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sparsecache.errors import UsageError, one_line
+from sparsecache.errors import UsageError, did_you_mean, one_line
 from sparsecache.options import Names, Option, constructor_options, digest, show
 
 if TYPE_CHECKING:
@@ -49,11 +48,11 @@ def check_method_name(method: str) -> None:
         _external_file(method)
         return
     if method not in method_names():
-        near = get_close_matches(method, method_names(), 3)
+        hint = did_you_mean(method, method_names(), most=3) or "."
         if Path(f"{method}.py").is_file():
-            near = [f"{method}.py"]
+            hint = f"; did you mean {f'{method}.py'!r}?"
         raise UsageError(
-            f"There is no method {method!r}{_did_you_mean(near)} Give a method of longbench_pred.py --list_methods, "
+            f"There is no method {method!r}{hint} Give a method of longbench_pred.py --list_methods, "
             f"the path of a .py file, or the dotted name of an installed module."
         )
 
@@ -163,9 +162,9 @@ def parse_options(method: str, options: dict[str, str]) -> dict[str, Any]:
         if key not in known and key in kind.absent_options:
             raise UsageError(f"Method {method} has no option {key!r}: {_with_hint(kind.absent_options[key])}")
         if key not in known:
-            near = _did_you_mean(get_close_matches(key, known, 1))
+            hint = did_you_mean(key, known) or "."
             listed = ", ".join(map(str, known.values())) or "none"
-            raise UsageError(f"Method {method} has no option {key!r}{near} Its options: {listed}.")
+            raise UsageError(f"Method {method} has no option {key!r}{hint} Its options: {listed}.")
         try:
             given[key] = known[key].convert(text)
         except ValueError as error:
@@ -272,11 +271,6 @@ def _import_file(path: Path) -> ModuleType:
             del sys.modules[name]
             raise
     return sys.modules[name]
-
-
-def _did_you_mean(near: list[str]) -> str:
-    """Return how a message goes on after a name that does not exist."""
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
 
 
 def _with_hint(message: str) -> str:
